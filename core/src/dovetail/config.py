@@ -1,0 +1,134 @@
+"""The configuration of an engine: one frozen model, for files, command line and code alike."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dovetail.errors import ConfigError
+
+ENV_PREFIX = "DOVETAIL_"
+
+
+class SocketConfig(BaseModel):
+    """`NAME`, or `{use: NAME, on_unsupported: error|fallback, …options of the provider}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    use: str = "auto"
+    on_unsupported: Literal["error", "fallback"] = "error"
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"use": value}
+        if isinstance(value, dict) and "options" not in value:
+            own = {k: v for k, v in value.items() if k in ("use", "on_unsupported")}
+            return {**own, "options": {k: v for k, v in value.items() if k not in own}}
+        return value
+
+
+class AttentionConfig(BaseModel):
+    """One socket for all layers, or one for each kind of layer: `{full: NAME, sliding: {use: NAME, …}}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default: SocketConfig = SocketConfig()
+    by_kind: dict[str, SocketConfig] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, value: Any) -> Any:
+        if isinstance(value, dict) and ("default" in value or "by_kind" in value):
+            return value
+        if isinstance(value, dict) and value and set(value) <= {"full", "sliding"}:
+            return {"by_kind": value}
+        return {"default": value}
+
+    def of(self, kind: str) -> SocketConfig:
+        return self.by_kind.get(kind, self.default)
+
+
+class EngineConfig(BaseModel):
+    """Precedence: code and command line over environment (DOVETAIL_…) over file over these defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("demo", description="a plugin's model name, a local folder, or a hub id")
+    served_model_name: str | None = Field(None, description="the name clients use; default: `model`")
+    device: str = Field("auto", description="auto, cpu, cuda:0, …")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the checkpoint's")
+    max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
+    worker: SocketConfig = SocketConfig()
+    attention: AttentionConfig = AttentionConfig()
+    kv_cache: SocketConfig = SocketConfig()
+    scheduler: SocketConfig = SocketConfig()
+    server: SocketConfig = SocketConfig()
+    overlap: bool = Field(True, description="schedule the next step while one runs")
+    max_num_waiting: int = Field(1024, ge=1, description="sequences that may wait; more are refused as overload")
+    trust_remote_code: bool = Field(False, description="run code that comes with a checkpoint")
+
+    @field_validator("model")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty: give a model name, a folder or a hub id")
+        return value
+
+
+def load_config(file: str | os.PathLike[str] | None = None, env: dict[str, str] | None = None, **values: Any) -> EngineConfig:
+    """Merge file, environment and `values` (highest). Raises `ConfigError` with the field's path and its origin."""
+    data: dict[str, Any] = {}
+    if file is not None:
+        data = read_file(Path(file))
+    for key, text in (os.environ if env is None else env).items():
+        name = key.removeprefix(ENV_PREFIX).lower()
+        if key.startswith(ENV_PREFIX) and name in EngineConfig.model_fields:
+            data = merge(data, {name: yaml.safe_load(text)})
+    data = merge(data, {k: v for k, v in values.items() if v is not None})
+    try:
+        return EngineConfig.model_validate(data)
+    except ValidationError as e:
+        origin = f"{file}: " if file is not None else ""
+        problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors())
+        raise ConfigError(f"{origin}{problems}. Keys: {', '.join(EngineConfig.model_fields)}") from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a YAML or TOML mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: {e}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; options of one socket are merged, unless `high` names another provider."""
+    out = dict(low)
+    for key, value in high.items():
+        old = out.get(key)
+        if isinstance(old, str) and isinstance(value, dict):
+            old = {"use": old}
+        if isinstance(old, dict) and isinstance(value, str):
+            value = {"use": value}
+        if isinstance(old, dict) and isinstance(value, dict):
+            same = old.get("use") in (None, value.get("use", old.get("use")))
+            out[key] = {**old, **value} if same else value
+        else:
+            out[key] = value
+    return out

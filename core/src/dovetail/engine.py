@@ -1,0 +1,252 @@
+"""The loop: schedule, execute, commit.
+
+`Engine` is the plain loop and the one to read; `OverlappedEngine` schedules and submits a step while the one before it
+runs, with the same outputs. Both hold plain objects only: no plugin hook is called here, and nothing here knows
+tensors, text or processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dovetail.errors import DovetailError, Overloaded, StepFailed
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.interfaces.scheduler import Scheduler
+from dovetail.interfaces.worker import Handle, Worker
+from dovetail.sequence import Sequence
+from dovetail.types import (
+    EngineStats,
+    FinishReason,
+    Request,
+    SequenceOutput,
+    StepPlan,
+    StepResult,
+)
+
+
+@dataclass
+class Step:
+    """A step in flight."""
+
+    plan: StepPlan
+    handle: Handle
+
+
+class Engine:
+    """The plain loop: one step at a time, nothing in flight between calls."""
+
+    def __init__(self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, *, max_num_waiting: int) -> None:
+        self.scheduler = scheduler
+        self.kv = kv
+        self.worker = worker
+        self.max_num_waiting = max_num_waiting
+        self.stats = EngineStats(kv_blocks_total=kv.num_total)
+        self.sequences: dict[int, Sequence] = {}
+        self.requests: dict[str, list[Sequence]] = {}
+        self._next_seq_id = 0
+        self._news: list[SequenceOutput] = []
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `Overloaded` when the waiting queue is full; then nothing was queued."""
+        if len(self.scheduler.waiting) + request.params.n > self.max_num_waiting:
+            raise Overloaded(f"{len(self.scheduler.waiting)} sequences are waiting (max_num_waiting {self.max_num_waiting})")
+        if request.request_id in self.requests:
+            raise DovetailError(f"request id {request.request_id!r} is already in use")
+        group: list[Sequence] = []
+        for index in range(request.params.n):
+            seq = Sequence(self._next_seq_id, request, index, list(request.prompt_token_ids), group)
+            self._next_seq_id += 1
+            group.append(seq)
+            self.sequences[seq.seq_id] = seq
+            self.scheduler.add(seq)
+        self.requests[request.request_id] = group
+
+    def abort(self, request_id: str, sample_index: int | None = None) -> None:
+        """End a request, or one of its samples, now. Unknown and finished ones are ignored: the two ends race."""
+        for seq in list(self.requests.get(request_id, ())):
+            if sample_index in (None, seq.sample_index):
+                self._finish(seq, "abort")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences or self._news)
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step; returns the news of every sequence that has any."""
+        plan = self.schedule(in_flight=False)
+        if plan is not None:
+            step = self.submit(plan)
+            if step is not None:
+                self.finish_step(step)
+        return self.take_news()
+
+    # What a step is made of; the overlapped loop uses the same parts in another order.
+
+    def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        try:
+            return self.scheduler.schedule(in_flight=in_flight)
+        except Exception as e:
+            self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
+            return None
+
+    def submit(self, plan: StepPlan) -> Step | None:
+        """Hand a plan to the worker. If the worker raises, the step's requests have failed and there is no step."""
+        self.stats.num_steps += 1
+        try:
+            return Step(plan, self.worker.submit(plan))
+        except Exception as e:
+            self._end_failed_step(plan, e)
+            return None
+
+    def finish_step(self, step: Step) -> None:
+        """Wait for a step's tokens and commit them."""
+        try:
+            result = self.worker.sample(step.handle)
+        except Exception as e:
+            self._end_failed_step(step.plan, e)
+            return
+        self.commit(step.plan, result)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
+        for row, seq_id in enumerate(plan.seq_ids):
+            seq = self.sequences[seq_id]
+            seq.steps_in_flight -= 1
+            seq.num_in_flight -= plan.samples[row]
+            if seq.finish_reason is not None:
+                self._release(seq)  # ended while this step was in flight: its token is surplus
+                continue
+            if seq_id in result.failed:
+                self._fail([seq_id], StepFailed(result.failed[seq_id]), "worker")
+                continue
+            new = result.token_ids[row]
+            self._count(plan, row, seq, len(new))
+            output = SequenceOutput(
+                seq.request.request_id, seq.sample_index, new,
+                result.logprobs[row] if result.logprobs else [],
+                result.prompt_logprobs[row] if result.prompt_logprobs else [],
+            )  # fmt: skip
+            seq.tokens.extend(new)
+            reason = self._end_reason(seq, output)
+            if output.token_ids or output.prompt_logprobs or reason:
+                self._news.append(output)
+            if reason is not None:
+                self._finish(seq, reason, output)
+            else:
+                self.kv.trim(seq_id, plan.num_computed[row] + plan.num_tokens[row])
+
+    def take_news(self) -> list[SequenceOutput]:
+        news, self._news = self._news, []
+        return news
+
+    def snapshot(self) -> EngineStats:
+        """The stats, with the gauges as of now."""
+        s = self.stats
+        s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        s.kv_blocks_used, s.num_preemptions = self.kv.num_used, getattr(self.scheduler, "num_preemptions", 0)
+        return s
+
+    # How sequences end.
+
+    def _end_reason(self, seq: Sequence, output: SequenceOutput) -> FinishReason | None:
+        """Stop token ids and lengths; stop strings are the front-end's, which then aborts."""
+        r = seq.request
+        first = len(seq.tokens) - len(output.token_ids)
+        for i, token in enumerate(output.token_ids):
+            num_output = first + i + 1 - seq.num_prompt_tokens
+            if num_output < r.params.min_tokens:
+                continue
+            is_stop = token in r.params.stop_token_ids
+            if is_stop or token in r.eos_token_ids:
+                output.stop_token_id = token if is_stop else None
+                self._truncate(seq, output, i + 1)
+                return "stop"
+            if num_output >= r.max_tokens:
+                self._truncate(seq, output, i + 1)
+                return "length"
+        return "length" if seq.num_output_tokens >= r.max_tokens and not seq.num_to_compute else None
+
+    @staticmethod
+    def _truncate(seq: Sequence, output: SequenceOutput, count: int) -> None:
+        surplus = len(output.token_ids) - count
+        if surplus:
+            del seq.tokens[-surplus:]
+            output.token_ids = output.token_ids[:count]
+            output.logprobs = output.logprobs[:count]
+
+    def _finish(self, seq: Sequence, reason: FinishReason, output: SequenceOutput | None = None) -> None:
+        if seq.finish_reason is not None:
+            return
+        if output is None:
+            output = SequenceOutput(seq.request.request_id, seq.sample_index, [])
+            self._news.append(output)
+        output.finish_reason = reason
+        seq.finish_reason = reason
+        self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        """Forget a finished sequence, once no step in flight holds it."""
+        if seq.steps_in_flight:
+            return
+        del self.sequences[seq.seq_id]
+        seq.siblings.remove(seq)
+        if not seq.siblings:
+            self.requests.pop(seq.request.request_id, None)
+        self.scheduler.remove(seq)
+
+    # How they fail.
+
+    def _end_failed_step(self, plan: StepPlan, error: Exception) -> None:
+        self.stats.num_failed_steps += 1
+        for row, seq_id in enumerate(plan.seq_ids):
+            seq = self.sequences[seq_id]
+            seq.steps_in_flight -= 1
+            seq.num_in_flight -= plan.samples[row]
+            if seq.finish_reason is not None:
+                self._release(seq)
+        self._fail(plan.seq_ids, error, "worker")
+
+    def _fail(self, seq_ids: list[int], error: Exception, part: str) -> None:
+        """Fail whole requests: samples of one request may share blocks that were never written."""
+        code = error.code if isinstance(error, DovetailError) else StepFailed.code
+        provider = getattr(error, "provider", None)
+        message = f"{part}{f' ({provider})' if provider else ''}: {type(error).__name__}: {error}"
+        for request_id in dict.fromkeys(
+            self.sequences[i].request.request_id for i in seq_ids if i in self.sequences
+        ):
+            for seq in list(self.requests.get(request_id, ())):
+                if seq.finish_reason is None:
+                    output = SequenceOutput(request_id, seq.sample_index, [], error=(code, message))
+                    self._news.append(output)
+                    self._finish(seq, "error", output)
+
+    def _count(self, plan: StepPlan, row: int, seq: Sequence, num_sampled: int) -> None:
+        self.stats.num_generation_tokens += num_sampled
+        if seq.num_output_tokens == 0:
+            self.stats.num_prompt_tokens += min(plan.num_tokens[row], seq.num_prompt_tokens - plan.num_computed[row])
+
+
+class OverlappedEngine(Engine):
+    """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then n is committed.
+
+    Step n + 1 is planned before step n's tokens are known, so it may compute a token for a sequence that step n has
+    ended; that token is dropped. A step with masks is not overlapped, and preemption waits for an empty pipeline.
+    """
+
+    _in_flight: Step | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return super().has_work or self._in_flight is not None
+
+    def step(self) -> list[SequenceOutput]:
+        previous, self._in_flight = self._in_flight, None
+        plan = self.schedule(in_flight=previous is not None)
+        if plan is not None:
+            self._in_flight = self.submit(plan)
+        if previous is not None:
+            self.finish_step(previous)
+        elif self._in_flight is not None and self._in_flight.plan.masked:
+            step, self._in_flight = self._in_flight, None
+            self.finish_step(step)
+        return self.take_news()

@@ -1,0 +1,100 @@
+"""Every error that Dovetail raises on purpose.
+
+Each has a stable `code`, the HTTP status that the server answers with, whether trying again can help, and the
+provider concerned where there is one. The message says what was wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DovetailError(Exception):
+    """Base of all errors below."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, provider: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.provider = provider
+
+
+class InvalidRequest(DovetailError):
+    """A request that can never succeed as it stands. `param` names the field."""
+
+    code = "invalid_request"
+    http_status = 400
+
+
+class ModelNotFound(DovetailError):
+    """The request names a model that this engine does not serve."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class Overloaded(DovetailError):
+    """A bounded queue is full, or the engine is draining. Nothing was queued; try again later."""
+
+    code = "overloaded"
+    http_status = 429
+    retryable = True
+
+
+class EngineUnavailable(DovetailError):
+    """The engine is loading, restarting, draining or closed."""
+
+    code = "engine_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class EngineDead(EngineUnavailable):
+    """The engine process died or stalled while the request was in flight; its output so far is all there is."""
+
+    code = "engine_dead"
+
+
+class StepFailed(DovetailError):
+    """A step-scoped part (worker, attention, quantization, scheduler) raised; the step's requests failed with it."""
+
+    code = "step_failed"
+    retryable = True
+
+
+class ConfigError(DovetailError):
+    """The configuration cannot be used. The message holds the path of the field."""
+
+    code = "config_error"
+
+
+class PluginError(DovetailError):
+    """A plugin is broken, missing, or cannot do what it was asked for. Names the distribution."""
+
+    code = "plugin_error"
+
+
+class CheckpointError(DovetailError):
+    """A model's files are missing, malformed, or do not fit its config. Names the file."""
+
+    code = "checkpoint_error"
+
+
+class OutOfMemory(DovetailError):
+    """The model or its KV cache does not fit. The message says which setting to lower, and to what."""
+
+    code = "out_of_memory"
+
+
+ERRORS: dict[str, type[DovetailError]] = {
+    cls.code: cls
+    for cls in (
+        DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, StepFailed,
+        ConfigError, PluginError, CheckpointError, OutOfMemory,
+    )
+}  # fmt: skip
+"""By code: how an error travels between processes."""

@@ -1,0 +1,160 @@
+"""What is known about the machine and the model before anything heavy is imported: the only input of every `why_not`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dovetail.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """The machine, read once from the operating system. No tensor library takes part."""
+
+    system: str
+    machine: str
+    num_cores: int
+    memory_bytes: int
+    cpu_flags: frozenset[str]
+    num_gpus: int
+    compiler: str | None
+    """Path of a C++ compiler."""
+
+    @property
+    def devices(self) -> list[str]:
+        return [*(f"cuda:{i}" for i in range(self.num_gpus)), "cpu"]
+
+
+@functools.cache
+def device_facts() -> DeviceFacts:
+    flags: frozenset[str] = frozenset()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            flags = next((frozenset(line.split(":")[1].split()) for line in f if line.startswith(("flags", "Features"))), flags)
+    except OSError:
+        pass
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return DeviceFacts(
+        system=platform.system(),
+        machine=platform.machine(),
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cpu_flags=flags,
+        num_gpus=len(list(gpus.iterdir())) if gpus.is_dir() else 0,
+        compiler=shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++"),
+    )
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What the layers of one kind ask of attention."""
+
+    kind: str
+    window: int | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's config.json, as far as choosing providers needs it."""
+
+    folder: Path
+    architecture: str
+    model_type: str
+    dtype: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    layer_kinds: tuple[LayerKind, ...]
+    logit_soft_cap: float | None
+    eos_token_ids: tuple[int, ...]
+    has_sinks: bool
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """Read a model folder's config. Raises `CheckpointError` naming the file and the key."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config", config)
+    path = folder / "config.json"
+
+    def number(key: str, default: int | None = None) -> int:
+        value = text.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
+        return value
+
+    def first(*keys: str) -> int:
+        return number(next((k for k in keys if text.get(k) is not None), keys[0]))
+
+    architectures = config.get("architectures") or [""]
+    hidden, heads = first("hidden_size", "n_embd", "d_model"), first("num_attention_heads", "n_head", "num_heads")
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch.")
+    return ModelFacts(
+        folder=folder,
+        architecture=str(architectures[0]),
+        model_type=str(config.get("model_type", "")),
+        dtype=dtype,
+        num_layers=first("num_hidden_layers", "n_layer", "num_layers"),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=number("num_key_value_heads", number("num_kv_heads", heads)),
+        head_size=number("head_dim", max(1, hidden // heads)),
+        vocab_size=number("vocab_size"),
+        max_position_embeddings=number("max_position_embeddings", number("n_positions", 2048)),
+        layer_kinds=_layer_kinds(text),
+        logit_soft_cap=text.get("attn_logit_softcapping"),
+        eos_token_ids=_eos(folder, text),
+        has_sinks=str(config.get("model_type")) == "gpt_oss",
+    )
+
+
+def window_of_layers(config: dict[str, Any]) -> list[int | None]:
+    """Per layer: its sliding window, or None. `config` is the text part of a config.json."""
+    num_layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
+    window = config.get("sliding_window")
+    if not isinstance(window, int) or config.get("use_sliding_window") is False:
+        return [None] * num_layers
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        return [window if t == "sliding_attention" else None for t in types]
+    if "use_sliding_window" in config:  # Qwen2 / Qwen3: full attention up to max_window_layers
+        full = config.get("max_window_layers", num_layers)
+        return [None if i < full else window for i in range(num_layers)]
+    return [window] * num_layers
+
+
+def _layer_kinds(config: dict[str, Any]) -> tuple[LayerKind, ...]:
+    windows = dict.fromkeys(window_of_layers(config))
+    return tuple(LayerKind("full" if w is None else "sliding", w) for w in windows)
+
+
+def _eos(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    value = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    value = config.get("eos_token_id") if value is None else value
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises `CheckpointError` naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: a model folder has config.json, *.safetensors and a tokenizer") from None
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}")
+    return data

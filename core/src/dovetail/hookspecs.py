@@ -1,0 +1,80 @@
+"""Every extension point, in the order of an engine's life.
+
+Hooks register; objects run. Each hook is called once while an engine is being composed (and by `dovetail plugins` and
+`dovetail explain`), by the core, and returns the `Provider`s that a package offers for one socket; an empty list means
+"nothing here". A hook's body may import what is light; what is heavy (torch, a compiler) is imported inside a
+provider's `build`. No hook is called per step or per layer: the loop holds the plain objects that `build` returned.
+
+A package joins in by an entry point in the group `dovetail`, whose value is the module that holds its hooks:
+
+    [project.entry-points.dovetail]
+    my-attention = "my_package"
+
+Each socket's contract has a version of its own (`sockets.py`); a provider states the range that it was written for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pluggy
+
+from dovetail.plugins.provider import Provider
+
+PROJECT = "dovetail"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# 1. What is to be served: a name becomes a folder of files, before anything else is chosen.
+
+
+@hookspec
+def dovetail_models() -> list[Provider[Any]]:
+    """Offer models by name; `build` returns a `ModelSource`. First, because all later choices ask about the model.
+
+    A configured model that is no provider's name is a local folder, or else a hub id.
+    """
+    return []
+
+
+# 2. Who computes. The worker is chosen first; it builds the attention providers that were chosen for its layers.
+
+
+@hookspec
+def dovetail_workers() -> list[Provider[Any]]:
+    """Offer workers; `build` returns a `Worker`, which loads no weight before its `load` is called."""
+    return []
+
+
+@hookspec
+def dovetail_attention() -> list[Provider[Any]]:
+    """Offer attention; `build` returns an `AttentionBackend`. Chosen once for every kind of layer the model has.
+
+    `capabilities` is an `AttentionCapabilities`: the core refuses what it does not declare, before `why_not` is asked.
+    """
+    return []
+
+
+# 3. Who decides. Both hold no tensor.
+
+
+@hookspec
+def dovetail_kv_caches() -> list[Provider[Any]]:
+    """Offer KV-cache managers; `build` is called after the worker has sized its memory and returns a `KVCacheManager`."""
+    return []
+
+
+@hookspec
+def dovetail_schedulers() -> list[Provider[Any]]:
+    """Offer schedulers; `build` returns a `Scheduler` over the KV-cache manager."""
+    return []
+
+
+# 4. Who talks to the world. Only `dovetail serve` asks for one.
+
+
+@hookspec
+def dovetail_servers() -> list[Provider[Any]]:
+    """Offer servers; `build` returns a `Server`. It lives in the front-end process, with the tokenizer."""
+    return []

@@ -1,0 +1,46 @@
+"""Who owns the blocks: the free lists and the reference counts. Plain Python, no tensor, one object an engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dovetail.types import KVGroup
+
+
+class KVCacheManager(Protocol):
+    """Hands out blocks of every KV group to sequences. Block 0 of a group is the null block, which is never handed out."""
+
+    groups: list[KVGroup]
+    num_blocks: list[int]
+    """Per group, the null block included."""
+
+    def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
+        """Give a sequence room for its first `num_tokens` tokens.
+
+        Returns the blocks added, per group, in order (mostly empty lists), or None if there are not enough: then
+        nothing has changed. Room once given lasts until `free`, `trim` aside.
+        """
+
+    def share(self, source: int, target: int, num_tokens: int) -> int:
+        """Let a new sequence `target` use the blocks that hold the first tokens of `source`, at most `num_tokens`.
+
+        Only whole blocks are shared, so nobody ever writes to a shared block. Returns how many tokens `target` now
+        has, 0 when nothing could be shared (then `target` is still unknown).
+        """
+
+    def block_ids(self, seq_id: int) -> list[list[int]]:
+        """The block tables of a sequence, per group. A trimmed entry is the null block."""
+
+    def trim(self, seq_id: int, num_computed_tokens: int) -> None:
+        """Take back the blocks that no later token can see (sliding windows). Call when no step in flight reads them."""
+
+    def free(self, seq_id: int) -> None:
+        """Drop a sequence's references. Call when no step in flight uses them."""
+
+    @property
+    def num_used(self) -> int:
+        """Blocks in use, over all groups."""
+
+    @property
+    def num_total(self) -> int:
+        """Blocks there are to hand out, over all groups."""

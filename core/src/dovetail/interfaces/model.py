@@ -1,0 +1,14 @@
+"""Where a model's files are. A model provider answers to a name, such as `demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A folder with config.json, safetensors and a tokenizer, in the layout of the Hugging Face hub."""
+
+    folder: Path
+    licence: str = ""

@@ -1,0 +1,34 @@
+"""Which tokens run now. Plain Python, no tensor, one object an engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dovetail.sequence import Sequence
+from dovetail.types import StepPlan
+
+
+class Scheduler(Protocol):
+    """Holds the sequences that are not finished and picks each step's tokens.
+
+    Within every plan: at most `max_num_batched_tokens` tokens and `max_num_seqs` running sequences; every sequence
+    that is never finished is eventually scheduled.
+    """
+
+    waiting: list[Sequence]
+    """Not running, in the order they will start: new ones, and preempted ones that must be computed again."""
+    running: list[Sequence]
+    """Holding blocks."""
+
+    def add(self, seq: Sequence) -> None:
+        """Take in a new sequence."""
+
+    def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        """Choose the next step's tokens, give its sequences blocks, and advance their `num_computed_tokens`.
+
+        None: nothing can run now. With a step `in_flight` nothing may be preempted; then None also means "ask again
+        when that step has been committed".
+        """
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a finished sequence and free its blocks. Only called when no step in flight holds it."""

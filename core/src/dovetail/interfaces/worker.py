@@ -1,0 +1,53 @@
+"""The worker: everything that touches the device. One object stands for all ranks of its parallel group.
+
+Life: `load`, `kv_groups`, `kv_memory`, `allocate`, `warm_up`, then `submit` / `sample` for every step, and `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dovetail.types import KVGroup, StepPlan, StepResult
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, done so far, of how many)"""
+
+Handle = Any
+"""A step in flight, opaque to the engine."""
+
+
+class Worker(Protocol):
+    """Steps run in the order they are submitted. Any method may raise; in `submit` and `sample` only that step's
+    requests fail, elsewhere the engine does."""
+
+    def load(self, progress: Progress) -> None:
+        """Read the weights. Raises `CheckpointError` that names the file."""
+
+    def kv_groups(self) -> list[KVGroup]:
+        """Layers by kind, with the bytes of a block."""
+
+    def kv_memory(self) -> int:
+        """Bytes that the KV cache may take on the device, after a profiling run where one is needed."""
+
+    def allocate(self, num_blocks: list[int]) -> None:
+        """Make the caches, `num_blocks` per group, the null block included."""
+
+    def warm_up(self, progress: Progress) -> None:
+        """Run once whatever is slow the first time: kernel builds, graph captures."""
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Start a step; may return before it is done, and while an earlier one still runs.
+
+        Rows of a plan that is not `masked` are sampled without waiting for `sample`, so that a later step can take
+        their tokens as input.
+        """
+
+    def sample(self, handle: Handle, masks: dict[int, bytes] | None = None) -> StepResult:
+        """Wait for a step's tokens.
+
+        `masks`, for `masked` plans, are bitmaps of the tokens allowed, little-endian, by seq_id.
+        """
+
+    def close(self) -> None:
+        """Release the device. Idempotent."""

@@ -1,0 +1,1 @@
+"""Finding plugins, asking them for providers, and choosing among those."""

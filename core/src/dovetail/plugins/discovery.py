@@ -1,0 +1,113 @@
+"""Which plugins are installed (from metadata, importing nothing), and what they offer (importing their light roots)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import pluggy
+
+from dovetail import hookspecs
+from dovetail.errors import PluginError
+from dovetail.plugins.provider import Provider
+from dovetail.sockets import SOCKETS
+
+GROUP = "dovetail"
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One entry point, as its distribution's metadata has it."""
+
+    name: str
+    distribution: str
+    version: str
+    summary: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A provider and who offers it."""
+
+    socket: str
+    provider: Provider[object]
+    plugin: PluginInfo
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{self.plugin.distribution}:{self.provider.name}"
+
+
+@dataclass
+class Registry:
+    """What all installed plugins offer. An object of its own for every composition: nothing is process-wide."""
+
+    plugins: list[PluginInfo]
+    offers: list[Offer] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    """By distribution: why its plugin could not be asked."""
+
+    def of(self, socket: str) -> list[Offer]:
+        return [o for o in self.offers if o.socket == socket]
+
+
+def installed_plugins() -> list[PluginInfo]:
+    """Every entry point of the group, sorted by name. Imports nothing."""
+    found = []
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        dist = entry.dist
+        meta = dist.metadata if dist is not None else None
+        found.append(
+            PluginInfo(
+                entry.name,
+                dist.name if dist is not None else "?",
+                dist.version if dist is not None else "?",
+                str(meta["Summary"] or "") if meta is not None else "",
+                entry.value,
+            )
+        )
+    return sorted(found, key=lambda p: (p.name, p.distribution))
+
+
+def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, ModuleType] | None = None) -> Registry:
+    """Import each plugin's root module, in a try of its own, and collect what it offers.
+
+    `modules` supplies already imported modules by `PluginInfo.module`, for tests and for code that registers a plugin
+    without installing it. Raises `PluginError` if two plugins claim one name: both owners are named.
+    """
+    plugins = installed_plugins() if plugins is None else plugins
+    _refuse_twins([(p.name, p.distribution) for p in plugins], "plugin")
+    registry = Registry(plugins)
+    for plugin in plugins:
+        try:
+            module = (modules or {}).get(plugin.module) or importlib.import_module(plugin.module)
+            registry.offers += _offers(plugin, module)
+        except Exception as e:
+            registry.broken[plugin.distribution] = f"{type(e).__name__}: {e}"
+    for socket in SOCKETS:
+        _refuse_twins([(o.qualified_name, o.plugin.name) for o in registry.of(socket.name)], f"{socket.name} provider")
+    return registry
+
+
+def _offers(plugin: PluginInfo, module: ModuleType) -> list[Offer]:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    manager.register(module, plugin.name)
+    manager.check_pending()  # a misspelt hook is an error, not silence
+    offers = []
+    for socket in SOCKETS:
+        for provider in (p for result in getattr(manager.hook, socket.hook)() for p in result):
+            if not isinstance(provider, Provider):
+                raise PluginError(f"{socket.hook} returned {type(provider).__name__}, not a Provider")
+            offers.append(Offer(socket.name, provider, plugin))
+    return offers
+
+
+def _refuse_twins(owners: list[tuple[str, str]], what: str) -> None:
+    seen: dict[str, str] = {}
+    for name, owner in owners:
+        if name in seen:
+            raise PluginError(f"two {what}s are named {name!r}: one from {seen[name]}, one from {owner}; uninstall one")
+        seen[name] = owner

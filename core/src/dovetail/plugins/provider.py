@@ -1,0 +1,68 @@
+"""What a plugin offers for a socket: one shape for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from dovetail.facts import DeviceFacts, ModelFacts
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+
+T = TypeVar("T")
+
+
+class Options(BaseModel):
+    """Base of every provider's options: frozen, typed, no unknown keys. A field's `description` is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a provider cannot be used here, in words for a person; `hint` says what would change that."""
+
+    text: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.hint})" if self.hint else self.text
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a provider is asked about: facts, gathered once, and what the composition needs of the socket."""
+
+    device: DeviceFacts
+    model: ModelFacts | None
+    device_name: str
+    """The device chosen: cpu, cuda:0, …"""
+    dtype: str
+    needs: dict[str, Any] = field(default_factory=dict)
+    """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size, kv_dtype."""
+
+
+def no_reasons(context: Context) -> list[Reason]:
+    return []
+
+
+@dataclass(frozen=True)
+class Provider(Generic[T]):
+    """An offer: how it is named, what it can do, why it may not be usable here, and how to build it."""
+
+    name: str
+    summary: str
+    build: Callable[[BuildContext, Any], T]
+    """Called with the options, an instance of `options`, in the process that runs the object."""
+    options: type[Options] = Options
+    capabilities: Any = None
+    why_not: Callable[[Context], list[Reason]] = no_reasons
+    """A pure function of the context; imports nothing heavy. An empty list means: usable."""
+    priority: int = 0
+    """`auto` takes the usable provider of highest priority. 0 is a plain reference, 50 a tuned implementation."""
+    contract: str = "0.1"
+    """The version of the socket's contract that this was written for."""

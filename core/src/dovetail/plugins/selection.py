@@ -1,0 +1,114 @@
+"""Choosing a provider for a socket: the one that was asked for, or the best one that has no reason against it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from dovetail.config import SocketConfig
+from dovetail.errors import ConfigError, PluginError
+from dovetail.plan import Choice, Rejected
+from dovetail.plugins.discovery import Offer, Registry
+from dovetail.plugins.provider import Context
+from dovetail.sockets import BY_NAME, Socket
+
+
+def choose(registry: Registry, socket_name: str, wanted: SocketConfig, context: Context, where: str | None = None) -> Choice:
+    """Fill a socket. `where` is the path in the configuration, for errors.
+
+    Asked by name: that provider, or an error with its reasons and the alternatives; another one only if the
+    configuration says `on_unsupported: fallback`. `auto`: the usable provider of highest priority. Every candidate not
+    taken is in `Choice.rejected`, with why.
+    """
+    where = where or socket_name
+    socket = BY_NAME[socket_name]
+    offers = sorted(registry.of(socket_name), key=lambda o: (-o.provider.priority, o.qualified_name))
+    against = {o.qualified_name: _reasons(socket, o, context) for o in offers}
+    usable = [o for o in offers if not against[o.qualified_name]]
+
+    if wanted.use != "auto":
+        named = _find(registry, offers, socket_name, wanted.use, where)
+        if against[named.qualified_name] and wanted.on_unsupported == "error":
+            reasons = "; ".join(against[named.qualified_name])
+            others = ", ".join(o.provider.name for o in usable) or "none"
+            raise PluginError(
+                f"{where}: {wanted.use!r} cannot be used here: {reasons}. Usable: {others}. "
+                "Name one of those, or set on_unsupported: fallback",
+                provider=named.qualified_name,
+            )
+        usable = [named] if not against[named.qualified_name] else usable
+    if not usable:
+        listing = "".join(f"\n  {name}: {'; '.join(why)}" for name, why in against.items()) or " none is installed"
+        raise PluginError(f"{where}: no provider can be used:{listing}{_broken(registry)}")
+    taken = usable[0]
+    rejected = [
+        Rejected(o.provider.name, o.plugin.distribution, against[o.qualified_name] or [_second_best(o, taken, wanted)])
+        for o in offers
+        if o is not taken
+    ]
+    return Choice(
+        socket=socket_name,
+        requested=wanted.use,
+        provider=taken.provider.name,
+        distribution=taken.plugin.distribution,
+        version=taken.plugin.version,
+        contract=taken.provider.contract,
+        options=_options(taken, wanted.options, where),
+        rejected=rejected,
+    )
+
+
+def find(registry: Registry, choice: Choice) -> Offer:
+    """The offer that a plan's choice names, in this process."""
+    for offer in registry.of(choice.socket):
+        if (offer.provider.name, offer.plugin.distribution) == (choice.provider, choice.distribution):
+            return offer
+    why = registry.broken.get(choice.distribution, "it is not installed here")
+    raise PluginError(f"{choice.socket}: the plan takes {choice.provider!r} of {choice.distribution}: {why}")
+
+
+def _reasons(socket: Socket, offer: Offer, context: Context) -> list[str]:
+    provider = offer.provider
+    if provider.contract.split(".")[:2] != socket.contract.split(".")[:2]:
+        return [f"written for contract {provider.contract} of {socket.name}; this core has {socket.contract}"]
+    try:
+        return [str(r) for r in (*socket.undeclared(provider, context), *provider.why_not(context))]
+    except Exception as e:
+        return [f"its why_not raised {type(e).__name__}: {e}"]
+
+
+def _find(registry: Registry, offers: list[Offer], socket: str, name: str, where: str) -> Offer:
+    matches = [o for o in offers if name in (o.provider.name, o.qualified_name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise PluginError(f"{where}: several plugins offer {name!r}; say which: {', '.join(o.qualified_name for o in matches)}")
+    names = [o.provider.name for o in offers]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise PluginError(f"{where}: no provider {name!r}.{hint} Installed: {', '.join(names) or 'none'}.{_broken(registry)}")
+
+
+def _broken(registry: Registry) -> str:
+    if not registry.broken:
+        return ""
+    return "\nBroken plugins: " + "; ".join(f"{dist}: {why}" for dist, why in registry.broken.items())
+
+
+def _second_best(offer: Offer, taken: Offer, wanted: SocketConfig) -> str:
+    if wanted.use in (taken.provider.name, taken.qualified_name):
+        return f"{wanted.use} was asked for"
+    return f"priority {offer.provider.priority}; {taken.provider.name} has {taken.provider.priority}"
+
+
+def _options(offer: Offer, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    model = offer.provider.options
+    try:
+        return model.model_validate(dict(given)).model_dump(mode="json")
+    except ValidationError as e:
+        known = ", ".join(model.model_fields) or "none"
+        problems = "; ".join(f"{where}.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors())
+        raise ConfigError(f"{problems}. Options of {offer.provider.name}: {known}") from None

@@ -1,0 +1,148 @@
+"""Which tokens run now.
+
+There is no prefill phase and no decode phase. A sequence has `num_computed_tokens` and a number of known tokens, and
+each step gives every scheduled sequence some tokens, so that the first catches up with the second. Chunked prefill,
+decode and resumption after preemption are all this one rule.
+
+Running sequences go first, in order; then waiting ones are admitted while tokens, seats and blocks last. A running
+sequence that finds no block takes them from the last running one, which is computed again later: what it has said
+so far is by then part of what it knows, so preemption changes no output.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.sequence import Sequence
+from dovetail.types import SequenceStart, StepPlan
+
+Order = Callable[[Sequence], tuple[float, ...]]
+
+
+def fcfs(seq: Sequence) -> tuple[float, ...]:
+    """First come, first served: `seq_id` counts up."""
+    return (seq.seq_id,)
+
+
+def priority(seq: Sequence) -> tuple[float, ...]:
+    """Lower `priority` first, then first come."""
+    return (seq.request.priority, seq.seq_id)
+
+
+class TokenBudgetScheduler:
+    """The built-in `Scheduler`, for any total order of sequences."""
+
+    def __init__(self, kv: KVCacheManager, order: Order, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.kv = kv
+        self.order = order
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._preemption_due = False
+        self._step_id = 0
+        self._released: list[int] = []
+
+    def add(self, seq: Sequence) -> None:
+        insort(self.waiting, seq, key=self.order)
+
+    def remove(self, seq: Sequence) -> None:
+        (self.running if seq in self.running else self.waiting).remove(seq)
+        self._evict(seq)
+
+    def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        if in_flight and self._preemption_due:
+            return None
+        self._preemption_due = False
+        plan = StepPlan(self._step_id, [], [], [], [], [])
+        budget = self.max_num_batched_tokens
+        may_admit = True
+        i = 0
+        while i < len(self.running) and budget > 0:
+            seq = self.running[i]
+            count = min(seq.num_to_compute, budget)
+            if count > 0 and seq.finish_reason is None:
+                added = self.kv.grow(seq.seq_id, seq.num_computed_tokens + count)
+                if added is None:
+                    may_admit = False
+                    if in_flight:
+                        self._preemption_due = True
+                        break
+                    # The last one pays, perhaps this one itself; those before it already have their rows.
+                    self._preempt(self.running[-1])
+                    continue
+                self._add_row(plan, seq, count, added)
+                budget -= count
+            i += 1
+        if may_admit or not (plan.seq_ids or in_flight):
+            self._admit(plan, budget)
+        if not plan.seq_ids:
+            return None
+        plan.released, self._released = self._released, []
+        self._step_id += 1
+        return plan
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Start waiting sequences, in order, while tokens, seats and blocks last."""
+        for seq in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_num_seqs:
+                break
+            source = self._sibling(seq)
+            if source is not None:
+                if source.num_computed_tokens < source.num_prompt_tokens:
+                    continue  # its prompt is being computed; the next step can share it
+                # The last known token is always computed anew: its logits are needed.
+                shareable = min(seq.num_prompt_tokens, len(seq.tokens) - 1)
+                seq.num_computed_tokens = self.kv.share(source.seq_id, seq.seq_id, shareable)
+            count = min(seq.num_to_compute, budget)
+            added = self.kv.grow(seq.seq_id, seq.num_computed_tokens + count)
+            if added is None:
+                self.kv.free(seq.seq_id)
+                seq.num_computed_tokens = 0
+                break
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=self.order)
+            self._add_row(plan, seq, count, added)
+            budget -= count
+
+    def _add_row(self, plan: StepPlan, seq: Sequence, count: int, added: list[list[int]]) -> None:
+        if not seq.on_worker:
+            plan.starts.append(self._start(seq, added))
+            seq.on_worker = True
+        reaches_end = seq.num_computed_tokens + count == seq.num_tokens
+        samples = reaches_end and seq.num_tokens < seq.max_len
+        plan.seq_ids.append(seq.seq_id)
+        plan.num_tokens.append(count)
+        plan.num_computed.append(seq.num_computed_tokens)
+        plan.samples.append(samples)
+        plan.new_block_ids.append(added)
+        seq.num_computed_tokens += count
+        seq.num_in_flight += samples
+        seq.steps_in_flight += 1
+
+    def _start(self, seq: Sequence, added: list[list[int]]) -> SequenceStart:
+        """The blocks shared so far; those of this step travel in its row."""
+        tables = self.kv.block_ids(seq.seq_id)
+        return seq.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)])
+
+    def _sibling(self, seq: Sequence) -> Sequence | None:
+        """A running sample of the same request that holds, or will hold, the whole prompt."""
+        if len(seq.siblings) < 2:
+            return None
+        return next((s for s in seq.siblings if s is not seq and s.on_worker and s.finish_reason is None), None)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._evict(seq)
+        seq.num_computed_tokens = 0
+        insort(self.waiting, seq, key=self.order)
+        self.num_preemptions += 1
+
+    def _evict(self, seq: Sequence) -> None:
+        self.kv.free(seq.seq_id)
+        if seq.on_worker:
+            self._released.append(seq.seq_id)
+            seq.on_worker = False

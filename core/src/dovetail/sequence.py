@@ -1,0 +1,62 @@
+"""The engine's view of a sequence: known tokens, computed tokens, and what steps in flight will add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dovetail.types import FinishReason, Request, SequenceStart
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample of a request. Changed by the scheduler (what is computed) and by commit (what is known)."""
+
+    seq_id: int
+    request: Request
+    sample_index: int
+    tokens: list[int]
+    """Known tokens: prompt and committed output."""
+    siblings: list[Sequence] = field(default_factory=list)
+    """The other samples of the request that are alive, and this one: they can share prompt blocks."""
+
+    num_computed_tokens: int = 0
+    """Tokens whose KV is in the cache, once the steps in flight have ended."""
+    num_in_flight: int = 0
+    """Tokens that steps in flight will sample: known to be coming, not yet what they are."""
+    steps_in_flight: int = 0
+    """Steps in flight with a row of this sequence: until 0, its blocks may not be freed."""
+    on_worker: bool = False
+    """The worker knows this sequence."""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens, counting those that steps in flight will sample: what `num_computed_tokens` must catch up with."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
+    def max_len(self) -> int:
+        return self.num_prompt_tokens + self.request.max_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens to catch up with now. 0 when all output is known or coming: a last token needs no KV of its own."""
+        if self.num_in_flight + self.num_output_tokens > 0 and self.num_tokens >= self.max_len:
+            return 0
+        return self.num_tokens - self.num_computed_tokens
+
+    def start(self, block_ids: list[list[int]]) -> SequenceStart:
+        """What a worker must be told before the first row of this sequence."""
+        r = self.request
+        return SequenceStart(
+            self.seq_id, r.request_id, self.sample_index, list(self.tokens), self.num_prompt_tokens, block_ids,
+            r.params, r.seed, r.eos_token_ids, self.max_len, r.adapter_id,
+        )  # fmt: skip
