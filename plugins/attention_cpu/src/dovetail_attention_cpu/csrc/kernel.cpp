@@ -7,6 +7,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <utility>
 
 #include "element.h"
@@ -362,23 +364,52 @@ int64_t scratch_bytes(const Step& step) {
   return (rows * (8 * head_size + 6 * kLogitStride + 24) + 8 * kGroup * head_size + 16 * 64 + 4095) / 4096 * 4096;
 }
 
+// Work that threads take piece by piece, and can wait for. Unlike a barrier, it asks nothing of a thread that the system has
+// not let run yet: the others do its share.
+class Phase {
+ public:
+  explicit Phase(int num_pieces) : num_pieces_(num_pieces) {}
+
+  template <class F>
+  void work(F&& f) {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_pieces_;) {
+      f(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+  void wait() const {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < num_pieces_; ++spins)
+      if (spins < 2000)
+        _mm_pause();
+      else
+        std::this_thread::yield();
+  }
+
+ private:
+  const int num_pieces_;
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> done_{0};
+};
+
 void run(const Step& step, const LayerArgs& layer, Rows q, Rows k, Rows v, Cache cache, Rows out, char* workspace) {
   auto* partials = reinterpret_cast<float*>(workspace + step.num_threads * scratch_bytes(step));
-  const int num_items = static_cast<int>(step.items.size()), num_jobs = static_cast<int>(step.jobs.size());
+  const int num_writes = std::min(step.num_tokens, 4 * step.num_threads);
+  Phase writes(num_writes), items(static_cast<int>(step.items.size())), jobs(static_cast<int>(step.jobs.size()));
   with_element(cache.type, [&](auto e) {
-    using E = decltype(e);
 #pragma omp parallel num_threads(step.num_threads) if (step.num_threads > 1)
     {
-      // The system may give fewer threads than were asked for.
-      const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-      write_tokens(step.geometry, cache, step.slots, k, v, static_cast<int64_t>(step.num_tokens) * me / threads,
-                   static_cast<int64_t>(step.num_tokens) * (me + 1) / threads);
-#pragma omp barrier  // rows of one step may share blocks: all is written before any is read
-      Worker<E> worker(step, layer, q, cache, out, workspace + me * scratch_bytes(step), partials);
-#pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < num_items; ++i) worker.attend(step.items[i]);
-#pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < num_jobs; ++i) worker.merge_parts(step.jobs[i]);
+      writes.work([&](int i) {
+        const int64_t n = step.num_tokens;
+        write_tokens(step.geometry, cache, step.slots, k, v, n * i / num_writes, n * (i + 1) / num_writes);
+      });
+      writes.wait();  // rows of one step may share blocks: all is written before any is read
+      char* scratch = workspace + omp_get_thread_num() * scratch_bytes(step);
+      Worker<decltype(e)> worker(step, layer, q, cache, out, scratch, partials);
+      items.work([&](int i) { worker.attend(step.items[i]); });
+      if (!step.jobs.empty()) {
+        items.wait();
+        jobs.work([&](int i) { worker.merge_parts(step.jobs[i]); });
+      }
     }
   });
 }
