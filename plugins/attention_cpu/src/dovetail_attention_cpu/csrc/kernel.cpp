@@ -54,9 +54,10 @@ Factors merge(Softmax& s, Softmax tile) {
 
 inline Vec merge(Vec before, Vec tile, Factors f) { return fma(before, splat(f.before), mul(tile, splat(f.tile))); }
 
-// logits[i][16 * j …] = q[i] · keys of group j, for M rows and N groups.
+// logits[i][16 * j …] = q[i] · keys of group j, for M rows and N groups, of which the first `num_groups` are kept.
 template <class E, int M, int N>
-void dot_keys(const typename E::operand_t* q, int q_stride, const typename E::store_t* const* keys, int steps, float* logits) {
+void dot_keys(const typename E::operand_t* q, int q_stride, const typename E::store_t* const* keys, int steps, int num_groups,
+              float* logits) {
   Vec sums[M][N];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) sums[i][j] = splat(0.f);
@@ -72,7 +73,8 @@ void dot_keys(const typename E::operand_t* q, int q_stride, const typename E::st
     }
   }
   for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) store(logits + i * kLogitStride + j * kLanes, sums[i][j]);
+    for (int j = 0; j < N; ++j)
+      if (j < num_groups) store(logits + i * kLogitStride + j * kLanes, sums[i][j]);
 }
 
 // out[i][16 * j …] (+)= p[i] · values of the groups [begin, end), for M rows and N vectors of the head from dimension d.
@@ -313,8 +315,9 @@ class Worker {
       for_blocks([&](int b, int r, auto m) {
         constexpr int M = decltype(m)::value, N = wide(M);
         const auto [from, to] = groups_of(b);
-        for (int j = std::max(c, from); j < std::min({c + kChunk, end, to}); j += N)
-          dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, s_.logits + r * kLogitStride + j * kGroup);
+        const int stop = std::min({c + kChunk, end, to});
+        for (int j = std::max(c, from); j < stop; j += N)
+          dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, stop - j, s_.logits + r * kLogitStride + j * kGroup);
       });
 
     for (int r = 0; r < rows; ++r) {
