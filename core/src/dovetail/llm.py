@@ -113,8 +113,10 @@ class LLM:
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        shared = params is None or isinstance(params, SamplingParams)
-        each = [params or SamplingParams()] * len(batch) if shared else list(params)  # type: ignore[arg-type]
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(batch)
+        else:
+            each = list(params)
         if len(each) != len(batch):
             raise InvalidRequest(f"{len(batch)} prompts but {len(each)} SamplingParams", param="params")
         states = [RequestState(self._maker.make(p, s), self.tokenizer) for p, s in zip(batch, each, strict=True)]

@@ -23,6 +23,15 @@ class Delta:
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it."""
 
+    def extend(self, later: Delta) -> None:
+        """Merge a later delta of the same sample into this one."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.prompt_logprobs += later.prompt_logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+
 
 class SampleState:
     """One sample's way from tokens to text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class Runner:
             host_seq_lens=host_lens,
             num_seqs=len(host_lens),
             num_tokens=host_start[-1],
-            max_query_len=max(b - a for a, b in zip(host_start, host_start[1:], strict=False)),
+            max_query_len=max(b - a for a, b in pairwise(host_start)),
             max_seq_len=max(host_lens),
         )
 
