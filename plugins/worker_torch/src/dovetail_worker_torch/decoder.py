@@ -108,7 +108,11 @@ def read_config(path: Path, config: dict[str, Any]) -> DecoderConfig:
     windows = window_of_layers(config) if architecture.sliding_window else [None] * num_layers
     if len(windows) != num_layers:
         raise CheckpointError(f"{path}: layer_types has {len(windows)} entries for {num_layers} layers")
-    inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_size, number("max_position_embeddings", 2048))
+    max_position_embeddings = number("max_position_embeddings", 2048)
+    try:
+        inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_size, max_position_embeddings)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
     return DecoderConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,

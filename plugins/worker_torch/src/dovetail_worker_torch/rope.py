@@ -10,14 +10,16 @@ import math
 from typing import Any
 
 import torch
-from dovetail.errors import CheckpointError
 from torch import Tensor
 
 DEFAULT_THETA = 10000.0
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The RoPE part of a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5."""
+    """The RoPE part of a config.json: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5.
+
+    Raises `ValueError` for what no architecture here has.
+    """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     parameters["rope_type"] = parameters.get("rope_type") or parameters.get("type") or "default"
     theta = parameters.get("rope_theta")
@@ -28,17 +30,17 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     parameters["original_max_position_embeddings"] = original
     partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
-        raise CheckpointError(f"config.json: partial_rotary_factor {partial} is not supported for this architecture")
+        raise ValueError(f"partial_rotary_factor {partial} is not supported for this architecture")
     return parameters
 
 
 def inverse_frequencies(parameters: dict[str, Any], head_size: int, max_position_embeddings: int) -> tuple[Tensor, float]:
     """Return `f32[head_size / 2]` in radians per token, and the factor on cos and sin.
 
-    `parameters` as `rope_parameters` returns them. Raises `CheckpointError` for a type or key that is not known.
+    `parameters` as `rope_parameters` returns them. Raises `ValueError` for a type that is not known or a key that is missing.
     """
     if head_size % 2:
-        raise CheckpointError(f"config.json: rotary embeddings need an even head size, found {head_size}")
+        raise ValueError(f"rotary embeddings need an even head size, found {head_size}")
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     pos_freqs = parameters["rope_theta"] ** exponents
     try:
@@ -53,11 +55,9 @@ def inverse_frequencies(parameters: dict[str, Any], head_size: int, max_position
             case "yarn":
                 return _yarn(pos_freqs, parameters, head_size, max_position_embeddings)
             case other:
-                raise CheckpointError(
-                    f"config.json: rope_type {other!r} is not supported; known are default, dynamic, linear, llama3, yarn"
-                )
+                raise ValueError(f"rope_type {other!r} is not supported; known are default, dynamic, linear, llama3, yarn")
     except KeyError as e:
-        raise CheckpointError(f"config.json: rope_type {parameters['rope_type']!r} needs {e.args[0]!r}") from None
+        raise ValueError(f"rope_type {parameters['rope_type']!r} needs {e.args[0]!r}") from None
 
 
 def _llama3(inv_freq: Tensor, parameters: dict[str, Any]) -> Tensor:
