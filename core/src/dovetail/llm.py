@@ -104,6 +104,10 @@ class LLM:
             raise EngineUnavailable("this LLM has been closed")
         return self._engine
 
+    @property
+    def vocab_size(self) -> int:
+        return self._maker.model.vocab_size
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Any:
