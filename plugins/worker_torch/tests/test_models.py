@@ -22,6 +22,7 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 WINDOW = 7  # shorter than the longest sequence
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
 SIZES: dict[str, Any] = {
     "vocab_size": 203,
     "hidden_size": 64,
@@ -68,6 +69,29 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"head_dim": 16, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "attention_bias": True},
     ),
+}
+
+MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 3, "layer_types": MIXED}),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "qwen2-moe": ("Qwen2Moe", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 32}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "olmo2": ("Olmo2", {}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "granite": ("Granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 3.0}),
+    "cohere": ("Cohere", {"logit_scale": 0.3}),
+    "cohere2": ("Cohere2", {"sliding_window": WINDOW, "num_hidden_layers": 4}),
+    "gpt-oss": ("GptOss", {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
+    "phi": ("Phi", {}),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 
 
@@ -152,7 +176,7 @@ def make_checkpoint(folder: Path, architecture: str, changes: dict[str, Any], dt
     import transformers
 
     config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **changes}, attn_implementation="eager")
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.3))
@@ -191,6 +215,13 @@ def test_decoder_is_the_same_as_transformers(name: str, tmp_path: Path, seed: in
     model = check_same(tmp_path, reference)
     if "sliding" in name or name == "mistral":
         assert WINDOW in {layer.window for layer in model.attention_layers}
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_bridged_is_the_same_as_transformers(name: str, tmp_path: Path, seed: int) -> None:
+    architecture, changes = BRIDGED[name]
+    reference = make_checkpoint(tmp_path, architecture, changes)
+    check_same(tmp_path, reference)
 
 
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, seed: int) -> None:

@@ -46,7 +46,7 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
     for path, names, shard in shards:
         stored = set(shard.keys())
         if absent := sorted((names or set()) - stored):
-            raise CheckpointError(f"{path} does not hold {_few(absent)}, although {INDEX} says so")
+            raise CheckpointError(f"{path} does not hold {few(absent)}, although {INDEX} says so")
         # In the order of the file, so that the disk is read forwards.
         for name in shard.offset_keys():
             if names is not None and name not in names:
@@ -58,10 +58,10 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
             missing.discard(name)
             progress("loading weights", done, total)
     if missing:
-        raise CheckpointError(f"{folder} lacks {_few(sorted(missing))}, which the model described by its config.json has")
+        raise CheckpointError(f"{folder} lacks {few(sorted(missing))}, which the model described by its config.json has")
     allowed = set(unused)
     if unknown := [n for n in surplus if n not in allowed and not any(p.search(n) for p in IGNORABLE)]:
-        raise CheckpointError(f"{folder} holds {_few(unknown)}, which the model described by its config.json does not have")
+        raise CheckpointError(f"{folder} holds {few(unknown)}, which the model described by its config.json does not have")
     progress("loading weights", total, total)
 
 
@@ -83,18 +83,18 @@ def shard_files(folder: Path) -> dict[Path, set[str] | None]:
             assert names is not None
             names.add(name)
         if absent := sorted(path.name for path in shards if not path.is_file()):
-            raise CheckpointError(f"{folder} lacks {_few(absent)}, named by {INDEX}: was the download complete?")
+            raise CheckpointError(f"{folder} lacks {few(absent)}, named by {INDEX}: was the download complete?")
         return dict(sorted(shards.items()))
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     if found := sorted(path.name for path in folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}, so {_few(found)} cannot be told apart")
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}, so {few(found)} cannot be told apart")
     pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
     if pickled:
         raise CheckpointError(
-            f"{folder} has pickled weights only ({_few(pickled)}). Unpickling runs code from the file, so they are not read: "
+            f"{folder} has pickled weights only ({few(pickled)}). Unpickling runs code from the file, so they are not read: "
             "convert them to safetensors (transformers' save_pretrained writes it)"
         )
     raise CheckpointError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
@@ -125,7 +125,7 @@ def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
     return int(tensor.nbytes)
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     """The first five, and how many more."""
     rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + rest

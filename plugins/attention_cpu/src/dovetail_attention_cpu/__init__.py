@@ -1,0 +1,72 @@
+"""Paged attention for x86-64 CPUs: C++ that is compiled for the CPU it runs on, at first use.
+
+This module is the light root: it offers the provider and imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.plugins.provider import Context, Options, Provider, Reason
+from pydantic import Field
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+
+    from dovetail_attention_cpu.backend import CpuAttention
+
+CAPABILITIES = AttentionCapabilities(
+    head_sizes=tuple(range(32, 257, 16)),
+    block_sizes=tuple(range(16, 257, 16)),
+    sliding_window=True,
+    logit_soft_cap=True,
+    sinks=True,
+    batch_invariant=True,
+    kv_layout="HND-packed16",
+)
+NEEDED_FLAGS = ("avx2", "fma", "f16c")
+
+
+class CpuOptions(Options):
+    target: Literal["native", "avx2"] = Field(
+        "native", description="instructions to compile for: all that this CPU has, or AVX2 alone (slower; for comparison)"
+    )
+
+
+def why_not(context: Context) -> list[Reason]:
+    device = context.device
+    if device.machine not in ("x86_64", "AMD64"):
+        return [Reason(f"runs on x86-64, and this machine is {device.machine}")]
+    reasons = []
+    if device.system != "Linux":
+        reasons.append(Reason(f"is built for Linux, and this is {device.system}"))
+    if missing := [f for f in NEEDED_FLAGS if f not in device.cpu_flags]:
+        reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
+    if device.compiler is None:
+        reasons.append(Reason("no C++ compiler was found", "install g++ or clang++, or set CXX"))
+    return reasons
+
+
+def build(context: BuildContext, options: CpuOptions) -> CpuAttention:
+    from dovetail_attention_cpu.backend import CpuAttention, openmp_of_torch
+    from dovetail_attention_cpu.build import load_kernel
+
+    return CpuAttention(load_kernel(context.device, options.target, openmp_of_torch()))
+
+
+PROVIDER = Provider(
+    "attention-cpu",
+    "paged attention in C++ for x86-64 CPUs (AVX-512 with BF16 where there is any)",
+    build,
+    CpuOptions,
+    CAPABILITIES,
+    why_not,
+    priority=50,
+)
+
+
+@hookimpl
+def dovetail_attention() -> list[Provider[CpuAttention]]:
+    return [PROVIDER]

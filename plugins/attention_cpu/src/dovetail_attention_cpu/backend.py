@@ -1,0 +1,173 @@
+"""The compiled kernel behind the attention contract: tensors to pointers, and a workspace that `plan` grows."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from dovetail.errors import PluginError
+from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
+from torch import Tensor
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LONG_COST = 5e6
+"""Multiply-adds (about 100 µs) above which Python's lock is let go of. Getting it back may take milliseconds when other
+threads are busy, which short calls must not pay once a layer."""
+
+_i, _n, _f, _p = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "dovetail_plan": (_p, [_p, _p, _i, _i, _i, _i, _i, _i, _p, _n, _p, _i]),
+    "dovetail_free": (None, [_p]),
+    "dovetail_workspace_bytes": (_n, [_p]),
+    "dovetail_cost": (ctypes.c_double, [_p]),
+    "dovetail_run": (None, [_p, _f, _f, _p, _i, *[_p, _n, _n] * 3, _i, _p, _p, _n, _n, _p]),
+    "dovetail_copy_tokens": (None, [_i, _i, _p, _i, _i, _i, _p, _n, _p, _p]),
+    "dovetail_instruction_set": (ctypes.c_char_p, []),
+}
+
+
+def openmp_of_torch() -> Path | None:
+    """The OpenMP library that PyTorch brings along, or None if it uses the system's."""
+    home = Path(torch.__file__).parent
+    found = sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")])
+    return found[0] if found else None
+
+
+class Functions:
+    """The library's functions, typed. `holding` ones keep Python's lock."""
+
+    def __init__(self, path: Path) -> None:
+        free, holding = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+        for library in (free, holding):
+            for name, (result, arguments) in SIGNATURES.items():
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
+        self.plan = holding.dovetail_plan
+        self.free = holding.dovetail_free
+        self.workspace_bytes = holding.dovetail_workspace_bytes
+        self.cost = holding.dovetail_cost
+        self.run_short = holding.dovetail_run
+        self.run_long = free.dovetail_run
+        self.copy_tokens = free.dovetail_copy_tokens
+        self.instruction_set: str = holding.dovetail_instruction_set().decode()
+
+
+class Step:
+    """A step's work for the layers of one geometry. Owns the kernel's work list, and keeps alive what that points to."""
+
+    def __init__(self, functions: Functions, batch: AttentionBatch, layer: AttentionLayer, block_size: int) -> None:
+        table, slots = batch.block_table, batch.slot_mapping
+        if table.dtype is not torch.int32 or slots.dtype is not torch.int64 or table.stride(1) != 1 or slots.stride(0) != 1:
+            raise PluginError("attention: block_table is i32[B, max_blocks] and slot_mapping i64[T], rows contiguous")
+        lengths = ctypes.c_int32 * batch.num_seqs
+        starts = ctypes.c_int32 * (batch.num_seqs + 1)
+        self.kept = (table, slots)
+        self.num_tokens = batch.host_query_start[batch.num_seqs]
+        self.q_shape, self.kv_shape = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
+        self._free: Callable[[int], None] = functions.free
+        self.pointer: int = functions.plan(
+            starts(*batch.host_query_start[: batch.num_seqs + 1]), lengths(*batch.host_seq_lens[: batch.num_seqs]),
+            batch.num_seqs, layer.num_heads, layer.num_kv_heads, layer.head_size, block_size, layer.window or 0,
+            table.data_ptr(), table.stride(0), slots.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        self.run = functions.run_long if functions.cost(self.pointer) > LONG_COST else functions.run_short
+
+    def __del__(self) -> None:
+        if pointer := getattr(self, "pointer", None):
+            self._free(pointer)
+
+
+Plan = dict[int, Step]
+"""By layer index; layers of one geometry share a step."""
+
+
+class CpuAttention:
+    """An `AttentionBackend` over the compiled kernel. One object is used by one thread at a time.
+
+    A layer's cache is one tensor `[num_blocks, Hkv, 2, block_size, D]`: for each block and head its keys, then its values,
+    each packed for vector loads (csrc/element.h), so that a head's part of a block is one stretch of memory.
+    """
+
+    contract: ClassVar[str] = "0.1"
+
+    def __init__(self, library: Path) -> None:
+        self._functions = Functions(library)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def instruction_set(self) -> str:
+        return self._functions.instruction_set
+
+    def allocate_cache(self, spec: KVCacheSpec) -> Tensor:
+        _check(spec.num_kv_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
+        shape = (spec.num_blocks, spec.num_kv_heads, 2, spec.block_size, spec.head_size)
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
+        steps: dict[tuple[int, int, int, int | None], Step] = {}
+        plan: Plan = {}
+        for layer in layers:
+            geometry = (layer.num_heads, layer.num_kv_heads, layer.head_size, layer.window)
+            step = steps.get(geometry)
+            if step is None:
+                _check(layer.num_heads, layer.num_kv_heads, layer.head_size, block_size)
+                step = steps[geometry] = Step(self._functions, batch, layer, block_size)
+                self._grow(self._functions.workspace_bytes(step.pointer))
+            plan[layer.index] = step
+        return plan
+
+    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: Plan, out: Tensor) -> None:
+        step = plan[layer.index]
+        (qt, qh, q1), (kt, kh, k1), (vt, vh, v1), (ot, oh, o1) = q.stride(), k.stride(), v.stride(), out.stride()
+        dtype, n, kv_shape = q.dtype, step.num_tokens, step.kv_shape
+        if not (q1 == k1 == v1 == o1 == 1 and k.dtype == v.dtype == out.dtype == dtype):
+            raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
+        if not (
+            q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0]
+            and q.shape[1:] == out.shape[1:] == step.q_shape and k.shape[1:] == v.shape[1:] == kv_shape
+            and cache.shape[1] == kv_shape[0] and cache.shape[4] == kv_shape[1]
+        ):  # fmt: skip
+            raise PluginError("attention: q and out are [T, Hq, D], k and v [T, Hkv, D], as planned")
+        sinks = layer.sinks
+        if sinks is not None and (sinks.dtype is not torch.float32 or not sinks.is_contiguous()):
+            raise PluginError("attention: sinks are f32[Hq], contiguous")
+        step.run(
+            step.pointer, layer.scale, layer.logit_soft_cap or 0.0, None if sinks is None else sinks.data_ptr(), TYPES[dtype],
+            q.data_ptr(), qt, qh, k.data_ptr(), kt, kh, v.data_ptr(), vt, vh,
+            TYPES[cache.dtype], cache.data_ptr(), out.data_ptr(), ot, oh, self._workspace.data_ptr(),
+        )  # fmt: skip
+
+    def export_kv(self, cache: Tensor, block_ids: list[int]) -> tuple[Tensor, Tensor]:
+        _, num_kv_heads, _, block_size, head_size = cache.shape
+        shape = (len(block_ids), block_size, num_kv_heads, head_size)
+        keys, values = torch.empty(shape, dtype=cache.dtype), torch.empty(shape, dtype=cache.dtype)
+        self._copy(False, cache, block_ids, keys, values)
+        return keys, values
+
+    def import_kv(self, cache: Tensor, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
+        keys, values = (x.to(device="cpu", dtype=cache.dtype).contiguous() for x in (keys, values))
+        self._copy(True, cache, block_ids, keys, values)
+
+    def _copy(self, to_cache: bool, cache: Tensor, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
+        _, num_kv_heads, _, block_size, head_size = cache.shape
+        slots = (torch.tensor(block_ids, dtype=torch.int64)[:, None] * block_size + torch.arange(block_size)).flatten()
+        self._functions.copy_tokens(
+            to_cache, TYPES[cache.dtype], cache.data_ptr(), num_kv_heads, head_size, block_size,
+            slots.data_ptr(), len(slots), keys.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+
+    def _grow(self, num_bytes: int) -> None:
+        if num_bytes > self._workspace.numel():
+            self._workspace = torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _check(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:
+    if head_size % 16 or not 16 <= head_size <= 256 or block_size % 16 or num_heads % num_kv_heads:
+        raise PluginError(
+            f"attention-cpu: head size {head_size} and block size {block_size} must be multiples of 16 (heads to 256), and "
+            f"{num_heads} query heads a multiple of {num_kv_heads} KV heads",
+            provider="attention-cpu",
+        )

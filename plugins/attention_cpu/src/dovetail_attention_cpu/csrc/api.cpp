@@ -1,0 +1,49 @@
+// The C functions that backend.py calls. Neither Python's nor a tensor library's headers are needed to build them.
+#include "kernel.h"
+
+using namespace dovetail;
+
+extern "C" {
+
+// Types travel as 0: float32, 1: bfloat16, 2: float16.
+
+Step* dovetail_plan(const int32_t* query_start, const int32_t* seq_lens, int num_seqs, int num_heads, int num_kv_heads,
+                    int head_size, int block_size, int window, const int32_t* block_table, int64_t block_table_stride,
+                    const int64_t* slots, int num_threads) {
+  auto* step = new Step;
+  step->geometry = {num_heads, num_kv_heads, head_size, block_size, window};
+  step->block_table = block_table;
+  step->block_table_stride = block_table_stride;
+  step->slots = slots;
+  make_step(*step, {query_start, query_start + num_seqs + 1}, {seq_lens, seq_lens + num_seqs}, num_threads);
+  return step;
+}
+
+void dovetail_free(Step* step) { delete step; }
+
+int64_t dovetail_workspace_bytes(const Step* step) {
+  return step->num_threads * scratch_bytes(*step) + step->partial_floats * static_cast<int64_t>(sizeof(float));
+}
+
+double dovetail_cost(const Step* step) { return step->cost; }
+
+void dovetail_run(const Step* step, float scale, float soft_cap, const float* sinks, int type, void* q, int64_t q_token,
+                  int64_t q_head, void* k, int64_t k_token, int64_t k_head, void* v, int64_t v_token, int64_t v_head,
+                  int cache_type, void* cache, void* out, int64_t out_token, int64_t out_head, char* workspace) {
+  const auto t = static_cast<Type>(type);
+  run(*step, {scale, soft_cap, sinks}, {q, q_token, q_head, t}, {k, k_token, k_head, t}, {v, v_token, v_head, t},
+      {cache, static_cast<Type>(cache_type)}, {out, out_token, out_head, t}, workspace);
+}
+
+// Keys and values, contiguous [num_tokens, Hkv, D] of the cache's own type, to or from these slots.
+void dovetail_copy_tokens(int to_cache, int cache_type, void* cache, int num_kv_heads, int head_size, int block_size,
+                          const int64_t* slots, int64_t num_tokens, void* keys, void* values) {
+  const Geometry g{num_kv_heads, num_kv_heads, head_size, block_size, 0};
+  const auto t = static_cast<Type>(cache_type);
+  const int64_t stride = static_cast<int64_t>(num_kv_heads) * head_size;
+  const Rows k{keys, stride, head_size, t}, v{values, stride, head_size, t};
+  (to_cache ? write_tokens : read_tokens)(g, {cache, t}, slots, k, v, 0, num_tokens);
+}
+
+const char* dovetail_instruction_set() { return instruction_set(); }
+}

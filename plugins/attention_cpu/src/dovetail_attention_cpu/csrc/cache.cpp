@@ -1,0 +1,69 @@
+// Tokens into and out of the packed cache (element.h tells its layout).
+#include <algorithm>
+
+#include "element.h"
+
+namespace dovetail {
+namespace {
+
+template <class E>
+struct Place {  // of one token's key and value of one head
+  typename E::store_t *key, *value;
+  int lane;  // token within its group
+
+  Place(const Geometry& g, const Cache& cache, int64_t slot, int head) {
+    const int64_t block = slot / g.block_size;
+    const int offset = static_cast<int>(slot % g.block_size);
+    const int64_t half = static_cast<int64_t>(g.block_size) * g.head_size;
+    auto* base = static_cast<typename E::store_t*>(cache.data) + (block * g.num_kv_heads + head) * 2 * half;
+    key = base + static_cast<int64_t>(offset / kGroup) * kGroup * g.head_size;
+    value = key + half;
+    lane = offset % kGroup;
+  }
+  typename E::store_t& key_at(int d) const { return key[(d / E::pair * kGroup + lane) * E::pair + d % E::pair]; }
+  typename E::store_t& value_at(int d, int head_size) const {
+    return value[(lane / E::pair * head_size + d) * E::pair + lane % E::pair];
+  }
+};
+
+template <class E>
+void write(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {
+  typename E::store_t row[256];
+  for (int64_t t = begin; t < end; ++t)
+    for (int h = 0; h < g.num_kv_heads; ++h) {
+      const Place<E> at(g, cache, slots[t], h);
+      for (int d = 0; d < g.head_size; d += kLanes)
+        E::narrow16(row + d, load_as(k.type, k.data, t * k.token_stride + h * k.head_stride + d));
+      for (int d = 0; d < g.head_size; ++d) at.key_at(d) = row[d];
+      for (int d = 0; d < g.head_size; d += kLanes)
+        E::narrow16(row + d, load_as(v.type, v.data, t * v.token_stride + h * v.head_stride + d));
+      for (int d = 0; d < g.head_size; ++d) at.value_at(d, g.head_size) = row[d];
+    }
+}
+
+template <class E>
+void read(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {
+  typename E::store_t row[256];
+  for (int64_t t = begin; t < end; ++t)
+    for (int h = 0; h < g.num_kv_heads; ++h) {
+      const Place<E> at(g, cache, slots[t], h);
+      for (int d = 0; d < g.head_size; ++d) row[d] = at.key_at(d);
+      for (int d = 0; d < g.head_size; d += kLanes)
+        store_as(k.type, k.data, t * k.token_stride + h * k.head_stride + d, E::widen16(row + d));
+      for (int d = 0; d < g.head_size; ++d) row[d] = at.value_at(d, g.head_size);
+      for (int d = 0; d < g.head_size; d += kLanes)
+        store_as(v.type, v.data, t * v.token_stride + h * v.head_stride + d, E::widen16(row + d));
+    }
+}
+
+}  // namespace
+
+void write_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {
+  with_element(cache.type, [&](auto e) { write<decltype(e)>(g, cache, slots, k, v, begin, end); });
+}
+
+void read_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {
+  with_element(cache.type, [&](auto e) { read<decltype(e)>(g, cache, slots, k, v, begin, end); });
+}
+
+}  // namespace dovetail

@@ -1,0 +1,396 @@
+// One layer of a step: write the keys and values, then attend with an online softmax.
+//
+// After FlashAttention-2 (Dao, 2023) for the tiling and flash-decoding (Dao et al., 2023) for keys split over threads. A
+// query tile's rows are (query, head) pairs of one KV head, so a key is loaded once for all the heads that share it.
+#include "kernel.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "element.h"
+
+namespace dovetail {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kLogitStride = kTile + kLanes;  // not a power of two: rows of a tile fall into different cache sets
+constexpr int kGroupsPerTile = kTile / kGroup;
+#ifdef DOVETAIL_AVX512
+constexpr int kMaxRows = 6;  // 6 rows × 4 vectors of sums, 4 operands and a broadcast fill the 32 registers
+#else
+constexpr int kMaxRows = 2;
+#endif
+
+// The registers' shape for a number of rows: fewer rows take more vectors at a time, to keep enough sums in flight.
+constexpr int wide(int rows) {
+#ifdef DOVETAIL_AVX512
+  return rows <= 3 ? 8 : 4;
+#else
+  return rows <= 1 ? 4 : 2;
+#endif
+}
+
+// The running state of a softmax, in units of log2.
+struct Softmax {
+  float max = -kInf, sum = 0.f;
+};
+
+// What the old and the new sums are multiplied by when a key tile joins.
+struct Factors {
+  float before, tile;
+};
+
+Factors merge(Softmax& s, Softmax tile) {
+  const float top = std::max(s.max, tile.max);
+  const Factors f{s.max == -kInf ? 0.f : exp2(s.max - top), tile.max == -kInf ? 0.f : exp2(tile.max - top)};
+  s.sum = __builtin_fmaf(s.sum, f.before, tile.sum * f.tile);
+  s.max = top;
+  return f;
+}
+
+inline Vec merge(Vec before, Vec tile, Factors f) { return fma(before, splat(f.before), mul(tile, splat(f.tile))); }
+
+// logits[i][16 * j …] = q[i] · keys of group j, for M rows and N groups.
+template <class E, int M, int N>
+void dot_keys(const typename E::operand_t* q, int q_stride, const typename E::store_t* const* keys, int steps, float* logits) {
+  Vec sums[M][N];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) sums[i][j] = splat(0.f);
+  for (int d = 0; d < steps; ++d) {
+    typename E::vec_t k[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) k[j] = E::load(keys[j] + d * kGroup * E::pair);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const auto a = E::splat(q[i * q_stride + d]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sums[i][j] = E::dot(sums[i][j], a, k[j]);
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) store(logits + i * kLogitStride + j * kLanes, sums[i][j]);
+}
+
+// out[i][16 * j …] (+)= p[i] · values of the groups [begin, end), for M rows and N vectors of the head from dimension d.
+template <class E, int M, int N>
+void weigh_values(const typename E::operand_t* p, const typename E::store_t* const* values, int begin, int end, int head_size,
+                  int d, float* out, const Factors* factors) {
+  Vec sums[M][N];
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) sums[i][j] = splat(0.f);
+  for (int g = begin; g < end; ++g) {
+    const auto* group = values[g] + d * E::pair;
+    const auto* weights = p + g * kGroup / E::pair;
+    for (int t = 0; t < kGroup / E::pair; ++t) {
+      typename E::vec_t v[N];
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) v[j] = E::load(group + (t * head_size + j * kLanes) * E::pair);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const auto a = E::splat(weights[i * (kLogitStride / E::pair) + t]);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sums[i][j] = E::dot(sums[i][j], a, v[j]);
+      }
+    }
+  }
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) {
+      float* at = out + i * head_size + d + j * kLanes;
+      store(at, factors ? merge(load(at), sums[i][j], factors[i]) : sums[i][j]);
+    }
+}
+
+// Calls f with the constant `rows` in 1 … kMaxRows.
+template <class F, int... I>
+void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
+  (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
+}
+
+// Where a worker's thread keeps what it computes with, for `rows` rows.
+template <class E>
+struct Scratch {
+  typename E::operand_t *q, *p;  // [rows, D / pair], [rows, kLogitStride / pair]
+  float *logits, *sums;          // [rows, kLogitStride], [rows, D]
+  Softmax *state, *tile;         // [rows]
+  Factors* factors;              // [rows]
+  typename E::store_t* edges;    // [2, 16 * D]
+
+  Scratch(char* memory, int rows, int head_size) {
+    auto take = [&](int64_t bytes) { return std::exchange(memory, memory + (bytes + 63) / 64 * 64); };
+    q = reinterpret_cast<typename E::operand_t*>(take(4LL * rows * head_size));
+    logits = reinterpret_cast<float*>(take(4LL * rows * kLogitStride));
+    // Weights take the logits' place where they have the same type.
+    p = reinterpret_cast<typename E::operand_t*>(E::pair == 1 ? reinterpret_cast<char*>(logits) : take(2LL * rows * kLogitStride));
+    sums = reinterpret_cast<float*>(take(4LL * rows * head_size));
+    state = reinterpret_cast<Softmax*>(take(sizeof(Softmax) * rows));
+    tile = reinterpret_cast<Softmax*>(take(sizeof(Softmax) * rows));
+    factors = reinterpret_cast<Factors*>(take(sizeof(Factors) * rows));
+    edges = reinterpret_cast<typename E::store_t*>(take(8LL * kGroup * head_size));
+  }
+};
+
+// One row of logits in place to weights `p` for the keys [lo, hi) of the tile, zero in the rest of the groups [begin, end).
+template <class E>
+Softmax exponentials(float* logits, typename E::operand_t* p, int lo, int hi, int begin, int end, const LayerArgs& layer) {
+  auto* weights = reinterpret_cast<std::conditional_t<E::pair == 1, float, uint16_t>*>(p);
+  auto put = [&](int g, Vec a) {
+    if constexpr (E::pair == 1)
+      store(weights + g * kGroup, a);
+    else
+      store_bf16(weights + g * kGroup, a);
+  };
+  if (hi <= lo) {
+    for (int g = begin; g < end; ++g) put(g, splat(0.f));
+    return {};
+  }
+  const int first = lo / kGroup, last = (hi + kGroup - 1) / kGroup;
+  const bool capped = layer.soft_cap != 0.f;
+  const Vec scale = splat(capped ? layer.scale / layer.soft_cap : layer.scale * kLog2E), cap = splat(layer.soft_cap * kLog2E);
+  Vec tops = splat(-kInf);
+  for (int g = first; g < last; ++g) {
+    Vec x = mul(load(logits + g * kGroup), scale);
+    if (capped) x = mul(tanh(x), cap);
+    if (g == first || g == last - 1) x = keep(x, lo - g * kGroup, hi - g * kGroup);
+    store(logits + g * kGroup, x);
+    tops = max(x, tops);
+  }
+  Softmax s{reduce_max(tops), 0.f};
+  const Vec top = splat(s.max == -kInf ? 0.f : s.max);
+  Vec sum = splat(0.f);
+  for (int g = begin; g < first; ++g) put(g, splat(0.f));
+  for (int g = first; g < last; ++g) {
+    const Vec x = exp2(sub(load(logits + g * kGroup), top));
+    sum = add(sum, x);
+    put(g, x);
+  }
+  for (int g = last; g < end; ++g) put(g, splat(0.f));
+  s.sum = reduce_add(sum);
+  return s;
+}
+
+void write_out(const float* sums, Softmax s, const float* sink, int head_size, const Rows& out, int64_t offset) {
+  float factor;
+  if (sink) {
+    const float logit = *sink * kLog2E, top = std::max(s.max, logit), weight = exp2(s.max - top);
+    factor = weight / __builtin_fmaf(s.sum, weight, exp2(logit - top));
+  } else {
+    factor = 1.f / s.sum;
+  }
+  for (int d = 0; d < head_size; d += kLanes) store_as(out.type, out.data, offset + d, mul(load(sums + d), splat(factor)));
+}
+
+template <class E>
+class Worker {
+ public:
+  using store_t = typename E::store_t;
+
+  Worker(const Step& step, const LayerArgs& layer, const Rows& q, const Cache& cache, const Rows& out, char* memory,
+         float* partials)
+      : step_(step), g_(step.geometry), layer_(layer), q_(q), out_(out), cache_(static_cast<store_t*>(cache.data)),
+        partials_(partials), s_(memory, step.max_rows, step.geometry.head_size) {}
+
+  void attend(const Item& item) {
+    const int rows = item.num_queries * g_.group();
+    pack_queries(item);
+    if (item.job < 0) {
+      std::fill_n(s_.sums, static_cast<int64_t>(rows) * g_.head_size, 0.f);
+      std::fill_n(s_.state, rows, Softmax{});
+      for (int tile = item.tile_begin; tile < item.tile_end; ++tile) attend_tile(item, rows, tile, nullptr);
+      finish(item, s_.sums, s_.state);
+      return;
+    }
+    const Job& job = step_.jobs[item.job];
+    for (int tile = item.tile_begin; tile < item.tile_end; ++tile)
+      attend_tile(item, rows, tile, partial(job, tile));
+  }
+
+  // Merge the partial results of a query tile, in the order in which a single item would have.
+  void merge_parts(const Job& job) {
+    const int rows = job.all.num_queries * g_.group(), head_size = g_.head_size;
+    std::fill_n(s_.sums, static_cast<int64_t>(rows) * head_size, 0.f);
+    std::fill_n(s_.state, rows, Softmax{});
+    for (int tile = job.all.tile_begin; tile < job.all.tile_end; ++tile) {
+      const float* part = partial(job, tile);
+      const auto* states = reinterpret_cast<const Softmax*>(part + static_cast<int64_t>(rows) * head_size);
+      for (int r = 0; r < rows; ++r) {
+        const Factors f = merge(s_.state[r], states[r]);
+        for (int64_t d = static_cast<int64_t>(r) * head_size; d < static_cast<int64_t>(r + 1) * head_size; d += kLanes)
+          store(s_.sums + d, merge(load(s_.sums + d), load(part + d), f));
+      }
+    }
+    finish(job.all, s_.sums, s_.state);
+  }
+
+ private:
+  // [rows, D] sums, then [rows] softmax states.
+  float* partial(const Job& job, int tile) const {
+    const int64_t rows = static_cast<int64_t>(job.all.num_queries) * g_.group();
+    return partials_ + job.partials + (tile - job.all.tile_begin) * rows * (g_.head_size + 2);
+  }
+
+  void pack_queries(const Item& item) {
+    auto* packed = reinterpret_cast<std::conditional_t<E::pair == 1, float, uint16_t>*>(s_.q);
+    for (int i = 0; i < item.num_queries; ++i)
+      for (int h = 0; h < g_.group(); ++h, packed += g_.head_size) {
+        const int64_t from = (item.token + i) * q_.token_stride + (item.head * g_.group() + h) * q_.head_stride;
+        for (int d = 0; d < g_.head_size; d += kLanes) {
+          const Vec x = load_as(q_.type, q_.data, from + d);
+          if constexpr (E::pair == 1)
+            store(packed + d, x);
+          else
+            store_bf16(packed + d, x);
+        }
+      }
+  }
+
+  void finish(const Item& item, const float* sums, const Softmax* state) {
+    for (int i = 0, r = 0; i < item.num_queries; ++i)
+      for (int h = 0; h < g_.group(); ++h, ++r) {
+        const int head = item.head * g_.group() + h;
+        write_out(sums + static_cast<int64_t>(r) * g_.head_size, state[r], layer_.sinks ? layer_.sinks + head : nullptr,
+                  g_.head_size, out_, (item.token + i) * out_.token_stride + head * out_.head_stride);
+      }
+  }
+
+  // The keys [lo, hi) of a tile (counted from its start) that the query at `position` sees; empty where hi <= lo.
+  std::pair<int, int> visible(int position, int tile) const {
+    const int from = g_.window ? std::max(0, position - g_.window + 1) : 0;
+    return {std::max(0, from - tile * kTile), std::min(kTile, position + 1 - tile * kTile)};
+  }
+
+  // A group's values of which only the tokens [lo, hi) may be read: a copy with zeros in place of the others, whose
+  // slots belong to nobody and may hold NaN, which a weight of zero would not hide.
+  const store_t* clean(const store_t* values, int lo, int hi, store_t* copy) const {
+    for (int t = 0; t < kGroup; t += E::pair)
+      for (int d = 0; d < g_.head_size; ++d)
+        for (int i = 0; i < E::pair; ++i) {
+          const int at = (t / E::pair * g_.head_size + d) * E::pair + i;
+          copy[at] = t + i >= lo && t + i < hi ? values[at] : store_t{0};
+        }
+    return copy;
+  }
+
+  void attend_tile(const Item& item, int rows, int tile, float* part) {
+    const int head_size = g_.head_size, group = g_.group(), steps = head_size / E::pair;
+    const int last_position = item.position + item.num_queries - 1;
+    const int lo = visible(item.position, tile).first, hi = visible(last_position, tile).second;
+    const int begin = lo / kGroup, end = (hi + kGroup - 1) / kGroup;
+
+    const store_t *keys[kGroupsPerTile + 8], *values[kGroupsPerTile];
+    const int32_t* table = step_.block_table + item.row * step_.block_table_stride;
+    const int64_t half = static_cast<int64_t>(g_.block_size) * head_size;
+    for (int j = begin; j < end; ++j) {
+      const int position = tile * kTile + j * kGroup;
+      const int64_t block = table[position / g_.block_size];
+      keys[j] = cache_ + (block * g_.num_kv_heads + item.head) * 2 * half + position % g_.block_size * head_size;
+      values[j] = keys[j] + half;
+    }
+    for (int j = end; j < end + 8; ++j) keys[j] = keys[end - 1];  // the last call's surplus groups: computed, not used
+    if (lo % kGroup) values[begin] = clean(values[begin], lo % kGroup, hi - begin * kGroup, s_.edges);
+    if (hi % kGroup && !(lo % kGroup && end - 1 == begin))
+      values[end - 1] = clean(values[end - 1], 0, hi % kGroup, s_.edges + kGroup * head_size);
+
+    // Registers take up to kMaxRows rows at a time: blocks of equal height, give or take one.
+    const int num_blocks = (rows + kMaxRows - 1) / kMaxRows;
+    auto first_row = [&](int b) { return rows * b / num_blocks; };
+    auto groups_of = [&](int b) {  // that a block of rows sees
+      const int from = visible(item.position + first_row(b) / group, tile).first;
+      const int to = visible(item.position + (first_row(b + 1) - 1) / group, tile).second;
+      return std::pair{from / kGroup, (to + kGroup - 1) / kGroup};
+    };
+    auto for_blocks = [&](auto&& f) {
+      for (int b = 0; b < num_blocks; ++b)
+        with_rows(first_row(b + 1) - first_row(b), [&](auto m) { f(b, first_row(b), m); },
+                  std::make_integer_sequence<int, kMaxRows>{});
+    };
+
+    constexpr int kChunk = 8;  // key groups that stay in L1 while all rows pass over them
+    for (int c = begin; c < end; c += kChunk)
+      for_blocks([&](int b, int r, auto m) {
+        constexpr int M = decltype(m)::value, N = wide(M);
+        const auto [from, to] = groups_of(b);
+        for (int j = std::max(c, from); j < std::min({c + kChunk, end, to}); j += N)
+          dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, s_.logits + r * kLogitStride + j * kGroup);
+      });
+
+    for (int r = 0; r < rows; ++r) {
+      const auto [from, to] = visible(item.position + r / group, tile);
+      s_.tile[r] = exponentials<E>(s_.logits + r * kLogitStride, s_.p + r * (kLogitStride / E::pair), from, to, begin, end, layer_);
+    }
+    if (part)
+      std::copy_n(s_.tile, rows, reinterpret_cast<Softmax*>(part + static_cast<int64_t>(rows) * head_size));
+    else
+      for (int r = 0; r < rows; ++r) s_.factors[r] = merge(s_.state[r], s_.tile[r]);
+
+    float* sums = part ? part : s_.sums;
+    const int vectors = head_size / kLanes;
+    for (int d = 0; d < vectors; d += kChunk)
+      for_blocks([&](int b, int r, auto m) {
+        constexpr int M = decltype(m)::value, N = wide(M);
+        const auto [from, to] = groups_of(b);
+        const Factors* factors = part ? nullptr : s_.factors + r;
+        auto weigh = [&](auto n, int at) {
+          weigh_values<E, M, decltype(n)::value>(s_.p + r * (kLogitStride / E::pair), values, std::max(from, begin),
+                                                 std::min(to, end), head_size, at * kLanes, sums + r * head_size, factors);
+        };
+        int at = d;
+        const int stop = std::min(vectors, d + kChunk);
+        for (; at + N <= stop; at += N) weigh(std::integral_constant<int, N>{}, at);
+        if constexpr (N > 4)
+          if (at + 4 <= stop) weigh(std::integral_constant<int, 4>{}, at), at += 4;
+        if constexpr (N > 2)
+          if (at + 2 <= stop) weigh(std::integral_constant<int, 2>{}, at), at += 2;
+        if (at < stop) weigh(std::integral_constant<int, 1>{}, at);
+      });
+  }
+
+  const Step& step_;
+  const Geometry g_;
+  const LayerArgs& layer_;
+  const Rows &q_, &out_;
+  const store_t* cache_;
+  float* partials_;
+  Scratch<E> s_;
+};
+
+}  // namespace
+
+int64_t scratch_bytes(const Step& step) {
+  const int64_t rows = step.max_rows, head_size = step.geometry.head_size;
+  return (rows * (8 * head_size + 6 * kLogitStride + 24) + 8 * kGroup * head_size + 16 * 64 + 4095) / 4096 * 4096;
+}
+
+void run(const Step& step, const LayerArgs& layer, Rows q, Rows k, Rows v, Cache cache, Rows out, char* workspace) {
+  auto* partials = reinterpret_cast<float*>(workspace + step.num_threads * scratch_bytes(step));
+  const int num_items = static_cast<int>(step.items.size()), num_jobs = static_cast<int>(step.jobs.size());
+  with_element(cache.type, [&](auto e) {
+    using E = decltype(e);
+#pragma omp parallel num_threads(step.num_threads) if (step.num_threads > 1)
+    {
+      // The system may give fewer threads than were asked for.
+      const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+      write_tokens(step.geometry, cache, step.slots, k, v, static_cast<int64_t>(step.num_tokens) * me / threads,
+                   static_cast<int64_t>(step.num_tokens) * (me + 1) / threads);
+#pragma omp barrier  // rows of one step may share blocks: all is written before any is read
+      Worker<E> worker(step, layer, q, cache, out, workspace + me * scratch_bytes(step), partials);
+#pragma omp for schedule(dynamic, 1)
+      for (int i = 0; i < num_items; ++i) worker.attend(step.items[i]);
+#pragma omp for schedule(dynamic, 1)
+      for (int i = 0; i < num_jobs; ++i) worker.merge_parts(step.jobs[i]);
+    }
+  });
+}
+
+const char* instruction_set() {
+#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
+  return "AVX-512 with BF16";
+#elif defined(DOVETAIL_AVX512)
+  return "AVX-512";
+#else
+  return "AVX2";
+#endif
+}
+
+}  // namespace dovetail

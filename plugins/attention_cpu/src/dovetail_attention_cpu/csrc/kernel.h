@@ -1,0 +1,79 @@
+// Paged attention on a CPU: what plan.cpp, cache.cpp and kernel.cpp share. No tensor library takes part.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace dovetail {
+
+enum class Type : int { f32, bf16, f16 };
+
+constexpr int kGroup = 16;  // keys that the cache stores side by side, one a vector lane
+constexpr int kTile = 256;  // keys between two updates of the running maximum; tiles start at multiples of it
+
+// [T, heads, D], the last dimension contiguous; strides in elements.
+struct Rows {
+  void* data;
+  int64_t token_stride, head_stride;
+  Type type;
+};
+
+struct Geometry {
+  int num_heads, num_kv_heads, head_size, block_size;
+  int window;  // 0: none
+
+  int group() const { return num_heads / num_kv_heads; }
+};
+
+// A tile of one row's queries against the key tiles [tile_begin, tile_end), for one KV head.
+struct Item {
+  int32_t row, head;
+  int32_t token, num_queries;  // of the step
+  int32_t position;            // of the first query in its sequence
+  int32_t tile_begin, tile_end;
+  int32_t job;  // index into Step::jobs where the keys are split over items, else -1
+};
+
+// A query tile whose keys are split: every key tile leaves a partial result, and they are merged in order.
+struct Job {
+  Item all;
+  int64_t partials;  // offset in floats
+};
+
+struct Step {
+  Geometry geometry;
+  std::vector<Item> items;
+  std::vector<Job> jobs;
+  int num_tokens = 0, num_threads = 1, max_rows = 1;
+  int64_t partial_floats = 0;
+  double cost = 0;  // multiply-adds
+  const int32_t* block_table = nullptr;
+  int64_t block_table_stride = 0;
+  const int64_t* slots = nullptr;
+};
+
+struct Cache {
+  void* data;  // [num_blocks, Hkv, 2, block_size, D] in the packed layout
+  Type type;
+};
+
+struct LayerArgs {
+  float scale, soft_cap;  // soft_cap 0: none
+  const float* sinks;     // [Hq] or null
+};
+
+// Divide a step's work. `query_start` has num_seqs + 1 entries.
+void make_step(Step& step, const std::vector<int32_t>& query_start, const std::vector<int32_t>& seq_lens, int num_threads);
+
+int64_t scratch_bytes(const Step& step);  // for one thread
+
+// `workspace`: num_threads * scratch_bytes, then partial_floats floats; 64-byte aligned.
+void run(const Step& step, const LayerArgs& layer, Rows q, Rows k, Rows v, Cache cache, Rows out, char* workspace);
+
+// Tokens to and from the cache: what `run` does first, and import and export of blocks.
+void write_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end);
+void read_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end);
+
+const char* instruction_set();
+
+}  // namespace dovetail
