@@ -18,10 +18,11 @@ from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
+from torch import Tensor
+
 from dovetail_worker_torch.checkpoint import Target, load_tensors
 from dovetail_worker_torch.linear import Linear, LinearLayer, MakeLinear, Part, linear_maker
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate
-from torch import Tensor
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.model import Attend

@@ -7,8 +7,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from dovetail_worker_torch.checkpoint import Target
 from torch import Tensor
+
+from dovetail_worker_torch.checkpoint import Target
 
 
 class Part(NamedTuple):

@@ -16,8 +16,9 @@ from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from dovetail_worker_torch import decoder
 from torch import Tensor
+
+from dovetail_worker_torch import decoder
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer_index, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D]

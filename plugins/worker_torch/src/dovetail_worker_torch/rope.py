@@ -67,9 +67,10 @@ def _llama3(inv_freq: Tensor, parameters: dict[str, Any]) -> Tensor:
     are blended linearly in the number of turns over the original context.
     """
     factor, low, high = parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"]
-    turns: Tensor = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * inv_freq / factor + kept * inv_freq
+    scaled: Tensor = (1 - kept) * inv_freq / factor + kept * inv_freq
+    return scaled
 
 
 def _yarn(pos_freqs: Tensor, parameters: dict[str, Any], head_size: int, max_position: int) -> tuple[Tensor, float]:
