@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +76,18 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 MOE = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
 BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "scale_attn_by_inverse_layer_idx": True}),
-    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5}),
+    "gpt2": (
+        "GPT2",
+        {
+            "n_embd": 64,
+            "n_head": 4,
+            "n_layer": 2,
+            "n_positions": 64,
+            "num_key_value_heads": 4,
+            "scale_attn_by_inverse_layer_idx": True,
+        },
+    ),
+    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5, "num_key_value_heads": 4}),
     "gemma2": (
         "Gemma2",
         {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
@@ -91,8 +104,23 @@ BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOss", {"head_dim": 16, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "starcoder2": ("Starcoder2", {"sliding_window": WINDOW}),
     "phi": ("Phi", {}),
-    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gemma": ("Gemma", {"head_dim": 32}),
+    "olmo3": ("Olmo3", {"sliding_window": WINDOW, "num_hidden_layers": 4}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),  # every fourth layer without positions
+    "qwen3-moe": ("Qwen3Moe", {**MOE, "head_dim": 16, "num_experts": 4}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "gpt-bigcode": ("GPTBigCode", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_key_value_heads": 1}),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Threads of tiny operations wait for each other longer than they work, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -224,6 +252,18 @@ def test_bridged_is_the_same_as_transformers(name: str, tmp_path: Path, seed: in
     check_same(tmp_path, reference)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2"])
+def test_windows_are_known_from_configs_without_layer_types(name: str, tmp_path: Path, seed: int) -> None:
+    architecture, changes = BRIDGED[name]
+    changes = {key: value for key, value in changes.items() if key != "layer_types"} | {"num_hidden_layers": 7}
+    reference = make_checkpoint(tmp_path, architecture, changes)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["layer_types"]
+    path.write_text(json.dumps(config))
+    check_same(tmp_path, reference)
+
+
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, seed: int) -> None:
     reference = make_checkpoint(tmp_path, "Llama", {"rope_parameters": LLAMA3}, torch.bfloat16)
     prompt = [random.randrange(SIZES["vocab_size"]) for _ in range(20)]
@@ -275,3 +315,39 @@ def test_inverse_frequencies_are_those_of_transformers(rope_type: str, seed: int
     inv_freq, our_scale = inverse_frequencies(rope_parameters(config), size, 4096)
     assert our_scale == pytest.approx(scale)
     torch.testing.assert_close(inv_freq, expected, rtol=1e-5, atol=0)
+
+
+def test_text_of_a_multimodal_model(tmp_path: Path, seed: int) -> None:
+    text = {**SIZES, "head_dim": 16, "sliding_window": WINDOW, "num_hidden_layers": 3, "layer_types": MIXED}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"text_config": text, "vision_config": {**vision, "image_size": 8, "patch_size": 4}}
+    ids = {"image_token_index": 203, "boi_token_index": 204, "eoi_token_index": 205}
+    check_same(tmp_path, make_checkpoint(tmp_path, "Gemma3", {**parts, **ids, "mm_tokens_per_image": 4}))
+
+
+def test_engines_in_threads_do_not_meet(tmp_path: Path, seed: int) -> None:
+    """Two bridged models of different sizes, a step of each waiting in the middle for one of the other's."""
+    references, models = [], []
+    for name, layers in (("gpt-neox", 2), ("gemma2", 3)):
+        architecture, changes = BRIDGED[name]
+        references.append(make_checkpoint(tmp_path / name, architecture, {**changes, "num_hidden_layers": layers}))
+        models.append(load_model(tmp_path / name, dtype=torch.float32, device=CPU, progress=lambda *_: None))
+    prompt = [random.randrange(SIZES["vocab_size"]) for _ in range(12)]
+    barrier = threading.Barrier(2)
+
+    def run(model: Model) -> Tensor:
+        attention = DenseAttention(model.attention_layers)
+        attention.rows = [(0, len(prompt))]
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if index < 2:
+                barrier.wait(timeout=60)
+            return attention(index, q, k, v)
+
+        with torch.inference_mode():
+            return model.logits(model.forward(torch.tensor(prompt), torch.arange(len(prompt)), attend))
+
+    with ThreadPoolExecutor(2) as threads:
+        for ours, reference in zip(threads.map(run, models), references, strict=True):
+            theirs = reference(torch.tensor([prompt]), use_cache=False).logits[0]
+            assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()

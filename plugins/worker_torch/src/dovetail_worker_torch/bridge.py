@@ -23,9 +23,10 @@ from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.model import Attend
@@ -76,16 +77,23 @@ def load_bridged(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         _check_config(folder, config, trust_remote_code)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, **local, dtype=dtype, attn_implementation=NAME, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as e:
+        # Mismatched shapes are let through here, because the report names them and transformers' own error does not.
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, **local, dtype=dtype, attn_implementation=NAME, use_safetensors=True, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        model, report = loaded
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
+        if isinstance(e, KeyError) and e.args == (NAME,):
+            reason = f"{config.architectures[0]} chooses its attention from a fixed list, not from transformers' registry"
+            raise CheckpointError(f"{folder}: {reason}") from None
         raise CheckpointError(f"{folder}: transformers cannot load it: {e}") from e
     for what, names in (("lacks", report["missing_keys"]), ("has no place for", report["unexpected_keys"])):
         if names:
             raise CheckpointError(f"{folder}: transformers {what} {few(sorted(names))}")
     if report["mismatched_keys"]:
-        raise CheckpointError(f"{folder}: shapes do not fit the config: {few(sorted(map(str, report['mismatched_keys'])))}")
+        name, found, expected = sorted(report["mismatched_keys"])[0]
+        raise CheckpointError(f"{folder}: {name} has shape {list(found)}, the model's config asks for {list(expected)}")
     model = model.to(device).eval().requires_grad_(False)
     progress("loading weights", total, total)
     return BridgedModel(folder, model, device)
@@ -99,16 +107,16 @@ def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
         raise CheckpointError(f"{path}: {architecture} is an encoder-decoder; only decoder-only models are served")
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote:
-        known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        known: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if known is None or known.__name__ != architecture:
             served = f"; for this config it is {known.__name__}" if known else ""
             raise CheckpointError(f"{path}: {architecture} is not a causal language model of transformers{served}")
     if other := sorted(set(getattr(text, "layer_types", None) or ()) - KINDS):
         raise CheckpointError(f"{path}: {architecture} has layers of kind {few(other)}, which attention backends do not serve")
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope, length = getattr(text, "rope_parameters", None) or {}, getattr(text, "max_position_embeddings", 0)
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        original = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
-        if parameters.get("rope_type") == "longrope" and text.max_position_embeddings > original:
+        original = parameters.get("original_max_position_embeddings") or length
+        if parameters.get("rope_type") == "longrope" and length > original:
             raise CheckpointError(
                 f"{path}: longrope past {original} positions is not supported: transformers chooses the frequencies by the "
                 "longest sequence of the batch, so that a request's output would depend on its neighbours"
@@ -227,11 +235,17 @@ class BridgedModel:
         )
 
 
+class _BodyOutput(MoeModelOutputWithPast):
+    """What any family's head looks at."""
+
+    cross_attentions = image_hidden_states = None
+
+
 class _Passthrough(nn.Module):
     """A body that gives back the hidden states that it is given."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=inputs_embeds)
 
     @property
     def decoder(self) -> _Passthrough:

@@ -42,7 +42,7 @@ def inverse_frequencies(parameters: dict[str, Any], head_size: int, max_position
     if head_size % 2:
         raise ValueError(f"rotary embeddings need an even head size, found {head_size}")
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-    pos_freqs = parameters["rope_theta"] ** exponents
+    pos_freqs: Tensor = parameters["rope_theta"] ** exponents
     try:
         match parameters["rope_type"]:
             case "default" | "dynamic":
@@ -69,7 +69,8 @@ def _llama3(inv_freq: Tensor, parameters: dict[str, Any]) -> Tensor:
     factor, low, high = parameters["factor"], parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * inv_freq / factor + kept * inv_freq
+    scaled: Tensor = (1 - kept) * inv_freq / factor + kept * inv_freq
+    return scaled
 
 
 def _yarn(pos_freqs: Tensor, parameters: dict[str, Any], head_size: int, max_position: int) -> tuple[Tensor, float]:
