@@ -6,15 +6,16 @@ import os
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import Overloaded
 from dovetail.kv_cache import PagedKVCache, blocks_per_sequence
 from dovetail.scheduler import TokenBudgetScheduler, fcfs, priority
 from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 MAX_LEN = 48
 EOS = 7

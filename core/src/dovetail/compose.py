@@ -22,8 +22,8 @@ from dovetail.interfaces.worker import Progress, Worker
 from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Registry, load_registry
-from dovetail.plugins.provider import Context
 from dovetail.plugins.selection import choose, find
+from dovetail.provider import Context
 from dovetail.types import KVGroup
 
 
@@ -102,7 +102,7 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
         max_model_len=length,
         layer_kinds=[k.kind for k in model.layer_kinds],
         choices=choices,
-        overlap=config.overlap,
+        overlap=device != "cpu" if config.overlap == "auto" else config.overlap,
         max_num_waiting=config.max_num_waiting,
         trust_remote_code=config.trust_remote_code,
         architecture=model.architecture,

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from dovetail.errors import CheckpointError
 from dovetail_worker_torch.checkpoint import INDEX, SINGLE, Target, load_tensors
 from dovetail_worker_torch.decoder import Decoder
 from dovetail_worker_torch.linear import Linear
 from dovetail_worker_torch.model import load_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 CPU = torch.device("cpu")
 H, FFN, HEADS, KV_HEADS, D, VOCAB = 32, 48, 4, 2, 8, 61

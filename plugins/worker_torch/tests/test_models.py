@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from dovetail.facts import model_facts
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail_worker_torch.model import Model, load_model
 from dovetail_worker_torch.rope import inverse_frequencies, rope_parameters
-from torch import Tensor
 
 CPU = torch.device("cpu")
 WINDOW = 7  # shorter than the longest sequence

@@ -109,7 +109,9 @@ def _engine_flags(parser: argparse.ArgumentParser, *, with_config: bool = True) 
         group.add_argument("--config", dest="config_file", metavar="FILE", help="a composition file (YAML or TOML)")
     for flag, key, kind, help in _FLAGS:
         group.add_argument(flag, dest=f"engine:{key}", type=kind, help=help)
-    group.add_argument("--no-overlap", dest="engine:overlap", action="store_false", default=None, help="use the plain loop")
+    group.add_argument(
+        "--overlap", dest="engine:overlap", action=argparse.BooleanOptionalAction, help="schedule a step while one runs"
+    )
     group.add_argument("--trust-remote-code", dest="engine:trust_remote_code", action="store_true", default=None)
     group.add_argument("--tensor-parallel-size", type=int, default=1, help="only 1 so far")
 

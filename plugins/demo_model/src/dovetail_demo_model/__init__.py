@@ -7,7 +7,7 @@ from typing import Any
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.model import ModelSource
-from dovetail.plugins.provider import Options, Provider
+from dovetail.provider import Options, Provider
 
 WEIGHTS = Path(__file__).parent / "weights"
 

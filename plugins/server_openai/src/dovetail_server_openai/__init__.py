@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dovetail.hookspecs import hookimpl
-from dovetail.plugins.provider import Options, Provider
 from pydantic import Field, SecretStr
+
+from dovetail.hookspecs import hookimpl
+from dovetail.provider import Options, Provider
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
-
     from dovetail_server_openai.server import OpenAIServer
 
 

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dovetail import __version__
-from dovetail.errors import InvalidRequest, ModelNotFound
-from dovetail.serving import AsyncEngine
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dovetail import __version__
+from dovetail.errors import InvalidRequest, ModelNotFound
+from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions, failures
 from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dovetail.errors import DovetailError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from dovetail.errors import DovetailError
 
 log = logging.getLogger("dovetail.server")
 
@@ -18,6 +19,8 @@ TYPES = {
     413: "BadRequestError", 429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 MAX_MESSAGE = 1000
+_UNION_ARMS = ("list[", "str", "int", "function")
+"""Parts of an error's path that name a type, not a field."""
 
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"][1:] if not str(p).startswith(("list[", "constrained", "function")))
+        path = ".".join(str(p) for p in first["loc"][1:] if not str(p).startswith(_UNION_ARMS))
         return error_response(f"{path + ': ' if path else ''}{first['msg']}", 400, path.split(".")[0] or None)
 
     @app.exception_handler(HTTPException)

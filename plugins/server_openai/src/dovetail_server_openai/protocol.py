@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from dovetail.errors import InvalidRequest
 from dovetail.types import SamplingParams
-from pydantic import BaseModel, ConfigDict, Field
 
 
 class Body(BaseModel):

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import msgspec
 import orjson
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response, StreamingResponse
+
 from dovetail.errors import DovetailError, InvalidRequest, ModelNotFound
 from dovetail.frontend.outputs import Delta
 from dovetail.serving import AsyncEngine
 from dovetail.types import Request
-from fastapi import Request as HttpRequest
-from fastapi.responses import Response, StreamingResponse
-
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.answers import Choice, CompletionLogprobs, chat_logprobs, prompt_logprobs, usage
 from dovetail_server_openai.failures import error_body

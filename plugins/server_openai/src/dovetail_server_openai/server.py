@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+
 from dovetail.errors import ConfigError
 from dovetail.serving import AsyncEngine
-
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.app import make_app
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.plugins.provider import Context, Options, Provider, Reason
-from pydantic import Field
+from dovetail.provider import Context, Options, Provider, Reason
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
-
     from dovetail_worker_torch.attention import ReferenceAttention
     from dovetail_worker_torch.worker import TorchWorker
 

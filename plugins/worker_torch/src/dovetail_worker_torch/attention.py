@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities, AttentionLayer, KVCacheSpec
 from torch import Tensor
+
+from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities, AttentionLayer, KVCacheSpec
 
 REFERENCE_CAPABILITIES = AttentionCapabilities(
     devices=("cpu", "cuda"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from dovetail.types import KVGroup, SequenceStart, StepPlan
 
 I32 = npt.NDArray[np.int32]

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
 from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
-
 from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 
 if TYPE_CHECKING:

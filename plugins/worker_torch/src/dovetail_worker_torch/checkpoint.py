@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
 from dovetail.interfaces.worker import Progress
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from torch import Tensor
-
 from dovetail_worker_torch.checkpoint import Target, load_tensors
 from dovetail_worker_torch.linear import Linear, LinearLayer, MakeLinear, Part, linear_maker
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from torch import Tensor
-
 from dovetail_worker_torch import decoder
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

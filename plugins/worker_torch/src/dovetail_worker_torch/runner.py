@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
-from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from torch import Tensor
 
+from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
+from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import SequenceTable, StepInputs
 from dovetail_worker_torch.model import Model
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs

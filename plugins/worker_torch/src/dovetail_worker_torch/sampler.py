@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from dovetail.types import SamplingParams, SequenceStart, TokenLogprobs
 from torch import Tensor
 
+from dovetail.types import SamplingParams, SequenceStart, TokenLogprobs
 from dovetail_worker_torch.noise import perturb_, row_keys
 
 MASKED = -math.inf

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dovetail.compose import BuildContext
 from dovetail.errors import OutOfMemory
 from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
 from dovetail.interfaces.worker import Progress
 from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
-
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.memory import kv_memory
