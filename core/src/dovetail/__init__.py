@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from dovetail.config import EngineConfig, load_config
     from dovetail.hookspecs import hookimpl
     from dovetail.llm import LLM, Completion, RequestOutput
-    from dovetail.plugins.provider import Options, Provider, Reason
+    from dovetail.provider import Options, Provider, Reason
     from dovetail.serving import AsyncEngine
     from dovetail.types import SamplingParams
 
@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "llm", "Completion": "llm", "RequestOutput": "llm", "AsyncEngine": "serving", "SamplingParams": "types",
-    "EngineConfig": "config", "load_config": "config", "hookimpl": "hookspecs", "Options": "plugins.provider",
-    "Provider": "plugins.provider", "Reason": "plugins.provider",
+    "EngineConfig": "config", "load_config": "config", "hookimpl": "hookspecs", "Options": "provider",
+    "Provider": "provider", "Reason": "provider",
 }  # fmt: skip
 
 __all__ = [

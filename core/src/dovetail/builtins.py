@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from dovetail.hookspecs import hookimpl
-from dovetail.plugins.provider import Options, Provider
+from dovetail.provider import Options, Provider
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext

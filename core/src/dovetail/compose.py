@@ -17,12 +17,13 @@ from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginErr
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.model import ModelSource
+from dovetail.interfaces.server import Server
 from dovetail.interfaces.worker import Progress, Worker
 from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Registry, load_registry
-from dovetail.plugins.provider import Context
 from dovetail.plugins.selection import choose, find
+from dovetail.provider import Context
 from dovetail.types import KVGroup
 
 
@@ -69,8 +70,6 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
     folder, model_choice = _find_model(config, registry, facts, device)
     model = model_facts(folder)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
-    context = Context(facts, model, device, dtype)
-
     def take(socket: str, wanted: SocketConfig, where: str | None = None, **needs: Any) -> Choice:
         return choose(registry, socket, wanted, Context(facts, model, device, dtype, needs), where)
 
@@ -94,7 +93,6 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
         raise ConfigError(
             f"max_model_len: {length} is longer than the model's context of {model.max_position_embeddings} tokens"
         )
-    del context
     return Plan(
         model=config.model,
         served_model_name=config.served_model_name or config.model,
@@ -104,7 +102,7 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
         max_model_len=length,
         layer_kinds=[k.kind for k in model.layer_kinds],
         choices=choices,
-        overlap=config.overlap,
+        overlap=device != "cpu" if config.overlap == "auto" else config.overlap,
         max_num_waiting=config.max_num_waiting,
         trust_remote_code=config.trust_remote_code,
         architecture=model.architecture,
@@ -132,6 +130,15 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
     except BaseException:
         worker.close()
         raise
+
+
+def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = None) -> Server:
+    """Build the server of a plan, in the front-end. Its options come from `config`: a plan holds no secrets."""
+    registry = load_registry() if registry is None else registry
+    offer = find(registry, plan.choices["server"])
+    context = BuildContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
+    server: Server = offer.provider.build(context, offer.provider.options.model_validate(config.server.options))  # type: ignore[assignment]
+    return server
 
 
 def _size(plan: Plan, groups: list[KVGroup], memory: int, max_num_seqs: int, chunk: int) -> list[int]:

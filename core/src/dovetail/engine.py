@@ -122,10 +122,11 @@ class Engine:
             new = result.token_ids[row]
             self._count(plan, row, seq, len(new))
             output = SequenceOutput(
-                seq.request.request_id, seq.sample_index, new,
-                result.logprobs[row] if result.logprobs else [],
-                result.prompt_logprobs[row] if result.prompt_logprobs else [],
-            )  # fmt: skip
+                seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else []
+            )
+            if result.prompt_logprobs:
+                output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
+                seq.num_prompt_logprobs += len(output.prompt_logprobs)
             seq.tokens.extend(new)
             reason = self._end_reason(seq, output)
             if output.token_ids or output.prompt_logprobs or reason:

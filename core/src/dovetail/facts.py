@@ -108,7 +108,7 @@ def model_facts(folder: Path) -> ModelFacts:
         num_layers=first("num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=number("num_key_value_heads", number("num_kv_heads", heads)),
+        num_kv_heads=number("num_key_value_heads", number("num_kv_heads", 1 if text.get("multi_query") else heads)),
         head_size=number("head_dim", max(1, hidden // heads)),
         vocab_size=number("vocab_size"),
         max_position_embeddings=number("max_position_embeddings", number("n_positions", 2048)),
@@ -117,6 +117,10 @@ def model_facts(folder: Path) -> ModelFacts:
         eos_token_ids=_eos(folder, text),
         has_sinks=str(config.get("model_type")) == "gpt_oss",
     )
+
+
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
+"""By model type: `sliding_window_pattern` where a config leaves it out."""
 
 
 def window_of_layers(config: dict[str, Any]) -> list[int | None]:
@@ -131,6 +135,11 @@ def window_of_layers(config: dict[str, Any]) -> list[int | None]:
     if "use_sliding_window" in config:  # Qwen2 / Qwen3: full attention up to max_window_layers
         full = config.get("max_window_layers", num_layers)
         return [None if i < full else window for i in range(num_layers)]
+    if "max_window_layers" in config:  # the same families: the window is off unless asked for
+        return [None] * num_layers
+    pattern = config.get("sliding_window_pattern", _PATTERNS.get(str(config.get("model_type"))))
+    if isinstance(pattern, int) and pattern > 0:  # configs from before layer_types: every so many layers one is full
+        return [None if (i + 1) % pattern == 0 else window for i in range(num_layers)]
     return [window] * num_layers
 
 

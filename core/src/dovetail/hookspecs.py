@@ -19,7 +19,7 @@ from typing import Any
 
 import pluggy
 
-from dovetail.plugins.provider import Provider
+from dovetail.provider import Provider
 
 PROJECT = "dovetail"
 hookspec = pluggy.HookspecMarker(PROJECT)

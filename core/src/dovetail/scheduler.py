@@ -130,7 +130,7 @@ class TokenBudgetScheduler:
 
     def _sibling(self, seq: Sequence) -> Sequence | None:
         """A running sample of the same request that holds, or will hold, the whole prompt."""
-        if len(seq.siblings) < 2:
+        if len(seq.siblings) < 2 or seq.request.params.prompt_logprobs is not None:
             return None
         return next((s for s in seq.siblings if s is not seq and s.on_worker and s.finish_reason is None), None)
 

@@ -25,6 +25,8 @@ class Sequence:
     """Tokens that steps in flight will sample: known to be coming, not yet what they are."""
     steps_in_flight: int = 0
     """Steps in flight with a row of this sequence: until 0, its blocks may not be freed."""
+    num_prompt_logprobs: int = 0
+    """Prompt log-probabilities given out: a preempted prompt is computed again, not reported again."""
     on_worker: bool = False
     """The worker knows this sequence."""
     finish_reason: FinishReason | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dovetail.interfaces import attention
-from dovetail.plugins.provider import Context, Provider, Reason
+from dovetail.provider import Context, Provider, Reason
 
 
 @dataclass(frozen=True)

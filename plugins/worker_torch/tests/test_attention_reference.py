@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dovetail.plugins.provider import Provider
-from dovetail.testing.attention import AttentionContract
-from dovetail_worker_torch import attention
-from dovetail_worker_torch.attention import REFERENCE_CAPABILITIES, ReferenceAttention
 
-PROVIDER = Provider(
-    "torch-reference", "", lambda context, options: ReferenceAttention(context.plan.device), capabilities=REFERENCE_CAPABILITIES
-)
+from dovetail.testing.attention import AttentionContract
+from dovetail_worker_torch import attention, dovetail_attention
+from dovetail_worker_torch.attention import ReferenceAttention
+
+PROVIDER = dovetail_attention()[0]
 
 
 class TestReference(AttentionContract):
@@ -90,7 +88,7 @@ def test_the_contract_notices(mistake, check):
 def test_the_contract_notices_undeserved_batch_invariance():
     """Matrix products of other shapes sum in another order: the reference does not declare it, and could not."""
     contract = type("Undeserved", (AttentionContract,), {})()
-    contract.provider = replace(PROVIDER, capabilities=replace(REFERENCE_CAPABILITIES, batch_invariant=True))
+    contract.provider = replace(PROVIDER, capabilities=replace(PROVIDER.capabilities, batch_invariant=True))
     contract.backend = ReferenceAttention("cpu")
     with pytest.raises(AssertionError, match="batch_invariant is declared"):
         for index in range(6):

@@ -10,7 +10,7 @@ import pluggy
 
 from dovetail import hookspecs
 from dovetail.errors import PluginError
-from dovetail.plugins.provider import Provider
+from dovetail.provider import Provider
 from dovetail.sockets import SOCKETS
 
 GROUP = "dovetail"

@@ -12,7 +12,7 @@ from dovetail.config import SocketConfig
 from dovetail.errors import ConfigError, PluginError
 from dovetail.plan import Choice, Rejected
 from dovetail.plugins.discovery import Offer, Registry
-from dovetail.plugins.provider import Context
+from dovetail.provider import Context
 from dovetail.sockets import BY_NAME, Socket
 
 

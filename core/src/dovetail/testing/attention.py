@@ -20,7 +20,7 @@ import pytest
 
 from dovetail.facts import DeviceFacts, device_facts
 from dovetail.interfaces.attention import AttentionBackend, AttentionCapabilities
-from dovetail.plugins.provider import Provider
+from dovetail.provider import Provider
 from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, plain, random_spec
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.plugins.provider import Context, Options, Provider, Reason
-from pydantic import Field
+from dovetail.provider import Context, Options, Provider, Reason
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
-
     from dovetail_attention_cpu.backend import CpuAttention
 
 CAPABILITIES = AttentionCapabilities(

@@ -1,0 +1,49 @@
+# Dovetail. The two commands: `make serve` and `make test`. Both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/server_openai plugins/demo_model
+MODEL ?= demo
+PORT ?= 8000
+
+.PHONY: serve test lint soak bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve   serve the demo model on 127.0.0.1:$(PORT)   (MODEL=… PORT=…)"
+	@echo "make test    lint, types, architecture and all tests"
+	@echo "make lint    the first three of these"
+	@echo "make soak    the long tests; results go to benchmarks/results"
+	@echo "make bench   the benchmarks of the README"
+
+serve: $(VENV)/.serve
+	@$(BIN)/dovetail serve $(MODEL) --port $(PORT)
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: $(VENV)/.test
+	$(BIN)/python tests/soak.py
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/transformers_side_by_side.py
+
+# What the engine needs, from the projects' own files; torch is the CPU build that constraints.txt pins.
+$(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (the first time takes a minute or two: torch is large)"
+	@$(BIN)/pip install -q --disable-pip-version-check hatchling editables
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt $(PROJECTS:%=-e %) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,194 @@
+"""`dovetail plugins | explain | serve | generate | chat | bench`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from dovetail import __version__
+from dovetail.errors import DovetailError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status. An error that we foresaw is one line, not a traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        return status
+    except DovetailError as e:
+        print(f"dovetail: {e.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dovetail", description="An LLM inference engine in which everything is a plugin.")
+    parser.add_argument("--version", action="version", version=f"dovetail {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    plugins = command("plugins", _plugins, "list installed plugins, what each offers, and what is broken")
+    plugins.add_argument("--json", action="store_true", help="for machines")
+
+    explain = command("explain", _explain, "show what an engine would be made of, and why; loads no weights")
+    explain.add_argument("config_file", nargs="?", metavar="CONFIG", help="a composition file (YAML or TOML)")
+    explain.add_argument("--json", action="store_true", help="for machines")
+    explain.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
+    _engine_flags(explain, with_config=False)
+
+    serve = command("serve", _serve, "serve a model over the OpenAI API")
+    serve.add_argument("model", nargs="?", help="a plugin's model name, a local folder, or a hub id")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--api-key", help="clients must send it as a bearer token")
+    _engine_flags(serve)
+
+    generate = command("generate", _generate, "complete prompts and print the text as it comes")
+    generate.add_argument("prompt", nargs="+")
+    _sampling_flags(generate)
+    generate.add_argument("--model")
+    _engine_flags(generate)
+
+    chat = command("chat", _chat, "talk to a model in the terminal")
+    chat.add_argument("model", nargs="?")
+    chat.add_argument("--system", help="a system message")
+    _sampling_flags(chat, max_tokens=None)
+    _engine_flags(chat)
+
+    bench = command("bench", _bench, "measure throughput, latency, or a running server")
+    kinds = bench.add_subparsers(required=True, metavar="KIND", dest="kind")
+    for kind, help in (
+        ("throughput", "output tokens per second of many requests at once"),
+        ("latency", "time to first token and decode speed of one request"),
+        ("serve", "requests per second, TTFT and inter-token latency over HTTP"),
+    ):
+        sub = kinds.add_parser(kind, help=help)
+        sub.add_argument("model", nargs="?")
+        sub.add_argument("--input-len", type=int, default=128, help="prompt tokens (default 128)")
+        sub.add_argument("--output-len", type=int, default=64, help="tokens to generate (default 64)")
+        sub.add_argument("--rounds", type=int, default=5, help="repeats; the median is reported (default 5)")
+        sub.add_argument("--json", metavar="FILE", help="also write the results to a file")
+        if kind != "latency":
+            sub.add_argument("--num-requests", type=int, default=64)
+        if kind == "serve":
+            sub.add_argument("--url", default="http://127.0.0.1:8000")
+            sub.add_argument("--concurrency", type=int, default=16)
+        _engine_flags(sub)
+    return parser
+
+
+_FLAGS: tuple[tuple[str, str, type, str], ...] = (
+    ("--device", "device", str, "auto, cpu, cuda:0"),
+    ("--dtype", "dtype", str, "auto, float32, bfloat16, float16"),
+    ("--max-model-len", "max_model_len", int, "longest sequence, in tokens"),
+    ("--served-model-name", "served_model_name", str, "the name clients use"),
+    ("--worker", "worker.use", str, "worker provider"),
+    ("--attention", "attention.default.use", str, "attention provider"),
+    ("--scheduler", "scheduler.use", str, "scheduler provider"),
+    ("--max-num-seqs", "scheduler.max_num_seqs", int, "sequences that run at a time"),
+    ("--max-num-batched-tokens", "scheduler.max_num_batched_tokens", int, "tokens in a step"),
+    ("--block-size", "kv_cache.block_size", int, "tokens in a KV block"),
+    ("--gpu-memory-utilization", "kv_cache.memory_fraction", float, "share of the memory that the engine may take"),
+    ("--kv-cache-memory-gb", "kv_cache.memory_gb", float, "GiB for the KV cache"),
+    ("--max-num-waiting", "max_num_waiting", int, "sequences that may wait"),
+    ("--stall-timeout", "stall_timeout", float, "seconds without news after which the engine is replaced"),
+)
+
+
+def _engine_flags(parser: argparse.ArgumentParser, *, with_config: bool = True) -> None:
+    group = parser.add_argument_group("engine")
+    if with_config:
+        group.add_argument("--config", dest="config_file", metavar="FILE", help="a composition file (YAML or TOML)")
+    for flag, key, kind, help in _FLAGS:
+        group.add_argument(flag, dest=f"engine:{key}", type=kind, help=help)
+    group.add_argument(
+        "--overlap", dest="engine:overlap", action=argparse.BooleanOptionalAction, help="schedule a step while one runs"
+    )
+    group.add_argument("--trust-remote-code", dest="engine:trust_remote_code", action="store_true", default=None)
+    group.add_argument("--tensor-parallel-size", type=int, default=1, help="only 1 so far")
+
+
+def _sampling_flags(parser: argparse.ArgumentParser, max_tokens: int | None = 128) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=max_tokens)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0)
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--seed", type=int)
+
+
+def _config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine flags that were given, as nested config values."""
+    from dovetail.errors import ConfigError
+
+    if getattr(args, "tensor_parallel_size", 1) != 1:
+        raise ConfigError("--tensor-parallel-size: no installed worker runs on more than one device yet; use 1")
+    values: dict[str, Any] = {}
+    for name, value in vars(args).items():
+        if name.startswith("engine:") and value is not None:
+            *path, last = name.removeprefix("engine:").split(".")
+            place = values
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = value
+    if getattr(args, "model", None) is not None:
+        values["model"] = args.model
+    if getattr(args, "api_key", None) is not None:
+        values["server"] = {"api_key": args.api_key}
+    return values
+
+
+def _plugins(args: argparse.Namespace) -> int:
+    from dovetail.cli.show import show_plugins
+
+    return show_plugins(as_json=args.json)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from dovetail.cli.show import show_plan
+
+    return show_plan(args.config_file, _config_values(args), as_json=args.json)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from dovetail.cli.run import serve
+
+    return serve(args.config_file, _config_values(args), args.host, args.port)
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from dovetail.types import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from dovetail.cli.run import generate
+
+    return generate(args.config_file, _config_values(args), args.prompt, _sampling(args))
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from dovetail.cli.run import chat
+
+    return chat(args.config_file, _config_values(args), args.system, _sampling(args))
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from dovetail import bench
+
+    return bench.run(args.kind, args, args.config_file, _config_values(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

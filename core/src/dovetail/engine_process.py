@@ -1,0 +1,131 @@
+"""The engine in a process of its own: `python -m dovetail.engine_process FD`, FD being one end of a Unix socket pair.
+
+Three threads: the main one runs the loop, one reads messages, one writes them and sends heartbeats, so that a long step
+is told from a dead process. When the front-end goes away, so does this process, even in the middle of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+import msgspec
+
+from dovetail import wire
+from dovetail.compose import build_engine
+from dovetail.engine import Engine
+from dovetail.errors import DovetailError, PluginError
+from dovetail.plan import Plan
+from dovetail.plugins.discovery import load_registry
+from dovetail.plugins.selection import find
+
+HEARTBEAT = 0.25
+"""Seconds between heartbeats."""
+
+
+class Link:
+    """The engine's end of the socket: an inbox, and an outbox that never blocks the loop."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
+        self.busy_since: float | None = None
+        """When the step now running began; None when idle."""
+        self._closing = False
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        threading.Thread(target=self._read, daemon=True).start()
+        self._writer.start()
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._outbox.put(message)
+
+    def close(self) -> None:
+        """Send what is queued, then stop."""
+        self._closing = True
+        self._writer.join(timeout=5)
+
+    def _read(self) -> None:
+        while (frame := wire.read_frame(self._sock)) is not None:
+            self.inbox.put(wire.to_engine.decode(frame))
+        os._exit(0)  # the front-end is gone: nobody waits for anything
+
+    def _write(self) -> None:
+        try:
+            while True:
+                try:
+                    message = self._outbox.get(timeout=0 if self._closing else HEARTBEAT)
+                except queue.Empty:
+                    if self._closing:
+                        return
+                    since = self.busy_since
+                    message = wire.Heartbeat(0.0 if since is None else time.monotonic() - since)
+                self._sock.sendall(wire.encode(message))
+        except OSError:
+            os._exit(0)
+
+
+def main() -> None:
+    """Build from the plan that arrives, run until told to stop, and say why when that fails."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front-end decides
+    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        engine, fingerprint = _start(link)
+        link.send(wire.Ready(fingerprint, engine.snapshot()))
+        _loop(engine, link)
+        engine.worker.close()
+    except DovetailError as e:
+        link.send(wire.Failed(e.code, e.message))
+    except Exception as e:
+        link.send(wire.Failed(DovetailError.code, f"{type(e).__name__}: {e}"))
+        raise
+    finally:
+        link.close()
+
+
+def _start(link: Link) -> tuple[Engine, str]:
+    first = link.inbox.get()
+    assert isinstance(first, wire.Start)
+    plan = Plan.decode(first.plan)
+    registry = load_registry()
+    for key, choice in plan.choices.items():
+        offer = find(registry, choice)
+        if offer.plugin.version != choice.version:
+            raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
+    return build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry), plan.fingerprint
+
+
+def _loop(engine: Engine, link: Link) -> None:
+    while True:
+        try:
+            while True:
+                message = link.inbox.get(block=not engine.has_work)
+                if isinstance(message, wire.Shutdown):
+                    return
+                _handle(engine, link, message)
+        except queue.Empty:
+            pass
+        link.busy_since = time.monotonic()
+        outputs = engine.step()
+        link.busy_since = None
+        if outputs:
+            link.send(wire.News(outputs, msgspec.structs.replace(engine.snapshot())))
+
+
+def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
+    if isinstance(message, wire.Add):
+        try:
+            engine.add(message.request)
+        except DovetailError as e:
+            link.send(wire.Refused(message.request.request_id, e.code, e.message))
+    elif isinstance(message, wire.Abort):
+        engine.abort(message.request_id, message.sample_index)
+
+
+if __name__ == "__main__":
+    main()

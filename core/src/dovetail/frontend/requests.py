@@ -1,0 +1,93 @@
+"""From a prompt and sampling parameters to a `Request` that the engine can run, or an `InvalidRequest`."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from dovetail.errors import InvalidRequest
+from dovetail.facts import ModelFacts
+from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.types import Request, SamplingParams
+
+Prompt = str | Sequence[int]
+
+_counter = itertools.count()
+
+
+class RequestMaker:
+    """Tokenizes and checks against one model. Holds no state that requests change."""
+
+    def __init__(self, model: ModelFacts, max_model_len: int, tokenizer: Tokenizer | None) -> None:
+        self.model = model
+        self.max_model_len = max_model_len
+        self.tokenizer = tokenizer
+
+    def make(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> Request:
+        """Raises `InvalidRequest`, naming the field, for a prompt or parameters that this model cannot take."""
+        token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
+        room = self.max_model_len - len(token_ids)
+        if room < 0 or (room == 0 and params.max_tokens != 0):
+            raise InvalidRequest(
+                f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}"
+                f"{', which leaves no room for an answer' if room == 0 else ''}", param="prompt",
+            )  # fmt: skip
+        if params.max_tokens is not None and params.max_tokens > self.max_model_len:
+            raise InvalidRequest(
+                f"max_tokens {params.max_tokens} is above the context of {self.max_model_len}", param="max_tokens"
+            )
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        if params.min_tokens > max_tokens:
+            params = msgspec.structs.replace(params, min_tokens=max_tokens, max_tokens=max_tokens)
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this model has none", param="stop")
+        return Request(
+            request_id=request_id or f"{next(_counter):x}-{secrets.token_hex(4)}",
+            prompt_token_ids=token_ids,
+            params=params,
+            max_tokens=max_tokens,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            eos_token_ids=[] if params.ignore_eos else list(self.model.eos_token_ids),
+            priority=priority,
+            arrival=time.time(),
+        )
+
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, checked."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("this model has no tokenizer: give the prompt as a list of token ids", param="prompt")
+            # No token is longer than this many characters, so a text beyond it cannot fit: refuse it before the work.
+            if len(prompt) > self.max_model_len * 256:
+                raise InvalidRequest(
+                    f"the prompt has {len(prompt)} characters, more than a context of {self.max_model_len} tokens can hold",
+                    param="prompt",
+                )
+            token_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = list(prompt)
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        self._check_ids("prompt", token_ids)
+        return token_ids
+
+    def _check_ids(self, param: str, token_ids: Sequence[int] | dict[int, float]) -> None:
+        for token in token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.model.vocab_size:
+                raise InvalidRequest(
+                    f"{param}: token id {token!r} is not in the vocabulary of {self.model.vocab_size}", param=param
+                )

@@ -1,0 +1,211 @@
+"""`LLM`: an engine in this process, for scripts and notebooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dovetail.compose import build_engine, resolve
+from dovetail.config import load_config
+from dovetail.engine import Engine
+from dovetail.errors import CheckpointError, EngineUnavailable, InvalidRequest
+from dovetail.facts import model_facts
+from dovetail.frontend.outputs import Delta, RequestState
+from dovetail.frontend.requests import Prompt, RequestMaker
+from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.interfaces.worker import Progress
+from dovetail.plan import Plan
+from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
+
+
+@dataclass
+class Completion:
+    """One sample."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] | None = None
+    """One `{token_id: logprob}` a position, the token drawn first."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """The answer to one prompt. `text`, `token_ids`, `logprobs` and `finish_reason` are the first sample's."""
+
+    request_id: str
+    prompt: Prompt
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    """The first is None: nothing comes before it."""
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def logprobs(self) -> list[dict[int, float]] | None:
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[0].finish_reason
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+class LLM:
+    """Load a model and generate.
+
+        with LLM("demo") as llm:
+            print(llm.generate("What does os.path.join do?", SamplingParams(max_tokens=40)).text)
+
+    Keywords are the keys of a composition file: `LLM("demo", scheduler={"max_num_seqs": 8}, dtype="float32")`.
+    Not for use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        config: str | os.PathLike[str] | None = None,
+        progress: Progress = no_progress,
+        **values: Any,
+    ) -> None:
+        self.config = load_config(config, model=None if model is None else os.fspath(model), **values)
+        self.plan: Plan = resolve(self.config)
+        folder = Path(self.plan.folder)
+        try:
+            self.tokenizer: Tokenizer | None = Tokenizer(folder)
+        except CheckpointError:
+            # Token ids still work; a prompt that needs the tokenizer is refused with the reason.
+            if (folder / "tokenizer.json").exists():
+                raise
+            self.tokenizer = None
+        self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
+        self._engine: Engine | None = build_engine(self.plan, progress)
+
+    @property
+    def engine(self) -> Engine:
+        """The loop itself, for observers and tests. Raises `EngineUnavailable` after `close`."""
+        if self._engine is None:
+            raise EngineUnavailable("this LLM has been closed")
+        return self._engine
+
+    @property
+    def vocab_size(self) -> int:
+        return self._maker.model.vocab_size
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Any:
+        """Complete prompts (each a string or a list of token ids); results in their order, one for a single prompt.
+
+        Raises `InvalidRequest` before any work if a prompt or a parameter is bad, and the engine's error if it fails.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        if params is None or isinstance(params, SamplingParams):
+            each = [params or SamplingParams()] * len(batch)
+        else:
+            each = list(params)
+        if len(each) != len(batch):
+            raise InvalidRequest(f"{len(batch)} prompts but {len(each)} SamplingParams", param="params")
+        states = [RequestState(self._maker.make(p, s), self.tokenizer) for p, s in zip(batch, each, strict=True)]
+        outputs = [_empty(p, state) for p, state in zip(batch, states, strict=True)]
+        index = {state.request.request_id: i for i, state in enumerate(states)}
+        for request_id, delta in self._run(states):
+            _extend(outputs[index[request_id]], delta)
+        return outputs[0] if single else outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Complete one prompt, giving out text as it comes."""
+        state = RequestState(self._maker.make(prompt, params or SamplingParams()), self.tokenizer)
+        for _, delta in self._run([state]):
+            yield delta
+
+    def chat(self, messages: list[dict[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
+        """Answer a conversation: messages of `role` and `content`, through the model's chat template."""
+        output: RequestOutput = self.generate(self.chat_prompt(messages), params or SamplingParams(max_tokens=None))
+        return output
+
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation."""
+        if self.tokenizer is None:
+            raise InvalidRequest("chat needs a tokenizer, and this model has none", param="messages")
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def _run(self, states: list[RequestState]) -> Iterator[tuple[str, Delta]]:
+        """Step until all are finished. What is left, if the caller stops early or an error is raised, is aborted."""
+        engine = self.engine
+        live = {s.request.request_id: s for s in states}
+        pending = list(reversed(states))
+        try:
+            while live:
+                # Feed as many as may wait; the rest follow as these start.
+                while pending and len(engine.scheduler.waiting) + pending[-1].request.params.n <= engine.max_num_waiting:
+                    engine.add(pending.pop().request)
+                for output in engine.step():
+                    state = live.get(output.request_id)
+                    if state is None:
+                        continue
+                    delta, abort = state.push(output)
+                    if abort:
+                        engine.abort(output.request_id, output.sample_index)
+                    if state.finished:
+                        del live[output.request_id]
+                    if delta is not None:
+                        yield output.request_id, delta
+        finally:
+            for request_id in live:
+                engine.abort(request_id)
+            while engine.has_work:
+                engine.step()
+
+    def close(self) -> None:
+        """Free the device. Idempotent."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.worker.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _empty(prompt: Prompt, state: RequestState) -> RequestOutput:
+    params = state.request.params
+    completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
+    prompt_logprobs: list[dict[int, float] | None] | None = None if params.prompt_logprobs is None else [None]
+    return RequestOutput(state.request.request_id, prompt, state.request.prompt_token_ids, completions, prompt_logprobs)
+
+
+def _extend(output: RequestOutput, delta: Delta) -> None:
+    completion = output.outputs[delta.index]
+    completion.text += delta.text
+    completion.token_ids += delta.token_ids
+    if completion.logprobs is not None:
+        completion.logprobs += [as_dict(p) for p in delta.logprobs]
+    if output.prompt_logprobs is not None and delta.index == 0:
+        output.prompt_logprobs += [as_dict(p) for p in delta.prompt_logprobs]
+    if delta.finish_reason is not None:
+        completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+def as_dict(position: TokenLogprobs) -> dict[int, float]:
+    """`{token_id: logprob}`, the token that stands there first."""
+    return dict(zip(position.token_ids, position.logprobs, strict=True))

@@ -1,0 +1,299 @@
+"""`AsyncEngine`: an engine in a process of its own, supervised, for servers.
+
+The front-end resolves the plan, starts the engine process, tokenizes, detokenizes and finds stop strings; the process
+runs the loop. When the process dies or stalls, every request in flight gets `EngineDead`, and a new process is
+started; until it is ready, requests are refused with `EngineUnavailable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dovetail import wire
+from dovetail.compose import resolve
+from dovetail.config import EngineConfig
+from dovetail.errors import ERRORS, DovetailError, EngineDead, EngineUnavailable, Overloaded, PluginError
+from dovetail.facts import model_facts
+from dovetail.frontend.outputs import Delta, RequestState
+from dovetail.frontend.requests import Prompt, RequestMaker
+from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.interfaces.worker import Progress
+from dovetail.plan import Plan
+from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
+
+log = logging.getLogger("dovetail")
+
+State = Literal["loading", "ready", "restarting", "draining", "closed"]
+MAX_BACKOFF = 30.0
+"""Seconds between restarts, at most; they double from half a second."""
+
+
+class _Live:
+    """A request in flight, as its waiting client sees it. News that nobody has fetched yet pile up and are merged."""
+
+    def __init__(self, state: RequestState) -> None:
+        self.state = state
+        self.news: list[SequenceOutput] = []
+        self.error: DovetailError | None = None
+        self.changed = asyncio.Event()
+
+
+class AsyncEngine:
+    """Lives in one asyncio event loop. `start`, then `generate` from any number of tasks, then `close`."""
+
+    def __init__(self, config: EngineConfig, *, server: bool = False, progress: Progress | None = None) -> None:
+        """Resolves the plan and reads the tokenizer; raises `ConfigError`, `PluginError` or `CheckpointError`."""
+        self.config = config
+        self.plan: Plan = resolve(config, server=server)
+        self.tokenizer = Tokenizer(Path(self.plan.folder))
+        self.maker = RequestMaker(model_facts(Path(self.plan.folder)), self.plan.max_model_len, self.tokenizer)
+        self.state: State = "loading"
+        self.stats = EngineStats()
+        self.num_restarts = 0
+        self._progress = progress
+        self._live: dict[str, _Live] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
+
+    @property
+    def num_live(self) -> int:
+        """Requests in flight."""
+        return len(self._live)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the process and wait until it is ready. Raises what kept it from starting."""
+        self._started = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        await self._started
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> AsyncIterator[Delta]:
+        """Complete a prompt. Yields the news of its samples; a slow reader gets them merged.
+
+        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta, `EngineDead` or `StepFailed`
+        at any time. Leaving the iterator early (a client that disconnects) aborts the request.
+        """
+        request = self.maker.make(
+            prompt, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+        )
+        async for delta in self.run(request):
+            yield delta
+
+    async def run(self, request: Request) -> AsyncIterator[Delta]:
+        """`generate`, for a request that `maker` has made."""
+        live = self._admit(request)
+        try:
+            while not live.state.finished:
+                await live.changed.wait()
+                live.changed.clear()
+                news, live.news = live.news, []
+                for delta in self._digest(live, news):
+                    yield delta
+                if live.error is not None:
+                    raise live.error
+        finally:
+            self._live.pop(request.request_id, None)
+            if not self._live:
+                self._idle.set()
+            if not live.state.finished and live.error is None:
+                self._send(wire.Abort(request.request_id))
+
+    def check_ready(self) -> None:
+        """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
+        if self.state != "ready":
+            raise EngineUnavailable(f"the engine is {self.state}")
+
+    async def drain(self, patience: float) -> bool:
+        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all have ended."""
+        if self.state != "closed":
+            self.state = "draining"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), patience)
+        return not self._live
+
+    async def close(self) -> None:
+        """Stop the process. Requests in flight get `EngineUnavailable`. Idempotent."""
+        self._closing = True
+        self.state = "closed"
+        self._fail_all(EngineUnavailable("the engine was closed"))
+        self._send(wire.Shutdown())
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), 5)
+            except TimeoutError:
+                self._kill()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+
+    # Requests.
+
+    def _admit(self, request: Request) -> _Live:
+        self.check_ready()
+        if request.request_id in self._live:
+            raise DovetailError(f"request id {request.request_id!r} is already in use")
+        if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
+            raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
+        live = _Live(RequestState(request, self.tokenizer))
+        self._live[request.request_id] = live
+        self._idle.clear()
+        self._send(wire.Add(request))
+        return live
+
+    def _digest(self, live: _Live, news: list[SequenceOutput]) -> list[Delta]:
+        merged: dict[int, Delta] = {}
+        for output in news:
+            try:
+                delta, abort = live.state.push(output)
+            except DovetailError as e:
+                live.error = e
+                self._send(wire.Abort(output.request_id))
+                break
+            if abort:
+                self._send(wire.Abort(output.request_id, output.sample_index))
+            if delta is None:
+                continue
+            if delta.index in merged:
+                merged[delta.index].extend(delta)
+            else:
+                merged[delta.index] = delta
+        return list(merged.values())
+
+    def _send(self, message: msgspec.Struct) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(wire.encode(message))
+
+    def _fail_all(self, error: DovetailError) -> None:
+        for live in self._live.values():
+            live.error = error
+            live.changed.set()
+
+    # The process.
+
+    async def _supervise(self) -> None:
+        """Run engine processes one after another until closed. The first one must come up."""
+        backoff = 0.5
+        assert self._started is not None
+        while not self._closing:
+            began = time.monotonic()
+            try:
+                await self._run_process()
+                error: DovetailError = EngineDead("the engine process ended")
+            except DovetailError as e:
+                error = e
+            except Exception as e:  # a bug here must not leave clients waiting
+                log.exception("the supervisor caught an unexpected error")
+                error = EngineDead(f"the engine process could not be run: {type(e).__name__}: {e}")
+            if self._closing:
+                return
+            if not self._started.done():
+                self.state = "closed"
+                self._started.set_exception(error)
+                return
+            if self.state != "draining":
+                self.state = "restarting"
+            self._fail_all(EngineDead(f"the engine died: {error.message}"))
+            if self.state == "draining":
+                return
+            log.error("the engine died (%s); starting a new one in %.1f s", error.message, backoff)
+            await asyncio.sleep(backoff)
+            backoff = 0.5 if time.monotonic() - began > 60 else min(2 * backoff, MAX_BACKOFF)
+            self.num_restarts += 1
+
+    async def _run_process(self) -> None:
+        """Start a process and serve its messages until it ends. Raises the reason it gave, or `EngineDead`."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "dovetail.engine_process", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+            )
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.MAX_FRAME)
+        try:
+            self._send(wire.Start(self.plan.encode()))
+            await self._read_until_end(reader)
+            code = await self._process.wait()
+            raise EngineDead(f"the process ended with {_describe_exit(code)}")
+        finally:
+            self._writer.close()
+            self._kill()
+            await self._process.wait()
+
+    async def _read_until_end(self, reader: asyncio.StreamReader) -> None:
+        """Dispatch messages. A process that is silent, or busy with one step, for `stall_timeout` is given up."""
+        limit = self.config.stall_timeout
+        while True:
+            try:
+                frame = await asyncio.wait_for(wire.read_frame_async(reader), limit)
+            except TimeoutError:
+                raise EngineDead(f"the process gave no sign of life for {limit:.0f} s (stall_timeout)") from None
+            if frame is None:
+                return
+            self._dispatch(wire.from_engine.decode(frame))
+
+    def _dispatch(self, message: Any) -> None:
+        match message:
+            case wire.News():
+                self.stats = message.stats
+                for output in message.outputs:
+                    live = self._live.get(output.request_id)
+                    if live is not None:
+                        live.news.append(output)
+                        live.changed.set()
+            case wire.Heartbeat():
+                if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):
+                    raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout)")
+            case wire.Refused():
+                live = self._live.get(message.request_id)
+                if live is not None:
+                    live.error = ERRORS.get(message.code, DovetailError)(message.message)
+                    live.changed.set()
+            case wire.Loading():
+                if self._progress is not None:
+                    self._progress(message.what, message.done, message.total)
+            case wire.Ready():
+                if message.fingerprint != self.plan.fingerprint:
+                    raise PluginError("the engine built another plan than the front-end resolved; restart the server")
+                self.stats = message.stats
+                if self.state in ("loading", "restarting"):
+                    self.state = "ready"
+                if self._started is not None and not self._started.done():
+                    self._started.set_result(None)
+            case wire.Failed():
+                raise ERRORS.get(message.code, DovetailError)(message.message)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+
+def _describe_exit(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -1,0 +1,131 @@
+"""A worker without a model: it keeps a real paged cache of token ids, and every answer depends on what it reads there.
+
+So a block that is leaked, shared wrongly or written by the wrong sequence changes the output, and a test that compares
+outputs sees it. Also a worker contract's smallest example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from dovetail.errors import StepFailed
+from dovetail.interfaces.worker import Progress
+from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult
+
+POISON = -1
+
+
+@dataclass
+class Faults:
+    """What goes wrong, by number of steps submitted so far."""
+
+    raise_at: int | None = None
+    exit_at: int | None = None
+    hang_at: int | None = None
+    step_seconds: float = 0.0
+
+
+@dataclass
+class _Known:
+    start: SequenceStart
+    tokens: list[int]
+    tables: list[list[int]] = field(default_factory=list)
+
+
+class SimulatedWorker:
+    """Draws `hash(seed, sample index, all tokens as read from the cache) % vocab_size`."""
+
+    def __init__(
+        self, groups: list[KVGroup], vocab_size: int = 64, memory: int = 1 << 30, faults: Faults | None = None
+    ) -> None:
+        self._groups = groups
+        self._vocab_size = vocab_size
+        self._memory = memory
+        self._faults = faults or Faults()
+        self._cache: list[list[int]] = []
+        self._known: dict[int, _Known] = {}
+        self.num_steps = 0
+        self.closed = False
+
+    def load(self, progress: Progress) -> None:
+        progress("loading weights", 1, 1)
+
+    def kv_groups(self) -> list[KVGroup]:
+        return self._groups
+
+    def kv_memory(self) -> int:
+        return self._memory
+
+    def allocate(self, num_blocks: list[int]) -> None:
+        self._cache = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
+
+    def warm_up(self, progress: Progress) -> None:
+        progress("warming up", 1, 1)
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        self._update(plan)
+        self.num_steps += 1
+        self._misbehave()
+        rows = list(zip(plan.seq_ids, plan.num_computed, plan.num_tokens, strict=True))
+        for seq_id, first, count in rows:  # all writes before any read
+            for position in range(first, first + count):
+                for group, slot in self._slots(seq_id, position):
+                    self._cache[group][slot] = self._known[seq_id].tokens[position]
+        drawn = [
+            [self._draw(seq_id, first + count)] if samples else []
+            for (seq_id, first, count), samples in zip(rows, plan.samples, strict=True)
+        ]
+        for seq_id, tokens in zip(plan.seq_ids, drawn, strict=True):
+            self._known[seq_id].tokens += tokens
+        return StepResult(plan.step_id, drawn)
+
+    def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
+        result: StepResult = handle
+        return result
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _update(self, plan: StepPlan) -> None:
+        for seq_id in plan.released:
+            self._known.pop(seq_id, None)
+        for start in plan.starts:
+            assert start.seq_id not in self._known, "a sequence was started twice"
+            self._known[start.seq_id] = _Known(start, list(start.token_ids), [list(b) for b in start.block_ids])
+        for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
+            for table, blocks in zip(self._known[seq_id].tables, added, strict=True):
+                assert 0 not in blocks, "the null block was handed out"
+                table += blocks
+
+    def _slots(self, seq_id: int, position: int) -> list[tuple[int, int]]:
+        tables = self._known[seq_id].tables
+        return [
+            (i, tables[i][position // g.block_size] * g.block_size + position % g.block_size)
+            for i, g in enumerate(self._groups)
+        ]
+
+    def _draw(self, seq_id: int, length: int) -> int:
+        known = self._known[seq_id]
+        assert length == len(known.tokens), "a row samples before its last token"
+        seen: list[int] = []
+        for i, group in enumerate(self._groups):
+            first = 0 if group.window is None else max(0, length - group.window)
+            seen += [self._cache[i][self._slots(seq_id, p)[i][1]] for p in range(first, length)]
+            assert seen[len(seen) - (length - first) :] == known.tokens[first:length], "the cache holds other tokens"
+        key = repr((known.start.seed, known.start.sample_index, seen)).encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % self._vocab_size
+
+    def _misbehave(self) -> None:
+        f = self._faults
+        if f.step_seconds:
+            time.sleep(f.step_seconds)
+        if f.raise_at == self.num_steps:
+            raise StepFailed("simulated fault")
+        if f.exit_at == self.num_steps:
+            os._exit(3)
+        if f.hang_at == self.num_steps:
+            time.sleep(3600)

@@ -1,0 +1,25 @@
+"""The demo model: a small Llama that answers questions about the Python library, so that serving needs no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.model import ModelSource
+from dovetail.provider import Options, Provider
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class DemoOptions(Options):
+    """The demo model has no options."""
+
+
+def _source(context: Any, options: DemoOptions) -> ModelSource:
+    return ModelSource(WEIGHTS, licence="PSF-2.0 (trained on the Python documentation and standard library)")
+
+
+@hookimpl
+def dovetail_models() -> list[Provider[ModelSource]]:
+    return [Provider("demo", "answers questions about the Python library (Llama, 7 M parameters)", _source, DemoOptions)]

@@ -1,0 +1,33 @@
+"""The OpenAI-compatible server. This root is light: FastAPI and uvicorn are imported when the server is built."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, SecretStr
+
+from dovetail.hookspecs import hookimpl
+from dovetail.provider import Options, Provider
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_server_openai.server import OpenAIServer
+
+
+class ServerOptions(Options):
+    api_key: SecretStr | None = Field(None, description="clients must send it as a bearer token")
+    max_body_mb: float = Field(32, gt=0, description="largest request body, MiB")
+    max_logprobs: int = Field(20, ge=0, le=64, description="most alternatives a token that a request may ask for")
+    drain_seconds: float = Field(30, ge=0, description="how long SIGTERM waits for requests in flight")
+    metrics_prefix: str = Field("dovetail:", description="of the Prometheus names; vllm: fits dashboards made for vLLM")
+
+
+def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
+    from dovetail_server_openai.server import OpenAIServer
+
+    return OpenAIServer(options)
+
+
+@hookimpl
+def dovetail_servers() -> list[Provider[OpenAIServer]]:
+    return [Provider("openai", "the OpenAI HTTP API, with vLLM's extra parameters", _server, ServerOptions, priority=50)]

@@ -1,0 +1,94 @@
+"""Prometheus metrics, under vLLM's base names so that dashboards can be reused. One registry a server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dovetail.errors import DovetailError
+from dovetail.frontend.outputs import Delta
+from dovetail.serving import AsyncEngine
+from dovetail.types import Request
+
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class _EngineCollector(Collector):
+    """Gauges and counters that the engine reports itself, read when scraped."""
+
+    def __init__(self, engine: AsyncEngine, prefix: str) -> None:
+        self._engine = engine
+        self._prefix = prefix
+
+    def collect(self) -> Iterable[Metric]:
+        s, name = self._engine.stats, self._engine.plan.served_model_name
+        idle = self._engine.num_live == 0  # the engine reports after steps; with nothing in flight there are none
+        used = 0.0 if idle or not s.kv_blocks_total else s.kv_blocks_used / s.kv_blocks_total
+        for key, text, value in (
+            ("num_requests_running", "sequences that run", 0 if idle else s.num_requests_running),
+            ("num_requests_waiting", "sequences that wait", 0 if idle else s.num_requests_waiting),
+            ("kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1", used),
+        ):
+            gauge = GaugeMetricFamily(self._prefix + key, text, labels=["model_name"])
+            gauge.add_metric([name], value)
+            yield gauge
+        for key, text, value in (
+            ("num_preemptions", "sequences preempted", s.num_preemptions),
+            ("prompt_tokens", "prompt tokens computed", s.num_prompt_tokens),
+            ("generation_tokens", "tokens generated", s.num_generation_tokens),
+            ("engine_steps", "steps run", s.num_steps),
+            ("engine_restarts", "engine processes replaced", self._engine.num_restarts),
+        ):
+            counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
+            counter.add_metric([name], value)
+            yield counter
+
+
+class Metrics:
+    """What the server measures of its requests."""
+
+    def __init__(self, engine: AsyncEngine, prefix: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine, prefix))
+        self._engine = engine
+        name = engine.plan.served_model_name
+
+        def histogram(key: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(prefix + key, text, ["model_name"], registry=self.registry, buckets=buckets).labels(name)
+
+        self._ttft = histogram("time_to_first_token_seconds", "from arrival to the first token", _FAST)
+        self._itl = histogram("inter_token_latency_seconds", "between two deliveries of one request", _FAST)
+        self._e2e = histogram("e2e_request_latency_seconds", "from arrival to the end", _SLOW)
+        self._ended = Counter(
+            prefix + "request_success", "requests by how they ended", ["model_name", "finished_reason"], registry=self.registry
+        )
+        self._name = name
+
+    async def observe(self, request: Request) -> AsyncIterator[Delta]:
+        """Run a request, measuring."""
+        began = last = time.perf_counter()
+        first, reason = True, "abort"
+        try:
+            async with aclosing(self._engine.run(request)) as deltas:
+                async for delta in deltas:
+                    now = time.perf_counter()
+                    if delta.token_ids:
+                        (self._ttft if first else self._itl).observe(now - (began if first else last))
+                        first, last = False, now
+                    reason = delta.finish_reason or reason
+                    yield delta
+        except DovetailError:
+            reason = "error"
+            raise
+        finally:
+            self._e2e.observe(time.perf_counter() - began)
+            self._ended.labels(self._name, reason).inc()
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

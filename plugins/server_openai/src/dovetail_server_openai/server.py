@@ -1,0 +1,85 @@
+"""Running the application: the engine beside it, and an end that loses no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from dovetail.errors import ConfigError
+from dovetail.serving import AsyncEngine
+from dovetail_server_openai import ServerOptions
+from dovetail_server_openai.app import make_app
+
+
+class OpenAIServer:
+    """The `Server` contract over uvicorn."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+
+    def run(self, engine: AsyncEngine, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+        sock = _bind(host, port)
+        address, bound = sock.getsockname()[:2]
+        url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
+        config = uvicorn.Config(make_app(engine, self._options), log_level="warning", access_log=False, lifespan="off")
+
+        async def both() -> None:
+            uvicorn_server = _Draining(config, engine, self._options.drain_seconds)
+            serving = asyncio.create_task(uvicorn_server.serve(sockets=[sock]))
+            try:
+                starting = asyncio.create_task(engine.start())
+                await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    starting.result()
+                    on_ready(url)
+                else:
+                    starting.cancel()  # told to stop while loading
+                await serving
+            finally:
+                uvicorn_server.should_exit = True
+                await serving
+                await engine.close()
+
+        with sock, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(both())
+
+
+class _Draining(uvicorn.Server):
+    """On the first signal: refuse new requests with 503, finish those in flight, stop. On the second: stop now."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        # A signal handler runs between any two bytecodes: let the loop do the rest in its own time.
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = self._draining or self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._engine.drain(self._drain_seconds)
+        self.should_exit = True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as e:
+        sock.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --port") from None
+    return sock

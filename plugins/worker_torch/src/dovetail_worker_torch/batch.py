@@ -1,0 +1,114 @@
+"""What the worker knows of its sequences between steps, and a step's input arrays, built without a loop over rows.
+
+Every sequence has a seat: a row of a few flat host arrays. A step's inputs are gathered from those by index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dovetail.types import KVGroup, SequenceStart, StepPlan
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The ragged batch of one step: B rows, T tokens."""
+
+    seats: I64
+    """[B]"""
+    token_ids: I64
+    """[T]"""
+    positions: I64
+    """[T]"""
+    query_start: I32
+    """[B + 1]"""
+    seq_lens: I32
+    """[B], this step's tokens included."""
+    slot_mapping: list[I64]
+    """Per KV group: [T]"""
+    block_table: list[I32]
+    """Per KV group: [B, max_blocks of this step]"""
+
+
+class SequenceTable:
+    """Seats for `max_num_seqs` sequences of at most `max_len` tokens. Memory is touched only as it is used."""
+
+    def __init__(self, max_num_seqs: int, max_len: int) -> None:
+        self.seat_of: dict[int, int] = {}
+        self.start_of: dict[int, SequenceStart] = {}
+        """By seat."""
+        self.token_ids = np.zeros((max_num_seqs, max_len + 1), np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+        self._groups: list[KVGroup] = []
+        self._block_table: list[I32] = []
+        self._num_blocks: list[I64] = []
+
+    def set_groups(self, groups: list[KVGroup]) -> None:
+        num_seqs, max_len = self.token_ids.shape
+        self._groups = groups
+        self._block_table = [np.zeros((num_seqs, -(-max_len // g.block_size)), np.int32) for g in groups]
+        self._num_blocks = [np.zeros(num_seqs, np.int64) for _ in groups]
+
+    def update(self, plan: StepPlan) -> None:
+        """Take in a plan's released and started sequences, and the blocks its rows were given."""
+        for seq_id in plan.released:
+            seat = self.seat_of.pop(seq_id, None)
+            if seat is not None:
+                del self.start_of[seat]
+                self._free.append(seat)
+        for start in plan.starts:
+            seat = self._free.pop()
+            self.seat_of[start.seq_id] = seat
+            self.start_of[seat] = start
+            self.token_ids[seat, : len(start.token_ids)] = start.token_ids
+            self.num_tokens[seat] = len(start.token_ids)
+            self.num_prompt_tokens[seat] = start.num_prompt_tokens
+            for group, blocks in enumerate(start.block_ids):
+                self._num_blocks[group][seat] = 0
+                self._append(group, seat, blocks)
+        for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
+            for group, blocks in enumerate(added):
+                if blocks:
+                    self._append(group, self.seat_of[seq_id], blocks)
+
+    def _append(self, group: int, seat: int, blocks: list[int]) -> None:
+        count = self._num_blocks[group][seat]
+        self._block_table[group][seat, count : count + len(blocks)] = blocks
+        self._num_blocks[group][seat] = count + len(blocks)
+
+    def inputs(self, plan: StepPlan) -> StepInputs:
+        """The step's arrays. Tokens that earlier steps sampled are read from here: `append` has put them in."""
+        seats = np.array([self.seat_of[i] for i in plan.seq_ids], np.int64)
+        num_tokens = np.array(plan.num_tokens, np.int64)
+        num_computed = np.array(plan.num_computed, np.int64)
+        query_start = np.zeros(len(seats) + 1, np.int32)
+        np.cumsum(num_tokens, out=query_start[1:])
+        total = int(query_start[-1])
+        if total == len(seats):  # decode only: one token a row
+            seat_of_token, positions = seats, num_computed
+        else:
+            seat_of_token = np.repeat(seats, num_tokens)
+            positions = np.arange(total) + np.repeat(num_computed - query_start[:-1], num_tokens)
+        seq_lens = num_computed + num_tokens
+        slots, tables = [], []
+        for group, table in zip(self._groups, self._block_table, strict=True):
+            size = group.block_size
+            slots.append(table[seat_of_token, positions // size].astype(np.int64) * size + positions % size)
+            tables.append(table[seats, : -(-int(seq_lens.max()) // size)])
+        return StepInputs(
+            seats, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
+            seq_lens.astype(np.int32), slots, tables,
+        )  # fmt: skip
+
+    def append(self, seats: I64, token_ids: I64) -> None:
+        """Add the tokens drawn for these seats, one each."""
+        self.token_ids[seats, self.num_tokens[seats]] = token_ids
+        self.num_tokens[seats] += 1

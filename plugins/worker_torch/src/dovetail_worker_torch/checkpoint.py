@@ -1,0 +1,132 @@
+"""Safetensors into tensors that the model has allocated: memory-mapped, one copy, every mismatch an error.
+
+The files are `model.safetensors`, or several with `model.safetensors.index.json`. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dovetail.errors import CheckpointError
+from dovetail.facts import read_json
+from dovetail.interfaces.worker import Progress
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+INTERCHANGEABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Types that are converted into each other on the way. Any other must be stored as the model wants it."""
+
+IGNORABLE = (re.compile(r"\.rotary_emb\.inv_freq$"),)
+"""Tensors that old checkpoints hold and that follow from the config."""
+
+
+class Target(NamedTuple):
+    """Where a checkpoint's tensor goes: a part of a fused weight, for one."""
+
+    into: Tensor
+    shape: tuple[int, ...] | None = None
+    """Shape in the file, where it differs from `into`'s and is broadcast to it."""
+
+
+def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progress, unused: Iterable[str] = ()) -> None:
+    """Fill each target from the tensor of its name. `unused` names tensors that may be there and are not read.
+
+    Reports progress in bytes read. Raises `CheckpointError` naming the file if a file is missing or malformed, if a
+    tensor is missing, has another shape or type, or is one that the model has no place for.
+    """
+    shards = [(path, names, open_shard(path)) for path, names in shard_files(folder).items()]
+    total = sum(path.stat().st_size for path, _, _ in shards)
+    surplus, missing, done = [], set(targets), 0
+    for path, names, shard in shards:
+        stored = set(shard.keys())
+        if absent := sorted((names or set()) - stored):
+            raise CheckpointError(f"{path} does not hold {few(absent)}, although {INDEX} says so")
+        # In the order of the file, so that the disk is read forwards.
+        for name in shard.offset_keys():
+            if names is not None and name not in names:
+                continue
+            if name not in targets:
+                surplus.append(name)
+                continue
+            done += _copy(path, shard, name, targets[name])
+            missing.discard(name)
+            progress("loading weights", done, total)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {few(sorted(missing))}, which the model described by its config.json has")
+    allowed = set(unused)
+    if unknown := [n for n in surplus if n not in allowed and not any(p.search(n) for p in IGNORABLE)]:
+        raise CheckpointError(f"{folder} holds {few(unknown)}, which the model described by its config.json does not have")
+    progress("loading weights", total, total)
+
+
+def shard_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The folder's weight files, each with the tensors that the index expects there (None: all that it holds).
+
+    Raises `CheckpointError` if there are none, or only pickled ones, or if the index is broken or a file is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: weight_map must say which file holds each tensor")
+        shards: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: {name} must be in a safetensors file of this folder, found {file!r}")
+            names = shards.setdefault(folder / file, set())
+            assert names is not None
+            names.add(name)
+        if absent := sorted(path.name for path in shards if not path.is_file()):
+            raise CheckpointError(f"{folder} lacks {few(absent)}, named by {INDEX}: was the download complete?")
+        return dict(sorted(shards.items()))
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    if found := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}, so {few(found)} cannot be told apart")
+    pickled = sorted(path.name for suffix in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{suffix}"))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} has pickled weights only ({few(pickled)}). Unpickling runs code from the file, so they are not read: "
+            "convert them to safetensors (transformers' save_pretrained writes it)"
+        )
+    raise CheckpointError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
+
+
+def open_shard(path: Path) -> Any:
+    """Open and check a safetensors file; its tensors are read when asked for. Raises `CheckpointError`."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {e}") from None
+
+
+def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
+    """Copy one tensor; return its bytes in the file."""
+    try:
+        tensor = shard.get_tensor(name)  # a view of the mapped file: the copy below is the only one
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise CheckpointError(f"{path}: {name} cannot be read: {e}") from None
+    into = target.into
+    expected = tuple(into.shape) if target.shape is None else target.shape
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, the model's config asks for {list(expected)}")
+    if tensor.dtype != into.dtype and not {tensor.dtype, into.dtype} <= INTERCHANGEABLE:
+        stored, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, into))
+        raise CheckpointError(f"{path}: {name} is stored as {stored}, which cannot be loaded as {wanted}")
+    into.copy_(tensor)
+    return int(tensor.nbytes)
+
+
+def few(names: list[str]) -> str:
+    """The first five, and how many more."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest

@@ -1,0 +1,247 @@
+"""One decoder for the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3 differ in the switches below, not in code.
+
+Per layer: norm, fused qkv, (per-head norm,) rotation of q and k in one go, attention, output projection; norm, fused
+gate and up, SiLU, down projection. Residuals are added in place. Plain objects rather than `nn.Module`s: at one token a
+step the interpreter is a good part of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dovetail.errors import CheckpointError
+from dovetail.facts import window_of_layers
+from dovetail.interfaces.attention import AttentionLayer
+from dovetail.interfaces.worker import Progress
+from dovetail_worker_torch.checkpoint import Target, load_tensors
+from dovetail_worker_torch.linear import Linear, LinearLayer, MakeLinear, Part, linear_maker
+from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate
+
+if TYPE_CHECKING:
+    from dovetail_worker_torch.model import Attend
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How an architecture differs. A switch is fixed, or the name of the config's key that says it (absent: False)."""
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    """RMS norm of each query and key head, before the rotation."""
+    sliding_window: bool = False
+    """Whether the config's window counts."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "MistralForCausalLM": Architecture(sliding_window=True),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, sliding_window=True),
+    "Qwen3ForCausalLM": Architecture(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True),
+}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers of a config.json, checked."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    norm_eps: float
+    activation: str
+    tied: bool
+    """The output projection is the embedding."""
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    """Per layer."""
+    inv_freq: Tensor
+    rope_scale: float
+
+
+def read_config(path: Path, config: dict[str, Any]) -> DecoderConfig:
+    """Read `config`, the contents of the config.json at `path`. Raises `CheckpointError` naming the key."""
+    architecture = ARCHITECTURES[config["architectures"][0]]
+
+    def number(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
+        return value
+
+    def switch(value: bool | str) -> bool:
+        return bool(config.get(value, False)) if isinstance(value, str) else value
+
+    hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
+    num_layers, num_kv_heads = number("num_hidden_layers"), number("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{path}: {num_heads} query heads cannot share {num_kv_heads} key/value heads evenly")
+    # Qwen3 is the one whose head size, when absent, does not follow from the others.
+    head_size = number("head_dim", 128 if architecture.qk_norm else hidden_size // num_heads)
+    activation = config.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(f"{path}: hidden_act {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}")
+    windows = window_of_layers(config) if architecture.sliding_window else [None] * num_layers
+    if len(windows) != num_layers:
+        raise CheckpointError(f"{path}: layer_types has {len(windows)} entries for {num_layers} layers")
+    max_position_embeddings = number("max_position_embeddings", 2048)
+    try:
+        inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_size, max_position_embeddings)
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    return DecoderConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        vocab_size=number("vocab_size"),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        activation=activation,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=switch(architecture.qkv_bias),
+        o_bias=switch(architecture.o_bias),
+        mlp_bias=switch(architecture.mlp_bias),
+        qk_norm=architecture.qk_norm,
+        windows=tuple(windows),
+        inv_freq=inv_freq,
+        rope_scale=rope_scale,
+    )
+
+
+def load_decoder(
+    folder: Path, config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> Decoder:
+    """Allocate a decoder and read its weights. Raises `CheckpointError` naming the file."""
+    sizes = read_config(folder / "config.json", config)
+    model = Decoder(sizes, linear_maker(dtype, device), dtype, device)
+    load_tensors(folder, model.targets(), progress=progress, unused=["lm_head.weight"] if sizes.tied else [])
+    return model
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps)` over the last dimension, in float32 and rounded, then times weight (arXiv:1910.07467)."""
+    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
+
+
+class DecoderLayer:
+    """Attention and MLP, each around a residual. `name` is the checkpoint's ("model.layers.3")."""
+
+    def __init__(
+        self, name: str, index: int, c: DecoderConfig, make_linear: MakeLinear, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.name, self.index = name, index
+        self.num_heads, self.head_size, self.eps = c.num_heads, c.head_size, c.norm_eps
+        self.num_qk_heads = c.num_heads + c.num_kv_heads
+        self.num_qkv_heads = c.num_heads + 2 * c.num_kv_heads
+        self.activation = ACTIVATIONS[c.activation]
+        self.intermediate_size = c.intermediate_size
+        q_size, kv_size = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
+
+        def linear(fused: str, in_features: int, bias: bool, **parts: int) -> LinearLayer:
+            block, _, _ = fused.partition(".")
+            full = [Part(f"{name}.{block}.{part}", out_features) for part, out_features in parts.items()]
+            return make_linear(f"{name}.{fused}", full, in_features, bias)
+
+        h, f = c.hidden_size, c.intermediate_size
+        self.qkv_proj = linear("self_attn.qkv_proj", h, c.qkv_bias, q_proj=q_size, k_proj=kv_size, v_proj=kv_size)
+        self.o_proj = linear("self_attn.o_proj", q_size, c.o_bias, o_proj=h)
+        self.gate_up_proj = linear("mlp.gate_up_proj", h, c.mlp_bias, gate_proj=f, up_proj=f)
+        self.down_proj = linear("mlp.down_proj", f, c.mlp_bias, down_proj=h)
+        self.input_norm = torch.empty(h, dtype=dtype, device=device)
+        self.post_attention_norm = torch.empty(h, dtype=dtype, device=device)
+        # A row a head, so that queries and keys are scaled in one multiplication.
+        self.qk_norm = torch.empty(self.num_qk_heads, c.head_size, dtype=dtype, device=device) if c.qk_norm else None
+
+    def targets(self) -> dict[str, Target]:
+        found = {
+            f"{self.name}.input_layernorm.weight": Target(self.input_norm),
+            f"{self.name}.post_attention_layernorm.weight": Target(self.post_attention_norm),
+        }
+        if self.qk_norm is not None:
+            shape = (self.head_size,)
+            found[f"{self.name}.self_attn.q_norm.weight"] = Target(self.qk_norm[: self.num_heads], shape)
+            found[f"{self.name}.self_attn.k_norm.weight"] = Target(self.qk_norm[self.num_heads :], shape)
+        for layer in (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj):
+            found |= layer.targets()
+        return found
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> None:
+        """Add the layer's two contributions to `hidden: [T, H]`, in place."""
+        num_tokens = hidden.shape[0]
+        x = rms_norm(hidden, self.input_norm, self.eps)
+        qkv = self.qkv_proj(x).view(num_tokens, self.num_qkv_heads, self.head_size)
+        qk = qkv[:, : self.num_qk_heads]
+        if self.qk_norm is not None:
+            qk = rms_norm(qk, self.qk_norm, self.eps)
+        qk = rotate(qk, cos, sin)
+        # Contiguous is free for one token; with more, three small copies save every backend from strides.
+        q, k = qk[:, : self.num_heads].contiguous(), qk[:, self.num_heads :].contiguous()
+        seen = attend(self.index, q, k, qkv[:, self.num_qk_heads :].contiguous())
+        hidden.add_(self.o_proj(seen.view(num_tokens, -1)))
+
+        x = rms_norm(hidden, self.post_attention_norm, self.eps)
+        gate_up = self.gate_up_proj(x)
+        gate = self.activation(gate_up[:, : self.intermediate_size])
+        hidden.add_(self.down_proj(gate.mul_(gate_up[:, self.intermediate_size :])))
+
+
+class Decoder:
+    """Embedding, layers, final norm, output projection. A `Model`."""
+
+    def __init__(self, c: DecoderConfig, make_linear: MakeLinear, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = c
+        self.vocab_size = c.vocab_size
+        self.attention_layers = [
+            AttentionLayer(i, c.num_heads, c.num_kv_heads, c.head_size, c.head_size**-0.5, window=window)
+            for i, window in enumerate(c.windows)
+        ]
+        self.rotary = RotaryEmbedding(c.inv_freq, c.rope_scale, dtype, device)
+        self.embedding = torch.empty(c.vocab_size, c.hidden_size, dtype=dtype, device=device)
+        self.layers = [DecoderLayer(f"model.layers.{i}", i, c, make_linear, dtype, device) for i in range(c.num_layers)]
+        self.norm = torch.empty(c.hidden_size, dtype=dtype, device=device)
+        parts = [Part("lm_head", c.vocab_size)]
+        self.lm_head = Linear(parts, self.embedding, None) if c.tied else make_linear("lm_head", parts, c.hidden_size, False)
+
+    def targets(self) -> dict[str, Target]:
+        """Every tensor that the checkpoint must hold, by name."""
+        found = {"model.embed_tokens.weight": Target(self.embedding), "model.norm.weight": Target(self.norm)}
+        for layer in self.layers:
+            found |= layer.targets()
+        return found if self.config.tied else found | self.lm_head.targets()
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        hidden = F.embedding(token_ids, self.embedding)
+        cos, sin = self.rotary(positions)
+        for layer in self.layers:
+            layer.forward(hidden, cos, sin, attend)
+        return rms_norm(hidden, self.norm, self.config.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()

@@ -1,0 +1,152 @@
+"""One step on the device: inputs, forward pass through the attention socket, logits of the rows that need them, draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
+from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
+from dovetail_worker_torch.batch import SequenceTable, StepInputs
+from dovetail_worker_torch.model import Model
+from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+
+
+@dataclass
+class Computed:
+    """A step whose forward pass is done and whose tokens are not drawn."""
+
+    plan: StepPlan
+    inputs: StepInputs
+    rows: list[int]
+    """Of the plan: those that sample."""
+    logits: Tensor
+    """f32[len(rows), V]"""
+    prompt_logprobs: list[list[TokenLogprobs]]
+
+
+class Runner:
+    """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe."""
+
+    def __init__(
+        self,
+        model: Model,
+        groups: list[KVGroup],
+        backends: list[AttentionBackend],
+        caches: dict[int, object],
+        table: SequenceTable,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.table = table
+        self.device = device
+        self._groups = groups
+        self._backends = backends
+        self._caches = caches
+        self._group_of = {layer: i for i, g in enumerate(groups) for layer in g.layers}
+        self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
+        self._plans: list[object] = [None] * len(groups)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> Computed:
+        """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
+        self.table.update(plan)
+        inputs = self.table.inputs(plan)
+        for i, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
+            self._plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
+        hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
+        rows = [i for i, samples in enumerate(plan.samples) if samples]
+        prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
+        last = inputs.query_start[1:] - 1
+        if len(rows) == len(hidden):
+            logits = self.model.logits(hidden)
+        else:
+            logits = self.model.logits(hidden[self._to_device(last[rows].astype(np.int64))])
+        return Computed(plan, inputs, rows, logits, prompt_logprobs)
+
+    @torch.inference_mode()
+    def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
+        """Draw the step's tokens and append them to the sequences."""
+        plan = step.plan
+        result = StepResult(plan.step_id, [[] for _ in plan.seq_ids], prompt_logprobs=step.prompt_logprobs)
+        if not step.rows:
+            return result
+        seats = step.inputs.seats[step.rows]
+        lengths = self.table.num_tokens[seats]
+        starts = [self.table.start_of[int(s)] for s in seats]
+        wanted = [i for i, s in enumerate(starts) if s.params.logprobs is not None]
+        raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
+        row_masks = [masks.get(plan.seq_ids[r]) for r in step.rows] if masks else None
+        # A gather of the token rows costs; only penalties read them.
+        tokens = self.table.token_ids[seats, : int(lengths.max())] if any(map(_has_penalty, starts)) else self._no_tokens(seats)
+        drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks))
+        self.table.append(seats, np.array(drawn, np.int64))
+        for row, token, good in zip(step.rows, drawn, usable, strict=True):
+            if good:
+                result.token_ids[row] = [token]
+            else:
+                result.failed[plan.seq_ids[row]] = "the model's logits are not numbers (NaN)"
+        if raw is not None:
+            result.logprobs = [[] for _ in plan.seq_ids]
+            counts = [starts[i].params.logprobs or 0 for i in wanted]
+            for i, logprobs in zip(wanted, token_logprobs(raw, [drawn[i] for i in wanted], counts), strict=True):
+                result.logprobs[step.rows[i]] = [logprobs]
+        return result
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = self._group_of[layer]
+        out = torch.empty_like(q)
+        spec = self.model.attention_layers[layer]
+        self._backends[group].run(spec, q, k, v, self._caches[layer], self._plans[group], out)
+        return out
+
+    def _attention_batch(self, inputs: StepInputs, group: int) -> AttentionBatch:
+        host_start, host_lens = inputs.query_start.tolist(), inputs.seq_lens.tolist()
+        return AttentionBatch(
+            query_start=self._to_device(inputs.query_start),
+            seq_lens=self._to_device(inputs.seq_lens),
+            block_table=self._to_device(inputs.block_table[group]),
+            slot_mapping=self._to_device(inputs.slot_mapping[group]),
+            host_query_start=host_start,
+            host_seq_lens=host_lens,
+            num_seqs=len(host_lens),
+            num_tokens=host_start[-1],
+            max_query_len=max(b - a for a, b in pairwise(host_start)),
+            max_seq_len=max(host_lens),
+        )
+
+    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[list[TokenLogprobs]]:
+        """For rows that asked: of the prompt tokens that follow the row's inputs."""
+        out: list[list[TokenLogprobs]] = []
+        for row, seat in enumerate(inputs.seats.tolist()):
+            start = self.table.start_of[seat]
+            first = plan.num_computed[row] + 1
+            end = min(first + plan.num_tokens[row], start.num_prompt_tokens)
+            if start.params.prompt_logprobs is None or first >= end:
+                continue
+            out = out or [[] for _ in plan.seq_ids]
+            begin = int(inputs.query_start[row])
+            targets = self.table.token_ids[seat, first:end].tolist()
+            # In pieces: the logits of a long prompt over a large vocabulary would not fit.
+            for at in range(0, len(targets), 64):
+                piece = targets[at : at + 64]
+                logits = self.model.logits(hidden[begin + at : begin + at + len(piece)])
+                out[row] += token_logprobs(logits, piece, [start.params.prompt_logprobs] * len(piece))
+        return out
+
+    def _to_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(array).to(self.device)
+
+    @staticmethod
+    def _no_tokens(seats: Seq[int]) -> np.ndarray:  # type: ignore[type-arg]
+        return np.zeros((len(seats), 0), np.int32)
+
+
+def _has_penalty(start: object) -> bool:
+    p = start.params  # type: ignore[attr-defined]
+    return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)

@@ -1,0 +1,121 @@
+"""`TorchWorker`: the worker contract on one torch device."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dovetail.compose import BuildContext
+from dovetail.errors import OutOfMemory
+from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
+from dovetail.interfaces.worker import Progress
+from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+from dovetail_worker_torch import WorkerOptions
+from dovetail_worker_torch.batch import SequenceTable
+from dovetail_worker_torch.memory import kv_memory
+from dovetail_worker_torch.model import Model, load_model
+from dovetail_worker_torch.runner import Computed, Runner
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchWorker:
+    """One device in this process. With an overlapped loop, steps run on a thread of their own."""
+
+    def __init__(self, context: BuildContext, options: WorkerOptions) -> None:
+        plan = context.plan
+        self._context = context
+        self._device = torch.device(plan.device)
+        self._dtype = DTYPES[plan.dtype]
+        kv_dtype = context.option("kv_cache", "dtype")
+        self._kv_dtype = plan.dtype if kv_dtype == "auto" else kv_dtype
+        self._block_size: int = context.option("kv_cache", "block_size")
+        if options.num_threads:
+            torch.set_num_threads(options.num_threads)
+        self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap else None
+        self._model: Model | None = None
+        self._runner: Runner | None = None
+
+    def load(self, progress: Progress) -> None:
+        plan = self._context.plan
+        self._model = load_model(
+            Path(plan.folder), dtype=self._dtype, device=self._device, progress=progress,
+            trust_remote_code=plan.trust_remote_code,
+        )  # fmt: skip
+
+    def kv_groups(self) -> list[KVGroup]:
+        assert self._model is not None
+        layers = self._model.attention_layers
+        size = DTYPES[self._kv_dtype].itemsize
+        groups = []
+        for window in dict.fromkeys(layer.window for layer in layers):
+            members = [layer for layer in layers if layer.window == window]
+            per_token = sum(2 * m.num_kv_heads * m.head_size * size for m in members)
+            kind = "full" if window is None else "sliding"
+            groups.append(KVGroup([m.index for m in members], kind, self._block_size, per_token * self._block_size, window))
+        return groups
+
+    def kv_memory(self) -> int:
+        option = self._context.option
+        return kv_memory(self._device, option("kv_cache", "memory_fraction"), option("kv_cache", "memory_gb"))
+
+    def allocate(self, num_blocks: list[int]) -> None:
+        assert self._model is not None
+        groups = self.kv_groups()
+        backends: dict[str, AttentionBackend] = {}
+        caches: dict[int, object] = {}
+        for group, count in zip(groups, num_blocks, strict=True):
+            backend = backends.setdefault(group.kind, self._context.build(f"attention.{group.kind}"))
+            for index in group.layers:
+                layer = self._model.attention_layers[index]
+                spec = KVCacheSpec(count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype)
+                try:
+                    caches[index] = backend.allocate_cache(spec)
+                except (RuntimeError, MemoryError) as e:
+                    raise OutOfMemory(f"the KV cache of {count} blocks could not be allocated: {e}") from None
+        table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len)
+        table.set_groups(groups)
+        self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device)
+
+    def warm_up(self, progress: Progress) -> None:
+        """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""
+        progress("warming up", 0, 2)
+        groups = self.kv_groups()
+        length = min(8, self._context.plan.max_model_len - 1)
+        if length > 0:
+            blocks = [list(range(1, 2 + length // g.block_size)) for g in groups]
+            start = SequenceStart(-1, "", 0, [0] * length, length, blocks, SamplingParams(), 0, [], length + 1)
+            nothing: list[list[int]] = [[] for _ in groups]
+            self.sample(self.submit(StepPlan(-1, [-1], [length], [0], [True], [nothing], starts=[start])))
+            progress("warming up", 1, 2)
+            self.sample(self.submit(StepPlan(-1, [-1], [1], [length], [False], [nothing])))
+            self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
+        progress("warming up", 2, 2)
+
+    def submit(self, plan: StepPlan) -> Any:
+        runner = self._require_runner()
+        if plan.masked:
+            return runner.forward(plan)
+        if self._thread is None:
+            return runner.draw(runner.forward(plan))
+        return self._thread.submit(lambda: runner.draw(runner.forward(plan)))
+
+    def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
+        if isinstance(handle, Computed):
+            return self._require_runner().draw(handle, masks)
+        result: StepResult = handle.result() if isinstance(handle, Future) else handle
+        return result
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._runner = None
+        self._model = None
+
+    def _require_runner(self) -> Runner:
+        if self._runner is None:
+            raise RuntimeError("the worker has no cache: allocate comes before submit, and nothing after close")
+        return self._runner
