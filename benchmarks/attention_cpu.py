@@ -4,8 +4,9 @@
 
 SDPA reads contiguous keys and values, writes none, and is given the better of two forms: `enable_gqa`, and one that it can
 be fast with (decode: a group's heads as the rows of one query; prefill: keys and values expanded beforehand). Ours reads
-shuffled blocks and writes the step's keys and values. Each call takes the next of several caches, together beyond the last-level
-cache, as the layers of a model do. A cell is the median of the rounds; ratios above 1 mean that ours is faster.
+shuffled blocks and writes the step's keys and values. Each call takes the next of several caches, which together exceed the
+last-level cache where they can, as the layers of a model do. A cell is the median of the rounds; a ratio above 1 means that
+ours is faster.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ seed, and `DOVETAIL_TEST_SEED=<seed>` brings the run back.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,7 +59,7 @@ class AttentionContract:
             raise TypeError(f"{cls.__name__} expects checks to fail that the contract does not have: {', '.join(unknown)}")
 
     @pytest.fixture(autouse=True)
-    def _backend(self, request: pytest.FixtureRequest) -> Iterator[None]:
+    def _backend(self, request: pytest.FixtureRequest) -> None:
         name = request.node.originalname
         if reason := self.expected_failures.get(name):
             request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
@@ -68,7 +68,6 @@ class AttentionContract:
             options = cls.provider.options.model_validate(cls.options)
             cls.built = cls.provider.build(KitContext(KitPlan(cls.device)), options)  # type: ignore[arg-type]
         self.backend = cls.built
-        yield
 
     built: ClassVar[AttentionBackend]
     backend: AttentionBackend
@@ -182,7 +181,7 @@ class AttentionContract:
         for i in range(3):
             step = Step(random_spec(self.can, RUN_SEED + 1000 + i), self.device)
             first, second = self.run(step)[0], self.run(step)[0]
-            assert torch.equal(first, second), f"the same step gave two results: {step.spec}"
+            assert torch.equal(first, second), f"the same step gave two results\n{self.repeat(step.spec)}"
 
     @pytest.mark.parametrize("index", range(6))
     def test_batch_invariance(self, index: int) -> None:
@@ -197,7 +196,7 @@ class AttentionContract:
         length = spec.rows[0].seq_len
         cuts = sorted({0, *rng.sample(range(1, length), 4), length - 1, length})
         neighbours = (Row(0, 33), Row(900, 1), Row(10, 7))
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             place = rng.randint(0, len(neighbours))
             rows = [*neighbours[:place], Row(begin, end - begin), *neighbours[place:]]
             part = self.transplant(whole, replace(spec, rows=tuple(rows), seed=spec.seed + 1), place)
@@ -205,7 +204,7 @@ class AttentionContract:
             same = torch.equal(self.run(part)[0][start : start + end - begin], out[begin:end])
             assert same, (
                 f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out different in a batch "
-                f"with other rows than in one prefill: {part.spec}"
+                f"with other rows than in one prefill\n{self.repeat(part.spec)}"
             )
 
     # The cache.
@@ -237,7 +236,7 @@ class AttentionContract:
             if not _same(got.cpu(), after):
                 slots = _differing_slots(got.cpu(), after)
                 mine = [s for s in slots if s in step.slots]
-                wrong = f"slot {mine[0]} does not hold its token's {what}" if mine else f"{what} of slot {slots[0]} were changed"
+                wrong = f"slot {mine[0]} lacks its token's {what}" if mine else f"{what} of slot {slots[0]} were changed"
                 pytest.fail(f"run must write the step's slots, and no other: {wrong}\n{self.repeat(spec)}")
 
     def run(self, step: Step) -> tuple[Tensor, Any]:
@@ -272,8 +271,8 @@ class AttentionContract:
             else f"{got[token, head, d]:.7g} instead of {expected[token, head, d]:.7g} ± {allowed[token, head, d]:.1g}"
         )
         pytest.fail(
-            f"out must be softmax(scale · q·k) v over the row's own visible tokens {when}: row {row}, token {token}, head {head} "
-            f"has {why}; {int(wrong.any(-1).sum())} of {wrong[..., 0].numel()} (token, head) pairs are wrong\n"
+            f"out must be softmax(scale · q·k) v over the row's own visible tokens {when}: row {row}, token {token}, "
+            f"head {head} has {why}; {int(wrong.any(-1).sum())} of {wrong[..., 0].numel()} (token, head) pairs are wrong\n"
             f"{self.repeat(step.spec)}"
         )
 

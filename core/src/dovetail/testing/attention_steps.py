@@ -257,12 +257,14 @@ class Step:
             logits = torch.cat([logits, sinks], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., : row.seq_len]
         out = weights @ v
-        error = relative_error(s.dtype, s.kv_dtype, float(largest)) * (weights @ v.abs() + out.abs())
+        error = relative_error(s.dtype, s.kv_dtype, float(largest)) * (weights @ v.abs() + out.abs()) + SMALLEST[s.dtype]
         return out.transpose(0, 1), error.transpose(0, 1)
 
 
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Half of the distance from 1 to the next number."""
+SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+"""What a result next to zero may be off by: float16's smallest step; others may flush what is below a normal number."""
 
 
 def relative_error(dtype: str, kv_dtype: str, largest_logit: float) -> float:
