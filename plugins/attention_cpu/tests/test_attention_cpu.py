@@ -97,6 +97,25 @@ def test_tensors_that_do_not_fit_are_refused(backend, change, message):
         run(backend, step)
 
 
+@pytest.mark.parametrize(
+    "change", [{"block_table": torch.zeros(1, 1, dtype=torch.int32)}, {"slot_mapping": torch.zeros(19).long()}]
+)
+def test_a_batch_that_is_too_short_is_refused(backend, change):
+    """The kernel would read past the end of it."""
+    step = Step(plain(CAPABILITIES, Row(0, 20), seed=6), "cpu")
+    with pytest.raises(PluginError, match="do not hold"):
+        backend.plan(replace(step.batch(), **change), [step.layer], 16)
+
+
+def test_one_pool_of_threads(backend):
+    """Two OpenMP libraries would keep two pools, whose threads get in each other's way."""
+    if openmp_of_torch() is None:
+        pytest.skip("this PyTorch uses the system's OpenMP library, as the compiler does")
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        libraries = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(libraries) == 1
+
+
 @pytest.mark.parametrize(("head_size", "block_size"), [(72, 16), (272, 16), (64, 8)])
 def test_undeclared_sizes_are_refused(backend, head_size, block_size):
     with pytest.raises(PluginError, match="multiples of 16"):
