@@ -152,7 +152,8 @@ class Step:
         tensors = (self.queries, self._new(self.keys), self._new(self.values))
         q, k, v = (torch.cat(x).to(self.device) for x in tensors)
         if self.spec.fused:
-            q, k, v = torch.cat([q, k, v], dim=1).split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
+            fused, heads = torch.cat([q, k, v], dim=1), q.shape[1]
+            q, k, v = fused[:, :heads], fused[:, heads : heads + k.shape[1]], fused[:, heads + k.shape[1] :]
         self.q, self.k, self.v = q, k, v
         return self
 
