@@ -32,7 +32,7 @@ HEADS = [(16, 8, 128), (32, 8, 64), (4, 2, 64)]
 """Hq, Hkv, D."""
 CACHE_BYTES = 128 << 20
 """What the caches of a case hold together, at least, unless that takes more than 16 of them."""
-SECONDS_A_ROUND = 0.04
+SECONDS_A_ROUND = 0.02
 
 
 @dataclass(frozen=True)
