@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from dovetail import LLM, SamplingParams
 
+SOAK = int(os.environ.get("DOVETAIL_SOAK", "1"))
 BACKENDS = ("torch-reference", "attention-cpu")
 
 
@@ -42,7 +44,7 @@ def test_greedy_equals_transformers(name: str, backend: str, checkpoint: Callabl
         assert_same(llm, expected, prompts, 24)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60 * SOAK, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["llama-3.1", "mistral", "qwen2"]),
     setting=st.sampled_from([("torch-reference", 1), ("torch-reference", 8), ("attention-cpu", 16), ("attention-cpu", 32)]),

@@ -18,9 +18,8 @@ EXAMPLE = Path(__file__).parents[1] / "examples/attention_sdpa"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's contents, as pip would lay them out."""
     out = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)], cwd=EXAMPLE, check=True, capture_output=True
-    )
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(build, cwd=EXAMPLE, check=True, capture_output=True)
     site = out / "site"
     zipfile.ZipFile(next(out.glob("*.whl"))).extractall(site)
     return site

@@ -17,6 +17,8 @@ from dovetail.scheduler import TokenBudgetScheduler, fcfs, priority
 from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput
 
+SOAK = int(os.environ.get("DOVETAIL_SOAK", "1"))
+"""How many times the usual number of examples."""
 MAX_LEN = 48
 EOS = 7
 
@@ -74,7 +76,7 @@ def workloads(draw: st.DrawFn) -> list[Request]:
     ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150 * SOAK, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     workload=workloads(), data=st.data(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),
     budget=st.integers(1, 40), seats=st.integers(1, 5), spare=st.integers(0, 12), overlap=st.booleans(),
@@ -228,7 +230,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.kv.num_used == 0, "blocks are left over"
 
 
+# 100 × 40 operations; `make soak` runs a million.
 EngineMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("DOVETAIL_SOAK_EXAMPLES", "100")), stateful_step_count=40, deadline=None
+    max_examples=int(os.environ.get("DOVETAIL_SOAK_MACHINES", "100")), stateful_step_count=40, deadline=None
 )
 TestEngineMachine = EngineMachine.TestCase

@@ -25,7 +25,8 @@ def build(context: Any, options: SdpaOptions) -> SdpaAttention:
     return SdpaAttention(context.plan.device)
 
 
-PROVIDER = Provider("sdpa", "torch's scaled_dot_product_attention, a sequence at a time", build, SdpaOptions, CAPABILITIES, priority=10)
+SUMMARY = "torch's scaled_dot_product_attention, a sequence at a time"
+PROVIDER = Provider("sdpa", SUMMARY, build, SdpaOptions, CAPABILITIES, priority=10)
 
 
 @hookimpl
