@@ -96,3 +96,22 @@ def test_bench_prints_and_writes_figures(kind: str, tmp_path: Path) -> None:
     assert out.returncode == 0, out.stderr
     assert "tokens/s" in out.stdout
     assert len(json.loads(path.read_text())["rounds"]) == 2
+
+
+def test_a_hub_id_goes_to_the_hub(tmp_path: Path) -> None:
+    """The hub's own cache layout, without a network: a model that is there is used, one that is not is an error."""
+    import shutil
+
+    from dovetail_demo_model import WEIGHTS
+
+    commit = "0" * 40
+    repo = tmp_path / "hub/models--somebody--demo"
+    shutil.copytree(WEIGHTS, repo / "snapshots" / commit, ignore=shutil.ignore_patterns("draft"))
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    out = run("generate", "import os", "--model", "somebody/demo", "--max-tokens", "2", **env)
+    assert out.returncode == 0, out.stderr
+    out = run("generate", "hi", "--model", "somebody/else", **env)
+    assert out.returncode == 2
+    assert "the hub did not give it" in out.stderr

@@ -85,7 +85,7 @@ def test_a_seeded_request_is_the_same_alone_and_in_any_batch(checkpoint: Callabl
         for i in range(len(prompts))
     ]  # fmt: skip
     with LLM(made.folder, dtype="float32", device="cpu") as llm:
-        alone = [llm.generate(p, s) for p, s in zip(prompts, each, strict=True)]
+        alone = [llm.generate(p, s)[0] for p, s in zip(prompts, each, strict=True)]
     with LLM(made.folder, dtype="float32", device="cpu", scheduler={"max_num_batched_tokens": 7}, overlap=True) as llm:
         together = llm.generate(prompts, each)
     for a, b in zip(alone, together, strict=True):
@@ -117,8 +117,7 @@ def test_logprobs_are_those_of_the_model(checkpoint: Callable[[str], Checkpoint]
     made, prompt = checkpoint("llama-2"), ragged_prompts(1, 3)[0] + [5, 6, 7]
     params = SamplingParams(max_tokens=8, temperature=0.7, seed=1, logprobs=3, prompt_logprobs=2, ignore_eos=True)
     with LLM(made.folder, dtype="float32", device="cpu", scheduler={"max_num_batched_tokens": 5}) as llm:
-        out = llm.generate(prompt, params)
-        scored = llm.generate(prompt, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        out, scored = llm.generate([prompt] * 2, [params, SamplingParams(max_tokens=0, prompt_logprobs=0)])
     with torch.inference_mode():
         reference = made.model(torch.tensor([prompt + out.token_ids])).logits[0].float().log_softmax(-1)
     assert len(out.logprobs) == 8
