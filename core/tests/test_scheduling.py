@@ -158,6 +158,22 @@ def test_a_failing_step_fails_its_requests_and_no_others(overlap: bool) -> None:
     assert engine.kv.num_used == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nobody_starves_while_others_keep_coming(overlap: bool) -> None:
+    """Tight memory and an endless stream of newcomers: the old ones still end, in a bounded number of steps."""
+    engine = make_engine(overlap=overlap, spare_blocks=3, seats=4)
+    old = [request(f"old{i}", [i] * 20, 25, seed=i) for i in range(3)]
+    for r in old:
+        engine.add(r)
+    ended: set[str] = set()
+    for step in range(400):
+        engine.add(request(f"new{step}", [step % 60] * 9, 6, seed=step))
+        ended |= {o.request_id for o in engine.step() if o.finish_reason}
+        if {r.request_id for r in old} <= ended:
+            return
+    raise AssertionError(f"still waiting: {[r.request_id for r in old if r.request_id not in ended]}")
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Random adds, aborts and steps; after each, the blocks must add up."""
 
