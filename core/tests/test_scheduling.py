@@ -98,12 +98,32 @@ def test_output_does_not_depend_on_how_it_was_scheduled(
     assert run(engine, workload, arrivals) == alone
 
 
-def test_tight_memory_preempts_and_changes_nothing() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tight_memory_preempts_and_changes_nothing(overlap: bool) -> None:
     workload = [request(f"r{i}", [i] * 20, 20, seed=i) for i in range(4)]
-    roomy, tight = make_engine(spare_blocks=500), make_engine(spare_blocks=2)
+    roomy, tight = make_engine(spare_blocks=500), make_engine(spare_blocks=2, overlap=overlap)
     assert run(tight, workload) == run(roomy, workload)
     assert tight.snapshot().num_preemptions > 0
     assert roomy.snapshot().num_preemptions == 0
+
+
+def test_a_step_in_flight_delays_preemption_by_one_call() -> None:
+    engine = make_engine(spare_blocks=0, block_size=1, budget=64)
+    for i in range(2):
+        engine.add(request(f"r{i}", [i] * (23 - i), 20, seed=i))
+    plan = engine.schedule(in_flight=False)
+    while plan is not None and len(plan.seq_ids) == 2:
+        step = engine.submit(plan)
+        assert step is not None
+        last, plan = step, engine.schedule(in_flight=True)
+        engine.finish_step(last)
+    assert plan is not None, "the first one still had room"
+    step = engine.submit(plan)
+    assert step is not None
+    assert engine.schedule(in_flight=True) is None, "somebody waits for a block: the pipeline must run dry"
+    engine.finish_step(step)
+    assert engine.schedule(in_flight=False) is not None
+    assert engine.snapshot().num_preemptions == 1
 
 
 def test_samples_of_a_request_share_the_blocks_of_its_prompt() -> None:
@@ -194,6 +214,8 @@ class EngineMachine(RuleBasedStateMachine):
         def checked(plan: Any) -> Any:
             assert 0 < sum(plan.num_tokens) <= budget
             assert len(plan.seq_ids) == len(set(plan.seq_ids)) <= seats
+            restarted = set(plan.released) & {s.seq_id for s in plan.starts}
+            assert not restarted or len(plan.starts) == len(plan.seq_ids), "preempted and restarted in one step: thrashing"
             return submit(plan)
 
         self.engine.worker.submit = checked  # type: ignore[method-assign]
