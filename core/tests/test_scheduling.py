@@ -107,21 +107,19 @@ def test_tight_memory_preempts_and_changes_nothing(overlap: bool) -> None:
     assert roomy.snapshot().num_preemptions == 0
 
 
-def test_a_step_in_flight_delays_preemption_by_one_call() -> None:
-    engine = make_engine(spare_blocks=0, block_size=1, budget=64)
-    for i in range(2):
-        engine.add(request(f"r{i}", [i] * (23 - i), 20, seed=i))
-    plan = engine.schedule(in_flight=False)
-    while plan is not None and len(plan.seq_ids) == 2:
-        step = engine.submit(plan)
+def test_a_step_in_flight_delays_preemption_until_it_has_ended() -> None:
+    engine = make_engine(block_size=4, budget=64)  # 12 blocks
+    engine.add(request("roomy", [1] * 22, 20))
+    engine.add(request("at the end of its block", [2] * 24, 20, seed=1))
+    steps = [engine.submit(engine.schedule(in_flight=False) or pytest.fail("nothing to run"))]
+    plan = engine.schedule(in_flight=True)
+    assert plan is not None
+    assert len(plan.seq_ids) == 1, "the other one finds no block"
+    steps.append(engine.submit(plan))
+    assert engine.schedule(in_flight=True) is None, "somebody waits for a block: the pipeline must run dry first"
+    for step in steps:
         assert step is not None
-        last, plan = step, engine.schedule(in_flight=True)
-        engine.finish_step(last)
-    assert plan is not None, "the first one still had room"
-    step = engine.submit(plan)
-    assert step is not None
-    assert engine.schedule(in_flight=True) is None, "somebody waits for a block: the pipeline must run dry"
-    engine.finish_step(step)
+        engine.finish_step(step)
     assert engine.schedule(in_flight=False) is not None
     assert engine.snapshot().num_preemptions == 1
 
@@ -235,6 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, count: int) -> None:
         for _ in range(count):
             for output in self.engine.step():
+                assert output.error is None, output.error  # a check in the worker's place shows here
                 if output.finish_reason:
                     key = (output.request_id, output.sample_index)
                     assert key not in self.ended, "a sequence ended twice"
