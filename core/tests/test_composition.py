@@ -21,6 +21,10 @@ from dovetail.provider import Context, Options, Provider, Reason
 from dovetail.testing.plugin import SIMULATED, install, make_model
 
 
+class Tuned(Options):
+    workspace_mb: int = 64
+
+
 def module_with(**hooks: Any) -> ModuleType:
     module = ModuleType("made_up")
     for name, providers in hooks.items():
@@ -131,6 +135,12 @@ def test_a_broken_plugin_hides_no_other(
         resolve(load_config(model=str(model), worker="nothing"), registry)
 
 
+def test_a_scheduler_without_the_limits_that_others_read_is_broken() -> None:
+    module = module_with(dovetail_schedulers=[Provider("lottery", "", lambda c, o: None, Tuned)])
+    registry = registry_of(x=module)
+    assert "the options of lottery must extend SchedulerOptions of dovetail.provider" in registry.broken["dist-x"]
+
+
 def test_a_why_not_that_raises_is_a_reason(model: Path) -> None:
     def raises(context: Context) -> list[Reason]:
         raise KeyError("oops")
@@ -158,10 +168,6 @@ def test_a_build_that_fails_is_an_error_not_a_second_choice(model: Path) -> None
     plan = resolve(load_config(model=str(model)), registry)
     with pytest.raises(PluginError, match="worker: dist-x:w could not be built: ValueError: no such device"):
         build_engine(plan, lambda *a: None, registry)
-
-
-class Tuned(Options):
-    workspace_mb: int = 64
 
 
 def test_unknown_options_list_the_known_ones(model: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from dovetail.hookspecs import hookimpl
-from dovetail.provider import Options, Provider
+from dovetail.provider import KVCacheOptions, Provider, SchedulerOptions
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
@@ -15,19 +13,7 @@ if TYPE_CHECKING:
     from dovetail.scheduler import TokenBudgetScheduler
 
 
-class PagedOptions(Options):
-    block_size: int = Field(16, ge=1, le=256, description="tokens in a block")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the model's")
-    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory that the engine may take")
-    memory_gb: float | None = Field(None, gt=0, description="GiB for the cache, instead of a share of the memory")
-
-
-class SchedulerOptions(Options):
-    max_num_seqs: int = Field(256, ge=1, description="sequences that run at a time")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in a step")
-
-
-def _paged(context: BuildContext, options: PagedOptions) -> PagedKVCache:
+def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
     from dovetail.kv_cache import PagedKVCache
 
     return PagedKVCache(list(context.kv_groups), list(context.num_blocks))
@@ -49,7 +35,7 @@ def _priority(context: BuildContext, options: SchedulerOptions) -> TokenBudgetSc
 
 @hookimpl
 def dovetail_kv_caches() -> list[Provider[PagedKVCache]]:
-    return [Provider("paged", "blocks with reference counts, per KV group", _paged, PagedOptions, priority=50)]
+    return [Provider("paged", "blocks with reference counts, per KV group", _paged, KVCacheOptions, priority=50)]
 
 
 @hookimpl

@@ -7,7 +7,7 @@ from the plan alone. Between the two a plan may travel; its fingerprint says tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +76,13 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
     choices = {"model": model_choice} if model_choice else {}
     choices["kv_cache"] = take("kv_cache", config.kv_cache)
     choices["scheduler"] = take("scheduler", config.scheduler)
-    kv_dtype = choices["kv_cache"].options.get("dtype", "auto")
+    kv = choices["kv_cache"].options
     for layer in model.layer_kinds:
         choices[f"attention.{layer.kind}"] = take(
             "attention", config.attention.of(layer.kind), f"attention.{layer.kind}",
             layer_kind=layer.kind, head_size=model.head_size, sliding_window=layer.window is not None,
             logit_soft_cap=model.logit_soft_cap is not None, sinks=model.has_sinks,
-            block_size=choices["kv_cache"].options.get("block_size"),
-            kv_dtype=dtype if kv_dtype == "auto" else kv_dtype,
+            block_size=kv["block_size"], kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
         )  # fmt: skip
     choices["worker"] = take("worker", config.worker)
     if server:
@@ -122,9 +121,9 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
         num_blocks = _size(plan, groups, worker.kv_memory(), limits["max_num_seqs"], limits["max_num_batched_tokens"])
         worker.allocate(num_blocks)
         worker.warm_up(progress)
-        context = BuildContext(plan, registry, facts, model, None, tuple(groups), tuple(num_blocks))
+        context = replace(context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks))
         kv: KVCacheManager = context.build("kv_cache")
-        context = BuildContext(plan, registry, facts, model, kv, tuple(groups), tuple(num_blocks))
+        context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
         return loop(context.build("scheduler"), kv, worker, max_num_waiting=plan.max_num_waiting)
     except BaseException:

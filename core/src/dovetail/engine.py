@@ -144,7 +144,7 @@ class Engine:
         """The stats, with the gauges as of now."""
         s = self.stats
         s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        s.kv_blocks_used, s.num_preemptions = self.kv.num_used, getattr(self.scheduler, "num_preemptions", 0)
+        s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
         return s
 
     # How sequences end.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dovetail.facts import DeviceFacts, ModelFacts
 
@@ -20,6 +20,22 @@ class Options(BaseModel):
     """Base of every provider's options: frozen, typed, no unknown keys. A field's `description` is its documentation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KVCacheOptions(Options):
+    """What every KV-cache provider's options have: workers read them, to size and lay out the cache."""
+
+    block_size: int = Field(16, ge=1, le=256, description="tokens in a block")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the model's")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory that the engine may take")
+    memory_gb: float | None = Field(None, gt=0, description="GiB for the cache, instead of a share of the memory")
+
+
+class SchedulerOptions(Options):
+    """What every scheduler's options have: the limits that worker and cache are sized for."""
+
+    max_num_seqs: int = Field(256, ge=1, description="sequences that run at a time")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in a step")
 
 
 @dataclass(frozen=True)

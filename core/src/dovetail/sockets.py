@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dovetail.interfaces import attention
-from dovetail.provider import Context, Provider, Reason
+from dovetail.provider import Context, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Socket:
     hook: str
     summary: str
     contract: str = "0.1"
+    options: type[Options] = Options
+    """What every provider's options extend, because other parts read them."""
     undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
     """What the composition needs and the provider's capabilities do not declare."""
 
@@ -47,9 +49,9 @@ def _undeclared_attention(provider: Provider[object], context: Context) -> list[
 SOCKETS: tuple[Socket, ...] = (
     Socket("model", "dovetail_models", "models that come with a plugin, by name"),
     Socket("worker", "dovetail_workers", "loads the weights and runs the steps"),
-    Socket("attention", "dovetail_attention", "paged attention", attention.CONTRACT, _undeclared_attention),
-    Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks"),
-    Socket("scheduler", "dovetail_schedulers", "picks each step's tokens"),
+    Socket("attention", "dovetail_attention", "paged attention", attention.CONTRACT, undeclared=_undeclared_attention),
+    Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions),
+    Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions),
     Socket("server", "dovetail_servers", "takes requests from outside"),
 )
 BY_NAME = {s.name: s for s in SOCKETS}

@@ -19,6 +19,8 @@ class Scheduler(Protocol):
     """Not running, in the order they will start: new ones, and preempted ones that must be computed again."""
     running: list[Sequence]
     """Holding blocks."""
+    num_preemptions: int
+    """So far."""
 
     def add(self, seq: Sequence) -> None:
         """Take in a new sequence."""

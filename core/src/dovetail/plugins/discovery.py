@@ -101,6 +101,8 @@ def _offers(plugin: PluginInfo, module: ModuleType) -> list[Offer]:
         for provider in (p for result in getattr(manager.hook, socket.hook)() for p in result):
             if not isinstance(provider, Provider):
                 raise PluginError(f"{socket.hook} returned {type(provider).__name__}, not a Provider")
+            if not issubclass(provider.options, socket.options):
+                raise PluginError(f"the options of {provider.name} must extend {socket.options.__name__} of dovetail.provider")
             offers.append(Offer(socket.name, provider, plugin))
     return offers
 
