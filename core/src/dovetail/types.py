@@ -19,7 +19,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
-_INT64 = 2**63
+_INT32, _INT64 = 2**31, 2**63
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +63,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         for name, low, high in (
             ("n", 1, MAX_N), ("max_tokens", 0, None), ("min_tokens", 0, None), ("temperature", 0, None),
-            ("top_k", -1, None), ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+            ("top_k", -1, _INT32 - 1), ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
             ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS), ("seed", -_INT64, _INT64 - 1),
         ):  # fmt: skip
             check_range(name, getattr(self, name), low, high)
