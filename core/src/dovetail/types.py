@@ -99,7 +99,9 @@ def check_range(name: str, value: float | None, low: float | None, high: float |
     """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]; an open end is None."""
     if value is None:
         return
-    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+    # An integer is always finite, also one that no float can hold.
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if infinite or (low is not None and value < low) or (high is not None and value > high):
         span = f"in [{low}, {high}]" if high is not None else f"at least {low}"
         raise InvalidRequest(f"{name} must be finite and {span}, not {value}", param=name)
 

@@ -39,9 +39,8 @@ class Tokenizer:
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         self.chat_template = _chat_template(folder, self.config)
         self._compiled: Template | None = None
-        self._special = {
-            name: _token_text(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        texts = {name: _token_text(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.special_tokens = {name: text for name, text in texts.items() if text is not None}
 
     @property
     def vocab_size(self) -> int:
@@ -82,11 +81,10 @@ class Tokenizer:
             raise InvalidRequest("this model has no chat template: use completions, or give a chat_template", param="messages")
         if len(source) > MAX_TEMPLATE_CHARS:
             raise InvalidRequest(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters", param="chat_template")
-        tokens = {k: v for k, v in self._special.items() if v is not None}
         try:
             parts, size = [], 0
             names = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-            for part in self._compile(source).generate({**tokens, **(variables or {}), **names}):
+            for part in self._compile(source).generate({**self.special_tokens, **(variables or {}), **names}):
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:
                     raise InvalidRequest(f"the messages render to over {MAX_RENDERED_CHARS} characters", param="messages")

@@ -23,12 +23,13 @@ POISON = -1
 
 @dataclass
 class Faults:
-    """What goes wrong, by number of steps submitted so far."""
+    """What goes wrong, by number of steps submitted so far, and how slow it is."""
 
     raise_at: int | None = None
     exit_at: int | None = None
     hang_at: int | None = None
     step_seconds: float = 0.0
+    load_seconds: float = 0.0
 
 
 @dataclass
@@ -54,6 +55,7 @@ class SimulatedWorker:
         self.closed = False
 
     def load(self, progress: Progress) -> None:
+        time.sleep(self._faults.load_seconds)
         progress("loading weights", 1, 1)
 
     def kv_groups(self) -> list[KVGroup]:
