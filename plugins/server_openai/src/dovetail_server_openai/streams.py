@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -58,7 +58,8 @@ class EventStream(StreamingResponse):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
-        await until_gone(receive, deliver())
+        with suppress(ClientGone):
+            await until_gone(receive, deliver())
 
 
 async def merged(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> News:
