@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ class Stream:
         self._client.close()
 
 
+Open = Callable[..., Stream]
+
+
+@pytest.fixture
+def open_stream() -> Iterator[Open]:
+    """Streams that are left at the end of the test, at the latest."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*args: Any, **body: Any) -> Stream:
+            stream = Stream(*args, **body)
+            stack.callback(stream.leave)
+            return stream
+
+        yield begin
+
+
 def engine_pids(served: Any) -> list[int]:
     return [int(p) for p in Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()]
 
@@ -61,12 +78,6 @@ def test_while_it_loads_it_says_so(start: Any) -> None:
     port = free_port()
     served = start("--port", str(port), wait=False, worker={"use": "simulated", "load_seconds": 1.0})
     served.url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return bool(httpx.get(f"{served.url}/health"))
-        except httpx.TransportError:
-            return False
 
     served.until(lambda: _reachable(served.url))
     for answer in (httpx.get(f"{served.url}/health"), httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a"})):
@@ -158,9 +169,9 @@ def slow(start_any: Any) -> Any:
     assert "ERROR" not in served.output()
 
 
-def test_a_client_that_leaves_a_stream_stops_the_work(slow: Any) -> None:
+def test_a_client_that_leaves_a_stream_stops_the_work(slow: Any, open_stream: Open) -> None:
     before = slow.metrics()
-    streams = [Stream(slow.url) for _ in range(3)]
+    streams = [open_stream(slow.url) for _ in range(3)]
     slow.until(lambda: slow.metrics()["num_requests_running"] == 3)
     assert slow.metrics()["kv_cache_usage_perc"] > 0
     for stream in streams:
@@ -173,9 +184,11 @@ def test_a_client_that_leaves_a_stream_stops_the_work(slow: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompts", [1, 3])
-def test_a_client_that_leaves_before_the_answer_stops_the_work(slow: Any, stream: bool, prompts: int) -> None:
+def test_a_client_that_leaves_before_its_answer_stops_the_work(
+    slow: Any, open_stream: Open, stream: bool, prompts: int
+) -> None:
     """Also of a request that still waits for its first token."""
-    busy = [Stream(slow.url, max_tokens=100) for _ in range(4)]  # all seats are taken
+    busy = [open_stream(slow.url, max_tokens=100) for _ in range(4)]  # all seats are taken
     before = slow.metrics()
     body = {**LONG, "prompt": ["b"] * prompts, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
@@ -185,7 +198,6 @@ def test_a_client_that_leaves_before_the_answer_stops_the_work(slow: Any, stream
     assert after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0) == prompts
     for s in busy:
         assert s.rest()[-1] == "[DONE]"
-        s.leave()
     slow.until(slow.quiet)
 
 
@@ -217,10 +229,10 @@ def test_overload_is_told_and_loses_nothing(slow: Any) -> None:
     slow.until(slow.quiet)
 
 
-def test_when_the_engine_dies_everybody_is_told_and_a_new_one_serves(start: Any) -> None:
+def test_when_the_engine_dies_everybody_is_told_and_a_new_one_serves(start: Any, open_stream: Open) -> None:
     served = start(**SLOW)
     [pid] = engine_pids(served)
-    stream = Stream(served.url)
+    stream = open_stream(served.url)
     with ThreadPoolExecutor(1) as pool:
         unary = pool.submit(httpx.post, f"{served.url}{COMPLETIONS}", json=LONG, timeout=30)
         served.until(lambda: served.metrics()["num_requests_running"] == 2)
@@ -254,9 +266,9 @@ def test_a_step_that_fails_is_a_500_and_the_next_request_is_served(start: Any) -
 # How it ends.
 
 
-def test_sigterm_lets_streams_end(start: Any) -> None:
+def test_sigterm_lets_streams_end(start: Any, open_stream: Open) -> None:
     served = start(**SLOW)
-    stream = Stream(served.url, max_tokens=60)
+    stream = open_stream(served.url, max_tokens=60)
     [engine] = engine_pids(served)
     served.process.send_signal(signal.SIGTERM)
     served.until(lambda: httpx.get(f"{served.url}/health").status_code == 503)
@@ -272,22 +284,21 @@ def test_sigterm_lets_streams_end(start: Any) -> None:
     assert "ERROR" not in served.output()
 
 
-def test_a_drain_that_takes_too_long_is_cut_and_says_so(start: Any) -> None:
+def test_a_drain_that_takes_too_long_is_cut_and_says_so(start: Any, open_stream: Open) -> None:
     served = start(server={"drain_seconds": 0.3}, **SLOW)
-    stream = Stream(served.url)
+    stream = open_stream(served.url)
     served.process.send_signal(signal.SIGTERM)
     *_, error, done = stream.rest()
     assert done == "[DONE]"
     assert "closed" in json.loads(error)["error"]["message"]
-    stream.leave()
     assert served.process.wait(30) == 0
     assert "Traceback" not in served.output()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_stops_at_once(start: Any, number: int) -> None:
+def test_a_second_signal_stops_at_once(start: Any, open_stream: Open, number: int) -> None:
     served = start(worker={"use": "simulated", "step_seconds": 0.1})
-    stream = Stream(served.url)
+    open_stream(served.url)
     unary = threading.Thread(target=_ask_in_vain, args=(served.url,))
     unary.start()
     served.until(lambda: served.metrics()["num_requests_running"] == 2)
@@ -297,7 +308,6 @@ def test_a_second_signal_stops_at_once(start: Any, number: int) -> None:
     served.process.send_signal(number)
     served.process.wait(30)
     assert time.monotonic() - began < 15, "200 steps of 0.1 s were waited for"
-    stream.leave()
     unary.join(30)
     assert not unary.is_alive()
     assert "Traceback" not in served.output()
