@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dovetail.facts import LayerKind, model_facts, window_of_layers
 
 W = 8

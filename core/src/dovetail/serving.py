@@ -184,9 +184,9 @@ class AsyncEngine:
         if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
             raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
         live = _Live(RequestState(request, self.tokenizer))
+        self._send(wire.Add(request))
         self._live[request.request_id] = live
         self._idle.clear()
-        self._send(wire.Add(request))
         return live
 
     def _digest(self, live: _Live, news: list[SequenceOutput]) -> list[Delta]:
