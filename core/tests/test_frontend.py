@@ -154,6 +154,7 @@ def test_chat_template_is_sandboxed(tokenizer: Tokenizer) -> None:
         ("top_p", 1.1), ("top_p", math.nan), ("top_k", -2), ("min_p", 1.5), ("n", 0), ("n", 10**9), ("min_tokens", -1),
         ("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", math.nan), ("seed", 2**63),
         ("logprobs", 10**6), ("stop", ("x",) * 10_000), ("stop", ("",)), ("stop", ("x" * 10_000,)),
+        ("max_tokens", 1.5), ("max_tokens", "5"), ("n", True), ("temperature", "hot"), ("stop", (1,)),
         ("logit_bias", {1: math.nan}), ("logit_bias", dict.fromkeys(range(5000), 0.0)),
     ],
 )  # fmt: skip
@@ -161,6 +162,11 @@ def test_bad_parameters_name_their_field(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=field if field != "stop" else "stop") as e:
         SamplingParams(**{field: value})
     assert e.value.param == field
+
+
+def test_a_single_stop_string_is_one_stop_string() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]) == SamplingParams(stop=("a", "b"), stop_token_ids=(3,))
 
 
 def test_bad_prompts(tokenizer: Tokenizer, folder: Path) -> None:

@@ -17,6 +17,8 @@ from dovetail.scheduler import TokenBudgetScheduler, fcfs, priority
 from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput
 
+SOAK = int(os.environ.get("DOVETAIL_SOAK", "1"))
+"""How many times the usual number of examples."""
 MAX_LEN = 48
 EOS = 7
 
@@ -74,7 +76,7 @@ def workloads(draw: st.DrawFn) -> list[Request]:
     ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150 * SOAK, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     workload=workloads(), data=st.data(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),
     budget=st.integers(1, 40), seats=st.integers(1, 5), spare=st.integers(0, 12), overlap=st.booleans(),
@@ -96,12 +98,30 @@ def test_output_does_not_depend_on_how_it_was_scheduled(
     assert run(engine, workload, arrivals) == alone
 
 
-def test_tight_memory_preempts_and_changes_nothing() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tight_memory_preempts_and_changes_nothing(overlap: bool) -> None:
     workload = [request(f"r{i}", [i] * 20, 20, seed=i) for i in range(4)]
-    roomy, tight = make_engine(spare_blocks=500), make_engine(spare_blocks=2)
+    roomy, tight = make_engine(spare_blocks=500), make_engine(spare_blocks=2, overlap=overlap)
     assert run(tight, workload) == run(roomy, workload)
     assert tight.snapshot().num_preemptions > 0
     assert roomy.snapshot().num_preemptions == 0
+
+
+def test_a_step_in_flight_delays_preemption_until_it_has_ended() -> None:
+    engine = make_engine(block_size=4, budget=64)  # 12 blocks
+    engine.add(request("roomy", [1] * 22, 20))
+    engine.add(request("at the end of its block", [2] * 24, 20, seed=1))
+    steps = [engine.submit(engine.schedule(in_flight=False) or pytest.fail("nothing to run"))]
+    plan = engine.schedule(in_flight=True)
+    assert plan is not None
+    assert len(plan.seq_ids) == 1, "the other one finds no block"
+    steps.append(engine.submit(plan))
+    assert engine.schedule(in_flight=True) is None, "somebody waits for a block: the pipeline must run dry first"
+    for step in steps:
+        assert step is not None
+        engine.finish_step(step)
+    assert engine.schedule(in_flight=False) is not None
+    assert engine.snapshot().num_preemptions == 1
 
 
 def test_samples_of_a_request_share_the_blocks_of_its_prompt() -> None:
@@ -156,6 +176,22 @@ def test_a_failing_step_fails_its_requests_and_no_others(overlap: bool) -> None:
     assert engine.kv.num_used == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nobody_starves_while_others_keep_coming(overlap: bool) -> None:
+    """Tight memory and an endless stream of newcomers: the old ones still end, in a bounded number of steps."""
+    engine = make_engine(overlap=overlap, spare_blocks=3, seats=4)
+    old = [request(f"old{i}", [i] * 20, 25, seed=i) for i in range(3)]
+    for r in old:
+        engine.add(r)
+    ended: set[str] = set()
+    for step in range(400):
+        engine.add(request(f"new{step}", [step % 60] * 9, 6, seed=step))
+        ended |= {o.request_id for o in engine.step() if o.finish_reason}
+        if {r.request_id for r in old} <= ended:
+            return
+    raise AssertionError(f"still waiting: {[r.request_id for r in old if r.request_id not in ended]}")
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Random adds, aborts and steps; after each, the blocks must add up."""
 
@@ -176,6 +212,8 @@ class EngineMachine(RuleBasedStateMachine):
         def checked(plan: Any) -> Any:
             assert 0 < sum(plan.num_tokens) <= budget
             assert len(plan.seq_ids) == len(set(plan.seq_ids)) <= seats
+            restarted = set(plan.released) & {s.seq_id for s in plan.starts}
+            assert not restarted or len(plan.starts) == len(plan.seq_ids), "preempted and restarted in one step: thrashing"
             return submit(plan)
 
         self.engine.worker.submit = checked  # type: ignore[method-assign]
@@ -195,6 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, count: int) -> None:
         for _ in range(count):
             for output in self.engine.step():
+                assert output.error is None, output.error  # a check in the worker's place shows here
                 if output.finish_reason:
                     key = (output.request_id, output.sample_index)
                     assert key not in self.ended, "a sequence ended twice"
@@ -228,7 +267,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.kv.num_used == 0, "blocks are left over"
 
 
+# 100 × 40 operations; `make soak` runs a million.
 EngineMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("DOVETAIL_SOAK_EXAMPLES", "100")), stateful_step_count=40, deadline=None
+    max_examples=int(os.environ.get("DOVETAIL_SOAK_MACHINES", "100")), stateful_step_count=40, deadline=None
 )
 TestEngineMachine = EngineMachine.TestCase

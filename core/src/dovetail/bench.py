@@ -27,7 +27,7 @@ def run(kind: str, args: argparse.Namespace, config_file: str | None, values: di
     if min(args.input_len, args.output_len, args.rounds) < 1:
         raise ConfigError("--input-len, --output-len and --rounds are at least 1")
     if kind == "serve":
-        rounds = [_serve_round(args, i) for i in track(range(args.rounds), description="measuring")]
+        rounds = [serve_round(args, i) for i in track(range(args.rounds), description="measuring")]
     else:
         with LLM(config=config_file, **values) as llm:
             measure = throughput_round if kind == "throughput" else latency_round
@@ -77,7 +77,8 @@ def latency_round(llm: LLM, args: argparse.Namespace, seed: int) -> Results:
     return {"TTFT ms": 1e3 * (times[0] - began), "decode tokens/s": decode}
 
 
-def _serve_round(args: argparse.Namespace, seed: int) -> Results:
+def serve_round(args: argparse.Namespace, seed: int) -> Results:
+    """Streamed completions against a running server."""
     try:
         return asyncio.run(_drive_server(args, seed))
     except ImportError:

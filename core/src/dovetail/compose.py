@@ -180,17 +180,18 @@ def _find_model(config: EngineConfig, registry: Registry, facts: DeviceFacts, de
     if folder.is_dir():
         return folder.resolve(), None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name), None
+        return _from_hub(name, config.trust_remote_code), None
     names = ", ".join(o.provider.name for o in offers) or "none"
     raise ConfigError(f"model: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, with_code: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ConfigError(f"model: {name!r} is a hub id, and huggingface_hub is not installed") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", *(["*.py"] if with_code else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
         raise ConfigError(f"model: {name!r} is no folder here, and the hub did not give it: {type(e).__name__}: {e}") from None

@@ -66,11 +66,11 @@ class EngineConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda:0, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the checkpoint's")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
-    worker: SocketConfig = SocketConfig()
-    attention: AttentionConfig = AttentionConfig()
-    kv_cache: SocketConfig = SocketConfig()
-    scheduler: SocketConfig = SocketConfig()
-    server: SocketConfig = SocketConfig()
+    worker: SocketConfig = Field(SocketConfig(), description="a socket: what computes: see `dovetail plugins`")
+    attention: AttentionConfig = Field(AttentionConfig(), description="a socket: for all layers, or by kind")
+    kv_cache: SocketConfig = Field(SocketConfig(), description="a socket: owner of the KV blocks")
+    scheduler: SocketConfig = Field(SocketConfig(), description="a socket: what runs next")
+    server: SocketConfig = Field(SocketConfig(), description="a socket: for `dovetail serve`")
     overlap: bool | Literal["auto"] = Field(
         "auto", description="schedule the next step while one runs; auto: unless both would share the same cores (cpu)"
     )

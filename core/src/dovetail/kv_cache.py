@@ -48,10 +48,14 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.pools = [BlockPool(n) for n in num_blocks]
         self.tables: dict[int, list[list[int]]] = {}
+        self._block_sizes = [g.block_size for g in groups]
+        self._nothing: list[list[int]] = [[] for _ in groups]
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         table = self.tables.get(seq_id)
-        needed = [-(-num_tokens // g.block_size) for g in self.groups]
+        if table is not None and len(table[0]) * self._block_sizes[0] >= num_tokens and len(table) == 1:
+            return self._nothing  # by far the most frequent case
+        needed = [-(-num_tokens // size) for size in self._block_sizes]
         if table is not None:
             needed = [max(0, n - len(blocks)) for n, blocks in zip(needed, table, strict=True)]
         if any(n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)):

@@ -70,7 +70,7 @@ class LLM:
     """Load a model and generate.
 
         with LLM("demo") as llm:
-            print(llm.generate("What does os.path.join do?", SamplingParams(max_tokens=40)).text)
+            print(llm.generate(["import os"], SamplingParams(max_tokens=40))[0].text)
 
     Keywords are the keys of a composition file: `LLM("demo", scheduler={"max_num_seqs": 8}, dtype="float32")`.
     Not for use from several threads at once.
@@ -110,10 +110,11 @@ class LLM:
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Any:
-        """Complete prompts (each a string or a list of token ids); results in their order, one for a single prompt.
+    ) -> list[RequestOutput]:
+        """Complete prompts, each a string or a list of token ids; results in their order (a list for a single one too).
 
-        Raises `InvalidRequest` before any work if a prompt or a parameter is bad, and the engine's error if it fails.
+        `params` is for all, or one for each. Raises `InvalidRequest` before any work if a prompt or a parameter is bad,
+        and the engine's error if it fails.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
@@ -128,7 +129,7 @@ class LLM:
         index = {state.request.request_id: i for i, state in enumerate(states)}
         for request_id, delta in self._run(states):
             _extend(outputs[index[request_id]], delta)
-        return outputs[0] if single else outputs
+        return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, giving out text as it comes."""
@@ -138,8 +139,7 @@ class LLM:
 
     def chat(self, messages: list[dict[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation: messages of `role` and `content`, through the model's chat template."""
-        output: RequestOutput = self.generate(self.chat_prompt(messages), params or SamplingParams(max_tokens=None))
-        return output
+        return self.generate(self.chat_prompt(messages), params or SamplingParams(max_tokens=None))[0]
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation."""

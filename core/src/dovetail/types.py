@@ -51,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int | None = None
     """None: drawn at random when the request is taken in."""
     stop: tuple[str, ...] = ()
+    """A list, or a single string, is taken too."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -61,18 +62,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The same for every prompt token but the first."""
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        msgspec.structs.force_setattr(self, "stop", stop)
+        msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, low, high in (
-            ("n", 1, MAX_N), ("max_tokens", 0, None), ("min_tokens", 0, None), ("temperature", 0, None),
-            ("top_k", -1, _INT32 - 1), ("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+            ("n", 1, MAX_N), ("max_tokens", 0, None), ("min_tokens", 0, None), ("top_k", -1, _INT32 - 1),
             ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS), ("seed", -_INT64, _INT64 - 1),
         ):  # fmt: skip
+            check_range(name, getattr(self, name), low, high, whole=True)
+        for name, low, high in (
+            ("temperature", 0, None), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, None),
+            ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+        ):  # fmt: skip
             check_range(name, getattr(self, name), low, high)
-        if not 0 < self.top_p <= 1:
-            raise InvalidRequest(f"top_p must be in (0, 1], not {self.top_p}", param="top_p")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise InvalidRequest(
-                f"repetition_penalty must be finite and above 0, not {self.repetition_penalty}", param="repetition_penalty"
-            )
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise InvalidRequest(f"{name} must be above 0", param=name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", param="min_tokens"
@@ -82,7 +87,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"at most {MAX_STOP_STRINGS} stop strings and as many stop token ids, "
                 f"not {len(self.stop)} and {len(self.stop_token_ids)}", param="stop",
             )  # fmt: skip
-        if not all(0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop):
+        if not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop):
             raise InvalidRequest(f"a stop string has 1 to {MAX_STOP_STRING_CHARS} characters", param="stop")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(f"at most {MAX_LOGIT_BIAS} logit_bias entries", param="logit_bias")
@@ -95,10 +100,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.temperature == 0
 
 
-def check_range(name: str, value: float | None, low: float | None, high: float | None) -> None:
+def check_range(name: str, value: float | None, low: float | None, high: float | None, *, whole: bool = False) -> None:
     """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]; an open end is None."""
     if value is None:
         return
+    if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be {'an integer' if whole else 'a number'}, not {value!r}", param=name)
     # An integer is always finite, also one that no float can hold.
     infinite = isinstance(value, float) and not math.isfinite(value)
     if infinite or (low is not None and value < low) or (high is not None and value > high):

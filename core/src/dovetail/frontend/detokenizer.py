@@ -29,6 +29,14 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one more token; returns the text that is now certain, perhaps none."""
+        if self._tokenizer.is_context_free and self._read == len(self._ids):
+            # Nothing waits, and this token's text is its own: no window is needed.
+            piece = self._tokenizer.piece(token_id, self._skip)
+            if REPLACEMENT not in piece:
+                self._ids.clear()
+                self._prefix = self._read = 0
+                self._known = ""
+                return piece
         self._ids.append(token_id)
         text = self._decode(self._prefix, len(self._ids))
         if not text.endswith(REPLACEMENT):

@@ -42,6 +42,10 @@ class Tokenizer:
         texts = {name: _token_text(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.special_tokens = {name: text for name, text in texts.items() if text is not None}
 
+        self.is_context_free = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
+        """A text's bytes are its tokens' bytes laid end to end: no token changes what another one says."""
+        self._pieces: tuple[dict[int, str], dict[int, str]] = ({}, {})
+
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
@@ -56,13 +60,21 @@ class Tokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
+    def piece(self, token_id: int, skip_special_tokens: bool) -> str:
+        """`decode` of one token, remembered."""
+        pieces = self._pieces[skip_special_tokens]
+        text = pieces.get(token_id)
+        if text is None:
+            text = pieces[token_id] = self.decode([token_id], skip_special_tokens=skip_special_tokens)
+        return text
+
     def token_id(self, token: str) -> int | None:
         value = self._tokenizer.token_to_id(token)
         return None if value is None else int(value)
 
     def token_text(self, token_id: int) -> str:
         """A single token as text, special ones included; "" for an id that stands for no token."""
-        return self.decode([token_id], skip_special_tokens=False)
+        return self.piece(token_id, False)
 
     def apply_chat_template(
         self,

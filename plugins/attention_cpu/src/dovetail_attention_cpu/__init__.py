@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dovetail_attention_cpu.backend import CpuAttention
 
 CAPABILITIES = AttentionCapabilities(
-    head_sizes=tuple(range(32, 257, 16)),
+    head_sizes=tuple(range(16, 257, 16)),
     block_sizes=tuple(range(16, 257, 16)),
     sliding_window=True,
     logit_soft_cap=True,

@@ -63,11 +63,18 @@ class Step:
         table, slots = batch.block_table, batch.slot_mapping
         if table.dtype is not torch.int32 or slots.dtype is not torch.int64 or table.stride(1) != 1 or slots.stride(0) != 1:
             raise PluginError("attention: block_table is i32[B, max_blocks] and slot_mapping i64[T], rows contiguous")
+        self.num_tokens = batch.host_query_start[batch.num_seqs]
+        longest = max(batch.host_seq_lens[: batch.num_seqs], default=0)
+        if table.shape[0] < batch.num_seqs or table.shape[1] * block_size < longest or slots.shape[0] < self.num_tokens:
+            raise PluginError(
+                f"attention: a block_table {tuple(table.shape)} and a slot_mapping {tuple(slots.shape)} do not hold "
+                f"{batch.num_seqs} sequences of up to {longest} tokens in blocks of {block_size}, {self.num_tokens} of them new"
+            )
         lengths = ctypes.c_int32 * batch.num_seqs
         starts = ctypes.c_int32 * (batch.num_seqs + 1)
         self.kept = (table, slots)
-        self.num_tokens = batch.host_query_start[batch.num_seqs]
         self.q_shape, self.kv_shape = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
+        self.cache_shape = (layer.num_kv_heads, 2, block_size, layer.head_size)
         self._free: Callable[[int], None] = functions.free
         self.pointer: int = functions.plan(
             starts(*batch.host_query_start[: batch.num_seqs + 1]), lengths(*batch.host_seq_lens[: batch.num_seqs]),
@@ -129,9 +136,11 @@ class CpuAttention:
         if not (
             q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0]
             and q.shape[1:] == out.shape[1:] == step.q_shape and k.shape[1:] == v.shape[1:] == kv_shape
-            and cache.shape[1] == kv_shape[0] and cache.shape[4] == kv_shape[1]
+            and cache.shape[1:] == step.cache_shape
         ):  # fmt: skip
-            raise PluginError("attention: q and out are [T, Hq, D], k and v [T, Hkv, D], as planned")
+            raise PluginError(
+                "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned"
+            )
         sinks = layer.sinks
         if sinks is not None and (sinks.dtype is not torch.float32 or not sinks.is_contiguous()):
             raise PluginError("attention: sinks are f32[Hq], contiguous")

@@ -40,7 +40,7 @@ def _worker(context: BuildContext, options: WorkerOptions) -> TorchWorker:
 def _reference(context: BuildContext, options: Any) -> ReferenceAttention:
     from dovetail_worker_torch.attention import ReferenceAttention
 
-    return ReferenceAttention()
+    return ReferenceAttention(context.plan.device)
 
 
 @hookimpl

@@ -12,16 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities, AttentionLayer, KVCacheSpec
-
-REFERENCE_CAPABILITIES = AttentionCapabilities(
-    devices=("cpu", "cuda"),
-    sliding_window=True,
-    logit_soft_cap=True,
-    sinks=True,
-    # Matrix products choose their summation order by shape, so neighbours and chunking can change the last bits.
-    batch_invariant=False,
-)
+from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 
 Cache = tuple[Tensor, Tensor]
 """Keys and values of a layer, each `[num_blocks, block_size, Hkv, D]`."""
@@ -39,7 +30,10 @@ class ReferencePlan:
 
 
 class ReferenceAttention:
-    """An `AttentionBackend` whose cache is in the canonical layout."""
+    """An `AttentionBackend` whose cache is in the canonical layout.
+
+    Not batch invariant: a matrix product chooses its summation order by shape, so neighbours can change the last bits.
+    """
 
     contract: ClassVar[str] = "0.1"
 

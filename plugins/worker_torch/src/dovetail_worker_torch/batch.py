@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dovetail.types import KVGroup, SequenceStart, StepPlan
+from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -45,7 +45,8 @@ class SequenceTable:
         """By seat."""
         self.token_ids = np.zeros((max_num_seqs, max_len + 1), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self.is_plain = np.zeros(max_num_seqs, np.bool_)
+        """By seat: drawn greedily from the raw logits, and nothing is asked about them."""
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._groups: list[KVGroup] = []
         self._block_table: list[I32] = []
@@ -70,7 +71,7 @@ class SequenceTable:
             self.start_of[seat] = start
             self.token_ids[seat, : len(start.token_ids)] = start.token_ids
             self.num_tokens[seat] = len(start.token_ids)
-            self.num_prompt_tokens[seat] = start.num_prompt_tokens
+            self.is_plain[seat] = _is_plain(start.params)
             for group, blocks in enumerate(start.block_ids):
                 self._num_blocks[group][seat] = 0
                 self._append(group, seat, blocks)
@@ -112,3 +113,8 @@ class SequenceTable:
         """Add the tokens drawn for these seats, one each."""
         self.token_ids[seats, self.num_tokens[seats]] = token_ids
         self.num_tokens[seats] += 1
+
+
+def _is_plain(p: SamplingParams) -> bool:
+    penalized = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+    return p.greedy and not (penalized or p.logit_bias or p.min_tokens) and p.logprobs is None

@@ -58,7 +58,7 @@ def perturb_(logits: Tensor, keys: U64) -> Tensor:
         h ^= (h >> 13) & 0x7FFFF
         h *= _MIX2
         h ^= (h >> 16) & 0xFFFF
-        # int32 to (0, 1): small values keep all their bits, which is where the winners are.
-        u = h.to(torch.float32).add_(2.0**31 + 0.5).mul_(2.0**-32)
+        # 31 bits to (0, 1), both ends excluded. Small values, which win, keep all their bits: a float is finest near 0.
+        u = h.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31 * (1 - 2.0**-24))
         part -= u.neg_().log1p_().neg_().log_()
     return logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
 from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
-from dovetail_worker_torch.batch import SequenceTable, StepInputs
+from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.model import Model
-from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+from dovetail_worker_torch.sampler import SamplingRows, greedy, sample, token_logprobs
 
 
 @dataclass
@@ -77,26 +76,35 @@ class Runner:
         if not step.rows:
             return result
         seats = step.inputs.seats[step.rows]
-        lengths = self.table.num_tokens[seats]
+        if masks is None and self.table.is_plain[seats].all():
+            drawn, usable = greedy(step.logits)
+        else:
+            drawn, usable = self._draw_with_params(step, seats, masks, result)
+        self.table.append(seats, np.array(drawn, np.int64))
+        for row, token, good in zip(step.rows, drawn, usable, strict=True):
+            if good:
+                result.token_ids[row].append(token)
+            else:
+                result.failed[plan.seq_ids[row]] = "the model's logits are not numbers (NaN)"
+        return result
+
+    def _draw_with_params(
+        self, step: Computed, seats: I64, masks: dict[int, bytes] | None, result: StepResult
+    ) -> tuple[list[int], list[bool]]:
+        """Draw as each row's parameters say; log-probabilities go into `result`."""
+        plan, lengths = step.plan, self.table.num_tokens[seats]
         starts = [self.table.start_of[int(s)] for s in seats]
         wanted = [i for i, s in enumerate(starts) if s.params.logprobs is not None]
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
         row_masks = [masks.get(plan.seq_ids[r]) for r in step.rows] if masks else None
-        # A gather of the token rows costs; only penalties read them.
-        tokens = self.table.token_ids[seats, : int(lengths.max())] if any(map(_has_penalty, starts)) else self._no_tokens(seats)
+        tokens = self.table.token_ids[seats, : int(lengths.max())]
         drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks))
-        self.table.append(seats, np.array(drawn, np.int64))
-        for row, token, good in zip(step.rows, drawn, usable, strict=True):
-            if good:
-                result.token_ids[row] = [token]
-            else:
-                result.failed[plan.seq_ids[row]] = "the model's logits are not numbers (NaN)"
         if raw is not None:
             result.logprobs = [[] for _ in plan.seq_ids]
             counts = [starts[i].params.logprobs or 0 for i in wanted]
             for i, logprobs in zip(wanted, token_logprobs(raw, [drawn[i] for i in wanted], counts), strict=True):
-                result.logprobs[step.rows[i]] = [logprobs]
-        return result
+                result.logprobs[step.rows[i]].append(logprobs)
+        return drawn, usable
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = self._group_of[layer]
@@ -141,12 +149,3 @@ class Runner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
         return torch.from_numpy(array).to(self.device)
-
-    @staticmethod
-    def _no_tokens(seats: Seq[int]) -> np.ndarray:  # type: ignore[type-arg]
-        return np.zeros((len(seats), 0), np.int32)
-
-
-def _has_penalty(start: object) -> bool:
-    p = start.params  # type: ignore[attr-defined]
-    return bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)

@@ -52,7 +52,11 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[list[int], list[bool]]:
         picked = SamplingRows([rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn])
         _prepare_draw(part, [params[i] for i in drawn], picked)
         logits[index] = part
-    # NaN counts as the maximum, so a row that holds one shows it here.
+    return greedy(logits)
+
+
+def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
+    """The best token of each row of f32[R, V], and whether the row is usable: NaN counts as the maximum, so it shows."""
     values, tokens = logits.max(dim=-1)
     return tokens.tolist(), (~values.isnan()).tolist()
 

@@ -7,106 +7,14 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <utility>
 
-#include "element.h"
+#include "tile.h"
 
 namespace dovetail {
 namespace {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kLogitStride = kTile + kLanes;  // not a power of two: rows of a tile fall into different cache sets
-constexpr int kGroupsPerTile = kTile / kGroup;
-#ifdef DOVETAIL_AVX512
-constexpr int kMaxRows = 6;  // 6 rows × 4 vectors of sums, 4 operands and a broadcast fill the 32 registers
-#else
-constexpr int kMaxRows = 2;
-#endif
-
-// The registers' shape for a number of rows: fewer rows take more vectors at a time, to keep enough sums in flight.
-constexpr int wide(int rows) {
-#ifdef DOVETAIL_AVX512
-  return rows <= 3 ? 8 : 4;
-#else
-  return rows <= 1 ? 4 : 2;
-#endif
-}
-
-// The running state of a softmax, in units of log2.
-struct Softmax {
-  float max = -kInf, sum = 0.f;
-};
-
-// What the old and the new sums are multiplied by when a key tile joins.
-struct Factors {
-  float before, tile;
-};
-
-Factors merge(Softmax& s, Softmax tile) {
-  const float top = std::max(s.max, tile.max);
-  const Factors f{s.max == -kInf ? 0.f : exp2(s.max - top), tile.max == -kInf ? 0.f : exp2(tile.max - top)};
-  s.sum = __builtin_fmaf(s.sum, f.before, tile.sum * f.tile);
-  s.max = top;
-  return f;
-}
-
-inline Vec merge(Vec before, Vec tile, Factors f) { return fma(before, splat(f.before), mul(tile, splat(f.tile))); }
-
-// logits[i][16 * j …] = q[i] · keys of group j, for M rows and N groups.
-template <class E, int M, int N>
-void dot_keys(const typename E::operand_t* q, int q_stride, const typename E::store_t* const* keys, int steps, float* logits) {
-  Vec sums[M][N];
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) sums[i][j] = splat(0.f);
-  for (int d = 0; d < steps; ++d) {
-    typename E::vec_t k[N];
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) k[j] = E::load(keys[j] + d * kGroup * E::pair);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const auto a = E::splat(q[i * q_stride + d]);
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) sums[i][j] = E::dot(sums[i][j], a, k[j]);
-    }
-  }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) store(logits + i * kLogitStride + j * kLanes, sums[i][j]);
-}
-
-// out[i][16 * j …] (+)= p[i] · values of the groups [begin, end), for M rows and N vectors of the head from dimension d.
-template <class E, int M, int N>
-void weigh_values(const typename E::operand_t* p, const typename E::store_t* const* values, int begin, int end, int head_size,
-                  int d, float* out, const Factors* factors) {
-  Vec sums[M][N];
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) sums[i][j] = splat(0.f);
-  for (int g = begin; g < end; ++g) {
-    const auto* group = values[g] + d * E::pair;
-    const auto* weights = p + g * kGroup / E::pair;
-    for (int t = 0; t < kGroup / E::pair; ++t) {
-      typename E::vec_t v[N];
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) v[j] = E::load(group + (t * head_size + j * kLanes) * E::pair);
-#pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) {
-        const auto a = E::splat(weights[i * (kLogitStride / E::pair) + t]);
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) sums[i][j] = E::dot(sums[i][j], a, v[j]);
-      }
-    }
-  }
-  for (int i = 0; i < M; ++i)
-    for (int j = 0; j < N; ++j) {
-      float* at = out + i * head_size + d + j * kLanes;
-      store(at, factors ? merge(load(at), sums[i][j], factors[i]) : sums[i][j]);
-    }
-}
-
-// Calls f with the constant `rows` in 1 … kMaxRows.
-template <class F, int... I>
-void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
-  (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
-}
 
 // Where a worker's thread keeps what it computes with, for `rows` rows.
 template <class E>
@@ -130,56 +38,6 @@ struct Scratch {
     edges = reinterpret_cast<typename E::store_t*>(take(8LL * kGroup * head_size));
   }
 };
-
-// One row of logits in place to weights `p` for the keys [lo, hi) of the tile, zero in the rest of the groups [begin, end).
-template <class E>
-Softmax exponentials(float* logits, typename E::operand_t* p, int lo, int hi, int begin, int end, const LayerArgs& layer) {
-  auto* weights = reinterpret_cast<std::conditional_t<E::pair == 1, float, uint16_t>*>(p);
-  auto put = [&](int g, Vec a) {
-    if constexpr (E::pair == 1)
-      store(weights + g * kGroup, a);
-    else
-      store_bf16(weights + g * kGroup, a);
-  };
-  if (hi <= lo) {
-    for (int g = begin; g < end; ++g) put(g, splat(0.f));
-    return {};
-  }
-  const int first = lo / kGroup, last = (hi + kGroup - 1) / kGroup;
-  const bool capped = layer.soft_cap != 0.f;
-  const Vec scale = splat(capped ? layer.scale / layer.soft_cap : layer.scale * kLog2E), cap = splat(layer.soft_cap * kLog2E);
-  Vec tops = splat(-kInf);
-  for (int g = first; g < last; ++g) {
-    Vec x = mul(load(logits + g * kGroup), scale);
-    if (capped) x = mul(tanh(x), cap);
-    if (g == first || g == last - 1) x = keep(x, lo - g * kGroup, hi - g * kGroup);
-    store(logits + g * kGroup, x);
-    tops = max(x, tops);
-  }
-  Softmax s{reduce_max(tops), 0.f};
-  const Vec top = splat(s.max == -kInf ? 0.f : s.max);
-  Vec sum = splat(0.f);
-  for (int g = begin; g < first; ++g) put(g, splat(0.f));
-  for (int g = first; g < last; ++g) {
-    const Vec x = exp2(sub(load(logits + g * kGroup), top));
-    sum = add(sum, x);
-    put(g, x);
-  }
-  for (int g = last; g < end; ++g) put(g, splat(0.f));
-  s.sum = reduce_add(sum);
-  return s;
-}
-
-void write_out(const float* sums, Softmax s, const float* sink, int head_size, const Rows& out, int64_t offset) {
-  float factor;
-  if (sink) {
-    const float logit = *sink * kLog2E, top = std::max(s.max, logit), weight = exp2(s.max - top);
-    factor = weight / __builtin_fmaf(s.sum, weight, exp2(logit - top));
-  } else {
-    factor = 1.f / s.sum;
-  }
-  for (int d = 0; d < head_size; d += kLanes) store_as(out.type, out.data, offset + d, mul(load(sums + d), splat(factor)));
-}
 
 template <class E>
 class Worker {
@@ -311,8 +169,9 @@ class Worker {
       for_blocks([&](int b, int r, auto m) {
         constexpr int M = decltype(m)::value, N = wide(M);
         const auto [from, to] = groups_of(b);
-        for (int j = std::max(c, from); j < std::min({c + kChunk, end, to}); j += N)
-          dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, s_.logits + r * kLogitStride + j * kGroup);
+        const int stop = std::min({c + kChunk, end, to});
+        for (int j = std::max(c, from); j < stop; j += N)
+          dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, stop - j, s_.logits + r * kLogitStride + j * kGroup);
       });
 
     for (int r = 0; r < rows; ++r) {
@@ -362,23 +221,52 @@ int64_t scratch_bytes(const Step& step) {
   return (rows * (8 * head_size + 6 * kLogitStride + 24) + 8 * kGroup * head_size + 16 * 64 + 4095) / 4096 * 4096;
 }
 
+// Work that threads take piece by piece, and can wait for. Unlike a barrier, it asks nothing of a thread that the system has
+// not let run yet: the others do its share.
+class Phase {
+ public:
+  explicit Phase(int num_pieces) : num_pieces_(num_pieces) {}
+
+  template <class F>
+  void work(F&& f) {
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_pieces_;) {
+      f(i);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+  void wait() const {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < num_pieces_; ++spins)
+      if (spins < 2000)
+        _mm_pause();
+      else
+        std::this_thread::yield();
+  }
+
+ private:
+  const int num_pieces_;
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> done_{0};
+};
+
 void run(const Step& step, const LayerArgs& layer, Rows q, Rows k, Rows v, Cache cache, Rows out, char* workspace) {
   auto* partials = reinterpret_cast<float*>(workspace + step.num_threads * scratch_bytes(step));
-  const int num_items = static_cast<int>(step.items.size()), num_jobs = static_cast<int>(step.jobs.size());
+  const int num_writes = std::min(step.num_tokens, 4 * step.num_threads);
+  Phase writes(num_writes), items(static_cast<int>(step.items.size())), jobs(static_cast<int>(step.jobs.size()));
   with_element(cache.type, [&](auto e) {
-    using E = decltype(e);
 #pragma omp parallel num_threads(step.num_threads) if (step.num_threads > 1)
     {
-      // The system may give fewer threads than were asked for.
-      const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-      write_tokens(step.geometry, cache, step.slots, k, v, static_cast<int64_t>(step.num_tokens) * me / threads,
-                   static_cast<int64_t>(step.num_tokens) * (me + 1) / threads);
-#pragma omp barrier  // rows of one step may share blocks: all is written before any is read
-      Worker<E> worker(step, layer, q, cache, out, workspace + me * scratch_bytes(step), partials);
-#pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < num_items; ++i) worker.attend(step.items[i]);
-#pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < num_jobs; ++i) worker.merge_parts(step.jobs[i]);
+      writes.work([&](int i) {
+        const int64_t n = step.num_tokens;
+        write_tokens(step.geometry, cache, step.slots, k, v, n * i / num_writes, n * (i + 1) / num_writes);
+      });
+      writes.wait();  // rows of one step may share blocks: all is written before any is read
+      char* scratch = workspace + omp_get_thread_num() * scratch_bytes(step);
+      Worker<decltype(e)> worker(step, layer, q, cache, out, scratch, partials);
+      items.work([&](int i) { worker.attend(step.items[i]); });
+      if (!step.jobs.empty()) {
+        items.wait();
+        jobs.work([&](int i) { worker.merge_parts(step.jobs[i]); });
+      }
     }
   });
 }

@@ -1,0 +1,60 @@
+"""Random-weight models of real shape for benchmarks: made once, in a cache folder.
+
+a: the shape of Qwen3-0.6B; b: of Llama-3.2-1B; c: tiny (8 layers of 256).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dovetail" / "bench-models"
+
+SHAPES = {
+    "a": ("Qwen3", "Qwen3-0.6B shape", {
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "theta": 1e6,
+    }),
+    "b": ("Llama", "Llama-3.2-1B shape", {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "theta": 5e5,
+    }),
+    "c": ("Llama", "tiny (8 × 256)", {
+        "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "theta": 1e4,
+    }),
+}  # fmt: skip
+
+
+def folder_of(key: str) -> Path:
+    """The model's folder, made at first use (bf16, with a byte-level tokenizer)."""
+    folder = CACHE / key
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    import transformers
+
+    from dovetail.testing.plugin import make_model
+
+    make_model(folder)  # its tokenizer; config.json is overwritten below
+    architecture, _, shape = SHAPES[key]
+    shape = dict(shape)
+    theta = shape.pop("theta")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(
+        **shape, max_position_embeddings=8192, eos_token_id=2, bos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": theta}, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return folder
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    """Random token ids, none of them special."""
+    rng = random.Random(seed)
+    return [rng.randrange(300, 4000) for _ in range(length)]

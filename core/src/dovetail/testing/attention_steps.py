@@ -1,0 +1,282 @@
+"""Steps to try attention on: random ragged batches over a poisoned cache, and the oracle that knows their answer.
+
+A step is described in the words of the contract (`StepSpec`), then built (`Step`): the logical keys and values of every
+sequence, the canonical cache as it is before the step, with NaN in every slot that must not be read, and the cache and
+output that must come of it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities, AttentionLayer, KVCacheSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ANY_HEAD_SIZE = (16, 40, 64, 80, 128, 256)
+"""Tried where a provider declares any."""
+ANY_BLOCK_SIZE = (1, 8, 16, 24, 32, 128)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence's part of a step."""
+
+    num_computed: int
+    """Tokens whose keys and values are in the cache before the step."""
+    num_new: int
+    """Tokens of the step."""
+    shares: tuple[int, int] | None = None
+    """(row, n): the first n tokens lie in that earlier row's blocks, which may be written in this very step."""
+
+    @property
+    def seq_len(self) -> int:
+        return self.num_computed + self.num_new
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """A step, and the layer that it runs through; all tensors follow from `seed`."""
+
+    rows: tuple[Row, ...]
+    dtype: str = "float32"
+    kv_dtype: str = "float32"
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    window: int | None = None
+    logit_soft_cap: float | None = None
+    sinks: bool = False
+    scale: float | None = None
+    """None is 1 / sqrt(head_size)."""
+    fused: bool = False
+    """q, k and v are views of one tensor, as a fused projection gives them."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{r.num_computed}+{r.num_new}" + (f" sharing {r.shares}" if r.shares else "") for r in self.rows)
+        rest = {k: v for k, v in vars(self).items() if k != "rows" and v not in (None, False)}
+        return f"rows [{rows}] (computed+new), " + ", ".join(f"{k}={v}" for k, v in rest.items())
+
+
+def head_sizes(can: AttentionCapabilities) -> tuple[int, ...]:
+    return can.head_sizes or ANY_HEAD_SIZE
+
+
+def block_sizes(can: AttentionCapabilities) -> tuple[int, ...]:
+    return can.block_sizes or ANY_BLOCK_SIZE
+
+
+def preferred(values: tuple[Any, ...], wanted: Any) -> Any:
+    """`wanted` if it is declared, else the first that is."""
+    return wanted if wanted in values else values[0]
+
+
+def plain(can: AttentionCapabilities, *rows: Row, seed: int = 0, **changes: Any) -> StepSpec:
+    """A step of a kind that the provider declares, as ordinary as can be."""
+    dtype = preferred(can.dtypes, "float32")
+    spec = StepSpec(
+        rows, dtype, preferred(can.kv_dtypes, dtype),
+        head_size=preferred(head_sizes(can), 64), block_size=preferred(block_sizes(can), 16), seed=seed,
+    )  # fmt: skip
+    return replace(spec, **changes)
+
+
+def random_spec(can: AttentionCapabilities, seed: int) -> StepSpec:
+    """Any step of what the provider declares: prefill, chunks and decode side by side, sharing blocks now and then."""
+    rng = random.Random(seed)
+    block_size = rng.choice(block_sizes(can))
+    dtype = rng.choice(can.dtypes)
+    num_kv_heads = rng.choice((1, 2, 3, 5))
+    rows: list[Row] = []
+    for _ in range(rng.randint(1, 7)):
+        kind = rng.choice(("prefill", "chunk", "decode", "decode"))
+        computed = 0 if kind == "prefill" else rng.choice((rng.randint(1, 40), rng.randint(1, 800)))
+        rows.append(Row(computed, 1 if kind == "decode" else rng.choice((rng.randint(1, 12), rng.randint(1, 150)))))
+    lender = rng.randrange(len(rows))
+    if rows[lender].seq_len > block_size and rng.random() < 0.4:
+        shared = rng.randint(1, (rows[lender].seq_len - 1) // block_size) * block_size
+        rows.append(Row(shared + rng.randint(0, 20), rng.randint(1, 20), shares=(lender, shared)))
+    return StepSpec(
+        tuple(rows), dtype, dtype if dtype in can.kv_dtypes and rng.random() < 0.7 else rng.choice(can.kv_dtypes),
+        num_heads=num_kv_heads * rng.choice((1, 2, 3, 4, 7, 8)), num_kv_heads=num_kv_heads,
+        head_size=rng.choice(head_sizes(can)), block_size=block_size,
+        window=rng.choice((None, rng.randint(1, 20), rng.randint(1, 600))) if can.sliding_window else None,
+        logit_soft_cap=rng.choice((None, None, 5.0, 50.0)) if can.logit_soft_cap else None,
+        sinks=can.sinks and rng.random() < 0.3, fused=rng.random() < 0.5, seed=seed,
+    )  # fmt: skip
+
+
+class Step:
+    """A spec's tensors, on a device. `blocks[b]` are row b's block ids, all of them, whatever its window."""
+
+    def __init__(self, spec: StepSpec, device: str) -> None:
+        import torch
+
+        self.spec, self.device = spec, device
+        generator = torch.Generator().manual_seed(spec.seed)
+
+        def normal(*shape: int, dtype: str) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(getattr(torch, dtype))
+
+        self.keys: list[Tensor] = []
+        """Per row `[seq_len, Hkv, D]`, in the model's dtype."""
+        self.values: list[Tensor] = []
+        queries: list[Tensor] = []
+        for row in spec.rows:
+            shape = (row.seq_len, spec.num_kv_heads, spec.head_size)
+            self.keys.append(normal(*shape, dtype=spec.dtype))
+            self.values.append(normal(*shape, dtype=spec.dtype))
+            queries.append(normal(row.num_new, spec.num_heads, spec.head_size, dtype=spec.dtype))
+            if row.shares:
+                lender, n = row.shares
+                self.keys[-1][:n], self.values[-1][:n] = self.keys[lender][:n], self.values[lender][:n]
+        self.queries = queries
+        sinks = normal(spec.num_heads, dtype="float32").to(device) if spec.sinks else None
+        scale = spec.head_size**-0.5 if spec.scale is None else spec.scale
+        self.layer = AttentionLayer(
+            0, spec.num_heads, spec.num_kv_heads, spec.head_size, scale, spec.window, spec.logit_soft_cap, sinks
+        )
+        self._place_blocks()
+        self.rebuilt()
+
+    def rebuilt(self) -> Step:
+        """Lay out cache and inputs from the logical tensors. Again, if those were replaced."""
+        import torch
+
+        self._fill_cache()
+        tensors = (self.queries, self._new(self.keys), self._new(self.values))
+        q, k, v = (torch.cat(x).to(self.device) for x in tensors)
+        if self.spec.fused:
+            fused, heads = torch.cat([q, k, v], dim=1), q.shape[1]
+            q, k, v = fused[:, :heads], fused[:, heads : heads + k.shape[1]], fused[:, heads + k.shape[1] :]
+        self.q, self.k, self.v = q, k, v
+        return self
+
+    @property
+    def cache_spec(self) -> KVCacheSpec:
+        s = self.spec
+        return KVCacheSpec(self.num_blocks, s.block_size, s.num_kv_heads, s.head_size, s.kv_dtype)
+
+    def _new(self, per_row: list[Tensor]) -> list[Tensor]:
+        return [x[row.num_computed :] for row, x in zip(self.spec.rows, per_row, strict=True)]
+
+    def _place_blocks(self) -> None:
+        """Shuffled block ids. Block 0 and the last two belong to nobody: they hold poison, and padding points to one."""
+        size = self.spec.block_size
+        needed = [-(-r.seq_len // size) - (r.shares[1] // size if r.shares else 0) for r in self.spec.rows]
+        self.num_blocks = sum(needed) + 3
+        self.poison = self.num_blocks - 1
+        ids = list(range(1, self.num_blocks - 2))
+        random.Random(self.spec.seed).shuffle(ids)
+        self.blocks: list[list[int]] = []
+        for row, n in zip(self.spec.rows, needed, strict=True):
+            lent = self.blocks[row.shares[0]][: row.shares[1] // size] if row.shares else []
+            self.blocks.append(lent + [ids.pop() for _ in range(n)])
+
+    def _visible_from(self, row: Row) -> int:
+        """The first position that one of the row's queries sees."""
+        return 0 if self.spec.window is None else max(0, row.num_computed - self.spec.window + 1)
+
+    def slot(self, b: int, position: int) -> int:
+        size = self.spec.block_size
+        return self.blocks[b][position // size] * size + position % size
+
+    def _fill_cache(self) -> None:
+        """`before`: NaN but in what the rows see of earlier steps. `after`: the same, with this step's tokens."""
+        import torch
+
+        s = self.spec
+        dtype = getattr(torch, s.kv_dtype)
+        shape = (2, self.num_blocks * s.block_size, s.num_kv_heads, s.head_size)
+        before = torch.full(shape, float("nan"), dtype=dtype)
+        self.slots = [self.slot(b, p) for b, r in enumerate(s.rows) for p in range(r.num_computed, r.seq_len)]
+        written = set(self.slots)
+        for b, row in enumerate(s.rows):
+            for p in range(self._visible_from(row), row.num_computed):
+                if (slot := self.slot(b, p)) not in written:
+                    before[0, slot], before[1, slot] = self.keys[b][p].to(dtype), self.values[b][p].to(dtype)
+        after = before.clone()
+        after[0, self.slots] = torch.cat(self._new(self.keys)).to(dtype)
+        after[1, self.slots] = torch.cat(self._new(self.values)).to(dtype)
+        blocked = (2, self.num_blocks, s.block_size, s.num_kv_heads, s.head_size)
+        self.before, self.after = before.view(blocked), after.view(blocked)
+
+    def batch(self) -> AttentionBatch:
+        """The step as a worker gives it: the table is a view of a wider buffer, and its undefined entries are poison."""
+        import torch
+
+        s, size = self.spec, self.spec.block_size
+        starts = [0]
+        for row in s.rows:
+            starts.append(starts[-1] + row.num_new)
+        lengths = [row.seq_len for row in s.rows]
+        width = max(len(ids) for ids in self.blocks) + 2
+        table = torch.full((len(s.rows) + 1, width + 3), self.poison, dtype=torch.int32)
+        for b, row in enumerate(s.rows):
+            first = self._visible_from(row) // size
+            table[b, first : len(self.blocks[b])] = torch.tensor(self.blocks[b][first:], dtype=torch.int32)
+
+        def ints(values: list[int], dtype: Any) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        return AttentionBatch(
+            ints(starts, torch.int32), ints(lengths, torch.int32), table.to(self.device)[: len(s.rows), :width],
+            ints(self.slots, torch.int64), starts, lengths,
+            len(s.rows), starts[-1], max(r.num_new for r in s.rows), max(lengths),
+        )  # fmt: skip
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """The output `[T, Hq, D]` and the error allowed in each of its elements, both float64, from the logical tensors."""
+        import torch
+
+        parts = [self._attend(b) for b in range(len(self.spec.rows))]
+        return torch.cat([out for out, _ in parts]), torch.cat([error for _, error in parts])
+
+    def _attend(self, b: int) -> tuple[Tensor, Tensor]:
+        """softmax(q·k) v of one row as it is written in a textbook, in float64."""
+        import torch
+
+        s, row, layer = self.spec, self.spec.rows[b], self.layer
+        kv_dtype = getattr(torch, s.kv_dtype)
+        group = s.num_heads // s.num_kv_heads
+        q = self.queries[b].double().transpose(0, 1)  # [Hq, n, D]
+        k, v = (x[b].to(kv_dtype).double().repeat_interleave(group, 1).transpose(0, 1) for x in (self.keys, self.values))
+        logits = q @ k.transpose(1, 2) * layer.scale  # [Hq, n, S]
+        if s.logit_soft_cap is not None:
+            logits = s.logit_soft_cap * torch.tanh(logits / s.logit_soft_cap)
+        query_at, key_at = torch.arange(row.num_computed, row.seq_len)[:, None], torch.arange(row.seq_len)
+        seen = (key_at <= query_at) & (key_at > query_at - (s.window or row.seq_len + 1))
+        largest = logits.abs().masked_fill(~seen, 0).amax()
+        logits = logits.masked_fill(~seen, float("-inf"))
+        if layer.sinks is not None:
+            sinks = layer.sinks.double().cpu()[:, None, None].expand(-1, row.num_new, 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        weights = torch.softmax(logits, dim=-1)[..., : row.seq_len]
+        out = weights @ v
+        error = relative_error(s.dtype, s.kv_dtype, float(largest)) * (weights @ v.abs() + out.abs()) + SMALLEST[s.dtype]
+        return out.transpose(0, 1), error.transpose(0, 1)
+
+
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Half of the distance from 1 to the next number."""
+SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
+"""What a result next to zero may be off by: float16's smallest step; others may flush what is below a normal number."""
+
+
+def relative_error(dtype: str, kv_dtype: str, largest_logit: float) -> float:
+    """What a correct kernel may be off by, relative to Σ weight·|v| + |out|.
+
+    Sums and softmax are float32: an error in a logit is the same relative error in its weight, and a logit of size x carries
+    some 2^-24 · x for each partial sum. On top, the output is rounded to its dtype, and a kernel may round the weights, and the
+    queries where KV is stored in another type, to the coarser of the two types before it multiplies.
+    """
+    float32 = ROUNDING["float32"] * (64 + 16 * largest_logit)
+    coarsest = max(ROUNDING[dtype], ROUNDING[kv_dtype])
+    if coarsest == ROUNDING["float32"]:
+        return float32
+    return float32 + coarsest * (1.0 if dtype == kv_dtype else 1.0 + 0.5 * largest_logit)

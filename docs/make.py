@@ -1,0 +1,91 @@
+"""Write the reference pages that the code determines.  Usage: python docs/make.py   (a test holds them to the code)"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from dovetail import hookspecs
+from dovetail.config import EngineConfig
+from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.plugins.discovery import Offer, load_registry
+from dovetail.sockets import SOCKETS
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Written by docs/make.py from the code: do not edit. -->\n"
+
+
+def hooks() -> str:
+    """docs/hooks.md: every hook, in the order of an engine's life, with its docstring and its contract's version."""
+    out = [NOTE, "# Hooks", inspect.getdoc(hookspecs) or ""]
+    source = ast.parse(inspect.getsource(hookspecs))
+    by_hook = {s.hook: s for s in SOCKETS}
+    for node in source.body:
+        if isinstance(node, ast.FunctionDef) and node.name in by_hook:
+            socket = by_hook[node.name]
+            out.append(f"## `{node.name}`\n\nSocket `{socket.name}`: {socket.summary}. Contract {socket.contract}.")
+            out.append(ast.get_docstring(node) or "")
+    return "\n\n".join(out) + "\n"
+
+
+def config() -> str:
+    """docs/config.md: every key of a composition file, and every option of the providers in this repository."""
+    out = [NOTE, "# Configuration\n", inspect.getdoc(EngineConfig) or "", "", *_table(EngineConfig), ""]
+    out.append("Every socket (`worker`, `attention`, `kv_cache`, `scheduler`, `server`) is `NAME` or")
+    out.append("`{use: NAME, on_unsupported: error|fallback, …options}`; `attention` may also be given by kind of layer:")
+    out.append("`{full: …, sliding: …}`.\n")
+    for offer in _offers():
+        if offer.provider.options.model_fields:
+            out.append(f"## `{offer.socket}: {offer.provider.name}` ({offer.plugin.distribution})\n")
+            out += [f"{offer.provider.summary}.", "", *_table(offer.provider.options), ""]
+    return "\n".join(out)
+
+
+def plugins() -> str:
+    """docs/plugins.md: who offers what, and what each attention provider declares."""
+    out = [NOTE, "# Plugins in this repository\n", "| socket | provider | from | priority | what it is |", "|" + "---|" * 5]
+    for o in _offers():
+        p = o.provider
+        out += [f"| {o.socket} | `{p.name}` | {o.plugin.distribution} | {p.priority} | {p.summary} |"]
+    attention = [o for o in _offers() if isinstance(o.provider.capabilities, AttentionCapabilities)]
+    out += ["\n## What attention providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in attention) + " |"]
+    out.append("|---" * (len(attention) + 1) + "|")
+    for name in AttentionCapabilities.__dataclass_fields__:
+        out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name)) for o in attention) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _offers() -> list[Offer]:
+    """Of the packages in this repository, whatever else is installed."""
+    ours = {f"dovetail-{p.name.replace('_', '-')}" for p in (DOCS.parent / "plugins").iterdir()} | {"dovetail-core"}
+    offers = [o for o in load_registry().offers if o.plugin.distribution in ours]
+    order = [s.name for s in SOCKETS]
+    return sorted(offers, key=lambda o: (order.index(o.socket), -o.provider.priority, o.provider.name))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "any"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _table(model: type[BaseModel]) -> list[str]:
+    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        plain = isinstance(field.annotation, type)
+        kind = (field.annotation.__name__ if plain else str(field.annotation)).replace("typing.", "").replace("|", "\\|")
+        default = "auto" if isinstance(field.default, BaseModel) else field.default
+        rows.append(f"| `{name}` | {kind} | {default} | {field.description or ''} |")
+    return rows
+
+
+PAGES = {"hooks.md": hooks, "config.md": config, "plugins.md": plugins}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())

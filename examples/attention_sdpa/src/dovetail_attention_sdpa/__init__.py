@@ -1,0 +1,34 @@
+"""An example plugin: attention by torch's scaled_dot_product_attention. This root imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.provider import Options, Provider
+
+if TYPE_CHECKING:
+    from dovetail_attention_sdpa.backend import SdpaAttention
+
+# What is not declared here is refused by the core, with the reason, before anything is built.
+CAPABILITIES = AttentionCapabilities(devices=("cpu", "cuda"), sliding_window=True)
+
+
+class SdpaOptions(Options):
+    """This provider has no options."""
+
+
+def build(context: Any, options: SdpaOptions) -> SdpaAttention:
+    from dovetail_attention_sdpa.backend import SdpaAttention
+
+    return SdpaAttention(context.plan.device)
+
+
+SUMMARY = "torch's scaled_dot_product_attention, a sequence at a time"
+PROVIDER = Provider("sdpa", SUMMARY, build, SdpaOptions, CAPABILITIES, priority=10)
+
+
+@hookimpl
+def dovetail_attention() -> list[Provider[SdpaAttention]]:
+    return [PROVIDER]

@@ -1,0 +1,222 @@
+"""The sampler against a plain reference, and the keyed noise against the distribution it must draw from."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dovetail.types import SamplingParams, SequenceStart
+from dovetail_worker_torch.noise import perturb_, row_keys
+from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+
+VOCAB = 37
+EOS, STOP = 3, 4
+
+
+def start(params: SamplingParams, seed: int = 0, index: int = 0, num_prompt: int = 1) -> SequenceStart:
+    return SequenceStart(0, "r", index, [], num_prompt, [], params, seed, [EOS], 100)
+
+
+def rows_of(starts: list[SequenceStart], histories: list[list[int]]) -> SamplingRows:
+    longest = max(map(len, histories))
+    tokens = np.full((len(starts), longest), 36, np.int32)  # what lies past a row's length must not matter
+    for row, history in zip(tokens, histories, strict=True):
+        row[: len(history)] = history
+    return SamplingRows(starts, tokens, np.array([len(h) for h in histories], np.int64))
+
+
+def reference_distribution(logits: Tensor, p: SamplingParams, history: list[int], num_prompt: int) -> Tensor:
+    """Token by token, in float64, in the order that `SamplingParams` documents. Returns probabilities [V]."""
+    z = [float(x) for x in logits]
+    for token, bias in p.logit_bias.items():
+        z[token] += bias
+    for token in set(history):
+        z[token] = z[token] / p.repetition_penalty if z[token] > 0 else z[token] * p.repetition_penalty
+    for token in set(history[num_prompt:]):
+        z[token] -= p.presence_penalty + p.frequency_penalty * history[num_prompt:].count(token)
+    if len(history) - num_prompt < p.min_tokens:
+        for token in (EOS, *p.stop_token_ids):
+            z[token] = -math.inf
+    if p.temperature == 0:
+        out = torch.zeros(len(z), dtype=torch.float64)
+        out[max(range(len(z)), key=lambda i: z[i])] = 1
+        return out
+    z = [x / p.temperature for x in z]
+    order = sorted(range(len(z)), key=lambda i: -z[i])
+    keep = set(order[: p.top_k] if p.top_k > 0 else order)
+    total = sum(math.exp(z[i]) for i in keep)
+    mass, nucleus = 0.0, set()
+    for i in order:
+        if i in keep and mass < p.top_p:
+            nucleus.add(i)
+            mass += math.exp(z[i]) / total
+    best = max(math.exp(z[i]) for i in nucleus)
+    keep = {i for i in nucleus if math.exp(z[i]) >= p.min_p * best}
+    probs = torch.tensor([math.exp(x) if i in keep else 0.0 for i, x in enumerate(z)], dtype=torch.float64)
+    return probs / probs.sum()
+
+
+params_st = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, -1, 1, 3, 20, 100]),
+    top_p=st.sampled_from([1.0, 0.9, 0.5, 0.05]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    presence_penalty=st.sampled_from([0.0, 1.5, -0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.7]),
+    logit_bias=st.sampled_from([{}, {5: 4.0, 6: -100.0}]),
+    min_tokens=st.sampled_from([0, 2, 9]),
+    max_tokens=st.just(50),
+    stop_token_ids=st.sampled_from([(), (STOP,)]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(each=st.lists(params_st, min_size=1, max_size=6), seed=st.integers(0, 2**31))
+def test_every_draw_is_one_that_the_reference_allows(each: list[SamplingParams], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
+    logits = torch.randn(len(each), VOCAB, generator=generator) * 3
+    histories = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 12))] for _ in each]
+    starts = [start(p, rng.randrange(-(2**63), 2**63)) for p in each]
+    drawn, usable = sample(logits.clone(), rows_of(starts, histories))
+    assert all(usable)
+    for i, p in enumerate(each):
+        probs = reference_distribution(logits[i], p, histories[i], 1)
+        if p.temperature == 0:
+            assert probs[drawn[i]] == 1
+        else:
+            # A token at the very edge of a cut may fall on either side of it in float32.
+            looser = {"top_p": min(1.0, p.top_p + 1e-5), "min_p": max(0.0, p.min_p - 1e-5)}
+            allowed = reference_distribution(logits[i], with_(p, **looser), histories[i], 1)
+            assert allowed[drawn[i]] > 0
+
+
+def with_(p: SamplingParams, **changes: Any) -> SamplingParams:
+    import msgspec
+
+    return msgspec.structs.replace(p, **changes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(p=params_st, seed=st.integers(0, 2**31), others=st.integers(0, 5))
+def test_a_draw_does_not_depend_on_its_neighbours(p: SamplingParams, seed: int, others: int) -> None:
+    logits = torch.randn(1 + others, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+    each = [start(p, seed, 1)] + [start(SamplingParams(temperature=i % 2, top_k=i), i) for i in range(others)]
+    histories = [[1, 2, 3]] + [[i] * (i + 1) for i in range(others)]
+    alone, _ = sample(logits[:1].clone(), rows_of(each[:1], histories[:1]))
+    order = [*range(1, 1 + others), 0]
+    together, _ = sample(logits[order].clone(), rows_of([each[i] for i in order], [histories[i] for i in order]))
+    assert together[-1] == alone[0]
+
+
+CASES = {
+    "plain": SamplingParams(),
+    "hot": SamplingParams(temperature=1.8),
+    "top-k": SamplingParams(top_k=7),
+    "top-p": SamplingParams(top_p=0.8),
+    "min-p": SamplingParams(min_p=0.1),
+    "penalties": SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5),
+    "all": SamplingParams(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, logit_bias={5: 2.0}, frequency_penalty=0.3),
+}
+
+
+@pytest.mark.parametrize("keyed_by", ["position", "seed", "sample index"])
+@pytest.mark.parametrize("name", CASES)
+def test_frequencies_are_those_of_the_distribution(name: str, keyed_by: str) -> None:
+    """χ² over 20,000 keyed draws; false alarms: 1 in 10,000 for each case (a fresh seed every time)."""
+    count, p = 20_000, CASES[name]
+    base = random.randrange(2**62)
+    print("seed", base)
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(base % 2**31)) * 1.5
+    history = [5, 9, 9, 30]
+    expected = reference_distribution(logits, p, history, 1) * count
+    keys = np.arange(count)
+    seeds = base + keys if keyed_by == "seed" else np.full(count, base)
+    indices = keys if keyed_by == "sample index" else np.zeros(count)
+    positions = keys if keyed_by == "position" else np.full(count, 4)
+    starts = [start(p, int(s), int(i)) for s, i in zip(seeds, indices, strict=True)]
+    tokens = np.tile(np.array(history, np.int32), (count, 1))
+    if keyed_by == "position":
+        # Only the key's position differs: the history that penalties see stays the same.
+        pre = logits.repeat(count, 1)
+        drawn = draw_at(pre, p, base, positions, history)
+    else:
+        drawn, usable = sample(logits.repeat(count, 1), SamplingRows(starts, tokens, np.full(count, 4, np.int64)))
+        assert all(usable)
+    observed = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double()
+    assert observed[expected == 0].sum() == 0
+    big = expected >= 5
+    chi2 = ((observed - expected)[big] ** 2 / expected[big]).sum().item()
+    rest_expected, rest = expected[~big].sum().item(), observed[~big].sum().item()
+    if rest_expected >= 5:
+        chi2 += (rest - rest_expected) ** 2 / rest_expected
+    freedom = int(big.sum()) - 1 + (rest_expected >= 5)
+    # Wilson and Hilferty's approximation of the χ² quantile at 1 - 1e-4.
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert chi2 < limit, f"χ² {chi2:.1f} with {freedom} degrees of freedom"
+
+
+def draw_at(logits: Tensor, p: SamplingParams, seed: int, positions: np.ndarray[Any, Any], history: list[int]) -> list[int]:
+    """Draws whose keys differ by position alone, from the reference's probabilities."""
+    probs = reference_distribution(logits[0], p, history, 1)
+    z = probs.log().float().repeat(len(positions), 1)
+    keys = row_keys(np.full(len(positions), seed), np.zeros(len(positions), np.int64), positions)
+    drawn: list[int] = perturb_(z, keys).argmax(dim=-1).tolist()
+    return drawn
+
+
+def test_noise_of_different_keys_is_unrelated() -> None:
+    """Correlation of exponential noise between neighbouring keys, over 200 pairs of rows of 50,000 tokens."""
+    width = 50_000
+    keys = row_keys(np.full(201, 12345), np.zeros(201, np.int64), np.arange(201))
+    noise = perturb_(torch.zeros(201, width), keys)
+    assert len(np.unique(keys)) == 201
+    assert noise.isfinite().all()
+    z = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True)
+    correlations = (z[1:] * z[:-1]).mean(1)
+    assert correlations.abs().max().item() < 5.5 / math.sqrt(width)
+    # -log of exponential noise is Gumbel: mean 0.5772, variance π²/6.
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.003)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.01)
+
+
+def test_nan_makes_a_row_unusable_and_no_other() -> None:
+    logits = torch.randn(3, VOCAB)
+    logits[1, 7] = math.nan
+    starts = [start(SamplingParams(temperature=t)) for t in (0, 1, 0)]
+    _, usable = sample(logits, rows_of(starts, [[1]] * 3))
+    assert usable == [True, False, True]
+
+
+def test_masks_allow_only_their_tokens() -> None:
+    allowed = {2, 8, 36}
+    bitmap = bytearray(-(-VOCAB // 8))
+    for token in allowed:
+        bitmap[token // 8] |= 1 << token % 8
+    starts = [start(SamplingParams(), seed=i) for i in range(64)]
+    rows = rows_of(starts, [[1]] * 64)
+    masked = SamplingRows(rows.starts, rows.token_ids, rows.lengths, [bytes(bitmap) if i % 2 else None for i in range(64)])
+    drawn, _ = sample(torch.zeros(64, VOCAB), masked)
+    assert set(drawn[1::2]) == allowed
+    assert len(set(drawn[::2])) > 10
+
+
+def test_logprobs_and_ranks() -> None:
+    logits = torch.randn(4, VOCAB)
+    reference = logits.double().log_softmax(-1)
+    for row, (chosen, p) in enumerate(zip([0, 5, 9, 36], token_logprobs(logits, [0, 5, 9, 36], [0, 1, 3, 36]), strict=True)):
+        assert p.token_ids[0] == chosen
+        assert len(p.token_ids) == 1 + [0, 1, 3, 36][row]
+        assert p.logprobs == pytest.approx([reference[row, t].item() for t in p.token_ids], abs=1e-5)
+        assert p.logprobs[1:] == sorted(p.logprobs[1:], reverse=True)
+        assert p.rank == 1 + int((reference[row] > reference[row, chosen]).sum())

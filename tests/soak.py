@@ -1,0 +1,59 @@
+"""The long runs: what `make test` takes a slice of, at length.  Usage: python tests/soak.py [--scale 1.0]
+
+Writes benchmarks/results/soak.json: the commit, the date, and for each run its size, seconds and outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RUNS = {
+    # name: (what, pytest arguments, environment at scale 1)
+    "engine state machine": (
+        "1,000,000 random operations (add, abort, step) on scheduler, block manager and both loops",
+        ["core/tests/test_scheduling.py", "-k", "EngineMachine"], {"DOVETAIL_SOAK_MACHINES": 25_000},
+    ),
+    "scheduling changes no output": (
+        "15,000 workloads, each sequence compared with itself alone",
+        ["core/tests/test_scheduling.py", "-k", "how_it_was_scheduled"], {"DOVETAIL_SOAK": 100},
+    ),
+    "exact in every mix": (
+        "1,800 engines against transformers: chunks, batches, blocks, preemption, loops, backends",
+        ["tests/test_exactness.py", "-k", "every_mix"], {"DOVETAIL_SOAK": 30},
+    ),
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the sizes below 1: a slice")
+    scale = parser.parse_args().scale
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    results = {"commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d"), "scale": scale, "runs": []}
+    for name, (what, arguments, sizes) in RUNS.items():
+        env = {**os.environ, **{k: str(max(1, int(v * scale))) for k, v in sizes.items()}}
+        print(f"{name}: {what} …", flush=True)
+        began = time.time()
+        out = subprocess.run(
+            [sys.executable, "-m", "pytest", "--timeout=7200", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        seconds = round(time.time() - began)
+        passed = out.returncode == 0
+        print(f"  {'passed' if passed else 'FAILED'} in {seconds} s", flush=True)
+        if not passed:
+            print(out.stdout[-5000:])
+        results["runs"].append({"name": name, "what": what, "sizes": sizes, "seconds": seconds, "passed": passed})
+    (ROOT / "benchmarks/results").mkdir(exist_ok=True)
+    (ROOT / "benchmarks/results/soak.json").write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if all(r["passed"] for r in results["runs"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

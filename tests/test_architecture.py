@@ -1,0 +1,191 @@
+"""The rules of the house, as tests: imports, sizes, names, documentation."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dovetail
+from dovetail import hookspecs
+from dovetail.plugins.discovery import load_registry
+from dovetail.sockets import SOCKETS
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "core/src/dovetail"
+PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if (p / "pyproject.toml").exists())
+HEAVY = ("torch", "jax", "triton", "numpy", "transformers", "safetensors", "fastapi", "uvicorn")
+
+
+def imported_after(code: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after running some code."""
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print('@', *{{m.split('.')[0] for m in sys.modules}})"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return set(out.stdout.splitlines()[-1].split())
+
+
+def test_every_core_module_imports_without_a_tensor_library() -> None:
+    modules = [
+        ".".join(("dovetail", *p.relative_to(CORE).with_suffix("").parts)).removesuffix(".__init__") for p in CORE.rglob("*.py")
+    ]
+    assert imported_after("\n".join(f"import {m}" for m in modules)).isdisjoint(HEAVY)
+
+
+def test_composing_and_listing_import_no_tensor_library() -> None:
+    """Not even with every plugin installed: their roots are light."""
+    code = (
+        "from dovetail.compose import resolve; from dovetail.config import EngineConfig\n"
+        "from dovetail.cli.main import main\n"
+        "resolve(EngineConfig(), server=True); main(['plugins']); main(['explain'])"
+    )
+    assert imported_after(code).isdisjoint(HEAVY)
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blanks, comments or docstrings."""
+    source = path.read_text()
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            skipped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in ignored:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - skipped)
+
+
+def imports_of(path: Path) -> set[Path]:
+    """Files of the core that a file imports when it runs (not for types alone), interfaces aside."""
+    found: set[Path] = set()
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in ast.walk(node)
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only and (node.module or "").startswith("dovetail"):
+            stem = CORE.joinpath(*(node.module or "").split(".")[1:])
+            candidates = [stem.with_suffix(".py"), *(stem / f"{a.name}.py" for a in node.names)]
+            found |= {c for c in candidates if c.exists() and "interfaces" not in c.parts}
+    return found
+
+
+def test_what_the_loop_imports_reads_in_ten_minutes() -> None:
+    """DESIGN, rule 10: engine.py and all it imports inside the core, and the two things it drives."""
+    todo, seen = [CORE / "engine.py", CORE / "scheduler.py", CORE / "kv_cache.py"], set[Path]()
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += imports_of(path)
+    sizes = {p.name: code_lines(p) for p in seen}
+    assert sum(sizes.values()) <= 800, sizes
+    assert max(sizes.values()) <= 300, sizes
+
+
+def test_no_file_outgrows_a_sitting() -> None:
+    files = [p for part in ("core/src", "plugins", "tests", "benchmarks") for p in (ROOT / part).rglob("*.py")]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in files}
+    assert not {name: n for name, n in lengths.items() if n > 420}
+
+
+def test_every_hook_is_documented_and_is_the_hook_of_one_socket() -> None:
+    hooks = {n: f for n, f in vars(hookspecs).items() if n.startswith("dovetail_")}
+    assert {s.hook for s in SOCKETS} == set(hooks)
+    reference = (ROOT / "docs/hooks.md").read_text()
+    for name, function in hooks.items():
+        assert len(function.__doc__ or "") > 60, f"{name} has no docstring to speak of"
+        assert f"`{name}`" in reference, f"docs/hooks.md does not mention {name}"
+
+
+def test_every_socket_is_filled_by_an_installed_plugin_and_every_provider_says_what_it_is() -> None:
+    registry = load_registry()
+    assert not registry.broken
+    for socket in SOCKETS:
+        assert registry.of(socket.name), f"nobody offers anything for {socket.name}"
+    for offer in registry.offers:
+        assert len(offer.provider.summary) > 10
+        for name, field in offer.provider.options.model_fields.items():
+            assert field.description, f"option {name} of {offer.qualified_name} has no description"
+
+
+@pytest.mark.parametrize("folder", PLUGINS, ids=lambda p: p.name)
+def test_a_plugins_metadata_matches_its_folder(folder: Path) -> None:
+    data = tomllib.loads((folder / "pyproject.toml").read_text())
+    name, dashed = folder.name, folder.name.replace("_", "-")
+    assert data["project"]["name"] == f"dovetail-{dashed}"
+    assert data["project"]["entry-points"]["dovetail"] == {dashed: f"dovetail_{name}"}
+    assert data["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [f"src/dovetail_{name}"]
+    assert (folder / f"src/dovetail_{name}/__init__.py").exists()
+    assert (folder / f"src/dovetail_{name}/py.typed").exists()
+    assert (folder / "README.md").exists()
+    assert any((folder / "tests").glob("test_*.py"))
+    for other in PLUGINS:
+        assert other == folder or f"dovetail-{other.name.replace('_', '-')}" not in str(data["project"]["dependencies"])
+    root = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert f"dovetail-{dashed}" in root["project"]["dependencies"]
+    assert f"dovetail_{name}" in root["tool"]["importlinter"]["root_packages"]
+
+
+def test_the_public_api_is_sorted_and_imports() -> None:
+    names = dovetail.__all__
+    assert names == sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert all(getattr(dovetail, n) is not None for n in names)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = dovetail.nonsense
+
+
+def test_the_public_api_is_what_the_snapshot_says() -> None:
+    """Contracts are 0.x: changes are allowed, but never by accident. Update the snapshot with the change."""
+    interfaces = {p.stem: _signatures(p) for p in sorted((CORE / "interfaces").glob("*.py")) if p.stem != "__init__"}
+    current = {"all": dovetail.__all__, "interfaces": interfaces, "types": _signatures(CORE / "types.py")}
+    snapshot = ROOT / "tests/public_api.json"
+    text = json.dumps(current, indent=1) + "\n"
+    if not snapshot.exists() or snapshot.read_text() != text:
+        (ROOT / "tests/public_api.new.json").write_text(text)
+        raise AssertionError("the public API changed: compare tests/public_api.new.json with public_api.json, then rename it")
+
+
+def _signatures(path: Path) -> dict[str, list[str]]:
+    """Per class, its fields and methods with their types; per function, its signature."""
+    out: dict[str, list[str]] = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            out[node.name] = [_line(n) for n in node.body if isinstance(n, ast.AnnAssign | ast.FunctionDef)]
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            out[node.name] = [_line(node)]
+    return out
+
+
+def _line(node: ast.AnnAssign | ast.FunctionDef) -> str:
+    if isinstance(node, ast.AnnAssign):
+        return ast.unparse(node)
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{node.name}({ast.unparse(node.args)}){returns}"
+
+
+def test_the_repository_names_no_machine() -> None:
+    """No path or host of the machine that something was written on."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"/(?:root|farm|home/\w+|work)/[a-z.]|files\.pythonhosted|/tmp/\w+/")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".yaml", "") and path.is_file() and "weights" not in name:
+            if name.startswith(("plugins/demo_model/held_out", "LICENSE")):
+                continue
+            found = pattern.search(path.read_text(errors="ignore"))
+            assert not found, f"{name}: {found and found.group()}"
