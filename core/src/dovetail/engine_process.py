@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 
 import msgspec
 
@@ -51,9 +52,17 @@ class Link:
         self._writer.join(timeout=5)
 
     def _read(self) -> None:
-        while (frame := wire.read_frame(self._sock)) is not None:
-            self.inbox.put(wire.to_engine.decode(frame))
-        os._exit(0)  # the front-end is gone: nobody waits for anything
+        status = 1
+        try:
+            while (frame := wire.read_frame(self._sock)) is not None:
+                self.inbox.put(wire.to_engine.decode(frame))
+            status = 0
+        except OSError:  # reset: it left without reading what was sent
+            status = 0
+        except Exception:  # what cannot be read ends the process: half deaf, it would only look alive
+            traceback.print_exc()
+        finally:
+            os._exit(status)  # the front-end is gone: nobody waits for anything
 
     def _write(self) -> None:
         try:
@@ -72,7 +81,10 @@ class Link:
 
 def main() -> None:
     """Build from the plan that arrives, run until told to stop, and say why when that fails."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front-end decides
+    # Ctrl-C and a service manager's stop reach the whole group, and the front-end still has to drain: it decides.
+    # Handlers, not SIG_IGN, because that would be inherited by the programs that this one starts.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     try:
         engine, fingerprint = _start(link)
@@ -113,8 +125,8 @@ def _loop(engine: Engine, link: Link) -> None:
         link.busy_since = time.monotonic()
         outputs = engine.step()
         link.busy_since = None
-        if outputs:
-            link.send(wire.News(outputs, msgspec.structs.replace(engine.snapshot())))
+        # Also without outputs: a step of prefill, or one that freed the last blocks, changes the stats.
+        link.send(wire.News(outputs, msgspec.structs.replace(engine.snapshot())))
 
 
 def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:

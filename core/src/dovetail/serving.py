@@ -13,7 +13,8 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,15 @@ import msgspec
 from dovetail import wire
 from dovetail.compose import resolve
 from dovetail.config import EngineConfig
-from dovetail.errors import ERRORS, DovetailError, EngineDead, EngineUnavailable, Overloaded, PluginError
+from dovetail.errors import (
+    ERRORS,
+    DovetailError,
+    EngineDead,
+    EngineUnavailable,
+    InvalidRequest,
+    Overloaded,
+    PluginError,
+)
 from dovetail.facts import model_facts
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.frontend.requests import Prompt, RequestMaker
@@ -36,6 +45,10 @@ log = logging.getLogger("dovetail")
 State = Literal["loading", "ready", "restarting", "draining", "closed"]
 MAX_BACKOFF = 30.0
 """Seconds between restarts, at most; they double from half a second."""
+START_PATIENCE = 60.0
+"""Seconds for a new process to say its first word, whatever `stall_timeout`: the interpreter and its imports come first."""
+CLOSE_PATIENCE = 5.0
+"""Seconds that a process is given to end by itself."""
 
 
 class _Live:
@@ -64,6 +77,7 @@ class AsyncEngine:
         self._live: dict[str, _Live] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._num_heard = 0
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
@@ -94,7 +108,7 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta]:
         """Complete a prompt. Yields the news of its samples; a slow reader gets them merged.
 
         Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta, `EngineDead` or `StepFailed`
@@ -103,10 +117,11 @@ class AsyncEngine:
         request = self.maker.make(
             prompt, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
         )
-        async for delta in self.run(request):
-            yield delta
+        async with aclosing(self.run(request)) as deltas:
+            async for delta in deltas:
+                yield delta
 
-    async def run(self, request: Request) -> AsyncIterator[Delta]:
+    async def run(self, request: Request) -> AsyncGenerator[Delta]:
         """`generate`, for a request that `maker` has made."""
         live = self._admit(request)
         try:
@@ -116,7 +131,7 @@ class AsyncEngine:
                 news, live.news = live.news, []
                 for delta in self._digest(live, news):
                     yield delta
-                if live.error is not None:
+                if live.error is not None and not live.state.finished:
                     raise live.error
         finally:
             self._live.pop(request.request_id, None)
@@ -139,16 +154,20 @@ class AsyncEngine:
         return not self._live
 
     async def close(self) -> None:
-        """Stop the process. Requests in flight get `EngineUnavailable`. Idempotent."""
+        """Stop the process. Requests in flight, and a `start` that still waits, get `EngineUnavailable`. Idempotent."""
+        loaded = self._started is not None and self._started.done()
         self._closing = True
         self.state = "closed"
-        self._fail_all(EngineUnavailable("the engine was closed"))
-        self._send(wire.Shutdown())
-        if self._process is not None:
-            try:
-                await asyncio.wait_for(self._process.wait(), 5)
-            except TimeoutError:
-                self._kill()
+        closed = EngineUnavailable("the engine was closed")
+        self._fail_all(closed)
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(closed)
+            self._started.exception()  # whoever waits for it is told; if nobody does, that is no mistake
+        if self._process is not None and loaded:
+            self._send(wire.Shutdown())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), CLOSE_PATIENCE)
+        self._kill()
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -159,13 +178,15 @@ class AsyncEngine:
     def _admit(self, request: Request) -> _Live:
         self.check_ready()
         if request.request_id in self._live:
-            raise DovetailError(f"request id {request.request_id!r} is already in use")
+            raise InvalidRequest(f"request id {request.request_id!r} is already in use", param="request_id")
+        if request.params.n > self.config.max_num_waiting:
+            raise InvalidRequest(f"n is {request.params.n}, and only {self.config.max_num_waiting} may wait", param="n")
         if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
             raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
         live = _Live(RequestState(request, self.tokenizer))
+        self._send(wire.Add(request))
         self._live[request.request_id] = live
         self._idle.clear()
-        self._send(wire.Add(request))
         return live
 
     def _digest(self, live: _Live, news: list[SequenceOutput]) -> list[Delta]:
@@ -220,6 +241,7 @@ class AsyncEngine:
                 return
             if self.state != "draining":
                 self.state = "restarting"
+            self.stats = EngineStats()  # the counters went with the process
             self._fail_all(EngineDead(f"the engine died: {error.message}"))
             if self.state == "draining":
                 return
@@ -231,32 +253,50 @@ class AsyncEngine:
     async def _run_process(self) -> None:
         """Start a process and serve its messages until it ends. Raises the reason it gave, or `EngineDead`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "dovetail.engine_process", str(theirs.fileno()), pass_fds=[theirs.fileno()]
-            )
         reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.MAX_FRAME)
         try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-m", "dovetail.engine_process", str(theirs.fileno()),
+                    pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
+                )  # fmt: skip
             self._send(wire.Start(self.plan.encode()))
-            await self._read_until_end(reader)
+            watch = asyncio.create_task(self._watch())
+            reading = asyncio.create_task(self._read_until_end(reader))
+            try:
+                await asyncio.wait({watch, reading}, return_when=asyncio.FIRST_COMPLETED)
+                (reading if reading.done() else watch).result()
+            finally:
+                watch.cancel()
+                reading.cancel()
+                await asyncio.gather(watch, reading, return_exceptions=True)
             code = await self._process.wait()
             raise EngineDead(f"the process ended with {_describe_exit(code)}")
         finally:
             self._writer.close()
             self._kill()
-            await self._process.wait()
+            if self._process is not None:
+                await self._process.wait()
 
     async def _read_until_end(self, reader: asyncio.StreamReader) -> None:
-        """Dispatch messages. A process that is silent, or busy with one step, for `stall_timeout` is given up."""
-        limit = self.config.stall_timeout
-        while True:
-            try:
-                frame = await asyncio.wait_for(wire.read_frame_async(reader), limit)
-            except TimeoutError:
-                raise EngineDead(f"the process gave no sign of life for {limit:.0f} s (stall_timeout)") from None
-            if frame is None:
-                return
+        self._num_heard = 0
+        while (frame := await wire.read_frame_async(reader)) is not None:
+            self._num_heard += 1
             self._dispatch(wire.from_engine.decode(frame))
+
+    async def _watch(self) -> None:
+        """Give up a process that is silent for `stall_timeout`; one that is busy with a step says so itself.
+
+        Silence is counted in short naps of this process, so that one that was stopped or busy itself (a debugger,
+        Ctrl-Z) does not take its own absence for the engine's.
+        """
+        limit = self.config.stall_timeout
+        nap, silent, heard = limit / 20, 0.0, 0
+        while silent < (limit if heard else max(limit, START_PATIENCE)):
+            await asyncio.sleep(nap)
+            silent = silent + nap if heard == self._num_heard else 0.0
+            heard = self._num_heard
+        raise EngineDead(f"the process gave no sign of life for {silent:.0f} s (stall_timeout)")
 
     def _dispatch(self, message: Any) -> None:
         match message:

@@ -19,7 +19,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
-_INT64 = 2**63
+_INT32, _INT64 = 2**31, 2**63
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         msgspec.structs.force_setattr(self, "stop", stop)
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, low, high in (
-            ("n", 1, MAX_N), ("max_tokens", 0, None), ("min_tokens", 0, None), ("top_k", -1, None),
+            ("n", 1, MAX_N), ("max_tokens", 0, None), ("min_tokens", 0, None), ("top_k", -1, _INT32 - 1),
             ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS), ("seed", -_INT64, _INT64 - 1),
         ):  # fmt: skip
             check_range(name, getattr(self, name), low, high, whole=True)
@@ -106,7 +106,9 @@ def check_range(name: str, value: float | None, low: float | None, high: float |
         return
     if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
         raise InvalidRequest(f"{name} must be {'an integer' if whole else 'a number'}, not {value!r}", param=name)
-    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+    # An integer is always finite, also one that no float can hold.
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if infinite or (low is not None and value < low) or (high is not None and value > high):
         span = f"in [{low}, {high}]" if high is not None else f"at least {low}"
         raise InvalidRequest(f"{name} must be finite and {span}, not {value}", param=name)
 

@@ -89,12 +89,13 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def read_frame(sock: socket.socket) -> bytes | None:
-    """The next frame's body, or None at the end. Blocks."""
+    """The next frame's body, or None at the end. Blocks. Raises `OSError`, and `ValueError` for what is no frame."""
     head = _read_exactly(sock, 4)
     return None if head is None else _read_exactly(sock, _length(head))
 
 
 async def read_frame_async(reader: asyncio.StreamReader) -> bytes | None:
+    """The same, for an event loop."""
     try:
         return await reader.readexactly(_length(await reader.readexactly(4)))
     except (asyncio.IncompleteReadError, ConnectionError):

@@ -12,7 +12,7 @@ import msgspec
 from dovetail.errors import InvalidRequest
 from dovetail.facts import ModelFacts
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.types import Request, SamplingParams
+from dovetail.types import Request, SamplingParams, check_range
 
 Prompt = str | Sequence[int]
 
@@ -37,6 +37,7 @@ class RequestMaker:
         add_special_tokens: bool = True,
     ) -> Request:
         """Raises `InvalidRequest`, naming the field, for a prompt or parameters that this model cannot take."""
+        check_range("priority", priority, -(2**31), 2**31 - 1)
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
         room = self.max_model_len - len(token_ids)
         if room < 0 or (room == 0 and params.max_tokens != 0):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -38,9 +38,9 @@ class Tokenizer:
         config = folder / "tokenizer_config.json"
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         self.chat_template = _chat_template(folder, self.config)
-        self._special = {
-            name: _token_text(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        self._compiled: Template | None = None
+        texts = {name: _token_text(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.special_tokens = {name: text for name, text in texts.items() if text is not None}
 
         self.is_context_free = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
         """A text's bytes are its tokens' bytes laid end to end: no token changes what another one says."""
@@ -82,20 +82,21 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         template: str | None = None,
-        **variables: Any,
+        variables: dict[str, Any] | None = None,
     ) -> str:
-        """Render a conversation, in Jinja's sandbox. Raises `InvalidRequest` with the template's own complaint."""
+        """Render a conversation, in Jinja's sandbox. Raises `InvalidRequest` with the template's own complaint.
+
+        A `template` from outside can loop for as long as it likes: the sandbox bounds what it reaches, not its time.
+        """
         source = template if template is not None else self.chat_template
         if source is None:
             raise InvalidRequest("this model has no chat template: use completions, or give a chat_template", param="messages")
         if len(source) > MAX_TEMPLATE_CHARS:
             raise InvalidRequest(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters", param="chat_template")
-        tokens = {k: v for k, v in self._special.items() if v is not None}
         try:
             parts, size = [], 0
-            for part in _environment().from_string(source).generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **{**tokens, **variables}
-            ):
+            names = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+            for part in self._compile(source).generate({**self.special_tokens, **(variables or {}), **names}):
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:
                     raise InvalidRequest(f"the messages render to over {MAX_RENDERED_CHARS} characters", param="messages")
@@ -103,6 +104,14 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, OverflowError, RecursionError, AttributeError, KeyError) as e:
             raise InvalidRequest(f"the chat template refused the messages: {type(e).__name__}: {e}", param="messages") from None
         return "".join(parts)
+
+    def _compile(self, source: str) -> Template:
+        """Compiling takes longer than rendering: the model's own template is compiled once."""
+        if source != self.chat_template:
+            return _environment().from_string(source)
+        if self._compiled is None:
+            self._compiled = _environment().from_string(source)
+        return self._compiled
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -29,12 +29,13 @@ TEMPLATE = (
 
 
 class SimulatedOptions(Options):
-    """See `Faults`: what goes wrong, by number of steps."""
+    """See `Faults`."""
 
     raise_at: int | None = None
     exit_at: int | None = None
     hang_at: int | None = None
     step_seconds: float = 0.0
+    load_seconds: float = 0.0
 
 
 def _worker(context: Any, options: SimulatedOptions) -> SimulatedWorker:

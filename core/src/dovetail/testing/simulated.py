@@ -7,26 +7,29 @@ outputs sees it. Also a worker contract's smallest example.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import random
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.errors import StepFailed
 from dovetail.interfaces.worker import Progress
-from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult
+from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
 
 POISON = -1
 
 
 @dataclass
 class Faults:
-    """What goes wrong, by number of steps submitted so far."""
+    """What goes wrong, by number of steps submitted so far, and how slow it is."""
 
     raise_at: int | None = None
     exit_at: int | None = None
     hang_at: int | None = None
     step_seconds: float = 0.0
+    load_seconds: float = 0.0
 
 
 @dataclass
@@ -37,7 +40,7 @@ class _Known:
 
 
 class SimulatedWorker:
-    """Draws `hash(seed, sample index, all tokens as read from the cache) % vocab_size`."""
+    """Draws `hash(seed, sample index, all tokens as read from the cache) % vocab_size`; greedy knows no seed."""
 
     def __init__(
         self, groups: list[KVGroup], vocab_size: int = 64, memory: int = 1 << 30, faults: Faults | None = None
@@ -52,6 +55,7 @@ class SimulatedWorker:
         self.closed = False
 
     def load(self, progress: Progress) -> None:
+        time.sleep(self._faults.load_seconds)
         progress("loading weights", 1, 1)
 
     def kv_groups(self) -> list[KVGroup]:
@@ -79,9 +83,13 @@ class SimulatedWorker:
             [self._draw(seq_id, first + count)] if samples else []
             for (seq_id, first, count), samples in zip(rows, plan.samples, strict=True)
         ]
+        result = StepResult(plan.step_id, drawn)
+        asked = [self._known[i].start.params for i in plan.seq_ids]
+        if any(p.logprobs is not None or p.prompt_logprobs is not None for p in asked):
+            self._add_logprobs(rows, result)
         for seq_id, tokens in zip(plan.seq_ids, drawn, strict=True):
             self._known[seq_id].tokens += tokens
-        return StepResult(plan.step_id, drawn)
+        return result
 
     def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
         result: StepResult = handle
@@ -109,15 +117,46 @@ class SimulatedWorker:
         ]
 
     def _draw(self, seq_id: int, length: int) -> int:
-        known = self._known[seq_id]
-        assert length == len(known.tokens), "a row samples before its last token"
-        seen: list[int] = []
+        start = self._known[seq_id].start
+        assert length == len(self._known[seq_id].tokens), "a row samples before its last token"
+        seen = self._seen(seq_id, length)
+        return self._greedy(seen) if start.params.greedy else self._hash(start.seed, start.sample_index, seen)
+
+    def _greedy(self, seen: list[int]) -> int:
+        return self._hash(None, 0, seen)
+
+    def _hash(self, *key: Any) -> int:
+        return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") % self._vocab_size
+
+    def _seen(self, seq_id: int, length: int) -> list[int]:
+        """What the token after `length` tokens depends on: all groups' tokens, as the cache has them."""
+        known, seen = self._known[seq_id], list[int]()
         for i, group in enumerate(self._groups):
             first = 0 if group.window is None else max(0, length - group.window)
             seen += [self._cache[i][self._slots(seq_id, p)[i][1]] for p in range(first, length)]
             assert seen[len(seen) - (length - first) :] == known.tokens[first:length], "the cache holds other tokens"
-        key = repr((known.start.seed, known.start.sample_index, seen)).encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % self._vocab_size
+        return seen
+
+    def _add_logprobs(self, rows: list[tuple[int, int, int]], result: StepResult) -> None:
+        for (seq_id, first, count), drawn in zip(rows, result.token_ids, strict=True):
+            known, params = self._known[seq_id], self._known[seq_id].start.params
+            ends = range(first + 1, min(first + count, known.start.num_prompt_tokens - 1) + 1)
+            of_prompt, k = [], params.prompt_logprobs
+            if k is not None:
+                of_prompt = [self._logprobs(self._seen(seq_id, end), known.tokens[end], k) for end in ends]
+            result.prompt_logprobs.append(of_prompt)
+            seen = self._seen(seq_id, first + count) if drawn and params.logprobs is not None else []
+            result.logprobs.append([self._logprobs(seen, t, params.logprobs or 0) for t in drawn if seen])
+
+    def _logprobs(self, seen: list[int], token: int, k: int) -> TokenLogprobs:
+        """A made-up distribution after `seen`, with the greedy choice on top."""
+        rng = random.Random(repr(seen))
+        logits = [rng.gauss(0, 1) for _ in range(self._vocab_size)]
+        logits[self._greedy(seen)] = max(logits) + 1
+        total = math.log(sum(map(math.exp, logits)))
+        order = sorted(range(self._vocab_size), key=lambda t: -logits[t])
+        ids = [token, *order[:k]]
+        return TokenLogprobs(ids, [logits[t] - total for t in ids], order.index(token) + 1)
 
     def _misbehave(self) -> None:
         f = self._faults

@@ -19,6 +19,7 @@ class ServerOptions(Options):
     max_body_mb: float = Field(32, gt=0, description="largest request body, MiB")
     max_logprobs: int = Field(20, ge=0, le=64, description="most alternatives a token that a request may ask for")
     drain_seconds: float = Field(30, ge=0, description="how long SIGTERM waits for requests in flight")
+    allow_chat_template: bool = Field(False, description="take chat templates from requests; one can loop for minutes")
     metrics_prefix: str = Field("dovetail:", description="of the Prometheus names; vllm: fits dashboards made for vLLM")
 
 

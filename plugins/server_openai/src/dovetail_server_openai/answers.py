@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from dovetail.frontend.detokenizer import REPLACEMENT
 from dovetail.frontend.outputs import Delta
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.types import Request, TokenLogprobs
+from dovetail_server_openai.protocol import ChatRequest, CompletionRequest
 
 FLOOR = -9999.0
 """JSON has no minus infinity."""
@@ -15,30 +17,137 @@ FLOOR = -9999.0
 
 @dataclass
 class Choice:
-    """One sample of one prompt, as it grows."""
+    """One sample of one prompt, on its way to the client."""
 
     index: int
     request: Request
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
+    held: Delta | None = None
+    """News that no chunk has told yet: half a character, what may become a stop string, a prompt's log-probabilities."""
+    opened: bool = False
+    """The client has been told of it."""
+    num_tokens: int = 0
 
-    def extend(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs
-        self.prompt_logprobs += delta.prompt_logprobs
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+    def take(self, delta: Delta) -> Delta:
+        """Everything that has not been told, this delta included."""
+        self.num_tokens += len(delta.token_ids)
+        if self.held is None:
+            self.held = delta
+        else:
+            self.held.extend(delta)
+        return self.held
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+class Answer(Protocol):
+    """One route's JSON."""
+
+    kind: str
+    prefix: str
+    """Of ids."""
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """The element of a choice's first chunk, where the route wants one of its own."""
+
+    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """The element of a chunk. A whole completion is a chunk that holds everything."""
+
+    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """The element of an answer that is not streamed."""
+
+    def extra(self, choices: list[Choice]) -> dict[str, Any]:
+        """Beside `choices`, once an answer: in its first chunk, where it is streamed."""
+
+
+class CompletionAnswer:
+    """/v1/completions."""
+
+    kind, prefix = "text_completion", "cmpl"
+
+    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, echoed: list[str], n: int) -> None:
+        self._body = body
+        self._tokenizer = tokenizer
+        self._echoed = echoed
+        self._n = n
+        self._logprobs = [CompletionLogprobs(tokenizer) for _ in range(len(echoed) * n)]
+
+    def opening(self, choice: Choice) -> None:
+        return None
+
+    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        body, first = self._body, not choice.opened
+        out: dict[str, Any] = {
+            "index": choice.index,
+            "text": self._echoed[choice.index // self._n] + delta.text if first else delta.text,
+            "logprobs": None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if body.logprobs is not None:
+            positions: list[TokenLogprobs | int] = list(delta.logprobs)
+            if first and body.echo:
+                positions = [choice.request.prompt_token_ids[0], *delta.prompt_logprobs, *positions]
+            out["logprobs"] = self._logprobs[choice.index].take(positions)
+        if body.return_token_ids:
+            out["token_ids"] = delta.token_ids
+            if first:
+                out["prompt_token_ids"] = choice.request.prompt_token_ids
+        if body.prompt_logprobs is not None:
+            out["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._tokenizer)
+        return out
+
+    whole = part
+
+    def extra(self, choices: list[Choice]) -> dict[str, Any]:
+        return {}
+
+
+class ChatAnswer:
+    """/v1/chat/completions."""
+
+    prefix = "chatcmpl"
+
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer) -> None:
+        self.kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._body = body
+        self._tokenizer = tokenizer
+
+    def opening(self, choice: Choice) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        return {"index": choice.index, "delta": {"content": delta.text}, **self._common(delta)}
+
+    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {"index": choice.index, "message": message, **self._common(delta)}
+
+    def extra(self, choices: list[Choice]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            out["prompt_token_ids"] = choices[0].request.prompt_token_ids
+        if self._body.prompt_logprobs is not None and choices[0].held is not None:
+            out["prompt_logprobs"] = prompt_logprobs(choices[0].held.prompt_logprobs, self._tokenizer)
+        return out
+
+    def _common(self, delta: Delta) -> dict[str, Any]:
+        out: dict[str, Any] = {
+            "logprobs": chat_logprobs(delta.logprobs, self._tokenizer) if self._body.logprobs else None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self._body.return_token_ids:
+            out["token_ids"] = delta.token_ids
+        return out
+
+
+def usage(choices: list[Choice]) -> dict[str, Any]:
+    """A prompt counts once, however many samples it has."""
+    num_prompt_tokens = sum(len(r.prompt_token_ids) for r in {id(c.request): c.request for c in choices}.values())
+    num_tokens = sum(c.num_tokens for c in choices)
     return {
         "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
     }
 
 
@@ -47,7 +156,9 @@ def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.token_text(token_id)
-        return {"token": text, "logprob": max(logprob, FLOOR), "bytes": list(text.encode())}
+        # A token that is a part of a character has bytes that its text does not tell.
+        data = None if REPLACEMENT in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, FLOOR), "bytes": data}
 
     content = []
     for p in positions:
@@ -86,10 +197,10 @@ class CompletionLogprobs:
         return out
 
 
-def prompt_logprobs(choice: Choice, tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+def prompt_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
     """vLLM's `prompt_logprobs`: null for the first token, then {token_id: {logprob, rank, decoded_token}}."""
     out: list[dict[str, Any] | None] = [None]
-    for p in choice.prompt_logprobs:
+    for p in positions:
         # The first entry is the prompt's own token with its rank; the others are the best, in order.
         entries = {
             str(i): {"logprob": max(v, FLOOR), "rank": rank, "decoded_token": tokenizer.token_text(i)}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail import __version__
@@ -20,7 +21,7 @@ from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dovetail_server_openai.routes import Completions
 
-STREAM = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": failures.TYPES[code]} for code in (400, 401, 404, 413, 429, 500, 503)
 }
@@ -32,7 +33,7 @@ def make_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
     metrics = Metrics(engine, options.metrics_prefix)
     completions = Completions(engine, metrics, options, sampling_defaults(Path(engine.plan.folder)))
     failures.install(app)
-    created = int(time.time())
+    created, fingerprint = int(time.time()), engine.plan.fingerprint
 
     @app.post("/v1/completions", responses=STREAM, response_model=None)
     async def complete(body: CompletionRequest, http: Request) -> Response:
@@ -68,28 +69,24 @@ def make_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": __version__, "plan": engine.plan.fingerprint}
+        return {"version": __version__, "plan": fingerprint}
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        return {"server_load": engine.num_live}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        t = engine.tokenizer
+        return {**t.config, **t.special_tokens, "chat_template": t.chat_template}
+
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
-        completions.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("give either prompt or messages", param="prompt")
-        tokenizer = engine.tokenizer
-        if body.messages is not None:
-            text = tokenizer.apply_chat_template(
-                [m.as_dict() for m in body.messages], add_generation_prompt=body.add_generation_prompt
-            )
-        else:
-            text = body.prompt or ""
-        special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
-        tokens = tokenizer.encode(text, add_special_tokens=special)
-        strings = [tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
-        return {"count": len(tokens), "max_model_len": engine.plan.max_model_len, "tokens": tokens, "token_strs": strings}
+        return await completions.tokenize(body)
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
@@ -109,54 +106,43 @@ class Guard:
         self._app = app
         self._key = options.api_key.get_secret_value().encode() if options.api_key is not None else None
         self._max_body = int(options.max_body_mb * 2**20)
+        self._too_large = f"the body is larger than {self._max_body} bytes (max_body_mb)"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await refusal(scope, receive, send)
-            return
-        received = 0
+        request_id = headers.get(b"x-request-id")
+        num_received = 0
 
         async def bounded() -> Message:
-            nonlocal received
+            nonlocal num_received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body:
-                raise TooLarge
+            num_received += len(message.get("body", b""))
+            if num_received > self._max_body:  # a body that did not say how long it is
+                raise HTTPException(413, self._too_large)
             return message
-
-        request_id = headers.get(b"x-request-id")
 
         async def echoing(message: Message) -> None:
             if message["type"] == "http.response.start" and request_id is not None:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id[:200])]
             await send(message)
 
-        try:
-            await self._app(scope, bounded, echoing)
-        except TooLarge:
-            await self._too_large()(scope, receive, send)
+        app = self._refusal(scope, headers) or self._app
+        await app(scope, bounded, echoing)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> JSONResponse | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
         if self._key is not None and scope["path"].startswith("/v1") and scope["method"] != "OPTIONS":
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self._key):
-                return failures.error_response("give the API key: Authorization: Bearer …", 401)
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+                return failures.error_response(
+                    "give the API key: Authorization: Bearer …", 401, headers={"WWW-Authenticate": "Bearer"}
+                )
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body:
-            return self._too_large()
+        if not length.isdigit() or len(length) > 18 or int(length) > self._max_body:
+            return failures.error_response(self._too_large, 413)
         return None
-
-    def _too_large(self) -> JSONResponse:
-        return failures.error_response(f"the body is larger than {self._max_body} bytes (max_body_mb)", 413)
-
-
-class TooLarge(Exception):
-    """A body without a length, or with a false one, went over the limit."""
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from dovetail.errors import DovetailError
+from dovetail_server_openai.streams import ClientGone
 
 log = logging.getLogger("dovetail.server")
 
@@ -19,8 +22,8 @@ TYPES = {
     413: "BadRequestError", 429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
 }  # fmt: skip
 MAX_MESSAGE = 1000
-_UNION_ARMS = ("list[", "str", "int", "function")
-"""Parts of an error's path that name a type, not a field."""
+_UNION_ARM = re.compile(r"(list|dict|function-.*)\[.*\]|str|int")
+"""A part of an error's path that names a type, not a field."""
 
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
@@ -29,9 +32,11 @@ def error_body(message: str, status: int, param: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": TYPES.get(status, "InternalServerError"), "param": param, "code": status}}
 
 
-def error_response(message: str, status: int, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
-    return JSONResponse(error_body(message, status, param), status, headers)
+def error_response(
+    message: str, status: int, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    own = {"Retry-After": "1"} if status in (429, 503) else {}
+    return JSONResponse(error_body(message, status, param), status, {**own, **(headers or {})})
 
 
 def install(app: FastAPI) -> None:
@@ -39,21 +44,25 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(DovetailError)
     async def ours(request: Request, error: DovetailError) -> JSONResponse:
-        if error.http_status >= 500:
+        if error.http_status == 500:  # 503 is said once, by who knows why
             log.error("%s: %s", type(error).__name__, error.message)
         return error_response(error.message, error.http_status, error.param)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        path = ".".join(str(p) for p in first["loc"][1:] if not str(p).startswith(_UNION_ARMS))
+        path = ".".join(str(p) for p in first["loc"][1:] if not _UNION_ARM.fullmatch(str(p)))
         return error_response(f"{path + ': ' if path else ''}{first['msg']}", 400, path.split(".")[0] or None)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(str(error.detail), error.status_code)
+        return error_response(str(error.detail), error.status_code, headers=error.headers)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it; nginx's number, for whoever counts
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.exception("unforeseen error", exc_info=error)
+        # The traceback goes to the log: the framework raises it again.
         return error_response("internal error; the server's log has the details", 500)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,6 +16,7 @@ from dovetail.serving import AsyncEngine
 from dovetail.types import Request
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_COUNTS = tuple(float(f * 10**e) for e in range(6) for f in (1, 2, 5))
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 
 
@@ -28,11 +29,10 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         s, name = self._engine.stats, self._engine.plan.served_model_name
-        idle = self._engine.num_live == 0  # the engine reports after steps; with nothing in flight there are none
-        used = 0.0 if idle or not s.kv_blocks_total else s.kv_blocks_used / s.kv_blocks_total
+        used = s.kv_blocks_used / s.kv_blocks_total if s.kv_blocks_total else 0.0
         for key, text, value in (
-            ("num_requests_running", "sequences that run", 0 if idle else s.num_requests_running),
-            ("num_requests_waiting", "sequences that wait", 0 if idle else s.num_requests_waiting),
+            ("num_requests_running", "sequences that run", s.num_requests_running),
+            ("num_requests_waiting", "sequences that wait", s.num_requests_waiting),
             ("kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1", used),
         ):
             gauge = GaugeMetricFamily(self._prefix + key, text, labels=["model_name"])
@@ -65,22 +65,32 @@ class Metrics:
         self._ttft = histogram("time_to_first_token_seconds", "from arrival to the first token", _FAST)
         self._itl = histogram("inter_token_latency_seconds", "between two deliveries of one request", _FAST)
         self._e2e = histogram("e2e_request_latency_seconds", "from arrival to the end", _SLOW)
+        self._tpot = histogram("request_time_per_output_token_seconds", "of a request, after its first token", _FAST)
+        self._prompt = histogram("request_prompt_tokens", "prompt tokens of a request", _COUNTS)
+        self._output = histogram("request_generation_tokens", "tokens generated for a request, over its samples", _COUNTS)
+        self._n = histogram("request_params_n", "samples asked for", (1, 2, 4, 8, 16, 32, 64, 128))
+        self._max_tokens = histogram("request_params_max_tokens", "most tokens asked for, a sample", _COUNTS)
         self._ended = Counter(
             prefix + "request_success", "requests by how they ended", ["model_name", "finished_reason"], registry=self.registry
         )
         self._name = name
 
-    async def observe(self, request: Request) -> AsyncIterator[Delta]:
+    async def observe(self, request: Request) -> AsyncGenerator[Delta]:
         """Run a request, measuring."""
         began = last = time.perf_counter()
-        first, reason = True, "abort"
+        first = 0.0
+        num_tokens, reason = 0, "abort"
+        self._prompt.observe(len(request.prompt_token_ids))
+        self._n.observe(request.params.n)
+        self._max_tokens.observe(request.max_tokens)
         try:
             async with aclosing(self._engine.run(request)) as deltas:
                 async for delta in deltas:
                     now = time.perf_counter()
                     if delta.token_ids:
-                        (self._ttft if first else self._itl).observe(now - (began if first else last))
-                        first, last = False, now
+                        (self._itl if num_tokens else self._ttft).observe(now - last)
+                        num_tokens += len(delta.token_ids)
+                        first, last = first or now, now
                     reason = delta.finish_reason or reason
                     yield delta
         except DovetailError:
@@ -88,6 +98,9 @@ class Metrics:
             raise
         finally:
             self._e2e.observe(time.perf_counter() - began)
+            self._output.observe(num_tokens)
+            if num_tokens > 1 and last > first:
+                self._tpot.observe((last - first) * request.params.n / num_tokens)
             self._ended.labels(self._name, reason).inc()
 
     def text(self) -> bytes:

@@ -14,6 +14,9 @@ from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.app import make_app
 
+CLOSE_SECONDS = 5
+"""How long a client has to fetch the rest of an answer, once the engine has drained."""
+
 
 class OpenAIServer:
     """The `Server` contract over uvicorn."""
@@ -25,24 +28,26 @@ class OpenAIServer:
         sock = _bind(host, port)
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
-        config = uvicorn.Config(make_app(engine, self._options), log_level="warning", access_log=False, lifespan="off")
+        config = uvicorn.Config(
+            make_app(engine, self._options), log_level="warning", access_log=False, lifespan="off",
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+        )  # fmt: skip
 
         async def both() -> None:
             uvicorn_server = _Draining(config, engine, self._options.drain_seconds)
             serving = asyncio.create_task(uvicorn_server.serve(sockets=[sock]))
+            starting = asyncio.create_task(engine.start())
             try:
-                starting = asyncio.create_task(engine.start())
                 await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
                     starting.result()
                     on_ready(url)
-                else:
-                    starting.cancel()  # told to stop while loading
                 await serving
             finally:
                 uvicorn_server.should_exit = True
                 await serving
                 await engine.close()
+                await asyncio.gather(starting, return_exceptions=True)  # told to stop while loading
 
         with sock, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(both())
@@ -69,7 +74,8 @@ class _Draining(uvicorn.Server):
         self._draining = self._draining or self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._engine.drain(self._drain_seconds)
+        if not await self._engine.drain(self._drain_seconds):
+            await self._engine.close()  # the rest is told that it ends here
         self.should_exit = True
 
 
@@ -79,7 +85,8 @@ def _bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as e:
+    except (OSError, OverflowError) as e:
         sock.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --port") from None
+        why = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port") from None
     return sock

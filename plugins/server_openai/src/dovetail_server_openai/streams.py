@@ -1,0 +1,97 @@
+"""Requests in flight, as HTTP sees them: several as one stream, a client that may go away, and events on the wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from dovetail.frontend.outputs import Delta
+from dovetail.types import Request
+
+T = TypeVar("T")
+News = AsyncGenerator[tuple[int, Delta]]
+"""(choice index, delta); closing it ends the requests behind it."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection: there is nobody to answer."""
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work; if the client goes away first, cancel it, so that it stops costing, and raise `ClientGone`."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. An error before the first event is raised, so that it becomes a plain HTTP answer."""
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def deliver() -> None:
+            async with aclosing(self._events) as events:
+                event = await anext(events)
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        with suppress(ClientGone):
+            await until_gone(receive, deliver())
+
+
+async def merged(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> News:
+    """News of all samples of all requests, as they come."""
+    if len(requests) == 1:
+        async with aclosing(run(requests[0])) as deltas:
+            async for delta in deltas:
+                yield delta.index, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
+
+    async def pump(first: int, request: Request) -> None:
+        try:
+            async with aclosing(run(request)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait((first + delta.index, delta))
+            queue.put_nowait(None)
+        except Exception as e:
+            queue.put_nowait(e)
+
+    tasks = [asyncio.create_task(pump(i * r.params.n, r)) for i, r in enumerate(requests)]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
