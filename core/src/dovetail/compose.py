@@ -6,7 +6,7 @@ from the plan alone. Between the two a plan may travel; its fingerprint says tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,16 @@ class BuildContext:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
         return self.plan.choices[key].options[name]
 
-    def build(self, key: str) -> Any:
-        """Build what the plan chose for a socket. An error names the provider; there is no second choice."""
+    def build(self, key: str, options: Mapping[str, Any] | None = None) -> Any:
+        """Build what the plan chose for a socket. An error names the provider; there is no second choice.
+
+        `options`, if given, are used in place of the plan's, in which secrets are masked.
+        """
         choice = self.plan.choices[key]
         offer = find(self.registry, choice)
         try:
-            return offer.provider.build(self, offer.provider.options.model_validate(choice.options))
+            given = choice.options if options is None else options
+            return offer.provider.build(self, offer.provider.options.model_validate(given))
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
@@ -70,6 +74,7 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
     folder, model_choice = _find_model(config, registry, facts, device)
     model = model_facts(folder)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
+
     def take(socket: str, wanted: SocketConfig, where: str | None = None, **needs: Any) -> Choice:
         return choose(registry, socket, wanted, Context(facts, model, device, dtype, needs), where)
 
@@ -134,9 +139,8 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
 def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = None) -> Server:
     """Build the server of a plan, in the front-end. Its options come from `config`: a plan holds no secrets."""
     registry = load_registry() if registry is None else registry
-    offer = find(registry, plan.choices["server"])
     context = BuildContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
-    server: Server = offer.provider.build(context, offer.provider.options.model_validate(config.server.options))  # type: ignore[assignment]
+    server: Server = context.build("server", config.server.options)
     return server
 
 

@@ -110,12 +110,9 @@ class Engine:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
         for row, seq_id in enumerate(plan.seq_ids):
-            seq = self.sequences[seq_id]
-            seq.steps_in_flight -= 1
-            seq.num_in_flight -= plan.samples[row]
+            seq = self._land(plan, row)
             if seq.finish_reason is not None:
-                self._release(seq)  # ended while this step was in flight: its token is surplus
-                continue
+                continue  # ended while this step was in flight: its token is surplus
             if seq_id in result.failed:
                 self._fail([seq_id], StepFailed(result.failed[seq_id]), "worker")
                 continue
@@ -135,6 +132,15 @@ class Engine:
                 self._finish(seq, reason, output)
             else:
                 self.kv.trim(seq_id, plan.num_computed[row] + plan.num_tokens[row])
+
+    def _land(self, plan: StepPlan, row: int) -> Sequence:
+        """A row is no longer in flight. A sequence that ended meanwhile is released here."""
+        seq = self.sequences[plan.seq_ids[row]]
+        seq.steps_in_flight -= 1
+        seq.num_in_flight -= plan.samples[row]
+        if seq.finish_reason is not None:
+            self._release(seq)
+        return seq
 
     def take_news(self) -> list[SequenceOutput]:
         news, self._news = self._news, []
@@ -199,12 +205,8 @@ class Engine:
 
     def _end_failed_step(self, plan: StepPlan, error: Exception) -> None:
         self.stats.num_failed_steps += 1
-        for row, seq_id in enumerate(plan.seq_ids):
-            seq = self.sequences[seq_id]
-            seq.steps_in_flight -= 1
-            seq.num_in_flight -= plan.samples[row]
-            if seq.finish_reason is not None:
-                self._release(seq)
+        for row in range(len(plan.seq_ids)):
+            self._land(plan, row)
         self._fail(plan.seq_ids, error, "worker")
 
     def _fail(self, seq_ids: list[int], error: Exception, part: str) -> None:
@@ -231,7 +233,7 @@ class OverlappedEngine(Engine):
     """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then n is committed.
 
     Step n + 1 is planned before step n's tokens are known, so it may compute a token for a sequence that step n has
-    ended; that token is dropped. A step with masks is not overlapped, and preemption waits for an empty pipeline.
+    ended; that token is dropped. Preemption waits for an empty pipeline.
     """
 
     _in_flight: Step | None = None
@@ -247,7 +249,4 @@ class OverlappedEngine(Engine):
             self._in_flight = self.submit(plan)
         if previous is not None:
             self.finish_step(previous)
-        elif self._in_flight is not None and self._in_flight.plan.masked:
-            step, self._in_flight = self._in_flight, None
-            self.finish_step(step)
         return self.take_news()

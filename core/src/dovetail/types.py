@@ -99,6 +99,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def penalized(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 def check_range(name: str, value: float | None, low: float | None, high: float | None, *, whole: bool = False) -> None:
     """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]; an open end is None."""

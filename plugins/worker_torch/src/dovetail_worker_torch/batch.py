@@ -39,7 +39,7 @@ class StepInputs:
 class SequenceTable:
     """Seats for `max_num_seqs` sequences of at most `max_len` tokens. Memory is touched only as it is used."""
 
-    def __init__(self, max_num_seqs: int, max_len: int) -> None:
+    def __init__(self, max_num_seqs: int, max_len: int, groups: list[KVGroup]) -> None:
         self.seat_of: dict[int, int] = {}
         self.start_of: dict[int, SequenceStart] = {}
         """By seat."""
@@ -48,15 +48,9 @@ class SequenceTable:
         self.is_plain = np.zeros(max_num_seqs, np.bool_)
         """By seat: drawn greedily from the raw logits, and nothing is asked about them."""
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        self._groups: list[KVGroup] = []
-        self._block_table: list[I32] = []
-        self._num_blocks: list[I64] = []
-
-    def set_groups(self, groups: list[KVGroup]) -> None:
-        num_seqs, max_len = self.token_ids.shape
         self._groups = groups
-        self._block_table = [np.zeros((num_seqs, -(-max_len // g.block_size)), np.int32) for g in groups]
-        self._num_blocks = [np.zeros(num_seqs, np.int64) for _ in groups]
+        self._block_table: list[I32] = [np.zeros((max_num_seqs, max_len // g.block_size + 1), np.int32) for g in groups]
+        self._num_blocks: list[I64] = [np.zeros(max_num_seqs, np.int64) for _ in groups]
 
     def update(self, plan: StepPlan) -> None:
         """Take in a plan's released and started sequences, and the blocks its rows were given."""
@@ -116,5 +110,4 @@ class SequenceTable:
 
 
 def _is_plain(p: SamplingParams) -> bool:
-    penalized = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-    return p.greedy and not (penalized or p.logit_bias or p.min_tokens) and p.logprobs is None
+    return p.greedy and not (p.penalized or p.logit_bias or p.min_tokens) and p.logprobs is None

@@ -95,7 +95,7 @@ def _apply_penalties(logits: Tensor, params: list[SamplingParams], rows: Samplin
     """Repetition over prompt and output (CTRL, arXiv 1909.05858); presence and frequency over the output."""
     vocab = logits.shape[1]
     for i, p in enumerate(params):
-        if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
+        if not p.penalized:
             continue
         tokens = torch.from_numpy(rows.token_ids[i, : rows.lengths[i]].astype(np.int64)).to(logits.device)
         row = logits[i]

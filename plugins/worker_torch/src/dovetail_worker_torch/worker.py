@@ -68,7 +68,9 @@ class TorchWorker:
         backends: dict[str, AttentionBackend] = {}
         caches: dict[int, object] = {}
         for group, count in zip(groups, num_blocks, strict=True):
-            backend = backends.setdefault(group.kind, self._context.build(f"attention.{group.kind}"))
+            if group.kind not in backends:
+                backends[group.kind] = self._context.build(f"attention.{group.kind}")
+            backend = backends[group.kind]
             for index in group.layers:
                 layer = self._model.attention_layers[index]
                 spec = KVCacheSpec(count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype)
@@ -76,8 +78,7 @@ class TorchWorker:
                     caches[index] = backend.allocate_cache(spec)
                 except (RuntimeError, MemoryError) as e:
                     raise OutOfMemory(f"the KV cache of {count} blocks could not be allocated: {e}") from None
-        table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len)
-        table.set_groups(groups)
+        table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
         self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device)
 
     def warm_up(self, progress: Progress) -> None:
@@ -97,17 +98,17 @@ class TorchWorker:
 
     def submit(self, plan: StepPlan) -> Any:
         runner = self._require_runner()
-        if plan.masked:
-            return runner.forward(plan)
-        if self._thread is None:
-            return runner.draw(runner.forward(plan))
-        return self._thread.submit(lambda: runner.draw(runner.forward(plan)))
+
+        def run() -> Computed | StepResult:
+            computed = runner.forward(plan)
+            return computed if plan.masked else runner.draw(computed)
+
+        return run() if self._thread is None else self._thread.submit(run)
 
     def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
-        if isinstance(handle, Computed):
-            return self._require_runner().draw(handle, masks)
-        result: StepResult = handle.result() if isinstance(handle, Future) else handle
-        return result
+        done: Computed | StepResult = handle.result() if isinstance(handle, Future) else handle
+        # A masked plan is not overlapped, so nothing else runs now.
+        return self._require_runner().draw(done, masks) if isinstance(done, Computed) else done
 
     def close(self) -> None:
         if self._thread is not None:
