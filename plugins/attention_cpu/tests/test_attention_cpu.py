@@ -10,11 +10,11 @@ import torch
 from dovetail.errors import PluginError
 from dovetail.facts import device_facts
 from dovetail.interfaces.attention import KVCacheSpec
+from dovetail.native import openmp_of
 from dovetail.testing.attention import AttentionContract
 from dovetail.testing.attention_steps import Row, Step, StepSpec, plain
-from dovetail_attention_cpu import CAPABILITIES, PROVIDER
-from dovetail_attention_cpu.backend import CpuAttention, openmp_of_torch
-from dovetail_attention_cpu.build import load_kernel
+from dovetail_attention_cpu import CAPABILITIES, PROVIDER, load_kernel
+from dovetail_attention_cpu.backend import CpuAttention
 
 
 class TestAttentionCpu(AttentionContract):
@@ -28,7 +28,7 @@ class TestAttentionCpuAvx2(AttentionContract):
 
 @pytest.fixture(scope="module")
 def backend():
-    return CpuAttention(load_kernel(device_facts(), "native", openmp_of_torch()))
+    return CpuAttention(load_kernel(device_facts()))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_batch_that_is_too_short_is_refused(backend, change):
 
 def test_one_pool_of_threads(backend):
     """Two OpenMP libraries would keep two pools, whose threads get in each other's way."""
-    if openmp_of_torch() is None:
+    if openmp_of("torch") is None:
         pytest.skip("this PyTorch uses the system's OpenMP library, as the compiler does")
     with open("/proc/self/maps", encoding="utf-8") as maps:
         libraries = {line.split()[-1] for line in maps if "libgomp" in line}

@@ -31,6 +31,8 @@ class AttentionCapabilities:
     graph_capture: bool = False
     batch_invariant: bool = False
     """Bitwise the same output for a token whatever else is in the batch and however its prompt was cut."""
+    compiled_steps: bool = False
+    """The backend is a `CompiledAttention`: its work can be part of a compiled step (interfaces/compiled.py)."""
     kv_layout: str = "NHD"
     """Name of the cache's layout. "NHD" is the canonical `[num_blocks, block_size, Hkv, D]`."""
 

@@ -5,12 +5,15 @@ This module is the light root: it offers the provider and imports no tensor libr
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from dovetail.facts import DeviceFacts
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.native import build_library, openmp_of
 from dovetail.provider import Context, Options, Provider, Reason
 
 if TYPE_CHECKING:
@@ -24,8 +27,10 @@ CAPABILITIES = AttentionCapabilities(
     logit_soft_cap=True,
     sinks=True,
     batch_invariant=True,
+    compiled_steps=True,
     kv_layout="HND-packed16",
 )
+SOURCES = Path(__file__).parent / "csrc"
 NEEDED_FLAGS = ("avx2", "fma", "f16c")
 
 
@@ -49,11 +54,15 @@ def why_not(context: Context) -> list[Reason]:
     return reasons
 
 
-def build(context: BuildContext, options: CpuOptions) -> CpuAttention:
-    from dovetail_attention_cpu.backend import CpuAttention, openmp_of_torch
-    from dovetail_attention_cpu.build import load_kernel
+def load_kernel(facts: DeviceFacts, target: str = "native") -> Path:
+    """The compiled library. It shares PyTorch's threads."""
+    return build_library("attention-cpu", SOURCES, facts, target=target, openmp=openmp_of("torch"))
 
-    return CpuAttention(load_kernel(context.device, options.target, openmp_of_torch()))
+
+def build(context: BuildContext, options: CpuOptions) -> CpuAttention:
+    from dovetail_attention_cpu.backend import CpuAttention
+
+    return CpuAttention(load_kernel(context.device, options.target))
 
 
 PROVIDER = Provider(

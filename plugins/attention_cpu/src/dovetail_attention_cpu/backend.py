@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
+from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LONG_COST = 5e6
@@ -24,17 +25,13 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_free": (None, [_p]),
     "dovetail_workspace_bytes": (_n, [_p]),
     "dovetail_cost": (ctypes.c_double, [_p]),
-    "dovetail_run": (None, [_p, _f, _f, _p, _i, *[_p, _n, _n] * 3, _i, _p, _p, _n, _n, _p]),
+    "dovetail_set_workspace": (None, [_p, _p]),
+    "dovetail_run": (None, [_p, _f, _f, _p, _i, *[_p, _n, _n] * 3, _i, _p, _p, _n, _n]),
+    "dovetail_compile": (_p, [_i, _i, _f, _f, _p, _p, _i, _p, _p]),
+    "dovetail_free_layer": (None, [_p]),
     "dovetail_copy_tokens": (None, [_i, _i, _p, _i, _i, _i, _p, _n, _p, _p]),
     "dovetail_instruction_set": (ctypes.c_char_p, []),
 }
-
-
-def openmp_of_torch() -> Path | None:
-    """The OpenMP library that PyTorch brings along, or None if it uses the system's."""
-    home = Path(torch.__file__).parent
-    found = sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")])
-    return found[0] if found else None
 
 
 class Functions:
@@ -50,6 +47,9 @@ class Functions:
         self.free = holding.dovetail_free
         self.workspace_bytes = holding.dovetail_workspace_bytes
         self.cost = holding.dovetail_cost
+        self.set_workspace = holding.dovetail_set_workspace
+        self.compile = holding.dovetail_compile
+        self.free_layer = holding.dovetail_free_layer
         self.run_short = holding.dovetail_run
         self.run_long = free.dovetail_run
         self.copy_tokens = free.dovetail_copy_tokens
@@ -73,6 +73,7 @@ class Step:
         lengths = ctypes.c_int32 * batch.num_seqs
         starts = ctypes.c_int32 * (batch.num_seqs + 1)
         self.kept = (table, slots)
+        self.workspace: Tensor | None = None
         self.q_shape, self.kv_shape = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
         self.cache_shape = (layer.num_kv_heads, 2, block_size, layer.head_size)
         self._free: Callable[[int], None] = functions.free
@@ -86,6 +87,17 @@ class Step:
     def __del__(self) -> None:
         if pointer := getattr(self, "pointer", None):
             self._free(pointer)
+
+
+class CompiledLayer:
+    """Owns a layer's operations for compiled steps, and keeps alive what they point to."""
+
+    def __init__(self, functions: Functions, pointer: int, kept: object) -> None:
+        self._free: Callable[[int], None] = functions.free_layer
+        self._pointer, self._kept = pointer, kept
+
+    def __del__(self) -> None:
+        self._free(self._pointer)
 
 
 Plan = dict[int, Step]
@@ -125,6 +137,9 @@ class CpuAttention:
                 step = steps[geometry] = Step(self._functions, batch, layer, block_size)
                 self._grow(self._functions.workspace_bytes(step.pointer))
             plan[layer.index] = step
+        for step in steps.values():
+            self._functions.set_workspace(step.pointer, self._workspace.data_ptr())
+            step.workspace = self._workspace
         return plan
 
     def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: Plan, out: Tensor) -> None:
@@ -147,8 +162,21 @@ class CpuAttention:
         step.run(
             step.pointer, layer.scale, layer.logit_soft_cap or 0.0, None if sinks is None else sinks.data_ptr(), TYPES[dtype],
             q.data_ptr(), qt, qh, k.data_ptr(), kt, kh, v.data_ptr(), vt, vh,
-            TYPES[cache.dtype], cache.data_ptr(), out.data_ptr(), ot, oh, self._workspace.data_ptr(),
+            TYPES[cache.dtype], cache.data_ptr(), out.data_ptr(), ot, oh,
         )  # fmt: skip
+
+    def compile(self, layer: AttentionLayer, cache: Tensor, call: AttentionCall) -> Compiled:
+        _check(layer.num_heads, layer.num_kv_heads, layer.head_size, cache.shape[3])
+        sinks = layer.sinks
+        ops = (Op * 3)()
+        pointer = self._functions.compile(
+            layer.index, layer.head_size, layer.scale, layer.logit_soft_cap or 0.0, None if sinks is None else sinks.data_ptr(),
+            ctypes.addressof(call), TYPES[cache.dtype], cache.data_ptr(), ctypes.addressof(ops),
+        )  # fmt: skip
+        return Compiled(list(ops), CompiledLayer(self._functions, pointer, (cache, sinks)))
+
+    def address(self, layer: AttentionLayer, plan: Plan) -> int:
+        return plan[layer.index].pointer
 
     def export_kv(self, cache: Tensor, block_ids: list[int]) -> tuple[Tensor, Tensor]:
         _, num_kv_heads, _, block_size, head_size = cache.shape

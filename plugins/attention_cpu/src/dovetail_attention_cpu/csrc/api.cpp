@@ -3,6 +3,26 @@
 
 using namespace dovetail;
 
+namespace {
+
+const Step& step_of(const Layer& layer, const dovetail_step* step) {
+  return *static_cast<const Step*>(step->attention[layer.index]);
+}
+
+template <Phase phase>
+dovetail_op operation(const Layer* layer) {
+  return {[](const void* self, const dovetail_step* step) {
+            return num_pieces(step_of(*static_cast<const Layer*>(self), step), phase);
+          },
+          [](const void* self, const dovetail_step* step, int32_t piece, int32_t thread) {
+            const auto& layer = *static_cast<const Layer*>(self);
+            do_piece(step_of(layer, step), layer, phase, piece, thread);
+          },
+          layer};
+}
+
+}  // namespace
+
 extern "C" {
 
 // Types travel as 0: float32, 1: bfloat16, 2: float16.
@@ -27,13 +47,31 @@ int64_t dovetail_workspace_bytes(const Step* step) {
 
 double dovetail_cost(const Step* step) { return step->cost; }
 
+void dovetail_set_workspace(Step* step, char* workspace) { step->workspace = workspace; }
+
 void dovetail_run(const Step* step, float scale, float soft_cap, const float* sinks, int type, void* q, int64_t q_token,
                   int64_t q_head, void* k, int64_t k_token, int64_t k_head, void* v, int64_t v_token, int64_t v_head,
-                  int cache_type, void* cache, void* out, int64_t out_token, int64_t out_head, char* workspace) {
+                  int cache_type, void* cache, void* out, int64_t out_token, int64_t out_head) {
   const auto t = static_cast<Type>(type);
-  run(*step, {scale, soft_cap, sinks}, {q, q_token, q_head, t}, {k, k_token, k_head, t}, {v, v_token, v_head, t},
-      {cache, static_cast<Type>(cache_type)}, {out, out_token, out_head, t}, workspace);
+  run(*step, {{scale, soft_cap, sinks}, {q, q_token, q_head, t}, {k, k_token, k_head, t}, {v, v_token, v_head, t},
+              {out, out_token, out_head, t}, {cache, static_cast<Type>(cache_type)}});
 }
+
+// One layer's three operations, for compiled steps; freed by dovetail_free_layer.
+Layer* dovetail_compile(int index, int head_size, float scale, float soft_cap, const float* sinks,
+                        const dovetail_attention_call* call, int cache_type, void* cache, dovetail_op* ops) {
+  const auto t = static_cast<Type>(call->type);
+  auto rows = [&](const void* data, int64_t stride) { return Rows{const_cast<void*>(data), stride, head_size, t}; };
+  auto* layer = new Layer{{scale, soft_cap, sinks}, rows(call->q, call->q_stride), rows(call->k, call->k_stride),
+                          rows(call->v, call->v_stride), rows(call->out, call->out_stride),
+                          {cache, static_cast<Type>(cache_type)}, index};
+  ops[0] = operation<Phase::write>(layer);
+  ops[1] = operation<Phase::attend>(layer);
+  ops[2] = operation<Phase::merge>(layer);
+  return layer;
+}
+
+void dovetail_free_layer(Layer* layer) { delete layer; }
 
 // Keys and values, contiguous [num_tokens, Hkv, D] of the cache's own type, to or from these slots.
 void dovetail_copy_tokens(int to_cache, int cache_type, void* cache, int num_kv_heads, int head_size, int block_size,

@@ -1,7 +1,9 @@
 // Tokens into and out of the packed cache (element.h tells its layout).
 #include <algorithm>
 
-#include "element.h"
+#include <dovetail/element.h>
+
+#include "kernel.h"
 
 namespace dovetail {
 namespace {

@@ -7,9 +7,9 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
-#include <thread>
 #include <utility>
+
+#include <dovetail/pieces.h>
 
 #include "tile.h"
 
@@ -221,54 +221,39 @@ int64_t scratch_bytes(const Step& step) {
   return (rows * (8 * head_size + 6 * kLogitStride + 24) + 8 * kGroup * head_size + 16 * 64 + 4095) / 4096 * 4096;
 }
 
-// Work that threads take piece by piece, and can wait for. Unlike a barrier, it asks nothing of a thread that the system has
-// not let run yet: the others do its share.
-class Phase {
- public:
-  explicit Phase(int num_pieces) : num_pieces_(num_pieces) {}
-
-  template <class F>
-  void work(F&& f) {
-    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_pieces_;) {
-      f(i);
-      done_.fetch_add(1, std::memory_order_release);
-    }
+int num_pieces(const Step& step, Phase phase) {
+  switch (phase) {
+    case Phase::write: return std::min(step.num_tokens, 4 * step.num_threads);
+    case Phase::attend: return static_cast<int>(step.items.size());
+    default: return static_cast<int>(step.jobs.size());
   }
-  void wait() const {
-    for (int spins = 0; done_.load(std::memory_order_acquire) < num_pieces_; ++spins)
-      if (spins < 2000)
-        _mm_pause();
-      else
-        std::this_thread::yield();
+}
+
+void do_piece(const Step& step, const Layer& layer, Phase phase, int piece, int thread) {
+  if (phase == Phase::write) {
+    const int64_t n = step.num_tokens, pieces = num_pieces(step, phase);
+    write_tokens(step.geometry, layer.cache, step.slots, layer.k, layer.v, n * piece / pieces, n * (piece + 1) / pieces);
+    return;
   }
-
- private:
-  const int num_pieces_;
-  alignas(64) std::atomic<int> next_{0};
-  alignas(64) std::atomic<int> done_{0};
-};
-
-void run(const Step& step, const LayerArgs& layer, Rows q, Rows k, Rows v, Cache cache, Rows out, char* workspace) {
-  auto* partials = reinterpret_cast<float*>(workspace + step.num_threads * scratch_bytes(step));
-  const int num_writes = std::min(step.num_tokens, 4 * step.num_threads);
-  Phase writes(num_writes), items(static_cast<int>(step.items.size())), jobs(static_cast<int>(step.jobs.size()));
-  with_element(cache.type, [&](auto e) {
-#pragma omp parallel num_threads(step.num_threads) if (step.num_threads > 1)
-    {
-      writes.work([&](int i) {
-        const int64_t n = step.num_tokens;
-        write_tokens(step.geometry, cache, step.slots, k, v, n * i / num_writes, n * (i + 1) / num_writes);
-      });
-      writes.wait();  // rows of one step may share blocks: all is written before any is read
-      char* scratch = workspace + omp_get_thread_num() * scratch_bytes(step);
-      Worker<decltype(e)> worker(step, layer, q, cache, out, scratch, partials);
-      items.work([&](int i) { worker.attend(step.items[i]); });
-      if (!step.jobs.empty()) {
-        items.wait();
-        jobs.work([&](int i) { worker.merge_parts(step.jobs[i]); });
-      }
-    }
+  auto* partials = reinterpret_cast<float*>(step.workspace + step.num_threads * scratch_bytes(step));
+  with_element(layer.cache.type, [&](auto e) {
+    char* scratch = step.workspace + thread * scratch_bytes(step);
+    Worker<decltype(e)> worker(step, layer.args, layer.q, layer.cache, layer.out, scratch, partials);
+    if (phase == Phase::attend)
+      worker.attend(step.items[piece]);
+    else
+      worker.merge_parts(step.jobs[piece]);
   });
+}
+
+void run(const Step& step, const Layer& layer) {
+  Pieces phases[3];
+  const int num_threads = step.cost < kWorthThreads ? 1 : step.num_threads;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  for (const Phase phase : {Phase::write, Phase::attend, Phase::merge})
+    phases[static_cast<int>(phase)].work(num_pieces(step, phase), [&](int piece) {
+      do_piece(step, layer, phase, piece, omp_get_thread_num());
+    });
 }
 
 const char* instruction_set() {

@@ -1,14 +1,20 @@
 // Paged attention on a CPU: what plan.cpp, cache.cpp and kernel.cpp share. No tensor library takes part.
+//
+// A block of one KV head holds its keys, then its values, in groups of 16 tokens (`kGroup`), 16 * D elements each:
+//   keys    [D / pair][16 tokens][pair]    one vector load gives one dimension (or a pair) of 16 keys: no sum across lanes
+//   values  [16 / pair][D][pair]           one vector load gives 16 dimensions of one token (or of a pair of them)
 #pragma once
+
+#include <dovetail/element.h>
+#include <dovetail/step.h>
 
 #include <cstdint>
 #include <vector>
 
 namespace dovetail {
 
-enum class Type : int { f32, bf16, f16 };
-
 constexpr int kGroup = 16;  // keys that the cache stores side by side, one a vector lane
+constexpr double kWorthThreads = 400e3;  // multiply-adds; below, waking or feeding threads costs more than it saves
 constexpr int kTile = 256;  // keys between two updates of the running maximum; tiles start at multiples of it
 
 // [T, heads, D], the last dimension contiguous; strides in elements.
@@ -50,6 +56,7 @@ struct Step {
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0;
   const int64_t* slots = nullptr;
+  char* workspace = nullptr;  // num_threads * scratch_bytes, then partial_floats floats; 64-byte aligned
 };
 
 struct Cache {
@@ -67,8 +74,22 @@ void make_step(Step& step, const std::vector<int32_t>& query_start, const std::v
 
 int64_t scratch_bytes(const Step& step);  // for one thread
 
-// `workspace`: num_threads * scratch_bytes, then partial_floats floats; 64-byte aligned.
-void run(const Step& step, const LayerArgs& layer, Rows q, Rows k, Rows v, Cache cache, Rows out, char* workspace);
+// One layer, fixed for many steps or for one: what its three phases compute from and into.
+struct Layer {
+  LayerArgs args;
+  Rows q, k, v, out;
+  Cache cache;
+  int index = 0;  // where a compiled step finds this layer's Step
+};
+
+// The phases of a layer, in order, as pieces (dovetail/step.h): rows of one step may share blocks, so all is written before
+// any is read; merging is for query tiles whose keys were split.
+enum class Phase { write, attend, merge };
+int num_pieces(const Step& step, Phase phase);
+void do_piece(const Step& step, const Layer& layer, Phase phase, int piece, int thread);
+
+// All three, on step.num_threads threads.
+void run(const Step& step, const Layer& layer);
 
 // Tokens to and from the cache: what `run` does first, and import and export of blocks.
 void write_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end);

@@ -11,7 +11,6 @@ namespace dovetail {
 namespace {
 
 constexpr int kRows = 96;                 // query rows of a tile (queries × heads of a group): their logits stay in L2
-constexpr double kWorthThreads = 400e3;   // multiply-adds; below, waking threads costs more than it saves
 constexpr double kImbalance = 1.15;       // of the busiest thread over the mean, before keys are split
 
 // The busiest thread's share if items go, largest first, to whoever is free.
@@ -43,7 +42,7 @@ void make_step(Step& step, const std::vector<int32_t>& query_start, const std::v
   step.max_rows = max_queries * g.group();
   step.num_tokens = query_start.back();
   step.cost = std::accumulate(costs.begin(), costs.end(), 0.0) * g.num_kv_heads;
-  step.num_threads = step.cost < kWorthThreads ? 1 : num_threads;
+  step.num_threads = num_threads;
 
   std::vector<int> order(tiles.size());
   std::iota(order.begin(), order.end(), 0);
@@ -51,7 +50,7 @@ void make_step(Step& step, const std::vector<int32_t>& query_start, const std::v
 
   const double share = step.cost / step.num_threads;
   bool split = false;
-  if (step.num_threads > 1 && costs[order.front()] > (kImbalance - 1) * share) {
+  if (step.num_threads > 1 && step.cost >= kWorthThreads && costs[order.front()] > (kImbalance - 1) * share) {
     std::vector<double> sorted;
     for (int i : order) sorted.insert(sorted.end(), g.num_kv_heads, costs[i]);
     split = makespan(sorted, step.num_threads) > kImbalance * share;

@@ -5,7 +5,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "element.h"
+#include <dovetail/element.h>
+
+#include "kernel.h"
 
 namespace dovetail {
 

@@ -1,42 +1,52 @@
-"""Where the kernel cannot be had, and why; and that a machine builds it once."""
+"""A plugin's C++ is built once a machine, and whatever goes wrong is said."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dovetail.errors import PluginError
-from dovetail.facts import DeviceFacts, device_facts
-from dovetail.provider import Context
-from dovetail_attention_cpu import why_not
-from dovetail_attention_cpu.build import load_kernel
+from dovetail.facts import device_facts
+from dovetail.native import build_library
 
-GOOD = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset({"avx2", "fma", "f16c"}), 0, "/usr/bin/c++")
-
-
-def reasons(**changes):
-    return [str(r) for r in why_not(Context(replace(GOOD, **changes), None, "cpu", "float32"))]
-
-
-def test_usable():
-    assert reasons() == []
+ONE = """#include <dovetail/pieces.h>
+extern "C" int one() { return 1; }
+"""
+TWO = """#include <dovetail/vec.h>
+extern "C" int one();
+extern "C" int two() { return one() + 1; }
+"""
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"compiler": None}, "no C++ compiler"),
-        ({"machine": "aarch64"}, "this machine is aarch64"),
-        ({"system": "Darwin"}, "this is Darwin"),
-        ({"cpu_flags": frozenset({"avx2"})}, "no fma, f16c"),
-    ],
-)
-def test_why_not(changes, words):
-    (reason,) = reasons(**changes)
-    assert words in reason
+def sources(folder: Path) -> Path:
+    path = folder / "csrc"
+    path.mkdir(exist_ok=True)
+    (path / "one.cpp").write_text(ONE)
+    (path / "two.cpp").write_text(TWO)
+    return path
+
+
+def build(facts, folder):
+    return build_library("kernels", sources(folder.parent), facts, folder=folder)
+
+
+def test_a_library_is_compiled_from_all_its_sources(tmp_path):
+    if device_facts().machine not in ("x86_64", "AMD64"):
+        pytest.skip("the shared headers are for x86-64")
+    assert ctypes.CDLL(str(build(device_facts(), tmp_path / "cache"))).two() == 2
+
+
+def test_other_sources_are_another_library(tmp_path, compiler):
+    facts = compiler(TINY)
+    before = build(facts, tmp_path / "cache")
+    path = sources(tmp_path)
+    (path / "three.cpp").write_text("")
+    assert build_library("kernels", path, facts, folder=tmp_path / "cache") != before
 
 
 @pytest.fixture
@@ -54,32 +64,32 @@ def compiler(tmp_path):
 
 def test_no_compiler(tmp_path):
     with pytest.raises(PluginError, match=r"needs a C\+\+ compiler"):
-        load_kernel(replace(GOOD, compiler=None), "native", None, tmp_path)
+        build(replace(device_facts(), compiler=None), tmp_path)
 
 
 def test_a_failed_build_shows_the_compilers_last_lines(compiler, tmp_path):
     facts = compiler("for i in $(seq 40); do echo line $i >&2; done; echo error: no such register >&2; exit 1")
     with pytest.raises(PluginError, match="error: no such register") as caught:
-        load_kernel(facts, "native", None, tmp_path / "cache")
+        build(facts, tmp_path / "cache")
     assert "line 40" in caught.value.message
     assert "line 2\n" not in caught.value.message
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
 def test_a_library_that_cannot_be_loaded_is_an_error(compiler, tmp_path):
-    facts = compiler('while [ "$1" != -o ]; do [ "$1" = --version ] && exit; shift; done; touch "$2"')
+    facts = compiler('while [ "$1" != -o ]; do shift; done; touch "$2"')
     with pytest.raises(PluginError, match="cannot be loaded"):
-        load_kernel(facts, "native", None, tmp_path / "cache")
+        build(facts, tmp_path / "cache")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(PluginError, match="XDG_CACHE_HOME"):
-        load_kernel(device_facts(), "native", None, blocked / "cache")
+        build_library("kernels", sources(tmp_path), device_facts(), folder=blocked / "cache")
 
 
-TINY = """while [ "$1" != -o ]; do [ "$1" = --version ] && exit; shift; done
+TINY = """while [ "$1" != -o ]; do shift; done
 echo 'int dovetail_nothing(void) { return 0; }' | exec cc -x c -shared -fPIC - -o "$2"
 """
 
@@ -87,13 +97,13 @@ echo 'int dovetail_nothing(void) { return 0; }' | exec cc -x c -shared -fPIC - -
 def test_a_broken_library_is_built_again(compiler, tmp_path, caplog):
     facts = compiler(TINY)
     elsewhere = multiprocessing.get_context("spawn").Process(
-        target=load_kernel, args=(facts, "native", None, tmp_path / "cache")
+        target=build, args=(facts, tmp_path / "cache")
     )
     elsewhere.start()  # this process would find again what it has loaded, whatever became of the file
     elsewhere.join()
     (library,) = (tmp_path / "cache").glob("*.so")
     library.write_bytes(library.read_bytes()[:100])
-    assert load_kernel(facts, "native", None, tmp_path / "cache") == library
+    assert build(facts, tmp_path / "cache") == library
     assert library.stat().st_size > 100
     assert "built again" in caplog.text
 
@@ -101,12 +111,12 @@ def test_a_broken_library_is_built_again(compiler, tmp_path, caplog):
 def test_two_processes_build_once(compiler, tmp_path):
     facts = compiler(TINY + "sleep 0.2")
     context = multiprocessing.get_context("spawn")
-    arguments = (facts, "native", None, tmp_path / "cache")
-    both = [context.Process(target=load_kernel, args=arguments) for _ in range(2)]
+    arguments = (facts, tmp_path / "cache")
+    both = [context.Process(target=build, args=arguments) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join()
     assert [p.exitcode for p in both] == [0, 0]
     calls = (tmp_path / "calls").read_text().count("call")
-    assert calls == 2 + 5, "each asks for the version; one compiles four sources and links"
+    assert calls == 2 + 1, "one compiles two sources and links"

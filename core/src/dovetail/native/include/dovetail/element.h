@@ -1,15 +1,14 @@
-// How a KV storage type is packed in the cache, and the product that goes with it.
+// Number types: how sixteen values are stored, loaded, and multiplied.
 //
-// A block of one KV head holds its keys, then its values, in groups of 16 tokens (`kGroup`), 16 * D elements each:
-//   keys    [D / pair][16 tokens][pair]    one vector load gives one dimension (or a pair) of 16 keys: no sum across lanes
-//   values  [16 / pair][D][pair]           one vector load gives 16 dimensions of one token (or of a pair of them)
-// `pair` is 2 where the CPU multiplies pairs of bfloat16 (vdpbf16ps), else 1 with storage widened to float32 on load.
+// `pair` is 2 where the CPU multiplies pairs of bfloat16 (vdpbf16ps): operands then lie in pairs along the summed
+// dimension. Elsewhere it is 1, with storage widened to float32 on load.
 #pragma once
 
-#include "kernel.h"
-#include "vec.h"
+#include <dovetail/vec.h>
 
 namespace dovetail {
+
+enum class Type : int { f32, bf16, f16 };
 
 struct F32 {
   static constexpr int pair = 1;
@@ -70,7 +69,7 @@ inline void store_as(Type type, void* base, int64_t offset, Vec a) {
   }
 }
 
-// Calls f with the element type of the cache.
+// Calls f with the element type.
 template <class F>
 void with_element(Type type, F&& f) {
   switch (type) {

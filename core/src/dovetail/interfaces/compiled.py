@@ -1,0 +1,47 @@
+"""Compiled steps: what an attention backend or a linear layer offers so that a worker can run it without Python.
+
+A worker that compiles its steps asks each part for its operations once, when buffers and caches are allocated, and runs
+all of them in one call a step (`native/include/dovetail/step.h` is the C side, and says how threads share the work).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple, Protocol
+
+from dovetail.interfaces.attention import AttentionBackend, AttentionLayer
+
+CONTRACT = "0.1"
+
+
+class Op(ctypes.Structure):
+    """`dovetail_op`."""
+
+    _fields_ = [("pieces", ctypes.c_void_p), ("piece", ctypes.c_void_p), ("self", ctypes.c_void_p)]
+
+
+class AttentionCall(ctypes.Structure):
+    """`dovetail_attention_call`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
+        ("type", ctypes.c_int32),
+    ]
+
+
+class Compiled(NamedTuple):
+    """Operations to be run one after the other, and what must stay alive for as long as they are run."""
+
+    ops: list[Op]
+    keep: Any
+
+
+class CompiledAttention(AttentionBackend, Protocol):
+    """An attention backend that declares `compiled_steps`."""
+
+    def compile(self, layer: AttentionLayer, cache: Any, call: AttentionCall) -> Compiled:
+        """The operations of `run` for one layer: write the keys and values, attend."""
+
+    def address(self, layer: AttentionLayer, plan: Any) -> int:
+        """Of what this step's operations read as `step->attention[layer.index]`; good as long as the plan."""

@@ -1,0 +1,7 @@
+"""For plugins with C++ of their own: building it once (`build`), and what its libraries share (`include/dovetail`)."""
+
+from __future__ import annotations
+
+from dovetail.native.build import INCLUDE, build_library, cache_folder, openmp_of
+
+__all__ = ["INCLUDE", "build_library", "cache_folder", "openmp_of"]

@@ -1,0 +1,149 @@
+"""Compiling a plugin's C++: once a machine, at first use, into the user's cache folder.
+
+The result is a plain C library: it needs a compiler, and neither Python's nor a tensor library's headers. It is named by a
+digest of everything that it depends on, so that a new version, compiler or CPU (a shared home folder) finds no stale one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from dovetail.errors import PluginError
+from dovetail.facts import DeviceFacts
+
+log = logging.getLogger(__name__)
+
+INCLUDE = Path(__file__).parent / "include"
+"""Headers that every library may include: vectors (dovetail/vec.h), number types (dovetail/element.h), compiled steps
+(dovetail/step.h)."""
+
+Target = Literal["native", "avx2"]
+"""Instructions to compile for: all that this CPU has, or AVX2 alone."""
+
+# -ffp-contract=off: multiply-adds are written out, so that what the compiler inlines where cannot change a result.
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", f"-I{INCLUDE}")
+TARGETS: dict[str, tuple[str, ...]] = {"native": ("-march=native",), "avx2": ("-march=x86-64-v3",)}
+NUM_ERROR_LINES = 15
+
+
+def cache_folder(name: str) -> Path:
+    """`dovetail/NAME` in `$XDG_CACHE_HOME`, which is `~/.cache` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail" / name
+
+
+def openmp_of(package: str) -> Path | None:
+    """The OpenMP library that an installed package brings along (PyTorch does), or None if it uses the system's.
+
+    A library that links to the same one shares its threads. The package is not imported.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    home = Path(spec.origin).parent
+    found = sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob(f"{package}.libs/libgomp*.so*")])
+    return found[0] if found else None
+
+
+def build_library(
+    name: str,
+    sources: Path,
+    facts: DeviceFacts,
+    *,
+    target: str = "native",
+    defines: Sequence[str] = (),
+    openmp: Path | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Return the path of the library of `sources/*.cpp`; compile it if it is not there, or cannot be loaded.
+
+    `name` is the provider's, for messages and the cache folder. `openmp` as `openmp_of` answers. Two processes do not build
+    at once. Raises `PluginError` with the compiler's last lines.
+    """
+    if facts.compiler is None:
+        raise PluginError(f"{name} needs a C++ compiler: install g++ or clang++, or set CXX", provider=name)
+    folder = cache_folder(name) if folder is None else folder
+    flags = (*FLAGS, *TARGETS[target], *(f"-D{d}" for d in defines))
+    library = folder / f"{_digest(sources, facts, flags, openmp)}.so"
+    if _loads(name, library):
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(library.with_suffix(".lock")):
+            if not _loads(name, library):  # another process may have built it meanwhile
+                _compile(name, sources, facts.compiler, flags, openmp, library)
+    except OSError as e:
+        raise PluginError(f"{name} cannot write its compiled kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
+    if not _loads(name, library):
+        raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
+    return library
+
+
+def _digest(sources: Path, facts: DeviceFacts, flags: tuple[str, ...], openmp: Path | None) -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*sources.iterdir(), *(INCLUDE / "dovetail").iterdir()]):
+        digest.update(file.name.encode() + file.read_bytes())
+    compiler = Path(str(facts.compiler)).resolve()
+    stat = compiler.stat() if compiler.exists() else None
+    # The compiler's file stands for its version: asking it costs more than the rest of a start with a built library.
+    version = (compiler, stat and stat.st_size, stat and stat.st_mtime_ns)
+    for part in (*map(str, version), facts.machine, *sorted(facts.cpu_flags), *flags, str(openmp)):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _loads(name: str, library: Path) -> bool:
+    """A library that another system left here, or that a full disk cut short, is built again."""
+    if not library.is_file():
+        return False
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as e:
+        log.warning("%s: %s cannot be loaded and is built again: %s", name, library, e)
+        return False
+    return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the system lets go of it when a process dies."""
+    with open(path, "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(
+    name: str, sources: Path, compiler: str, flags: tuple[str, ...], openmp: Path | None, library: Path
+) -> None:
+    log.info("%s: compiling its kernels for this CPU, once (some seconds)", name)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=library.parent) as build:
+        files = sorted(sources.glob("*.cpp"))
+        objects = [str(Path(build) / f"{s.stem}.o") for s in files]
+        commands = [[compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(files, objects, strict=True)]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda command: _call(name, command), commands))
+        linked = Path(build) / library.name
+        omp = ["-fopenmp"] if openmp is None else [str(openmp), f"-Wl,-rpath,{openmp.parent}"]
+        _call(name, [compiler, "-shared", *objects, "-o", str(linked), *omp])
+        linked.replace(library)  # complete or not there at all
+    log.info("%s: compiled in %.0f s", name, time.perf_counter() - start)
+
+
+def _call(name: str, command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tail = "\n".join((done.stderr or done.stdout).splitlines()[-NUM_ERROR_LINES:])
+        raise PluginError(f"{name} could not be compiled: {' '.join(command)}\n{tail}", provider=name)

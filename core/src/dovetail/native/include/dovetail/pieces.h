@@ -1,0 +1,39 @@
+// Work that threads take piece by piece, and can wait for. Unlike a barrier, it asks nothing of a thread that the system has
+// not let run yet: the others do its share.
+#pragma once
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <atomic>
+
+namespace dovetail {
+
+class Pieces {
+ public:
+  // Take pieces of `count` until none is left, then wait until all are done. Every thread passes the same count.
+  template <class F>
+  void work(int count, F&& f) {
+    if (count == 0) return;
+    int done = 0;
+    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count; ++done) f(i);
+    if (done) done_.fetch_add(done, std::memory_order_release);
+    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins)
+      if (spins < kSpins)
+        _mm_pause();
+      else
+        sched_yield();
+  }
+  // For the next round; no thread may be at work.
+  void reset() {
+    next_.store(0, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int kSpins = 4000;  // some 50 µs: about what giving the core away and getting it back may cost
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> done_{0};
+};
+
+}  // namespace dovetail

@@ -1,0 +1,35 @@
+"""Where the kernel cannot be had, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dovetail.facts import DeviceFacts
+from dovetail.provider import Context
+from dovetail_attention_cpu import why_not
+
+GOOD = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset({"avx2", "fma", "f16c"}), 0, "/usr/bin/c++")
+
+
+def reasons(**changes):
+    return [str(r) for r in why_not(Context(replace(GOOD, **changes), None, "cpu", "float32"))]
+
+
+def test_usable():
+    assert reasons() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"compiler": None}, "no C++ compiler"),
+        ({"machine": "aarch64"}, "this machine is aarch64"),
+        ({"system": "Darwin"}, "this is Darwin"),
+        ({"cpu_flags": frozenset({"avx2"})}, "no fma, f16c"),
+    ],
+)
+def test_why_not(changes, words):
+    (reason,) = reasons(**changes)
+    assert words in reason
