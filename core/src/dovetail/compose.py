@@ -89,7 +89,8 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             logit_soft_cap=model.logit_soft_cap is not None, sinks=model.has_sinks,
             block_size=kv["block_size"], kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
         )  # fmt: skip
-    choices["worker"] = take("worker", config.worker)
+    attention = [find(registry, c).provider.capabilities for key, c in choices.items() if key.startswith("attention.")]
+    choices["worker"] = take("worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention))
     if server:
         choices["server"] = take("server", config.server)
     length = config.max_model_len or model.max_position_embeddings

@@ -26,6 +26,9 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     contract: str
     options: dict[str, Any]
+    """With what they left open decided."""
+    remarks: list[str] = []
+    """What the provider decided, and why."""
     rejected: list[Rejected] = []
 
 
@@ -53,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         data = msgspec.to_builtins(self)
         del data["folder"]
         for choice in data["choices"].values():
-            del choice["rejected"]
+            del choice["rejected"], choice["remarks"]
         return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()[:16]
 
     def encode(self) -> bytes:

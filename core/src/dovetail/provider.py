@@ -59,11 +59,16 @@ class Context:
     """The device chosen: cpu, cuda:0, …"""
     dtype: str
     needs: dict[str, Any] = field(default_factory=dict)
-    """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size, kv_dtype."""
+    """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size, kv_dtype. For a worker:
+    compiled_attention, whether all attention chosen declares `compiled_steps`."""
 
 
 def no_reasons(context: Context) -> list[Reason]:
     return []
+
+
+def as_given(context: Context, options: Options) -> tuple[Options, list[str]]:
+    return options, []
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class Provider(Generic[T]):
     capabilities: Any = None
     why_not: Callable[[Context], list[Reason]] = no_reasons
     """A pure function of the context; imports nothing heavy. An empty list means: usable."""
+    settle: Callable[[Context, Any], tuple[Options, list[str]]] = as_given
+    """Called once, when the plan is made, if the provider was chosen. Returns the options with what they left open (an
+    `auto`) decided, and remarks for the plan: what was decided, and why. Raises `ConfigError` for options that cannot be
+    had here."""
     priority: int = 0
     """`auto` takes the usable provider of highest priority. 0 is a plain reference, 50 a tuned implementation."""
     contract: str = "0.1"

@@ -12,7 +12,7 @@ from dovetail.config import SocketConfig
 from dovetail.errors import ConfigError, PluginError
 from dovetail.plan import Choice, Rejected
 from dovetail.plugins.discovery import Offer, Registry
-from dovetail.provider import Context
+from dovetail.provider import Context, Options
 from dovetail.sockets import BY_NAME, Socket
 
 
@@ -49,6 +49,7 @@ def choose(registry: Registry, socket_name: str, wanted: SocketConfig, context: 
         for o in offers
         if o is not taken
     ]
+    options, remarks = taken.provider.settle(context, _options(taken, wanted.options, where))
     return Choice(
         socket=socket_name,
         requested=wanted.use,
@@ -56,7 +57,8 @@ def choose(registry: Registry, socket_name: str, wanted: SocketConfig, context: 
         distribution=taken.plugin.distribution,
         version=taken.plugin.version,
         contract=taken.provider.contract,
-        options=_options(taken, wanted.options, where),
+        options=options.model_dump(mode="json"),
+        remarks=remarks,
         rejected=rejected,
     )
 
@@ -104,10 +106,10 @@ def _second_best(offer: Offer, taken: Offer, wanted: SocketConfig) -> str:
     return f"priority {offer.provider.priority}; {taken.provider.name} has {taken.provider.priority}"
 
 
-def _options(offer: Offer, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(offer: Offer, given: Mapping[str, Any], where: str) -> Options:
     model = offer.provider.options
     try:
-        return model.model_validate(dict(given)).model_dump(mode="json")
+        return model.model_validate(dict(given))
     except ValidationError as e:
         known = ", ".join(model.model_fields) or "none"
         problems = "; ".join(f"{where}.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors())

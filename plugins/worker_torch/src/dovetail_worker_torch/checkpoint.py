@@ -6,7 +6,7 @@ The files are `model.safetensors`, or several with `model.safetensors.index.json
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,19 @@ IGNORABLE = (re.compile(r"\.rotary_emb\.inv_freq$"),)
 
 
 class Target(NamedTuple):
-    """Where a checkpoint's tensor goes: a part of a fused weight, for one."""
+    """Where a checkpoint's tensor goes."""
 
-    into: Tensor
-    shape: tuple[int, ...] | None = None
-    """Shape in the file, where it differs from `into`'s and is broadcast to it."""
+    shape: tuple[int, ...]
+    """In the file."""
+    dtype: torch.dtype
+    """Of what is kept; see `INTERCHANGEABLE`."""
+    store: Callable[[Tensor], object]
+    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call."""
+
+
+def into(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Target:
+    """Copy into `tensor`, which may be a part of a fused weight. `shape` in the file, where it is broadcast to tensor's."""
+    return Target(tuple(tensor.shape) if shape is None else shape, tensor.dtype, tensor.copy_)
 
 
 def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progress, unused: Iterable[str] = ()) -> None:
@@ -112,17 +120,17 @@ def open_shard(path: Path) -> Any:
 def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
     """Copy one tensor; return its bytes in the file."""
     try:
-        tensor = shard.get_tensor(name)  # a view of the mapped file: the copy below is the only one
+        tensor = shard.get_tensor(name)  # a view of the mapped file: what stores it makes the only copy
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: {name} cannot be read: {e}") from None
-    into = target.into
-    expected = tuple(into.shape) if target.shape is None else target.shape
-    if tuple(tensor.shape) != expected:
-        raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, the model's config asks for {list(expected)}")
-    if tensor.dtype != into.dtype and not {tensor.dtype, into.dtype} <= INTERCHANGEABLE:
-        stored, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, into))
+    if tuple(tensor.shape) != target.shape:
+        raise CheckpointError(
+            f"{path}: {name} has shape {list(tensor.shape)}, the model's config asks for {list(target.shape)}"
+        )
+    if tensor.dtype != target.dtype and not {tensor.dtype, target.dtype} <= INTERCHANGEABLE:
+        stored, wanted = (str(t).removeprefix("torch.") for t in (tensor.dtype, target.dtype))
         raise CheckpointError(f"{path}: {name} is stored as {stored}, which cannot be loaded as {wanted}")
-    into.copy_(tensor)
+    target.store(tensor)
     return int(tensor.nbytes)
 
 

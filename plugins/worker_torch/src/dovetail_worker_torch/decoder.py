@@ -20,8 +20,8 @@ from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from dovetail_worker_torch.checkpoint import Target, load_tensors
-from dovetail_worker_torch.linear import Linear, LinearLayer, MakeLinear, Part, linear_maker
+from dovetail_worker_torch.checkpoint import Target, into, load_tensors
+from dovetail_worker_torch.linear import LinearLayer, LinearMaker, Part
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate
 
 if TYPE_CHECKING:
@@ -136,11 +136,11 @@ def read_config(path: Path, config: dict[str, Any]) -> DecoderConfig:
 
 
 def load_decoder(
-    folder: Path, config: dict[str, Any], *, dtype: torch.dtype, device: torch.device, progress: Progress
+    folder: Path, config: dict[str, Any], maker: LinearMaker, *, dtype: torch.dtype, device: torch.device, progress: Progress
 ) -> Decoder:
     """Allocate a decoder and read its weights. Raises `CheckpointError` naming the file."""
     sizes = read_config(folder / "config.json", config)
-    model = Decoder(sizes, linear_maker(dtype, device), dtype, device)
+    model = Decoder(sizes, maker, dtype, device)
     load_tensors(folder, model.targets(), progress=progress, unused=["lm_head.weight"] if sizes.tied else [])
     return model
 
@@ -154,7 +154,7 @@ class DecoderLayer:
     """Attention and MLP, each around a residual. `name` is the checkpoint's ("model.layers.3")."""
 
     def __init__(
-        self, name: str, index: int, c: DecoderConfig, make_linear: MakeLinear, dtype: torch.dtype, device: torch.device
+        self, name: str, index: int, c: DecoderConfig, maker: LinearMaker, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.name, self.index = name, index
         self.num_heads, self.head_size, self.eps = c.num_heads, c.head_size, c.norm_eps
@@ -167,13 +167,14 @@ class DecoderLayer:
         def linear(fused: str, in_features: int, bias: bool, **parts: int) -> LinearLayer:
             block, _, _ = fused.partition(".")
             full = [Part(f"{name}.{block}.{part}", out_features) for part, out_features in parts.items()]
-            return make_linear(f"{name}.{fused}", full, in_features, bias)
+            return maker.linear(f"{name}.{fused}", full, in_features, bias)
 
         h, f = c.hidden_size, c.intermediate_size
         self.qkv_proj = linear("self_attn.qkv_proj", h, c.qkv_bias, q_proj=q_size, k_proj=kv_size, v_proj=kv_size)
         self.o_proj = linear("self_attn.o_proj", q_size, c.o_bias, o_proj=h)
         self.gate_up_proj = linear("mlp.gate_up_proj", h, c.mlp_bias, gate_proj=f, up_proj=f)
         self.down_proj = linear("mlp.down_proj", f, c.mlp_bias, down_proj=h)
+        self.linears = (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
         self.input_norm = torch.empty(h, dtype=dtype, device=device)
         self.post_attention_norm = torch.empty(h, dtype=dtype, device=device)
         # A row a head, so that queries and keys are scaled in one multiplication.
@@ -181,14 +182,14 @@ class DecoderLayer:
 
     def targets(self) -> dict[str, Target]:
         found = {
-            f"{self.name}.input_layernorm.weight": Target(self.input_norm),
-            f"{self.name}.post_attention_layernorm.weight": Target(self.post_attention_norm),
+            f"{self.name}.input_layernorm.weight": into(self.input_norm),
+            f"{self.name}.post_attention_layernorm.weight": into(self.post_attention_norm),
         }
         if self.qk_norm is not None:
             shape = (self.head_size,)
-            found[f"{self.name}.self_attn.q_norm.weight"] = Target(self.qk_norm[: self.num_heads], shape)
-            found[f"{self.name}.self_attn.k_norm.weight"] = Target(self.qk_norm[self.num_heads :], shape)
-        for layer in (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj):
+            found[f"{self.name}.self_attn.q_norm.weight"] = into(self.qk_norm[: self.num_heads], shape)
+            found[f"{self.name}.self_attn.k_norm.weight"] = into(self.qk_norm[self.num_heads :], shape)
+        for layer in self.linears:
             found |= layer.targets()
         return found
 
@@ -215,7 +216,7 @@ class DecoderLayer:
 class Decoder:
     """Embedding, layers, final norm, output projection. A `Model`."""
 
-    def __init__(self, c: DecoderConfig, make_linear: MakeLinear, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: DecoderConfig, maker: LinearMaker, dtype: torch.dtype, device: torch.device) -> None:
         self.config = c
         self.vocab_size = c.vocab_size
         self.attention_layers = [
@@ -223,25 +224,25 @@ class Decoder:
             for i, window in enumerate(c.windows)
         ]
         self.rotary = RotaryEmbedding(c.inv_freq, c.rope_scale, dtype, device)
-        self.embedding = torch.empty(c.vocab_size, c.hidden_size, dtype=dtype, device=device)
-        self.layers = [DecoderLayer(f"model.layers.{i}", i, c, make_linear, dtype, device) for i in range(c.num_layers)]
+        self.embedding = maker.embedding("model.embed_tokens", c.vocab_size, c.hidden_size)
+        self.layers = [DecoderLayer(f"model.layers.{i}", i, c, maker, dtype, device) for i in range(c.num_layers)]
         self.norm = torch.empty(c.hidden_size, dtype=dtype, device=device)
-        parts = [Part("lm_head", c.vocab_size)]
-        self.lm_head = Linear(parts, self.embedding, None) if c.tied else make_linear("lm_head", parts, c.hidden_size, False)
+        head = [Part("lm_head", c.vocab_size)]
+        self.lm_head = self.embedding if c.tied else maker.linear("lm_head", head, c.hidden_size, False)
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that the checkpoint must hold, by name."""
-        found = {"model.embed_tokens.weight": Target(self.embedding), "model.norm.weight": Target(self.norm)}
+        found = {"model.norm.weight": into(self.norm)} | self.embedding.targets()
         for layer in self.layers:
             found |= layer.targets()
         return found if self.config.tied else found | self.lm_head.targets()
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        hidden = F.embedding(token_ids, self.embedding)
+        hidden = self.embedding.rows(token_ids)
         cos, sin = self.rotary(positions)
         for layer in self.layers:
             layer.forward(hidden, cos, sin, attend)
         return rms_norm(hidden, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden).float()
+        return self.lm_head(hidden, torch.float32)

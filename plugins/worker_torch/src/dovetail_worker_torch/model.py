@@ -7,7 +7,6 @@ and values to `attend` and gets back what its queries saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +18,19 @@ from dovetail.facts import read_json
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
 from dovetail_worker_torch import decoder
+from dovetail_worker_torch.linear import LinearMaker, TorchLinears
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer_index, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) -> [T, Hq, D]
+class Attend(Protocol):
+    """A step's attention, for all layers."""
 
-Writes k and v to the layer's cache, then attends. All arguments are contiguous, in the model's dtype, and good for this
-call alone; so is the result, until the next call."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q [T, Hq, D]`, `k, v [T, Hkv, D]` -> `[T, Hq, D]`. Writes k and v to the layer's cache, then attends.
+
+        All arguments are contiguous, in the model's dtype, and good for this call alone; so is the result, until the next
+        call."""
+
+    def addresses(self) -> list[int]:
+        """By layer: what the operations of a compiled step read (`CompiledAttention.address`)."""
 
 
 class Model(Protocol):
@@ -43,10 +49,17 @@ class Model(Protocol):
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress,
+    trust_remote_code: bool = False,
+    maker: LinearMaker | None = None,
 ) -> Model:
     """Read a model folder (config.json, safetensors) into `dtype` on `device`.
 
+    `maker` makes the linear layers of our own decoder, by default in plain torch.
     An architecture of `decoder.ARCHITECTURES` runs our own code; any other goes through transformers (`bridge`).
     `trust_remote_code` allows the code that a checkpoint brings along, which only the bridge can run.
     Raises `CheckpointError`, naming the file and why.
@@ -60,7 +73,8 @@ def load_model(
         method = config["quantization_config"].get("quant_method", "method not named")
         raise CheckpointError(f"{path}: the weights are quantized ({method}), which this worker cannot read: use the originals")
     if architectures[0] in decoder.ARCHITECTURES:
-        return decoder.load_decoder(folder, config, dtype=dtype, device=device, progress=progress)
+        maker = maker or TorchLinears(dtype, device)
+        return decoder.load_decoder(folder, config, maker, dtype=dtype, device=device, progress=progress)
 
     # Not at the top: it imports transformers, which takes seconds and which our own decoder never needs.
     from dovetail_worker_torch import bridge

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
+from dovetail.interfaces.compiled import CompiledAttention
 from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.model import Model
@@ -29,6 +31,29 @@ class Computed:
     prompt_logprobs: list[list[TokenLogprobs]]
 
 
+class StepAttention:
+    """Attention for a model's layers, by the backend, cache and plan of each: an `Attend`."""
+
+    def __init__(
+        self, layers: list[AttentionLayer], groups: list[KVGroup], backends: list[AttentionBackend], caches: dict[int, object]
+    ) -> None:
+        self.plans: list[object] = [None] * len(groups)
+        """Of this step, by group."""
+        self._layers, self._backends, self._caches = layers, backends, caches
+        self._group_of = {layer: i for i, g in enumerate(groups) for layer in g.layers}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = self._group_of[layer]
+        out = torch.empty_like(q)
+        self._backends[group].run(self._layers[layer], q, k, v, self._caches[layer], self.plans[group], out)
+        return out
+
+    def addresses(self) -> list[int]:
+        backends = cast(list[CompiledAttention], self._backends)  # a compiled model is bound to no other
+        of, plans = self._group_of, self.plans
+        return [backends[of[layer.index]].address(layer, plans[of[layer.index]]) for layer in self._layers]
+
+
 class Runner:
     """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe."""
 
@@ -46,10 +71,8 @@ class Runner:
         self.device = device
         self._groups = groups
         self._backends = backends
-        self._caches = caches
-        self._group_of = {layer: i for i, g in enumerate(groups) for layer in g.layers}
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
-        self._plans: list[object] = [None] * len(groups)
+        self._attend = StepAttention(model.attention_layers, groups, backends, caches)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Computed:
@@ -57,7 +80,7 @@ class Runner:
         self.table.update(plan)
         inputs = self.table.inputs(plan)
         for i, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
-            self._plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
+            self._attend.plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
         rows = [i for i, samples in enumerate(plan.samples) if samples]
         prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
@@ -105,13 +128,6 @@ class Runner:
             for i, logprobs in zip(wanted, token_logprobs(raw, [drawn[i] for i in wanted], counts), strict=True):
                 result.logprobs[step.rows[i]].append(logprobs)
         return drawn, usable
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group = self._group_of[layer]
-        out = torch.empty_like(q)
-        spec = self.model.attention_layers[layer]
-        self._backends[group].run(spec, q, k, v, self._caches[layer], self._plans[group], out)
-        return out
 
     def _attention_batch(self, inputs: StepInputs, group: int) -> AttentionBatch:
         host_start, host_lens = inputs.query_start.tolist(), inputs.seq_lens.tolist()

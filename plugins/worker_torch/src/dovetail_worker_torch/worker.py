@@ -15,8 +15,12 @@ from dovetail.interfaces.worker import Progress
 from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
+from dovetail_worker_torch.compiled import CompiledDecoder
+from dovetail_worker_torch.decoder import Decoder
 from dovetail_worker_torch.memory import kv_memory
 from dovetail_worker_torch.model import Model, load_model
+from dovetail_worker_torch.native import Kernels
+from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.runner import Computed, Runner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +31,7 @@ class TorchWorker:
 
     def __init__(self, context: BuildContext, options: WorkerOptions) -> None:
         plan = context.plan
-        self._context = context
+        self._context, self._options = context, options
         self._device = torch.device(plan.device)
         self._dtype = DTYPES[plan.dtype]
         kv_dtype = context.option("kv_cache", "dtype")
@@ -41,10 +45,17 @@ class TorchWorker:
 
     def load(self, progress: Progress) -> None:
         plan = self._context.plan
-        self._model = load_model(
+        compiled = self._options.execution == "compiled"
+        kernels = Kernels.load(self._context.device) if compiled else None
+        maker = PackedLinears(kernels, self._dtype) if kernels else None
+        model = load_model(
             Path(plan.folder), dtype=self._dtype, device=self._device, progress=progress,
-            trust_remote_code=plan.trust_remote_code,
+            trust_remote_code=plan.trust_remote_code, maker=maker,
         )  # fmt: skip
+        if kernels:
+            assert isinstance(model, Decoder)  # `settle` compiles no other
+            model = CompiledDecoder(model, kernels, self._context.option("scheduler", "max_num_batched_tokens"))
+        self._model = model
 
     def kv_groups(self) -> list[KVGroup]:
         assert self._model is not None
@@ -78,6 +89,10 @@ class TorchWorker:
                     caches[index] = backend.allocate_cache(spec)
                 except (RuntimeError, MemoryError) as e:
                     raise OutOfMemory(f"the KV cache of {count} blocks could not be allocated: {e}") from None
+        if isinstance(self._model, CompiledDecoder):
+            kind_of = {layer: group.kind for group in groups for layer in group.layers}
+            order = range(len(self._model.attention_layers))
+            self._model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
         table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
         self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device)
 

@@ -1,0 +1,105 @@
+"""The worker's C++ (csrc/) behind ctypes: structs with the names of the headers, and the functions, typed."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dovetail.facts import DeviceFacts
+from dovetail.interfaces.compiled import Op
+from dovetail.native import build_library, openmp_of
+
+SOURCES = Path(__file__).parent / "csrc"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+
+_p, _i, _n, _f = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class LinearStruct(ctypes.Structure):
+    _fields_ = [("type", _i), ("num_outputs", _n), ("depth", _n), ("weight", _p), ("bias", _p)]
+
+
+class LinearCall(ctypes.Structure):
+    _fields_ = [("x", _p), ("y", _p), ("x_stride", _n), ("y_stride", _n), ("y_type", _i)]
+
+
+class LinearOp(ctypes.Structure):
+    _fields_ = [("linear", _p), ("call", LinearCall)]
+
+
+class EmbedOp(ctypes.Structure):
+    _fields_ = [
+        ("embedding", _p), ("hidden", _p), ("hidden_stride", _n), ("inv_freq", _p), ("angles", _p), ("rope_scale", _f),
+        ("num_pairs", _i),
+    ]  # fmt: skip
+
+
+class NormOp(ctypes.Structure):
+    _fields_ = [
+        ("hidden", _p), ("delta", _p), ("out", _p), ("weight", _p), ("stride", _n), ("size", _i), ("eps", _f), ("type", _i),
+    ]  # fmt: skip
+
+
+class RotateOp(ctypes.Structure):
+    _fields_ = [
+        ("x", _p), ("stride", _n), ("norm_weight", _p), ("angles", _p), ("num_heads", _i), ("head_size", _i), ("eps", _f),
+        ("type", _i),
+    ]  # fmt: skip
+
+
+class GateOp(ctypes.Structure):
+    _fields_ = [("x", _p), ("out", _p), ("x_stride", _n), ("out_stride", _n), ("size", _i), ("activation", _i), ("type", _i)]
+
+
+class StepStruct(ctypes.Structure):
+    """`dovetail_step`."""
+
+    _fields_ = [("num_tokens", _i), ("num_threads", _i), ("token_ids", _p), ("positions", _p), ("attention", _p)]
+
+
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "dovetail_weight_bytes": (_n, [_p]),
+    "dovetail_pack": (None, [_p, _p, _n, _n, _n]),
+    "dovetail_unpack_rows": (None, [_p, _p, _n, _p, _n]),
+    "dovetail_linear": (None, [_p, _p, _i, _i]),
+    "dovetail_new_program": (_p, [_p, _n]),
+    "dovetail_free_program": (None, [_p]),
+    "dovetail_run_program": (None, [_p, _p, _p]),
+    "dovetail_instruction_set": (ctypes.c_char_p, []),
+    **{f"dovetail_{name}_op": (None, [_p, _p]) for name in ("linear", "embed", "norm", "rotate", "gate")},
+}
+
+
+def _open(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class Kernels:
+    """The compiled library. Functions of `holding` keep Python's lock, which is for short calls: getting it back may take
+    milliseconds where other threads are busy."""
+
+    def __init__(self, path: Path) -> None:
+        self.functions = _open(ctypes.CDLL(str(path)))
+        self.holding = _open(ctypes.PyDLL(str(path)))
+
+    @classmethod
+    def load(cls, facts: DeviceFacts, **options: Any) -> Kernels:
+        """Build the library at first use. It shares PyTorch's threads. Raises `PluginError`."""
+        return cls(build_library("worker-torch", SOURCES, facts, openmp=openmp_of("torch"), **options))
+
+    @property
+    def instruction_set(self) -> str:
+        return str(self.functions.dovetail_instruction_set().decode())
+
+    def op(self, kind: str, arguments: ctypes.Structure) -> Op:
+        """An operation of this library; `arguments` must live as long as it is run."""
+        op = Op()
+        getattr(self.holding, f"dovetail_{kind}_op")(ctypes.addressof(op), ctypes.addressof(arguments))
+        return op
