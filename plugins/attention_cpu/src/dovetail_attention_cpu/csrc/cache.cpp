@@ -1,5 +1,6 @@
 // Tokens into and out of the packed cache (element.h tells its layout).
 #include <algorithm>
+#include <cstring>
 
 #include <dovetail/element.h>
 
@@ -26,6 +27,27 @@ struct Place {  // of one token's key and value of one head
   typename E::store_t& value_at(int d, int head_size) const {
     return value[(lane / E::pair * head_size + d) * E::pair + lane % E::pair];
   }
+  // A whole pair, or a vector of pairs of which one half is written, in one store.
+  void put_key(const typename E::store_t* row, int head_size) const {
+    if constexpr (E::pair == 2)
+      for (int d = 0; d < head_size; d += 2) std::memcpy(&key_at(d), row + d, 4);
+    else
+      for (int d = 0; d < head_size; ++d) key_at(d) = row[d];
+  }
+  void put_value(const typename E::store_t* row, int head_size) const {
+#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
+    if constexpr (E::pair == 2) {
+      const bool odd = lane % 2;
+      for (int d = 0; d < head_size; d += kLanes) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + d)));
+        _mm512_mask_storeu_epi16(&value_at(d, head_size) - odd, odd ? 0xAAAAAAAAu : 0x55555555u,
+                                 odd ? _mm512_slli_epi32(wide, 16) : wide);
+      }
+      return;
+    }
+#endif
+    for (int d = 0; d < head_size; ++d) value_at(d, head_size) = row[d];
+  }
 };
 
 template <class E>
@@ -36,10 +58,10 @@ void write(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, 
       const Place<E> at(g, cache, slots[t], h);
       for (int d = 0; d < g.head_size; d += kLanes)
         E::narrow16(row + d, load_as(k.type, k.data, t * k.token_stride + h * k.head_stride + d));
-      for (int d = 0; d < g.head_size; ++d) at.key_at(d) = row[d];
+      at.put_key(row, g.head_size);
       for (int d = 0; d < g.head_size; d += kLanes)
         E::narrow16(row + d, load_as(v.type, v.data, t * v.token_stride + h * v.head_stride + d));
-      for (int d = 0; d < g.head_size; ++d) at.value_at(d, g.head_size) = row[d];
+      at.put_value(row, g.head_size);
     }
 }
 

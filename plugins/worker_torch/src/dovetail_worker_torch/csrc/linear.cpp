@@ -12,7 +12,11 @@ constexpr int kMaxRows = 6;  // 6 rows × 4 vectors of sums, 4 operands and a br
 constexpr int kMaxRows = 1;
 #endif
 
-constexpr int kDepth = 512;  // inputs between two visits of the same rows: their part of a panel stays in L2
+constexpr int kFewRows = 32;  // up to here a layer's time is, more or less, that of reading its weights
+
+// Inputs between two visits of the same rows. With few rows that part of a panel stays in L1, with many in L2, and the sums
+// are visited less often.
+constexpr int kShallow = 128, kDeep = 512;
 
 // The operand that every lane is multiplied with, from a row of x.
 template <class E>
@@ -52,7 +56,7 @@ void multiply(const typename E::store_t* x, int64_t x_stride, const typename E::
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) s[i][j] = E::dot(s[i][j], a, w[j]);
     }
-    for (due += rate; fetched < due >> 16; ++fetched) _mm_prefetch(next + fetched * 64, _MM_HINT_T1);
+    for (due += rate; fetched < due >> 16; ++fetched) _mm_prefetch(next + fetched * 64, _MM_HINT_T0);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
@@ -71,9 +75,10 @@ template <class E>
 void panel_sums(const typename E::store_t* x, int64_t x_stride, int rows, const typename E::store_t* panel,
                 const typename E::store_t* next_panel, int64_t depth, float* sums) {
   const int num_blocks = (rows + kMaxRows - 1) / kMaxRows;
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t part = std::min<int64_t>(kDepth, depth - k), bytes = part * kPanel * sizeof(typename E::store_t);
-    const bool last = k + kDepth >= depth;
+  const int64_t stride = rows > kMaxRows && rows <= kFewRows ? kShallow : kDeep;
+  for (int64_t k = 0; k < depth; k += stride) {
+    const int64_t part = std::min(stride, depth - k), bytes = part * kPanel * sizeof(typename E::store_t);
+    const bool last = k + stride >= depth;
     const char* next = reinterpret_cast<const char*>(last ? next_panel : panel + (k + part) * kPanel);
     for (int b = 0; b < num_blocks; ++b) {
       const int row = rows * b / num_blocks, end = rows * (b + 1) / num_blocks;
@@ -187,17 +192,42 @@ void unpack_row(const Linear& linear, int64_t row, void* out) {
   });
 }
 
-int num_pieces(const Linear& linear, int num_rows) {
+namespace {
+
+// How the panels of some rows are handed out. With few rows, each thread first takes one long stretch, which streams at the
+// memory's speed; the rest evens out, panel by panel.
+struct Hand {
+  int64_t panels, stretch = 0;
+  int num_stretches = 0;
+
+  Hand(const Linear& linear, int num_rows, int num_threads) : panels(linear.num_panels()) {
+    if (num_rows > kFewRows) return;
+    stretch = panels * 3 / 4 / num_threads;
+    num_stretches = stretch > 1 ? num_threads : 0;
+  }
+  int pieces() const { return static_cast<int>(num_stretches + panels - num_stretches * stretch); }
+  int64_t begin(int piece) const {
+    return piece < num_stretches ? piece * stretch : num_stretches * stretch + piece - num_stretches;
+  }
+  int64_t end(int piece) const { return begin(piece) + (piece < num_stretches ? stretch : 1); }
+};
+
+}  // namespace
+
+int num_pieces(const Linear& linear, int num_rows, int num_threads) {
   const int chunk = chunk_rows(num_rows);
-  return static_cast<int>(linear.num_panels()) * ((num_rows + chunk - 1) / chunk);
+  return Hand(linear, num_rows, num_threads).pieces() * ((num_rows + chunk - 1) / chunk);
 }
 
 void do_piece(const Linear& linear, const LinearCall& call, int num_rows, int piece, int num_threads) {
   // All panels of some rows, then the next rows: neighbouring pieces read neighbouring weights.
-  const int chunk = chunk_rows(num_rows), panels = static_cast<int>(linear.num_panels());
-  const int row = piece / panels * chunk;
+  const Hand hand(linear, num_rows, num_threads);
+  const int chunk = chunk_rows(num_rows), pieces = hand.pieces(), part = piece % pieces;
+  const int row = piece / pieces * chunk, rows = std::min(chunk, num_rows - row);
+  const int likely = part < hand.num_stretches ? hand.num_stretches + part : part + num_threads;
   with_type(linear.type, [&](auto e) {
-    compute<decltype(e)>(linear, call, row, std::min(chunk, num_rows - row), piece % panels, (piece + num_threads) % panels);
+    for (int64_t panel = hand.begin(part), end = hand.end(part); panel < end; ++panel)
+      compute<decltype(e)>(linear, call, row, rows, panel, panel + 1 < end ? panel + 1 : hand.begin(likely) % hand.panels);
   });
 }
 

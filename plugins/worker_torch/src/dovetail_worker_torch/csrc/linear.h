@@ -45,7 +45,7 @@ void pack(const Linear& linear, const void* rows, int64_t stride, int64_t first,
 // Rows of the weight, as an embedding reads them.
 void unpack_row(const Linear& linear, int64_t row, void* out);
 
-int num_pieces(const Linear& linear, int num_rows);
+int num_pieces(const Linear& linear, int num_rows, int num_threads);
 void do_piece(const Linear& linear, const LinearCall& call, int num_rows, int piece, int num_threads);
 
 // Calls f with the element type: those that compiled steps compute in.

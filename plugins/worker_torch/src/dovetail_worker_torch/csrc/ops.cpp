@@ -47,7 +47,7 @@ float norm_factor(const float* x, int padded, int size, float eps) {
 
 // Linear
 
-int32_t pieces(const LinearOp& op, const dovetail_step* step) { return num_pieces(*op.linear, step->num_tokens); }
+int32_t pieces(const LinearOp& op, const dovetail_step* step) { return num_pieces(*op.linear, step->num_tokens, step->num_threads); }
 
 void piece(const LinearOp& op, const dovetail_step* step, int32_t i) {
   do_piece(*op.linear, op.call, step->num_tokens, i, step->num_threads);
@@ -179,15 +179,17 @@ void piece(const GateOp& op, const dovetail_step* step, int32_t i) {
       const auto* gate = static_cast<const store_t*>(op.x) + t * op.x_stride;
       const auto* up = gate + op.size;
       auto* out = static_cast<store_t*>(op.out) + t * op.out_stride;
-      for (int d = 0; d < op.size; d += kLanes) {
-        const int count = std::min(kLanes, op.size - d);
-        store_t a[kLanes] = {}, b[kLanes] = {};
-        std::copy_n(gate + d, count, a);
-        std::copy_n(up + d, count, b);
-        const Vec value = mul(rounded<E>(activate(op.activation, E::widen16(a))), E::widen16(b));
-        store_t c[kLanes];
-        E::narrow16(c, value);
-        std::copy_n(c, count, out + d);
+      auto gated = [&](const store_t* a, const store_t* b) {
+        return mul(rounded<E>(activate(op.activation, E::widen16(a))), E::widen16(b));
+      };
+      int d = 0;
+      for (; d + kLanes <= op.size; d += kLanes) E::narrow16(out + d, gated(gate + d, up + d));
+      if (const int rest = op.size - d) {
+        store_t a[kLanes] = {}, b[kLanes] = {}, c[kLanes];
+        std::copy_n(gate + d, rest, a);
+        std::copy_n(up + d, rest, b);
+        E::narrow16(c, gated(a, b));
+        std::copy_n(c, rest, out + d);
       }
     }
   });

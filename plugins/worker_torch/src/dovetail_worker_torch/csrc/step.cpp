@@ -63,7 +63,7 @@ void dovetail_unpack_rows(const Linear* linear, const int64_t* rows, int64_t cou
 void dovetail_linear(const Linear* linear, const LinearCall* call, int num_rows, int num_threads) {
   Pieces pieces;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-  pieces.work(num_pieces(*linear, num_rows), [&](int piece) { do_piece(*linear, *call, num_rows, piece, num_threads); });
+  pieces.work(num_pieces(*linear, num_rows, num_threads), [&](int piece) { do_piece(*linear, *call, num_rows, piece, num_threads); });
 }
 
 const char* dovetail_instruction_set() {
