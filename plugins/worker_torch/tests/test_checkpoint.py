@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dovetail.errors import CheckpointError
-from dovetail_worker_torch.checkpoint import INDEX, SINGLE, Target, load_tensors
+from dovetail_worker_torch.checkpoint import INDEX, SINGLE, into, load_tensors
 from dovetail_worker_torch.decoder import Decoder
-from dovetail_worker_torch.linear import Linear
+from dovetail_worker_torch.linear import TorchLinear
 from dovetail_worker_torch.model import load_model
 
 CPU = torch.device("cpu")
@@ -89,7 +89,8 @@ def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def same(model: Decoder, tensors: dict[str, Tensor]) -> bool:
-    return all(torch.equal(target.into, tensors[name].to(target.into.dtype)) for name, target in model.targets().items())
+    targets = model.targets().items()
+    return all(torch.equal(target.store.__self__, tensors[name].to(target.dtype)) for name, target in targets)
 
 
 def test_fused_weights_are_their_parts_one_after_the_other(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -97,8 +98,8 @@ def test_fused_weights_are_their_parts_one_after_the_other(folder: Path, tensors
     assert set(model.targets()) == set(tensors)
     assert same(model, tensors)
     layer = model.layers[1]
-    assert isinstance(layer.qkv_proj, Linear)
-    assert isinstance(layer.gate_up_proj, Linear)
+    assert isinstance(layer.qkv_proj, TorchLinear)
+    assert isinstance(layer.gate_up_proj, TorchLinear)
     parts = [tensors[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
     assert torch.equal(layer.qkv_proj.weight, torch.cat(parts))
     parts = [tensors[f"model.layers.1.mlp.{p}_proj.weight"] for p in ("gate", "up")]
@@ -154,11 +155,11 @@ def test_progress_counts_bytes_and_ends_at_the_total(folder: Path) -> None:
 def test_integers_are_not_converted(tmp_path: Path) -> None:
     packed = torch.randint(99, (4,), dtype=torch.int32)
     save_file({"packed": packed}, tmp_path / SINGLE)
-    into = torch.empty(4, dtype=torch.int32)
-    load_tensors(tmp_path, {"packed": Target(into)}, progress=ignore)
-    assert torch.equal(into, packed)
+    kept = torch.empty(4, dtype=torch.int32)
+    load_tensors(tmp_path, {"packed": into(kept)}, progress=ignore)
+    assert torch.equal(kept, packed)
     with pytest.raises(CheckpointError, match="packed is stored as int32, which cannot be loaded as float32"):
-        load_tensors(tmp_path, {"packed": Target(torch.empty(4))}, progress=ignore)
+        load_tensors(tmp_path, {"packed": into(torch.empty(4))}, progress=ignore)
 
 
 # What is done to a good folder, and what the error says. Each names the file or the folder.

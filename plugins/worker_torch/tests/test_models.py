@@ -6,6 +6,7 @@ the seed is printed.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 import threading
@@ -19,9 +20,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.facts import model_facts
+from dovetail.facts import device_facts, model_facts
 from dovetail.interfaces.attention import AttentionLayer
+from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
+from dovetail_worker_torch.compiled import CompiledDecoder
+from dovetail_worker_torch.decoder import Decoder
 from dovetail_worker_torch.model import Model, load_model
+from dovetail_worker_torch.native import Kernels, StepStruct
+from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.rope import inverse_frequencies, rope_parameters
 
 CPU = torch.device("cpu")
@@ -178,6 +184,73 @@ class DenseAttention:
         return torch.einsum("hqk,khd->qhd", logits.softmax(-1)[..., : len(k)], v)
 
 
+class CalledAttention:
+    """A `CompiledAttention` of one operation, which calls a `DenseAttention` back. For one thread."""
+
+    OPERATION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(StepStruct), ctypes.c_int32, ctypes.c_int32)
+    PIECES = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(StepStruct))
+
+    def __init__(self) -> None:
+        self.attention: DenseAttention | None = None
+        self.errors: list[Exception] = []
+
+    def compile(self, layer: AttentionLayer, cache: object, call: AttentionCall) -> Compiled:
+        dtype = {0: torch.float32, 1: torch.bfloat16}[call.type]
+
+        def view(address: int, stride: int, count: int, heads: int) -> Tensor:
+            length = (count - 1) * stride + heads * layer.head_size
+            memory = (ctypes.c_char * (length * dtype.itemsize)).from_address(address)
+            shape = (count, heads, layer.head_size)
+            return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (stride, layer.head_size, 1))
+
+        def attend(_: object, step: Any, piece: int, thread: int) -> None:
+            n = step.contents.num_tokens
+            q = view(call.q, call.q_stride, n, layer.num_heads)
+            k = view(call.k, call.k_stride, n, layer.num_kv_heads)
+            v = view(call.v, call.v_stride, n, layer.num_kv_heads)
+            try:
+                assert self.attention is not None
+                out = self.attention(layer.index, q.contiguous(), k.contiguous(), v.contiguous())
+                view(call.out, call.out_stride, n, layer.num_heads).copy_(out)
+            except Exception as e:  # cannot pass through C
+                self.errors.append(e)
+
+        piece, pieces = self.OPERATION(attend), self.PIECES(lambda *_: 1)
+        addresses = [ctypes.cast(f, ctypes.c_void_p).value for f in (pieces, piece)]
+        return Compiled([Op(*addresses, None)], (piece, pieces, call))
+
+    def address(self, layer: AttentionLayer, plan: object) -> int:
+        raise AssertionError("asked by the runner only")
+
+
+class CompiledModel:
+    """A compiled decoder behind the dense attention that it is given."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        kernels = Kernels.load(device_facts())
+        decoder = load_model(folder, dtype=dtype, device=CPU, progress=lambda *_: None, maker=PackedLinears(kernels, dtype))
+        assert isinstance(decoder, Decoder)
+        self.model, self.backend = CompiledDecoder(decoder, kernels, 32), CalledAttention()
+        self.attention_layers, self.vocab_size = decoder.attention_layers, decoder.vocab_size
+        self.model.bind([self.backend] * len(self.attention_layers), [None] * len(self.attention_layers))
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: DenseAttention) -> Tensor:
+        self.backend.attention = attention
+        attention.addresses = lambda: [0] * len(self.attention_layers)
+        hidden = self.model.forward(token_ids, positions, attention)
+        assert not self.backend.errors, self.backend.errors
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+
+def load(folder: Path, dtype: torch.dtype, execution: str) -> Model:
+    if execution == "compiled":
+        return CompiledModel(folder, dtype)
+    return load_model(folder, dtype=dtype, device=CPU, progress=lambda *_: None)
+
+
 def run_ragged(model: Model, prompts: list[list[int]]) -> list[Tensor]:
     """Logits of every token of every prompt, in steps that give each sequence 0 to 6 tokens, in any order."""
     attention = DenseAttention(model.attention_layers)
@@ -215,9 +288,9 @@ def make_checkpoint(folder: Path, architecture: str, changes: dict[str, Any], dt
     return model
 
 
-def check_same(folder: Path, reference: Any) -> Model:
+def check_same(folder: Path, reference: Any, execution: str = "plain") -> Model:
     """Load the folder and compare; return our model."""
-    model = load_model(folder, dtype=torch.float32, device=CPU, progress=lambda *_: None)
+    model = load(folder, torch.float32, execution)
     assert model.vocab_size == reference.config.vocab_size
     prompts = [[random.randrange(model.vocab_size) for _ in range(length)] for length in (1, 9, 26, 17)]
     for ours, prompt in zip(run_ragged(model, prompts), prompts, strict=True):
@@ -237,11 +310,12 @@ def check_same(folder: Path, reference: Any) -> Model:
     return model
 
 
+@pytest.mark.parametrize("execution", ["plain", "compiled"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_decoder_is_the_same_as_transformers(name: str, tmp_path: Path, seed: int) -> None:
+def test_decoder_is_the_same_as_transformers(name: str, execution: str, tmp_path: Path, seed: int) -> None:
     architecture, changes = DECODERS[name]
     reference = make_checkpoint(tmp_path, architecture, changes)
-    model = check_same(tmp_path, reference)
+    model = check_same(tmp_path, reference, execution)
     if "sliding" in name or name == "mistral":
         assert WINDOW in {layer.window for layer in model.attention_layers}
 
@@ -265,10 +339,17 @@ def test_windows_are_known_from_configs_without_layer_types(name: str, tmp_path:
     check_same(tmp_path, reference)
 
 
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_pytorch_tanh"])
+def test_a_compiled_decoder_activates_as_transformers_does(activation: str, tmp_path: Path, seed: int) -> None:
+    changes = {"hidden_act": activation, "hidden_size": 68, "head_dim": 16, "intermediate_size": 41, "vocab_size": 130}
+    check_same(tmp_path, make_checkpoint(tmp_path, "Llama", changes), "compiled")
+
+
+@pytest.mark.parametrize("execution", ["plain", "compiled"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(execution: str, tmp_path: Path, seed: int) -> None:
     reference = make_checkpoint(tmp_path, "Llama", {"rope_parameters": LLAMA3}, torch.bfloat16)
     prompt = [random.randrange(SIZES["vocab_size"]) for _ in range(20)]
-    model = load_model(tmp_path, dtype=torch.bfloat16, device=CPU, progress=lambda *_: None)
+    model = load(tmp_path, torch.bfloat16, execution)
     (ours,) = run_ragged(model, [prompt])
     with torch.inference_mode():
         theirs = reference(torch.tensor([prompt])).logits[0].float()
