@@ -71,6 +71,8 @@ class CompiledDecoder:
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         assert self._program is not None
         num_tokens = len(token_ids)
+        if num_tokens > self._max_num_tokens:
+            raise ValueError(f"a step of {num_tokens} tokens, and the buffers hold max_num_batched_tokens {self._max_num_tokens}")
         step = self._step
         step.num_tokens, step.num_threads = num_tokens, torch.get_num_threads()
         step.token_ids, step.positions = token_ids.data_ptr(), positions.data_ptr()

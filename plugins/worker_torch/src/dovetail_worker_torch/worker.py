@@ -100,7 +100,8 @@ class TorchWorker:
         """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""
         progress("warming up", 0, 2)
         groups = self.kv_groups()
-        length = min(8, self._context.plan.max_model_len - 1)
+        room = self._context.option("scheduler", "max_num_batched_tokens")
+        length = min(8, room, self._context.plan.max_model_len - 1)
         if length > 0:
             blocks = [list(range(1, 2 + length // g.block_size)) for g in groups]
             start = SequenceStart(-1, "", 0, [0] * length, length, blocks, SamplingParams(), 0, [], length + 1)
