@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dovetail.facts import device_facts
 from dovetail.types import SamplingParams, SequenceStart
-from dovetail_worker_torch.noise import perturb_, row_keys
+from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
+from dovetail_worker_torch.native import Kernels
+from dovetail_worker_torch.noise import row_keys
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
 
 VOCAB = 37
@@ -82,13 +85,13 @@ params_st = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(each=st.lists(params_st, min_size=1, max_size=6), seed=st.integers(0, 2**31))
-def test_every_draw_is_one_that_the_reference_allows(each: list[SamplingParams], seed: int) -> None:
+def test_every_draw_is_one_that_the_reference_allows(drawing: Drawing, each: list[SamplingParams], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
     logits = torch.randn(len(each), VOCAB, generator=generator) * 3
     histories = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 12))] for _ in each]
     starts = [start(p, rng.randrange(-(2**63), 2**63)) for p in each]
-    drawn, usable = sample(logits.clone(), rows_of(starts, histories))
+    drawn, usable = sample(logits.clone(), rows_of(starts, histories), drawing)
     assert all(usable)
     for i, p in enumerate(each):
         probs = reference_distribution(logits[i], p, histories[i], 1)
@@ -109,14 +112,19 @@ def with_(p: SamplingParams, **changes: Any) -> SamplingParams:
 
 @settings(max_examples=40, deadline=None)
 @given(p=params_st, seed=st.integers(0, 2**31), others=st.integers(0, 5))
-def test_a_draw_does_not_depend_on_its_neighbours(p: SamplingParams, seed: int, others: int) -> None:
+def test_a_draw_does_not_depend_on_its_neighbours(drawing: Drawing, p: SamplingParams, seed: int, others: int) -> None:
     logits = torch.randn(1 + others, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
     each = [start(p, seed, 1)] + [start(SamplingParams(temperature=i % 2, top_k=i), i) for i in range(others)]
     histories = [[1, 2, 3]] + [[i] * (i + 1) for i in range(others)]
-    alone, _ = sample(logits[:1].clone(), rows_of(each[:1], histories[:1]))
+    alone, _ = sample(logits[:1].clone(), rows_of(each[:1], histories[:1]), drawing)
     order = [*range(1, 1 + others), 0]
-    together, _ = sample(logits[order].clone(), rows_of([each[i] for i in order], [histories[i] for i in order]))
+    together, _ = sample(logits[order].clone(), rows_of([each[i] for i in order], [histories[i] for i in order]), drawing)
     assert together[-1] == alone[0]
+
+
+@pytest.fixture(scope="module", params=["torch", "compiled"])
+def drawing(request: pytest.FixtureRequest) -> Drawing:
+    return TorchDrawing() if request.param == "torch" else CompiledDrawing(Kernels.load(device_facts()))
 
 
 CASES = {
@@ -132,7 +140,7 @@ CASES = {
 
 @pytest.mark.parametrize("keyed_by", ["position", "seed", "sample index"])
 @pytest.mark.parametrize("name", CASES)
-def test_frequencies_are_those_of_the_distribution(name: str, keyed_by: str) -> None:
+def test_frequencies_are_those_of_the_distribution(drawing: Drawing, name: str, keyed_by: str) -> None:
     """χ² over 20,000 keyed draws; false alarms: 1 in 10,000 for each case (a fresh seed every time)."""
     count, p = 20_000, CASES[name]
     base = random.randrange(2**62)
@@ -149,9 +157,10 @@ def test_frequencies_are_those_of_the_distribution(name: str, keyed_by: str) -> 
     if keyed_by == "position":
         # Only the key's position differs: the history that penalties see stays the same.
         pre = logits.repeat(count, 1)
-        drawn = draw_at(pre, p, base, positions, history)
+        drawn = draw_at(drawing, pre, p, base, positions, history)
     else:
-        drawn, usable = sample(logits.repeat(count, 1), SamplingRows(starts, tokens, np.full(count, 4, np.int64)))
+        rows = SamplingRows(starts, tokens, np.full(count, 4, np.int64))
+        drawn, usable = sample(logits.repeat(count, 1), rows, drawing)
         assert all(usable)
     observed = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double()
     assert observed[expected == 0].sum() == 0
@@ -169,20 +178,23 @@ def test_frequencies_are_those_of_the_distribution(name: str, keyed_by: str) -> 
     assert chi2 < limit, f"χ² {chi2:.1f} with {freedom} degrees of freedom"
 
 
-def draw_at(logits: Tensor, p: SamplingParams, seed: int, positions: np.ndarray[Any, Any], history: list[int]) -> list[int]:
+def draw_at(
+    drawing: Drawing, logits: Tensor, p: SamplingParams, seed: int, positions: np.ndarray[Any, Any], history: list[int]
+) -> list[int]:
     """Draws whose keys differ by position alone, from the reference's probabilities."""
     probs = reference_distribution(logits[0], p, history, 1)
     z = probs.log().float().repeat(len(positions), 1)
     keys = row_keys(np.full(len(positions), seed), np.zeros(len(positions), np.int64), positions)
-    drawn: list[int] = perturb_(z, keys).argmax(dim=-1).tolist()
-    return drawn
+    drawing.perturb_(z, keys)
+    return drawing.best(z)[0]
 
 
-def test_noise_of_different_keys_is_unrelated() -> None:
+def test_noise_of_different_keys_is_unrelated(drawing: Drawing) -> None:
     """Correlation of exponential noise between neighbouring keys, over 200 pairs of rows of 50,000 tokens."""
     width = 50_000
     keys = row_keys(np.full(201, 12345), np.zeros(201, np.int64), np.arange(201))
-    noise = perturb_(torch.zeros(201, width), keys)
+    noise = torch.zeros(201, width)
+    drawing.perturb_(noise, keys)
     assert len(np.unique(keys)) == 201
     assert noise.isfinite().all()
     z = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True)
@@ -193,15 +205,48 @@ def test_noise_of_different_keys_is_unrelated() -> None:
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.01)
 
 
-def test_nan_makes_a_row_unusable_and_no_other() -> None:
-    logits = torch.randn(3, VOCAB)
-    logits[1, 7] = math.nan
-    starts = [start(SamplingParams(temperature=t)) for t in (0, 1, 0)]
-    _, usable = sample(logits, rows_of(starts, [[1]] * 3))
-    assert usable == [True, False, True]
+@pytest.mark.parametrize("vocab", [VOCAB, 64, 50_000])
+def test_nan_makes_a_row_unusable_and_no_other(drawing: Drawing, vocab: int) -> None:
+    logits = torch.randn(4, vocab)
+    logits[1, 7] = logits[3, -1] = math.nan
+    starts = [start(SamplingParams(temperature=t, top_p=p)) for t, p in ((0, 1), (1, 0.9), (0, 1), (0, 1))]
+    _, usable = sample(logits, rows_of(starts, [[1]] * 4), drawing)
+    assert usable == [True, False, True, False]
 
 
-def test_masks_allow_only_their_tokens() -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5), vocab=st.integers(1, 3000), seed=st.integers(0, 2**31), levels=st.sampled_from([3, 1000]),
+    masked=st.booleans(), threads=st.integers(1, 3),
+)  # fmt: skip
+def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int) -> None:
+    """Ties and masked tokens included; the noise to a few units in the last place."""
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    logits = (torch.randn(rows, vocab, generator=generator) * levels).round() / levels * 3
+    if masked:
+        logits[:, rng.randrange(vocab)] = -math.inf
+    plain, compiled = TorchDrawing(), CompiledDrawing(Kernels.load(device_facts()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert compiled.best(logits) == plain.best(logits)
+        ks = [rng.choice([0, 1, 2, 50, vocab]) for _ in range(rows)]
+        ps = [rng.choice([1.0, 0.9, 0.3]) for _ in range(rows)]
+        ours, theirs = logits.clone(), logits.clone()
+        compiled.cut_(ours, ks, ps)
+        plain.cut_(theirs, ks, ps)
+        for i in range(rows):  # where the mass of the nucleus is that of top_p to the last bit, either is right
+            assert (ours[i] != theirs[i]).sum() <= (0 if ps[i] == 1 else 1)
+        keys = row_keys(np.full(rows, seed), np.arange(rows), np.arange(rows))
+        ours, theirs = torch.zeros(rows, vocab), torch.zeros(rows, vocab)
+        compiled.perturb_(ours, keys)
+        plain.perturb_(theirs, keys)
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_masks_allow_only_their_tokens(drawing: Drawing) -> None:
     allowed = {2, 8, 36}
     bitmap = bytearray(-(-VOCAB // 8))
     for token in allowed:
@@ -209,7 +254,7 @@ def test_masks_allow_only_their_tokens() -> None:
     starts = [start(SamplingParams(), seed=i) for i in range(64)]
     rows = rows_of(starts, [[1]] * 64)
     masked = SamplingRows(rows.starts, rows.token_ids, rows.lengths, [bytes(bitmap) if i % 2 else None for i in range(64)])
-    drawn, _ = sample(torch.zeros(64, VOCAB), masked)
+    drawn, _ = sample(torch.zeros(64, VOCAB), masked, drawing)
     assert set(drawn[1::2]) == allowed
     assert len(set(drawn[::2])) > 10
 

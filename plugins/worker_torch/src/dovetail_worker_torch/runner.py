@@ -14,8 +14,9 @@ from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, Atte
 from dovetail.interfaces.compiled import CompiledAttention
 from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
+from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.model import Model
-from dovetail_worker_torch.sampler import SamplingRows, greedy, sample, token_logprobs
+from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
 
 
 @dataclass
@@ -65,9 +66,11 @@ class Runner:
         caches: dict[int, object],
         table: SequenceTable,
         device: torch.device,
+        drawing: Drawing,
     ) -> None:
         self.model = model
         self.table = table
+        self._drawing = drawing
         self.device = device
         self._groups = groups
         self._backends = backends
@@ -100,7 +103,7 @@ class Runner:
             return result
         seats = step.inputs.seats[step.rows]
         if masks is None and self.table.is_plain[seats].all():
-            drawn, usable = greedy(step.logits)
+            drawn, usable = self._drawing.best(step.logits)
         else:
             drawn, usable = self._draw_with_params(step, seats, masks, result)
         self.table.append(seats, np.array(drawn, np.int64))
@@ -121,7 +124,7 @@ class Runner:
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
         row_masks = [masks.get(plan.seq_ids[r]) for r in step.rows] if masks else None
         tokens = self.table.token_ids[seats, : int(lengths.max())]
-        drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks))
+        drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks), self._drawing)
         if raw is not None:
             result.logprobs = [[] for _ in plan.seq_ids]
             counts = [starts[i].params.logprobs or 0 for i in wanted]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dovetail.types import SamplingParams, SequenceStart, TokenLogprobs
-from dovetail_worker_torch.noise import perturb_, row_keys
+from dovetail_worker_torch.drawing import MASKED, Drawing, TorchDrawing
+from dovetail_worker_torch.noise import row_keys
 
-MASKED = -math.inf
+TORCH = TorchDrawing()
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SamplingRows:
     """Bitmaps of the tokens allowed, little-endian, or None for all."""
 
 
-def sample(logits: Tensor, rows: SamplingRows) -> tuple[list[int], list[bool]]:
+def sample(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -> tuple[list[int], list[bool]]:
     """Draw one token a row from `logits` f32[R, V], which are overwritten. Returns (token ids, usable).
 
     A row whose logits hold NaN is not usable.
@@ -45,31 +46,24 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[list[int], list[bool]]:
     _hold_back_ends(logits, params, rows)
     drawn = [i for i, p in enumerate(params) if not p.greedy]
     if len(drawn) == len(params):
-        _prepare_draw(logits, params, rows)
+        _prepare_draw(logits, params, rows, drawing)
     elif drawn:
         index = torch.tensor(drawn, device=logits.device)
         part = logits[index]
         picked = SamplingRows([rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn])
-        _prepare_draw(part, [params[i] for i in drawn], picked)
+        _prepare_draw(part, [params[i] for i in drawn], picked, drawing)
         logits[index] = part
-    return greedy(logits)
+    return drawing.best(logits)
 
 
-def greedy(logits: Tensor) -> tuple[list[int], list[bool]]:
-    """The best token of each row of f32[R, V], and whether the row is usable: NaN counts as the maximum, so it shows."""
-    values, tokens = logits.max(dim=-1)
-    return tokens.tolist(), (~values.isnan()).tolist()
-
-
-def _prepare_draw(logits: Tensor, params: list[SamplingParams], rows: SamplingRows) -> None:
+def _prepare_draw(logits: Tensor, params: list[SamplingParams], rows: SamplingRows, drawing: Drawing) -> None:
     """Scale, cut and perturb, so that the argmax is a draw."""
     logits /= _column([p.temperature for p in params], logits)
-    _cut_top_k(logits, params)
-    _cut_top_p(logits, params)
+    drawing.cut_(logits, [max(p.top_k, 0) for p in params], [p.top_p for p in params])
     _cut_min_p(logits, params)
     seeds = np.array([s.seed for s in rows.starts], np.int64)
     indices = np.array([s.sample_index for s in rows.starts], np.int64)
-    perturb_(logits, row_keys(seeds, indices, rows.lengths))
+    drawing.perturb_(logits, row_keys(seeds, indices, rows.lengths))
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -115,32 +109,6 @@ def _hold_back_ends(logits: Tensor, params: list[SamplingParams], rows: Sampling
             ends = [*rows.starts[i].eos_token_ids, *p.stop_token_ids]
             if ends:
                 logits[i, torch.tensor(ends, device=logits.device)] = MASKED
-
-
-def _cut_top_k(logits: Tensor, params: list[SamplingParams]) -> None:
-    vocab = logits.shape[1]
-    ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    cut = [i for i, k in enumerate(ks) if k < vocab]
-    if not cut:
-        return
-    index = torch.tensor(cut, device=logits.device)
-    k = torch.tensor([ks[i] for i in cut], device=logits.device)
-    part = logits[index]
-    best = part.topk(int(k.max()), dim=-1).values
-    logits[index] = part.masked_fill(part < best.gather(1, (k - 1)[:, None]), MASKED)
-
-
-def _cut_top_p(logits: Tensor, params: list[SamplingParams]) -> None:
-    """Keep the fewest tokens whose probabilities sum to at least top_p (arXiv 1904.09751)."""
-    cut = [i for i, p in enumerate(params) if p.top_p < 1]
-    if not cut:
-        return
-    index = torch.tensor(cut, device=logits.device)
-    ordered, order = logits[index].sort(dim=-1, descending=True, stable=True)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    ordered.masked_fill_(before >= _column([params[i].top_p for i in cut], logits), MASKED)
-    logits[index] = torch.empty_like(ordered).scatter_(1, order, ordered)
 
 
 def _cut_min_p(logits: Tensor, params: list[SamplingParams]) -> None:

@@ -17,6 +17,7 @@ from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.compiled import CompiledDecoder
 from dovetail_worker_torch.decoder import Decoder
+from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
 from dovetail_worker_torch.memory import kv_memory
 from dovetail_worker_torch.model import Model, load_model
 from dovetail_worker_torch.native import Kernels
@@ -40,13 +41,13 @@ class TorchWorker:
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap else None
+        self._kernels = Kernels.load(context.device) if options.execution == "compiled" else None
         self._model: Model | None = None
         self._runner: Runner | None = None
 
     def load(self, progress: Progress) -> None:
         plan = self._context.plan
-        compiled = self._options.execution == "compiled"
-        kernels = Kernels.load(self._context.device) if compiled else None
+        kernels = self._kernels
         maker = PackedLinears(kernels, self._dtype) if kernels else None
         model = load_model(
             Path(plan.folder), dtype=self._dtype, device=self._device, progress=progress,
@@ -94,7 +95,8 @@ class TorchWorker:
             order = range(len(self._model.attention_layers))
             self._model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
         table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
-        self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device)
+        drawing = CompiledDrawing(self._kernels) if self._kernels else TorchDrawing()
+        self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing)
 
     def warm_up(self, progress: Progress) -> None:
         """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""

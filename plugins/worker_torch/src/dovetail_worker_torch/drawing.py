@@ -1,0 +1,85 @@
+"""The parts of a draw that look at every token of the vocabulary, in torch and in C++ (csrc/draw.cpp)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail_worker_torch.native import Kernels
+from dovetail_worker_torch.noise import U64, perturb_
+
+MASKED = -torch.inf
+
+
+class Drawing(Protocol):
+    """On `logits` f32[R, V]. A row that holds NaN is not usable, and nothing is promised of it."""
+
+    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+        """The first best token of each row, and whether the row is usable."""
+
+    def perturb_(self, logits: Tensor, keys: U64) -> None:
+        """Add noise, keyed by row, that makes the best token a draw (noise.py)."""
+
+    def cut_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
+        """Mask what the row's top_k (0: all) and then its top_p (1: all; arXiv 1904.09751) leave out."""
+
+
+class TorchDrawing:
+    """Plain torch, on any device: the reference."""
+
+    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+        values, tokens = logits.max(dim=-1)  # NaN counts as the maximum, so it shows
+        return tokens.tolist(), (~values.isnan()).tolist()
+
+    def perturb_(self, logits: Tensor, keys: U64) -> None:
+        perturb_(logits, keys)
+
+    def cut_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
+        vocab, device = logits.shape[1], logits.device
+        if few := [i for i, k in enumerate(top_k) if 0 < k < vocab]:
+            index = torch.tensor(few, device=device)
+            k = torch.tensor([top_k[i] for i in few], device=device)
+            part = logits[index]
+            best = part.topk(int(k.max()), dim=-1).values
+            logits[index] = part.masked_fill(part < best.gather(1, (k - 1)[:, None]), MASKED)
+        if cut := [i for i, p in enumerate(top_p) if p < 1]:
+            index = torch.tensor(cut, device=device)
+            ordered, order = logits[index].sort(dim=-1, descending=True, stable=True)
+            probs = ordered.softmax(dim=-1)
+            before = probs.cumsum(dim=-1) - probs
+            limit = torch.tensor([top_p[i] for i in cut], dtype=torch.float32, device=device)[:, None]
+            ordered.masked_fill_(before >= limit, MASKED)
+            logits[index] = torch.empty_like(ordered).scatter_(1, order, ordered)
+
+
+class CompiledDrawing:
+    """The same on a CPU."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
+        rows, vocab = logits.shape
+        tokens, usable = np.empty(rows, np.int64), np.empty(rows, np.bool_)
+        self._kernels.holding.dovetail_best(
+            logits.data_ptr(), logits.stride(0), rows, vocab, tokens.ctypes.data, usable.ctypes.data, torch.get_num_threads()
+        )
+        return tokens.tolist(), usable.tolist()
+
+    def perturb_(self, logits: Tensor, keys: U64) -> None:
+        rows, vocab = logits.shape
+        self._kernels.functions.dovetail_perturb(
+            logits.data_ptr(), logits.stride(0), rows, vocab, keys.ctypes.data, torch.get_num_threads()
+        )
+
+    def cut_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
+        rows, vocab = logits.shape
+        if all(not 0 < k < vocab for k in top_k) and all(p >= 1 for p in top_p):
+            return
+        k, p = np.array(top_k, np.int64), np.array(top_p, np.float32)
+        self._kernels.functions.dovetail_cut(
+            logits.data_ptr(), logits.stride(0), rows, vocab, k.ctypes.data, p.ctypes.data, torch.get_num_threads()
+        )
