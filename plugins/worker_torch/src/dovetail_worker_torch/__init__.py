@@ -23,6 +23,10 @@ REFERENCE_CAPABILITIES = AttentionCapabilities(
 
 class WorkerOptions(Options):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a step; default: torch's own choice")
+    compile: bool = Field(
+        False,
+        description="compile models of the bridge with torch.compile: the first start takes minutes, later ones use the cache",
+    )
 
 
 def _needs_torch(context: Context) -> list[Reason]:

@@ -43,12 +43,14 @@ class Model(Protocol):
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
-) -> Model:
+    folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False,
+    compile: bool = False,
+) -> Model:  # fmt: skip
     """Read a model folder (config.json, safetensors) into `dtype` on `device`.
 
     An architecture of `decoder.ARCHITECTURES` runs our own code; any other goes through transformers (`bridge`).
-    `trust_remote_code` allows the code that a checkpoint brings along, which only the bridge can run.
+    `trust_remote_code` allows the code that a checkpoint brings along, which only the bridge can run. `compile` concerns the
+    bridge alone (`compiled`).
     Raises `CheckpointError`, naming the file and why.
     """
     path = folder / "config.json"
@@ -65,4 +67,7 @@ def load_model(
     # Not at the top: it imports transformers, which takes seconds and which our own decoder never needs.
     from dovetail_worker_torch import bridge
 
-    return bridge.load_bridged(folder, dtype=dtype, device=device, progress=progress, trust_remote_code=trust_remote_code)
+    model = bridge.load_bridged(folder, dtype=dtype, device=device, progress=progress, trust_remote_code=trust_remote_code)
+    if compile:
+        model.compile()
+    return model

@@ -35,6 +35,11 @@ class TorchWorker:
         self._block_size: int = context.option("kv_cache", "block_size")
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
+        self._compile = options.compile
+        if options.compile:
+            from dovetail_worker_torch.compiled import check_compile  # not at the top: few ask for it
+
+            check_compile(context.device, context.model.architecture, plan.device)
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap else None
         self._model: Model | None = None
         self._runner: Runner | None = None
@@ -43,7 +48,7 @@ class TorchWorker:
         plan = self._context.plan
         self._model = load_model(
             Path(plan.folder), dtype=self._dtype, device=self._device, progress=progress,
-            trust_remote_code=plan.trust_remote_code,
+            trust_remote_code=plan.trust_remote_code, compile=self._compile,
         )  # fmt: skip
 
     def kv_groups(self) -> list[KVGroup]:
@@ -83,7 +88,8 @@ class TorchWorker:
 
     def warm_up(self, progress: Progress) -> None:
         """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""
-        progress("warming up", 0, 2)
+        what = "compiling (once; cached)" if self._compile else "warming up"
+        progress(what, 0, 2)
         groups = self.kv_groups()
         length = min(8, self._context.plan.max_model_len - 1)
         if length > 0:
@@ -91,10 +97,10 @@ class TorchWorker:
             start = SequenceStart(-1, "", 0, [0] * length, length, blocks, SamplingParams(), 0, [], length + 1)
             nothing: list[list[int]] = [[] for _ in groups]
             self.sample(self.submit(StepPlan(-1, [-1], [length], [0], [True], [nothing], starts=[start])))
-            progress("warming up", 1, 2)
+            progress(what, 1, 2)
             self.sample(self.submit(StepPlan(-1, [-1], [1], [length], [False], [nothing])))
             self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
-        progress("warming up", 2, 2)
+        progress(what, 2, 2)
 
     def submit(self, plan: StepPlan) -> Any:
         runner = self._require_runner()
