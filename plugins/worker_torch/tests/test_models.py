@@ -7,6 +7,7 @@ the seed is printed.
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 from collections import defaultdict
@@ -113,6 +114,8 @@ BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-bigcode": ("GPTBigCode", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_key_value_heads": 1}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}),
 }
+# Compiling takes some ten seconds a family: one of them by default, all in the long runs.
+COMPILED = list(BRIDGED) if "DOVETAIL_SOAK" in os.environ else ["gpt-neox"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -215,9 +218,9 @@ def make_checkpoint(folder: Path, architecture: str, changes: dict[str, Any], dt
     return model
 
 
-def check_same(folder: Path, reference: Any) -> Model:
+def check_same(folder: Path, reference: Any, *, compile: bool = False) -> Model:
     """Load the folder and compare; return our model."""
-    model = load_model(folder, dtype=torch.float32, device=CPU, progress=lambda *_: None)
+    model = load_model(folder, dtype=torch.float32, device=CPU, progress=lambda *_: None, compile=compile)
     assert model.vocab_size == reference.config.vocab_size
     prompts = [[random.randrange(model.vocab_size) for _ in range(length)] for length in (1, 9, 26, 17)]
     for ours, prompt in zip(run_ragged(model, prompts), prompts, strict=True):
@@ -251,6 +254,13 @@ def test_bridged_is_the_same_as_transformers(name: str, tmp_path: Path, seed: in
     architecture, changes = BRIDGED[name]
     reference = make_checkpoint(tmp_path, architecture, changes)
     check_same(tmp_path, reference)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_is_the_same_as_transformers(name: str, tmp_path: Path, seed: int) -> None:
+    architecture, changes = BRIDGED[name]
+    reference = make_checkpoint(tmp_path, architecture, changes)
+    check_same(tmp_path, reference, compile=True)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2"])

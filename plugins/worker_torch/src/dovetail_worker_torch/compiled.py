@@ -108,7 +108,7 @@ class CompiledBody:
         try:
             hidden = self._run(token_ids, positions)
         except torch._dynamo.exc.TorchDynamoException as e:
-            reason = str(e).strip().partition("\n\n")[0]
+            reason = " ".join(str(e).partition("\n\n")[0].split()).rstrip(".")
             raise PluginError(
                 f"worker.compile: torch.compile cannot compile {self._folder}: {reason}. Leave the option out", provider="torch"
             ) from e
