@@ -25,9 +25,11 @@ def test_output_is_the_same_when_compiled(
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     expected = [made.greedy(prompt, 16) for prompt in prompts]
     assert sum(map(len, expected)) > 16, "nearly every step is too close to call: the test says nothing"
-    with caplog.at_level(logging.WARNING), LLM(
-        made.folder, dtype="float32", device="cpu", worker=COMPILE, scheduler={"max_num_batched_tokens": 40}
-    ) as a, LLM(made.folder, dtype="float32", device="cpu", worker=COMPILE, overlap=True) as b:
+    with (
+        caplog.at_level(logging.WARNING),
+        LLM(made.folder, dtype="float32", device="cpu", worker=COMPILE, scheduler={"max_num_batched_tokens": 40}) as a,
+        LLM(made.folder, dtype="float32", device="cpu", worker=COMPILE, overlap=True) as b,
+    ):
         together = [a.generate(prompts, params), b.generate(prompts, params)]
         alone = [[llm.generate(prompt, params)[0] for prompt in prompts[:2]] for llm in (a, b)]
     for outputs in (*together, *alone):

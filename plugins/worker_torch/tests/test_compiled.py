@@ -78,7 +78,9 @@ def test_a_body_that_falls_apart_is_an_error() -> None:
         torch._dynamo.graph_break()
         return body(token_ids, positions)
 
-    with pytest.raises(PluginError, match=r"worker\.compile: .* cannot compile a-model: .*graph_break.*\. Leave the option out"):
+    with pytest.raises(
+        PluginError, match=r"worker\.compile: .* cannot compile a-model: .*graph_break.*\. Leave the option out"
+    ):
         check(CompiledBody(broken, Path("a-model")), 3)
 
 
@@ -89,7 +91,7 @@ def test_errors_of_attention_pass_through() -> None:
     def fails(*_: object) -> Tensor:
         raise PluginError("no room", provider="some-attention")
 
-    with pytest.raises(PluginError, match="^no room$"), torch.inference_mode():
+    with pytest.raises(PluginError, match=r"^no room$"), torch.inference_mode():
         run(torch.arange(3), torch.arange(3), fails)
     check(run, 3)
 

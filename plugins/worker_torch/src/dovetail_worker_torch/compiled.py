@@ -5,6 +5,8 @@ tensors and numbers and no Python object: the step that a call belongs to is fou
 
 Of the guards, which are evaluated before every step, those on the number of tokens are kept. The others watch the model's
 own attributes, which nothing changes, and the number of threads, which other engines of the process may.
+
+The output projection is not compiled: it is one product of matrices, and measured the same either way.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def check_compile(facts: DeviceFacts, architecture: str, device: str) -> None:
             "alone: leave it out"
         )
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        raise ConfigError(f"worker.compile: torch {torch.__version__} is too old for it: install 2.13 or later, or leave it out")
+        raise ConfigError(
+            f"worker.compile: torch {torch.__version__} is too old for it: install 2.13 or later, or leave it out"
+        )
     if device != "cpu":
         return
     if facts.compiler is None:
