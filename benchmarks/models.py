@@ -1,7 +1,7 @@
 """Random-weight models of real shape for benchmarks: made once, in a cache folder.
 
-a: the shape of Qwen3-0.6B; b: of Llama-3.2-1B; c: tiny (8 layers of 256); of the bridge, d: the shape of Pythia-160M; e: a small
-Gemma 2.
+a: the shape of Qwen3-0.6B; b: of Llama-3.2-1B; c: tiny (8 layers of 256). Models of the bridge: d:
+the shape of Pythia-160M; e: a small Gemma 2.
 """
 
 from __future__ import annotations

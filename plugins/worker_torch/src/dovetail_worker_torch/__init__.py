@@ -25,7 +25,7 @@ class WorkerOptions(Options):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a step; default: torch's own choice")
     compile: bool = Field(
         False,
-        description="compile models of the bridge with torch.compile: the first start takes a minute or so, later ones use the cache",
+        description="torch.compile for models of the bridge: the first start takes a minute or so, later ones use the cache",
     )
 
 
