@@ -98,7 +98,8 @@ class CompiledBody:
         self._kind = ""
         self._warned = False
         # fullgraph: a body that falls apart is an error. Isolated: models of one class do not share a list of graphs.
-        self._run: Body = torch.compile(
+        torch_compile: Any = torch.compile  # its overloads do not know isolate_recompiles
+        self._run: Body = torch_compile(
             body, fullgraph=True, isolate_recompiles=True, backend=self._compile, options={"guard_filter_fn": _of_inputs}
         )
 
@@ -128,13 +129,13 @@ class CompiledBody:
             self._warned = True
             log.warning("worker.compile: %s is compiled again, for a step of %s: requests wait", self._folder, self._kind)
         with _cache_variable():
-            done: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[arg-type]
-        return done
+            done: Any = compile_fx(graph, inputs)
+        return done  # type: ignore[no-any-return]
 
 
 def _of_inputs(entries: Sequence[Any]) -> list[bool]:
     """Which guards to keep: those on the shapes of tensors that are not weights."""
-    tensors = torch.compiler.keep_tensor_guards_unsafe(entries)
+    tensors: list[bool] = torch.compiler.keep_tensor_guards_unsafe(entries)  # type: ignore[no-untyped-call]
     return [kept or entry.guard_type == "SHAPE_ENV" for kept, entry in zip(tensors, entries, strict=True)]
 
 
