@@ -35,6 +35,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/over_http.py
 	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/attention_cpu.py
+	$(BIN)/python benchmarks/bridge_compile.py
 
 # What the engine needs, from the projects' own files; torch is the CPU build that constraints.txt pins.
 $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)

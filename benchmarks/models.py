@@ -1,6 +1,7 @@
 """Random-weight models of real shape for benchmarks: made once, in a cache folder.
 
-a: the shape of Qwen3-0.6B; b: of Llama-3.2-1B; c: tiny (8 layers of 256).
+a: the shape of Qwen3-0.6B; b: of Llama-3.2-1B; c: tiny (8 layers of 256). Models of the bridge: d:
+the shape of Pythia-160M; e: a small Gemma 2.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ SHAPES = {
     "c": ("Llama", "tiny (8 × 256)", {
         "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "rms_norm_eps": 1e-5, "theta": 1e4,
+    }),
+    "d": ("GPTNeoX", "Pythia-160M shape", {
+        "vocab_size": 50304, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "layer_norm_eps": 1e-5, "rotary_pct": 0.25, "theta": 1e4,
+    }),
+    "e": ("Gemma2", "Gemma 2, 18 × 640", {
+        "vocab_size": 65536, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "rms_norm_eps": 1e-6, "sliding_window": 512,
+        "theta": 1e4,
     }),
 }  # fmt: skip
 

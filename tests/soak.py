@@ -28,6 +28,10 @@ RUNS = {
         "1,800 engines against transformers: chunks, batches, blocks, preemption, loops, backends",
         ["tests/test_exactness.py", "-k", "every_mix"], {"DOVETAIL_SOAK": 30},
     ),
+    "compiled bridge": (
+        "every family of the bridge's tests through torch.compile, against transformers",
+        ["plugins/worker_torch/tests/test_models.py", "-k", "torch_compile"], {"DOVETAIL_SOAK": 1},
+    ),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import threading
 from collections import defaultdict
@@ -119,6 +120,8 @@ BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-bigcode": ("GPTBigCode", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_key_value_heads": 1}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}),
 }
+# torch.compile takes some ten seconds a family: one of them by default, all in the long runs.
+TORCH_COMPILED = list(BRIDGED) if "DOVETAIL_SOAK" in os.environ else ["gpt-neox"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -248,7 +251,7 @@ class CompiledModel:
 def load(folder: Path, dtype: torch.dtype, execution: str) -> Model:
     if execution == "compiled":
         return CompiledModel(folder, dtype)
-    return load_model(folder, dtype=dtype, device=CPU, progress=lambda *_: None)
+    return load_model(folder, dtype=dtype, device=CPU, progress=lambda *_: None, compile=execution == "torch.compile")
 
 
 def run_ragged(model: Model, prompts: list[list[int]]) -> list[Tensor]:
@@ -325,6 +328,12 @@ def test_bridged_is_the_same_as_transformers(name: str, tmp_path: Path, seed: in
     architecture, changes = BRIDGED[name]
     reference = make_checkpoint(tmp_path, architecture, changes)
     check_same(tmp_path, reference)
+
+
+@pytest.mark.parametrize("name", TORCH_COMPILED)
+def test_bridged_through_torch_compile_is_the_same_as_transformers(name: str, tmp_path: Path, seed: int) -> None:
+    architecture, changes = BRIDGED[name]
+    check_same(tmp_path, make_checkpoint(tmp_path, architecture, changes), "torch.compile")
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere2"])

@@ -85,7 +85,7 @@ def build_library(
             if not _loads(name, library):  # another process may have built it meanwhile
                 _compile(name, sources, facts.compiler, flags, openmp, library)
     except OSError as e:
-        raise PluginError(f"{name} cannot write its compiled kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
+        raise PluginError(f"{name} cannot write its kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
     if not _loads(name, library):
         raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
     return library

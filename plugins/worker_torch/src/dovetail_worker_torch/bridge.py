@@ -30,6 +30,7 @@ from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.model import Attend
+    from dovetail_worker_torch.torch_compile import CompiledBody
 
 NAME = "dovetail"
 Step = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], Tensor]
@@ -138,8 +139,21 @@ class BridgedModel:
                 module.dovetail_relay = self._relay
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.attention_layers: list[AttentionLayer] = self._discover(model.config.get_text_config(decoder=True))
+        self._compiled: CompiledBody | None = None
+
+    def compile(self) -> None:
+        """From now on run the body through `torch.compile`."""
+        from dovetail_worker_torch import torch_compile
+
+        self._relay.step = self._step(torch_compile.attend)
+        self._compiled = torch_compile.CompiledBody(self._hidden, self._folder)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        if self._compiled is not None:
+            return self._compiled(token_ids, positions, attend)
+        return self._run(token_ids, positions, self._step(attend))
+
+    def _step(self, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Step:
         def step(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]
         ) -> Tensor:
@@ -149,19 +163,22 @@ class BridgedModel:
             index: Any = module.layer_idx
             return attend(index, q, k, v)[None]
 
-        return self._run(token_ids, positions, step)
+        return step
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits
         return logits[0].float()
 
     def _run(self, token_ids: Tensor, positions: Tensor, step: Step) -> Tensor:
-        ids = {"input_ids": token_ids[None], "position_ids": positions[None]}
         self._relay.step = step
         try:
-            hidden: Tensor = self._body(**ids, use_cache=False).last_hidden_state
+            return self._hidden(token_ids, positions)
         finally:
             self._relay.step = None
+
+    def _hidden(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        ids = {"input_ids": token_ids[None], "position_ids": positions[None]}
+        hidden: Tensor = self._body(**ids, use_cache=False).last_hidden_state
         return hidden[0]
 
     def _refusal(self, reason: str) -> CheckpointError:

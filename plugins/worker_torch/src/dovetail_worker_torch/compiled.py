@@ -48,7 +48,7 @@ class CompiledDecoder:
         self._keep: list[Any] = []
         self._program: Program | None = None
         self._step = StepStruct()
-        self._addresses = (ctypes.c_void_p * c.num_layers)()
+        self._addresses = (ctypes.c_uint64 * c.num_layers)()
         self._step.attention = ctypes.addressof(self._addresses)
 
     def bind(self, backends: Sequence[Any], caches: Sequence[Any]) -> None:
@@ -72,7 +72,7 @@ class CompiledDecoder:
         assert self._program is not None
         num_tokens = len(token_ids)
         if num_tokens > self._max_num_tokens:
-            raise ValueError(f"a step of {num_tokens} tokens, and the buffers hold max_num_batched_tokens {self._max_num_tokens}")
+            raise ValueError(f"a step of {num_tokens} tokens: more than max_num_batched_tokens {self._max_num_tokens}")
         step = self._step
         step.num_tokens, step.num_threads = num_tokens, torch.get_num_threads()
         step.token_ids, step.positions = token_ids.data_ptr(), positions.data_ptr()

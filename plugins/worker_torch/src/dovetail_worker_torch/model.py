@@ -20,6 +20,7 @@ from dovetail.interfaces.worker import Progress
 from dovetail_worker_torch import decoder
 from dovetail_worker_torch.linear import LinearMaker, TorchLinears
 
+
 class Attend(Protocol):
     """A step's attention, for all layers."""
 
@@ -56,10 +57,12 @@ def load_model(
     progress: Progress,
     trust_remote_code: bool = False,
     maker: LinearMaker | None = None,
+    compile: bool = False,
 ) -> Model:
     """Read a model folder (config.json, safetensors) into `dtype` on `device`.
 
-    `maker` makes the linear layers of our own decoder, by default in plain torch.
+    `maker` makes the linear layers of our own decoder, by default in plain torch. `compile` concerns the bridge alone: it runs
+    the model through `torch.compile`.
     An architecture of `decoder.ARCHITECTURES` runs our own code; any other goes through transformers (`bridge`).
     `trust_remote_code` allows the code that a checkpoint brings along, which only the bridge can run.
     Raises `CheckpointError`, naming the file and why.
@@ -79,4 +82,7 @@ def load_model(
     # Not at the top: it imports transformers, which takes seconds and which our own decoder never needs.
     from dovetail_worker_torch import bridge
 
-    return bridge.load_bridged(folder, dtype=dtype, device=device, progress=progress, trust_remote_code=trust_remote_code)
+    model = bridge.load_bridged(folder, dtype=dtype, device=device, progress=progress, trust_remote_code=trust_remote_code)
+    if compile:
+        model.compile()
+    return model

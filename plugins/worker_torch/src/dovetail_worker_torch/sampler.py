@@ -94,7 +94,7 @@ def _apply_penalties(logits: Tensor, params: list[SamplingParams], rows: Samplin
         tokens = torch.from_numpy(rows.token_ids[i, : rows.lengths[i]].astype(np.int64)).to(logits.device)
         row = logits[i]
         if p.repetition_penalty != 1:
-            seen = tokens.unique()
+            seen = torch.unique(tokens)
             value = row[seen]
             row[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
         if p.presence_penalty or p.frequency_penalty:

@@ -18,6 +18,7 @@ from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.compiled import CompiledDecoder
 from dovetail_worker_torch.decoder import Decoder
 from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
+from dovetail_worker_torch.execution import OWN_ARCHITECTURES
 from dovetail_worker_torch.memory import kv_memory
 from dovetail_worker_torch.model import Model, load_model
 from dovetail_worker_torch.native import Kernels
@@ -32,7 +33,7 @@ class TorchWorker:
 
     def __init__(self, context: BuildContext, options: WorkerOptions) -> None:
         plan = context.plan
-        self._context, self._options = context, options
+        self._context = context
         self._device = torch.device(plan.device)
         self._dtype = DTYPES[plan.dtype]
         kv_dtype = context.option("kv_cache", "dtype")
@@ -41,7 +42,13 @@ class TorchWorker:
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap else None
-        self._kernels = Kernels.load(context.device) if options.execution == "compiled" else None
+        compiled, own = options.execution == "compiled", context.model.architecture in OWN_ARCHITECTURES
+        self._kernels = Kernels.load(context.device) if compiled and own else None
+        self._torch_compile = compiled and not own
+        if self._torch_compile:
+            from dovetail_worker_torch.torch_compile import check_compile  # not at the top: few ask for it
+
+            check_compile(plan.device)
         self._model: Model | None = None
         self._runner: Runner | None = None
 
@@ -51,7 +58,7 @@ class TorchWorker:
         maker = PackedLinears(kernels, self._dtype) if kernels else None
         model = load_model(
             Path(plan.folder), dtype=self._dtype, device=self._device, progress=progress,
-            trust_remote_code=plan.trust_remote_code, maker=maker,
+            trust_remote_code=plan.trust_remote_code, maker=maker, compile=self._torch_compile,
         )  # fmt: skip
         if kernels:
             assert isinstance(model, Decoder)  # `settle` compiles no other
@@ -100,7 +107,8 @@ class TorchWorker:
 
     def warm_up(self, progress: Progress) -> None:
         """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""
-        progress("warming up", 0, 2)
+        what = "compiling (once; cached)" if self._torch_compile else "warming up"
+        progress(what, 0, 2)
         groups = self.kv_groups()
         room = self._context.option("scheduler", "max_num_batched_tokens")
         length = min(8, room, self._context.plan.max_model_len - 1)
@@ -109,10 +117,10 @@ class TorchWorker:
             start = SequenceStart(-1, "", 0, [0] * length, length, blocks, SamplingParams(), 0, [], length + 1)
             nothing: list[list[int]] = [[] for _ in groups]
             self.sample(self.submit(StepPlan(-1, [-1], [length], [0], [True], [nothing], starts=[start])))
-            progress("warming up", 1, 2)
+            progress(what, 1, 2)
             self.sample(self.submit(StepPlan(-1, [-1], [1], [length], [False], [nothing])))
             self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
-        progress("warming up", 2, 2)
+        progress(what, 2, 2)
 
     def submit(self, plan: StepPlan) -> Any:
         runner = self._require_runner()
