@@ -41,15 +41,12 @@ class CompiledDecoder:
         self.vocab_size = decoder.vocab_size
         self._dtype = decoder.norm.dtype
         self._max_num_tokens = max_num_tokens
-        c = decoder.config
         self._num_weights = sum(
             layer.in_features * layer.out_features for d in decoder.layers for layer in cast(list[PackedLinear], d.linears)
         )
         self._keep: list[Any] = []
         self._program: Program | None = None
         self._step = StepStruct()
-        self._addresses = (ctypes.c_uint64 * c.num_layers)()
-        self._step.attention = ctypes.addressof(self._addresses)
 
     def bind(self, backends: Sequence[Any], caches: Sequence[Any]) -> None:
         """Make the buffers and the program; `backends` (each a `CompiledAttention`) and `caches` by layer."""
@@ -76,7 +73,9 @@ class CompiledDecoder:
         step = self._step
         step.num_tokens, step.num_threads = num_tokens, torch.get_num_threads()
         step.token_ids, step.positions = token_ids.data_ptr(), positions.data_ptr()
-        self._addresses[:] = attend.addresses()
+        addresses = attend.addresses()
+        self._addresses = (ctypes.c_uint64 * len(addresses))(*addresses)
+        step.attention = ctypes.addressof(self._addresses)
         self._program.run(step, hold=num_tokens * self._num_weights < LONG_STEP)
         return self._x[:num_tokens, : self.decoder.config.hidden_size]
 
