@@ -55,7 +55,7 @@ def test_pieces_add_up_and_are_never_half_a_character(
     t = byte_fallback if fallback else tokenizer
     prompt_ids, ids = t.encode(prompt, add_special_tokens=False), t.encode(text, add_special_tokens=False)
     detokenizer = Detokenizer(t, prompt_ids)
-    pieces = [detokenizer.push(i) for i in ids]
+    pieces = [detokenizer.push([i]) for i in ids]
     assert detokenizer.flush() == "" or "\ufffd" in text
     whole, before = t.decode(prompt_ids + ids), t.decode(prompt_ids)
     assert before + "".join(pieces) == whole
@@ -66,7 +66,7 @@ def test_pieces_add_up_and_are_never_half_a_character(
 @given(st.lists(st.integers(5, 260), min_size=1, max_size=80))
 def test_any_tokens_at_all_decode_to_the_same_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer, [])
-    text = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
+    text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
     assert text == tokenizer.decode(ids)
 
 

@@ -124,7 +124,8 @@ class LLM:
             each = list(params)
         if len(each) != len(batch):
             raise InvalidRequest(f"{len(batch)} prompts but {len(each)} SamplingParams", param="params")
-        states = [RequestState(self._maker.make(p, s), self.tokenizer) for p, s in zip(batch, each, strict=True)]
+        requests = [self._maker.make(p, s) for p, s in zip(batch, each, strict=True)]
+        states = [RequestState(r, self.tokenizer, stream=False) for r in requests]
         outputs = [_empty(p, state) for p, state in zip(batch, states, strict=True)]
         index = {state.request.request_id: i for i, state in enumerate(states)}
         for request_id, delta in self._run(states):
@@ -164,9 +165,9 @@ class LLM:
                     delta, abort = state.push(output)
                     if abort:
                         engine.abort(output.request_id, output.sample_index)
-                    if state.finished:
-                        del live[output.request_id]
                     if delta is not None:
+                        if state.finished:
+                            del live[output.request_id]
                         yield output.request_id, delta
         finally:
             for request_id in live:

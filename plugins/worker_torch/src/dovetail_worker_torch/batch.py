@@ -46,7 +46,9 @@ class SequenceTable:
         self.token_ids = np.zeros((max_num_seqs, max_len + 1), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.is_plain = np.zeros(max_num_seqs, np.bool_)
-        """By seat: drawn greedily from the raw logits, and nothing is asked about them."""
+        """By seat: drawn greedily from the raw logits, and nothing is asked about them or about the prompt's."""
+        self._row_seq_ids: list[int] = []
+        self._row_seats: I64 = np.zeros(0, np.int64)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._groups = groups
         self._block_table: list[I32] = [np.zeros((max_num_seqs, max_len // g.block_size + 1), np.int32) for g in groups]
@@ -70,8 +72,8 @@ class SequenceTable:
                 self._num_blocks[group][seat] = 0
                 self._append(group, seat, blocks)
         for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
-            for group, blocks in enumerate(added):
-                if blocks:
+            if added:
+                for group, blocks in enumerate(added):
                     self._append(group, self.seat_of[seq_id], blocks)
 
     def _append(self, group: int, seat: int, blocks: list[int]) -> None:
@@ -81,27 +83,36 @@ class SequenceTable:
 
     def inputs(self, plan: StepPlan) -> StepInputs:
         """The step's arrays. Tokens that earlier steps sampled are read from here: `append` has put them in."""
-        seats = np.array([self.seat_of[i] for i in plan.seq_ids], np.int64)
-        num_tokens = np.array(plan.num_tokens, np.int64)
-        num_computed = np.array(plan.num_computed, np.int64)
-        query_start = np.zeros(len(seats) + 1, np.int32)
-        np.cumsum(num_tokens, out=query_start[1:])
-        total = int(query_start[-1])
-        if total == len(seats):  # decode only: one token a row
-            seat_of_token, positions = seats, num_computed
+        seats = self._seats(plan)
+        positions = num_computed = np.array(plan.num_computed, np.int64)
+        seat_of_token = seats
+        query_start = np.arange(len(seats) + 1, dtype=np.int32)
+        if sum(plan.num_tokens) == len(seats):  # decode only: one token a row
+            seq_lens = num_computed + 1
         else:
+            num_tokens = np.array(plan.num_tokens, np.int64)
+            np.cumsum(num_tokens, out=query_start[1:])
             seat_of_token = np.repeat(seats, num_tokens)
-            positions = np.arange(total) + np.repeat(num_computed - query_start[:-1], num_tokens)
-        seq_lens = num_computed + num_tokens
+            positions = np.arange(len(seat_of_token)) + np.repeat(num_computed - query_start[:-1], num_tokens)
+            seq_lens = num_computed + num_tokens
+        longest = int(seq_lens.max())
         slots, tables = [], []
         for group, table in zip(self._groups, self._block_table, strict=True):
             size = group.block_size
-            slots.append(table[seat_of_token, positions // size].astype(np.int64) * size + positions % size)
-            tables.append(table[seats, : -(-int(seq_lens.max()) // size)])
+            column, offset = np.divmod(positions, size)
+            slots.append(table[seat_of_token, column] * np.int64(size) + offset)
+            tables.append(table[seats, : -(-longest // size)])
         return StepInputs(
             seats, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
             seq_lens.astype(np.int32), slots, tables,
         )  # fmt: skip
+
+    def _seats(self, plan: StepPlan) -> I64:
+        """[B]. Most steps have the rows of the step before."""
+        if plan.seq_ids != self._row_seq_ids or plan.starts:
+            self._row_seq_ids = plan.seq_ids
+            self._row_seats = np.array([self.seat_of[i] for i in plan.seq_ids], np.int64)
+        return self._row_seats
 
     def append(self, seats: I64, token_ids: I64) -> None:
         """Add the tokens drawn for these seats, one each."""
@@ -110,4 +121,5 @@ class SequenceTable:
 
 
 def _is_plain(p: SamplingParams) -> bool:
-    return p.greedy and not (p.penalized or p.logit_bias or p.min_tokens) and p.logprobs is None
+    asks = p.logprobs is not None or p.prompt_logprobs is not None
+    return p.greedy and not (p.penalized or p.logit_bias or p.min_tokens or asks)

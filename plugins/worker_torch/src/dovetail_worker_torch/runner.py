@@ -24,6 +24,8 @@ class Computed:
     inputs: StepInputs
     rows: list[int]
     """Of the plan: those that sample."""
+    is_plain: bool
+    """Every row is drawn greedily from the raw logits, and nothing is asked about them."""
     logits: Tensor
     """f32[len(rows), V]"""
     prompt_logprobs: list[list[TokenLogprobs]]
@@ -60,28 +62,32 @@ class Runner:
             self._plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
         rows = [i for i, samples in enumerate(plan.samples) if samples]
-        prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
-        last = inputs.query_start[1:] - 1
+        is_plain = bool(self.table.is_plain[inputs.seats].all())
+        prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
         if len(rows) == len(hidden):
             logits = self.model.logits(hidden)
         else:
+            last = inputs.query_start[1:] - 1
             logits = self.model.logits(hidden[self._to_device(last[rows].astype(np.int64))])
-        return Computed(plan, inputs, rows, logits, prompt_logprobs)
+        return Computed(plan, inputs, rows, is_plain, logits, prompt_logprobs)
 
     @torch.inference_mode()
     def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         """Draw the step's tokens and append them to the sequences."""
-        plan = step.plan
+        plan, rows = step.plan, step.rows
         result = StepResult(plan.step_id, [[] for _ in plan.seq_ids], prompt_logprobs=step.prompt_logprobs)
-        if not step.rows:
+        if not rows:
             return result
-        seats = step.inputs.seats[step.rows]
-        if masks is None and self.table.is_plain[seats].all():
+        seats = step.inputs.seats if len(rows) == len(plan.seq_ids) else step.inputs.seats[rows]
+        if masks is None and step.is_plain:
             drawn, usable = greedy(step.logits)
         else:
             drawn, usable = self._draw_with_params(step, seats, masks, result)
         self.table.append(seats, np.array(drawn, np.int64))
-        for row, token, good in zip(step.rows, drawn, usable, strict=True):
+        if len(rows) == len(plan.seq_ids) and all(usable):
+            result.token_ids = [[token] for token in drawn]
+            return result
+        for row, token, good in zip(rows, drawn, usable, strict=True):
             if good:
                 result.token_ids[row].append(token)
             else:
@@ -115,6 +121,7 @@ class Runner:
 
     def _attention_batch(self, inputs: StepInputs, group: int) -> AttentionBatch:
         host_start, host_lens = inputs.query_start.tolist(), inputs.seq_lens.tolist()
+        is_decode = host_start[-1] == len(host_lens)
         return AttentionBatch(
             query_start=self._to_device(inputs.query_start),
             seq_lens=self._to_device(inputs.seq_lens),
@@ -124,7 +131,7 @@ class Runner:
             host_seq_lens=host_lens,
             num_seqs=len(host_lens),
             num_tokens=host_start[-1],
-            max_query_len=max(b - a for a, b in pairwise(host_start)),
+            max_query_len=1 if is_decode else max(b - a for a, b in pairwise(host_start)),
             max_seq_len=max(host_lens),
         )
 
