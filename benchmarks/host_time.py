@@ -102,16 +102,22 @@ def measure(llm: LLM, count: int, steps: int) -> dict[str, float]:
             for output in outputs:
                 states[output.request_id].push(output)
             SPENT[name].append(1e6 * (time.perf_counter() - began))
+    # Differences are taken step by step: medians of parts do not add up to a median.
+    SPENT["draw without argmax"] = less(SPENT.pop("draw"), SPENT["argmax"])
+    host = less(SPENT.pop("whole step"), *(SPENT[name] for name in KERNELS))
+    known = ("schedule", "table", "inputs", "attention plan", "draw without argmax", "commit")
+    SPENT["rest of the step"] = less(host, *(SPENT[name] for name in known))
     out = {name: statistics.median(values) for name, values in SPENT.items()}
     # The text that is made at the end is a cost of every step: the mean has it, the median would not.
     out["text, gathered"] = statistics.fmean(SPENT["text, gathered"])
-    out["draw without argmax"] = out.pop("draw") - out["argmax"]
-    step = out.pop("whole step") - sum(out[name] for name in KERNELS)
-    known = ("schedule", "table", "inputs", "attention plan", "draw without argmax", "commit")
-    out["rest of the step"] = step - sum(out[name] for name in known)
-    out["host time, gathered text"] = step + out["text, gathered"]
-    out["host time, streamed text"] = step + out["text, streamed"]
+    out["host time of a step"] = statistics.median(host)
+    out["… with gathered text"] = out["host time of a step"] + out["text, gathered"]
+    out["… with streamed text"] = out["host time of a step"] + out["text, streamed"]
     return out
+
+
+def less(whole: list[float], *parts: list[float]) -> list[float]:
+    return [w - sum(p) for w, *p in zip(whole, *parts, strict=True)]
 
 
 if __name__ == "__main__":

@@ -111,8 +111,9 @@ class Engine:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
         plain = not (result.failed or result.logprobs or result.prompt_logprobs or self._has_windows)
+        sequences, news, num_plain = self.sequences, self._news, 0
         for row, (seq_id, computed, new) in enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)):
-            seq = self.sequences[seq_id]
+            seq = sequences[seq_id]
             if (
                 plain and len(new) == 1 and computed >= seq.num_prompt_tokens and seq.finish_reason is None
                 and len(seq.tokens) + 1 < seq.max_len and new[0] not in seq.end_ids
@@ -121,10 +122,11 @@ class Engine:
                 seq.steps_in_flight -= 1
                 seq.num_in_flight -= 1
                 seq.tokens.append(new[0])
-                self.stats.num_generation_tokens += 1
-                self._news.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
+                news.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
+                num_plain += 1
             else:
                 self._commit_row(plan, row, result)
+        self.stats.num_generation_tokens += num_plain
 
     def _commit_row(self, plan: StepPlan, row: int, result: StepResult) -> None:
         seq = self._land(plan, row)

@@ -28,7 +28,10 @@ class Detokenizer:
 
     def push(self, token_ids: list[int]) -> str:
         """Take more tokens, one or many; returns the text that is now certain, perhaps none."""
-        if self._pieces is not None and self._read == len(self._ids):
+        if self._pieces is None:
+            # What bytes that are no text decode to depends on how they are cut: one way, however many tokens come at once.
+            return "".join([self._extend([t]) for t in token_ids])
+        if self._read == len(self._ids):
             # Nothing waits, and each token's text is its own: no window is needed.
             pieces = [self._pieces[t] for t in token_ids]
             if None not in pieces:
@@ -37,6 +40,9 @@ class Detokenizer:
                     self._prefix = self._read = 0
                     self._known = ""
                 return "".join(pieces)  # type: ignore[arg-type]
+        return self._extend(token_ids)
+
+    def _extend(self, token_ids: list[int]) -> str:
         self._ids += token_ids
         num_ids = len(self._ids)
         # An incomplete character at the end waits; with it, as few tokens as possible.

@@ -54,11 +54,17 @@ class SampleState:
 
     def push(self, output: SequenceOutput) -> Delta | None:
         """Take the engine's news. A stop string ends the sample here: `finish_reason` is set, the rest is dropped."""
-        if self._gathered is not None:
-            gather(self._gathered, output)
+        gathered = self._gathered
+        if gathered is not None:
+            gathered.token_ids += output.token_ids
+            if output.logprobs:
+                gathered.logprobs += output.logprobs
+            if output.prompt_logprobs:
+                gathered.prompt_logprobs += output.prompt_logprobs
             if output.finish_reason is None:
                 return None
-            output = self._gathered
+            gathered.finish_reason, gathered.stop_token_id = output.finish_reason, output.stop_token_id
+            output = gathered
         return self._find_stop(output) if self._params.stop else self._take(output)
 
     def _take(self, output: SequenceOutput) -> Delta:
@@ -107,17 +113,6 @@ class SampleState:
             delta.finish_reason, delta.stop_reason = "stop", stop
             self.finished = True
         return stop is not None
-
-
-def gather(into: SequenceOutput, later: SequenceOutput) -> None:
-    """Append a sample's later news to what has been gathered of it."""
-    into.token_ids += later.token_ids
-    if later.logprobs:
-        into.logprobs += later.logprobs
-    if later.prompt_logprobs:
-        into.prompt_logprobs += later.prompt_logprobs
-    if later.finish_reason is not None:
-        into.finish_reason, into.stop_token_id = later.finish_reason, later.stop_token_id
 
 
 class RequestState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ class Computed:
 
 
 class Runner:
-    """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe."""
+    """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe.
+
+    `forward` and `draw` are called in torch's inference mode.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Runner:
         self.model = model
         self.table = table
         self.device = device
+        self._is_cpu = device.type == "cpu"
         self._groups = groups
         self._backends = backends
         self._caches = caches
@@ -53,7 +57,6 @@ class Runner:
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
         self._plans: list[object] = [None] * len(groups)
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
@@ -61,9 +64,9 @@ class Runner:
         for i, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
             self._plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
-        rows = [i for i, samples in enumerate(plan.samples) if samples]
-        is_plain = bool(self.table.is_plain[inputs.seats].all())
+        is_plain = self.table.is_plain(inputs.seats)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
+        rows = list(compress(range(len(plan.samples)), plan.samples))
         if len(rows) == len(hidden):
             logits = self.model.logits(hidden)
         else:
@@ -71,22 +74,25 @@ class Runner:
             logits = self.model.logits(hidden[self._to_device(last[rows].astype(np.int64))])
         return Computed(plan, inputs, rows, is_plain, logits, prompt_logprobs)
 
-    @torch.inference_mode()
     def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         """Draw the step's tokens and append them to the sequences."""
         plan, rows = step.plan, step.rows
-        result = StepResult(plan.step_id, [[] for _ in plan.seq_ids], prompt_logprobs=step.prompt_logprobs)
-        if not rows:
-            return result
-        seats = step.inputs.seats if len(rows) == len(plan.seq_ids) else step.inputs.seats[rows]
-        if masks is None and step.is_plain:
+        is_every_row = len(rows) == len(plan.seq_ids)
+        # A row that samples has computed all its tokens, so its length is the number of them.
+        seats = step.inputs.seats if is_every_row else step.inputs.seats[rows]
+        lengths = step.inputs.seq_lens if is_every_row else step.inputs.seq_lens[rows]
+        result = StepResult(plan.step_id, [], prompt_logprobs=step.prompt_logprobs)
+        if masks is None and step.is_plain and rows:
             drawn, usable = greedy(step.logits)
+        elif rows:
+            drawn, usable = self._draw_with_params(step, seats, lengths, masks, result)
         else:
-            drawn, usable = self._draw_with_params(step, seats, masks, result)
-        self.table.append(seats, np.array(drawn, np.int64))
-        if len(rows) == len(plan.seq_ids) and all(usable):
+            drawn, usable = [], []
+        self.table.append(seats, lengths, drawn)
+        if is_every_row and all(usable):
             result.token_ids = [[token] for token in drawn]
             return result
+        result.token_ids = [[] for _ in plan.seq_ids]
         for row, token, good in zip(rows, drawn, usable, strict=True):
             if good:
                 result.token_ids[row].append(token)
@@ -95,10 +101,10 @@ class Runner:
         return result
 
     def _draw_with_params(
-        self, step: Computed, seats: I64, masks: dict[int, bytes] | None, result: StepResult
+        self, step: Computed, seats: I64, lengths: I64, masks: dict[int, bytes] | None, result: StepResult
     ) -> tuple[list[int], list[bool]]:
         """Draw as each row's parameters say; log-probabilities go into `result`."""
-        plan, lengths = step.plan, self.table.num_tokens[seats]
+        plan = step.plan
         starts = [self.table.start_of[int(s)] for s in seats]
         wanted = [i for i, s in enumerate(starts) if s.params.logprobs is not None]
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
@@ -120,19 +126,19 @@ class Runner:
         return out
 
     def _attention_batch(self, inputs: StepInputs, group: int) -> AttentionBatch:
-        host_start, host_lens = inputs.query_start.tolist(), inputs.seq_lens.tolist()
-        is_decode = host_start[-1] == len(host_lens)
+        starts, lens = inputs.host_query_start, inputs.host_seq_lens
+        num_seqs, num_tokens = len(lens), starts[-1]
         return AttentionBatch(
             query_start=self._to_device(inputs.query_start),
             seq_lens=self._to_device(inputs.seq_lens),
             block_table=self._to_device(inputs.block_table[group]),
             slot_mapping=self._to_device(inputs.slot_mapping[group]),
-            host_query_start=host_start,
-            host_seq_lens=host_lens,
-            num_seqs=len(host_lens),
-            num_tokens=host_start[-1],
-            max_query_len=1 if is_decode else max(b - a for a, b in pairwise(host_start)),
-            max_seq_len=max(host_lens),
+            host_query_start=starts,
+            host_seq_lens=lens,
+            num_seqs=num_seqs,
+            num_tokens=num_tokens,
+            max_query_len=1 if num_tokens == num_seqs else max(b - a for a, b in pairwise(starts)),
+            max_seq_len=max(lens),
         )
 
     def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[list[TokenLogprobs]]:
@@ -155,4 +161,5 @@ class Runner:
         return out
 
     def _to_device(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
-        return torch.from_numpy(array).to(self.device)
+        tensor = torch.from_numpy(array)
+        return tensor if self._is_cpu else tensor.to(self.device)
