@@ -18,6 +18,7 @@ from dovetail.frontend.requests import Prompt, RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
+from dovetail.plugins.discovery import load_registry
 from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -85,7 +86,8 @@ class LLM:
         **values: Any,
     ) -> None:
         self.config = load_config(config, model=None if model is None else os.fspath(model), **values)
-        self.plan: Plan = resolve(self.config)
+        registry = load_registry()
+        self.plan: Plan = resolve(self.config, registry)
         folder = Path(self.plan.folder)
         try:
             self.tokenizer: Tokenizer | None = Tokenizer(folder)
@@ -95,7 +97,7 @@ class LLM:
                 raise
             self.tokenizer = None
         self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
-        self._engine: Engine | None = build_engine(self.plan, progress)
+        self._engine: Engine | None = build_engine(self.plan, progress, registry)
 
     @property
     def engine(self) -> Engine:

@@ -217,7 +217,7 @@ class StepResult(msgspec.Struct, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
-    """News of one sequence, from the engine to the front-end."""
+    """News of one sequence, from the engine to the front-end. Never part of a cycle, so the collector need not look."""
 
     request_id: str
     sample_index: int

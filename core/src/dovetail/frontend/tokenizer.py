@@ -5,15 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dovetail.errors import CheckpointError, InvalidRequest
 from dovetail.facts import read_json
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character (yet)."""
@@ -90,6 +91,8 @@ class Tokenizer:
 
         A `template` from outside can loop for as long as it likes: the sandbox bounds what it reaches, not its time.
         """
+        from jinja2 import TemplateError  # here: completions need no templates
+
         source = template if template is not None else self.chat_template
         if source is None:
             raise InvalidRequest("this model has no chat template: use completions, or give a chat_template", param="messages")
@@ -141,6 +144,10 @@ class _WholePieces(dict[int, str | None]):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 
     def raise_exception(message: str) -> None:
