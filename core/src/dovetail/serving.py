@@ -47,8 +47,6 @@ MAX_BACKOFF = 30.0
 """Seconds between restarts, at most; they double from half a second."""
 START_PATIENCE = 60.0
 """Seconds for a new process to say its first word, whatever `stall_timeout`: the interpreter and its imports come first."""
-DELIVERY_SHARE = 0.1
-"""Share of this process's time that handing out news may take before streams get several tokens at a time."""
 CLOSE_PATIENCE = 5.0
 """Seconds that a process is given to end by itself."""
 
@@ -60,53 +58,7 @@ class _Live:
         self.state = state
         self.news: list[SequenceOutput] = []
         self.error: DovetailError | None = None
-        self.has_begun = False
-        """Its first tokens have been handed out: the later ones can wait a little."""
         self.changed = asyncio.Event()
-
-
-class _Delivery:
-    """Wakes the tasks of requests that have news, all at once: after every step as long as that is cheap.
-
-    What the tasks then do (text, JSON, a write to each client) is measured. Where it would take more than
-    `DELIVERY_SHARE` of the time, which the engine needs on a machine of few cores, the next round is later, and has more
-    tokens for everyone. First tokens and ends never wait.
-    """
-
-    def __init__(self) -> None:
-        self._due: set[_Live] = set()
-        self._not_before = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, live: _Live, *, now: bool) -> None:
-        """There are news for a request; `now`: it must hear at the end of this batch."""
-        if now:
-            live.changed.set()
-        else:
-            self._due.add(live)
-
-    def flush(self) -> None:
-        """The end of a batch of news: hand them out, now or when it is time."""
-        if not self._due or self._timer is not None:
-            return
-        loop = asyncio.get_running_loop()
-        if self._not_before > loop.time():
-            self._timer = loop.call_at(self._not_before, self._wake)
-        else:
-            self._wake()
-
-    def _wake(self) -> None:
-        self._timer = None
-        loop = asyncio.get_running_loop()
-        began, clock = time.thread_time(), loop.time()
-        for live in self._due:
-            live.changed.set()
-        self._due.clear()
-
-        def done() -> None:
-            self._not_before = clock + (time.thread_time() - began) / DELIVERY_SHARE
-
-        loop.call_soon(done)  # after the tasks that have just been woken
 
 
 class AsyncEngine:
@@ -123,7 +75,6 @@ class AsyncEngine:
         self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
-        self._delivery = _Delivery()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._num_heard = 0
@@ -355,9 +306,7 @@ class AsyncEngine:
                     live = self._live.get(output.request_id)
                     if live is not None:
                         live.news.append(output)
-                        self._delivery.add(live, now=not live.has_begun or output.finish_reason is not None)
-                        live.has_begun = True
-                self._delivery.flush()
+                        live.changed.set()
             case wire.Heartbeat():
                 if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):
                     raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout)")
