@@ -85,7 +85,7 @@ class Runner:
         if masks is None and step.is_plain and rows:
             drawn, usable = greedy(step.logits)
         elif rows:
-            drawn, usable = self._draw_with_params(step, seats, lengths, masks, result)
+            drawn, usable = self._draw_with_params(step, seats, lengths.astype(np.int64), masks, result)
         else:
             drawn, usable = [], []
         self.table.append(seats, lengths, drawn)
