@@ -34,6 +34,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/transformers_side_by_side.py
 	$(BIN)/python benchmarks/over_http.py
 	$(BIN)/python benchmarks/host_time.py
+	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/bridge_compile.py
 

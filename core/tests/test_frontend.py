@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from dovetail.errors import CheckpointError, InvalidRequest
 from dovetail.facts import model_facts
 from dovetail.frontend.detokenizer import Detokenizer, StopStrings
-from dovetail.frontend.outputs import RequestState
+from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.frontend.requests import RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.testing.plugin import make_model
@@ -55,7 +56,7 @@ def test_pieces_add_up_and_are_never_half_a_character(
     t = byte_fallback if fallback else tokenizer
     prompt_ids, ids = t.encode(prompt, add_special_tokens=False), t.encode(text, add_special_tokens=False)
     detokenizer = Detokenizer(t, prompt_ids)
-    pieces = [detokenizer.push(i) for i in ids]
+    pieces = [detokenizer.push([i]) for i in ids]
     assert detokenizer.flush() == "" or "\ufffd" in text
     whole, before = t.decode(prompt_ids + ids), t.decode(prompt_ids)
     assert before + "".join(pieces) == whole
@@ -66,8 +67,48 @@ def test_pieces_add_up_and_are_never_half_a_character(
 @given(st.lists(st.integers(5, 260), min_size=1, max_size=80))
 def test_any_tokens_at_all_decode_to_the_same_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer, [])
-    text = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
+    text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
     assert text == tokenizer.decode(ids)
+
+
+@given(ids=st.lists(st.integers(5, 260), max_size=80), cuts=st.lists(st.integers(0, 80), max_size=8), fallback=st.booleans())
+def test_many_tokens_at_once_say_what_single_ones_say(
+    tokenizer: Tokenizer, byte_fallback: Tokenizer, ids: list[int], cuts: list[int], fallback: bool
+) -> None:
+    t = byte_fallback if fallback else tokenizer
+    pieces, whole = Detokenizer(t, []), Detokenizer(t, [])
+    expected = "".join(pieces.push([i]) for i in ids) + pieces.flush()
+    text, bounds = "", sorted({0, len(ids), *(c for c in cuts if c < len(ids))})
+    for start, end in pairwise(bounds):
+        text += whole.push(ids[start:end])
+    assert text + whole.flush() == expected
+
+
+@given(cuts=st.lists(st.integers(1, 12), max_size=6))
+@example(cuts=[])
+def test_a_text_that_is_made_at_its_end_is_the_streamed_one(tokenizer: Tokenizer, folder: Path, cuts: list[int]) -> None:
+    maker = RequestMaker(model_facts(folder), 256, tokenizer)
+    request = maker.make("hi", SamplingParams(max_tokens=50, stop_token_ids=(7,)))
+    ids = [*tokenizer.encode("größer als 🦊", add_special_tokens=False), 7]
+    parts = [ids[a:b] for a, b in pairwise([0, *sorted({c for c in cuts if c < len(ids)}), len(ids)])]
+
+    def news() -> list[SequenceOutput]:
+        outputs = [SequenceOutput(request.request_id, 0, list(part)) for part in parts]
+        outputs[-1].finish_reason, outputs[-1].stop_token_id = "stop", 7
+        return outputs
+
+    streamed, gathered = RequestState(request, tokenizer), RequestState(request, tokenizer, stream=False)
+    whole = Delta(0)
+    for output in news():
+        delta, _ = streamed.push(output)
+        assert delta is not None
+        whole.extend(delta)
+    *before, last = [gathered.push(output) for output in news()]
+    assert before == [(None, False)] * (len(parts) - 1)
+    assert last == (whole, False)
+    assert whole.text == "größer als 🦊"
+    assert streamed.finished
+    assert gathered.finished
 
 
 def earliest_completion(text: str, stops: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import statistics
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from dovetail.errors import ConfigError
 from dovetail.llm import LLM
+from dovetail.load import drive, served_model
 from dovetail.types import SamplingParams
 
 Results = dict[str, float]
@@ -78,57 +78,24 @@ def latency_round(llm: LLM, args: argparse.Namespace, seed: int) -> Results:
 
 
 def serve_round(args: argparse.Namespace, seed: int) -> Results:
-    """Streamed completions against a running server."""
-    try:
-        return asyncio.run(_drive_server(args, seed))
-    except ImportError:
-        raise ConfigError("bench serve needs aiohttp: pip install 'dovetail-core[bench]'") from None
-
-
-async def _drive_server(args: argparse.Namespace, seed: int) -> Results:
-    """`concurrency` clients send streamed completions one after another until `num_requests` are done."""
-    import aiohttp
-
-    ttft: list[float] = []
-    gaps: list[float] = []
-    queue = iter(range(args.num_requests))
-
-    async def client(session: aiohttp.ClientSession, model: str) -> None:
-        for i in queue:
-            body = {
-                "model": model, "prompt": prompt_of(args.input_len, 1000 * seed + i, 4000), "stream": True,
-                "max_tokens": args.output_len, "temperature": 0, "ignore_eos": True,
-            }  # fmt: skip
-            began = time.perf_counter()
-            async with session.post(f"{args.url}/v1/completions", json=body) as response:
-                if response.status != 200:
-                    raise ConfigError(f"the server answered {response.status}: {await response.text()}")
-                last = None
-                async for line in response.content:
-                    if line.startswith(b"data: {"):
-                        now = time.perf_counter()
-                        if last is None:
-                            ttft.append(now - began)
-                        else:
-                            gaps.append(now - last)
-                        last = now
-
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-        try:
-            async with session.get(f"{args.url}/v1/models") as response:
-                model = args.model or (await response.json())["data"][0]["id"]
-        except aiohttp.ClientError as e:
-            raise ConfigError(f"no server at {args.url}: {e}") from None
-        began = time.perf_counter()
-        await asyncio.gather(*(client(session, model) for _ in range(args.concurrency)))
-        seconds = time.perf_counter() - began
-    gaps.sort()
+    """Streamed completions against a running server, `concurrency` at a time until `num_requests` are done."""
+    model = args.model or served_model(args.url)
+    bodies = [
+        {
+            "model": model, "prompt": prompt_of(args.input_len, 1000 * seed + i, 4000), "stream": True,
+            "max_tokens": args.output_len, "temperature": 0, "ignore_eos": True,
+        }
+        for i in range(args.num_requests)
+    ]  # fmt: skip
+    measured = drive(args.url, bodies, args.concurrency)
+    gaps = sorted(measured.gaps)
     return {
-        "requests/s": args.num_requests / seconds,
-        "output tokens/s": args.num_requests * args.output_len / seconds,
-        "TTFT p50 ms": 1e3 * statistics.median(ttft),
+        "requests/s": args.num_requests / measured.seconds,
+        "output tokens/s": args.num_requests * args.output_len / measured.seconds,
+        "TTFT p50 ms": 1e3 * statistics.median(measured.ttft),
         "ITL p50 ms": 1e3 * statistics.median(gaps) if gaps else 0.0,
         "ITL p99 ms": 1e3 * gaps[int(0.99 * (len(gaps) - 1))] if gaps else 0.0,
+        "events/s": measured.num_events / measured.seconds,
     }
 
 

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dovetail.errors import ConfigError
@@ -94,6 +93,8 @@ def load_config(file: str | os.PathLike[str] | None = None, env: dict[str, str] 
     for key, text in (os.environ if env is None else env).items():
         name = key.removeprefix(ENV_PREFIX).lower()
         if key.startswith(ENV_PREFIX) and name in EngineConfig.model_fields:
+            import yaml
+
             data = merge(data, {name: yaml.safe_load(text)})
     data = merge(data, {k: v for k, v in values.items() if v is not None})
     try:
@@ -106,6 +107,8 @@ def load_config(file: str | os.PathLike[str] | None = None, env: dict[str, str] 
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML or TOML mapping."""
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)

@@ -45,6 +45,7 @@ class Engine:
         self.requests: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._news: list[SequenceOutput] = []
+        self._has_windows = any(g.window is not None for g in kv.groups)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `Overloaded` when the waiting queue is full; then nothing was queued."""
@@ -109,29 +110,45 @@ class Engine:
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
-        for row, seq_id in enumerate(plan.seq_ids):
-            seq = self._land(plan, row)
-            if seq.finish_reason is not None:
-                continue  # ended while this step was in flight: its token is surplus
-            if seq_id in result.failed:
-                self._fail([seq_id], StepFailed(result.failed[seq_id]), "worker")
-                continue
-            new = result.token_ids[row]
-            self._count(plan, row, seq, len(new))
-            output = SequenceOutput(
-                seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else []
-            )
-            if result.prompt_logprobs:
-                output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
-                seq.num_prompt_logprobs += len(output.prompt_logprobs)
-            seq.tokens.extend(new)
-            reason = self._end_reason(seq, output)
-            if output.token_ids or output.prompt_logprobs or reason:
-                self._news.append(output)
-            if reason is not None:
-                self._finish(seq, reason, output)
+        plain = not (result.failed or result.logprobs or result.prompt_logprobs or self._has_windows)
+        sequences, news, num_plain = self.sequences, self._news, 0
+        for row, (seq_id, computed, new) in enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)):
+            seq = sequences[seq_id]
+            if (
+                plain and len(new) == 1 and computed >= seq.num_prompt_tokens and seq.finish_reason is None
+                and len(seq.tokens) + 1 < seq.max_len and new[0] not in seq.end_ids
+            ):  # fmt: skip
+                # One more token and nothing else: what most rows are, so `_commit_row` with all that is known of them.
+                seq.steps_in_flight -= 1
+                seq.num_in_flight -= 1
+                seq.tokens.append(new[0])
+                news.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
+                num_plain += 1
             else:
-                self.kv.trim(seq_id, plan.num_computed[row] + plan.num_tokens[row])
+                self._commit_row(plan, row, result)
+        self.stats.num_generation_tokens += num_plain
+
+    def _commit_row(self, plan: StepPlan, row: int, result: StepResult) -> None:
+        seq = self._land(plan, row)
+        if seq.finish_reason is not None:
+            return  # ended while this step was in flight: its token is surplus
+        if seq.seq_id in result.failed:
+            self._fail([seq.seq_id], StepFailed(result.failed[seq.seq_id]), "worker")
+            return
+        new = result.token_ids[row]
+        self._count(plan, row, seq, len(new))
+        output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
+        if result.prompt_logprobs:
+            output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
+            seq.num_prompt_logprobs += len(output.prompt_logprobs)
+        seq.tokens.extend(new)
+        reason = self._end_reason(seq, output)
+        if output.token_ids or output.prompt_logprobs or reason:
+            self._news.append(output)
+        if reason is not None:
+            self._finish(seq, reason, output)
+        else:
+            self.kv.trim(seq.seq_id, plan.num_computed[row] + plan.num_tokens[row])
 
     def _land(self, plan: StepPlan, row: int) -> Sequence:
         """A row is no longer in flight. A sequence that ended meanwhile is released here."""

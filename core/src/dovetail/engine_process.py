@@ -1,11 +1,13 @@
 """The engine in a process of its own: `python -m dovetail.engine_process FD`, FD being one end of a Unix socket pair.
 
-Three threads: the main one runs the loop, one reads messages, one writes them and sends heartbeats, so that a long step
-is told from a dead process. When the front-end goes away, so does this process, even in the middle of a step.
+Three threads: the main one runs the loop, one reads messages, one sends heartbeats, so that a long step is told from a
+dead process, and what the loop could not send at once. When the front-end goes away, so does this process, even in the
+middle of a step.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 
 import msgspec
 
@@ -30,25 +33,41 @@ HEARTBEAT = 0.25
 
 
 class Link:
-    """The engine's end of the socket: an inbox, and an outbox that never blocks the loop."""
+    """The engine's end of the socket: an inbox, and a `send` that never blocks the loop."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self.busy_since: float | None = None
         """When the step now running began; None when idle."""
+        self._changed = threading.Condition()
+        self._backlog: deque[bytes] = deque()
+        """What the socket did not take at once, for the writer; the first one until it has been sent."""
         self._closing = False
         self._writer = threading.Thread(target=self._write, daemon=True)
         threading.Thread(target=self._read, daemon=True).start()
         self._writer.start()
 
     def send(self, message: msgspec.Struct) -> None:
-        self._outbox.put(message)
+        """Mostly one system call. Waking a thread for it would cost the loop more, and the news would be later."""
+        data = wire.encode(message)
+        with self._changed:
+            if not self._backlog:
+                try:
+                    data = data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    os._exit(0)
+            if data:
+                self._backlog.append(data)
+                self._changed.notify()
 
     def close(self) -> None:
-        """Send what is queued, then stop."""
-        self._closing = True
+        """Send what is left, then stop."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._writer.join(timeout=5)
 
     def _read(self) -> None:
@@ -67,14 +86,18 @@ class Link:
     def _write(self) -> None:
         try:
             while True:
-                try:
-                    message = self._outbox.get(timeout=0 if self._closing else HEARTBEAT)
-                except queue.Empty:
-                    if self._closing:
-                        return
-                    since = self.busy_since
-                    message = wire.Heartbeat(0.0 if since is None else time.monotonic() - since)
-                self._sock.sendall(wire.encode(message))
+                with self._changed:
+                    if not self._backlog and not self._closing and not self._changed.wait(HEARTBEAT):
+                        since = self.busy_since
+                        self._backlog.append(wire.encode(wire.Heartbeat(0.0 if since is None else time.monotonic() - since)))
+                    if not self._backlog:
+                        if self._closing:
+                            return
+                        continue
+                    data = self._backlog[0]
+                self._sock.sendall(data)
+                with self._changed:
+                    self._backlog.popleft()
         except OSError:
             os._exit(0)
 
@@ -87,7 +110,12 @@ def main() -> None:
         signal.signal(number, lambda *_: None)
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     try:
+        # What is imported and built lives as long as the process: collections need not look at it, neither now nor
+        # later, when it would take tens of milliseconds with a tensor library in memory.
+        gc.disable()
         engine, fingerprint = _start(link)
+        gc.freeze()
+        gc.enable()
         link.send(wire.Ready(fingerprint, engine.snapshot()))
         _loop(engine, link)
         engine.worker.close()

@@ -18,6 +18,7 @@ from dovetail.frontend.requests import Prompt, RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
+from dovetail.plugins.discovery import load_registry
 from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -85,7 +86,8 @@ class LLM:
         **values: Any,
     ) -> None:
         self.config = load_config(config, model=None if model is None else os.fspath(model), **values)
-        self.plan: Plan = resolve(self.config)
+        registry = load_registry()
+        self.plan: Plan = resolve(self.config, registry)
         folder = Path(self.plan.folder)
         try:
             self.tokenizer: Tokenizer | None = Tokenizer(folder)
@@ -95,7 +97,7 @@ class LLM:
                 raise
             self.tokenizer = None
         self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
-        self._engine: Engine | None = build_engine(self.plan, progress)
+        self._engine: Engine | None = build_engine(self.plan, progress, registry)
 
     @property
     def engine(self) -> Engine:
@@ -124,7 +126,8 @@ class LLM:
             each = list(params)
         if len(each) != len(batch):
             raise InvalidRequest(f"{len(batch)} prompts but {len(each)} SamplingParams", param="params")
-        states = [RequestState(self._maker.make(p, s), self.tokenizer) for p, s in zip(batch, each, strict=True)]
+        requests = [self._maker.make(p, s) for p, s in zip(batch, each, strict=True)]
+        states = [RequestState(r, self.tokenizer, stream=False) for r in requests]
         outputs = [_empty(p, state) for p, state in zip(batch, states, strict=True)]
         index = {state.request.request_id: i for i, state in enumerate(states)}
         for request_id, delta in self._run(states):
@@ -164,9 +167,9 @@ class LLM:
                     delta, abort = state.push(output)
                     if abort:
                         engine.abort(output.request_id, output.sample_index)
-                    if state.finished:
-                        del live[output.request_id]
                     if delta is not None:
+                        if state.finished:
+                            del live[output.request_id]
                         yield output.request_id, delta
         finally:
             for request_id in live:

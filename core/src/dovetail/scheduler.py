@@ -11,6 +11,7 @@ so far is by then part of what it knows, so preemption changes no output.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from dovetail.sequence import Sequence
 from dovetail.types import SequenceStart, StepPlan
 
 Order = Callable[[Sequence], tuple[float, ...]]
+_NO_BLOCKS: list[list[int]] = []
 
 
 def fcfs(seq: Sequence) -> tuple[float, ...]:
@@ -45,6 +47,8 @@ class TokenBudgetScheduler:
         self._preemption_due = False
         self._step_id = 0
         self._released: list[int] = []
+        # Blocks come whole, so a sequence has room for a multiple of this many tokens in every group.
+        self._slots_unit = math.gcd(*(g.block_size for g in kv.groups))
 
     def add(self, seq: Sequence) -> None:
         insort(self.waiting, seq, key=self.order)
@@ -58,32 +62,60 @@ class TokenBudgetScheduler:
             return None
         self._preemption_due = False
         plan = StepPlan(self._step_id, [], [], [], [], [])
-        budget = self.max_num_batched_tokens
-        may_admit = True
-        i = 0
-        while i < len(self.running) and budget > 0:
-            seq = self.running[i]
-            count = min(seq.num_to_compute, budget)
-            if count > 0 and seq.finish_reason is None:
-                added = self.kv.grow(seq.seq_id, seq.num_computed_tokens + count)
-                if added is None:
-                    may_admit = False
-                    if in_flight:
-                        self._preemption_due = True
-                        break
-                    # The last one pays, perhaps this one itself; those before it already have their rows.
-                    self._preempt(self.running[-1])
-                    continue
-                self._add_row(plan, seq, count, added)
-                budget -= count
-            i += 1
-        if may_admit or not (plan.seq_ids or in_flight):
+        budget, has_blocks = self._continue(plan, in_flight)
+        if self.waiting and (has_blocks or not (plan.seq_ids or in_flight)):
             self._admit(plan, budget)
         if not plan.seq_ids:
             return None
         plan.released, self._released = self._released, []
         self._step_id += 1
         return plan
+
+    def _continue(self, plan: StepPlan, in_flight: bool) -> tuple[int, bool]:
+        """Rows for the running sequences. Returns the tokens left of the budget, and whether everyone found blocks."""
+        budget, has_blocks = self.max_num_batched_tokens, True
+        for seq in self.running:  # preemption takes from its end
+            if budget <= 0:
+                break
+            known, computed = seq.num_tokens, seq.num_computed_tokens
+            if known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None:
+                # Decode within a block: what most rows are, so `_add_row` with all that is known of them.
+                plan.seq_ids.append(seq.seq_id)
+                plan.num_tokens.append(1)
+                plan.num_computed.append(computed)
+                plan.samples.append(True)
+                plan.new_block_ids.append(_NO_BLOCKS)
+                seq.num_computed_tokens = known
+                seq.num_in_flight += 1
+                seq.steps_in_flight += 1
+                budget -= 1
+                continue
+            count = min(seq.num_to_compute, budget)
+            if count <= 0 or seq.finish_reason is not None:
+                continue
+            added = self._grow(seq, count)
+            while added is None:
+                has_blocks = False
+                if in_flight:
+                    self._preemption_due = True
+                    return budget, has_blocks
+                # The last one pays, perhaps this one itself; those before it already have their rows.
+                last = self.running[-1]
+                self._preempt(last)
+                if last is seq:
+                    return budget, has_blocks
+                added = self._grow(seq, count)
+            self._add_row(plan, seq, count, added)
+            budget -= count
+        return budget, has_blocks
+
+    def _grow(self, seq: Sequence, count: int) -> list[list[int]] | None:
+        """Blocks for the next `count` tokens, as `KVCacheManager.grow` gives them."""
+        end = seq.num_computed_tokens + count
+        added = self.kv.grow(seq.seq_id, end)
+        if added is not None:
+            seq.num_slots = -(-end // self._slots_unit) * self._slots_unit
+        return added
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences, in order, while tokens, seats and blocks last."""
@@ -98,7 +130,7 @@ class TokenBudgetScheduler:
                 shareable = min(seq.num_prompt_tokens, len(seq.tokens) - 1)
                 seq.num_computed_tokens = self.kv.share(source.seq_id, seq.seq_id, shareable)
             count = min(seq.num_to_compute, budget)
-            added = self.kv.grow(seq.seq_id, seq.num_computed_tokens + count)
+            added = self._grow(seq, count)
             if added is None:
                 self.kv.free(seq.seq_id)
                 seq.num_computed_tokens = 0
@@ -118,7 +150,7 @@ class TokenBudgetScheduler:
         plan.num_tokens.append(count)
         plan.num_computed.append(seq.num_computed_tokens)
         plan.samples.append(samples)
-        plan.new_block_ids.append(added)
+        plan.new_block_ids.append(added if any(added) else _NO_BLOCKS)
         seq.num_computed_tokens += count
         seq.num_in_flight += samples
         seq.steps_in_flight += 1
@@ -143,6 +175,7 @@ class TokenBudgetScheduler:
 
     def _evict(self, seq: Sequence) -> None:
         self.kv.free(seq.seq_id)
+        seq.num_slots = 0
         if seq.on_worker:
             self._released.append(seq.seq_id)
             seq.on_worker = False

@@ -19,8 +19,16 @@ class Sequence:
     siblings: list[Sequence] = field(default_factory=list)
     """The other samples of the request that are alive, and this one: they can share prompt blocks."""
 
+    num_prompt_tokens: int = field(init=False)
+    max_len: int = field(init=False)
+    """Bound on the number of tokens that it will ever hold."""
+    end_ids: frozenset[int] = field(init=False)
+    """Tokens that may end it: end of sequence, and its request's stop tokens."""
+
     num_computed_tokens: int = 0
     """Tokens whose KV is in the cache, once the steps in flight have ended."""
+    num_slots: int = 0
+    """Tokens that its blocks have room for, as far as the scheduler has asked."""
     num_in_flight: int = 0
     """Tokens that steps in flight will sample: known to be coming, not yet what they are."""
     steps_in_flight: int = 0
@@ -31,9 +39,11 @@ class Sequence:
     """The worker knows this sequence."""
     finish_reason: FinishReason | None = None
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        r = self.request
+        self.num_prompt_tokens = len(r.prompt_token_ids)
+        self.max_len = self.num_prompt_tokens + r.max_tokens
+        self.end_ids = frozenset((*r.eos_token_ids, *r.params.stop_token_ids))
 
     @property
     def num_output_tokens(self) -> int:
@@ -43,10 +53,6 @@ class Sequence:
     def num_tokens(self) -> int:
         """Known tokens, counting those that steps in flight will sample: what `num_computed_tokens` must catch up with."""
         return len(self.tokens) + self.num_in_flight
-
-    @property
-    def max_len(self) -> int:
-        return self.num_prompt_tokens + self.request.max_tokens
 
     @property
     def num_to_compute(self) -> int:

@@ -187,7 +187,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     samples: list[bool]
     """The row reaches its sequence's last token, and a token is drawn after it."""
     new_block_ids: list[list[list[int]]]
-    """Per row and KV group: blocks to append to the block table."""
+    """Per row: the blocks to append to its block table, per KV group; an empty list where there are none."""
     draft_token_ids: list[list[int]] = []
     """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts them."""
     starts: list[SequenceStart] = []
@@ -216,8 +216,8 @@ class StepResult(msgspec.Struct, array_like=True):
     payloads: dict[str, bytes] = {}
 
 
-class SequenceOutput(msgspec.Struct, array_like=True):
-    """News of one sequence, from the engine to the front-end."""
+class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
+    """News of one sequence, from the engine to the front-end. Never part of a cycle, so the collector need not look."""
 
     request_id: str
     sample_index: int

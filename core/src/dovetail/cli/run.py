@@ -5,38 +5,38 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-from dovetail.compose import build_server
 from dovetail.config import load_config
 from dovetail.frontend.outputs import Delta
 from dovetail.interfaces.worker import Progress as ProgressCallback
 from dovetail.llm import LLM
-from dovetail.serving import AsyncEngine
 from dovetail.types import SamplingParams
+
+if TYPE_CHECKING:
+    from dovetail.serving import AsyncEngine
 
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
     """A bar for each thing that is being done, on stderr; without a terminal, a line when each begins and ends."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         last: list[tuple[str, bool]] = []
 
         def line(what: str, done: int, total: int) -> None:
             state = (what, done >= total)
             if not last or last[-1] != state:
                 last.append(state)
-                console.print(f"{what}{': done' if state[1] else ' …'}", markup=False, highlight=False)
+                print(f"{what}{': done' if state[1] else ' …'}", file=sys.stderr)
 
         yield line
         return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
@@ -49,6 +49,9 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
 def serve(config_file: str | None, values: dict[str, Any], host: str, port: int) -> int:
     """Serve until told to stop."""
+    from dovetail.compose import build_server
+    from dovetail.serving import AsyncEngine
+
     config = load_config(config_file, **values)
     with progress_bars() as progress:
         engine = AsyncEngine(config, server=True, progress=progress)

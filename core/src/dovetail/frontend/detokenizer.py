@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.frontend.tokenizer import REPLACEMENT, Tokenizer
 
-REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character (yet)."""
 MAX_HELD_TOKENS = 16
 _CHARACTER = 4
 """Most bytes, and so most tokens, of one character."""
@@ -22,28 +20,39 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._pieces = tokenizer.whole_pieces(skip_special_tokens)
         self._ids = prompt_token_ids[-_CHARACTER - 2 :]
         self._prefix = 0
         self._read = len(self._ids)
         self._known = self._decode(0, self._read)
 
-    def push(self, token_id: int) -> str:
-        """Take one more token; returns the text that is now certain, perhaps none."""
-        if self._tokenizer.is_context_free and self._read == len(self._ids):
-            # Nothing waits, and this token's text is its own: no window is needed.
-            piece = self._tokenizer.piece(token_id, self._skip)
-            if REPLACEMENT not in piece:
-                self._ids.clear()
-                self._prefix = self._read = 0
-                self._known = ""
-                return piece
-        self._ids.append(token_id)
-        text = self._decode(self._prefix, len(self._ids))
-        if not text.endswith(REPLACEMENT):
-            return self._give(text, len(self._ids))
-        if len(self._ids) - self._read > MAX_HELD_TOKENS:
+    def push(self, token_ids: list[int]) -> str:
+        """Take more tokens, one or many; returns the text that is now certain, perhaps none."""
+        if self._pieces is None:
+            # What bytes that are no text decode to depends on how they are cut: one way, however many tokens come at once.
+            return "".join([self._extend([t]) for t in token_ids])
+        if self._read == len(self._ids):
+            # Nothing waits, and each token's text is its own: no window is needed.
+            pieces = [self._pieces[t] for t in token_ids]
+            if None not in pieces:
+                if self._read:
+                    self._ids.clear()
+                    self._prefix = self._read = 0
+                    self._known = ""
+                return "".join(pieces)  # type: ignore[arg-type]
+        return self._extend(token_ids)
+
+    def _extend(self, token_ids: list[int]) -> str:
+        self._ids += token_ids
+        num_ids = len(self._ids)
+        # An incomplete character at the end waits; with it, as few tokens as possible.
+        for end in range(num_ids, num_ids - min(len(token_ids), _CHARACTER + 1), -1):
+            text = self._decode(self._prefix, end)
+            if not text.endswith(REPLACEMENT):
+                return self._give(text, end)
+        if num_ids - self._read > MAX_HELD_TOKENS:
             # A run of bytes that is no text: what is older than any character can be will not become one.
-            end = len(self._ids) - _CHARACTER
+            end = num_ids - _CHARACTER
             return self._give(self._decode(self._prefix, end), end)
         return ""
 

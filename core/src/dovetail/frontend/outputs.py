@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from dovetail.errors import ERRORS, DovetailError
 from dovetail.frontend.detokenizer import Detokenizer, StopStrings
@@ -10,15 +10,14 @@ from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.types import FinishReason, Request, SequenceOutput, TokenLogprobs
 
 
-@dataclass
-class Delta:
+class Delta(msgspec.Struct, gc=False):
     """News of one sample of a request. Concatenated, the deltas of a sample are its whole output."""
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it."""
@@ -34,9 +33,12 @@ class Delta:
 
 
 class SampleState:
-    """One sample's way from tokens to text."""
+    """One sample's way from tokens to text.
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
+    Where nobody reads a text before its end, and no stop string has to be found on the way, it is made in one piece.
+    """
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, *, stream: bool) -> None:
         params = request.params
         self.index = index
         self.num_tokens = 0
@@ -48,18 +50,46 @@ class SampleState:
             if tokenizer is not None
             else None
         )
+        self._gathered = None if stream or params.stop else SequenceOutput(request.request_id, index, [])
 
-    def push(self, output: SequenceOutput) -> Delta:
+    def push(self, output: SequenceOutput) -> Delta | None:
         """Take the engine's news. A stop string ends the sample here: `finish_reason` is set, the rest is dropped."""
+        gathered = self._gathered
+        if gathered is not None:
+            gathered.token_ids += output.token_ids
+            if output.logprobs:
+                gathered.logprobs += output.logprobs
+            if output.prompt_logprobs:
+                gathered.prompt_logprobs += output.prompt_logprobs
+            if output.finish_reason is None:
+                return None
+            gathered.finish_reason, gathered.stop_token_id = output.finish_reason, output.stop_token_id
+            output = gathered
+        return self._find_stop(output) if self._params.stop else self._take(output)
+
+    def _take(self, output: SequenceOutput) -> Delta:
+        """All tokens at once."""
+        token_ids, reason = output.token_ids, output.finish_reason
+        self.num_tokens += len(token_ids)
+        text = ""
+        if self._detokenizer is not None:
+            text = self._detokenizer.push(token_ids[:-1] if self._hides_last(output) else token_ids)
+            if reason is not None and reason != "abort":
+                text += self._detokenizer.flush()
+        self.finished = reason is not None
+        return Delta(self.index, text, token_ids, output.logprobs, output.prompt_logprobs, reason, output.stop_token_id)
+
+    def _find_stop(self, output: SequenceOutput) -> Delta:
+        """Token by token: what follows the one that completes a stop string is surplus."""
         delta = Delta(self.index, prompt_logprobs=output.prompt_logprobs)
+        last = len(output.token_ids) - 1
         for i, token in enumerate(output.token_ids):
             self.num_tokens += 1
             delta.token_ids.append(token)
             delta.logprobs += output.logprobs[i : i + 1]
-            # A token that ends the sequence is no part of its text, unless asked for.
-            ends = output.finish_reason == "stop" and i == len(output.token_ids) - 1
-            ends = ends and not self._params.include_stop_str_in_output
-            piece = "" if self._detokenizer is None or ends else self._detokenizer.push(token)
+            piece = ""
+            if self._detokenizer is not None and not (i == last and self._hides_last(output)):
+                piece = self._detokenizer.push([token])
             if self._emit(delta, piece):
                 return delta
         if output.finish_reason is not None:
@@ -71,6 +101,10 @@ class SampleState:
             delta.stop_reason = output.stop_token_id
             self.finished = True
         return delta
+
+    def _hides_last(self, output: SequenceOutput) -> bool:
+        """A token that ends the sequence is no part of its text, unless asked for."""
+        return output.finish_reason == "stop" and not self._params.include_stop_str_in_output
 
     def _emit(self, delta: Delta, piece: str) -> bool:
         text, stop = self._stops.push(piece, check=self.num_tokens > self._params.min_tokens)
@@ -84,13 +118,15 @@ class SampleState:
 class RequestState:
     """All samples of one request, in the front-end."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, stream: bool = True) -> None:
+        """Without `stream`, a sample's news come when it has ended, all at once."""
         self.request = request
-        self.samples = [SampleState(request, i, tokenizer) for i in range(request.params.n)]
+        self.samples = [SampleState(request, i, tokenizer, stream=stream) for i in range(request.params.n)]
+        self._num_running = request.params.n
 
     @property
     def finished(self) -> bool:
-        return all(s.finished for s in self.samples)
+        return self._num_running == 0
 
     def push(self, output: SequenceOutput) -> tuple[Delta | None, bool]:
         """Returns (delta or None, whether the engine must be told to abort this sample: a stop string ended it).
@@ -104,4 +140,7 @@ class RequestState:
             code, message = output.error
             raise ERRORS.get(code, DovetailError)(message)
         delta = sample.push(output)
-        return delta, sample.finished and output.finish_reason is None
+        if not sample.finished:
+            return delta, False
+        self._num_running -= 1
+        return delta, output.finish_reason is None

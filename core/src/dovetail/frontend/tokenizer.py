@@ -5,16 +5,19 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dovetail.errors import CheckpointError, InvalidRequest
 from dovetail.facts import read_json
 
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+REPLACEMENT = "\ufffd"
+"""What a decoder writes for bytes that are no character (yet)."""
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_RENDERED_CHARS = 8 * 2**20
 
@@ -44,7 +47,8 @@ class Tokenizer:
 
         self.is_context_free = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
         """A text's bytes are its tokens' bytes laid end to end: no token changes what another one says."""
-        self._pieces: tuple[dict[int, str], dict[int, str]] = ({}, {})
+        self._pieces = (_Pieces(self, False), _Pieces(self, True))
+        self._whole = (_WholePieces(self._pieces[0]), _WholePieces(self._pieces[1]))
 
     @property
     def vocab_size(self) -> int:
@@ -60,13 +64,12 @@ class Tokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def piece(self, token_id: int, skip_special_tokens: bool) -> str:
-        """`decode` of one token, remembered."""
-        pieces = self._pieces[skip_special_tokens]
-        text = pieces.get(token_id)
-        if text is None:
-            text = pieces[token_id] = self.decode([token_id], skip_special_tokens=skip_special_tokens)
-        return text
+    def whole_pieces(self, skip_special_tokens: bool) -> dict[int, str | None] | None:
+        """By token id, its text, or None for a token that is part of a character; filled as it is read.
+
+        None if what a token says depends on the ones before it.
+        """
+        return self._whole[skip_special_tokens] if self.is_context_free else None
 
     def token_id(self, token: str) -> int | None:
         value = self._tokenizer.token_to_id(token)
@@ -74,7 +77,7 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """A single token as text, special ones included; "" for an id that stands for no token."""
-        return self.piece(token_id, False)
+        return self._pieces[False][token_id]
 
     def apply_chat_template(
         self,
@@ -88,6 +91,8 @@ class Tokenizer:
 
         A `template` from outside can loop for as long as it likes: the sandbox bounds what it reaches, not its time.
         """
+        from jinja2 import TemplateError  # here: completions need no templates
+
         source = template if template is not None else self.chat_template
         if source is None:
             raise InvalidRequest("this model has no chat template: use completions, or give a chat_template", param="messages")
@@ -114,7 +119,35 @@ class Tokenizer:
         return self._compiled
 
 
+class _Pieces(dict[int, str]):
+    """By token id, what `decode` makes of it alone."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=self._skip)
+        return text
+
+
+class _WholePieces(dict[int, str | None]):
+    """The same, with None for parts of characters."""
+
+    def __init__(self, pieces: _Pieces) -> None:
+        self._of = pieces
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = self._of[token_id]
+        whole = self[token_id] = None if REPLACEMENT in text else text
+        return whole
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 
     def raise_exception(message: str) -> None:

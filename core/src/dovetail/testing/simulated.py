@@ -105,7 +105,7 @@ class SimulatedWorker:
             assert start.seq_id not in self._known, "a sequence was started twice"
             self._known[start.seq_id] = _Known(start, list(start.token_ids), [list(b) for b in start.block_ids])
         for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
-            for table, blocks in zip(self._known[seq_id].tables, added, strict=True):
+            for table, blocks in zip(self._known[seq_id].tables, added, strict=bool(added)):
                 assert 0 not in blocks, "the null block was handed out"
                 table += blocks
 

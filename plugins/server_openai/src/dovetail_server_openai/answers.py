@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dovetail.frontend.detokenizer import REPLACEMENT
 from dovetail.frontend.outputs import Delta
-from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.frontend.tokenizer import REPLACEMENT, Tokenizer
 from dovetail.types import Request, TokenLogprobs
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest
 

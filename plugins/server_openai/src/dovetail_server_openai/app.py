@@ -113,7 +113,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id")
+        request_id: bytes | None = headers.get(b"x-request-id")
         num_received = 0
 
         async def bounded() -> Message:
@@ -125,12 +125,12 @@ class Guard:
             return message
 
         async def echoing(message: Message) -> None:
-            if message["type"] == "http.response.start" and request_id is not None:
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id[:200])]
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", (request_id or b"")[:200])]
             await send(message)
 
         app = self._refusal(scope, headers) or self._app
-        await app(scope, bounded, echoing)
+        await app(scope, bounded, send if request_id is None else echoing)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
         if self._key is not None and scope["path"].startswith("/v1") and scope["method"] != "OPTIONS":

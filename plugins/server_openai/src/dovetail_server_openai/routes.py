@@ -124,8 +124,8 @@ class Completions:
 
         async def collect() -> None:
             async with aclosing(merged(requests, self._metrics.observe)) as news:
-                async for index, delta in news:
-                    choices[index].take(delta)
+                async for delta in news:
+                    choices[delta.index].take(delta)
 
         await until_gone(http.receive, collect())
         whole = [answer.whole(c, c.held) for c in choices if c.held is not None]
@@ -151,8 +151,8 @@ class Completions:
 
         try:
             async with aclosing(merged(requests, self._metrics.observe)) as news:
-                async for index, delta in news:
-                    choice, events = choices[index], b""
+                async for delta in news:
+                    choice, events = choices[delta.index], b""
                     new = choice.take(delta)
                     if not choice.opened and (opening := answer.opening(choice)) is not None:
                         events = event(opening)

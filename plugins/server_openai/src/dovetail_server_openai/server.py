@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -41,6 +42,7 @@ class OpenAIServer:
                 await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
                     starting.result()
+                    gc.freeze()  # what lives as long as the process need not be looked at again
                     on_ready(url)
                 await serving
             finally:

@@ -14,8 +14,6 @@ from dovetail.frontend.outputs import Delta
 from dovetail.types import Request
 
 T = TypeVar("T")
-News = AsyncGenerator[tuple[int, Delta]]
-"""(choice index, delta); closing it ends the requests behind it."""
 
 
 class ClientGone(Exception):
@@ -62,20 +60,20 @@ class EventStream(StreamingResponse):
             await until_gone(receive, deliver())
 
 
-async def merged(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> News:
-    """News of all samples of all requests, as they come."""
-    if len(requests) == 1:
-        async with aclosing(run(requests[0])) as deltas:
-            async for delta in deltas:
-                yield delta.index, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta] | Exception | None] = asyncio.Queue()
+def merged(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> AsyncGenerator[Delta]:
+    """News of all samples of all requests, as they come. `index` is then that of the choice: prompt after prompt."""
+    return run(requests[0]) if len(requests) == 1 else _interleaved(requests, run)
+
+
+async def _interleaved(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> AsyncGenerator[Delta]:
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
 
     async def pump(first: int, request: Request) -> None:
         try:
             async with aclosing(run(request)) as deltas:
                 async for delta in deltas:
-                    queue.put_nowait((first + delta.index, delta))
+                    delta.index += first
+                    queue.put_nowait(delta)
             queue.put_nowait(None)
         except Exception as e:
             queue.put_nowait(e)

@@ -6,6 +6,7 @@ Every sequence has a seat: a row of a few flat host arrays. A step's inputs are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,9 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepInputs:
-    """The ragged batch of one step: B rows, T tokens."""
+    """The ragged batch of one step: B rows, T tokens. Never changed."""
 
     seats: I64
     """[B]"""
@@ -30,6 +31,8 @@ class StepInputs:
     """[B + 1]"""
     seq_lens: I32
     """[B], this step's tokens included."""
+    host_query_start: list[int]
+    host_seq_lens: list[int]
     slot_mapping: list[I64]
     """Per KV group: [T]"""
     block_table: list[I32]
@@ -44,12 +47,15 @@ class SequenceTable:
         self.start_of: dict[int, SequenceStart] = {}
         """By seat."""
         self.token_ids = np.zeros((max_num_seqs, max_len + 1), np.int32)
-        self.num_tokens = np.zeros(max_num_seqs, np.int64)
-        self.is_plain = np.zeros(max_num_seqs, np.bool_)
-        """By seat: drawn greedily from the raw logits, and nothing is asked about them."""
+        self._special_seats: set[int] = set()
+        self._one_each = np.arange(max_num_seqs + 1, dtype=np.int32)
+        self._row_seq_ids: list[int] = []
+        self._row_seats: I64 = np.zeros(0, np.int64)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._groups = groups
         self._block_table: list[I32] = [np.zeros((max_num_seqs, max_len // g.block_size + 1), np.int32) for g in groups]
+        self._first_slot: list[I64] = [np.zeros(t.shape, np.int64) for t in self._block_table]
+        """Of each block in the table."""
         self._num_blocks: list[I64] = [np.zeros(max_num_seqs, np.int64) for _ in groups]
 
     def update(self, plan: StepPlan) -> None:
@@ -58,56 +64,76 @@ class SequenceTable:
             seat = self.seat_of.pop(seq_id, None)
             if seat is not None:
                 del self.start_of[seat]
+                self._special_seats.discard(seat)
                 self._free.append(seat)
         for start in plan.starts:
             seat = self._free.pop()
             self.seat_of[start.seq_id] = seat
             self.start_of[seat] = start
             self.token_ids[seat, : len(start.token_ids)] = start.token_ids
-            self.num_tokens[seat] = len(start.token_ids)
-            self.is_plain[seat] = _is_plain(start.params)
+            if not _is_plain(start.params):
+                self._special_seats.add(seat)
             for group, blocks in enumerate(start.block_ids):
                 self._num_blocks[group][seat] = 0
                 self._append(group, seat, blocks)
         for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
-            for group, blocks in enumerate(added):
-                if blocks:
+            if added:
+                for group, blocks in enumerate(added):
                     self._append(group, self.seat_of[seq_id], blocks)
 
     def _append(self, group: int, seat: int, blocks: list[int]) -> None:
         count = self._num_blocks[group][seat]
         self._block_table[group][seat, count : count + len(blocks)] = blocks
+        size = self._groups[group].block_size
+        self._first_slot[group][seat, count : count + len(blocks)] = [b * size for b in blocks]
         self._num_blocks[group][seat] = count + len(blocks)
 
     def inputs(self, plan: StepPlan) -> StepInputs:
-        """The step's arrays. Tokens that earlier steps sampled are read from here: `append` has put them in."""
-        seats = np.array([self.seat_of[i] for i in plan.seq_ids], np.int64)
-        num_tokens = np.array(plan.num_tokens, np.int64)
+        """The step's arrays. Tokens that earlier steps sampled are read from here: `append` has put them in.
+
+        Between two steps the caches are cold, and every array operation costs microseconds: they are few.
+        """
+        seats = self._seats(plan)
         num_computed = np.array(plan.num_computed, np.int64)
-        query_start = np.zeros(len(seats) + 1, np.int32)
-        np.cumsum(num_tokens, out=query_start[1:])
-        total = int(query_start[-1])
-        if total == len(seats):  # decode only: one token a row
+        num_rows = len(plan.seq_ids)
+        if sum(plan.num_tokens) == num_rows:  # decode only: one token a row
             seat_of_token, positions = seats, num_computed
+            query_start = self._one_each[: num_rows + 1]
+            seq_lens = [n + 1 for n in plan.num_computed]
         else:
+            num_tokens = np.array(plan.num_tokens, np.int64)
+            query_start = np.zeros(num_rows + 1, np.int32)
+            np.cumsum(num_tokens, out=query_start[1:])
             seat_of_token = np.repeat(seats, num_tokens)
-            positions = np.arange(total) + np.repeat(num_computed - query_start[:-1], num_tokens)
-        seq_lens = num_computed + num_tokens
+            positions = np.arange(len(seat_of_token)) + np.repeat(num_computed - query_start[:-1], num_tokens)
+            seq_lens = (num_computed + num_tokens).tolist()
         slots, tables = [], []
-        for group, table in zip(self._groups, self._block_table, strict=True):
+        for group, table, first_slot in zip(self._groups, self._block_table, self._first_slot, strict=True):
             size = group.block_size
-            slots.append(table[seat_of_token, positions // size].astype(np.int64) * size + positions % size)
-            tables.append(table[seats, : -(-int(seq_lens.max()) // size)])
+            column = positions // size
+            slots.append(first_slot[seat_of_token, column] + (positions - column * size))
+            tables.append(table[seats, : -(-max(seq_lens) // size)])
         return StepInputs(
             seats, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
-            seq_lens.astype(np.int32), slots, tables,
+            np.array(seq_lens, np.int32), query_start.tolist(), seq_lens, slots, tables,
         )  # fmt: skip
 
-    def append(self, seats: I64, token_ids: I64) -> None:
-        """Add the tokens drawn for these seats, one each."""
-        self.token_ids[seats, self.num_tokens[seats]] = token_ids
-        self.num_tokens[seats] += 1
+    def _seats(self, plan: StepPlan) -> I64:
+        """[B]. Most steps have the rows of the step before."""
+        if plan.seq_ids != self._row_seq_ids or plan.starts:
+            self._row_seq_ids = plan.seq_ids
+            self._row_seats = np.array([self.seat_of[i] for i in plan.seq_ids], np.int64)
+        return self._row_seats
+
+    def append(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+        """Add the tokens drawn for these seats, one each, after the `lengths` tokens that they have."""
+        self.token_ids[seats, lengths] = np.array(token_ids, np.int32)
+
+    def is_plain(self, seats: I64) -> bool:
+        """All are drawn greedily from the raw logits, and nothing is asked about them or about the prompts'."""
+        return not self._special_seats or self._special_seats.isdisjoint(seats.tolist())
 
 
 def _is_plain(p: SamplingParams) -> bool:
-    return p.greedy and not (p.penalized or p.logit_bias or p.min_tokens) and p.logprobs is None
+    asks = p.logprobs is not None or p.prompt_logprobs is not None
+    return p.greedy and not (p.penalized or p.logit_bias or p.min_tokens or asks)

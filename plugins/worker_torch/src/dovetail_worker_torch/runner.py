@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +28,8 @@ class Computed:
     inputs: StepInputs
     rows: list[int]
     """Of the plan: those that sample."""
+    is_plain: bool
+    """Every row is drawn greedily from the raw logits, and nothing is asked about them."""
     logits: Tensor
     """f32[len(rows), V]"""
     prompt_logprobs: list[list[TokenLogprobs]]
@@ -57,7 +59,10 @@ class StepAttention:
 
 
 class Runner:
-    """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe."""
+    """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe.
+
+    `forward` and `draw` are called in torch's inference mode.
+    """
 
     def __init__(
         self,
@@ -73,12 +78,12 @@ class Runner:
         self.table = table
         self._drawing = drawing
         self.device = device
+        self._is_cpu = device.type == "cpu"
         self._groups = groups
         self._backends = backends
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
         self._attend = StepAttention(model.attention_layers, groups, backends, caches)
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
@@ -86,29 +91,36 @@ class Runner:
         for i, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
             self._attend.plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
-        rows = [i for i, samples in enumerate(plan.samples) if samples]
-        prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
-        last = inputs.query_start[1:] - 1
+        is_plain = self.table.is_plain(inputs.seats)
+        prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
+        rows = list(compress(range(len(plan.samples)), plan.samples))
         if len(rows) == len(hidden):
             logits = self.model.logits(hidden)
         else:
+            last = inputs.query_start[1:] - 1
             logits = self.model.logits(hidden[self._to_device(last[rows].astype(np.int64))])
-        return Computed(plan, inputs, rows, logits, prompt_logprobs)
+        return Computed(plan, inputs, rows, is_plain, logits, prompt_logprobs)
 
-    @torch.inference_mode()
     def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         """Draw the step's tokens and append them to the sequences."""
-        plan = step.plan
-        result = StepResult(plan.step_id, [[] for _ in plan.seq_ids], prompt_logprobs=step.prompt_logprobs)
-        if not step.rows:
-            return result
-        seats = step.inputs.seats[step.rows]
-        if masks is None and self.table.is_plain[seats].all():
+        plan, rows = step.plan, step.rows
+        is_every_row = len(rows) == len(plan.seq_ids)
+        # A row that samples has computed all its tokens, so its length is the number of them.
+        seats = step.inputs.seats if is_every_row else step.inputs.seats[rows]
+        lengths = step.inputs.seq_lens if is_every_row else step.inputs.seq_lens[rows]
+        result = StepResult(plan.step_id, [], prompt_logprobs=step.prompt_logprobs)
+        if masks is None and step.is_plain and rows:
             drawn, usable = self._drawing.best(step.logits)
+        elif rows:
+            drawn, usable = self._draw_with_params(step, seats, lengths.astype(np.int64), masks, result)
         else:
-            drawn, usable = self._draw_with_params(step, seats, masks, result)
-        self.table.append(seats, np.array(drawn, np.int64))
-        for row, token, good in zip(step.rows, drawn, usable, strict=True):
+            drawn, usable = [], []
+        self.table.append(seats, lengths, drawn)
+        if is_every_row and all(usable):
+            result.token_ids = [[token] for token in drawn]
+            return result
+        result.token_ids = [[] for _ in plan.seq_ids]
+        for row, token, good in zip(rows, drawn, usable, strict=True):
             if good:
                 result.token_ids[row].append(token)
             else:
@@ -116,10 +128,10 @@ class Runner:
         return result
 
     def _draw_with_params(
-        self, step: Computed, seats: I64, masks: dict[int, bytes] | None, result: StepResult
+        self, step: Computed, seats: I64, lengths: I64, masks: dict[int, bytes] | None, result: StepResult
     ) -> tuple[list[int], list[bool]]:
         """Draw as each row's parameters say; log-probabilities go into `result`."""
-        plan, lengths = step.plan, self.table.num_tokens[seats]
+        plan = step.plan
         starts = [self.table.start_of[int(s)] for s in seats]
         wanted = [i for i, s in enumerate(starts) if s.params.logprobs is not None]
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
@@ -134,18 +146,19 @@ class Runner:
         return drawn, usable
 
     def _attention_batch(self, inputs: StepInputs, group: int) -> AttentionBatch:
-        host_start, host_lens = inputs.query_start.tolist(), inputs.seq_lens.tolist()
+        starts, lens = inputs.host_query_start, inputs.host_seq_lens
+        num_seqs, num_tokens = len(lens), starts[-1]
         return AttentionBatch(
             query_start=self._to_device(inputs.query_start),
             seq_lens=self._to_device(inputs.seq_lens),
             block_table=self._to_device(inputs.block_table[group]),
             slot_mapping=self._to_device(inputs.slot_mapping[group]),
-            host_query_start=host_start,
-            host_seq_lens=host_lens,
-            num_seqs=len(host_lens),
-            num_tokens=host_start[-1],
-            max_query_len=max(b - a for a, b in pairwise(host_start)),
-            max_seq_len=max(host_lens),
+            host_query_start=starts,
+            host_seq_lens=lens,
+            num_seqs=num_seqs,
+            num_tokens=num_tokens,
+            max_query_len=1 if num_tokens == num_seqs else max(b - a for a, b in pairwise(starts)),
+            max_seq_len=max(lens),
         )
 
     def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[list[TokenLogprobs]]:
@@ -168,4 +181,5 @@ class Runner:
         return out
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        tensor = torch.from_numpy(array)
+        return tensor if self._is_cpu else tensor.to(self.device)

@@ -126,15 +126,18 @@ class TorchWorker:
         runner = self._require_runner()
 
         def run() -> Computed | StepResult:
-            computed = runner.forward(plan)
-            return computed if plan.masked else runner.draw(computed)
+            with torch.inference_mode():
+                computed = runner.forward(plan)
+                return computed if plan.masked else runner.draw(computed)
 
         return run() if self._thread is None else self._thread.submit(run)
 
     def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
         done: Computed | StepResult = handle.result() if isinstance(handle, Future) else handle
-        # A masked plan is not overlapped, so nothing else runs now.
-        return self._require_runner().draw(done, masks) if isinstance(done, Computed) else done
+        if isinstance(done, StepResult):
+            return done
+        with torch.inference_mode():  # a masked plan is not overlapped, so nothing else runs now
+            return self._require_runner().draw(done, masks)
 
     def close(self) -> None:
         if self._thread is not None:
