@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from models import folder_of, prompt
 
-from dovetail import LLM, SamplingParams
-from dovetail.frontend.outputs import RequestState
+from dovetail import LLM
+from dovetail.bench.load import ClosedLoop
+from dovetail.bench.profiling import Profile
 
 
 def main() -> None:
@@ -38,44 +35,25 @@ def main() -> None:
 
 def measure(llm: LLM, count: int, steps: int) -> dict[str, float]:
     """Median microseconds of each part."""
-    engine, spent = llm.engine, defaultdict[str, list[float]](list)
+    engine = llm.engine
     runner = engine.worker._runner  # type: ignore[attr-defined]
-
-    def timed(name: str, owner: Any, method: str) -> None:
-        call: Callable[..., Any] = getattr(owner, method)
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = call(*args, **kwargs)
-            spent[name].append(1e6 * (time.perf_counter() - began))
-            return result
-
-        setattr(owner, method, wrapper)
-
-    timed("schedule", engine.scheduler, "schedule")
-    timed("commit", engine, "commit")
-    timed("inputs", runner.table, "inputs")
-    timed("attention plan", runner._backends[0], "plan")
-    timed("model", runner.model, "forward")
-    timed("logits", runner.model, "logits")
-    timed("draw", runner, "draw")
-    params = SamplingParams(max_tokens=steps + 50, temperature=0, ignore_eos=True)
-    states = {}
-    for i in range(count):
-        request = llm._maker.make(prompt(16, i), params)
-        states[request.request_id] = RequestState(request, llm.tokenizer)
-        engine.add(request)
-    for step in range(steps + 20):
-        if step == 20:
-            spent.clear()
-        began = time.perf_counter()
-        outputs = engine.step()
-        spent["whole step"].append(1e6 * (time.perf_counter() - began))
-        began = time.perf_counter()
-        for output in outputs:
-            states[output.request_id].push(output)
-        spent["text (front-end)"].append(1e6 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in spent.items()}
+    loop = ClosedLoop(llm, [prompt(16, i) for i in range(count)], steps + 50, count)
+    with Profile() as profile:
+        profile.watch("schedule", engine.scheduler, "schedule")
+        profile.watch("commit", engine, "commit")
+        profile.watch("inputs", runner.table, "inputs")
+        profile.watch("attention plan", runner._backends[0], "plan")
+        profile.watch("model", runner.model, "forward")
+        profile.watch("logits", runner.model, "logits")
+        profile.watch("draw", runner, "draw")
+        profile.watch("whole step", engine, "step")
+        profile.watch("text (front-end)", loop, "text")
+        for _ in range(20):  # the prompts, and what is slow the first time
+            loop.step()
+        profile.seconds.clear()
+        for _ in range(steps):
+            loop.step()
+    return {name: 1e6 * statistics.median(values) for name, values in profile.seconds.items()}
 
 
 if __name__ == "__main__":
