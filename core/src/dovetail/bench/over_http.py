@@ -12,11 +12,13 @@ from dovetail.errors import ConfigError
 if TYPE_CHECKING:
     import aiohttp
 
+EMPTY = (b'"text":""', b'"text": ""', b'"choices":[]', b'"choices": []')
+
 
 def serve_round(url: str, model: str, work: Work, seed: int) -> Figures:
     """`work.concurrency` clients, each sending its next request when the last one is answered.
 
-    A token whose text is empty (half a character, say) may have no event of its own: ITL is the time between events.
+    What counts as a token's coming is an event with text: half a character, say, has none, or not even an event.
     """
     return asyncio.run(_drive(url, model, work, seed))
 
@@ -51,6 +53,12 @@ async def _drive(url: str, model: str, work: Work, seed: int) -> Figures:
     http = _aiohttp()
     clock, queue = Clock(), iter(enumerate(work.prompts(seed, 4000)))
 
+    async def post(session: aiohttp.ClientSession, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        try:
+            return await session.post(f"{url}/v1/completions", json=body)
+        except http.ClientConnectionError:  # a kept connection that the server closed just now: over a new one
+            return await session.post(f"{url}/v1/completions", json=body)
+
     async def client(session: aiohttp.ClientSession) -> None:
         for i, prompt in queue:
             body = {
@@ -58,11 +66,11 @@ async def _drive(url: str, model: str, work: Work, seed: int) -> Figures:
                 "temperature": 0, "ignore_eos": True,
             }  # fmt: skip
             clock.began(str(i), time.perf_counter())
-            async with session.post(f"{url}/v1/completions", json=body) as response:
+            async with await post(session, body) as response:
                 if response.status != 200:
                     raise ConfigError(f"the server answered {response.status}: {await response.text()}")
                 async for line in response.content:
-                    if line.startswith(b"data: {"):
+                    if line.startswith(b"data: {") and not any(empty in line for empty in EMPTY):
                         clock.token(str(i), time.perf_counter())
 
     # A server may close a connection that has been idle since the last round, so each round brings its own.
