@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import signal
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -161,6 +162,7 @@ def main() -> int:
         log.print(f"{ENGINES[name].title}: {reason}")
     engines = [ENGINES[name] for name in (OURS, *args.peers) if name not in missing]
     bench = Bench(engines, peers, args.threads, args.rounds, args.lock)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the engines, which may be standing still
     try:
         for key in args.models:
             for case in args.cases:

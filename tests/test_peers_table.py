@@ -52,6 +52,8 @@ def test_the_table_says_where_an_engine_took_no_part() -> None:
     ]
 
 
-@pytest.mark.parametrize(("value", "text"), [(1234.5, "1234"), (99.94, "99.9"), (9.876, "9.88"), (99.96, "100"), (0.0123, "0.0123")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(1234.5, "1234"), (99.94, "99.9"), (9.876, "9.88"), (99.96, "100"), (0.0123, "0.0123")]
+)
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text

@@ -38,9 +38,7 @@ class LlamaCpp:
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         context = self._context(len(prompts))
         c.llama_memory_clear(c.llama_get_memory(context), True)
-        rows = [
-            (token, i, seq, i == len(prompt) - 1) for seq, prompt in enumerate(prompts) for i, token in enumerate(prompt)
-        ]
+        rows = [(token, i, seq, i == len(prompt) - 1) for seq, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
         out: list[list[int]] = [[] for _ in prompts]
         for _ in range(num_tokens):
             drawn = [t for first in range(0, len(rows), BATCH) for t in self._decode(context, rows[first : first + BATCH])]

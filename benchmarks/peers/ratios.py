@@ -77,4 +77,3 @@ def number(value: float) -> str:
 
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-

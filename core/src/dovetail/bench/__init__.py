@@ -62,17 +62,18 @@ def _measure_engine(kind: str, args: argparse.Namespace, works: list[Work], open
     measure = throughput_round if kind == "throughput" else latency_round
     with open_llm() as llm:
         for work in works:
-            measure(llm, replace(work, output_len=min(4, work.output_len)), 0)  # warm up
+            measure(llm, _short(work), 0)  # warm up
         points = _rounds(args.rounds, works, lambda work, seed: measure(llm, work, seed))
         plan = llm.plan
     if getattr(args, "breakdown", False):
         with open_llm(overlap=False) as llm:
             for i in track(range(len(works)), "timing the parts of a step", console=Console(stderr=True)):
-                points[i].step_us = step_parts(llm, works[i])
+                throughput_round(llm, _short(works[i]), 0)  # warm up
+                points[i].step_us = step_parts(llm, works[i], seed=1)
     return _report(kind, args, display_name(plan.model), plan_summary(plan), points)
 
 
-def step_parts(llm: LLM, work: Work, seed: int = 0) -> Figures:
+def step_parts(llm: LLM, work: Work, seed: int) -> Figures:
     """Mean microseconds of each part of a step: see `Profile.microseconds_a_step`."""
     loop = ClosedLoop(llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency)
     with Profile() as profile:
@@ -85,10 +86,14 @@ def step_parts(llm: LLM, work: Work, seed: int = 0) -> Figures:
 def _measure_server(args: argparse.Namespace, works: list[Work]) -> Report:
     about = about_server(args.url)
     model = args.model or about["model"]
-    serve_round(args.url, model, replace(works[-1], output_len=min(4, args.output_len)), 0)  # warm up
+    serve_round(args.url, model, _short(works[-1]), 0)  # warm up
     points = _rounds(args.rounds, works, lambda work, seed: serve_round(args.url, model, work, seed))
     server = {"version": about.get("version"), "fingerprint": about.get("plan")}
     return _report("serve", args, display_name(model), server, points)
+
+
+def _short(work: Work) -> Work:
+    return replace(work, output_len=min(4, work.output_len))
 
 
 def _rounds(count: int, works: list[Work], measure: Callable[[Work, int], Figures]) -> list[Point]:
