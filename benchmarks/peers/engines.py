@@ -242,7 +242,7 @@ class Server(Process):
         while time.monotonic() < limit:
             if self.popen.poll() is not None:
                 raise self.failure()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as response:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
                 if response.status == 200:
                     return
             time.sleep(0.1)
