@@ -29,7 +29,7 @@ from rich.console import Console
 from dovetail.bench.load import Work
 from dovetail.bench.machine import in_words, machine
 from dovetail.bench.over_http import serve_round
-from dovetail.errors import DovetailError
+from dovetail.errors import ConfigError, DovetailError
 
 BATCH = {"a": 32, "c": 64}
 CASES = {
@@ -83,12 +83,15 @@ class Bench:
                 with self._machine_to_itself():
                     process = kind(engine, folder_of(key), self._peers, self._threads)
             except PeerFailed as e:
-                log.print(e.message)
-                self.failed[f"{key} {case} {engine.name}"] = e.message
+                self._note_failure(engine, key, case, e)
                 continue
             started.append(process)
             stack.callback(process.close)
         return started
+
+    def _note_failure(self, engine: Engine, key: str, case: str, error: DovetailError) -> None:
+        log.print(f"{engine.title}: {error.message}")
+        self.failed[f"{key} {case} {engine.name}"] = error.message
 
     def _in_process(self, key: str, case: str) -> None:
         count = BATCH[key] if case == "B" else 1
@@ -121,9 +124,13 @@ class Bench:
         engines = [e for e in self.engines if e.server_missing(self._peers) is None]
         with contextlib.ExitStack() as stack:
             servers = self._start(Server, engines, key, case, stack)
-            for server in servers:
-                with self._machine_to_itself(), server.running():
-                    serve_round(server.url, "m", HTTP, 0)  # warm up
+            for server in list(servers):
+                try:
+                    with self._machine_to_itself(), server.running():
+                        serve_round(server.url, "m", HTTP, 0)  # warm up
+                except ConfigError as e:
+                    servers.remove(server)
+                    self._note_failure(server.engine, key, case, e)
             for number in range(1, self._num_rounds + 1):
                 with self._machine_to_itself():
                     for server in in_turn(servers, number):

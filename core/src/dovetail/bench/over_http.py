@@ -53,12 +53,6 @@ async def _drive(url: str, model: str, work: Work, seed: int) -> Figures:
     http = _aiohttp()
     clock, queue = Clock(), iter(enumerate(work.prompts(seed, 4000)))
 
-    async def post(session: aiohttp.ClientSession, body: dict[str, Any]) -> aiohttp.ClientResponse:
-        try:
-            return await session.post(f"{url}/v1/completions", json=body)
-        except http.ClientConnectionError:  # a kept connection that the server closed just now: over a new one
-            return await session.post(f"{url}/v1/completions", json=body)
-
     async def client(session: aiohttp.ClientSession) -> None:
         for i, prompt in queue:
             body = {
@@ -66,15 +60,16 @@ async def _drive(url: str, model: str, work: Work, seed: int) -> Figures:
                 "temperature": 0, "ignore_eos": True,
             }  # fmt: skip
             clock.began(str(i), time.perf_counter())
-            async with await post(session, body) as response:
+            async with session.post(f"{url}/v1/completions", json=body) as response:
                 if response.status != 200:
                     raise ConfigError(f"the server answered {response.status}: {await response.text()}")
                 async for line in response.content:
                     if line.startswith(b"data: {") and not any(empty in line for empty in EMPTY):
                         clock.token(str(i), time.perf_counter())
 
-    # A server may close a connection that has been idle since the last round, so each round brings its own.
-    async with http.ClientSession(timeout=http.ClientTimeout(total=None)) as session:
+    # A connection a request: some servers close a kept one without a word, just when the next request takes it.
+    connector, patience = http.TCPConnector(force_close=True), http.ClientTimeout(total=None)
+    async with http.ClientSession(connector=connector, timeout=patience) as session:
         began = time.perf_counter()
         try:
             await asyncio.gather(*(client(session) for _ in range(work.concurrency)))
