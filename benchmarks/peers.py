@@ -44,7 +44,7 @@ ONLY_TINY = ("D", "E")
 
 T = TypeVar("T")
 P = TypeVar("P", Driver, Server)
-log = Console(stderr=True, highlight=False, markup=False)
+log = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bench:
@@ -186,7 +186,7 @@ def main() -> int:
 def _tell(bench: Bench, args: argparse.Namespace, missing: dict[str, str]) -> None:
     table, here, date = rows(bench.rounds, OURS), machine(), time.strftime("%Y-%m-%d")
     print(f"{in_words(here)} ({', '.join(here['flags'])}), {args.threads} threads, 16 bit, {date}, {args.rounds} rounds")
-    print(", ".join(f"{ENGINES[name].title} {version}" for name, version in bench.versions.items()), "\n")
+    print(", ".join(f"{ENGINES[name].title} {version}" for name, version in bench.versions.items()) + "\n")
     print(markdown(table, {e.name: e.title for e in bench.engines}, OURS))
     for name, reason in missing.items():
         print(f"\n{ENGINES[name].title}: {reason}")
