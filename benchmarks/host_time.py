@@ -10,7 +10,6 @@ time: the step without them, and the front-end's text. Text is measured both way
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 import sys
@@ -20,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models import folder_of, machine, prompt
+from models import folder_of, prompt
 
 from dovetail import LLM, SamplingParams
+from dovetail.bench.machine import machine
 from dovetail.frontend.outputs import RequestState
 
 
@@ -75,7 +75,7 @@ def time_parts(llm: LLM) -> None:
     timed("commit", engine, "commit")
     timed("model", runner.model, "forward")
     timed("logits", runner.model, "logits")
-    timed("argmax", importlib.import_module("dovetail_worker_torch.runner"), "greedy")
+    timed("argmax", runner._drawing, "best")
     timed("draw", runner, "draw")
 
 

@@ -7,7 +7,6 @@ the shape of Pythia-160M; e: a small Gemma 2.
 from __future__ import annotations
 
 import os
-import platform
 import random
 import shutil
 from pathlib import Path
@@ -72,10 +71,3 @@ def prompt(length: int, seed: int) -> list[int]:
     """Random token ids, none of them special."""
     rng = random.Random(seed)
     return [rng.randrange(300, 4000) for _ in range(length)]
-
-
-def machine() -> str:
-    """For results: the processor, and how many cores of it there are."""
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-        name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"

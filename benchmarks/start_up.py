@@ -18,7 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from models import folder_of, machine
+from models import folder_of
+
+from dovetail.bench.machine import machine
 
 STAGES = {
     b"loading weights \xe2\x80\xa6": "imports, plan, model built",

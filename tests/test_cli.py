@@ -95,7 +95,28 @@ def test_bench_prints_and_writes_figures(kind: str, tmp_path: Path) -> None:
     out = run("bench", kind, "demo", *args, *(["--num-requests", "3"] if kind == "throughput" else []))
     assert out.returncode == 0, out.stderr
     assert "tokens/s" in out.stdout
-    assert len(json.loads(path.read_text())["rounds"]) == 2
+    assert len(json.loads(path.read_text())["points"][0]["rounds"]) == 2
+
+
+def test_bench_serve_sweeps_a_running_server(tmp_path: Path) -> None:
+    path, plots = tmp_path / "out.json", tmp_path / "plots"
+    with subprocess.Popen(
+        [*DOVETAIL, "serve", "demo", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            url = next(m.group(1) for line in server.stdout if (m := re.search(r"Ready: (\S+)", line)))
+            sizes = ["--input-len", "8", "--output-len", "4", "--rounds", "2", "--concurrency", "1,2"]
+            out = run("bench", "serve", "--url", url, *sizes, "--json", str(path), "--plot", str(plots))
+        finally:
+            server.terminate()
+    assert out.returncode == 0, out.stderr
+    assert "requests/s" in out.stdout
+    data = json.loads(path.read_text())
+    assert data["model"] == "demo"
+    assert re.fullmatch(r"[0-9a-f]{16}", data["plan"]["fingerprint"])
+    assert [(p["concurrency"], p["num_requests"], len(p["rounds"])) for p in data["points"]] == [(1, 4, 2), (2, 8, 2)]
+    assert sorted(p.name for p in plots.iterdir()) == ["serve.html", "serve.png"]
 
 
 def test_a_hub_id_goes_to_the_hub(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dovetail.errors import PluginError
 from dovetail.facts import device_facts
-from dovetail.native import build_library
+from dovetail.native import build_library, zeros
 
 ONE = """#include <dovetail/pieces.h>
 extern "C" int one() { return 1; }
@@ -120,3 +120,10 @@ def test_two_processes_build_once(compiler, tmp_path):
     assert [p.exitcode for p in both] == [0, 0]
     calls = (tmp_path / "calls").read_text().count("call")
     assert calls == 2 + 1, "one compiles two sources and links"
+
+
+def test_zeros_can_be_written():
+    for size in (0, 1, 3 << 20):
+        memory = zeros(size)
+        assert not any(memory[:])
+        memory[-1:] = b"x"

@@ -14,7 +14,7 @@ from dovetail.facts import device_facts
 from dovetail.native import cache_folder
 from dovetail_worker_torch.linear import Part
 from dovetail_worker_torch.native import Kernels
-from dovetail_worker_torch.packed import PackedLinear, huge_zeros
+from dovetail_worker_torch.packed import PackedLinear
 
 BUILDS = {
     "native": {},
@@ -119,13 +119,6 @@ def test_weights_of_another_type_are_converted(kernels: Kernels) -> None:
     linear = PackedLinear(kernels, [Part("w", 20)], 40, False, torch.bfloat16)
     linear.targets()["w.weight"].store(weight)
     assert torch.equal(linear.rows(torch.arange(20)), weight.bfloat16())
-
-
-def test_huge_zeros() -> None:
-    assert huge_zeros(0).sum() == 0
-    memory = huge_zeros(3 << 20)
-    assert memory.sum() == 0
-    memory[-1] = 1
 
 
 def test_the_library_is_built_once(kernels: Kernels) -> None:

@@ -76,13 +76,28 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--output-len", type=int, default=64, help="tokens to generate (default 64)")
         sub.add_argument("--rounds", type=int, default=5, help="repeats; the median is reported (default 5)")
         sub.add_argument("--json", metavar="FILE", help="also write the results to a file")
-        if kind != "latency":
-            sub.add_argument("--num-requests", type=int, default=64)
+        if kind == "latency":
+            sub.set_defaults(plot=None)
+        else:
+            waves, together = ("as many as run at a time", "all, or 64") if kind == "throughput" else ("4 × those", "16")
+            sub.add_argument("--num-requests", type=int, help=f"requests of a round (default: {waves})")
+            at_a_time = f"requests at a time; several are a sweep (default: {together})"
+            sub.add_argument("--concurrency", type=_counts, metavar="N,N,…", help=at_a_time)
+            sub.add_argument("--plot", metavar="FOLDER", help="also write plots: PNG, and one self-contained page of HTML")
+        if kind == "throughput":
+            sub.add_argument("--breakdown", action="store_true", help="also time the parts of a step (without overlap)")
         if kind == "serve":
             sub.add_argument("--url", default="http://127.0.0.1:8000")
-            sub.add_argument("--concurrency", type=int, default=16)
         _engine_flags(sub)
     return parser
+
+
+def _counts(text: str) -> list[int]:
+    """`1,2,4` as numbers, each at least 1."""
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1 or len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different counts, such as 1,2,4,8")
+    return counts
 
 
 _FLAGS: tuple[tuple[str, str, type, str], ...] = (
@@ -185,9 +200,9 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from dovetail import bench
+    from dovetail.cli.run import bench
 
-    return bench.run(args.kind, args, args.config_file, _config_values(args))
+    return bench(args.kind, args, args.config_file, _config_values(args))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""`dovetail serve`, `generate` and `chat`."""
+"""`dovetail serve`, `generate`, `chat` and `bench`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,13 @@ def chat(config_file: str | None, values: dict[str, Any], system: str | None, pa
             print()
             messages.append({"role": "assistant", "content": text})
     return 0
+
+
+def bench(kind: str, args: argparse.Namespace, config_file: str | None, values: dict[str, Any]) -> int:
+    """Measure: see `dovetail.bench`."""
+    from dovetail import bench
+
+    return bench.run(kind, args, lambda **more: _loaded(config_file, {**values, **more}))
 
 
 @contextmanager

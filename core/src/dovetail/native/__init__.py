@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from dovetail.native.build import INCLUDE, build_library, cache_folder, openmp_of
+from dovetail.native.memory import zeros
 
-__all__ = ["INCLUDE", "build_library", "cache_folder", "openmp_of"]
+__all__ = ["INCLUDE", "build_library", "cache_folder", "openmp_of", "zeros"]

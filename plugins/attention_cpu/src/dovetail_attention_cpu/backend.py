@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from torch import Tensor
 from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
+from dovetail.native import zeros
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LONG_COST = 5e6
@@ -124,7 +126,8 @@ class CpuAttention:
     def allocate_cache(self, spec: KVCacheSpec) -> Tensor:
         _check(spec.num_kv_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
         shape = (spec.num_blocks, spec.num_kv_heads, 2, spec.block_size, spec.head_size)
-        return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+        dtype, count = getattr(torch, spec.dtype), math.prod(shape)
+        return torch.frombuffer(zeros(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
     def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
         steps: dict[tuple[int, int, int, int | None], Step] = {}

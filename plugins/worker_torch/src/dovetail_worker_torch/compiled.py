@@ -26,7 +26,7 @@ from dovetail_worker_torch.native import (
     RotateOp,
     StepStruct,
 )
-from dovetail_worker_torch.packed import PackedLinear, padded
+from dovetail_worker_torch.packed import PackedLinear, lazy_zeros, padded
 
 LONG_STEP = 1 << 28
 """Multiply-adds above which a step lets go of Python's lock."""
@@ -54,12 +54,12 @@ class CompiledDecoder:
         qkv_heads = c.num_heads + 2 * c.num_kv_heads
 
         def buffer(size: int, dtype: torch.dtype = self._dtype) -> Tensor:
-            return torch.zeros(n, padded(size), dtype=dtype)  # untouched zeros take no memory
+            return lazy_zeros(n, padded(size), dtype=dtype)
 
         self._hidden, self._x, self._delta = (buffer(c.hidden_size) for _ in range(3))
         self._qkv, self._seen = buffer(qkv_heads * c.head_size), buffer(c.num_heads * c.head_size)
         self._gate_up, self._gated = buffer(2 * c.intermediate_size), buffer(c.intermediate_size)
-        self._angles = torch.zeros(n, c.head_size)
+        self._angles = lazy_zeros(n, c.head_size, dtype=torch.float32)
         self._inv_freq = c.inv_freq.contiguous()
         self._keep = []
         ops = [op for compiled in self._operations(backends, caches) for op in self._kept(compiled)]

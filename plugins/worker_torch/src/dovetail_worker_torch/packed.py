@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.interfaces.compiled import Compiled
+from dovetail.native import zeros
 from dovetail_worker_torch.checkpoint import Target, into
 from dovetail_worker_torch.linear import Part
 from dovetail_worker_torch.native import TYPES, Kernels, LinearCall, LinearOp, LinearStruct
@@ -26,12 +26,10 @@ def padded(size: int, unit: int = DEPTH_UNIT) -> int:
     return -(-size // unit) * unit
 
 
-def huge_zeros(num_bytes: int) -> Tensor:
-    """u8[num_bytes] of zeros, in large pages where the system has them: fewer address translations as weights stream by."""
-    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory before they are touched."""
+    count = math.prod(shape)
+    return torch.frombuffer(zeros(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
 class PackedLinear:
@@ -44,7 +42,7 @@ class PackedLinear:
         self._struct = LinearStruct(TYPES[dtype], self.out_features, in_features, None, None)
         self._address = ctypes.addressof(self._struct)
         # What fills up the last panel stays zero.
-        self._weight = huge_zeros(kernels.holding.dovetail_weight_bytes(self._address))
+        self._weight = lazy_zeros(kernels.holding.dovetail_weight_bytes(self._address), dtype=torch.uint8)
         self._struct.weight = self._weight.data_ptr()
         self._bias = torch.zeros(padded(self.out_features, PANEL)) if bias else None
         if self._bias is not None:

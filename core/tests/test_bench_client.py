@@ -9,8 +9,8 @@ from contextlib import closing
 
 import pytest
 
+from dovetail.bench.client import drive
 from dovetail.errors import ConfigError
-from dovetail.load import drive
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": []}\n\n'

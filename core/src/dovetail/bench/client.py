@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 from dovetail.errors import ConfigError
 
 RECEIVE = 1 << 16
 _EVENT, _END = b"data: {", b"\r\n0\r\n\r\n"
 """The start of an event, and the end of a chunked body."""
+_NO_TEXT = (b'"text":""', b'"text": ""', b'"choices":[]', b'"choices": []')
+"""In an event that brings no token's text: half a character, or the usage."""
 
 
 @dataclass
@@ -36,39 +37,63 @@ class Measured:
 
 
 class _Client:
-    """One connection, with one request at a time."""
+    """One connection at a time, with one request at a time."""
 
-    def __init__(self, address: tuple[str, int], requests: Iterator[bytes], measured: Measured) -> None:
-        self.sock = socket.create_connection(address)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._requests = requests
-        self._measured = measured
-        self._head = b""
-        self._tail = b""
+    def __init__(
+        self, address: tuple[str, int], requests: Iterator[bytes], measured: Measured, selector: selectors.BaseSelector
+    ) -> None:
+        self._address, self._requests, self._measured, self._selector = address, requests, measured, selector
+        self._head = self._tail = self._request = b""
         self._began = self._last = 0.0
+        self._kept = False
+        """The connection has served a request."""
+        self._connect()
+
+    def _connect(self) -> None:
+        self._sock = socket.create_connection(self._address)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._selector.register(self._sock, selectors.EVENT_READ, self)
+
+    def close(self) -> None:
+        self._selector.unregister(self._sock)
+        self._sock.close()
 
     def send(self) -> bool:
         """Send the next request; False if there is none."""
         request = next(self._requests, None)
         if request is None:
             return False
+        self._request = request
         self._head = self._tail = b""
         self._last = 0.0
         self._began = time.perf_counter()
-        self.sock.sendall(request)
+        self._sock.sendall(request)
         return True
+
+    def _send_again(self) -> None:
+        """On a new connection: some servers close a kept one without a word, just as the next request goes out."""
+        self.close()
+        self._connect()
+        self._sock.sendall(self._request)
 
     def receive(self) -> bool:
         """Take what has come; True at the end of the answer."""
-        data = self.sock.recv(RECEIVE)
+        try:
+            data = self._sock.recv(RECEIVE)
+        except ConnectionResetError:
+            data = b""
         now = time.perf_counter()
-        if len(self._head) < 12:
+        if data and len(self._head) < 12:
             self._head += data[:12]
             if len(self._head) >= 12 and not self._head.endswith(b" 200"):
                 raise ConfigError(f"the server answered {(self._head + data[12:]).decode(errors='replace')[:1000]}")
+        if not data and not self._head and self._kept:
+            self._kept = False
+            self._send_again()
+            return False
         if not data:
             raise ConfigError("the server closed a connection in the middle of an answer")
-        num_events = data.count(_EVENT)
+        num_events = data.count(_EVENT) - sum(map(data.count, _NO_TEXT))
         if num_events:
             self._measured.num_events += num_events
             if self._last:
@@ -77,7 +102,8 @@ class _Client:
                 self._measured.ttft.append(now - self._began)
             self._last = now
         self._tail = (self._tail + data)[-len(_END) :]
-        return self._tail == _END
+        self._kept = self._tail == _END
+        return self._kept
 
 
 def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
@@ -87,11 +113,10 @@ def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
     requests = iter([_encode(parts.netloc, body) for body in bodies])
     measured = Measured()
     with selectors.DefaultSelector() as selector:
-        clients = [_Client(address, requests, measured) for _ in range(min(concurrency, len(bodies)))]
+        clients = [_Client(address, requests, measured, selector) for _ in range(min(concurrency, len(bodies)))]
         try:
             began = time.perf_counter()
             for client in clients:
-                selector.register(client.sock, selectors.EVENT_READ, client)
                 client.send()
             num_busy = len(clients)
             while num_busy:
@@ -101,17 +126,8 @@ def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
             measured.seconds = time.perf_counter() - began
         finally:
             for client in clients:
-                client.sock.close()
+                client.close()
     return measured
-
-
-def served_model(url: str) -> str:
-    """The name of the model that a server serves. Raises `ConfigError` if there is no server."""
-    try:
-        with urlopen(f"{url}/v1/models", timeout=10) as response:
-            return str(json.load(response)["data"][0]["id"])
-    except (OSError, ValueError, LookupError) as e:
-        raise ConfigError(f"no server at {url}: {e}") from None
 
 
 def _encode(host: str, body: dict[str, Any]) -> bytes:

@@ -1,0 +1,63 @@
+"""What a figure means nothing without: the machine, and what the engine was made of."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from dovetail.facts import device_facts
+from dovetail.plan import Plan
+
+# Those that decide which matrix and attention kernels a CPU can run.
+FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_fp16",
+    "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
+)  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    facts = device_facts()
+    return {
+        "cpu": cpu_name(),
+        "num_cores": facts.num_cores,
+        "memory_gib": round(facts.memory_bytes / 2**30, 1),
+        "num_gpus": facts.num_gpus,
+        "flags": [f for f in FLAGS if f in facts.cpu_flags],
+        "system": f"{facts.system} {facts.machine}",
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """As the operating system has it; the architecture where it has none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['num_cores']} cores"
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan as far as it decides speed; a model folder goes by its name, so that results can be shown to others."""
+    return {
+        "fingerprint": plan.fingerprint,
+        "model": display_name(plan.model),
+        "architecture": plan.architecture,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "overlap": plan.overlap,
+        "choices": {
+            socket: {"provider": c.provider, "distribution": f"{c.distribution} {c.version}", "options": c.options}
+            for socket, c in plan.choices.items()
+        },
+    }
+
+
+def display_name(model: str) -> str:
+    return Path(model).name if Path(model).is_dir() else model
