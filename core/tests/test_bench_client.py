@@ -13,8 +13,10 @@ from dovetail.bench.client import drive
 from dovetail.errors import ConfigError
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-EVENT = b'data: {"choices": []}\n\n'
+EVENT = b'data: {"choices": [{"text": " so"}]}\n\n'
+USAGE = b'data: {"choices": [], "usage": {}}\n\n'
 END = b"0\r\n\r\n"
+CLOSE = b""  # among the pieces: one answer a connection, which is then closed without a word
 
 
 def chunk(data: bytes) -> bytes:
@@ -35,6 +37,8 @@ def serve() -> Iterator[Serve]:
                 while sock.recv(1 << 16):
                     for piece in pieces:
                         sock.sendall(piece)
+                    if CLOSE in pieces:
+                        return
 
         def accept(pieces: list[bytes]) -> None:
             while True:
@@ -56,7 +60,8 @@ def serve() -> Iterator[Serve]:
     "pieces",
     [
         [HEAD + chunk(EVENT) + chunk(EVENT) + chunk(b"data: [DONE]\n\n") + END],
-        [HEAD, chunk(EVENT), chunk(EVENT), chunk(b"data: [DONE]\n\n"), END],
+        [HEAD, chunk(EVENT), chunk(EVENT), chunk(USAGE), chunk(b"data: [DONE]\n\n"), END],
+        [HEAD + chunk(EVENT) + chunk(EVENT) + END, CLOSE],
         [HEAD[:5], HEAD[5:] + chunk(EVENT), chunk(EVENT) + chunk(b"data: [DONE]\n\n") + END[:2], END[2:]],
     ],
 )
@@ -72,3 +77,8 @@ def test_a_refusal_is_an_error_with_the_servers_words(serve: Serve) -> None:
     url = serve([b"HTTP/1.1 400 Bad Request\r\nContent-Length: 9\r\n\r\nno prompt"])
     with pytest.raises(ConfigError, match="no prompt"):
         drive(url, [{}], 1)
+
+
+def test_an_answer_that_breaks_off_is_an_error(serve: Serve) -> None:
+    with pytest.raises(ConfigError, match="in the middle of an answer"):
+        drive(serve([HEAD + chunk(EVENT), CLOSE]), [{}], 1)

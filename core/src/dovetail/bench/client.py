@@ -55,8 +55,10 @@ class _Client:
         self._selector.register(self._sock, selectors.EVENT_READ, self)
 
     def close(self) -> None:
-        self._selector.unregister(self._sock)
-        self._sock.close()
+        """Idempotent."""
+        if self._sock.fileno() >= 0:
+            self._selector.unregister(self._sock)
+            self._sock.close()
 
     def send(self) -> bool:
         """Send the next request; False if there is none."""
@@ -84,9 +86,9 @@ class _Client:
             data = b""
         now = time.perf_counter()
         if data and len(self._head) < 12:
-            self._head += data[:12]
+            self._head = (self._head + data)[:12]
             if len(self._head) >= 12 and not self._head.endswith(b" 200"):
-                raise ConfigError(f"the server answered {(self._head + data[12:]).decode(errors='replace')[:1000]}")
+                raise ConfigError(f"the server answered {data.decode(errors='replace')[:1000]}")
         if not data and not self._head and self._kept:
             self._kept = False
             self._send_again()
@@ -122,6 +124,7 @@ def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
             while num_busy:
                 for key, _ in selector.select():
                     if key.data.receive() and not key.data.send():
+                        key.data.close()
                         num_busy -= 1
             measured.seconds = time.perf_counter() - began
         finally:
