@@ -35,6 +35,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/over_http.py
 	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/linear_cpu.py
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/bridge_compile.py
 

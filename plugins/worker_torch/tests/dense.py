@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dovetail.facts import device_facts
 from dovetail.interfaces.attention import AttentionLayer
-from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
+from dovetail.interfaces.compiled import AttentionCall, Compiled, Op, StepHeader
 from dovetail_worker_torch.compiled import CompiledDecoder
 from dovetail_worker_torch.decoder import Decoder
 from dovetail_worker_torch.model import load_model
-from dovetail_worker_torch.native import Kernels, StepStruct
+from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
 
 CPU = torch.device("cpu")
@@ -70,8 +70,8 @@ class DenseAttention:
 class CalledAttention:
     """A `CompiledAttention` of one operation, which calls a `DenseAttention` back. For one thread."""
 
-    OPERATION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(StepStruct), ctypes.c_int32, ctypes.c_int32)
-    PIECES = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(StepStruct))
+    OPERATION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(StepHeader), ctypes.c_int32, ctypes.c_int32)
+    PIECES = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(StepHeader))
 
     def __init__(self) -> None:
         self.attention: DenseAttention | None = None

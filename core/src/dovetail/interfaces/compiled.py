@@ -20,6 +20,15 @@ class Op(ctypes.Structure):
     _fields_ = [("pieces", ctypes.c_void_p), ("piece", ctypes.c_void_p), ("self", ctypes.c_void_p)]
 
 
+class StepHeader(ctypes.Structure):
+    """`dovetail_step`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("num_tokens", "num_threads")),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "positions", "attention")),
+    ]
+
+
 class AttentionCall(ctypes.Structure):
     """`dovetail_attention_call`."""
 
@@ -38,7 +47,10 @@ class Compiled(NamedTuple):
 
 
 class CompiledAttention(AttentionBackend, Protocol):
-    """An attention backend that declares `compiled_steps`."""
+    """An attention backend that declares `compiled_steps`.
+
+    A step runs on as many threads as the tensor library is set to use when `plan` is called.
+    """
 
     def compile(self, layer: AttentionLayer, cache: Any, call: AttentionCall) -> Compiled:
         """The operations of `run` for one layer: write the keys and values, attend."""

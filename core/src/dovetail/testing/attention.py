@@ -14,14 +14,16 @@ import itertools
 import os
 import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytest
 
 from dovetail.facts import DeviceFacts, device_facts
 from dovetail.interfaces.attention import AttentionBackend, AttentionCapabilities
+from dovetail.interfaces.compiled import CompiledAttention
 from dovetail.provider import Provider
 from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, plain, random_spec
+from dovetail.testing.compiled import operands, run_operations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,6 +208,25 @@ class AttentionContract:
                 f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out different in a batch "
                 f"with other rows than in one prefill\n{self.repeat(part.spec)}"
             )
+
+    @pytest.mark.parametrize("index", range(8))
+    def test_compiled_steps_do_what_run_does(self, index: int) -> None:
+        """The operations give the bits of `run`, whatever the order of an operation's pieces and whoever does them; q, k
+        and v lie side by side in one buffer, as they leave a fused projection."""
+        import torch
+
+        self.needs("compiled_steps")
+        backend = cast(CompiledAttention, self.backend)
+        step = Step(random_spec(self.can, RUN_SEED + 3000 + index), self.device)
+        expected, expected_cache = self.run(step)
+        cache, plan = self.fill(step), backend.plan(step.batch(), [step.layer], step.spec.block_size)
+        call, out = operands(step)
+        compiled = backend.compile(step.layer, cache, call)
+        run_operations(compiled.ops, {step.layer.index: backend.address(step.layer, plan)}, len(step.q), RUN_SEED + index)
+        assert torch.equal(out, expected), f"compiled operations and run differ\n{self.repeat(step.spec)}"
+        blocks = list(range(step.num_blocks))
+        for ours, theirs in zip(backend.export_kv(cache, blocks), backend.export_kv(expected_cache, blocks), strict=True):
+            assert _same(ours, theirs), f"compiled operations and run leave different caches\n{self.repeat(step.spec)}"
 
     # The cache.
 

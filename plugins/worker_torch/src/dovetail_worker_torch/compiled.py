@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dovetail.interfaces.compiled import AttentionCall, Compiled, CompiledAttention, Op
+from dovetail.interfaces.compiled import AttentionCall, Compiled, CompiledAttention, Op, StepHeader
 from dovetail_worker_torch.decoder import Decoder, DecoderLayer
 from dovetail_worker_torch.model import Attend
 from dovetail_worker_torch.native import (
@@ -24,7 +24,6 @@ from dovetail_worker_torch.native import (
     Kernels,
     NormOp,
     RotateOp,
-    StepStruct,
 )
 from dovetail_worker_torch.packed import PackedLinear, lazy_zeros, padded
 
@@ -46,7 +45,7 @@ class CompiledDecoder:
         )
         self._keep: list[Any] = []
         self._program: Program | None = None
-        self._step = StepStruct()
+        self._step = StepHeader()
 
     def bind(self, backends: Sequence[Any], caches: Sequence[Any]) -> None:
         """Make the buffers and the program; `backends` (each a `CompiledAttention`) and `caches` by layer."""
@@ -140,7 +139,7 @@ class Program:
         self._kernels = kernels
         self._pointer = kernels.holding.dovetail_new_program((Op * len(ops))(*ops), len(ops))
 
-    def run(self, step: StepStruct, *, hold: bool) -> None:
+    def run(self, step: StepHeader, *, hold: bool) -> None:
         """`hold` keeps Python's lock."""
         functions = self._kernels.holding if hold else self._kernels.functions
         functions.dovetail_run_program(self._pointer, ctypes.addressof(step), None)

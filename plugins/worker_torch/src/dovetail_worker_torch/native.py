@@ -55,12 +55,6 @@ class GateOp(ctypes.Structure):
     _fields_ = [("x", _p), ("out", _p), ("x_stride", _n), ("out_stride", _n), ("size", _i), ("activation", _i), ("type", _i)]
 
 
-class StepStruct(ctypes.Structure):
-    """`dovetail_step`."""
-
-    _fields_ = [("num_tokens", _i), ("num_threads", _i), ("token_ids", _p), ("positions", _p), ("attention", _p)]
-
-
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_weight_bytes": (_n, [_p]),
     "dovetail_pack": (None, [_p, _p, _n, _n, _n]),
