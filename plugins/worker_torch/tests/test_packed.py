@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dovetail.facts import device_facts
-from dovetail.native import cache_folder
+from dovetail.native import build_library, cache_folder
 from dovetail_worker_torch.linear import Part
-from dovetail_worker_torch.native import Kernels
+from dovetail_worker_torch.native import SOURCES, Kernels
 from dovetail_worker_torch.packed import PackedLinear
 
 BUILDS = {
@@ -52,6 +54,15 @@ def check(linear: PackedLinear, x: Tensor, weight: Tensor, bias: Tensor | None, 
     assert out.dtype is dtype
     assert ((out.double() - exact).abs() <= allowed).all()
     return out
+
+
+def test_the_kernels_compile_for_amx(tmp_path: Path) -> None:
+    """Where it cannot run, its arithmetic is tested by emulation; this is the rest."""
+    facts = device_facts()
+    known = subprocess.run([str(facts.compiler), "-march=sapphirerapids", "-E", "-xc++", "/dev/null"], capture_output=True)
+    if known.returncode != 0:
+        pytest.skip("this compiler does not know AMX")
+    build_library("worker-torch", SOURCES, facts, target="amx", folder=tmp_path)
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dovetail.native.build import INCLUDE, build_library, cache_folder, openmp_of
+from dovetail.native.build import INCLUDE, Target, build_library, cache_folder, openmp_of
 from dovetail.native.memory import zeros
 
-__all__ = ["INCLUDE", "build_library", "cache_folder", "openmp_of", "zeros"]
+__all__ = ["INCLUDE", "Target", "build_library", "cache_folder", "openmp_of", "zeros"]

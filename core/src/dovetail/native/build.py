@@ -30,12 +30,17 @@ INCLUDE = Path(__file__).parent / "include"
 """Headers that every library may include: vectors (dovetail/vec.h), number types (dovetail/element.h), compiled steps
 (dovetail/step.h)."""
 
-Target = Literal["native", "avx2"]
-"""Instructions to compile for: all that this CPU has, or AVX2 alone."""
+Target = Literal["native", "avx2", "amx"]
+"""Instructions to compile for: all that this CPU has, AVX2 alone, or those of the first CPUs with AMX (which an older CPU can
+compile for, and not run)."""
 
 # -ffp-contract=off: multiply-adds are written out, so that what the compiler inlines where cannot change a result.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", f"-I{INCLUDE}")
-TARGETS: dict[str, tuple[str, ...]] = {"native": ("-march=native",), "avx2": ("-march=x86-64-v3",)}
+TARGETS: dict[Target, tuple[str, ...]] = {
+    "native": ("-march=native",),
+    "avx2": ("-march=x86-64-v3",),
+    "amx": ("-march=sapphirerapids",),
+}
 NUM_ERROR_LINES = 15
 
 
@@ -62,7 +67,7 @@ def build_library(
     sources: Path,
     facts: DeviceFacts,
     *,
-    target: str = "native",
+    target: Target = "native",
     defines: Sequence[str] = (),
     openmp: Path | None = None,
     folder: Path | None = None,

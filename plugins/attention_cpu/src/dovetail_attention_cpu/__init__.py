@@ -13,7 +13,7 @@ from pydantic import Field
 from dovetail.facts import DeviceFacts
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.native import build_library, openmp_of
+from dovetail.native import Target, build_library, openmp_of
 from dovetail.provider import Context, Options, Provider, Reason
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def why_not(context: Context) -> list[Reason]:
     return reasons
 
 
-def load_kernel(facts: DeviceFacts, target: str = "native") -> Path:
+def load_kernel(facts: DeviceFacts, target: Target = "native") -> Path:
     """The compiled library. It shares PyTorch's threads."""
     return build_library("attention-cpu", SOURCES, facts, target=target, openmp=openmp_of("torch"))
 

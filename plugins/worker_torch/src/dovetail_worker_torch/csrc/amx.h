@@ -10,7 +10,6 @@
 #define DOVETAIL_AMX 1
 #elif defined(__AMX_BF16__) && defined(__AMX_TILE__)
 #define DOVETAIL_AMX 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -87,23 +86,26 @@ inline bool amx_allowed() {
   }();
   return allowed;
 }
-inline void configure(const TileConfig& c) { _tile_loadconfig(&c); }
-inline void release_tiles() { _tile_release(); }
+
+// Not the compiler's intrinsics: those take a tile's number as a word of the source, and some compilers' do not say that
+// they read memory.
+inline void configure(const TileConfig& c) { asm volatile("ldtilecfg %0" : : "m"(c) : "memory"); }
+inline void release_tiles() { asm volatile("tilerelease" : : : "memory"); }
 template <int T>
 void tile_zero() {
-  _tile_zero(T);
+  asm volatile("tilezero %%tmm%c0" : : "i"(T));
 }
 template <int T>
 void tile_load(const void* p, int64_t stride) {
-  _tile_loadd(T, p, stride);
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
 void tile_store(void* p, int64_t stride) {
-  _tile_stored(T, p, stride);
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int C, int A, int B>
 void tile_dot() {
-  _tile_dpbf16ps(C, A, B);
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
 }
 
 #endif
