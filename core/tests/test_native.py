@@ -6,33 +6,13 @@ import ctypes
 import multiprocessing
 import stat
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from native_build import build, sources
 
 from dovetail.errors import PluginError
 from dovetail.facts import device_facts
 from dovetail.native import build_library, zeros
-
-ONE = """#include <dovetail/pieces.h>
-extern "C" int one() { return 1; }
-"""
-TWO = """#include <dovetail/vec.h>
-extern "C" int one();
-extern "C" int two() { return one() + 1; }
-"""
-
-
-def sources(folder: Path) -> Path:
-    path = folder / "csrc"
-    path.mkdir(exist_ok=True)
-    (path / "one.cpp").write_text(ONE)
-    (path / "two.cpp").write_text(TWO)
-    return path
-
-
-def build(facts, folder):
-    return build_library("kernels", sources(folder.parent), facts, folder=folder)
 
 
 def test_a_library_is_compiled_from_all_its_sources(tmp_path):
