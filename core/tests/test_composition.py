@@ -249,7 +249,7 @@ def test_a_context_longer_than_the_models_is_refused(model: Path) -> None:
 
 
 def test_too_little_kv_memory_says_what_would_fit(model: Path, simulated: Path) -> None:
-    plan = resolve(load_config(model=str(model), **SIMULATED))
+    plan = resolve(load_config(model=str(model), prefix_cache="none", **SIMULATED))
     engine = build_engine(plan, lambda *a: None)
     engine.worker._memory = 100  # type: ignore[attr-defined]
     from dovetail.testing import plugin

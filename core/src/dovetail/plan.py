@@ -31,6 +31,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """What the provider decided, and why."""
     rejected: list[Rejected] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """The socket takes nothing: it is optional, and `provider` is "none"."""
+        return not self.distribution
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an engine is built from. Made once, by `compose.resolve`."""
@@ -44,7 +49,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     layer_kinds: list[str]
     choices: dict[str, Choice]
-    """By socket; attention has one for each layer kind: attention.full, attention.sliding."""
+    """By socket; attention has one for each layer kind: attention.full, attention.sliding; a socket of many has one for
+    each that it takes: routes.NAME."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool

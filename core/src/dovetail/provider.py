@@ -38,6 +38,12 @@ class SchedulerOptions(Options):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in a step")
 
 
+class DrafterOptions(Options):
+    """What every drafter's options have."""
+
+    num_draft_tokens: int = Field(4, ge=1, le=32, description="most tokens proposed for a sequence in a step")
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a provider cannot be used here, in words for a person; `hint` says what would change that."""

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from pydantic import ValidationError
 
 from dovetail.config import SocketConfig
@@ -13,7 +14,7 @@ from dovetail.errors import ConfigError, PluginError
 from dovetail.plan import Choice, Rejected
 from dovetail.plugins.discovery import Offer, Registry
 from dovetail.provider import Context, Options
-from dovetail.sockets import BY_NAME, Socket
+from dovetail.sockets import Socket
 
 
 def choose(registry: Registry, socket_name: str, wanted: SocketConfig, context: Context, where: str | None = None) -> Choice:
@@ -24,11 +25,20 @@ def choose(registry: Registry, socket_name: str, wanted: SocketConfig, context: 
     taken is in `Choice.rejected`, with why.
     """
     where = where or socket_name
-    socket = BY_NAME[socket_name]
+    socket = registry.sockets[socket_name]
     offers = sorted(registry.of(socket_name), key=lambda o: (-o.provider.priority, o.qualified_name))
     against = {o.qualified_name: _reasons(socket, o, context) for o in offers}
     usable = [o for o in offers if not against[o.qualified_name]]
 
+    if socket.optional and (wanted.use == "none" or (wanted.use == "auto" and not usable)):
+        if wanted.options:
+            raise ConfigError(f"{where}: options are given ({', '.join(wanted.options)}), and nobody to take them")
+        said = [f"{where}: none was asked for"] if wanted.use == "none" else []
+        rejected = [Rejected(o.provider.name, o.plugin.distribution, against[o.qualified_name] or said) for o in offers]
+        return Choice(
+            socket=socket_name, requested=wanted.use, provider="none", distribution="", version="", contract="", options={},
+            rejected=rejected,
+        )  # fmt: skip
     if wanted.use != "auto":
         named = _find(registry, offers, socket_name, wanted.use, where)
         if against[named.qualified_name] and wanted.on_unsupported == "error":
@@ -61,6 +71,20 @@ def choose(registry: Registry, socket_name: str, wanted: SocketConfig, context: 
         remarks=remarks,
         rejected=rejected,
     )
+
+
+def choose_all(registry: Registry, socket_name: str, wanted: list[SocketConfig], context: Context) -> list[Choice]:
+    """Fill a socket that takes many: those named, or every usable one if `wanted` is empty."""
+    usable = [o for o in registry.of(socket_name) if not _reasons(registry.sockets[socket_name], o, context)]
+    named = wanted or [SocketConfig(use=o.qualified_name) for o in usable]
+    choices = [choose(registry, socket_name, w, context) for w in named]
+    _refuse_twice([c.provider for c in choices], socket_name)
+    return [c if wanted else msgspec.structs.replace(c, requested="auto") for c in choices]
+
+
+def _refuse_twice(names: list[str], where: str) -> None:
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise ConfigError(f"{where}: {', '.join(sorted(twice))} is named more than once")
 
 
 def find(registry: Registry, choice: Choice) -> Offer:
