@@ -15,13 +15,16 @@ from dovetail.config import EngineConfig, SocketConfig
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.model import ModelSource
+from dovetail.interfaces.quantization import PLAIN
 from dovetail.interfaces.server import Server
 from dovetail.interfaces.worker import Progress, Worker
 from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.plugins.quantization import choose_schemes
 from dovetail.plugins.selection import choose, find
 from dovetail.provider import Context
 from dovetail.types import KVGroup
@@ -44,6 +47,10 @@ class BuildContext:
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
         return self.plan.choices[key].options[name]
+
+    def capabilities(self, key: str) -> Any:
+        """What the provider that the plan chose for a socket declares."""
+        return find(self.registry, self.plan.choices[key]).provider.capabilities
 
     def build(self, key: str, options: Mapping[str, Any] | None = None) -> Any:
         """Build what the plan chose for a socket. An error names the provider; there is no second choice.
@@ -79,6 +86,14 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
         return choose(registry, socket, wanted, Context(facts, model, device, dtype, needs), where)
 
     choices = {"model": model_choice} if model_choice else {}
+    schemes = choose_schemes(config.quantization, model, registry, take)
+    choices |= schemes
+    quantized = [c.provider for c in schemes.values() if PLAIN not in find(registry, c).provider.capabilities.methods]
+    made: ArchitectureCapabilities | None = None
+    # Where nobody offers model code, workers need none: a simulated one, for example.
+    if config.architecture.use != "auto" or registry.of("architecture"):
+        choices["architecture"] = take("architecture", config.architecture, quantized=quantized)
+        made = find(registry, choices["architecture"]).provider.capabilities
     choices["kv_cache"] = take("kv_cache", config.kv_cache)
     choices["scheduler"] = take("scheduler", config.scheduler)
     kv = choices["kv_cache"].options
@@ -90,7 +105,10 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             block_size=kv["block_size"], kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
         )  # fmt: skip
     attention = [find(registry, c).provider.capabilities for key, c in choices.items() if key.startswith("attention.")]
-    choices["worker"] = take("worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention))
+    choices["worker"] = take(
+        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention), architecture=made,
+        quantization=[find(registry, c).provider.capabilities for c in schemes.values()],
+    )  # fmt: skip
     if server:
         choices["server"] = take("server", config.server)
     length = config.max_model_len or model.max_position_embeddings

@@ -38,7 +38,29 @@ def dovetail_models() -> list[Provider[Any]]:
     return []
 
 
-# 2. Who computes. The worker is chosen first; it builds the attention providers that were chosen for its layers.
+# 2. What the model is made of: chosen from its config.json.
+
+
+@hookspec
+def dovetail_quantization() -> list[Provider[Any]]:
+    """Offer quantization schemes; `build` returns a `Scheme`. Chosen once for every rule of the configuration.
+
+    `capabilities` is a `QuantizationCapabilities`. A checkpoint that is quantized is read by a scheme that declares its
+    method; one that is not is quantized on the fly where the configuration names a scheme that can.
+    """
+    return []
+
+
+@hookspec
+def dovetail_architectures() -> list[Provider[Any]]:
+    """Offer model code; `build` returns an `Architecture`, which the worker asks for the checkpoint's model.
+
+    `capabilities` is an `ArchitectureCapabilities`, which says the architectures that it has code for.
+    """
+    return []
+
+
+# 3. Who computes. The worker is chosen first; it builds the attention providers that were chosen for its layers.
 
 
 @hookspec
@@ -56,7 +78,7 @@ def dovetail_attention() -> list[Provider[Any]]:
     return []
 
 
-# 3. Who decides. Both hold no tensor.
+# 4. Who decides. Both hold no tensor.
 
 
 @hookspec
@@ -71,7 +93,7 @@ def dovetail_schedulers() -> list[Provider[Any]]:
     return []
 
 
-# 4. Who talks to the world. Only `dovetail serve` asks for one.
+# 5. Who talks to the world. Only `dovetail serve` asks for one.
 
 
 @hookspec
