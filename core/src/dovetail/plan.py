@@ -49,8 +49,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     layer_kinds: list[str]
     choices: dict[str, Choice]
-    """By socket. Attention has one for each layer kind: attention.full, attention.sliding; quantization one for each rule:
-    quantization.0, …, of which the first that matches a layer counts."""
+    """By socket. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
+    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool
@@ -66,7 +66,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()[:16]
 
     def quantization_of(self, layer: LinearLayer) -> str:
-        """The choice that counts for a layer: "quantization.0", …. Raises `ConfigError` if parts of a fused layer differ."""
+        """The key of the choice that counts for a layer. Raises `ConfigError` if parts of a fused layer differ."""
         rules = {key: choice for key, choice in self.choices.items() if choice.socket == "quantization"}
         kinds = {key: " ".join([c.provider, *(f"{k}={v}" for k, v in c.options.items())]) for key, c in rules.items()}
 

@@ -24,7 +24,7 @@ OUTPUT = "lm_head"
 
 
 def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Registry, take: Take) -> dict[str, Choice]:
-    """A choice for each rule: `quantization.0`, …, the last of which matches every layer.
+    """A choice for each rule: `quantization.0`, … (`quantization` if there is one), the last of which matches every layer.
 
     Raises `PluginError`: nobody reads the checkpoint's method, or a rule asks for what does not fit it.
     """
@@ -38,10 +38,11 @@ def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Regi
         _check_readable(model, registry)
     choices = {}
     for i, rule in enumerate(rules):
+        key = f"quantization.{i}" if len(rules) > 1 else "quantization"
         where = f"quantization.{i}" if len(config.rules) > 1 else "quantization"
         wanted = SocketConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
         choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
-        choices[f"quantization.{i}"] = msgspec.structs.replace(choice, match=rule.match)
+        choices[key] = msgspec.structs.replace(choice, match=rule.match)
     return choices
 
 
