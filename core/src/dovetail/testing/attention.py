@@ -4,85 +4,37 @@
         provider = PROVIDER
         device = "cuda:0"
 
-What is tried follows from the provider's declared capabilities. Random steps are fresh in each run; a failure names the
-seed, and `DOVETAIL_TEST_SEED=<seed>` brings the run back.
+What is tried follows from the provider's declared capabilities; the oracle is softmax(q·k) v in float64.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from dovetail.facts import DeviceFacts, device_facts
-from dovetail.interfaces.attention import AttentionBackend, AttentionCapabilities
-from dovetail.interfaces.compiled import CompiledAttention
-from dovetail.provider import Provider
-from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, plain, random_spec
-from dovetail.testing.compiled import operands, run_operations
+from dovetail.provider import Context
+from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, plain, random_spec, simpler
+from dovetail.testing.attention_trial import AttentionTrial, same
+from dovetail.testing.contract import common_causes
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-RUN_SEED = int(os.environ.get("DOVETAIL_TEST_SEED") or random.SystemRandom().randrange(2**31))
 NUM_RANDOM_STEPS = 40
+HOST_FIELDS = ("host_query_start", "host_seq_lens", "num_seqs", "num_tokens", "max_query_len", "max_seq_len")
 
 
-@dataclass(frozen=True)
-class KitPlan:
-    device: str
+class AttentionContract(AttentionTrial):
+    """Subclass, set `provider`, and pytest does the rest."""
 
-
-@dataclass(frozen=True)
-class KitContext:
-    """Stands in for the core's `BuildContext`: what an attention provider may ask for in its `build`."""
-
-    plan: KitPlan
-    device: DeviceFacts = field(default_factory=device_facts)
-
-
-class AttentionContract:
-    """Subclass, set `provider`, and pytest does the rest. A check cannot be overridden; it can be expected to fail."""
-
-    provider: ClassVar[Provider[Any]]
-    device: ClassVar[str] = "cpu"
-    options: ClassVar[dict[str, Any]] = {}
-    expected_failures: ClassVar[dict[str, str]] = {}
-    """By name of a check: the reason why this provider does not pass it yet. One that passes after all fails."""
-
-    def __init_subclass__(cls) -> None:
-        if overridden := sorted(n for n in vars(cls) if n.startswith("test_") and hasattr(AttentionContract, n)):
-            raise TypeError(f"{cls.__name__} overrides {', '.join(overridden)} of the contract: use expected_failures")
-        if unknown := sorted(set(cls.expected_failures) - set(dir(AttentionContract))):
-            raise TypeError(f"{cls.__name__} expects checks to fail that the contract does not have: {', '.join(unknown)}")
-
-    @pytest.fixture(autouse=True)
-    def _backend(self, request: pytest.FixtureRequest) -> None:
-        name = request.node.originalname
-        if reason := self.expected_failures.get(name):
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-        cls = type(self)
-        if "built" not in vars(cls):  # one object an engine: the checks share it, as steps do
-            options = cls.provider.options.model_validate(cls.options)
-            cls.built = cls.provider.build(KitContext(KitPlan(cls.device)), options)  # type: ignore[arg-type]
-        self.backend = cls.built
-
-    built: ClassVar[AttentionBackend]
-    backend: AttentionBackend
-
-    @property
-    def can(self) -> AttentionCapabilities:
-        can = self.provider.capabilities
-        assert isinstance(can, AttentionCapabilities), "a provider of attention declares an AttentionCapabilities"
-        return can
+    socket = "attention"
 
     # The declaration.
 
+    @common_causes("a field of AttentionCapabilities left empty", "the backend's `contract` not raised with the provider's")
     def test_declaration(self) -> None:
+        """The capabilities name the framework, at least one dtype and KV dtype, and the device under test."""
         can = self.can
         assert can.framework == "torch", "this kit's tensors are torch's"
         assert self.device.split(":")[0] in can.devices, f"the device under test, {self.device}, must be declared"
@@ -90,15 +42,33 @@ class AttentionContract:
         assert can.kv_dtypes, "at least one KV dtype must be declared"
         assert self.backend.contract == self.provider.contract, "the backend and its provider state one contract version"
 
+    @common_causes("`why_not` refuses what the capabilities promise", "a size or type declared that was never tried")
+    def test_what_is_declared_is_taken(self) -> None:
+        """Asked for by name, the core takes the provider for all that it declares."""
+        for context in self.contexts(declared=True):
+            refusal = self.refusal(context)
+            assert refusal is None, f"{_asked(context)} is declared, and refused: {refusal}"
+
+    @common_causes("a capability declared by mistake", "head_sizes or block_sizes left at None, which means any")
+    def test_what_is_not_declared_is_refused(self) -> None:
+        """Asked for by name for anything that it does not declare, the provider is refused with a reason."""
+        for context in self.contexts(declared=False):
+            refusal = self.refusal(context)
+            assert refusal is not None, f"{_asked(context)} is not declared, and not refused"
+
     # What comes out, over all that is declared.
 
     @pytest.mark.parametrize("index", range(NUM_RANDOM_STEPS))
+    @common_causes("block table or slots indexed by the wrong stride", "the mask of a chunk, whose first query is not at 0")
     def test_random_step(self, index: int) -> None:
-        self.check(random_spec(self.can, RUN_SEED + index))
+        """Any ragged mix of prefill, chunks and decode of what is declared gives softmax(scale · q·k) v."""
+        self.check(random_spec(self.can, self.seed + index))
 
+    @common_causes("a size assumed to be a power of two", "sums kept in the storage type instead of float32")
     def test_every_declared_size_and_type(self) -> None:
+        """Every declared head size, block size, dtype and KV dtype works."""
         rows = (Row(0, 37), Row(300, 1), Row(17, 20))
-        usual = plain(self.can, *rows, seed=RUN_SEED)
+        usual = plain(self.can, *rows, seed=self.seed)
         specs = [replace(usual, head_size=n) for n in head_sizes(self.can)]
         specs += [replace(usual, block_size=n) for n in block_sizes(self.can)]
         specs += [replace(usual, dtype=d, kv_dtype=kv) for d in self.can.dtypes for kv in self.can.kv_dtypes]
@@ -106,52 +76,104 @@ class AttentionContract:
             self.check(spec)
 
     @pytest.mark.parametrize("group", [1, 2, 5, 8, 16])
+    @common_causes("head h mapped to KV head h % Hkv; it is h // (Hq / Hkv)", "a group size that does not fill a tile")
     def test_query_heads_share_kv_heads(self, group: int) -> None:
-        self.check(plain(self.can, Row(0, 50), Row(90, 1), Row(90, 3), num_heads=2 * group, seed=RUN_SEED))
+        """Query head h reads KV head h // (Hq / Hkv)."""
+        self.check(plain(self.can, Row(0, 50), Row(90, 1), Row(90, 3), num_heads=2 * group, seed=self.seed))
 
+    @common_causes("split softmax merged without rescaling by the maxima", "sums kept in a type narrower than float32")
     def test_long_context_of_few_rows(self) -> None:
-        """Where a kernel splits a sequence's keys over workers."""
+        """Few rows of some thousands of tokens, whose keys a kernel may split over workers, are as exact as others."""
         for rows in ((Row(2999, 1),), (Row(4095, 1), Row(10, 1)), (Row(2500, 30),)):
-            self.check(plain(self.can, *rows, num_heads=2, num_kv_heads=1, seed=RUN_SEED))
+            self.check(plain(self.can, *rows, num_heads=2, num_kv_heads=1, seed=self.seed))
 
+    @common_causes("a grid or workspace sized for fewer rows")
     def test_many_rows(self) -> None:
-        self.check(plain(self.can, *(Row(n, 1) for n in range(70)), seed=RUN_SEED))
+        """A step may have many rows."""
+        self.check(plain(self.can, *(Row(n, 1) for n in range(70)), seed=self.seed))
 
+    @common_causes("an empty loop over earlier blocks", "slots of the last block behind the sequence's end were read")
     def test_single_token(self) -> None:
-        self.check(plain(self.can, Row(0, 1), seed=RUN_SEED))
+        """A sequence of one token attends to itself."""
+        self.check(plain(self.can, Row(0, 1), seed=self.seed))
 
     @pytest.mark.parametrize("window", [1, 2, 16, 17, 100, 10_000])
+    @common_causes("off by one: a token sees itself and window - 1 before it", "table entries before the window were followed")
     def test_sliding_window(self, window: int) -> None:
-        self.needs("sliding_window")
-        self.check(plain(self.can, Row(0, 130), Row(700, 1), Row(301, 40), Row(3, 1), window=window, seed=RUN_SEED))
+        """With a window, a token sees itself and the window - 1 tokens before it, and no entry before that is followed."""
+        self.needs_feature("sliding_window")
+        rows = (Row(0, 130), Row(700, 1), Row(301, 40), Row(3, 1))
+        for canary in (False, True):
+            self.check(plain(self.can, *rows, window=window, canary=canary, seed=self.seed))
 
     @pytest.mark.parametrize("cap", [1.0, 30.0])
+    @common_causes("the cap applied before the scale", "the cap applied after masking, which makes -inf finite")
     def test_logit_soft_cap(self, cap: float) -> None:
-        self.needs("logit_soft_cap")
-        self.check(plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, scale=1.0, seed=RUN_SEED))
+        """A soft cap turns the scaled logit x into cap · tanh(x / cap), before the softmax."""
+        self.needs_feature("logit_soft_cap")
+        self.check(plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, scale=1.0, seed=self.seed))
+        self.check(plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, seed=self.seed))
 
+    @common_causes(
+        "the sink left out of the sum, or counted once for each split", "the sink scaled or capped: it is a logit as is"
+    )
     def test_sinks(self) -> None:
-        self.needs("sinks")
-        self.check(plain(self.can, Row(0, 70), Row(200, 1), Row(0, 1), sinks=True, seed=RUN_SEED))
+        """A sink takes part in the softmax of its head, as one more logit that carries no value."""
+        self.needs_feature("sinks")
+        rows = (Row(0, 70), Row(200, 1), Row(0, 1))
+        self.check(plain(self.can, *rows, sinks=True, seed=self.seed))
+        self.check(plain(self.can, *rows, sinks=True, scale=0.5, seed=self.seed))
 
+    @common_causes("exp without subtracting the row's maximum", "weights kept in float16, whose largest number is 65504")
     def test_large_logits(self) -> None:
-        """The softmax subtracts its maximum: logits of some hundreds neither overflow nor lose all but infinity."""
-        self.check(plain(self.can, Row(0, 70), Row(600, 1), scale=20.0, seed=RUN_SEED))
+        """Logits of some hundreds neither overflow nor lose all but infinity: the softmax subtracts its maximum."""
+        self.check(plain(self.can, Row(0, 70), Row(600, 1), scale=20.0, seed=self.seed))
 
-    # Order within a step, and between steps.
+    # What is read and what is written.
 
+    @pytest.mark.parametrize("index", range(6))
+    @common_causes("padding rows or tokens written to block 0", "a whole block written where the step has part of it")
+    def test_only_the_steps_slots_are_written(self, index: int) -> None:
+        """A step writes the slots of its tokens and no other: each other slot holds a number of its own, and keeps it."""
+        self.check(replace(random_spec(self.can, self.seed + 4000 + index), canary=True))
+
+    @common_causes("0 · NaN is NaN: masked weights still multiply what they should not touch", "reads up to the block's end")
+    def test_nothing_behind_a_sequence_is_read(self) -> None:
+        """No slot behind a sequence's end is read, in whatever place of a block it ends: they hold NaN, or other numbers."""
+        size = plain(self.can).block_size
+        rows = [Row(2 * size + extra, 1) for extra in dict.fromkeys((0, 1, size // 2, size - 2, size - 1)) if extra >= 0]
+        for canary in (False, True):
+            self.check(plain(self.can, *rows, canary=canary, seed=self.seed))
+
+    @common_causes("each row's keys written when its turn comes, instead of all before any is read")
     def test_rows_of_a_step_share_blocks(self) -> None:
         """Rows read blocks that another row of the same step writes: all is written before any is read."""
         size = plain(self.can).block_size
         lender = Row(size // 2, 5 * size)
         borrowers = [Row(n * size + extra, 1 + extra, shares=(0, n * size)) for n in (1, 3, 5) for extra in (0, 3)]
-        self.check(plain(self.can, lender, *borrowers, seed=RUN_SEED))
+        self.check(plain(self.can, lender, *borrowers, seed=self.seed))
 
+    @common_causes("a table, its lengths or its splits kept from the step before", "a plan looked up by a buffer's address")
+    def test_buffers_are_reused_between_steps(self) -> None:
+        """The worker reuses its buffers: a step's numbers count, though they stand where the last step's stood."""
+        rows = ((Row(40, 1), Row(0, 33)), (Row(33, 1), Row(8, 33)))
+        first, second = (Step(plain(self.can, *r, seed=self.seed + i), self.device) for i, r in enumerate(rows))
+        batches = [s.batch(width=first.table_width + second.table_width) for s in (first, second)]
+        for step, batch in zip((first, second), batches, strict=True):
+            for name in ("query_start", "seq_lens", "block_table", "slot_mapping"):
+                getattr(batches[0], name).copy_(getattr(batch, name))
+            reused = replace(batches[0], **{n: getattr(batch, n) for n in HOST_FIELDS})
+            cache, out = self.fill(step), self.new_out(step)
+            plan = self.backend.plan(reused, [step.layer], step.spec.block_size)
+            self.backend.run(step.layer, step.q, step.k, step.v, cache, plan, out)
+            self.compare(step, out, "with the buffers of the step before")
+
+    @common_causes("the plan kept in the backend, and overwritten by another group's")
     def test_two_plans_live_side_by_side(self) -> None:
         """A plan is good until the next one of the same KV group; another group's does not end it."""
-        first = Step(plain(self.can, Row(0, 60), Row(500, 1), seed=RUN_SEED), self.device)
+        first = Step(plain(self.can, Row(0, 60), Row(500, 1), seed=self.seed), self.device)
         window = 50 if self.can.sliding_window else None
-        second = Step(plain(self.can, Row(0, 20), Row(2000, 1), num_heads=8, window=window, seed=RUN_SEED + 1), self.device)
+        second = Step(plain(self.can, Row(0, 20), Row(2000, 1), num_heads=8, window=window, seed=self.seed + 1), self.device)
         caches = [self.fill(s) for s in (first, second)]
         plans = [self.backend.plan(s.batch(), [s.layer], s.spec.block_size) for s in (first, second)]
         for step, cache, plan in zip((first, second), caches, plans, strict=True):
@@ -159,9 +181,10 @@ class AttentionContract:
             self.backend.run(step.layer, step.q, step.k, step.v, cache, plan, out)
             self.compare(step, out, "with another group's plan made in between")
 
+    @common_causes("scale, soft cap or sinks taken from the plan's first layer")
     def test_one_plan_serves_all_layers(self) -> None:
-        """Layers of a group differ in scale, soft cap and sinks."""
-        base = plain(self.can, Row(0, 40), Row(200, 1), seed=RUN_SEED)
+        """Layers of a group share a plan, and differ in scale, soft cap and sinks."""
+        base = plain(self.can, Row(0, 40), Row(200, 1), seed=self.seed)
         others = [replace(base, scale=0.5)]
         if self.can.logit_soft_cap:
             others.append(replace(base, logit_soft_cap=3.0))
@@ -177,149 +200,79 @@ class AttentionContract:
 
     # Sameness.
 
+    @common_causes("sums by atomic additions, in the order that threads arrive", "memory that is read before it is written")
     def test_deterministic(self) -> None:
+        """The same step gives the same bits each time."""
         import torch
 
+        def twice(spec: StepSpec) -> None:
+            step = Step(spec, self.device)
+            outs = [self.run(step)[0] for _ in range(3)]
+            assert all(torch.equal(out, outs[0]) for out in outs), "the same step gave two results"
+
         for i in range(3):
-            step = Step(random_spec(self.can, RUN_SEED + 1000 + i), self.device)
-            first, second = self.run(step)[0], self.run(step)[0]
-            assert torch.equal(first, second), f"the same step gave two results\n{self.repeat(step.spec)}"
+            self.attempt(random_spec(self.can, self.seed + 1000 + i), twice, partial(simpler, self.can))
 
     @pytest.mark.parametrize("index", range(6))
+    @common_causes("the number of splits follows the batch", "a matrix product whose order of summation follows its shape")
     def test_batch_invariance(self, index: int) -> None:
         """A token's output has the same bits alone, among neighbours, and however its prompt was cut."""
         import torch
 
-        self.needs("batch_invariant")
-        rng = random.Random(RUN_SEED + index)
-        spec = replace(random_spec(self.can, RUN_SEED + 2000 + index), rows=(Row(0, rng.randint(300, 1500)),))
+        self.needs_feature("batch_invariant")
+        rng = random.Random(self.seed + index)
+        spec = replace(random_spec(self.can, self.seed + 2000 + index), rows=(Row(0, rng.randint(300, 1500)),))
         whole = Step(spec, self.device)
         out = self.run(whole)[0]
         length = spec.rows[0].seq_len
         cuts = sorted({0, *rng.sample(range(1, length), 4), length - 1, length})
-        neighbours = (Row(0, 33), Row(900, 1), Row(10, 7))
-        for begin, end in itertools.pairwise(cuts):
-            place = rng.randint(0, len(neighbours))
-            rows = [*neighbours[:place], Row(begin, end - begin), *neighbours[place:]]
-            part = self.transplant(whole, replace(spec, rows=tuple(rows), seed=spec.seed + 1), place)
-            start = sum(r.num_new for r in rows[:place])
-            same = torch.equal(self.run(part)[0][start : start + end - begin], out[begin:end])
-            assert same, (
-                f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out different in a batch "
-                f"with other rows than in one prefill\n{self.repeat(part.spec)}"
+
+        def compare_part(given: tuple[int, int, tuple[Row, ...]]) -> None:
+            begin, end, neighbours = given
+            rows = (*neighbours, Row(begin, end - begin))
+            part = self.transplant(whole, replace(spec, rows=rows, seed=spec.seed + 1), len(neighbours))
+            start = sum(r.num_new for r in neighbours)
+            assert torch.equal(self.run(part)[0][start:], out[begin:end]), (
+                f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out different "
+                f"beside {len(neighbours)} other rows than in one prefill; in all: {spec}"
             )
 
-    @pytest.mark.parametrize("index", range(8))
-    def test_compiled_steps_do_what_run_does(self, index: int) -> None:
-        """The operations give the bits of `run`, whatever the order of an operation's pieces and whoever does them; q, k
-        and v lie side by side in one buffer, as they leave a fused projection."""
-        import torch
+        def with_less(given: tuple[int, int, tuple[Row, ...]]) -> list[tuple[int, int, tuple[Row, ...]]]:
+            begin, end, neighbours = given
+            fewer = [(begin, end, neighbours[:i] + neighbours[i + 1 :]) for i in range(len(neighbours))]
+            return fewer + ([(begin, (begin + end) // 2, neighbours)] if end - begin > 1 else [])
 
-        self.needs("compiled_steps")
-        backend = cast(CompiledAttention, self.backend)
-        step = Step(random_spec(self.can, RUN_SEED + 3000 + index), self.device)
-        expected, expected_cache = self.run(step)
-        cache, plan = self.fill(step), backend.plan(step.batch(), [step.layer], step.spec.block_size)
-        call, out = operands(step)
-        compiled = backend.compile(step.layer, cache, call)
-        run_operations(compiled.ops, {step.layer.index: backend.address(step.layer, plan)}, len(step.q), RUN_SEED + index)
-        assert torch.equal(out, expected), f"compiled operations and run differ\n{self.repeat(step.spec)}"
-        blocks = list(range(step.num_blocks))
-        for ours, theirs in zip(backend.export_kv(cache, blocks), backend.export_kv(expected_cache, blocks), strict=True):
-            assert _same(ours, theirs), f"compiled operations and run leave different caches\n{self.repeat(step.spec)}"
+        neighbours: tuple[Row, ...] = (Row(0, 33), Row(900, 1), Row(10, 7))
+        for begin, end in itertools.pairwise(cuts):
+            self.attempt((begin, end, neighbours), compare_part, with_less)
+
+    @pytest.mark.parametrize("index", range(8))
+    @common_causes("pieces that depend on the order of pieces", "the strides of AttentionCall taken for contiguous ones")
+    def test_compiled_steps_do_what_run_does(self, index: int) -> None:
+        """The operations of a compiled step give the bits of `run`, whatever the order of an operation's pieces and whoever
+        does them; q, k and v lie side by side in one buffer, as they leave a fused projection."""
+        if not self.can.compiled_steps:
+            pytest.skip(f"{self.provider.name} does not declare compiled_steps")
+        self.attempt(random_spec(self.can, self.seed + 3000 + index), self.compiled_once, partial(simpler, self.can))
 
     # The cache.
 
+    @common_causes("the own layout's order of heads and slots left in what is exported", "blocks sorted before they are copied")
     def test_export_and_import(self) -> None:
         """Both are in the canonical layout `[blocks, block_size, Hkv, D]`, in the order asked for, and lose nothing."""
         for kv_dtype in self.can.kv_dtypes:
-            step = Step(plain(self.can, Row(20, 50), kv_dtype=kv_dtype, seed=RUN_SEED), self.device)
+            step = Step(plain(self.can, Row(20, 50), kv_dtype=kv_dtype, seed=self.seed), self.device)
             cache = self.fill(step)
             wanted = [step.blocks[0][1], step.poison, step.blocks[0][0]]
             keys, values = self.backend.export_kv(cache, wanted)
             for got, truth, what in ((keys, step.before[0], "keys"), (values, step.before[1], "values")):
                 assert tuple(got.shape) == (3, *truth.shape[1:]), f"exported {what} must be [blocks, block_size, Hkv, D]"
-                assert _same(got.cpu(), truth[wanted]), f"exported {what} differ from what was imported ({kv_dtype})"
+                assert same(got.cpu(), truth[wanted]), f"exported {what} differ from what was imported ({kv_dtype})"
             moved = [wanted[1], wanted[0]]
             self.backend.import_kv(cache, moved, keys[:2], values[:2])
             again, _ = self.backend.export_kv(cache, wanted)
-            assert _same(again.cpu(), keys.cpu()[[1, 0, 2]]), "import_kv must write these blocks and no other"
-
-    # How a step is tried.
-
-    def check(self, spec: StepSpec) -> None:
-        """Run a step from a poisoned cache: the output is the oracle's, and the cache what it was but for the step's slots."""
-        step = Step(spec, self.device)
-        out, cache = self.run(step)
-        self.compare(step, out)
-        exported = self.backend.export_kv(cache, list(range(step.num_blocks)))
-        for got, after, what in zip(exported, step.after, ("keys", "values"), strict=True):
-            if not _same(got.cpu(), after):
-                slots = _differing_slots(got.cpu(), after)
-                mine = [s for s in slots if s in step.slots]
-                wrong = f"slot {mine[0]} lacks its token's {what}" if mine else f"{what} of slot {slots[0]} were changed"
-                pytest.fail(f"run must write the step's slots, and no other: {wrong}\n{self.repeat(spec)}")
-
-    def run(self, step: Step) -> tuple[Tensor, Any]:
-        """Fill a cache, plan, run one layer; return the output and the cache."""
-        cache, out = self.fill(step), self.new_out(step)
-        plan = self.backend.plan(step.batch(), [step.layer], step.spec.block_size)
-        self.backend.run(step.layer, step.q, step.k, step.v, cache, plan, out)
-        return out.cpu(), cache
-
-    def fill(self, step: Step) -> Any:
-        cache = self.backend.allocate_cache(step.cache_spec)
-        keys, values = step.before.to(self.device)
-        self.backend.import_kv(cache, list(range(step.num_blocks)), keys, values)
-        return cache
-
-    def new_out(self, step: Step) -> Tensor:
-        """NaN, so that an element that is never written shows."""
-        return step.q.new_full(step.q.shape, float("nan"))
-
-    def compare(self, step: Step, out: Tensor, when: str = "") -> None:
-        import torch
-
-        got, (expected, allowed) = out.cpu().double(), step.expected()
-        wrong = ~((got - expected).abs() <= allowed)  # NaN is wrong
-        if not wrong.any():
-            return
-        token, head, d = (int(i) for i in wrong.nonzero()[0])
-        row = next(b for b, end in enumerate(step.batch().host_query_start[1:]) if token < end)
-        why = (
-            "NaN: a slot outside the row's sequence and window was read, or an element was not written"
-            if torch.isnan(got[token, head]).any()
-            else f"{got[token, head, d]:.7g} instead of {expected[token, head, d]:.7g} ± {allowed[token, head, d]:.1g}"
-        )
-        pytest.fail(
-            f"out must be softmax(scale · q·k) v over the row's own visible tokens {when}: row {row}, token {token}, "
-            f"head {head} has {why}; {int(wrong.any(-1).sum())} of {wrong[..., 0].numel()} (token, head) pairs are wrong\n"
-            f"{self.repeat(step.spec)}"
-        )
-
-    def transplant(self, source: Step, spec: StepSpec, place: int) -> Step:
-        """A step of `spec` whose row `place` continues the source's only sequence, with the source's layer."""
-        step = Step(spec, self.device)
-        row = spec.rows[place]
-        step.layer = source.layer
-        step.keys[place], step.values[place] = source.keys[0][: row.seq_len], source.values[0][: row.seq_len]
-        step.queries[place] = source.queries[0][row.num_computed : row.seq_len]
-        return step.rebuilt()
-
-    def needs(self, capability: str) -> None:
-        if not getattr(self.can, capability):
-            pytest.skip(f"{self.provider.name} does not declare {capability}")
-
-    def repeat(self, spec: StepSpec) -> str:
-        return f"the step: {spec}\nto repeat: DOVETAIL_TEST_SEED={RUN_SEED}"
+            assert same(again.cpu(), keys.cpu()[[1, 0, 2]]), "import_kv must write these blocks and no other"
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """The same numbers, with NaN equal to itself."""
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _differing_slots(a: Tensor, b: Tensor) -> list[int]:
-    differ = ~((a == b) | ((a != a) & (b != b)))
-    slots: list[int] = differ.flatten(0, 1).flatten(1).any(-1).nonzero().flatten().tolist()
-    return slots
+def _asked(context: Context) -> str:
+    return f"{context.needs} in {context.dtype} on {context.device_name}"

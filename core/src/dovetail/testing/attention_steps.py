@@ -55,6 +55,8 @@ class StepSpec:
     """None is 1 / sqrt(head_size)."""
     fused: bool = False
     """q, k and v are views of one tensor, as a fused projection gives them."""
+    canary: bool = False
+    """What the step must not touch holds a number of its own in each slot, instead of NaN."""
     seed: int = 0
 
     def __str__(self) -> str:
@@ -107,7 +109,48 @@ def random_spec(can: AttentionCapabilities, seed: int) -> StepSpec:
         head_size=rng.choice(head_sizes(can)), block_size=block_size,
         window=rng.choice((None, rng.randint(1, 20), rng.randint(1, 600))) if can.sliding_window else None,
         logit_soft_cap=rng.choice((None, None, 5.0, 50.0)) if can.logit_soft_cap else None,
-        sinks=can.sinks and rng.random() < 0.3, fused=rng.random() < 0.5, seed=seed,
+        sinks=can.sinks and rng.random() < 0.3, fused=rng.random() < 0.5, canary=rng.random() < 0.3, seed=seed,
+    )  # fmt: skip
+
+
+def simpler(can: AttentionCapabilities, spec: StepSpec) -> list[StepSpec]:
+    """Steps with one thing less, the greatest reductions first."""
+    out = [replace(spec, rows=_without(spec.rows, i)) for i in range(len(spec.rows)) if len(spec.rows) > 1]
+    plain_values: tuple[tuple[str, Any], ...] = (
+        ("sinks", False), ("logit_soft_cap", None), ("window", None), ("scale", None), ("fused", False), ("canary", False),
+        ("dtype", preferred(can.dtypes, "float32")), ("kv_dtype", preferred(can.kv_dtypes, spec.dtype)),
+        ("head_size", min(head_sizes(can))), ("block_size", preferred(block_sizes(can), 16)),
+    )  # fmt: skip
+    out += [replace(spec, **{name: value}) for name, value in plain_values if getattr(spec, name) != value]
+    group = spec.num_heads // spec.num_kv_heads
+    heads = [(group, 1), (spec.num_kv_heads, spec.num_kv_heads), (2 * spec.num_kv_heads, spec.num_kv_heads)]
+    out += [replace(spec, num_heads=h, num_kv_heads=kv) for h, kv in heads if h < spec.num_heads]
+    for i, row in enumerate(spec.rows):
+        smaller = [replace(row, shares=None)] if row.shares else []
+        smaller += [replace(row, num_computed=n) for n in dict.fromkeys((0, row.num_computed // 2, row.num_computed - 1))]
+        smaller += [replace(row, num_new=n) for n in dict.fromkeys((1, row.num_new // 2, row.num_new - 1))]
+        out += [replace(spec, rows=(*spec.rows[:i], r, *spec.rows[i + 1 :])) for r in smaller if r != row]
+    return [s for s in out if _is_possible(s)]
+
+
+def _without(rows: tuple[Row, ...], gone: int) -> tuple[Row, ...]:
+    def moved(row: Row) -> Row:
+        if row.shares is None or row.shares[0] < gone:
+            return row
+        return replace(row, shares=None if row.shares[0] == gone else (row.shares[0] - 1, row.shares[1]))
+
+    return tuple(moved(r) for i, r in enumerate(rows) if i != gone)
+
+
+def _is_possible(spec: StepSpec) -> bool:
+    """Rows have tokens, and what is shared is whole blocks that the lender has and the borrower does not compute."""
+    return all(
+        r.num_new >= 1 and r.num_computed >= 0 and (
+            r.shares is None or (
+                r.shares[1] <= min(spec.rows[r.shares[0]].seq_len, r.num_computed) and r.shares[1] % spec.block_size == 0
+            )
+        )
+        for r in spec.rows
     )  # fmt: skip
 
 
@@ -194,6 +237,8 @@ class Step:
         dtype = getattr(torch, s.kv_dtype)
         shape = (2, self.num_blocks * s.block_size, s.num_kv_heads, s.head_size)
         before = torch.full(shape, float("nan"), dtype=dtype)
+        if s.canary:  # large enough to show in any sum, exact in every type
+            before[:] = (1024 + 8 * (torch.arange(shape[1]) % 100)).to(dtype)[:, None, None]
         self.slots = [self.slot(b, p) for b, r in enumerate(s.rows) for p in range(r.num_computed, r.seq_len)]
         written = set(self.slots)
         for b, row in enumerate(s.rows):
@@ -206,7 +251,11 @@ class Step:
         blocked = (2, self.num_blocks, s.block_size, s.num_kv_heads, s.head_size)
         self.before, self.after = before.view(blocked), after.view(blocked)
 
-    def batch(self) -> AttentionBatch:
+    @property
+    def table_width(self) -> int:
+        return max(len(blocks) for blocks in self.blocks)
+
+    def batch(self, width: int | None = None) -> AttentionBatch:
         """The step as a worker gives it: the table is a view of a wider buffer, and its undefined entries are poison."""
         import torch
 
@@ -215,7 +264,7 @@ class Step:
         for row in s.rows:
             starts.append(starts[-1] + row.num_new)
         lengths = [row.seq_len for row in s.rows]
-        width = max(len(ids) for ids in self.blocks) + 2
+        width = width or self.table_width + 2
         table = torch.full((len(s.rows) + 1, width + 3), self.poison, dtype=torch.int32)
         for b, row in enumerate(s.rows):
             first = self._visible_from(row) // size
