@@ -1,16 +1,24 @@
-"""The core's own plugin: the paged KV cache and two schedulers. It enters by the same door as every other."""
+"""The core's own plugin: the paged KV cache, two schedulers, and no quantization. It enters by the same door as every other."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.provider import KVCacheOptions, Provider, SchedulerOptions
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
     from dovetail.kv_cache import PagedKVCache
     from dovetail.scheduler import TokenBudgetScheduler
+
+
+PLAIN_WEIGHTS = QuantizationCapabilities(methods=(PLAIN,), devices=None, dtypes=None, compiled_steps=True)
+
+
+def _unquantized(context: BuildContext, options: object) -> None:
+    """The worker's own layers need no scheme."""
 
 
 def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
@@ -37,6 +45,12 @@ def _priority(context: BuildContext, options: SchedulerOptions) -> TokenBudgetSc
 
     assert context.kv is not None
     return TokenBudgetScheduler(context.kv, priority, **options.model_dump())
+
+
+@hookimpl
+def dovetail_quantization() -> list[Provider[None]]:
+    summary = "weights are not quantized: the worker's own linear layers"
+    return [Provider("none", summary, _unquantized, capabilities=PLAIN_WEIGHTS)]
 
 
 @hookimpl

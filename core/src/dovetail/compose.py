@@ -17,15 +17,18 @@ from dovetail.config import EngineConfig, SocketConfig
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.model import ModelSource
 from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.interfaces.quantization import PLAIN
 from dovetail.interfaces.server import Server
 from dovetail.interfaces.worker import Progress, Worker
 from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.plugins.quantization import choose_schemes
 from dovetail.plugins.selection import choose, choose_all, find
 from dovetail.provider import Context
 from dovetail.speculation import Speculation
@@ -51,6 +54,10 @@ class BuildContext:
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
         return self.plan.choices[key].options[name]
+
+    def capabilities(self, key: str) -> Any:
+        """What the provider that the plan chose for a socket declares."""
+        return find(self.registry, self.plan.choices[key]).provider.capabilities
 
     def build(self, key: str, options: Mapping[str, Any] | None = None) -> Any:
         """Build what the plan chose for a socket, None where it is empty. An error names the provider; there is no
@@ -111,6 +118,16 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             raise ConfigError(f"{key}: {', '.join(inner)} is not an option of {choice.provider}")
         return choice
 
+    def ask(socket: str, wanted: SocketConfig, where: str, **needs: Any) -> Choice:
+        return choose(registry, socket, wanted, Context(facts, model, device, dtype, needs), where)
+
+    schemes = choose_schemes(config.quantization, model, registry, ask)
+    choices.update(schemes)
+    quantized = [c.provider for c in schemes.values() if PLAIN not in find(registry, c).provider.capabilities.methods]
+    made: ArchitectureCapabilities | None = None
+    # Where nobody offers model code, workers need none: a simulated one, for example.
+    if config.architecture.use != "auto" or registry.of("architecture"):
+        made = find(registry, take("architecture", config.architecture, quantized=quantized)).provider.capabilities
     take("kv_cache", config.kv_cache)
     take("scheduler", config.scheduler)
     kv = choices["kv_cache"].options
@@ -122,7 +139,10 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             block_size=kv["block_size"], kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
         )  # fmt: skip
     attention = [find(registry, c).provider.capabilities for key, c in choices.items() if key.startswith("attention.")]
-    take("worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention))
+    take(
+        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention), architecture=made,
+        quantization=[find(registry, c).provider.capabilities for c in schemes.values()],
+    )  # fmt: skip
     take("prefix_cache", config.prefix_cache)
     take("speculation", config.speculation)
     if server:

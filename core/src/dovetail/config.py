@@ -55,6 +55,38 @@ class AttentionConfig(BaseModel):
         return self.by_kind.get(kind, self.default)
 
 
+class QuantizationRule(SocketConfig):
+    """What the layers are quantized with whose names in the checkpoint match a glob."""
+
+    match: str = "*"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apart_from_options(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "match" in value and "options" not in value:
+            rest = {k: v for k, v in value.items() if k != "match"}
+            return {"match": value["match"], **SocketConfig.model_validate(rest).model_dump()}
+        return value
+
+
+class QuantizationConfig(BaseModel):
+    """One scheme for the whole model, or rules, of which the first that matches a layer counts: `[{match: GLOB, use: NAME}]`.
+
+    Layers that no rule matches are as the checkpoint has them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rules: tuple[QuantizationRule, ...] = (QuantizationRule(),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_form(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "rules" in value:
+            return value
+        return {"rules": value if isinstance(value, list | tuple) else [value]}
+
+
 class EngineConfig(BaseModel):
     """Precedence: code and command line over environment (DOVETAIL_…) over file over these defaults."""
 
@@ -65,6 +97,10 @@ class EngineConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda:0, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the checkpoint's")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
+    quantization: QuantizationConfig = Field(
+        QuantizationConfig(), description="a socket: for the whole model, or rules for some layers; auto: as the checkpoint is"
+    )
+    architecture: SocketConfig = Field(SocketConfig(), description="a socket: model code")
     worker: SocketConfig = Field(SocketConfig(), description="a socket: what computes: see `dovetail plugins`")
     attention: AttentionConfig = Field(AttentionConfig(), description="a socket: for all layers, or by kind")
     kv_cache: SocketConfig = Field(SocketConfig(), description="a socket: owner of the KV blocks")

@@ -79,6 +79,13 @@ class ModelFacts:
     logit_soft_cap: float | None
     eos_token_ids: tuple[int, ...]
     has_sinks: bool
+    quantization_config: dict[str, Any] | None = None
+    """As the checkpoint has it, if it is quantized."""
+
+    @property
+    def quantization_method(self) -> str:
+        """`quant_method` of the checkpoint; "none" if it is not quantized."""
+        return "none" if self.quantization_config is None else str(self.quantization_config["quant_method"])
 
 
 def model_facts(folder: Path) -> ModelFacts:
@@ -116,6 +123,7 @@ def model_facts(folder: Path) -> ModelFacts:
         logit_soft_cap=text.get("attn_logit_softcapping"),
         eos_token_ids=_eos(folder, text),
         has_sinks=str(config.get("model_type")) == "gpt_oss",
+        quantization_config=_quantization(path, config.get("quantization_config", text.get("quantization_config"))),
     )
 
 
@@ -146,6 +154,14 @@ def window_of_layers(config: dict[str, Any]) -> list[int | None]:
 def _layer_kinds(config: dict[str, Any]) -> tuple[LayerKind, ...]:
     windows = dict.fromkeys(window_of_layers(config))
     return tuple(LayerKind("full" if w is None else "sliding", w) for w in windows)
+
+
+def _quantization(path: Path, config: Any) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
+        raise CheckpointError(f"{path}: quantization_config must say its quant_method, found {config!r:.200}")
+    return config
 
 
 def _eos(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:

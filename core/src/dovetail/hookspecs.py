@@ -41,7 +41,29 @@ def dovetail_models() -> list[Provider[Any]]:
     return []
 
 
-# 2. Who computes. The worker is chosen first; it builds the attention providers that were chosen for its layers.
+# 2. What the model is made of: chosen from its config.json.
+
+
+@hookspec
+def dovetail_quantization() -> list[Provider[Any]]:
+    """Offer quantization schemes; `build` returns a `Scheme`. Chosen once for every rule of the configuration.
+
+    `capabilities` is a `QuantizationCapabilities`. A checkpoint that is quantized is read by a scheme that declares its
+    method; one that is not is quantized on the fly where the configuration names a scheme that can.
+    """
+    return []
+
+
+@hookspec
+def dovetail_architectures() -> list[Provider[Any]]:
+    """Offer model code; `build` returns an `Architecture`, which the worker asks for the checkpoint's model.
+
+    `capabilities` is an `ArchitectureCapabilities`, which says the architectures that it has code for.
+    """
+    return []
+
+
+# 3. Who computes. The worker is chosen first; it builds the attention providers that were chosen for its layers.
 
 
 @hookspec
@@ -59,7 +81,7 @@ def dovetail_attention() -> list[Provider[Any]]:
     return []
 
 
-# 3. Who decides. Both hold no tensor.
+# 4. Who decides. Both hold no tensor.
 
 
 @hookspec
@@ -74,7 +96,7 @@ def dovetail_schedulers() -> list[Provider[Any]]:
     return []
 
 
-# 4. What makes it faster without changing what it says. Both can be left out.
+# 5. What makes it faster without changing what it says. Both can be left out.
 
 
 @hookspec
@@ -89,7 +111,7 @@ def dovetail_drafters() -> list[Provider[Any]]:
     return []
 
 
-# 5. Who talks to the world. Only `dovetail serve` asks for one.
+# 6. Who talks to the world. Only `dovetail serve` asks for one.
 
 
 @hookspec
@@ -98,7 +120,7 @@ def dovetail_servers() -> list[Provider[Any]]:
     return []
 
 
-# 6. Places that a plugin opens to others: a server to routes, a prefix cache to eviction policies.
+# 7. Places that a plugin opens to others: a server to routes, a prefix cache to eviction policies.
 
 
 @hookspec

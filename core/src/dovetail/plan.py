@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
+
+from dovetail.interfaces.quantization import LinearLayer
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -27,6 +30,8 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     contract: str
     options: dict[str, Any]
     """With what they left open decided."""
+    match: str = ""
+    """Of a rule for some layers: the glob that their names match."""
     remarks: list[str] = []
     """What the provider decided, and why."""
     rejected: list[Rejected] = []
@@ -49,8 +54,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     layer_kinds: list[str]
     choices: dict[str, Choice]
-    """By socket; attention has one for each layer kind: attention.full, attention.sliding; a socket of many has one for
-    each that it takes: routes.NAME."""
+    """By socket. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
+    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts; a socket of many has
+    one for each that it takes: routes.NAME."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool
@@ -64,6 +70,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         for choice in data["choices"].values():
             del choice["rejected"], choice["remarks"]
         return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()[:16]
+
+    def quantization_of(self, layer: LinearLayer) -> str:
+        """The key of the choice that counts for a layer. Raises `ConfigError` if parts of a fused layer differ."""
+        rules = {key: choice for key, choice in self.choices.items() if choice.socket == "quantization"}
+        kinds = {key: " ".join([c.provider, *(f"{k}={v}" for k, v in c.options.items())]) for key, c in rules.items()}
+
+        def first(name: str) -> str:
+            return next(key for key, choice in rules.items() if fnmatchcase(name, choice.match))
+
+        layer.alike(lambda name: kinds[first(name)], "quantization: the rules")
+        return first(layer.parts[0].name)
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)

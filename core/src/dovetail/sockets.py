@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dovetail.interfaces import attention, drafter, prefix_cache
+from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
 from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
 
@@ -52,8 +52,54 @@ def _undeclared_attention(provider: Provider[object], context: Context) -> list[
     return reasons + [Reason(f"no support for {f.replace('_', ' ')}") for f in missing]
 
 
+def _undeclared_architecture(provider: Provider[object], context: Context) -> list[Reason]:
+    can, reasons = provider.capabilities, []
+    if not isinstance(can, architecture.ArchitectureCapabilities):
+        return [Reason("declares no ArchitectureCapabilities")]
+    name = context.model.architecture if context.model else ""
+    if can.architectures is not None and name not in can.architectures:
+        reasons.append(Reason(f"no support for {name or 'a model that names no architecture'}"))
+    if context.needs.get("quantized") and not can.quantization:
+        reasons.append(Reason(f"its linear layers cannot be quantized ({', '.join(context.needs['quantized'])})"))
+    return reasons
+
+
+def _undeclared_quantization(provider: Provider[object], context: Context) -> list[Reason]:
+    can, needs = provider.capabilities, context.needs
+    if not isinstance(can, quantization.QuantizationCapabilities):
+        return [Reason("declares no QuantizationCapabilities")]
+    method = context.model.quantization_method if context.model else quantization.PLAIN
+    kind = context.device_name.split(":")[0]
+    listed = (("device", kind, can.devices), ("dtype", context.dtype, can.dtypes))
+    reasons = [
+        Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
+        for what, value, has in listed
+        if has is not None and value not in has
+    ]
+    # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for what takes plain weights.
+    takes_plain = can.on_the_fly or quantization.PLAIN in can.methods
+    if method in can.methods or (takes_plain and needs.get("some_layers")):
+        return reasons
+    reads = f"reads {', '.join(can.methods)}" if can.methods else "quantizes plain weights"
+    if method != quantization.PLAIN:
+        return [*reasons, Reason(f"the checkpoint is quantized with {method}", reads)]
+    if not can.on_the_fly:
+        return [*reasons, Reason("the checkpoint is not quantized", reads)]
+    if not needs.get("by_name"):
+        return [*reasons, Reason("the checkpoint is not quantized", "ask for it by name to quantize weights as they are read")]
+    return reasons
+
+
 SOCKETS: tuple[Socket, ...] = (
     Socket("model", "dovetail_models", "models that come with a plugin, by name"),
+    Socket(
+        "quantization",
+        "dovetail_quantization",
+        "how the weights of linear layers are stored and multiplied",
+        quantization.CONTRACT,
+        undeclared=_undeclared_quantization,
+    ),
+    Socket("architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture),
     Socket("worker", "dovetail_workers", "loads the weights and runs the steps"),
     Socket("attention", "dovetail_attention", "paged attention", attention.CONTRACT, undeclared=_undeclared_attention),
     Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions),

@@ -10,16 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.facts import device_facts
+from dovetail.facts import device_facts, read_json
+from dovetail.interfaces.architecture import LayerMaker, Model
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import AttentionCall, Compiled, Op, StepHeader
+from dovetail.interfaces.worker import Progress
 from dovetail_worker_torch.compiled import CompiledDecoder
-from dovetail_worker_torch.decoder import Decoder
+from dovetail_worker_torch.decoder import Decoder, DecoderArchitecture
+from dovetail_worker_torch.execution import OWN_ARCHITECTURES
+from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.model import load_model
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
 
 CPU = torch.device("cpu")
+
+
+def load(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    layers: LayerMaker | None = None,
+    progress: Progress = lambda *_: None,
+    torch_compile: bool = False,
+) -> Model:
+    """With the architecture that `auto` would take, and by default with layers of plain torch."""
+    layers = layers or TorchLinears(dtype, CPU)
+    if read_json(folder / "config.json").get("architectures", [None])[:1] in [[name] for name in OWN_ARCHITECTURES]:
+        return load_model(folder, DecoderArchitecture(), layers, dtype=dtype, device=CPU, progress=progress)
+    from dovetail_worker_torch.bridge import BridgeArchitecture
+
+    bridge = BridgeArchitecture(trust_remote_code=False)
+    model: Any = load_model(folder, bridge, layers, dtype=dtype, device=CPU, progress=progress, loads_weights=True)
+    if torch_compile:
+        model.compile()
+    return model
 
 
 class DenseAttention:
@@ -111,7 +135,7 @@ class CompiledModel:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         kernels = Kernels.load(device_facts())
-        decoder = load_model(folder, dtype=dtype, device=CPU, progress=lambda *_: None, maker=PackedLinears(kernels, dtype))
+        decoder = load(folder, dtype, PackedLinears(kernels, dtype))
         assert isinstance(decoder, Decoder)
         self.model, self.backend = CompiledDecoder(decoder, kernels, 32), CalledAttention()
         self.attention_layers, self.vocab_size = decoder.attention_layers, decoder.vocab_size

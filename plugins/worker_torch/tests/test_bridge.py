@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dense import load
 from safetensors.torch import load_file, save_file
 
 from dovetail.errors import CheckpointError
-from dovetail_worker_torch.model import load_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 203,
@@ -48,7 +48,7 @@ def test_what_cannot_be_bridged_says_why(name: str, tmp_path: Path) -> None:
     cls = getattr(transformers, architecture)
     cls(cls.config_class(**{**SIZES, **changes})).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=reason) as e:
-        load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu"), progress=lambda *_: None)
+        load(tmp_path)
     assert str(tmp_path) in str(e.value)
 
 
@@ -86,6 +86,6 @@ def test_a_broken_folder_is_not_bridged(wrong: str, tmp_path: Path) -> None:
         weights.rename(tmp_path / "pytorch_model.bin")
         message = "pickled weights only"
     with pytest.raises(CheckpointError, match=message) as e:
-        load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu"), progress=lambda *_: None)
+        load(tmp_path)
     assert str(tmp_path) in str(e.value)
     assert not (tmp_path / "ran").exists()

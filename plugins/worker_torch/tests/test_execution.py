@@ -8,27 +8,39 @@ from typing import Any
 
 import pytest
 
+from dovetail.builtins import PLAIN_WEIGHTS
 from dovetail.errors import ConfigError
 from dovetail.facts import DeviceFacts
+from dovetail.interfaces.architecture import ArchitectureCapabilities
+from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.provider import Context
+from dovetail_worker_torch import BRIDGE_CAPABILITIES, DECODER_CAPABILITIES, WorkerOptions, dovetail_workers
 from dovetail_worker_torch.decoder import ARCHITECTURES
 from dovetail_worker_torch.execution import OWN_ARCHITECTURES, settle
 
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
 DEVICE = DeviceFacts("Linux", "x86_64", 4, 2**33, AVX512, 0, "/usr/bin/c++")
+STRANGER = ArchitectureCapabilities(("StrangeForCausalLM",))
 
 
-def context(architecture: str = "LlamaForCausalLM", dtype: str = "bfloat16", name: str = "cpu", **device: Any) -> Context:
-    model: Any = SimpleNamespace(architecture=architecture)
-    return Context(replace(DEVICE, **device), model, name, dtype, {"compiled_attention": True})
+def context(dtype: str = "bfloat16", name: str = "cpu", made: Any = DECODER_CAPABILITIES, **device: Any) -> Context:
+    model: Any = SimpleNamespace(architecture="SomeForCausalLM")
+    needs = {"compiled_attention": True, "architecture": made, "quantization": [PLAIN_WEIGHTS]}
+    return Context(replace(DEVICE, **device), model, name, dtype, needs)
+
+
+def settled(context: Context, **options: Any) -> tuple[str, str, str]:
+    """Execution, linear layers, remarks."""
+    chosen, remarks = settle(context, WorkerOptions(**options))
+    return chosen.execution, chosen.linear, " | ".join(remarks)
 
 
 def test_auto_compiles_where_it_can() -> None:
-    execution, remarks = settle(context(), "auto")
-    assert execution == "compiled"
-    assert "AVX-512 with BF16" in remarks[0]
-    assert "AMX" in settle(context(cpu_flags=AVX512 | {"amx_bf16", "amx_tile"}), "auto")[1][0]
-    assert "float32" in settle(context(dtype="float32"), "auto")[1][0]
+    execution, linear, remarks = settled(context())
+    assert (execution, linear) == ("compiled", "packed")
+    assert "AVX-512 with BF16" in remarks
+    assert "AMX" in settled(context(cpu_flags=AVX512 | {"amx_bf16", "amx_tile"}))[2]
+    assert "float32" in settled(context(dtype="float32"))[2]
 
 
 @pytest.mark.parametrize(
@@ -42,27 +54,70 @@ def test_auto_compiles_where_it_can() -> None:
     ],
 )
 def test_why_not(changes: dict[str, Any], words: str) -> None:
-    execution, (remark,) = settle(context(**changes), "auto")
-    assert execution == "plain"
-    assert words in remark
+    execution, linear, remarks = settled(context(**changes))
+    assert (execution, linear) == ("plain", "torch")
+    assert words in remarks
     with pytest.raises(ConfigError, match=r"worker\.execution: compiled cannot be had here: .*Set it to auto or plain"):
-        settle(context(**changes), "compiled")
-    assert settle(context(**changes), "plain") == ("plain", [])
+        settled(context(**changes), execution="compiled")
+    with pytest.raises(ConfigError, match=r"worker\.linear: packed cannot be had here: .*Set it to auto or torch"):
+        settled(context(**changes), linear="packed")
+    assert settled(context(**changes), execution="plain") == ("plain", "torch", "")
 
 
-def test_attention_must_take_part() -> None:
-    alone = replace(context(), needs={"compiled_attention": False})
-    assert "attention" in settle(alone, "auto")[1][0]
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ({"compiled_attention": False}, "attention"),
+        ({"quantization": [PLAIN_WEIGHTS, QuantizationCapabilities()]}, "quantization"),
+    ],
+)
+def test_what_is_chosen_must_take_part(needs: dict[str, Any], words: str) -> None:
+    alone = replace(context(), needs={**context().needs, **needs})
+    execution, linear, remarks = settled(alone)
+    assert (execution, linear) == ("plain", "packed")
+    assert f"the {words} chosen cannot be part of a compiled step" in remarks
+    with pytest.raises(ConfigError, match=words):
+        settled(alone, execution="compiled")
+
+
+def test_a_scheme_that_can_take_part_does() -> None:
+    scheme = QuantizationCapabilities(compiled_steps=True)
+    assert settled(replace(context(), needs={**context().needs, "quantization": [scheme]}))[0] == "compiled"
+
+
+def test_plain_is_torch_throughout_unless_packed_layers_are_asked_for() -> None:
+    assert settled(context(), execution="plain") == ("plain", "torch", "")
+    assert settled(context(), execution="plain", linear="packed")[:2] == ("plain", "packed")
+    execution, linear, remarks = settled(context(), linear="torch")
+    assert (execution, linear) == ("plain", "torch")
+    assert "worker.linear is torch" in remarks
+
+
+def test_a_strangers_model_has_packed_layers() -> None:
+    execution, linear, remarks = settled(context(made=STRANGER))
+    assert (execution, linear) == ("plain", "packed")
+    assert "the code of SomeForCausalLM does not offer it" in remarks
+    with pytest.raises(ConfigError, match="does not offer it"):
+        settled(context(made=STRANGER), execution="compiled")
 
 
 def test_models_of_the_bridge_are_compiled_by_torch_when_asked() -> None:
-    assert settle(context("GPT2LMHeadModel"), "auto")[0] == "plain"
-    execution, remarks = settle(context("GPT2LMHeadModel"), "compiled")
+    assert settled(context(made=BRIDGE_CAPABILITIES))[:2] == ("plain", "torch")
+    execution, _, remarks = settled(context(made=BRIDGE_CAPABILITIES), execution="compiled")
     assert execution == "compiled"
-    assert "torch.compile" in remarks[0]
+    assert "torch.compile" in remarks
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
-        settle(context("GPT2LMHeadModel", compiler=None), "compiled")
-    assert settle(context("GPT2LMHeadModel", name="cuda:0", compiler=None), "compiled")[0] == "compiled"
+        settled(context(made=BRIDGE_CAPABILITIES, compiler=None), execution="compiled")
+    assert settled(context(made=BRIDGE_CAPABILITIES, name="cuda:0", compiler=None), execution="compiled")[0] == "compiled"
+
+
+def test_the_worker_takes_parts_written_for_torch_only() -> None:
+    (worker,) = dovetail_workers()
+    assert worker.why_not(context()) == []
+    (reason,) = worker.why_not(context(made=replace(STRANGER, framework="jax")))
+    assert "jax" in str(reason)
+    (reason,) = worker.why_not(context(made=None))
+    assert "architecture" in str(reason)
 
 
 def test_the_names_are_those_of_the_decoder() -> None:

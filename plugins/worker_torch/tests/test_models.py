@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dense
 import pytest
 import torch
-from dense import CPU, CompiledModel, DenseAttention
+from dense import CompiledModel, DenseAttention
 from torch import Tensor
 
 from dovetail.facts import model_facts
-from dovetail_worker_torch.model import Model, load_model
+from dovetail.interfaces.architecture import Model
 from dovetail_worker_torch.rope import inverse_frequencies, rope_parameters
 
 WINDOW = 7  # shorter than the longest sequence
@@ -137,7 +138,7 @@ def seed() -> int:
 def load(folder: Path, dtype: torch.dtype, execution: str) -> Model:
     if execution == "compiled":
         return CompiledModel(folder, dtype)
-    return load_model(folder, dtype=dtype, device=CPU, progress=lambda *_: None, compile=execution == "torch.compile")
+    return dense.load(folder, dtype, torch_compile=execution == "torch.compile")
 
 
 def run_ragged(model: Model, prompts: list[list[int]]) -> list[Tensor]:
@@ -308,7 +309,7 @@ def test_engines_in_threads_do_not_meet(tmp_path: Path, seed: int) -> None:
     for name, layers in (("gpt-neox", 2), ("gemma2", 3)):
         architecture, changes = BRIDGED[name]
         references.append(make_checkpoint(tmp_path / name, architecture, {**changes, "num_hidden_layers": layers}))
-        models.append(load_model(tmp_path / name, dtype=torch.float32, device=CPU, progress=lambda *_: None))
+        models.append(dense.load(tmp_path / name))
     prompt = [random.randrange(SIZES["vocab_size"]) for _ in range(12)]
     barrier = threading.Barrier(2)
 

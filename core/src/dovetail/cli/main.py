@@ -105,6 +105,8 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--dtype", "dtype", str, "auto, float32, bfloat16, float16"),
     ("--max-model-len", "max_model_len", int, "longest sequence, in tokens"),
     ("--served-model-name", "served_model_name", str, "the name clients use"),
+    ("--quantization", "quantization", str, "auto, none, or a scheme for the whole model"),
+    ("--architecture", "architecture.use", str, "architecture provider"),
     ("--worker", "worker.use", str, "worker provider"),
     ("--attention", "attention.default.use", str, "attention provider"),
     ("--scheduler", "scheduler.use", str, "scheduler provider"),

@@ -63,7 +63,8 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
     for key, choice in plan.choices.items():
         asked = "" if choice.requested in ("auto", choice.provider) else f" (asked for {choice.requested})"
         options = ", ".join(f"{k}={v}" for k, v in choice.options.items() if v is not None)
-        table.add_row(key, choice.provider + asked, f"{choice.distribution} {choice.version}", Text(options))
+        name = f"{key} ({choice.match})" if choice.match else key
+        table.add_row(name, choice.provider + asked, f"{choice.distribution} {choice.version}", Text(options))
         for remark in choice.remarks:
             table.add_row("", "", "", Text(remark))
         for other in choice.rejected:

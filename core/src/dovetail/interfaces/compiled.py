@@ -46,6 +46,17 @@ class Compiled(NamedTuple):
     keep: Any
 
 
+class CompiledLinear(Protocol):
+    """A linear layer that can be part of a compiled step."""
+
+    def compile(self, x: Any, y: Any) -> Compiled:
+        """The operation `y[:T] = self(x[:T])` on buffers of the worker's, made once.
+
+        `x [max_num_tokens, ≥ in]` and `y [max_num_tokens, ≥ out]`, rows contiguous; those of x are zero from the end of the
+        inputs to a multiple of 32.
+        """
+
+
 class CompiledAttention(AttentionBackend, Protocol):
     """An attention backend that declares `compiled_steps`.
 

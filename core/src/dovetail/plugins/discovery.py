@@ -117,7 +117,7 @@ def _add_offers(registry: Registry, plugin: PluginInfo, module: ModuleType) -> N
         for provider in (p for result in getattr(manager.hook, socket.hook)() for p in result):
             if not isinstance(provider, Provider):
                 raise PluginError(f"{socket.hook} returned {type(provider).__name__}, not a Provider")
-            if provider.name in ("auto", "none"):
+            if provider.name == "auto" or (provider.name == "none" and socket.optional):
                 raise PluginError(f"{provider.name!r} cannot be a provider's name: it means something in a configuration")
             if not issubclass(provider.options, socket.options):
                 raise PluginError(f"the options of {provider.name} must extend {socket.options.__name__} of dovetail.provider")

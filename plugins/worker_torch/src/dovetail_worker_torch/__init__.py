@@ -8,22 +8,38 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.provider import Context, Options, Provider, Reason
-from dovetail_worker_torch.execution import EXECUTION, Execution, settle
+from dovetail_worker_torch.execution import (
+    EXECUTION,
+    LINEAR,
+    OPERATIONS,
+    OWN_ARCHITECTURES,
+    TORCH_COMPILE,
+    Execution,
+    LinearKind,
+    settle,
+)
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
     from dovetail_worker_torch.attention import ReferenceAttention
+    from dovetail_worker_torch.bridge import BridgeArchitecture
+    from dovetail_worker_torch.decoder import DecoderArchitecture
     from dovetail_worker_torch.worker import TorchWorker
 
 REFERENCE_CAPABILITIES = AttentionCapabilities(
     devices=("cpu", "cuda"), sliding_window=True, logit_soft_cap=True, sinks=True
 )  # fmt: skip
 
+DECODER_CAPABILITIES = ArchitectureCapabilities(OWN_ARCHITECTURES, compiled=OPERATIONS)
+BRIDGE_CAPABILITIES = ArchitectureCapabilities(None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE)
+
 
 class WorkerOptions(Options):
     execution: Execution = Field("auto", description=EXECUTION)
+    linear: LinearKind = Field("auto", description=LINEAR)
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a step; default: torch's own choice")
 
 
@@ -33,15 +49,31 @@ def _needs_torch(context: Context) -> list[Reason]:
     return []
 
 
-def _settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
-    execution, remarks = settle(context, options.execution)
-    return options.model_copy(update={"execution": execution}), remarks
+def _why_no_worker(context: Context) -> list[Reason]:
+    made = context.needs.get("architecture")
+    if made is None:
+        return [*_needs_torch(context), Reason("no plugin that offers model code (an architecture) is installed")]
+    frameworks = {made.framework, *(scheme.framework for scheme in context.needs["quantization"])} - {"torch"}
+    return [*_needs_torch(context), *(Reason(f"the model's parts are written for {other}") for other in sorted(frameworks))]
 
 
 def _worker(context: BuildContext, options: WorkerOptions) -> TorchWorker:
     from dovetail_worker_torch.worker import TorchWorker
 
     return TorchWorker(context, options)
+
+
+def _decoder(context: BuildContext, options: Any) -> DecoderArchitecture:
+    from dovetail_worker_torch.decoder import DecoderArchitecture
+
+    return DecoderArchitecture()
+
+
+def _bridge(context: BuildContext, options: Any) -> BridgeArchitecture:
+    # It imports transformers, which takes seconds.
+    from dovetail_worker_torch.bridge import BridgeArchitecture
+
+    return BridgeArchitecture(context.plan.trust_remote_code)
 
 
 def _reference(context: BuildContext, options: Any) -> ReferenceAttention:
@@ -55,8 +87,22 @@ def dovetail_workers() -> list[Provider[TorchWorker]]:
     return [
         Provider(
             "torch", "PyTorch, one device in this process", _worker, WorkerOptions,
-            why_not=_needs_torch, settle=_settle, priority=50,
+            why_not=_why_no_worker, settle=settle, priority=50,
         )
+    ]  # fmt: skip
+
+
+@hookimpl
+def dovetail_architectures() -> list[Provider[Any]]:
+    return [
+        Provider(
+            "decoder", "our own code for the Llama family", _decoder,
+            capabilities=DECODER_CAPABILITIES, why_not=_needs_torch, priority=50,
+        ),
+        Provider(
+            "transformers", "any decoder-only model of transformers, on the engine's attention", _bridge,
+            capabilities=BRIDGE_CAPABILITIES, why_not=_needs_torch, priority=0,
+        ),
     ]  # fmt: skip
 
 

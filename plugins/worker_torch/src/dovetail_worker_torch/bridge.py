@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -24,12 +24,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
+from dovetail.interfaces.architecture import CONTRACT, Attend, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
 from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 
 if TYPE_CHECKING:
-    from dovetail_worker_torch.model import Attend
     from dovetail_worker_torch.torch_compile import CompiledBody
 
 NAME = "dovetail"
@@ -63,6 +63,21 @@ def _attention(
 
 
 transformers.AttentionInterface.register(NAME, _attention)
+
+
+class BridgeArchitecture:
+    """An `Architecture` whose models load themselves. `trust_remote_code` allows the code that a checkpoint brings along."""
+
+    contract: ClassVar[str] = CONTRACT
+
+    def __init__(self, trust_remote_code: bool) -> None:
+        self._trust_remote_code = trust_remote_code
+
+    def model(self, build: ModelBuild) -> BridgedModel:
+        return load_bridged(
+            build.folder, dtype=build.dtype, device=build.device, progress=build.progress,
+            trust_remote_code=self._trust_remote_code,
+        )  # fmt: skip
 
 
 def load_bridged(
@@ -152,6 +167,13 @@ class BridgedModel:
         if self._compiled is not None:
             return self._compiled(token_ids, positions, attend)
         return self._run(token_ids, positions, self._step(attend))
+
+    def targets(self) -> dict[str, Target]:
+        """None: the weights are read."""
+        return {}
+
+    def unused(self) -> list[str]:
+        return []
 
     def _step(self, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Step:
         def step(

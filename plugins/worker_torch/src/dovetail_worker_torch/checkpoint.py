@@ -5,17 +5,17 @@ The files are `model.safetensors`, or several with `model.safetensors.index.json
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
+from dovetail.interfaces.architecture import Target
 from dovetail.interfaces.worker import Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,28 +23,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INTERCHANGEABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types that are converted into each other on the way. Any other must be stored as the model wants it."""
 
-IGNORABLE = (re.compile(r"\.rotary_emb\.inv_freq$"),)
+IGNORABLE = ("*.rotary_emb.inv_freq",)
 """Tensors that old checkpoints hold and that follow from the config."""
 
 
-class Target(NamedTuple):
-    """Where a checkpoint's tensor goes."""
-
-    shape: tuple[int, ...]
-    """In the file."""
-    dtype: torch.dtype
-    """Of what is kept; see `INTERCHANGEABLE`."""
-    store: Callable[[Tensor], object]
-    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call."""
-
-
-def into(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Target:
-    """Copy into `tensor`, which may be a part of a fused weight. `shape` in the file, where it is broadcast to tensor's."""
-    return Target(tuple(tensor.shape) if shape is None else shape, tensor.dtype, tensor.copy_)
-
-
 def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progress, unused: Iterable[str] = ()) -> None:
-    """Fill each target from the tensor of its name. `unused` names tensors that may be there and are not read.
+    """Fill each target from the tensor of its name. `unused`, globs: what may be there and is not read.
 
     Reports progress in bytes read. Raises `CheckpointError` naming the file if a file is missing or malformed, if a
     tensor is missing, has another shape or type, or is one that the model has no place for.
@@ -68,8 +52,8 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
             progress("loading weights", done, total)
     if missing:
         raise CheckpointError(f"{folder} lacks {few(sorted(missing))}, which the model described by its config.json has")
-    allowed = set(unused)
-    if unknown := [n for n in surplus if n not in allowed and not any(p.search(n) for p in IGNORABLE)]:
+    allowed = [*IGNORABLE, *unused]
+    if unknown := [n for n in surplus if not any(fnmatchcase(n, glob) for glob in allowed)]:
         raise CheckpointError(f"{folder} holds {few(unknown)}, which the model described by its config.json does not have")
     progress("loading weights", total, total)
 
@@ -107,6 +91,12 @@ def shard_files(folder: Path) -> dict[Path, set[str] | None]:
             "convert them to safetensors (transformers' save_pretrained writes it)"
         )
     raise CheckpointError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
+
+
+def tensor_names(folder: Path) -> frozenset[str]:
+    """Of all that a folder's weight files hold. Raises `CheckpointError`, as `shard_files` does."""
+    shards = shard_files(folder).items()
+    return frozenset(n for path, names in shards for n in (open_shard(path).keys() if names is None else names))
 
 
 def open_shard(path: Path) -> Any:

@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dovetail.interfaces.architecture import Target
 from dovetail.interfaces.compiled import AttentionCall, Compiled, CompiledAttention, Op, StepHeader
 from dovetail_worker_torch.decoder import Decoder, DecoderLayer
-from dovetail_worker_torch.model import Attend
+from dovetail_worker_torch.model import StepAttend
 from dovetail_worker_torch.native import (
     ACTIVATIONS,
     TYPES,
@@ -64,7 +65,7 @@ class CompiledDecoder:
         ops = [op for compiled in self._operations(backends, caches) for op in self._kept(compiled)]
         self._program = Program(self.kernels, ops)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: StepAttend) -> Tensor:
         assert self._program is not None
         num_tokens = len(token_ids)
         if num_tokens > self._max_num_tokens:
@@ -80,6 +81,12 @@ class CompiledDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
+
+    def targets(self) -> dict[str, Target]:
+        return self.decoder.targets()
+
+    def unused(self) -> list[str]:
+        return self.decoder.unused()
 
     def _kept(self, compiled: Compiled) -> list[Op]:
         self._keep.append(compiled.keep)

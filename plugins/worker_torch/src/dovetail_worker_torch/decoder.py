@@ -7,10 +7,10 @@ step the interpreter is a good part of the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
+from dovetail.interfaces.architecture import CONTRACT, Attend, LayerMaker, Linear, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
-from dovetail.interfaces.worker import Progress
-from dovetail_worker_torch.checkpoint import Target, into, load_tensors
-from dovetail_worker_torch.linear import LinearLayer, LinearMaker, Part
+from dovetail.interfaces.quantization import Part
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate
 
 if TYPE_CHECKING:
-    from dovetail_worker_torch.model import Attend
+    from dovetail_worker_torch.compiled import CompiledDecoder
+    from dovetail_worker_torch.native import Kernels
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Switches:
     """How an architecture differs. A switch is fixed, or the name of the config's key that says it (absent: False)."""
 
     qkv_bias: bool | str = False
@@ -41,11 +41,11 @@ class Architecture:
     """Whether the config's window counts."""
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": Architecture(sliding_window=True),
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, sliding_window=True),
-    "Qwen3ForCausalLM": Architecture(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True),
+ARCHITECTURES: dict[str, Switches] = {
+    "LlamaForCausalLM": Switches(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "MistralForCausalLM": Switches(sliding_window=True),
+    "Qwen2ForCausalLM": Switches(qkv_bias=True, sliding_window=True),
+    "Qwen3ForCausalLM": Switches(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True),
 }
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,9 +83,9 @@ class DecoderConfig:
     rope_scale: float
 
 
-def read_config(path: Path, config: dict[str, Any]) -> DecoderConfig:
+def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
     """Read `config`, the contents of the config.json at `path`. Raises `CheckpointError` naming the key."""
-    architecture = ARCHITECTURES[config["architectures"][0]]
+    switches = ARCHITECTURES[config["architectures"][0]]
 
     def number(key: str, default: int | None = None) -> int:
         value = config.get(key)
@@ -102,16 +102,16 @@ def read_config(path: Path, config: dict[str, Any]) -> DecoderConfig:
     if num_heads % num_kv_heads:
         raise CheckpointError(f"{path}: {num_heads} query heads cannot share {num_kv_heads} key/value heads evenly")
     # Qwen3 is the one whose head size, when absent, does not follow from the others.
-    head_size = number("head_dim", 128 if architecture.qk_norm else hidden_size // num_heads)
+    head_size = number("head_dim", 128 if switches.qk_norm else hidden_size // num_heads)
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"{path}: hidden_act {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}")
-    windows = window_of_layers(config) if architecture.sliding_window else [None] * num_layers
+    windows = window_of_layers(dict(config)) if switches.sliding_window else [None] * num_layers
     if len(windows) != num_layers:
         raise CheckpointError(f"{path}: layer_types has {len(windows)} entries for {num_layers} layers")
     max_position_embeddings = number("max_position_embeddings", 2048)
     try:
-        inv_freq, rope_scale = inverse_frequencies(rope_parameters(config), head_size, max_position_embeddings)
+        inv_freq, rope_scale = inverse_frequencies(rope_parameters(dict(config)), head_size, max_position_embeddings)
     except ValueError as e:
         raise CheckpointError(f"{path}: {e}") from None
     return DecoderConfig(
@@ -125,24 +125,24 @@ def read_config(path: Path, config: dict[str, Any]) -> DecoderConfig:
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=activation,
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=switch(architecture.qkv_bias),
-        o_bias=switch(architecture.o_bias),
-        mlp_bias=switch(architecture.mlp_bias),
-        qk_norm=architecture.qk_norm,
+        qkv_bias=switch(switches.qkv_bias),
+        o_bias=switch(switches.o_bias),
+        mlp_bias=switch(switches.mlp_bias),
+        qk_norm=switches.qk_norm,
         windows=tuple(windows),
         inv_freq=inv_freq,
         rope_scale=rope_scale,
     )
 
 
-def load_decoder(
-    folder: Path, config: dict[str, Any], maker: LinearMaker, *, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> Decoder:
-    """Allocate a decoder and read its weights. Raises `CheckpointError` naming the file."""
-    sizes = read_config(folder / "config.json", config)
-    model = Decoder(sizes, maker, dtype, device)
-    load_tensors(folder, model.targets(), progress=progress, unused=["lm_head.weight"] if sizes.tied else [])
-    return model
+class DecoderArchitecture:
+    """An `Architecture`: makes a `Decoder`."""
+
+    contract: ClassVar[str] = CONTRACT
+
+    def model(self, build: ModelBuild) -> Decoder:
+        sizes = read_config(build.folder / "config.json", build.config)
+        return Decoder(sizes, build.layers, build.dtype, build.device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -154,7 +154,7 @@ class DecoderLayer:
     """Attention and MLP, each around a residual. `name` is the checkpoint's ("model.layers.3")."""
 
     def __init__(
-        self, name: str, index: int, c: DecoderConfig, maker: LinearMaker, dtype: torch.dtype, device: torch.device
+        self, name: str, index: int, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.name, self.index = name, index
         self.num_heads, self.head_size, self.eps = c.num_heads, c.head_size, c.norm_eps
@@ -164,7 +164,7 @@ class DecoderLayer:
         self.intermediate_size = c.intermediate_size
         q_size, kv_size = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
 
-        def linear(fused: str, in_features: int, bias: bool, **parts: int) -> LinearLayer:
+        def linear(fused: str, in_features: int, bias: bool, **parts: int) -> Linear:
             block, _, _ = fused.partition(".")
             full = [Part(f"{name}.{block}.{part}", out_features) for part, out_features in parts.items()]
             return maker.linear(f"{name}.{fused}", full, in_features, bias)
@@ -182,13 +182,13 @@ class DecoderLayer:
 
     def targets(self) -> dict[str, Target]:
         found = {
-            f"{self.name}.input_layernorm.weight": into(self.input_norm),
-            f"{self.name}.post_attention_layernorm.weight": into(self.post_attention_norm),
+            f"{self.name}.input_layernorm.weight": Target.into(self.input_norm),
+            f"{self.name}.post_attention_layernorm.weight": Target.into(self.post_attention_norm),
         }
         if self.qk_norm is not None:
             shape = (self.head_size,)
-            found[f"{self.name}.self_attn.q_norm.weight"] = into(self.qk_norm[: self.num_heads], shape)
-            found[f"{self.name}.self_attn.k_norm.weight"] = into(self.qk_norm[self.num_heads :], shape)
+            found[f"{self.name}.self_attn.q_norm.weight"] = Target.into(self.qk_norm[: self.num_heads], shape)
+            found[f"{self.name}.self_attn.k_norm.weight"] = Target.into(self.qk_norm[self.num_heads :], shape)
         for layer in self.linears:
             found |= layer.targets()
         return found
@@ -216,7 +216,7 @@ class DecoderLayer:
 class Decoder:
     """Embedding, layers, final norm, output projection. A `Model`."""
 
-    def __init__(self, c: DecoderConfig, maker: LinearMaker, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device) -> None:
         self.config = c
         self.vocab_size = c.vocab_size
         self.attention_layers = [
@@ -232,10 +232,19 @@ class Decoder:
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that the checkpoint must hold, by name."""
-        found = {"model.norm.weight": into(self.norm)} | self.embedding.targets()
+        found = {"model.norm.weight": Target.into(self.norm)} | self.embedding.targets()
         for layer in self.layers:
             found |= layer.targets()
         return found if self.config.tied else found | self.lm_head.targets()
+
+    def unused(self) -> list[str]:
+        return ["lm_head.weight"] if self.config.tied else []
+
+    def compiled(self, kernels: Kernels, max_num_tokens: int) -> CompiledDecoder:
+        """The same model, its forward pass one call; for layers that are `CompiledLinear`s, once their weights are read."""
+        from dovetail_worker_torch.compiled import CompiledDecoder  # which imports this file
+
+        return CompiledDecoder(self, kernels, max_num_tokens)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         hidden = self.embedding.rows(token_ids)
@@ -245,4 +254,5 @@ class Decoder:
         return rms_norm(hidden, self.norm, self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden, torch.float32)
+        logits: Tensor = self.lm_head(hidden, torch.float32)
+        return logits

@@ -1,20 +1,33 @@
 """How a model's forward pass will run here: decided when the plan is made, from facts alone. Imports no torch.
 
-Our own decoder is compiled into a list of C++ operations that run in one call a step (`compiled`), where the machine and
-the attention chosen allow it; a model of the bridge by `torch.compile`, only where that is asked for.
+What an architecture provider declares as `compiled` says how: "operations", a list of C++ operations that run in one call a
+step, where the machine and the attention and linear layers chosen allow it; "torch.compile", only where that is asked for.
+Linear layers that no scheme supplies are packed for the C++ kernels wherever those run, whoever wrote the model.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dovetail.errors import ConfigError
+from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.provider import Context, Reason
 
+if TYPE_CHECKING:
+    from dovetail_worker_torch import WorkerOptions
+
+OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
+"""What `ArchitectureCapabilities.compiled` may say for this worker."""
+
 OWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Architectures that run our own decoder; any other goes through transformers."""
+"""Architectures of our own decoder."""
 
 Execution = Literal["auto", "plain", "compiled"]
+LinearKind = Literal["auto", "torch", "packed"]
+LINEAR = (
+    "linear layers that are not quantized. packed: C++ kernels (CPU). auto: packed where they can be had, unless execution is "
+    "plain, which means torch throughout"
+)
 EXECUTION = (
     "how a model's forward pass runs. plain: torch, operation by operation. compiled: C++ kernels with packed weights, one "
     "call a step (CPU); for a model that runs through transformers, torch.compile, whose first start takes a minute or so and "
@@ -22,19 +35,53 @@ EXECUTION = (
 )
 
 
-def settle(context: Context, execution: Execution) -> tuple[Execution, list[str]]:
-    """Say what `auto` is here, and why. Raises `ConfigError` for `compiled` where it cannot be had."""
-    own = context.model is None or context.model.architecture in OWN_ARCHITECTURES
-    if execution == "plain":
-        return "plain", []
-    if not own and execution == "auto":
-        return "plain", [f"{context.model and context.model.architecture} runs through transformers: plain torch"]
-    reasons = "; ".join(map(str, _why_no_kernels(context) if own else _why_no_torch_compile(context)))
-    if reasons and execution == "compiled":
-        raise ConfigError(f"worker.execution: compiled cannot be had here: {reasons}. Set it to auto or plain")
-    if reasons:
-        return "plain", [f"steps are not compiled: {reasons}"]
-    return "compiled", [_kernel(context) if own else "torch.compile, of a model that runs through transformers"]
+def settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
+    """Say what `auto` is here, and why. Raises `ConfigError` for what was asked for and cannot be had."""
+    made: ArchitectureCapabilities = context.needs["architecture"]
+    no_kernels = _why_no_kernels(context)
+    linear = options.linear
+    if linear == "packed" and no_kernels:
+        raise ConfigError(f"worker.linear: packed cannot be had here: {_listed(no_kernels)}. Set it to auto or torch")
+    if linear == "auto":
+        linear = "torch" if no_kernels or options.execution == "plain" or not made.quantization else "packed"
+    execution, remarks = options.execution, []
+    if execution != "plain":
+        reasons = _why_not_compiled(context, made, options.linear, no_kernels)
+        if reasons and execution == "compiled":
+            raise ConfigError(f"worker.execution: compiled cannot be had here: {_listed(reasons)}. Set it to auto or plain")
+        if reasons:
+            execution, remarks = "plain", [f"steps are not compiled: {_listed(reasons)}"]
+        elif made.compiled == OPERATIONS:
+            execution = "compiled"
+        elif execution == "auto":
+            execution, remarks = "plain", ["steps are compiled by torch.compile only where that is asked for"]
+        else:
+            remarks = ["steps are compiled by torch.compile"]
+    if linear == "packed":
+        remarks.append(_kernel(context))
+    return options.model_copy(update={"execution": execution, "linear": linear}), remarks
+
+
+def _listed(reasons: list[Reason]) -> str:
+    return "; ".join(map(str, reasons))
+
+
+def _why_not_compiled(
+    context: Context, made: ArchitectureCapabilities, linear: LinearKind, no_kernels: list[Reason]
+) -> list[Reason]:
+    name = context.model.architecture if context.model else "the model"
+    if made.compiled == TORCH_COMPILE:
+        return [_NO_COMPILER] if context.device_name == "cpu" and context.device.compiler is None else []
+    if made.compiled != OPERATIONS:
+        return [Reason(f"the code of {name} does not offer it")]
+    reasons = list(no_kernels)
+    if not context.needs.get("compiled_attention", False):
+        reasons.append(Reason("the attention chosen cannot be part of a compiled step"))
+    if not all(scheme.compiled_steps for scheme in context.needs["quantization"]):
+        reasons.append(Reason("the quantization chosen cannot be part of a compiled step"))
+    if linear == "torch":
+        reasons.append(Reason("worker.linear is torch"))
+    return reasons
 
 
 def _why_no_kernels(context: Context) -> list[Reason]:
@@ -49,13 +96,7 @@ def _why_no_kernels(context: Context) -> list[Reason]:
         reasons.append(_NO_COMPILER)
     if context.dtype not in ("float32", "bfloat16"):
         reasons.append(Reason(f"the kernels compute in float32 or bfloat16, not {context.dtype}"))
-    if not context.needs.get("compiled_attention", False):
-        reasons.append(Reason("the attention chosen cannot be part of a compiled step"))
     return reasons
-
-
-def _why_no_torch_compile(context: Context) -> list[Reason]:
-    return [_NO_COMPILER] if context.device_name == "cpu" and context.device.compiler is None else []
 
 
 _NO_COMPILER = Reason("no C++ compiler was found", "install g++ or clang++, or set CXX")

@@ -1,49 +1,15 @@
-"""Linear layers and embeddings, and the one place where they are made: a quantization scheme will supply its own here."""
+"""Linear layers and embeddings in plain torch. Model code asks a `LayerMaker` for its layers, so it never names these."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail_worker_torch.checkpoint import Target, into
-
-
-class Part(NamedTuple):
-    """One of the checkpoint's layers that a fused layer is made of: `q_proj` of `qkv_proj`."""
-
-    name: str
-    out_features: int
-
-
-class LinearLayer(Protocol):
-    """What a linear layer does, whatever its weights look like."""
-
-    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`x: [T, in]` -> `[T, out]`, a new tensor of `dtype`, by default x's."""
-
-    def targets(self) -> dict[str, Target]:
-        """The checkpoint's tensors that it reads, by name."""
-
-
-class Embedding(LinearLayer, Protocol):
-    """A table of vectors by token id, which may also be the output projection."""
-
-    def rows(self, token_ids: Tensor) -> Tensor:
-        """`i64[T]` -> `[T, in]`, a new tensor."""
-
-
-class LinearMaker(Protocol):
-    """Makes a model's layers, their weights allocated and not yet read."""
-
-    def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> LinearLayer:
-        """`name` is the layer's full name ("model.layers.3.mlp.down_proj"); the parts have full names too and lie one
-        after the other in the output."""
-
-    def embedding(self, name: str, vocab_size: int, size: int) -> Embedding: ...
+from dovetail.interfaces.architecture import Target
+from dovetail.interfaces.quantization import Part
 
 
 class TorchLinear:
@@ -62,15 +28,15 @@ class TorchLinear:
         found, start = {}, 0
         for part in self.parts:
             rows = slice(start, start + part.out_features)
-            found[f"{part.name}.weight"] = into(self.weight[rows])
+            found[f"{part.name}.weight"] = Target.into(self.weight[rows])
             if self.bias is not None:
-                found[f"{part.name}.bias"] = into(self.bias[rows])
+                found[f"{part.name}.bias"] = Target.into(self.bias[rows])
             start = rows.stop
         return found
 
 
 class TorchLinears:
-    """Unquantized layers in plain torch."""
+    """Makes unquantized layers in plain torch."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.interfaces.architecture import Target
 from dovetail.interfaces.compiled import Compiled
+from dovetail.interfaces.quantization import Part
 from dovetail.native import zeros
-from dovetail_worker_torch.checkpoint import Target, into
-from dovetail_worker_torch.linear import Part
 from dovetail_worker_torch.native import TYPES, Kernels, LinearCall, LinearOp, LinearStruct
 
 DEPTH_UNIT = 32
@@ -72,7 +72,7 @@ class PackedLinear:
             shape = (part.out_features, self.in_features)
             found[f"{part.name}.weight"] = Target(shape, self.dtype, partial(self._pack, start))
             if self._bias is not None:
-                found[f"{part.name}.bias"] = into(self._bias[start : start + part.out_features])
+                found[f"{part.name}.bias"] = Target.into(self._bias[start : start + part.out_features])
             start += part.out_features
         return found
 

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dovetail.interfaces.architecture import Model
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
 from dovetail.interfaces.compiled import CompiledAttention
 from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.drawing import Drawing
-from dovetail_worker_torch.model import Model
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
 
 

@@ -30,7 +30,7 @@ from dovetail.errors import ConfigError, PluginError
 from dovetail.facts import device_facts
 
 if TYPE_CHECKING:
-    from dovetail_worker_torch.model import Attend
+    from dovetail.interfaces.architecture import Attend
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ _current = _Pass()
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The `Attend` of the pass in progress."""
     assert _current.attend is not None
-    return _current.attend(layer, q, k, v)
+    seen: Tensor = _current.attend(layer, q, k, v)
+    return seen
 
 
 @attend.register_fake

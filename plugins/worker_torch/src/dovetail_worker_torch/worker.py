@@ -10,19 +10,21 @@ import torch
 
 from dovetail.compose import BuildContext
 from dovetail.errors import OutOfMemory
+from dovetail.interfaces.architecture import ArchitectureCapabilities, LayerMaker, Model
 from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
 from dovetail.interfaces.worker import Progress
 from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.compiled import CompiledDecoder
-from dovetail_worker_torch.decoder import Decoder
 from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
-from dovetail_worker_torch.execution import OWN_ARCHITECTURES
+from dovetail_worker_torch.execution import TORCH_COMPILE
+from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import kv_memory
-from dovetail_worker_torch.model import Model, load_model
+from dovetail_worker_torch.model import load_model
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
+from dovetail_worker_torch.quantized import QuantizedLayers
 from dovetail_worker_torch.runner import Computed, Runner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,9 +44,10 @@ class TorchWorker:
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap else None
-        compiled, own = options.execution == "compiled", context.model.architecture in OWN_ARCHITECTURES
-        self._kernels = Kernels.load(context.device) if compiled and own else None
-        self._torch_compile = compiled and not own
+        self._made: ArchitectureCapabilities = context.capabilities("architecture")
+        self._kernels = Kernels.load(context.device) if options.linear == "packed" else None
+        self._compiled = options.execution == "compiled"
+        self._torch_compile = self._compiled and self._made.compiled == TORCH_COMPILE
         if self._torch_compile:
             from dovetail_worker_torch.torch_compile import check_compile  # not at the top: few ask for it
 
@@ -53,16 +56,16 @@ class TorchWorker:
         self._runner: Runner | None = None
 
     def load(self, progress: Progress) -> None:
-        plan = self._context.plan
-        kernels = self._kernels
-        maker = PackedLinears(kernels, self._dtype) if kernels else None
-        model = load_model(
-            Path(plan.folder), dtype=self._dtype, device=self._device, progress=progress,
-            trust_remote_code=plan.trust_remote_code, maker=maker, compile=self._torch_compile,
+        plan, kernels = self._context.plan, self._kernels
+        layers: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
+        model: Any = load_model(
+            Path(plan.folder), self._context.build("architecture"), QuantizedLayers(self._context, layers, plan.dtype),
+            dtype=self._dtype, device=self._device, progress=progress, loads_weights=self._made.loads_weights,
         )  # fmt: skip
-        if kernels:
-            assert isinstance(model, Decoder)  # `settle` compiles no other
-            model = CompiledDecoder(model, kernels, self._context.option("scheduler", "max_num_batched_tokens"))
+        if self._torch_compile:
+            model.compile()
+        elif self._compiled:
+            model = model.compiled(kernels, self._context.option("scheduler", "max_num_batched_tokens"))
         self._model = model
 
     def kv_groups(self) -> list[KVGroup]:
@@ -102,7 +105,7 @@ class TorchWorker:
             order = range(len(self._model.attention_layers))
             self._model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
         table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
-        drawing = CompiledDrawing(self._kernels) if self._kernels else TorchDrawing()
+        drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
         self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing)
 
     def warm_up(self, progress: Progress) -> None:

@@ -1,0 +1,65 @@
+"""Choosing a scheme for each rule of the configuration. Which layers there are is known later, when the model is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from dovetail.config import QuantizationConfig, QuantizationRule, SocketConfig
+from dovetail.errors import PluginError
+from dovetail.facts import ModelFacts
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
+from dovetail.plan import Choice
+from dovetail.plugins.discovery import Registry
+
+Take = Callable[..., Choice]
+"""(socket, what is wanted, where in the configuration, **needs) -> the choice"""
+
+ALL = "*"
+OUTPUT = "lm_head"
+"""The output projection: a scheme that is asked for as a whole leaves it as it is, because it costs the most quality."""
+
+
+def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Registry, take: Take) -> dict[str, Choice]:
+    """A choice for each rule: `quantization.0`, … (`quantization` if there is one), the last of which matches every layer.
+
+    Raises `PluginError`: nobody reads the checkpoint's method, or a rule asks for what does not fit it.
+    """
+    rules = list(config.rules)
+    if rules[-1:] == [] or rules[-1].match != ALL:
+        rules.append(QuantizationRule())
+    by_name = len(rules) == 1 and rules[0].use != "auto"
+    if by_name and model.quantization_method == PLAIN:
+        rules.insert(0, QuantizationRule(match=OUTPUT))
+    if any(rule.use == "auto" for rule in rules):
+        _check_readable(model, registry)
+    choices = {}
+    for i, rule in enumerate(rules):
+        key = f"quantization.{i}" if len(rules) > 1 else "quantization"
+        where = f"quantization.{i}" if len(config.rules) > 1 else "quantization"
+        wanted = SocketConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
+        choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
+        choices[key] = msgspec.structs.replace(choice, match=rule.match)
+    return choices
+
+
+def _check_readable(model: ModelFacts, registry: Registry) -> None:
+    """Raise `PluginError` if the checkpoint is quantized and nobody declares its method."""
+    method = model.quantization_method
+    readers = {m: o.qualified_name for o in registry.of("quantization") for m in _methods(o.provider.capabilities)}
+    if method in readers:
+        return
+    near = difflib.get_close_matches(method, readers, n=3, cutoff=0.4)
+    hint = f" Near: {', '.join(f'{m} ({readers[m]})' for m in near)}." if near else ""
+    others = ", ".join(sorted(set(readers) - {PLAIN})) or "none"
+    raise PluginError(
+        f"quantization: the weights of {model.folder} are quantized with {method!r}, which no installed plugin reads.{hint} "
+        f"Installed: {others}. Install a package that offers a quantization provider for {method!r}, or use the originals"
+    )
+
+
+def _methods(capabilities: Any) -> tuple[str, ...]:
+    return capabilities.methods if isinstance(capabilities, QuantizationCapabilities) else ()

@@ -1,0 +1,155 @@
+"""Linear layers of quantization schemes: which layer gets which, and how their tensors come from the checkpoint.
+
+A layer is made (`Scheme.linear`) as soon as its last tensor has been read, so that a scheme which keeps another form of the
+weights holds both forms of one layer at a time, not of all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dovetail.compose import BuildContext
+from dovetail.errors import ConfigError, DovetailError, PluginError
+from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Target
+from dovetail.interfaces.compiled import Compiled, CompiledLinear
+from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
+from dovetail_worker_torch.checkpoint import few
+
+log = logging.getLogger(__name__)
+
+
+class QuantizedLayers:
+    """A `LayerMaker` that follows the plan's rules; what they leave as it is comes from `plain`."""
+
+    def __init__(self, context: BuildContext, plain: LayerMaker, dtype: str) -> None:
+        self._context, self._plain, self._dtype = context, plain, dtype
+        self._schemes: dict[str, Scheme | None] = {
+            key: context.build(key) for key, choice in context.plan.choices.items() if choice.socket == "quantization"
+        }
+        self._matched: set[str] = set()
+        self._names: list[str] = []
+        self._declined: dict[str, list[str]] = {}
+
+    def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
+        plan = self._context.plan
+        layer = LinearLayer(name, tuple(parts), in_features, bias, self._dtype, plan.device)
+        self._names += [part.name for part in parts]
+        key = plan.quantization_of(layer)
+        self._matched.add(key)
+        scheme = self._schemes[key]
+        if scheme is None:
+            return self._plain.linear(name, parts, in_features, bias)
+        method = self._context.model.quantization_method
+        layer = replace(layer, stored=method in self._context.capabilities(key).methods)
+        provider = plan.choices[key].provider
+        declared = _ask(provider, layer, partial(scheme.parameters, layer))
+        if isinstance(declared, Declined):
+            if not layer.stored:
+                self._declined.setdefault(declared.reason, []).append(name)
+            return self._plain.linear(name, parts, in_features, bias)
+        return QuantizedLinear(provider, scheme, layer, declared)
+
+    def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
+        return self._plain.embedding(name, vocab_size, size)
+
+    def unused(self) -> list[str]:
+        """Tensors that the schemes do not read, as globs."""
+        return [glob for scheme in self._schemes.values() if scheme is not None for glob in scheme.unused]
+
+    def check(self) -> None:
+        """Once the model is made: raise `ConfigError` for a rule that matches none of its layers."""
+        for key in self._schemes:
+            choice = self._context.plan.choices[key]
+            if key not in self._matched and choice.requested != "auto":
+                raise ConfigError(
+                    f"{key}: {choice.match!r} matches no linear layer that an earlier rule does not. Layers: {few(self._names)}"
+                )
+        for reason, names in self._declined.items():
+            log.warning("not quantized: %s: %s", few(names), reason)
+
+
+class QuantizedLinear:
+    """A layer of a scheme. Complete when all its targets have been stored."""
+
+    def __init__(self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter]) -> None:
+        self.layer = layer
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._provider, self._scheme, self._parameters = provider, scheme, parameters
+        self._tensors: dict[str, Tensor] = {}
+        self._missing: set[str] = set()
+        self._missing = set(self.targets())
+        self._multiply: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._multiply(x).to(dtype or x.dtype)
+
+    def compile(self, x: Tensor, y: Tensor) -> Compiled:
+        """See `CompiledLinear`; of schemes that declare `compiled_steps`."""
+        return cast(CompiledLinear, self._multiply).compile(x, y)
+
+    def targets(self) -> dict[str, Target]:
+        layer, dtype = self.layer, getattr(torch, self.layer.dtype)
+        found = {}
+        for i, part in enumerate(layer.parts):
+            if layer.stored:
+                for name, parameter in self._parameters.items():
+                    shape, kept = parameter.part_shape(layer, i), getattr(torch, parameter.dtype)
+                    found[f"{part.name}.{name}"] = self._target(part, name, shape, kept, partial(self._put, name, parameter, i))
+            else:
+                shape = (part.out_features, layer.in_features)
+                found[f"{part.name}.weight"] = self._target(part, "weight", shape, dtype, partial(self._quantize, i))
+            if layer.bias:
+                put = partial(self._put, "bias", Parameter((OUT,), layer.dtype), i)
+                found[f"{part.name}.bias"] = self._target(part, "bias", (part.out_features,), dtype, put)
+        return found
+
+    def _target(
+        self, part: Part, name: str, shape: tuple[int, ...], dtype: torch.dtype, store: Callable[[Tensor], None]
+    ) -> Target:
+        def store_one(tensor: Tensor) -> None:
+            store(tensor)
+            self._missing.discard(f"{part.name}.{name}")
+            if not self._missing:
+                self._multiply = _ask(self._provider, self.layer, lambda: self._scheme.linear(self.layer, self._tensors))
+                self._tensors = {}
+
+        return Target(shape, dtype, store_one)
+
+    def _put(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
+        if name not in self._tensors:
+            shape, dtype = parameter.shape(self.layer), getattr(torch, parameter.dtype)
+            self._tensors[name] = torch.empty(shape, dtype=dtype, device=self.layer.device)
+        self._tensors[name][parameter.part_index(self.layer, part)].copy_(tensor)
+
+    def _quantize(self, part: int, weight: Tensor) -> None:
+        layer = self.layer.part(part)
+        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight))
+        for name, parameter in self._parameters.items():
+            found, expected = made.get(name), parameter.part_shape(self.layer, part)
+            if found is None or tuple(found.shape) != expected or str(found.dtype) != f"torch.{parameter.dtype}":
+                what = "nothing" if found is None else f"{list(found.shape)} {found.dtype}"
+                raise PluginError(
+                    f"quantization: {self._provider} declares {name} {list(expected)} {parameter.dtype} for {layer.name}, and "
+                    f"quantize gave {what}",
+                    provider=self._provider,
+                )  # fmt: skip
+            self._put(name, parameter, part, found)
+
+
+def _ask(provider: str, layer: LinearLayer, question: Callable[[], Any]) -> Any:
+    """A scheme's answer. What it raises and does not explain becomes a `PluginError` that names it."""
+    try:
+        return question()
+    except DovetailError:
+        raise
+    except Exception as e:
+        raise PluginError(
+            f"quantization: {provider} failed at {layer.name}: {type(e).__name__}: {e}", provider=provider
+        ) from e
