@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dovetail.config import EngineConfig, SocketConfig
+from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
@@ -29,8 +30,9 @@ from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.quantization import choose_schemes
+from dovetail.plugins.relations import Neighbours, Unsatisfied
 from dovetail.plugins.selection import choose, choose_all, find
-from dovetail.provider import Context
+from dovetail.provider import Context, Reason
 from dovetail.speculation import Speculation
 from dovetail.types import KVGroup
 
@@ -71,7 +73,8 @@ class BuildContext:
         offer = find(self.registry, choice)
         try:
             given = choice.options if options is None else options
-            return offer.provider.build(self, offer.provider.options.model_validate(given))
+            built = offer.provider.build(self, offer.provider.options.model_validate(given))
+            return adapted(self.registry.sockets[choice.socket], choice.contract, built)
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
@@ -91,6 +94,19 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
     Raises `ConfigError`, `PluginError` or `CheckpointError`; what was not taken, and why, is in the plan.
     """
     registry = load_registry() if registry is None else registry
+    excluded: dict[str, Reason] = {}
+    while True:
+        try:
+            return _resolve(config, registry, server, excluded)
+        except Unsatisfied as e:
+            # What `auto` took may stand in the way of what was asked for, or of anything at all: it gives way.
+            culprits = [name for name in e.culprits if name not in excluded]
+            if not culprits:
+                raise
+            excluded[culprits[-1]] = Reason(f"left no choice: {e.message.splitlines()[0]}", code="conflicts")
+
+
+def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
     facts = device_facts()
     device = _device(config.device, facts)
     folder, model_choice = _find_model(config, registry, facts, device)
@@ -98,13 +114,19 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
     dtype = model.dtype if config.dtype == "auto" else config.dtype
 
     choices = {"model": model_choice} if model_choice else {}
+    neighbours = Neighbours(excluded=excluded)
 
     def take(key: str, wanted: SocketConfig, **needs: Any) -> Choice:
         """Fill a socket, and those that its provider opens to others: their settings are among its options."""
         name, context = key.partition(".")[0], Context(facts, model, device, dtype, needs)
         inner = {k: v for k, v in wanted.options.items() if k in registry.sockets and registry.sockets[k].within == name}
         options = {k: v for k, v in wanted.options.items() if k not in inner}
-        choice = choices[key] = choose(registry, name, wanted.model_copy(update={"options": options}), context, key)
+        wanted = wanted.model_copy(update={"options": options})
+        choice = choices[key] = choose(registry, name, wanted, context, key, neighbours)
+        if not choice.is_empty:
+            neighbours.taken[key] = find(registry, choice)
+            if wanted.use == "auto":
+                neighbours.by_auto.add(neighbours.taken[key].qualified_name)
         for socket in registry.sockets.values():
             if socket.within == name and registry.added_by[socket.name].distribution == choice.distribution:
                 given = inner.pop(socket.name, "auto")

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from dovetail.interfaces.quantization import LinearLayer
+from dovetail.provider import Reason
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -16,7 +17,7 @@ class Rejected(msgspec.Struct, frozen=True):
 
     provider: str
     distribution: str
-    reasons: list[str]
+    reasons: list[Reason]
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +29,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     distribution: str
     version: str
     contract: str
+    """The version of the socket's contract at which it is served."""
     options: dict[str, Any]
     """With what they left open decided."""
     match: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dovetail.contracts import Previous
 from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
 from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
@@ -18,6 +19,8 @@ class Socket:
     hook: str
     summary: str
     contract: str = "0.1"
+    previous: Previous | None = None
+    """The version before, which is served through an adapter."""
     options: type[Options] = Options
     """What every provider's options extend, because other parts read them."""
     undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []

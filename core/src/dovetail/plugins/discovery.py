@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import pluggy
 
+from dovetail import contracts as contract_versions
 from dovetail import hookspecs
 from dovetail.config import EngineConfig
+from dovetail.contracts import WrittenFor
 from dovetail.errors import PluginError
 from dovetail.provider import Provider
 from dovetail.sockets import SOCKETS, Socket
@@ -26,6 +29,14 @@ class PluginInfo:
     version: str
     summary: str
     module: str
+    contracts: Mapping[str, WrittenFor] = field(default_factory=dict)
+    """By socket: the versions of its contract that the plugin was written for."""
+    error: str = ""
+    """What is wrong with its metadata."""
+
+    def written_for(self, socket: str) -> WrittenFor | None:
+        """None: the metadata does not say; taken as the present version."""
+        return self.contracts.get(socket)
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,14 @@ class Registry:
 def installed_plugins() -> list[PluginInfo]:
     """Every entry point of the group, sorted by name. Imports nothing."""
     found = []
+    contracts: dict[str, dict[str, WrittenFor]] = {}
+    errors: dict[str, str] = {}
+    for entry in importlib.metadata.entry_points(group=contract_versions.GROUP):
+        if entry.dist is not None:
+            try:
+                contracts.setdefault(entry.dist.name, {})[entry.name] = contract_versions.parse(entry.value)
+            except PluginError as e:
+                errors[entry.dist.name] = f"contract {entry.name}: {e.message}"
     for entry in importlib.metadata.entry_points(group=GROUP):
         dist = entry.dist
         meta = dist.metadata if dist is not None else None
@@ -71,6 +90,8 @@ def installed_plugins() -> list[PluginInfo]:
                 dist.version if dist is not None else "?",
                 str(meta["Summary"] or "") if meta is not None else "",
                 entry.value,
+                contracts.get(dist.name, {}) if dist is not None else {},
+                errors.get(dist.name, "") if dist is not None else "",
             )
         )
     return sorted(found, key=lambda p: (p.name, p.distribution))
@@ -89,6 +110,8 @@ def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, Mo
     for ask in (_add_sockets, _add_offers):
         for plugin in list(asked):
             try:
+                if plugin.error:
+                    raise PluginError(plugin.error)
                 ask(registry, plugin, (modules or {}).get(plugin.module) or importlib.import_module(plugin.module))
             except Exception as e:
                 registry.broken[plugin.distribution] = f"{type(e).__name__}: {e}"

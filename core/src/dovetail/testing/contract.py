@@ -138,7 +138,7 @@ class Contract:
         choices = {
             key: Choice(
                 socket=key, requested="auto", provider=self.provider.name, distribution=DISTRIBUTION, version="0",
-                contract=self.provider.contract, options=value.model_dump(mode="json"),
+                contract=self.registry().sockets[key].contract, options=value.model_dump(mode="json"),
             )
             for key, value in options.items()
         }  # fmt: skip
