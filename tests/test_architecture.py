@@ -135,7 +135,8 @@ def test_a_plugins_metadata_matches_its_folder(folder: Path) -> None:
     for other in PLUGINS:
         assert other == folder or f"dovetail-{other.name.replace('_', '-')}" not in str(data["project"]["dependencies"])
     root = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert f"dovetail-{dashed}" in root["project"]["dependencies"]
+    required = [*root["project"]["dependencies"], *root["project"]["optional-dependencies"]["dev"]]
+    assert f"dovetail-{dashed}" in {r.partition("[")[0] for r in required}, "neither in the default set nor in that of tests"
     assert f"dovetail_{name}" in root["tool"]["importlinter"]["root_packages"]
 
 

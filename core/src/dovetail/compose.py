@@ -15,6 +15,7 @@ from dovetail.config import EngineConfig, SocketConfig
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.attention import open_block_size
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.model import ModelSource
 from dovetail.interfaces.server import Server
@@ -78,6 +79,11 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
     def take(socket: str, wanted: SocketConfig, where: str | None = None, **needs: Any) -> Choice:
         return choose(registry, socket, wanted, Context(facts, model, device, dtype, needs), where)
 
+    length = config.max_model_len or model.max_position_embeddings
+    if length > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: {length} is longer than the model's context of {model.max_position_embeddings} tokens"
+        )
     choices = {"model": model_choice} if model_choice else {}
     choices["kv_cache"] = take("kv_cache", config.kv_cache)
     choices["scheduler"] = take("scheduler", config.scheduler)
@@ -87,17 +93,14 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             "attention", config.attention.of(layer.kind), f"attention.{layer.kind}",
             layer_kind=layer.kind, head_size=model.head_size, sliding_window=layer.window is not None,
             logit_soft_cap=model.logit_soft_cap is not None, sinks=model.has_sinks,
-            block_size=kv["block_size"], kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
+            block_size=kv["block_size"], max_model_len=length, kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
         )  # fmt: skip
-    attention = [find(registry, c).provider.capabilities for key, c in choices.items() if key.startswith("attention.")]
-    choices["worker"] = take("worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention))
+    attention = {key: find(registry, c).provider.capabilities for key, c in choices.items() if key.startswith("attention.")}
+    if kv["block_size"] == "auto":
+        kv["block_size"] = _agreed_block_size({key: open_block_size(can, length) for key, can in attention.items()})
+    choices["worker"] = take("worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()))
     if server:
         choices["server"] = take("server", config.server)
-    length = config.max_model_len or model.max_position_embeddings
-    if length > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len: {length} is longer than the model's context of {model.max_position_embeddings} tokens"
-        )
     return Plan(
         model=config.model,
         served_model_name=config.served_model_name or config.model,
@@ -143,6 +146,14 @@ def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = N
     context = BuildContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
     server: Server = context.build("server", config.server.options)
     return server
+
+
+def _agreed_block_size(sizes: dict[str, int]) -> int:
+    """All layers' blocks are of one size. `sizes`: what each kind's attention asks for."""
+    if len(set(sizes.values())) > 1:
+        wishes = ", ".join(f"{key} asks for {size}" for key, size in sizes.items())
+        raise ConfigError(f"kv_cache.block_size: is left open, and {wishes}: give a number that all of them take")
+    return next(iter(sizes.values()))
 
 
 def _size(plan: Plan, groups: list[KVGroup], memory: int, max_num_seqs: int, chunk: int) -> list[int]:

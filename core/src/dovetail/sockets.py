@@ -28,13 +28,15 @@ def _undeclared_attention(provider: Provider[object], context: Context) -> list[
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, attention.AttentionCapabilities):
         return [Reason("declares no AttentionCapabilities")]
-    kind = context.device_name.split(":")[0]
+    kind, block_size = context.device_name.split(":")[0], needs.get("block_size")
+    if block_size == "auto":
+        block_size = attention.open_block_size(can, needs["max_model_len"])
     listed = (
         ("device", kind, can.devices),
         ("dtype", context.dtype, can.dtypes),
         ("KV dtype", needs.get("kv_dtype", context.dtype), can.kv_dtypes),
         ("head size", needs.get("head_size"), can.head_sizes),
-        ("block size", needs.get("block_size"), can.block_sizes),
+        ("block size", block_size, can.block_sizes),
     )
     reasons = [
         Reason(f"{what} {value} is not supported", f"has {', '.join(map(str, has))}")
