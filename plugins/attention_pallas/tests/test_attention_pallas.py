@@ -21,7 +21,7 @@ from dovetail.testing.attention_steps import Row, Step, plain
 from dovetail_attention_pallas import CAPABILITIES, PROVIDER, why_not
 from dovetail_attention_pallas.backend import PallasAttention
 from dovetail_attention_pallas.kernel import Cache, paged_attention
-from dovetail_attention_pallas.schedule import Schedule, make_schedule
+from dovetail_attention_pallas.schedule import Schedule, make_schedule, padded
 
 
 class TestPallas(AttentionContract):
@@ -70,17 +70,19 @@ def test_it_lowers_for_tpu(head_size, group, block_size, dtype, kv_dtype, rows, 
 def test_the_functional_form_is_pure():
     """JAX's arrays in and out, no torch; the old cache is as it was, and the new one has the step's keys and values."""
     rng = np.random.default_rng()
-    schedule = schedule_of(((0, 5),), 16)
-    q, k, v = (jnp.asarray(rng.standard_normal((16, heads, 32)), jnp.float32) for heads in (4, 2, 2))
+    table = jnp.array([[2, 0, 1]])
+    slots = [table[0, p // 16] * 16 + p % 16 for p in range(40)]
+    schedule = make_schedule([0, 40], [40], table, jnp.array(slots), 16)
+    q, k, v = (jnp.asarray(rng.standard_normal((padded(40), heads, 32)), jnp.float32) for heads in (4, 2, 2))
     old = Cache(*(jnp.full((3, 2, 16, 32), jnp.nan) for _ in range(2)))
     out, new = paged_attention(q, k, v, old, schedule, scale=0.2, interpret=True)
     assert jnp.isnan(old.keys).all()
-    np.testing.assert_array_equal(new.values[0, :, :5].swapaxes(0, 1), v[:5])
-    assert jnp.isnan(new.values[0, :, 5:]).all()
-    logits = jnp.einsum("thd,shd->hts", q[:5], jnp.repeat(k[:5], 2, axis=1)) * 0.2
-    weights = jax.nn.softmax(jnp.where(np.tri(5, dtype=bool), logits, -jnp.inf), axis=-1)
-    expected = jnp.einsum("hts,shd->thd", weights, jnp.repeat(v[:5], 2, axis=1))
-    np.testing.assert_allclose(out[:5], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(new.values[2].swapaxes(0, 1), v[:16])
+    assert jnp.isnan(new.values[1, :, 8:]).all()
+    logits = jnp.einsum("thd,shd->hts", q[:40], jnp.repeat(k[:40], 2, axis=1)) * 0.2
+    weights = jax.nn.softmax(jnp.where(np.tri(40, dtype=bool), logits, -jnp.inf), axis=-1)
+    expected = jnp.einsum("hts,shd->thd", weights, jnp.repeat(v[:40], 2, axis=1))
+    np.testing.assert_allclose(out[:40], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_cache_is_updated_in_place():

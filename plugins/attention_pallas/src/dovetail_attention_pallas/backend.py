@@ -13,10 +13,8 @@ from torch import Tensor
 
 from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
-from dovetail_attention_pallas.kernel import Cache, paged_attention
+from dovetail_attention_pallas.kernel import Cache, attend, write
 from dovetail_attention_pallas.schedule import Schedule, make_schedule, padded
-
-_step = jax.jit(paged_attention, static_argnames=("scale", "soft_cap", "interpret"), donate_argnames="cache")
 
 
 @dataclass
@@ -68,7 +66,7 @@ class PallasAttention:
                               f"{len(q)}, {len(k)}, {len(v)} and {len(out)}")  # fmt: skip
         attended, cache.arrays = _step(
             *(_lent(x, n) for x in (q, k, v)), cache.arrays, plan.by_window[layer.window],
-            scale=layer.scale, soft_cap=layer.logit_soft_cap, interpret=True,
+            scale=layer.scale, soft_cap=layer.logit_soft_cap,
             sinks=None if layer.sinks is None else jax.dlpack.from_dlpack(layer.sinks.float().contiguous()),
         )  # fmt: skip
         out[:n] = _borrowed(attended)[:n]
@@ -80,6 +78,19 @@ class PallasAttention:
     def import_kv(self, cache: OwnedCache, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
         given = (jax.dlpack.from_dlpack(x.contiguous()) for x in (keys, values))
         cache.arrays = _replace(cache.arrays, Cache(*given), jnp.array(block_ids))
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "soft_cap"), donate_argnames="cache")
+def _step(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache, schedule: Schedule, *,
+    scale: float, soft_cap: float | None, sinks: jax.Array | None,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """`paged_attention`, interpreted. The interpreter copies what it is given, so it gets the blocks that the step reads, not
+    the cache; in reverse, so that the kernel still has to look each of them up."""
+    cache = write(k, v, cache, schedule)
+    read = Cache(*(x[schedule.work_block[::-1]] for x in cache))
+    there = schedule._replace(work_block=jnp.arange(len(schedule.work_block), dtype=jnp.int32)[::-1])
+    return attend(q, read, there, scale=scale, soft_cap=soft_cap, sinks=sinks, interpret=True), cache
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -42,10 +42,26 @@ def paged_attention(
     the padding means nothing. sinks: f32[Hq]. Everything is written before anything is read. `interpret` runs the kernel where
     there is no TPU, slowly. Pure: jit it with the cache donated, and the cache is updated in place.
     """
-    cache = Cache(*(_write(old, new, schedule.slot_mapping) for old, new in zip(cache, (k, v), strict=True)))
+    cache = write(k, v, cache, schedule)
+    return attend(q, cache, schedule, scale=scale, soft_cap=soft_cap, sinks=sinks, interpret=interpret), cache
+
+
+def write(k: jax.Array, v: jax.Array, cache: Cache, schedule: Schedule) -> Cache:
+    """The first half of `paged_attention`: the cache with the step's keys and values at their slots."""
+    block_size = cache.keys.shape[2]
+    block, offset = schedule.slot_mapping // block_size, schedule.slot_mapping % block_size
+    new = (x.astype(cache.keys.dtype) for x in (k, v))
+    return Cache(*(old.at[block, :, offset].set(x, mode="drop") for old, x in zip(cache, new, strict=True)))
+
+
+def attend(
+    q: jax.Array, cache: Cache, schedule: Schedule, *,
+    scale: float, soft_cap: float | None = None, sinks: jax.Array | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """The second half of `paged_attention`: q `[T, Hq, D]` → `[T, Hq, D]`, over what is in the cache."""
     _, num_heads, head_size = q.shape
     num_tiles, tile = schedule.tile_tokens.shape
-    num_kv_heads = k.shape[1]
+    num_kv_heads = cache.keys.shape[1]
     rows = num_heads // num_kv_heads * tile  # of a tile: for each query head of the KV head, its tokens
 
     tiles = q[schedule.tile_tokens].reshape(num_tiles, tile, num_kv_heads, -1, head_size)
@@ -54,12 +70,7 @@ def paged_attention(
     first = jnp.repeat(first.reshape(num_kv_heads, -1), tile, axis=1)[..., None]  # [Hkv, rows, 1]
     out = _attend(tiles, first, cache, schedule, scale, soft_cap, interpret)
     out = out.reshape(num_tiles, num_kv_heads, -1, tile, head_size).transpose(0, 3, 1, 2, 4)
-    return out.reshape(num_tiles * tile, num_heads, head_size)[schedule.token_place], cache
-
-
-def _write(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    block_size = cache.shape[2]
-    return cache.at[slots // block_size, :, slots % block_size].set(new.astype(cache.dtype), mode="drop")
+    return out.reshape(num_tiles * tile, num_heads, head_size)[schedule.token_place]
 
 
 def _attend(
@@ -120,8 +131,8 @@ def _kernel(
         logits = jnp.where(seen, logits, HIDDEN)
         before = top[:, :1]
         highest = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-        weights = jnp.where(seen, jnp.exp(logits - highest), 0.0)
-        fade = jnp.exp(before - highest)
+        # Of a block in which a query sees nothing yet, it weighs all keys alike; the first that it sees fades them to 0.
+        weights, fade = jnp.exp(logits - highest), jnp.exp(before - highest)
         # Slots that no query of the tile sees may hold anything: 0 · NaN would be NaN.
         value_at = begin + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0)
         values = jnp.where((value_at < end[n]) & (value_at > position[n] - window[0]), v[0, 0], 0)
