@@ -29,7 +29,7 @@ class OwnedCache:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's work, by window; None where the step has no token."""
+    """A step's work, by window; nothing where the step has no token."""
 
     num_tokens: int
     by_window: dict[int | None, Schedule]
