@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.scheduler import SchedulerCapabilities
 from dovetail.provider import KVCacheOptions, Provider, SchedulerOptions
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def dovetail_kv_caches() -> list[Provider[PagedKVCache]]:
 @hookimpl
 def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
     return [
-        Provider("fcfs", "first come, first served", _fcfs, SchedulerOptions, priority=50),
-        Provider("priority", "lower `priority` first, then first come", _priority, SchedulerOptions, priority=40),
-    ]
+        Provider("fcfs", "first come, first served", _fcfs, SchedulerOptions, SchedulerCapabilities("arrival"), priority=50),
+        Provider(
+            "priority", "lower `priority` first, then first come", _priority, SchedulerOptions,
+            SchedulerCapabilities("priority"), priority=40,
+        ),
+    ]  # fmt: skip

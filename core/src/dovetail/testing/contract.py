@@ -12,14 +12,15 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
-from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from hypothesis import given, seed
+from hypothesis.strategies import SearchStrategy
 
 from dovetail.compose import BuildContext
 from dovetail.config import SocketConfig
@@ -29,6 +30,7 @@ from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Offer, PluginInfo, Registry
 from dovetail.plugins.selection import choose
 from dovetail.provider import Context, KVCacheOptions, Options, Provider, SchedulerOptions
+from dovetail.testing.machines import Machine, limits, run_machine, shown
 
 RUN_SEED = int(os.environ.get("DOVETAIL_TEST_SEED") or random.SystemRandom().randrange(2**31))
 SCALE = int(os.environ.get("DOVETAIL_SOAK", "1"))
@@ -50,7 +52,8 @@ class Broken(AssertionError):
             ("the contract asks", self.asks), ("smallest failing input", self.input), ("common causes", self.causes),
             ("to repeat", f"DOVETAIL_TEST_SEED={self.seed}"),
         )  # fmt: skip
-        return "\n".join([self.found, *(f"  {what}: {text}" for what, text in lines if text)])
+        rows = [f"{what}: {text}" for what, text in lines if text]
+        return "\n  ".join([self.found, *(line for row in rows for line in row.splitlines())])
 
 
 def common_causes(*causes: str) -> Callable[[Check], Check]:
@@ -80,7 +83,9 @@ def completed(error: Exception, given: str, asks: str, causes: str, seed: int) -
     else:  # an assertion of the check speaks for itself; any other error is the provider's
         found = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
         input = ""
-    input = input or "\n".join(getattr(error, "__notes__", ())) or given or "no input: as the provider is declared and built"
+    example = "\n".join(getattr(error, "__notes__", ()))  # where hypothesis writes it
+    example = re.sub(r"  # or any other.*|^ *# The test always.*\n|^Failing test case: ", "", example, flags=re.M)
+    input = input or example or given or "none: as the provider is declared and built"
     return Broken(found or "an assertion failed", input=input, asks=asks, causes=causes, seed=seed)
 
 
@@ -178,14 +183,16 @@ class Contract:
 
     # Finding what fails, and making it small.
 
-    def run_machine(self, machine: Callable[[], RuleBasedStateMachine], *, examples: int, steps: int = 40) -> None:
-        """Run a state machine; a failure shows the shortest sequence of operations that hypothesis found."""
-        run: Any = seed(self.seed)(functools.partial(machine))  # a factory will do, though typed as a class
-        limits = settings(
-            max_examples=examples * SCALE, stateful_step_count=steps, deadline=None, database=None, print_blob=False,
-            report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        run_state_machine_as_test(run, settings=limits)
+    def run_machine(self, new: Callable[[], Machine], *, examples: int, steps: int = 40) -> None:
+        """Run a state machine; a failure shows the shortest sequence of operations that fails."""
+        found = run_machine(new, self.seed, examples=examples * SCALE, steps=steps)
+        if found is not None:
+            error, calls = found
+            raise Broken(completed(error, "", "", "", self.seed).found, input=shown(calls)) from error
+
+    def run_examples(self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]) -> None:
+        """Call `test` with examples drawn by hypothesis; a failure shows the simplest example that fails."""
+        seed(self.seed)(limits(examples * SCALE)(given(**strategies)(test)))()
 
     def attempt(
         self, given: Input, attempt: Callable[[Input], None], simpler: Callable[[Input], list[Input]], limit: int = 60
