@@ -22,6 +22,8 @@ class Socket:
     """What every provider's options extend, because other parts read them."""
     undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
     """What the composition needs and the provider's capabilities do not declare."""
+    contract_class: str = ""
+    """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:

@@ -179,5 +179,6 @@ def wait_for_port(port: int) -> None:
             socket.create_connection((LOOPBACK, port), timeout=PATIENCE).close()
             return
         except OSError as e:
-            assert time.monotonic() < limit, f"while the engine loads, the server takes no connections: {e}"
+            if time.monotonic() > limit:
+                raise AssertionError(f"while the engine loads, the server takes no connections: {e}") from None
             time.sleep(0.01)
