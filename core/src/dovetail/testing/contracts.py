@@ -14,8 +14,10 @@ CONTRACTS = {
     "attention": "dovetail.testing.attention:AttentionContract",
     "kv_cache": "dovetail.testing.kv_cache:KVCacheContract",
     "model": "dovetail.testing.model:ModelContract",
+    "prefix_cache": "dovetail.testing.prefix_cache:PrefixCacheContract",
     "scheduler": "dovetail.testing.scheduler:SchedulerContract",
     "server": "dovetail.testing.server:ServerContract",
+    "speculation": "dovetail.testing.drafter:DrafterContract",
     "worker": "dovetail.testing.worker:WorkerContract",
 }
 

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from hypothesis import strategies as st
 
 from dovetail.engine import Engine, OverlappedEngine, Step
+from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.kv_cache import NULL_BLOCK, PagedKVCache, blocks_per_sequence
+from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.speculation import Speculation
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput, StepPlan
@@ -52,6 +55,8 @@ class Known:
     num_tokens: int
     num_computed: int | None
     """None: just started."""
+    was_drafted: bool = False
+    """Its last row had drafts."""
 
 
 @dataclass
@@ -87,26 +92,30 @@ class Watch:
             room = {len(table) * g.block_size for table, g in zip(start.block_ids, setup.groups, strict=True)}
             first = plan.num_computed[plan.seq_ids.index(start.seq_id)] if start.seq_id in plan.seq_ids else 0
             assert room == {first}, f"sequence {start.seq_id} starts with {room} shared tokens, and computes from {first}"
-        for row in zip(plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, strict=True):
+        drafts = plan.draft_token_ids or [[] for _ in plan.seq_ids]
+        for row in zip(plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, drafts, strict=True):
             self._row(*row)
 
-    def _row(self, seq_id: int, count: int, computed: int, samples: bool) -> None:
+    def _row(self, seq_id: int, count: int, computed: int, samples: bool, draft: list[int]) -> None:
         known, seq = self.known.get(seq_id), self.engine.sequences.get(seq_id)
         assert seq is not None, f"the plan has a row of sequence {seq_id}, which has ended or never was"
         assert seq.finish_reason is None, f"the plan has a row of sequence {seq_id}, which has ended"
         assert known is not None, f"the plan has a row of sequence {seq_id}, and the worker was not told its start"
         assert count > 0, f"sequence {seq_id} has a row of {count} tokens"
+        if known.was_drafted:  # how many were accepted is known when the step has ended, and only then is it continued
+            known.num_computed, known.num_tokens = seq.num_computed_tokens - count, len(seq.tokens)
+        assert not draft or count == len(draft) + 1, f"sequence {seq_id} has {count} tokens with {len(draft)} drafts"
         if known.num_computed is not None:
             assert computed == known.num_computed, (
                 f"sequence {seq_id} has {known.num_computed} computed tokens, and its row begins at {computed}"
             )
-        end = computed + count
-        assert end <= known.num_tokens, f"sequence {seq_id} has {known.num_tokens} tokens, and its row ends at {end}"
-        is_last = end == known.num_tokens < seq.max_len
+        end, num_tokens = computed + count, known.num_tokens + len(draft)
+        assert end <= num_tokens, f"sequence {seq_id} has {num_tokens} tokens, and its row ends at {end}"
+        is_last = end == num_tokens < seq.max_len
         assert samples == is_last, f"the row of sequence {seq_id} up to token {end} of {known.num_tokens} has samples={samples}"
         for table, group in zip(self.engine.kv.block_ids(seq_id), self.setup.groups, strict=True):
             assert len(table) * group.block_size >= end, f"sequence {seq_id} has no room for {end} tokens: {table}"
-        known.num_computed, known.num_tokens = end, known.num_tokens + samples
+        known.num_computed, known.num_tokens, known.was_drafted = end, known.num_tokens + samples, bool(draft)
 
     def sequences(self) -> None:
         """Between steps: every sequence that has not ended waits or runs, once; and within the seats."""
@@ -131,9 +140,11 @@ def blocks_add_up(kv: PagedKVCache) -> None:
                 if block != NULL_BLOCK:
                     held[block] = held.get(block, 0) + 1
         assert held == {b: n for b, n in enumerate(pool.references) if n}, "references are not what is held"
+        kept = kv.kept[group] if isinstance(kv, ReusingKVCache) else set()
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
-        assert set(pool.free_ids) | set(held) == set(range(1, len(pool.references))), "a block was leaked"
+        assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), "a block was leaked"
         assert not set(pool.free_ids) & set(held), "a free block is in use"
+        assert not kept & (set(pool.free_ids) | set(held)), "a block that the prefix cache keeps is free, or in use"
 
 
 class WatchedEngine(Engine):
@@ -151,6 +162,7 @@ class WatchedOverlappedEngine(WatchedEngine, OverlappedEngine):
     """The watch comes before the overlapped loop's own parts."""
 
 
+NewDrafter = Callable[[], Drafter]
 BuildKV = Callable[[Setup], KVCacheManager]
 BuildScheduler = Callable[[Setup, KVCacheManager], Scheduler]
 
@@ -161,13 +173,16 @@ class Parts:
 
     kv: BuildKV
     scheduler: BuildScheduler
+    drafter: NewDrafter | None = None
+    num_draft_tokens: int = 4
 
     def engine(self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000) -> WatchedEngine:
         worker = SimulatedWorker(setup.groups, faults=faults)
         worker.allocate(setup.num_blocks)
         kv = self.kv(setup)
         loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
-        engine = loop(self.scheduler(setup, kv), kv, worker, max_num_waiting=max_num_waiting)
+        speculation = None if self.drafter is None else Speculation(self.drafter(), self.num_draft_tokens, worker.vocab_size)
+        engine = loop(self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting)
         engine.watch = Watch(setup, engine)
         return engine
 
