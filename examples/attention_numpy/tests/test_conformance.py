@@ -6,3 +6,4 @@ from dovetail_attention_numpy import PROVIDER
 
 class TestNumpy(AttentionContract):
     provider = PROVIDER
+    version = "0.1"

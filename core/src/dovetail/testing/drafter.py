@@ -20,8 +20,6 @@ from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.prefix_cache import new_paged, new_scheduler
 from dovetail.types import Request, SamplingParams
 
-VOCAB_SIZE = 64
-
 
 class DrafterContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
@@ -97,7 +95,7 @@ class ProposalsMachine(Machine):
             request = Request(f"r{seq_id}", prompt, SamplingParams(max_tokens=1000), 1000, 0, [])
             self.sequences[seq_id] = Sequence(seq_id, request, 0, list(prompt))
 
-    @operation(which=st.integers(0, 9), accepted=st.integers(0, 8), token=st.integers(0, VOCAB_SIZE - 1), room=st.integers(1, 8))
+    @operation(which=st.integers(0, 9), accepted=st.integers(0, 8), token=st.integers(0, 63), room=st.integers(1, 8))
     def step(self, which: int, accepted: int, token: int, room: int) -> None:
         if not self.sequences:
             return

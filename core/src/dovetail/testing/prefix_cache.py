@@ -23,9 +23,12 @@ from dovetail.types import KVGroup, Request, SamplingParams
 
 prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
 """Beginnings that many requests share."""
-beginnings = st.builds(lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9)))
+prompts = st.builds(
+    lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9))
+)
 alike = st.builds(
-    Asked, beginnings, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.just(0), arrival=st.integers(0, 30),
+    Asked, prompts, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.just(0),
+    arrival=st.integers(0, 30),
 )  # fmt: skip
 workloads = st.lists(alike, min_size=1, max_size=8)
 

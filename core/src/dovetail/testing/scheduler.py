@@ -101,6 +101,20 @@ class SchedulerContract(Contract):
 
         self.run_examples(same_as_alone, examples=80, setup=setups, workload=workloads)
 
+    @common_causes("rows not written by Sequence.add_row", "num_to_compute kept from before", "drafts kept on preemption")
+    def test_drafts_change_no_output(self) -> None:
+        """Sequences with draft tokens, some right and some wrong, say what they say without."""
+
+        def same_as_without(setup: Setup, workload: list[Asked]) -> None:
+            requests = requests_of(workload)
+            expected = self.alone(requests, setup.window)
+            drafted = Parts(self.new_kv, self.new_scheduler, partial(Knowing, expected))
+            got = run(drafted.engine(setup), requests, [a.arrival for a in workload])
+            different = [key for key in expected if got.get(key) != expected[key]]
+            assert not different, f"{different} differ from what they say without drafts"
+
+        self.run_examples(same_as_without, examples=60, setup=setups, workload=workloads)
+
     @pytest.mark.parametrize("overlap", [False, True])
     @common_causes("a preempted sequence resumed without its output so far", "its blocks freed, and its row still in the plan")
     def test_tight_memory_changes_no_output(self, overlap: bool) -> None:
@@ -160,6 +174,20 @@ class SchedulerContract(Contract):
 
         levels = st.lists(st.integers(-2, 2), min_size=2, max_size=8)
         self.run_examples(begins_in_order, examples=10, seats=st.just(1 + index), levels=levels)
+
+
+class Knowing:
+    """A drafter that knows what comes, and errs at every third position."""
+
+    def __init__(self, expected: Outputs) -> None:
+        self.expected = expected
+
+    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        coming = self.expected[seq.request.request_id, seq.sample_index][seq.num_output_tokens :][:max_tokens]
+        first = len(seq.tokens)
+        return [token if (first + i) % 3 else (token + 1) % 64 for i, token in enumerate(coming)]
+
+    def forget(self, seq_id: int) -> None: ...
 
 
 def first_rows(engine: WatchedEngine, levels: list[int]) -> list[int]:

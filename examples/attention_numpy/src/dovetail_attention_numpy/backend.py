@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +47,6 @@ class Plan:
 
 
 class NumpyAttention:
-    contract: ClassVar[str] = "0.1"
-
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         shape, dtype = (spec.num_blocks, spec.num_kv_heads), np.dtype(spec.dtype)
         return Cache(

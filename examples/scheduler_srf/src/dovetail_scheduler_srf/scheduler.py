@@ -83,8 +83,12 @@ class ShortestRemainingFirst:
         for seq in list(self.waiting):
             if budget == 0 or len(self.running) == self.options.max_num_seqs:
                 return
+            if seq.request.params.prompt_logprobs is None:  # those need the whole prompt computed
+                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
             count = min(seq.num_to_compute, budget)
             if not self._add_row(plan, seq, count):
+                self.kv.free(seq.seq_id)
+                seq.restart()
                 return
             self.waiting.remove(seq)
             self.running.append(seq)
@@ -96,25 +100,14 @@ class ShortestRemainingFirst:
         added = self.kv.grow(seq.seq_id, end)
         if added is None:
             return False
-        if not seq.on_worker:
-            plan.starts.append(seq.start([[] for _ in added]))
-            seq.on_worker = True
-        samples = end == seq.num_tokens < seq.max_len
-        plan.seq_ids.append(seq.seq_id)
-        plan.num_tokens.append(count)
-        plan.num_computed.append(seq.num_computed_tokens)
-        plan.samples.append(samples)
-        plan.new_block_ids.append(added if any(added) else [])
-        seq.num_computed_tokens = end
-        seq.num_in_flight += samples
-        seq.steps_in_flight += 1
+        seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
         return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Take its blocks. It is computed again later, with what it has said so far: its output does not change."""
         self.running.remove(seq)
         self._give_up_blocks(seq)
-        seq.num_computed_tokens = 0
+        seq.restart()
         self.waiting.append(seq)
         self.num_preemptions += 1
 

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from dovetail_prefix_cache.index import HashIndex
 
 
+EVICTION = Socket(
+    "eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache",
+    contract_class="dovetail_prefix_cache.testing:EvictionContract",
+)  # fmt: skip
+
+
 def _hash(context: BuildContext, options: Options) -> HashIndex:
     from dovetail_prefix_cache.index import HashIndex
 
@@ -35,7 +41,7 @@ def _lfu(context: BuildContext, options: Options) -> MakePolicy:
 
 @hookimpl
 def dovetail_sockets() -> list[Socket]:
-    return [Socket("eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache")]
+    return [EVICTION]
 
 
 @hookimpl
