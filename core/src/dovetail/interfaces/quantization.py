@@ -39,6 +39,8 @@ class QuantizationCapabilities:
     """None is any."""
     dtypes: tuple[str, ...] | None = ("float32", "bfloat16", "float16")
     """Of a layer's input and output. None is any."""
+    activations: str | None = None
+    """What a layer rounds its inputs to before it multiplies: "int8", "float8_e4m3fn"; None: it does not."""
     compiled_steps: bool = False
     """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py)."""
 
@@ -203,7 +205,8 @@ class Scheme(Protocol):
         """
 
     def linear(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Callable[[Array], Array]:
-        """Make `x [T, in]` → `[T, out]`, a new array of x's dtype. Called once, with all tensors complete.
+        """Make `x [T, in]` → `[T, out]`, a new array of x's dtype. Called once, with all tensors complete. Rows of x are
+        contiguous, and may lie apart.
 
         `tensors` are those declared, by the same names, on the layer's device, and "bias" `[out]` if the layer has one. The
         callable may keep them, or a form of its own, for as long as it lives.

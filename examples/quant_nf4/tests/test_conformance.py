@@ -1,0 +1,17 @@
+"""All that this plugin needs to test: it keeps the contract it declares."""
+
+from dovetail.testing.quantization import QuantizationContract
+from dovetail_quant_nf4 import METHOD, PROVIDER
+
+
+class TestNF4(QuantizationContract):
+    provider = PROVIDER
+    configs = ({"quant_method": METHOD, "block_size": 32, "modules_to_not_convert": ["*.layers.3.*"]},)
+    declined = ("model.layers.3.mlp.kit_proj",)
+    weight_error = 0.12
+
+
+class TestNF4InBlocksOf128(QuantizationContract):
+    provider = PROVIDER
+    options = {"block_size": 128}
+    configs = ({"quant_method": METHOD, "block_size": 128},)
