@@ -10,8 +10,3 @@ class TestNF4(QuantizationContract):
     declined = ("model.layers.3.mlp.kit_proj",)
     weight_error = 0.12
 
-
-class TestNF4InBlocksOf128(QuantizationContract):
-    provider = PROVIDER
-    options = {"block_size": 128}
-    configs = ({"quant_method": METHOD, "block_size": 128},)

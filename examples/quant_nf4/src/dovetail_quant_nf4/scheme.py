@@ -44,7 +44,7 @@ class NF4:
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
         size = self._block_size
-        if layer.stored and layer.alike(self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"):
+        if layer.alike(self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"):
             return Declined("the checkpoint leaves it out (modules_to_not_convert)")
         if layer.in_features % size or size % 2:
             reason = f"{layer.in_features} inputs are not whole blocks of {size}"
@@ -67,7 +67,7 @@ class NF4:
         return expand(tensors["codes"], tensors["scales"], PAIRS.to(tensors["codes"].device))
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
-        blocks = weight.float().unflatten(1, (-1, self._block_size))
+        blocks = weight.float().reshape(len(weight), -1, self._block_size)
         scales = blocks.abs().amax(-1).to(torch.float16)
         # A block of zeros has the scale 0, and any code will do.
         nearest = torch.bucketize(blocks / scales.float().clamp_min(1e-12)[..., None], BOUNDS.to(weight.device))
