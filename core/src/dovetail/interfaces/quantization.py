@@ -219,7 +219,7 @@ class Scheme(Protocol):
         """The weight that the tensors stand for, `f32[out, in]`: slow and obviously right, the reference of `linear`."""
 
     def quantize(self, layer: LinearLayer, weight: Array) -> dict[str, Array]:
-        """The tensors of a plain weight `[out, in]` of any floating type: of one part, in the shapes of the checkpoint.
+        """The tensors of a plain weight `[out, in]`, contiguous, of any floating type: of one part, in the checkpoint's shapes.
 
         Only called if `on_the_fly` is declared.
         """

@@ -130,7 +130,7 @@ class QuantizedLinear:
 
     def _quantize(self, part: int, weight: Tensor) -> None:
         layer = self.layer.part(part)
-        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight))
+        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight.contiguous()))
         for name, parameter in self._parameters.items():
             found, expected = made.get(name), parameter.part_shape(self.layer, part)
             if found is None or tuple(found.shape) != expected or str(found.dtype) != f"torch.{parameter.dtype}":
