@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/server_openai plugins/demo_model
+PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/prefix_cache plugins/server_openai plugins/demo_model
 MODEL ?= demo
 PORT ?= 8000
 

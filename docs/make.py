@@ -24,19 +24,26 @@ def hooks() -> str:
     source = ast.parse(inspect.getsource(hookspecs))
     by_hook = {s.hook: s for s in SOCKETS}
     for node in source.body:
-        if isinstance(node, ast.FunctionDef) and node.name in by_hook:
-            socket = by_hook[node.name]
-            out.append(f"## `{node.name}`\n\nSocket `{socket.name}`: {socket.summary}. Contract {socket.contract}.")
-            out.append(ast.get_docstring(node) or "")
+        if isinstance(node, ast.FunctionDef):
+            socket = by_hook.get(node.name)
+            of = f"Socket `{socket.name}`: {socket.summary}. Contract {socket.contract}.\n\n" if socket else ""
+            out.append(f"## `{node.name}`\n\n{of}{ast.get_docstring(node) or ''}")
+    added = load_registry()
+    out.append("## Hooks of sockets that plugins add")
+    for name, plugin in added.added_by.items():
+        s = added.sockets[name]
+        where = f"`{s.hook}` (plugin `{plugin.name}`): socket `{name}`, within `{s.within}`"
+        out.append(f"{where}: {s.summary}. Contract {s.contract}.")
     return "\n\n".join(out) + "\n"
 
 
 def config() -> str:
     """docs/config.md: every key of a composition file, and every option of the providers in this repository."""
     out = [NOTE, "# Configuration\n", inspect.getdoc(EngineConfig) or "", "", *_table(EngineConfig), ""]
-    out.append("Every socket (`worker`, `attention`, `kv_cache`, `scheduler`, `server`) is `NAME` or")
+    out.append("Every socket (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `NAME` or")
     out.append("`{use: NAME, on_unsupported: error|fallback, …options}`; `attention` may also be given by kind of layer:")
-    out.append("`{full: …, sliding: …}`.\n")
+    out.append("`{full: …, sliding: …}`. A socket that a plugin adds is set among the options of the socket it is within:")
+    out.append("`prefix_cache: {use: hash, eviction: lfu}`.\n")
     for offer in _offers():
         if offer.provider.options.model_fields:
             out.append(f"## `{offer.socket}: {offer.provider.name}` ({offer.plugin.distribution})\n")
@@ -62,7 +69,7 @@ def _offers() -> list[Offer]:
     """Of the packages in this repository, whatever else is installed."""
     ours = {f"dovetail-{p.name.replace('_', '-')}" for p in (DOCS.parent / "plugins").iterdir()} | {"dovetail-core"}
     offers = [o for o in load_registry().offers if o.plugin.distribution in ours]
-    order = [s.name for s in SOCKETS]
+    order = list(load_registry().sockets)
     return sorted(offers, key=lambda o: (order.index(o.socket), -o.provider.priority, o.provider.name))
 
 

@@ -103,7 +103,7 @@ def test_no_file_outgrows_a_sitting() -> None:
 
 def test_every_hook_is_documented_and_is_the_hook_of_one_socket() -> None:
     hooks = {n: f for n, f in vars(hookspecs).items() if n.startswith("dovetail_")}
-    assert {s.hook for s in SOCKETS} == set(hooks)
+    assert {s.hook for s in SOCKETS} | {"dovetail_sockets"} == set(hooks)
     reference = (ROOT / "docs/hooks.md").read_text()
     for name, function in hooks.items():
         assert len(function.__doc__ or "") > 60, f"{name} has no docstring to speak of"
@@ -114,7 +114,7 @@ def test_every_socket_is_filled_by_an_installed_plugin_and_every_provider_says_w
     registry = load_registry()
     assert not registry.broken
     for socket in SOCKETS:
-        assert registry.of(socket.name), f"nobody offers anything for {socket.name}"
+        assert socket.optional or registry.of(socket.name), f"nobody offers anything for {socket.name}"
     for offer in registry.offers:
         assert len(offer.provider.summary) > 10
         for name, field in offer.provider.options.model_fields.items():

@@ -249,7 +249,7 @@ def test_a_context_longer_than_the_models_is_refused(model: Path) -> None:
 
 
 def test_too_little_kv_memory_says_what_would_fit(model: Path, simulated: Path) -> None:
-    plan = resolve(load_config(model=str(model), **SIMULATED))
+    plan = resolve(load_config(model=str(model), prefix_cache="none", **SIMULATED))
     engine = build_engine(plan, lambda *a: None)
     engine.worker._memory = 100  # type: ignore[attr-defined]
     from dovetail.testing import plugin
@@ -264,7 +264,7 @@ def test_too_little_kv_memory_says_what_would_fit(model: Path, simulated: Path) 
         build_engine(plan, lambda *a: None, load_registry([core, info], {info.module: module}))
     assert small.closed
     fits = int(str(e.value).split("lower max_model_len to ")[1].split(",")[0])
-    smaller = resolve(load_config(model=str(model), max_model_len=fits, **SIMULATED))
+    smaller = resolve(load_config(model=str(model), prefix_cache="none", max_model_len=fits, **SIMULATED))
     build_engine(smaller, lambda *a: None, load_registry([core, info], {info.module: module}))
 
 

@@ -253,7 +253,7 @@ class EngineMachine(RuleBasedStateMachine):
                         held[block] = held.get(block, 0) + 1
             assert held == {b: n for b, n in enumerate(pool.references) if n}, "references are not what is held"
             assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
-            assert set(pool.free_ids) | set(held) == set(range(1, pool.num_blocks)), "a block was leaked"
+            assert set(pool.free_ids) | set(held) == set(range(1, len(pool.references))), "a block was leaked"
             assert not set(pool.free_ids) & set(held), "a free block is in use"
 
     def teardown(self) -> None:

@@ -24,7 +24,13 @@ def _unquantized(context: BuildContext, options: object) -> None:
 def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
     from dovetail.kv_cache import PagedKVCache
 
-    return PagedKVCache(list(context.kv_groups), list(context.num_blocks))
+    groups, num_blocks = list(context.kv_groups), list(context.num_blocks)
+    if context.prefix_cache is None:
+        return PagedKVCache(groups, num_blocks)
+
+    from dovetail.prefix_reuse import ReusingKVCache
+
+    return ReusingKVCache(groups, num_blocks, context.prefix_cache)
 
 
 def _fcfs(context: BuildContext, options: SchedulerOptions) -> TokenBudgetScheduler:

@@ -105,6 +105,8 @@ class EngineConfig(BaseModel):
     attention: AttentionConfig = Field(AttentionConfig(), description="a socket: for all layers, or by kind")
     kv_cache: SocketConfig = Field(SocketConfig(), description="a socket: owner of the KV blocks")
     scheduler: SocketConfig = Field(SocketConfig(), description="a socket: what runs next")
+    prefix_cache: SocketConfig = Field(SocketConfig(), description="a socket: reuse between requests; none: without")
+    speculation: SocketConfig = Field(SocketConfig(use="none"), description="a socket: drafts tokens ahead; none: without")
     server: SocketConfig = Field(SocketConfig(), description="a socket: for `dovetail serve`")
     overlap: bool | Literal["auto"] = Field(
         "auto", description="schedule the next step while one runs; auto: unless both would share the same cores (cpu)"

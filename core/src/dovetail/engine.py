@@ -14,6 +14,7 @@ from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.sequence import Sequence
+from dovetail.speculation import Speculation
 from dovetail.types import (
     EngineStats,
     FinishReason,
@@ -35,10 +36,14 @@ class Step:
 class Engine:
     """The plain loop: one step at a time, nothing in flight between calls."""
 
-    def __init__(self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, *, max_num_waiting: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, speculation: Speculation | None = None,
+        *, max_num_waiting: int,
+    ) -> None:  # fmt: skip
         self.scheduler = scheduler
         self.kv = kv
         self.worker = worker
+        self.speculation = speculation
         self.max_num_waiting = max_num_waiting
         self.stats = EngineStats(kv_blocks_total=kv.num_total)
         self.sequences: dict[int, Sequence] = {}
@@ -84,11 +89,16 @@ class Engine:
     # What a step is made of; the overlapped loop uses the same parts in another order.
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        if self.speculation is not None:
+            for seq_id, error in self.speculation.draft(self.scheduler.running):
+                self._fail([seq_id], error, "speculation")
         try:
             return self.scheduler.schedule(in_flight=in_flight)
         except Exception as e:
             self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
             return None
+        finally:
+            self._fail_faulty()
 
     def submit(self, plan: StepPlan) -> Step | None:
         """Hand a plan to the worker. If the worker raises, the step's requests have failed and there is no step."""
@@ -110,13 +120,15 @@ class Engine:
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
-        plain = not (result.failed or result.logprobs or result.prompt_logprobs or self._has_windows)
+        plain = not (
+            result.failed or result.logprobs or result.prompt_logprobs or plan.draft_token_ids or self._has_windows
+        )  # fmt: skip
         sequences, news, num_plain = self.sequences, self._news, 0
         for row, (seq_id, computed, new) in enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)):
             seq = sequences[seq_id]
             if (
                 plain and len(new) == 1 and computed >= seq.num_prompt_tokens and seq.finish_reason is None
-                and len(seq.tokens) + 1 < seq.max_len and new[0] not in seq.end_ids
+                and len(seq.tokens) + 1 < seq.max_len and new[0] not in seq.end_ids and computed + 1 != seq.num_slots
             ):  # fmt: skip
                 # One more token and nothing else: what most rows are, so `_commit_row` with all that is known of them.
                 seq.steps_in_flight -= 1
@@ -127,6 +139,7 @@ class Engine:
             else:
                 self._commit_row(plan, row, result)
         self.stats.num_generation_tokens += num_plain
+        self._fail_faulty()
 
     def _commit_row(self, plan: StepPlan, row: int, result: StepResult) -> None:
         seq = self._land(plan, row)
@@ -136,6 +149,13 @@ class Engine:
             self._fail([seq.seq_id], StepFailed(result.failed[seq.seq_id]), "worker")
             return
         new = result.token_ids[row]
+        num_computed = plan.num_computed[row] + plan.num_tokens[row]
+        if plan.draft_token_ids and plan.draft_token_ids[row]:
+            # What was computed for drafts that were not accepted is computed again.
+            num_drafted = len(plan.draft_token_ids[row])
+            num_computed = seq.num_computed_tokens = num_computed - num_drafted + len(new) - 1
+            self.stats.num_draft_tokens += num_drafted
+            self.stats.num_accepted_tokens += len(new) - 1
         self._count(plan, row, seq, len(new))
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
         if result.prompt_logprobs:
@@ -148,7 +168,8 @@ class Engine:
         if reason is not None:
             self._finish(seq, reason, output)
         else:
-            self.kv.trim(seq.seq_id, plan.num_computed[row] + plan.num_tokens[row])
+            self.kv.computed(seq, num_computed)
+            self.kv.trim(seq.seq_id, num_computed)
 
     def _land(self, plan: StepPlan, row: int) -> Sequence:
         """A row is no longer in flight. A sequence that ended meanwhile is released here."""
@@ -168,6 +189,7 @@ class Engine:
         s = self.stats
         s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
+        s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
         return s
 
     # How sequences end.
@@ -212,6 +234,10 @@ class Engine:
         """Forget a finished sequence, once no step in flight holds it."""
         if seq.steps_in_flight:
             return
+        if seq.finish_reason != "error":
+            self.kv.computed(seq, min(seq.num_computed_tokens, len(seq.tokens)))
+        if self.speculation is not None:
+            self.speculation.forget(seq.seq_id)
         del self.sequences[seq.seq_id]
         seq.siblings.remove(seq)
         if not seq.siblings:
@@ -223,8 +249,15 @@ class Engine:
     def _end_failed_step(self, plan: StepPlan, error: Exception) -> None:
         self.stats.num_failed_steps += 1
         for row in range(len(plan.seq_ids)):
+            self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
             self._land(plan, row)
         self._fail(plan.seq_ids, error, "worker")
+
+    def _fail_faulty(self) -> None:
+        """Fail the requests that the KV-cache manager could not serve."""
+        while self.kv.faults:
+            seq_id, error = self.kv.faults.pop()
+            self._fail([seq_id], error, "prefix_cache")
 
     def _fail(self, seq_ids: list[int], error: Exception, part: str) -> None:
         """Fail whole requests: samples of one request may share blocks that were never written."""
@@ -242,8 +275,10 @@ class Engine:
 
     def _count(self, plan: StepPlan, row: int, seq: Sequence, num_sampled: int) -> None:
         self.stats.num_generation_tokens += num_sampled
-        if seq.num_output_tokens == 0:
-            self.stats.num_prompt_tokens += min(plan.num_tokens[row], seq.num_prompt_tokens - plan.num_computed[row])
+        if seq.num_output_tokens == 0 and seq.sample_index == 0:  # a request's prompt counts once
+            done = min(plan.num_computed[row] + plan.num_tokens[row], seq.num_prompt_tokens)
+            self.stats.num_prompt_tokens += max(0, done - seq.num_prompt_counted)
+            seq.num_prompt_counted = max(done, seq.num_prompt_counted)
 
 
 class OverlappedEngine(Engine):

@@ -134,6 +134,8 @@ def _start(link: Link) -> tuple[Engine, str]:
     plan = Plan.decode(first.plan)
     registry = load_registry()
     for key, choice in plan.choices.items():
+        if choice.is_empty:
+            continue
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")

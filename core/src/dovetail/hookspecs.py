@@ -15,11 +15,14 @@ Each socket's contract has a version of its own (`sockets.py`); a provider state
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from dovetail.provider import Provider
+
+if TYPE_CHECKING:
+    from dovetail.sockets import Socket
 
 PROJECT = "dovetail"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -93,10 +96,38 @@ def dovetail_schedulers() -> list[Provider[Any]]:
     return []
 
 
-# 5. Who talks to the world. Only `dovetail serve` asks for one.
+# 5. What makes it faster without changing what it says. Both can be left out.
+
+
+@hookspec
+def dovetail_prefix_caches() -> list[Provider[Any]]:
+    """Offer prefix caches; `build` returns a `PrefixCache`, which the KV-cache manager asks. Built before the manager."""
+    return []
+
+
+@hookspec
+def dovetail_drafters() -> list[Provider[Any]]:
+    """Offer drafters; `build` returns a `Drafter`. `capabilities` is a `DrafterCapabilities`."""
+    return []
+
+
+# 6. Who talks to the world. Only `dovetail serve` asks for one.
 
 
 @hookspec
 def dovetail_servers() -> list[Provider[Any]]:
     """Offer servers; `build` returns a `Server`. It lives in the front-end process, with the tokenizer."""
+    return []
+
+
+# 7. Places that a plugin opens to others: a server to routes, a prefix cache to eviction policies.
+
+
+@hookspec
+def dovetail_sockets() -> list[Socket]:
+    """Add sockets, each with a hook of its own that other plugins implement like those above.
+
+    Asked first, of every plugin. A plugin that implements the hook of a socket that is not always installed marks it
+    `@hookimpl(optionalhook=True)`.
+    """
     return []

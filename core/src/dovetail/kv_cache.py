@@ -2,20 +2,21 @@
 
 A block is a fixed number of KV slots. Blocks are handed out whole and shared whole (PagedAttention, arXiv 2309.06180);
 because only full blocks are shared, nobody ever writes to a shared block and copy-on-write is never needed.
+`prefix_reuse.py` adds what a prefix cache needs.
 """
 
 from __future__ import annotations
 
+from dovetail.sequence import Sequence
 from dovetail.types import KVGroup
 
 NULL_BLOCK = 0
 
 
 class BlockPool:
-    """The blocks of one group. Ids 1 … num_blocks - 1; a block with no references is on the free list."""
+    """The blocks of one group: ids 1 … num_blocks - 1. Null blocks in a list of ids are skipped."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
         self.free_ids = list(range(num_blocks - 1, NULL_BLOCK, -1))
         self.references = [0] * num_blocks
 
@@ -29,15 +30,18 @@ class BlockPool:
 
     def share(self, blocks: list[int]) -> None:
         for block in blocks:
-            self.references[block] += 1
+            if block != NULL_BLOCK:
+                self.references[block] += 1
 
-    def drop(self, blocks: list[int]) -> None:
-        """Give back one reference each; null blocks are skipped."""
+    def drop(self, blocks: list[int]) -> list[int]:
+        """Give back one reference each. Returns those that have none left, which are not free yet."""
+        idle = []
         for block in blocks:
             if block != NULL_BLOCK:
                 self.references[block] -= 1
                 if self.references[block] == 0:
-                    self.free_ids.append(block)
+                    idle.append(block)
+        return idle
 
 
 class PagedKVCache:
@@ -48,6 +52,8 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         self.pools = [BlockPool(n) for n in num_blocks]
         self.tables: dict[int, list[list[int]]] = {}
+        self.faults: list[tuple[int, Exception]] = []
+        self.num_queried_tokens = self.num_hit_tokens = 0
         self._block_sizes = [g.block_size for g in groups]
         self._nothing: list[list[int]] = [[] for _ in groups]
 
@@ -58,7 +64,9 @@ class PagedKVCache:
         needed = [-(-num_tokens // size) for size in self._block_sizes]
         if table is not None:
             needed = [max(0, n - len(blocks)) for n, blocks in zip(needed, table, strict=True)]
-        if any(n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)):
+        if any(n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)) and not self._make_room(
+            seq_id, needed
+        ):
             return None
         added = [pool.take(n) for n, pool in zip(needed, self.pools, strict=True)]
         if table is None:
@@ -67,6 +75,10 @@ class PagedKVCache:
             for blocks, new in zip(table, added, strict=True):
                 blocks.extend(new)
         return added
+
+    def _make_room(self, seq_id: int, needed: list[int]) -> bool:
+        """Free blocks that nobody uses until there are `needed` of them per group, or leave all as it is."""
+        return False
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         table = self.tables[source]
@@ -81,24 +93,29 @@ class PagedKVCache:
         self.tables[target] = [list(head) for head in heads]
         return num_shared
 
+    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+        return 0
+
+    def computed(self, seq: Sequence, num_tokens: int) -> None:
+        pass
+
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self.tables[seq_id]
 
     def trim(self, seq_id: int, num_computed_tokens: int) -> None:
-        for group, pool, blocks in zip(self.groups, self.pools, self.tables[seq_id], strict=True):
-            if group.window is None:
-                continue
-            # The next token, at position num_computed_tokens, sees window - 1 tokens before it.
-            dead = max(0, num_computed_tokens - group.window + 1) // group.block_size
-            for i in range(min(dead, len(blocks)) - 1, -1, -1):
-                if blocks[i] == NULL_BLOCK:
+        for i, (group, blocks) in enumerate(zip(self.groups, self.tables[seq_id], strict=True)):
+            for at in range(min(num_unseen(group, num_computed_tokens), len(blocks)) - 1, -1, -1):
+                if blocks[at] == NULL_BLOCK:
                     break
-                pool.drop([blocks[i]])
-                blocks[i] = NULL_BLOCK
+                self._drop(seq_id, i, [blocks[at]])
+                blocks[at] = NULL_BLOCK
 
     def free(self, seq_id: int) -> None:
-        for pool, blocks in zip(self.pools, self.tables.pop(seq_id, []), strict=False):
-            pool.drop(blocks[::-1])
+        for i, blocks in enumerate(self.tables.pop(seq_id, [])):
+            self._drop(seq_id, i, blocks[::-1])
+
+    def _drop(self, seq_id: int, group: int, blocks: list[int]) -> None:
+        self.pools[group].free_ids += self.pools[group].drop(blocks)
 
     @property
     def num_used(self) -> int:
@@ -107,6 +124,11 @@ class PagedKVCache:
     @property
     def num_total(self) -> int:
         return sum(n - 1 for n in self.num_blocks)
+
+
+def num_unseen(group: KVGroup, num_tokens: int) -> int:
+    """A sequence's first blocks that no token from position `num_tokens` on sees: it sees window - 1 tokens before it."""
+    return 0 if group.window is None else max(0, num_tokens - group.window + 1) // group.block_size
 
 
 def size_groups(groups: list[KVGroup], memory: int, max_model_len: int, max_num_seqs: int, chunk: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from dovetail.interfaces.quantization import LinearLayer
+from dovetail.provider import Reason
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -16,7 +17,7 @@ class Rejected(msgspec.Struct, frozen=True):
 
     provider: str
     distribution: str
-    reasons: list[str]
+    reasons: list[Reason]
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,6 +29,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     distribution: str
     version: str
     contract: str
+    """The version of the socket's contract at which it is served."""
     options: dict[str, Any]
     """With what they left open decided."""
     match: str = ""
@@ -35,6 +37,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     remarks: list[str] = []
     """What the provider decided, and why."""
     rejected: list[Rejected] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """The socket takes nothing: it is optional, and `provider` is "none"."""
+        return not self.distribution
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +57,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     layer_kinds: list[str]
     choices: dict[str, Choice]
     """By socket. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
-    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts."""
+    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts; a socket of many has
+    one for each that it takes: routes.NAME."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool

@@ -38,15 +38,49 @@ class SchedulerOptions(Options):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in a step")
 
 
+class DrafterOptions(Options):
+    """What every drafter's options have."""
+
+    num_draft_tokens: int = Field(4, ge=1, le=32, description="most tokens proposed for a sequence in a step")
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a provider cannot be used here, in words for a person; `hint` says what would change that."""
 
     text: str
     hint: str = ""
+    code: str = "unusable"
+    """For machines: one of `REASONS`."""
 
     def __str__(self) -> str:
         return f"{self.text} ({self.hint})" if self.hint else self.text
+
+
+REASONS = {
+    "unusable": "its own `why_not` says so",
+    "undeclared": "the composition needs what it does not declare",
+    "contract": "it was written for a version of the contract that this core does not serve",
+    "requires": "it needs another choice in another socket, or another socket's choice needs another one here",
+    "conflicts": "it does not go with what another socket takes",
+    "priority": "another usable one has a higher priority",
+    "not-asked": "the configuration names another one, or none",
+    "faulty": "its `why_not` failed",
+}
+"""Codes of reasons, and what they mean."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What a provider says about another socket's choice."""
+
+    socket: str
+    providers: tuple[str, ...]
+    """Names, or `dist:name`; `*` is any."""
+    because: str
+
+    def meets(self, socket: str, *names: str) -> bool:
+        return self.socket == socket and ("*" in self.providers or not set(names).isdisjoint(self.providers))
 
 
 @dataclass(frozen=True)
@@ -91,5 +125,9 @@ class Provider(Generic[T]):
     had here."""
     priority: int = 0
     """`auto` takes the usable provider of highest priority. 0 is a plain reference, 50 a tuned implementation."""
-    contract: str = "0.1"
-    """The version of the socket's contract that this was written for."""
+    requires: tuple[Relation, ...] = ()
+    """The socket takes one of these providers; one that is empty or absent takes none of them."""
+    conflicts: tuple[Relation, ...] = ()
+    """The socket takes none of these providers."""
+    untested_with: tuple[Relation, ...] = ()
+    """Allowed, and said in the plan."""

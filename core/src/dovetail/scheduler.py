@@ -2,7 +2,7 @@
 
 There is no prefill phase and no decode phase. A sequence has `num_computed_tokens` and a number of known tokens, and
 each step gives every scheduled sequence some tokens, so that the first catches up with the second. Chunked prefill,
-decode and resumption after preemption are all this one rule.
+decode, prefix reuse, verification of drafts and resumption after preemption are all this one rule.
 
 Running sequences go first, in order; then waiting ones are admitted while tokens, seats and blocks last. A running
 sequence that finds no block takes them from the last running one, which is computed again later: what it has said
@@ -67,6 +67,8 @@ class TokenBudgetScheduler:
             self._admit(plan, budget)
         if not plan.seq_ids:
             return None
+        if plan.draft_token_ids:
+            plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
         plan.released, self._released = self._released, []
         self._step_id += 1
         return plan
@@ -77,8 +79,11 @@ class TokenBudgetScheduler:
         for seq in self.running:  # preemption takes from its end
             if budget <= 0:
                 break
-            known, computed = seq.num_tokens, seq.num_computed_tokens
-            if known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None:
+            known, computed = len(seq.tokens) + seq.num_in_flight, seq.num_computed_tokens
+            if (
+                known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None
+                and not (seq.is_drafted and (seq.num_in_flight or seq.draft_token_ids))
+            ):  # fmt: skip
                 # Decode within a block: what most rows are, so `_add_row` with all that is known of them.
                 plan.seq_ids.append(seq.seq_id)
                 plan.num_tokens.append(1)
@@ -94,6 +99,10 @@ class TokenBudgetScheduler:
             if count <= 0 or seq.finish_reason is not None:
                 continue
             added = self._grow(seq, count)
+            if seq.draft_token_ids:
+                if added is None:  # drafts are never worth another one's blocks
+                    count, added = 1, self._grow(seq, 1)
+                del seq.draft_token_ids[count - 1 :]
             while added is None:
                 has_blocks = False
                 if in_flight:
@@ -129,6 +138,8 @@ class TokenBudgetScheduler:
                 # The last known token is always computed anew: its logits are needed.
                 shareable = min(seq.num_prompt_tokens, len(seq.tokens) - 1)
                 seq.num_computed_tokens = self.kv.share(source.seq_id, seq.seq_id, shareable)
+            if not seq.num_computed_tokens and seq.request.params.prompt_logprobs is None:
+                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
             count = min(seq.num_to_compute, budget)
             added = self._grow(seq, count)
             if added is None:
@@ -146,6 +157,10 @@ class TokenBudgetScheduler:
             seq.on_worker = True
         reaches_end = seq.num_computed_tokens + count == seq.num_tokens
         samples = reaches_end and seq.num_tokens < seq.max_len
+        if seq.draft_token_ids:
+            plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
+            plan.draft_token_ids.append(seq.draft_token_ids)
+            seq.draft_token_ids = []
         plan.seq_ids.append(seq.seq_id)
         plan.num_tokens.append(count)
         plan.num_computed.append(seq.num_computed_tokens)
@@ -170,6 +185,7 @@ class TokenBudgetScheduler:
         self.running.remove(seq)
         self._evict(seq)
         seq.num_computed_tokens = 0
+        seq.draft_token_ids = []
         insort(self.waiting, seq, key=self.order)
         self.num_preemptions += 1
 

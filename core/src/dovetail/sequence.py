@@ -33,6 +33,12 @@ class Sequence:
     """Tokens that steps in flight will sample: known to be coming, not yet what they are."""
     steps_in_flight: int = 0
     """Steps in flight with a row of this sequence: until 0, its blocks may not be freed."""
+    draft_token_ids: list[int] = field(default_factory=list)
+    """Proposed and not yet in a step: the step that takes them verifies them."""
+    is_drafted: bool = False
+    """A drafter continues it, and wants to know its last token: it is not overlapped."""
+    num_prompt_counted: int = 0
+    """Prompt tokens that the stats have counted, for the same reason as the next."""
     num_prompt_logprobs: int = 0
     """Prompt log-probabilities given out: a preempted prompt is computed again, not reported again."""
     on_worker: bool = False
@@ -51,12 +57,15 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens, counting those that steps in flight will sample: what `num_computed_tokens` must catch up with."""
-        return len(self.tokens) + self.num_in_flight
+        """Known tokens, with those that steps in flight will sample, and drafts: what `num_computed_tokens` must catch up
+        with."""
+        return len(self.tokens) + self.num_in_flight + len(self.draft_token_ids)
 
     @property
     def num_to_compute(self) -> int:
         """Tokens to catch up with now. 0 when all output is known or coming: a last token needs no KV of its own."""
+        if self.is_drafted and self.num_in_flight:
+            return 0
         if self.num_in_flight + self.num_output_tokens > 0 and self.num_tokens >= self.max_len:
             return 0
         return self.num_tokens - self.num_computed_tokens

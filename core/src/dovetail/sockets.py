@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dovetail.interfaces import architecture, attention, quantization
-from dovetail.provider import Context, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
+from dovetail.contracts import Previous
+from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
+from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,18 @@ class Socket:
     hook: str
     summary: str
     contract: str = "0.1"
+    previous: Previous | None = None
+    """The version before, which is served through an adapter."""
     options: type[Options] = Options
     """What every provider's options extend, because other parts read them."""
     undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
     """What the composition needs and the provider's capabilities do not declare."""
+    optional: bool = False
+    """It may stay empty: `none`, or `auto` when nothing usable is installed."""
+    many: bool = False
+    """It takes any number of providers, and with `auto` all that are usable."""
+    within: str = ""
+    """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
@@ -98,6 +107,10 @@ SOCKETS: tuple[Socket, ...] = (
     Socket("attention", "dovetail_attention", "paged attention", attention.CONTRACT, undeclared=_undeclared_attention),
     Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions),
     Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions),
+    Socket("prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True),
+    Socket(
+        "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
+        options=DrafterOptions, optional=True,
+    ),
     Socket("server", "dovetail_servers", "takes requests from outside"),
 )
-BY_NAME = {s.name: s for s in SOCKETS}

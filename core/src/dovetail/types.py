@@ -133,6 +133,8 @@ class Request(msgspec.Struct, frozen=True):
     arrival: float = 0.0
     """Seconds since the epoch."""
     adapter_id: str | None = None
+    cache_salt: str | None = None
+    """KV is shared only between requests of equal salt."""
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -254,8 +256,15 @@ class EngineStats(msgspec.Struct):
     num_preemptions: int = 0
     num_steps: int = 0
     num_prompt_tokens: int = 0
+    """Computed, or found in the prefix cache; once a request."""
     num_generation_tokens: int = 0
     num_failed_steps: int = 0
+    num_draft_tokens: int = 0
+    """Verified; of these accepted:"""
+    num_accepted_tokens: int = 0
+    num_prefix_queried_tokens: int = 0
+    """Prompt tokens looked for in the prefix cache; of these found:"""
+    num_prefix_hit_tokens: int = 0
 
 
 def to_builtins(value: Any) -> Any:

@@ -68,7 +68,7 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
         for remark in choice.remarks:
             table.add_row("", "", "", Text(remark))
         for other in choice.rejected:
-            table.add_row("", Text(f"not {other.provider}", "dim"), Text("; ".join(other.reasons), "dim"))
+            table.add_row("", Text(f"not {other.provider}", "dim"), Text("; ".join(map(str, other.reasons)), "dim"))
     console.print(table)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from dovetail.sequence import Sequence
 from dovetail.types import KVGroup
 
 
@@ -13,6 +14,13 @@ class KVCacheManager(Protocol):
     groups: list[KVGroup]
     num_blocks: list[int]
     """Per group, the null block included."""
+
+    faults: list[tuple[int, Exception]]
+    """Requests that must fail, by the seq_id of one of their sequences, and why; the engine takes them out."""
+
+    num_queried_tokens: int
+    """That `reuse` looked for, so far; of these found:"""
+    num_hit_tokens: int
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         """Give a sequence room for its first `num_tokens` tokens.
@@ -28,6 +36,20 @@ class KVCacheManager(Protocol):
         has, 0 when nothing could be shared (then `target` is still unknown).
         """
 
+    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+        """Give a new sequence the blocks in which its first tokens' KV is found computed, at most `num_tokens` tokens.
+
+        Returns how many tokens it now has; 0 when nothing was found (then it is still unknown). A manager without a
+        prefix cache finds nothing.
+        """
+
+    def computed(self, seq: Sequence, num_tokens: int) -> None:
+        """The KV of the first `num_tokens` tokens of a sequence is in its blocks: others may reuse it from now on.
+
+        Called when the step that computed them has ended well, if not after every step; not for unknown sequences'
+        sake an error.
+        """
+
     def block_ids(self, seq_id: int) -> list[list[int]]:
         """The block tables of a sequence, per group. A trimmed entry is the null block."""
 
@@ -39,7 +61,7 @@ class KVCacheManager(Protocol):
 
     @property
     def num_used(self) -> int:
-        """Blocks in use, over all groups."""
+        """Blocks that sequences refer to, over all groups."""
 
     @property
     def num_total(self) -> int:

@@ -32,7 +32,7 @@ class AttentionContract(AttentionTrial):
 
     # The declaration.
 
-    @common_causes("a field of AttentionCapabilities left empty", "the backend's `contract` not raised with the provider's")
+    @common_causes("a field of AttentionCapabilities left empty")
     def test_declaration(self) -> None:
         """The capabilities name the framework, at least one dtype and KV dtype, and the device under test."""
         can = self.can
@@ -40,7 +40,6 @@ class AttentionContract(AttentionTrial):
         assert self.device.split(":")[0] in can.devices, f"the device under test, {self.device}, must be declared"
         assert can.dtypes, "at least one dtype must be declared"
         assert can.kv_dtypes, "at least one KV dtype must be declared"
-        assert self.backend.contract == self.provider.contract, "the backend and its provider state one contract version"
 
     @common_causes("`why_not` refuses what the capabilities promise", "a size or type declared that was never tried")
     def test_what_is_declared_is_taken(self) -> None:

@@ -138,7 +138,7 @@ class Contract:
         choices = {
             key: Choice(
                 socket=key, requested="auto", provider=self.provider.name, distribution=DISTRIBUTION, version="0",
-                contract=self.provider.contract, options=value.model_dump(mode="json"),
+                contract=self.registry().sockets[key].contract, options=value.model_dump(mode="json"),
             )
             for key, value in options.items()
         }  # fmt: skip
@@ -154,7 +154,7 @@ class Contract:
     def registry(self) -> Registry:
         """One that offers the provider under test, and nothing else."""
         plugin = PluginInfo("under-test", DISTRIBUTION, "0", "", "under_test")
-        return Registry([plugin], [Offer(self.socket, self.provider, plugin)])
+        return Registry([plugin], offers=[Offer(self.socket, self.provider, plugin)])
 
     def selection_context(self, dtype: str = "float32", **needs: Any) -> Context:
         return Context(device_facts(), KIT_MODEL, self.device, dtype, needs)

@@ -75,20 +75,24 @@ class SimulatedWorker:
         self.num_steps += 1
         self._misbehave()
         rows = list(zip(plan.seq_ids, plan.num_computed, plan.num_tokens, strict=True))
+        drafts = plan.draft_token_ids or [[] for _ in rows]
+        for (seq_id, _, _), draft in zip(rows, drafts, strict=True):
+            self._known[seq_id].tokens += draft
         for seq_id, first, count in rows:  # all writes before any read
             for position in range(first, first + count):
                 for group, slot in self._slots(seq_id, position):
                     self._cache[group][slot] = self._known[seq_id].tokens[position]
         drawn = [
-            [self._draw(seq_id, first + count)] if samples else []
-            for (seq_id, first, count), samples in zip(rows, plan.samples, strict=True)
+            self._verify(seq_id, first + count, draft) if samples else []
+            for (seq_id, first, count), samples, draft in zip(rows, plan.samples, drafts, strict=True)
         ]
         result = StepResult(plan.step_id, drawn)
         asked = [self._known[i].start.params for i in plan.seq_ids]
         if any(p.logprobs is not None or p.prompt_logprobs is not None for p in asked):
-            self._add_logprobs(rows, result)
-        for seq_id, tokens in zip(plan.seq_ids, drawn, strict=True):
-            self._known[seq_id].tokens += tokens
+            self._add_logprobs(rows, drafts, result)
+        for seq_id, tokens, draft in zip(plan.seq_ids, drawn, drafts, strict=True):
+            known = self._known[seq_id]
+            known.tokens = known.tokens[: len(known.tokens) - len(draft)] + tokens
         return result
 
     def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
@@ -116,9 +120,18 @@ class SimulatedWorker:
             for i, g in enumerate(self._groups)
         ]
 
+    def _verify(self, seq_id: int, length: int, draft: list[int]) -> list[int]:
+        """The row's draws, up to the first that is not the draft's."""
+        assert length == len(self._known[seq_id].tokens), "a row samples before its last token"
+        drawn: list[int] = []
+        for i, proposed in enumerate([*draft, None]):
+            drawn.append(self._draw(seq_id, length - len(draft) + i))
+            if drawn[-1] != proposed:
+                break
+        return drawn
+
     def _draw(self, seq_id: int, length: int) -> int:
         start = self._known[seq_id].start
-        assert length == len(self._known[seq_id].tokens), "a row samples before its last token"
         seen = self._seen(seq_id, length)
         return self._greedy(seen) if start.params.greedy else self._hash(start.seed, start.sample_index, seen)
 
@@ -137,16 +150,17 @@ class SimulatedWorker:
             assert seen[len(seen) - (length - first) :] == known.tokens[first:length], "the cache holds other tokens"
         return seen
 
-    def _add_logprobs(self, rows: list[tuple[int, int, int]], result: StepResult) -> None:
-        for (seq_id, first, count), drawn in zip(rows, result.token_ids, strict=True):
+    def _add_logprobs(self, rows: list[tuple[int, int, int]], drafts: list[list[int]], result: StepResult) -> None:
+        for (seq_id, first, count), draft, drawn in zip(rows, drafts, result.token_ids, strict=True):
             known, params = self._known[seq_id], self._known[seq_id].start.params
             ends = range(first + 1, min(first + count, known.start.num_prompt_tokens - 1) + 1)
             of_prompt, k = [], params.prompt_logprobs
             if k is not None:
                 of_prompt = [self._logprobs(self._seen(seq_id, end), known.tokens[end], k) for end in ends]
             result.prompt_logprobs.append(of_prompt)
-            seen = self._seen(seq_id, first + count) if drawn and params.logprobs is not None else []
-            result.logprobs.append([self._logprobs(seen, t, params.logprobs or 0) for t in drawn if seen])
+            asked, length = params.logprobs, first + count - len(draft)
+            seen = [self._seen(seq_id, length + i) for i in range(len(drawn))] if asked is not None else []
+            result.logprobs.append([self._logprobs(s, t, asked or 0) for s, t in zip(seen, drawn, strict=bool(seen))])
 
     def _logprobs(self, seen: list[int], token: int, k: int) -> TokenLogprobs:
         """A made-up distribution after `seen`, with the greedy choice on top."""

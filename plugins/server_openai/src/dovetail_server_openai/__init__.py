@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr
 
 from dovetail.hookspecs import hookimpl
 from dovetail.provider import Options, Provider
+from dovetail.sockets import Socket
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
@@ -26,7 +27,13 @@ class ServerOptions(Options):
 def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
     from dovetail_server_openai.server import OpenAIServer
 
-    return OpenAIServer(options)
+    return OpenAIServer(options, context.build_all("routes"))
+
+
+@hookimpl
+def dovetail_sockets() -> list[Socket]:
+    """`build` returns a function that is given the `AsyncEngine` and returns a `fastapi.APIRouter`."""
+    return [Socket("routes", "dovetail_routes", "more routes on the server", within="server", many=True)]
 
 
 @hookimpl

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hmac
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail import __version__
-from dovetail.errors import InvalidRequest, ModelNotFound
+from dovetail.errors import InvalidRequest, ModelNotFound, PluginError
 from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions, failures
 from dovetail_server_openai.metrics import Metrics
@@ -27,8 +29,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
-    """All routes for one engine. The engine may still be loading: those that need it then answer 503."""
+MakeRouter = Callable[[AsyncEngine], APIRouter]
+"""What a provider of the `routes` socket builds."""
+
+
+def make_app(engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None) -> FastAPI:
+    """All routes for one engine. The engine may still be loading: those that need it then answer 503.
+
+    `routes` are other plugins', by name. Raises `PluginError` if one of them would take the place of a route that is there.
+    """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
     metrics = Metrics(engine, options.metrics_prefix)
     completions = Completions(engine, metrics, options, sampling_defaults(Path(engine.plan.folder)))
@@ -71,6 +80,10 @@ def make_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
     async def version() -> dict[str, str]:
         return {"version": __version__, "plan": fingerprint}
 
+    @app.get("/v1/dovetail/plan")
+    async def plan() -> Response:
+        return Response(engine.plan.encode(), media_type="application/json")
+
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
@@ -95,8 +108,21 @@ def make_app(engine: AsyncEngine, options: ServerOptions) -> FastAPI:
             raise InvalidRequest(f"token ids are from 0 to {engine.maker.model.vocab_size - 1}", param="tokens")
         return {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
+    for name, make_router in (routes or {}).items():
+        _add_routes(app, name, make_router, engine)
     app.add_middleware(Guard, options=options)
     return app
+
+
+def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: AsyncEngine) -> None:
+    router = make_router(engine)
+    if not isinstance(router, APIRouter):
+        raise PluginError(f"routes: {name} made {type(router).__name__}, not a fastapi.APIRouter", provider=name)
+    taken = {(m, r.path) for r in app.routes if isinstance(r, Route) for m in r.methods or ()}
+    for route in router.routes:
+        if isinstance(route, Route) and (twice := [m for m in route.methods or () if (m, route.path) in taken]):
+            raise PluginError(f"routes: {name} would take the place of {twice[0]} {route.path}", provider=name)
+    app.include_router(router)
 
 
 class Guard:

@@ -40,8 +40,12 @@ class _EngineCollector(Collector):
             yield gauge
         for key, text, value in (
             ("num_preemptions", "sequences preempted", s.num_preemptions),
-            ("prompt_tokens", "prompt tokens computed", s.num_prompt_tokens),
+            ("prompt_tokens", "prompt tokens computed, or found in the prefix cache", s.num_prompt_tokens),
             ("generation_tokens", "tokens generated", s.num_generation_tokens),
+            ("spec_decode_num_draft_tokens", "draft tokens verified", s.num_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "draft tokens accepted", s.num_accepted_tokens),
+            ("prefix_cache_queries", "prompt tokens looked for in the prefix cache", s.num_prefix_queried_tokens),
+            ("prefix_cache_hits", "prompt tokens found in the prefix cache", s.num_prefix_hit_tokens),
             ("engine_steps", "steps run", s.num_steps),
             ("engine_restarts", "engine processes replaced", self._engine.num_restarts),
         ):

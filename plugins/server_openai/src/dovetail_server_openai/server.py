@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 import uvicorn
@@ -13,7 +13,7 @@ import uvicorn
 from dovetail.errors import ConfigError
 from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions
-from dovetail_server_openai.app import make_app
+from dovetail_server_openai.app import MakeRouter, make_app
 
 CLOSE_SECONDS = 5
 """How long a client has to fetch the rest of an answer, once the engine has drained."""
@@ -22,15 +22,16 @@ CLOSE_SECONDS = 5
 class OpenAIServer:
     """The `Server` contract over uvicorn."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None) -> None:
         self._options = options
+        self._routes = routes or {}
 
     def run(self, engine: AsyncEngine, host: str, port: int, on_ready: Callable[[str], None]) -> None:
         sock = _bind(host, port)
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
         config = uvicorn.Config(
-            make_app(engine, self._options), log_level="warning", access_log=False, lifespan="off",
+            make_app(engine, self._options, self._routes), log_level="warning", access_log=False, lifespan="off",
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )  # fmt: skip
 

@@ -59,7 +59,7 @@ class SequenceTable:
         self._num_blocks: list[I64] = [np.zeros(max_num_seqs, np.int64) for _ in groups]
 
     def update(self, plan: StepPlan) -> None:
-        """Take in a plan's released and started sequences, and the blocks its rows were given."""
+        """Take in a plan's released and started sequences, its drafts, and the blocks its rows were given."""
         for seq_id in plan.released:
             seat = self.seat_of.pop(seq_id, None)
             if seat is not None:
@@ -80,6 +80,9 @@ class SequenceTable:
             if added:
                 for group, blocks in enumerate(added):
                     self._append(group, self.seat_of[seq_id], blocks)
+        for row, draft in enumerate(plan.draft_token_ids):
+            end = plan.num_computed[row] + plan.num_tokens[row]
+            self.token_ids[self.seat_of[plan.seq_ids[row]], end - len(draft) : end] = draft
 
     def _append(self, group: int, seat: int, blocks: list[int]) -> None:
         count = self._num_blocks[group][seat]

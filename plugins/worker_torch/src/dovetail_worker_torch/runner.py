@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import compress, pairwise
+from itertools import compress, pairwise, repeat
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +28,9 @@ class Computed:
     plan: StepPlan
     inputs: StepInputs
     rows: list[int]
-    """Of the plan: those that sample."""
+    """Of the plan: those that sample, in order; one with drafts stands here once for every token drawn."""
+    behind: list[int]
+    """Drafts of the row after the place that is drawn at, like `rows`; empty if no row has any."""
     is_plain: bool
     """Every row is drawn greedily from the raw logits, and nothing is asked about them."""
     logits: Tensor
@@ -93,21 +96,26 @@ class Runner:
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
         is_plain = self.table.is_plain(inputs.seats)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
-        rows = list(compress(range(len(plan.samples)), plan.samples))
+        rows, behind = list(compress(range(len(plan.samples)), plan.samples)), list[int]()
+        if plan.draft_token_ids:
+            places = [(r, left) for r in rows for left in range(len(plan.draft_token_ids[r]), -1, -1)]
+            rows, behind = [r for r, _ in places], [left for _, left in places]
         if len(rows) == len(hidden):
             logits = self.model.logits(hidden)
         else:
-            last = inputs.query_start[1:] - 1
-            logits = self.model.logits(hidden[self._to_device(last[rows].astype(np.int64))])
-        return Computed(plan, inputs, rows, is_plain, logits, prompt_logprobs)
+            at = inputs.query_start[1:][rows].astype(np.int64) - 1
+            logits = self.model.logits(hidden[self._to_device(at - behind if behind else at)])
+        return Computed(plan, inputs, rows, behind, is_plain, logits, prompt_logprobs)
 
     def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         """Draw the step's tokens and append them to the sequences."""
         plan, rows = step.plan, step.rows
-        is_every_row = len(rows) == len(plan.seq_ids)
+        is_every_row = len(rows) == len(plan.seq_ids) and not step.behind
         # A row that samples has computed all its tokens, so its length is the number of them.
         seats = step.inputs.seats if is_every_row else step.inputs.seats[rows]
         lengths = step.inputs.seq_lens if is_every_row else step.inputs.seq_lens[rows]
+        if step.behind:
+            lengths = lengths - np.array(step.behind, np.int32)
         result = StepResult(plan.step_id, [], prompt_logprobs=step.prompt_logprobs)
         if masks is None and step.is_plain and rows:
             drawn, usable = self._drawing.best(step.logits)
@@ -115,16 +123,22 @@ class Runner:
             drawn, usable = self._draw_with_params(step, seats, lengths.astype(np.int64), masks, result)
         else:
             drawn, usable = [], []
+        # Where a draft was accepted this writes what stands there; past the first that was not, nothing is ever read.
         self.table.append(seats, lengths, drawn)
         if is_every_row and all(usable):
             result.token_ids = [[token] for token in drawn]
             return result
         result.token_ids = [[] for _ in plan.seq_ids]
-        for row, token, good in zip(rows, drawn, usable, strict=True):
+        accepted = _accepted(step, drawn) if step.behind else repeat(True, len(rows))
+        for row, token, good, counts in zip(rows, drawn, usable, accepted, strict=True):
+            if not counts:
+                continue
             if good:
                 result.token_ids[row].append(token)
             else:
                 result.failed[plan.seq_ids[row]] = "the model's logits are not numbers (NaN)"
+        if step.behind and result.logprobs:
+            result.logprobs = [of[: len(new)] for of, new in zip(result.logprobs, result.token_ids, strict=True)]
         return result
 
     def _draw_with_params(
@@ -183,3 +197,13 @@ class Runner:
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._is_cpu else tensor.to(self.device)
+
+
+def _accepted(step: Computed, drawn: list[int]) -> Iterator[bool]:
+    """Per draw: whether all drafts of its row before it were what was drawn, so that it counts."""
+    good = True
+    for i, (row, left) in enumerate(zip(step.rows, step.behind, strict=True)):
+        draft = step.plan.draft_token_ids[row]
+        at = len(draft) - left
+        good = at == 0 or (good and drawn[i - 1] == draft[at - 1])
+        yield good

@@ -1,0 +1,100 @@
+"""Versions of the sockets' contracts: what a plugin was written for, and how the core serves the version before its own.
+
+A plugin says in its package metadata, which is read without importing anything, what it was written for:
+
+    [project.entry-points."dovetail.contracts"]
+    attention = "v0_1:v0_2"     # from 0.1 to 0.2; or one version, "v0_2"
+
+The core serves its own version N of a contract and N - 1, the latter through an adapter: an object of the old shape goes in,
+one of the new shape comes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dovetail.errors import PluginError
+
+if TYPE_CHECKING:
+    from dovetail.provider import Reason
+    from dovetail.sockets import Socket
+
+GROUP = "dovetail.contracts"
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Previous:
+    """The version of a contract before the present one, which is deprecated."""
+
+    version: str
+    changed: str
+    """What the present one asks that this one did not."""
+    until: str
+    """The version of the contract that no longer serves it."""
+    adapt: Callable[[Any], Any]
+    """From what a provider written for it builds to what the present contract asks."""
+
+
+@dataclass(frozen=True)
+class WrittenFor:
+    """A range of contract versions, ends included."""
+
+    first: str
+    last: str
+
+    def __str__(self) -> str:
+        return self.first if self.first == self.last else f"{self.first} to {self.last}"
+
+
+def parse(value: str) -> WrittenFor:
+    """`v0_1:v0_2` or `v0_2`, as the metadata has it. Raises `PluginError`."""
+    match = re.fullmatch(r"v(\d+)_(\d+)(?::v(\d+)_(\d+))?", value.replace(" ", ""))
+    if match is None:
+        raise PluginError(f"{value!r} is not a range of contract versions, such as v0_1:v0_2")
+    a, b, c, d = match.groups()
+    written = WrittenFor(f"{a}.{b}", f"{c or a}.{d or b}")
+    if _version(written.first) > _version(written.last):
+        raise PluginError(f"{value!r}: the range of contract versions ends before it begins")
+    return written
+
+
+def _version(text: str) -> Version:
+    return tuple(map(int, text.split(".")))
+
+
+def served(socket: Socket, written: WrittenFor | None) -> str | Reason:
+    """The version of a socket's contract at which a plugin is served, or why it is not. None is the present version."""
+    from dovetail.provider import Reason
+
+    if written is None or _version(written.first) <= _version(socket.contract) <= _version(written.last):
+        return socket.contract
+    previous = socket.previous
+    if previous and _version(written.first) <= _version(previous.version) <= _version(written.last):
+        return previous.version
+    also = f" and {previous.version}" if previous else ""
+    newer = _version(written.first) > _version(socket.contract)
+    return Reason(
+        f"written for contract {written} of {socket.name}; this core serves {socket.contract}{also}",
+        f"install a {'newer dovetail-core' if newer else 'newer release of the plugin'}", "contract",
+    )  # fmt: skip
+
+
+def deprecation(socket: Socket, version: str) -> str | None:
+    """What to tell about a plugin that is served at an old version; None at the present one."""
+    previous = socket.previous
+    if previous is None or version != previous.version:
+        return None
+    return (
+        f"written for contract {version} of {socket.name}, deprecated since {socket.contract} ({previous.changed}): served "
+        f"through an adapter until {previous.until}"
+    )
+
+
+def adapted(socket: Socket, version: str, built: Any) -> Any:
+    """What a provider built, in the shape of the present contract."""
+    previous = socket.previous
+    return previous.adapt(built) if previous is not None and version == previous.version else built

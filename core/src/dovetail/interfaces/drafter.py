@@ -1,0 +1,37 @@
+"""Drafting: guesses at a sequence's next tokens, which the target model verifies many at a time.
+
+Verification is the engine's. The target's token at every position is drawn as always, with noise keyed by seed and
+position, and a draft counts while it equals what was drawn (speculative decoding with a shared source of randomness). So
+a drafter can make an engine slower or faster, never different.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from dovetail.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class DrafterCapabilities:
+    runs_in: Literal["engine"] = "engine"
+    """The loop asks for drafts between two steps, so that a sequence that is drafted for is not overlapped."""
+
+
+class Drafter(Protocol):
+    """One object an engine. It may keep what it likes about a sequence, by `seq_id`, until `forget`."""
+
+    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        """Guess the tokens after `seq.tokens`: at most `max_tokens`, in order, and none at all if there is no good guess.
+
+        Asked before every step of a sequence that decodes; `seq` is to be read only. Between two calls `seq.tokens` has
+        grown by at least one token and its beginning has not changed: an index of it can be kept and extended. An
+        exception, or tokens that do not exist, fail the request.
+        """
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence has ended, however it did. Also called for sequences that were never asked about."""
+
+
+CONTRACT = "0.1"

@@ -1,0 +1,62 @@
+"""Reuse of KV between requests that begin alike: an index of computed blocks, and the order in which to give them up.
+
+The KV-cache manager owns blocks and reference counts; a prefix cache owns none. It knows which block holds the KV of
+which tokens, and of the blocks that no sequence refers to any more, which to sacrifice first. Everything is in whole
+blocks, of one size in all KV groups; "block i" of a sequence holds its tokens `i * block_size … (i + 1) * block_size - 1`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dovetail.sequence import Sequence
+
+NOT_HERE = 0
+"""Block 0 of a group is the null block: where a block id is expected it says that there is none."""
+
+
+class PrefixCache(Protocol):
+    """One object an engine. A block is known from `insert` on, until `evict` or `reset` forgets it.
+
+    KV depends on all tokens before it, on the adapter, and must not be shared between salts: blocks i of two sequences
+    are the same only if their first `(i + 1) * block_size` tokens, `request.adapter_id` and `request.cache_salt` are
+    equal. A hash alone does not show that.
+    """
+
+    def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
+        """Find the longest known beginning of a sequence, at most `num_blocks` blocks.
+
+        Entry i has the id of block i in every KV group, `NOT_HERE` where the group's is not known; the list ends before
+        the first block that no group knows. What is found is not yet in use: `claim` follows, or nothing does.
+        """
+
+    def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
+        """From now on blocks `first, first + 1, …` of `seq` can be found: per KV group, where they are.
+
+        `NOT_HERE` stands for a block that fell out of a window. Called for a sequence's blocks in order, once each, when
+        they are full and computed; what `match` found is not inserted again. If the same block is known elsewhere,
+        either may be kept.
+        """
+
+    def claim(self, group: int, block_ids: list[int]) -> None:
+        """Known blocks to which no sequence referred are in use again."""
+
+    def keep(self, group: int, block_id: int) -> bool:
+        """A sequence's last reference to a block is gone. True: it is known here, stays findable, and `evict` may name
+        it; False: it is not, and the manager takes it back."""
+
+    def evict(self, group: int, count: int) -> list[int]:
+        """Forget `count` kept blocks that are not in use, the least valuable first, and return their ids.
+
+        There are always as many.
+        """
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence has left the cache (ended, or was preempted); what it inserted stays known."""
+
+    def reset(self) -> None:
+        """Forget all blocks. Those in use are taken back by the manager when their last reference goes (`keep` answers
+        False), those kept at once."""
+
+
+CONTRACT = "0.1"

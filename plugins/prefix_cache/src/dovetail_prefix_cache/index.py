@@ -1,0 +1,127 @@
+"""Which block holds the KV of which tokens, by chained hashes.
+
+A block's key is a keyed 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its own tokens; the
+first one's predecessor is the hash of adapter and salt. So a key stands for all tokens up to the end of its block. The
+secret is drawn anew for every index: nobody can choose tokens that collide. A hit is verified all the same: an entry keeps
+its tokens and its predecessor's key, and both are compared.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from hashlib import blake2b
+
+from dovetail.interfaces.prefix_cache import NOT_HERE
+from dovetail.sequence import Sequence
+from dovetail_prefix_cache.eviction import MakePolicy
+
+TOKEN = array("I")
+KEY_BYTES = 16
+
+
+class Entry:
+    """One block's worth of tokens, and where its KV is."""
+
+    __slots__ = ("block_ids", "key", "parent", "tokens")
+
+    def __init__(self, key: bytes, parent: bytes, tokens: bytes, num_groups: int) -> None:
+        self.key, self.parent, self.tokens = key, parent, tokens
+        self.block_ids = [NOT_HERE] * num_groups
+
+
+class HashIndex:
+    """A `PrefixCache`; its interface says what each method promises."""
+
+    def __init__(self, block_size: int, num_blocks: list[int], make_policy: MakePolicy) -> None:
+        self._block_size = block_size
+        self._secret = os.urandom(32)
+        self._entries: dict[bytes, Entry] = {}
+        self._entry_of: list[list[Entry | None]] = [[None] * n for n in num_blocks]
+        """By KV group and block."""
+        self._policies = [make_policy(n) for n in num_blocks]
+        self._chains: dict[int, list[bytes]] = {}
+        """By sequence: the keys of its first blocks, after the root."""
+
+    def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = []
+        tokens = self._blocks_of(seq, 0, num_blocks)
+        chain = self._chain(seq)
+        for i, own in enumerate(tokens):
+            if i + 1 == len(chain):
+                chain.append(self._hash(chain[i] + own))
+            entry = self._entries.get(chain[i + 1])
+            if entry is None or entry.tokens != own or entry.parent != chain[i]:
+                break
+            found.append(tuple(entry.block_ids))
+        return found
+
+    def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
+        chain, count = self._chain(seq), len(block_ids[0])
+        begin = min(first, len(chain) - 1)  # known keys, and from there on what is missing
+        for i, own in enumerate(self._blocks_of(seq, begin, first + count), begin):
+            if i + 1 == len(chain):
+                chain.append(self._hash(chain[i] + own))
+            if i < first:
+                continue
+            key = chain[i + 1]
+            entry = self._entries.get(key)
+            if entry is None:
+                entry = self._entries[key] = Entry(key, chain[i], own, len(block_ids))
+            elif entry.tokens != own or entry.parent != chain[i]:
+                continue  # another block of the same hash: the first one stays
+            for group, blocks in enumerate(block_ids):
+                block = blocks[i - first]
+                if block != NOT_HERE and entry.block_ids[group] == NOT_HERE:
+                    entry.block_ids[group] = block
+                    self._entry_of[group][block] = entry
+            if not any(entry.block_ids):
+                del self._entries[key]  # wholly behind the windows of all groups
+
+    def claim(self, group: int, block_ids: list[int]) -> None:
+        for block in block_ids:
+            self._policies[group].remove(block)
+
+    def keep(self, group: int, block_id: int) -> bool:
+        if self._entry_of[group][block_id] is None:
+            return False
+        self._policies[group].add(block_id)
+        return True
+
+    def evict(self, group: int, count: int) -> list[int]:
+        policy, entry_of = self._policies[group], self._entry_of[group]
+        blocks = [policy.pop() for _ in range(count)]
+        for block in blocks:
+            entry = entry_of[block]
+            if entry is None:
+                raise ValueError(f"the eviction policy gave up block {block}, which is not kept")
+            entry_of[block] = None
+            entry.block_ids[group] = NOT_HERE
+            if not any(entry.block_ids):
+                del self._entries[entry.key]
+        return blocks
+
+    def forget(self, seq_id: int) -> None:
+        self._chains.pop(seq_id, None)
+
+    def reset(self) -> None:
+        self._entries.clear()
+        self._entry_of = [[None] * len(of) for of in self._entry_of]
+        for policy in self._policies:
+            policy.clear()
+
+    def _chain(self, seq: Sequence) -> list[bytes]:
+        chain = self._chains.get(seq.seq_id)
+        if chain is None:
+            r = seq.request
+            chain = self._chains[seq.seq_id] = [self._hash(repr((r.adapter_id, r.cache_salt)).encode())]
+        return chain
+
+    def _blocks_of(self, seq: Sequence, begin: int, end: int) -> list[bytes]:
+        """The tokens of blocks `begin … end - 1`."""
+        size, width = self._block_size, self._block_size * TOKEN.itemsize
+        data = array("I", seq.tokens[begin * size : end * size]).tobytes()
+        return [data[at : at + width] for at in range(0, len(data), width)]
+
+    def _hash(self, data: bytes) -> bytes:
+        return blake2b(data, digest_size=KEY_BYTES, key=self._secret).digest()
