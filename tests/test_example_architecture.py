@@ -55,9 +55,9 @@ def test_it_is_taken_and_the_bridge_is_not(site: Path, gpt2: Checkpoint) -> None
     out = run(site, "-m", "dovetail.cli.main", "explain", "--model", str(gpt2.folder), "--json")
     choice = json.loads(out.stdout)["choices"]["architecture"]
     assert (choice["provider"], choice["requested"]) == ("gpt2", "auto")
-    why = {r["provider"]: r["reasons"] for r in choice["rejected"]}
-    assert why["transformers"] == ["priority 0; gpt2 has 10"]
-    assert why["decoder"] == ["no support for GPT2LMHeadModel"]
+    why = {r["provider"]: r["reasons"][0]["text"] for r in choice["rejected"]}
+    assert why["transformers"] == "priority 0; gpt2 has 10"
+    assert why["decoder"] == "no support for GPT2LMHeadModel"
 
 
 @pytest.mark.parametrize("worker", ["{}", "{linear: torch}", "{execution: plain}"])

@@ -61,12 +61,12 @@ def quantized(folder: Path, config: Any) -> Path:
 def test_auto_is_what_the_checkpoint_is(model: Path, awq: Path) -> None:
     plan = resolved(model)
     assert rules(plan) == [("quantization", "*", "none")]
-    why = {r.provider: r.reasons for r in plan.choices["quantization"].rejected}
+    why = {r.provider: list(map(str, r.reasons)) for r in plan.choices["quantization"].rejected}
     assert why["awq"] == ["the checkpoint is not quantized (reads awq)"]
     assert why["nf4"] == ["the checkpoint is not quantized (ask for it by name to quantize weights as they are read)"]
     plan = resolved(awq)
     assert rules(plan) == [("quantization", "*", "awq")]
-    why = {r.provider: r.reasons for r in plan.choices["quantization"].rejected}
+    why = {r.provider: list(map(str, r.reasons)) for r in plan.choices["quantization"].rejected}
     assert why["none"] == ["the checkpoint is quantized with awq (reads none)"]
     assert why["nf4"] == ["the checkpoint is quantized with awq (quantizes plain weights)"]
 
@@ -143,11 +143,11 @@ def test_architectures_are_chosen_by_what_they_declare(model: Path) -> None:
     bridge = architecture("bridge", quantization=False, priority=50)
     plan = resolved(model, architectures=(own, other, bridge))
     assert plan.choices["architecture"].provider == "bridge"
-    why = {r.provider: r.reasons for r in plan.choices["architecture"].rejected}
+    why = {r.provider: list(map(str, r.reasons)) for r in plan.choices["architecture"].rejected}
     assert why["other"] == ["no support for SimulatedForCausalLM"]
     plan = resolved(model, "nf4", architectures=(own, other, bridge))
     assert plan.choices["architecture"].provider == "own"
-    why = {r.provider: r.reasons for r in plan.choices["architecture"].rejected}
+    why = {r.provider: list(map(str, r.reasons)) for r in plan.choices["architecture"].rejected}
     assert why["bridge"] == ["its linear layers cannot be quantized (nf4)"]
     with pytest.raises(PluginError, match="architecture: 'other' cannot be used here"):
         resolved(model, architectures=(own, other), architecture="other")

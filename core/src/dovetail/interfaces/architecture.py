@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
@@ -134,9 +134,6 @@ class Model(Protocol):
 
 class Architecture(Protocol):
     """What an architecture provider builds: makes models of the architectures that it declares."""
-
-    contract: ClassVar[str]
-    """Version of this file that it was written for."""
 
     def model(self, build: ModelBuild) -> Model:
         """Make the model of a checkpoint. Raises `CheckpointError` naming the file and the key of what it cannot serve."""

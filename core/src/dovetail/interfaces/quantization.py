@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dovetail.errors import ConfigError
 
@@ -190,9 +190,6 @@ class Declined:
 class Scheme(Protocol):
     """What a quantization provider builds: one object an engine and rule. `context.model.quantization_config` is what the
     checkpoint says of itself."""
-
-    contract: ClassVar[str]
-    """Version of this file that the scheme was written for."""
 
     unused: tuple[str, ...]
     """Tensors that a checkpoint may hold and that the scheme does not read, as globs."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +14,6 @@ from dovetail.interfaces.quantization import Part
 
 class GPT2Architecture:
     """What the worker asks for a model."""
-
-    contract: ClassVar[str] = "0.1"
 
     def model(self, build: ModelBuild) -> GPT2:
         return GPT2(build)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from statistics import NormalDist
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,6 @@ PAIRS = torch.stack((LEVELS.repeat_interleave(16), LEVELS.repeat(16)), 1)
 class NF4:
     """Tensors of a layer: `codes u8[out, in / 2]` and `scales f16[out, in / block]`."""
 
-    contract: ClassVar[str] = "0.1"
     unused: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any], block_size: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
-from dovetail.interfaces.architecture import CONTRACT, Attend, ModelBuild, Target
+from dovetail.interfaces.architecture import Attend, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
 from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
@@ -67,8 +67,6 @@ transformers.AttentionInterface.register(NAME, _attention)
 
 class BridgeArchitecture:
     """An `Architecture` whose models load themselves. `trust_remote_code` allows the code that a checkpoint brings along."""
-
-    contract: ClassVar[str] = CONTRACT
 
     def __init__(self, trust_remote_code: bool) -> None:
         self._trust_remote_code = trust_remote_code

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import window_of_layers
-from dovetail.interfaces.architecture import CONTRACT, Attend, LayerMaker, Linear, ModelBuild, Target
+from dovetail.interfaces.architecture import Attend, LayerMaker, Linear, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate
@@ -137,8 +137,6 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
 
 class DecoderArchitecture:
     """An `Architecture`: makes a `Decoder`."""
-
-    contract: ClassVar[str] = CONTRACT
 
     def model(self, build: ModelBuild) -> Decoder:
         sizes = read_config(build.folder / "config.json", build.config)
