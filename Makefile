@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/prefix_cache plugins/server_openai plugins/demo_model
+# Not in the default set: installed for the tests alone, through the root's extra `dev`.
+TEST_PROJECTS := plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
@@ -47,8 +49,8 @@ $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt $(PROJECTS:%=-e %) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
-	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+$(VENV)/.test: $(VENV)/.serve $(TEST_PROJECTS:%=%/pyproject.toml)
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt $(TEST_PROJECTS:%=-e %) -e '.[dev]'
 	@touch $@
 
 clean:

@@ -60,8 +60,9 @@ def plugins() -> str:
     attention = [o for o in _offers() if isinstance(o.provider.capabilities, AttentionCapabilities)]
     out += ["\n## What attention providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in attention) + " |"]
     out.append("|---" * (len(attention) + 1) + "|")
-    for name in AttentionCapabilities.__dataclass_fields__:
-        out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name)) for o in attention) + " |")
+    for name, field in AttentionCapabilities.__dataclass_fields__.items():
+        none = "any" if "tuple" in str(field.type) else "–"
+        out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name), none) for o in attention) + " |")
     return "\n".join(out) + "\n"
 
 
@@ -73,9 +74,9 @@ def _offers() -> list[Offer]:
     return sorted(offers, key=lambda o: (order.index(o.socket), -o.provider.priority, o.provider.name))
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, none: str) -> str:
     if value is None:
-        return "any"
+        return none
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -44,7 +44,7 @@ def test_every_core_module_imports_without_a_tensor_library() -> None:
 def test_composing_and_listing_import_no_tensor_library() -> None:
     """Not even with every plugin installed: their roots are light."""
     code = (
-        "from dovetail.compose import resolve; from dovetail.config import EngineConfig\n"
+        "from dovetail.resolution import resolve; from dovetail.config import EngineConfig\n"
         "from dovetail.cli.main import main\n"
         "resolve(EngineConfig(), server=True); main(['plugins']); main(['explain'])"
     )
@@ -135,7 +135,8 @@ def test_a_plugins_metadata_matches_its_folder(folder: Path) -> None:
     for other in PLUGINS:
         assert other == folder or f"dovetail-{other.name.replace('_', '-')}" not in str(data["project"]["dependencies"])
     root = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert f"dovetail-{dashed}" in root["project"]["dependencies"]
+    required = [*root["project"]["dependencies"], *root["project"]["optional-dependencies"]["dev"]]
+    assert f"dovetail-{dashed}" in {r.partition("[")[0] for r in required}, "neither in the default set nor in that of tests"
     assert f"dovetail_{name}" in root["tool"]["importlinter"]["root_packages"]
 
 

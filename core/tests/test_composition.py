@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dovetail.compose import build_engine, resolve
+from dovetail.compose import build_engine
 from dovetail.config import EngineConfig, load_config
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
 from dovetail.hookspecs import hookimpl
@@ -18,6 +18,7 @@ from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import PluginInfo, Registry, installed_plugins, load_registry
 from dovetail.provider import Context, Options, Provider, Reason
+from dovetail.resolution import resolve
 from dovetail.testing.plugin import SIMULATED, install, make_model
 
 
@@ -90,6 +91,37 @@ def test_layer_kinds_are_chosen_apart(tmp_path: Path) -> None:
     assert plan.choices["attention.sliding"].rejected[0].reasons == ["no support for sliding window"]
     plan = resolved(model, plain, windowed, attention={"full": "windowed"})
     assert {plan.choices[f"attention.{k}"].provider for k in plan.layer_kinds} == {"windowed"}
+
+
+@pytest.mark.parametrize(("length", "size"), [(256, 16), (257, 32), (900, 64), (2048, 128), (4096, 256), (100_000, 256)])
+def test_a_block_size_left_open_is_what_attention_asks_for(tmp_path: Path, length: int, size: int) -> None:
+    """So that a sequence of maximum length has 16 blocks at most, in powers of two from 16 to 256."""
+    model = make_model(tmp_path / "long", max_len=length)
+    few = attention("few", blocks_per_sequence=16)
+    plan = resolved(model, few)
+    assert plan.choices["kv_cache"].options["block_size"] == size
+    assert resolved(model, few, kv_cache={"block_size": 48}).choices["kv_cache"].options["block_size"] == 48
+    assert resolved(model, attention("any")).choices["kv_cache"].options["block_size"] == 16
+    assert Plan.decode(plan.encode()).fingerprint == resolved(model, few, kv_cache={"block_size": size}).fingerprint
+
+
+def test_a_block_size_left_open_is_held_against_what_is_declared(model: Path) -> None:
+    plan = resolved(model, attention("plain"), attention("large", 9, block_sizes=(32,)))
+    assert plan.choices["attention.full"].rejected[0].reasons == ["block size 16 is not supported (has 32)"]
+
+
+def test_layer_kinds_must_agree_on_a_block_size(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "sliding", window=8, max_len=1024)
+    offers = attention("few", 50, blocks_per_sequence=16), attention("windowed", sliding_window=True)
+    with pytest.raises(ConfigError, match=r"block_size: .* attention\.full asks for 64, attention\.sliding asks for 16: give"):
+        resolved(model, *offers)
+    assert resolved(model, *offers, kv_cache={"block_size": 32}).layer_kinds == ["full", "sliding"]
+
+
+@pytest.mark.parametrize("size", [0, 257, "large"])
+def test_block_sizes_out_of_range_are_refused(model: Path, size: Any) -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache\.block_size.*Options of paged: block_size"):
+        resolved(model, attention("plain"), kv_cache={"block_size": size})
 
 
 def test_one_name_from_two_plugins_must_be_qualified(model: Path) -> None:

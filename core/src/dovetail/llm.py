@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dovetail.compose import build_engine, resolve
+from dovetail.compose import build_engine
 from dovetail.config import load_config
 from dovetail.engine import Engine
 from dovetail.errors import CheckpointError, EngineUnavailable, InvalidRequest
@@ -19,6 +19,7 @@ from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import load_registry
+from dovetail.resolution import resolve
 from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
 
 

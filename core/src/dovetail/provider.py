@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dovetail.facts import DeviceFacts, ModelFacts
 
@@ -25,10 +25,17 @@ class Options(BaseModel):
 class KVCacheOptions(Options):
     """What every KV-cache provider's options have: workers read them, to size and lay out the cache."""
 
-    block_size: int = Field(16, ge=1, le=256, description="tokens in a block")
+    block_size: int | Literal["auto"] = Field("auto", description="tokens in a block, 1 to 256; auto is attention's: mostly 16")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the model's")
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory that the engine may take")
     memory_gb: float | None = Field(None, gt=0, description="GiB for the cache, instead of a share of the memory")
+
+    @field_validator("block_size")
+    @classmethod
+    def _in_range(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 256:
+            raise ValueError("must be from 1 to 256, or auto")
+        return value
 
 
 class SchedulerOptions(Options):
@@ -93,10 +100,11 @@ class Context:
     """The device chosen: cpu, cuda:0, …"""
     dtype: str
     needs: dict[str, Any] = field(default_factory=dict)
-    """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size, kv_dtype. For a worker:
-    compiled_attention, whether all attention chosen declares `compiled_steps`; architecture and quantization, the
-    capabilities of those chosen (one; a list by rule). For an architecture: quantized, the schemes of its layers. For
-    quantization: by_name, whether it was asked for by name; some_layers, whether the rule is for some layers only."""
+    """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
+    max_model_len, kv_dtype. For a worker: compiled_attention, whether all attention chosen declares `compiled_steps`;
+    architecture and quantization, the capabilities of those chosen (one; a list by rule). For an architecture: quantized,
+    the schemes of its layers. For quantization: by_name, whether it was asked for by name; some_layers, whether the rule
+    is for some layers only."""
 
 
 def no_reasons(context: Context) -> list[Reason]:

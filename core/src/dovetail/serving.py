@@ -21,7 +21,6 @@ from typing import Any, Literal
 import msgspec
 
 from dovetail import wire
-from dovetail.compose import resolve
 from dovetail.config import EngineConfig
 from dovetail.errors import (
     ERRORS,
@@ -38,6 +37,7 @@ from dovetail.frontend.requests import Prompt, RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
+from dovetail.resolution import resolve
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
 
 log = logging.getLogger("dovetail")

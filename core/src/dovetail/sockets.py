@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dovetail.adapters import attention_from_0_1
 from dovetail.contracts import Previous
 from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
 from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
@@ -37,13 +38,15 @@ def _undeclared_attention(provider: Provider[object], context: Context) -> list[
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, attention.AttentionCapabilities):
         return [Reason("declares no AttentionCapabilities")]
-    kind = context.device_name.split(":")[0]
+    kind, block_size = context.device_name.split(":")[0], needs.get("block_size")
+    if block_size == "auto":
+        block_size = attention.open_block_size(can, needs["max_model_len"])
     listed = (
         ("device", kind, can.devices),
         ("dtype", context.dtype, can.dtypes),
         ("KV dtype", needs.get("kv_dtype", context.dtype), can.kv_dtypes),
         ("head size", needs.get("head_size"), can.head_sizes),
-        ("block size", needs.get("block_size"), can.block_sizes),
+        ("block size", block_size, can.block_sizes),
     )
     reasons = [
         Reason(f"{what} {value} is not supported", f"has {', '.join(map(str, has))}")
@@ -104,7 +107,10 @@ SOCKETS: tuple[Socket, ...] = (
     ),
     Socket("architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture),
     Socket("worker", "dovetail_workers", "loads the weights and runs the steps"),
-    Socket("attention", "dovetail_attention", "paged attention", attention.CONTRACT, undeclared=_undeclared_attention),
+    Socket(
+        "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
+        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1), undeclared=_undeclared_attention,
+    ),
     Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions),
     Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions),
     Socket("prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True),

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dovetail.compose import resolve
 from dovetail.config import load_config
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.resolution import resolve
 
 
 def show_plugins(*, as_json: bool) -> int:

@@ -7,7 +7,7 @@ provider's framework on its device. The batch is ragged: prefill, chunks of it a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 Array = Any
 
@@ -17,6 +17,7 @@ class AttentionCapabilities:
     """What a provider can do, as data: the core refuses what is not declared, with the reason."""
 
     framework: str = "torch"
+    """Whose arrays q, k, v, `out`, the batch's and the exported ones are; what computes behind the seam is not asked."""
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     kv_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -25,6 +26,8 @@ class AttentionCapabilities:
     """None is any."""
     block_sizes: tuple[int, ...] | None = None
     """None is any."""
+    blocks_per_sequence: int | None = None
+    """Where the block size is left open: how many blocks should do for a sequence of maximum length. None: blocks of 16."""
     sliding_window: bool = False
     logit_soft_cap: bool = False
     sinks: bool = False
@@ -35,6 +38,15 @@ class AttentionCapabilities:
     """The backend is a `CompiledAttention`: its work can be part of a compiled step (interfaces/compiled.py)."""
     kv_layout: str = "NHD"
     """Name of the cache's layout. "NHD" is the canonical `[num_blocks, block_size, Hkv, D]`."""
+
+
+def open_block_size(can: AttentionCapabilities, max_model_len: int) -> int:
+    """The block size where the configuration leaves it open: 16, or the smallest power of two from 16 to 256 with which
+    `blocks_per_sequence` blocks hold `max_model_len` tokens (256 if none does)."""
+    if can.blocks_per_sequence is None:
+        return 16
+    tokens = -(-max_model_len // can.blocks_per_sequence)
+    return min(256, max(16, 1 << (tokens - 1).bit_length()))
 
 
 @dataclass(frozen=True)
@@ -93,9 +105,6 @@ class AttentionBatch:
 class AttentionBackend(Protocol):
     """What an attention provider builds: one object an engine; it holds the workspace, not the cache."""
 
-    contract: ClassVar[str]
-    """Version of this file that the backend was written for."""
-
     def allocate_cache(self, spec: KVCacheSpec) -> Any:
         """Return one layer's cache, in the provider's own layout. Called once a layer, when memory is sized."""
 
@@ -109,11 +118,17 @@ class AttentionBackend(Protocol):
         slot outside a row's sequence and window, writes none but the step's slots. Softmax and sums in float32.
         """
 
-    def export_kv(self, cache: Any, block_ids: list[int]) -> tuple[Array, Array]:
-        """Return keys and values of some blocks in the canonical layout, each `[len(block_ids), block_size, Hkv, D]`."""
+    def export_kv(
+        self, cache: Any, block_ids: list[int], out: tuple[Array, Array] | None = None
+    ) -> tuple[Array, Array]:
+        """Return keys and values of some blocks in the canonical layout, each `[len(block_ids), block_size, Hkv, D]`.
+
+        With `out`, two arrays of that shape on any device (say, of a host tier), they are written there and `out` is
+        returned. Since contract 0.2.
+        """
 
     def import_kv(self, cache: Any, block_ids: list[int], keys: Array, values: Array) -> None:
         """Write blocks given in the canonical layout."""
 
 
-CONTRACT = "0.1"
+CONTRACT = "0.2"

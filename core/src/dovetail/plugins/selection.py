@@ -88,11 +88,13 @@ def choose(
     )
 
 
-def choose_all(registry: Registry, socket_name: str, wanted: list[SocketConfig], context: Context) -> list[Choice]:
+def choose_all(
+    registry: Registry, socket_name: str, wanted: list[SocketConfig], context: Context, neighbours: Neighbours = NOBODY
+) -> list[Choice]:
     """Fill a socket that takes many: those named, or every usable one if `wanted` is empty."""
     usable = [o for o in registry.of(socket_name) if not _reasons(registry.sockets[socket_name], o, context)]
     named = wanted or [SocketConfig(use=o.qualified_name) for o in usable]
-    choices = [choose(registry, socket_name, w, context) for w in named]
+    choices = [choose(registry, socket_name, w, context, None, neighbours) for w in named]
     _refuse_twice([c.provider for c in choices], socket_name)
     return [c if wanted else msgspec.structs.replace(c, requested="auto") for c in choices]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ class SdpaPlan:
 
 class SdpaAttention:
     """Keeps the canonical cache layout."""
-
-    contract: ClassVar[str] = "0.1"
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)

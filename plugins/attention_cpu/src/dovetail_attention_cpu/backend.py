@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +113,6 @@ class CpuAttention:
     each packed for vector loads (csrc/element.h), so that a head's part of a block is one stretch of memory.
     """
 
-    contract: ClassVar[str] = "0.1"
-
     def __init__(self, library: Path) -> None:
         self._functions = Functions(library)
         self._workspace = torch.empty(0, dtype=torch.uint8)
@@ -181,12 +179,14 @@ class CpuAttention:
     def address(self, layer: AttentionLayer, plan: Plan) -> int:
         return plan[layer.index].pointer
 
-    def export_kv(self, cache: Tensor, block_ids: list[int]) -> tuple[Tensor, Tensor]:
+    def export_kv(
+        self, cache: Tensor, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         _, num_kv_heads, _, block_size, head_size = cache.shape
         shape = (len(block_ids), block_size, num_kv_heads, head_size)
         keys, values = torch.empty(shape, dtype=cache.dtype), torch.empty(shape, dtype=cache.dtype)
         self._copy(False, cache, block_ids, keys, values)
-        return keys, values
+        return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
 
     def import_kv(self, cache: Tensor, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
         keys, values = (x.to(device="cpu", dtype=cache.dtype).contiguous() for x in (keys, values))

@@ -7,7 +7,6 @@ Every kernel is tested against the same contract as this file (`dovetail.testing
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ class ReferenceAttention:
 
     Not batch invariant: a matrix product chooses its summation order by shape, so neighbours can change the last bits.
     """
-
-    contract: ClassVar[str] = "0.1"
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
@@ -66,9 +63,12 @@ class ReferenceAttention:
                 where = _slots(batch.block_table[b], visible, plan.block_size)
                 out[i:j] = attend(layer, q[i:j], keys[where], values[where], positions, visible)
 
-    def export_kv(self, cache: Cache, block_ids: list[int]) -> tuple[Tensor, Tensor]:
+    def export_kv(
+        self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-        return cache[0][index], cache[1][index]
+        keys, values = cache[0][index], cache[1][index]
+        return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
 
     def import_kv(self, cache: Cache, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)

@@ -1,0 +1,213 @@
+"""From a configuration to a plan: a provider for every socket, and why the others were not taken. Loads no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dovetail.config import EngineConfig, SocketConfig
+from dovetail.errors import ConfigError, PluginError
+from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.attention import open_block_size
+from dovetail.interfaces.model import ModelSource
+from dovetail.interfaces.quantization import PLAIN
+from dovetail.plan import Choice, Plan
+from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.plugins.quantization import choose_schemes
+from dovetail.plugins.relations import Neighbours, Unsatisfied
+from dovetail.plugins.selection import choose, choose_all, find
+from dovetail.provider import Context, Reason
+
+
+def resolve(config: EngineConfig, registry: Registry | None = None, *, server: bool = False) -> Plan:
+    """Choose a provider for every socket. Reads the model's config.json, and no weight.
+
+    Raises `ConfigError`, `PluginError` or `CheckpointError`; what was not taken, and why, is in the plan.
+    """
+    registry = load_registry() if registry is None else registry
+    excluded: dict[str, Reason] = {}
+    while True:
+        try:
+            return _resolve(config, registry, server, excluded)
+        except Unsatisfied as e:
+            # What `auto` took may stand in the way of what was asked for, or of anything at all: it gives way.
+            culprits = [name for name in e.culprits if name not in excluded]
+            if not culprits:
+                raise
+            excluded[culprits[-1]] = Reason(f"left no choice: {e.message.splitlines()[0]}", code="conflicts")
+
+
+@dataclass
+class Resolution:
+    """A plan in the making: the choices so far, and what they are asked with."""
+
+    registry: Registry
+    device: DeviceFacts
+    model: ModelFacts
+    device_name: str
+    dtype: str
+    choices: dict[str, Choice] = field(default_factory=dict)
+    neighbours: Neighbours = field(default_factory=Neighbours)
+
+    def context(self, needs: dict[str, Any]) -> Context:
+        return Context(self.device, self.model, self.device_name, self.dtype, needs)
+
+    def ask(self, socket: str, wanted: SocketConfig, where: str, **needs: Any) -> Choice:
+        """Choose, and change nothing."""
+        return choose(self.registry, socket, wanted, self.context(needs), where, self.neighbours)
+
+    def note(self, key: str, choice: Choice) -> None:
+        self.choices[key] = choice
+        if not choice.is_empty:
+            self.neighbours.taken[key] = find(self.registry, choice)
+            if choice.requested == "auto":
+                self.neighbours.by_auto.add(self.neighbours.taken[key].qualified_name)
+
+    def take(self, key: str, wanted: SocketConfig, **needs: Any) -> Choice:
+        """Fill a socket, and those that its provider opens to others: their settings are among its options."""
+        socket = key.partition(".")[0]
+        opened = [s for s in self.registry.sockets.values() if s.within == socket]
+        inner = {s.name: wanted.options[s.name] for s in opened if s.name in wanted.options}
+        options = {k: v for k, v in wanted.options.items() if k not in inner}
+        choice = self.ask(socket, wanted.model_copy(update={"options": options}), key, **needs)
+        self.note(key, choice)
+        for within in opened:
+            if self.registry.added_by[within.name].distribution == choice.distribution:
+                given = [_socket_config(g, within.name) for g in _as_list(inner.pop(within.name, "auto"))]
+                if within.many:
+                    asked = [] if given == [SocketConfig()] else given
+                    for one in choose_all(self.registry, within.name, asked, self.context({}), self.neighbours):
+                        self.note(f"{within.name}.{one.provider}", one)
+                elif len(given) > 1:
+                    raise ConfigError(f"{key}.{within.name}: takes one provider, not {len(given)}")
+                else:
+                    self.note(within.name, self.ask(within.name, given[0], within.name))
+        if inner:
+            raise ConfigError(f"{key}: {', '.join(inner)} is not an option of {choice.provider}")
+        return choice
+
+    def capabilities(self, keys: Iterable[str]) -> dict[str, Any]:
+        return {key: self.neighbours.taken[key].provider.capabilities for key in keys}
+
+
+def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
+    facts = device_facts()
+    device = _device(config.device, facts)
+    folder, model_choice = _find_model(config, registry, facts, device)
+    model = model_facts(folder)
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    length = config.max_model_len or model.max_position_embeddings
+    if length > model.max_position_embeddings:
+        longest = model.max_position_embeddings
+        raise ConfigError(f"max_model_len: {length} is longer than the model's context of {longest} tokens")
+
+    r = Resolution(registry, facts, model, device, dtype, neighbours=Neighbours(excluded=excluded))
+    if model_choice is not None:
+        r.note("model", model_choice)
+    schemes = choose_schemes(config.quantization, model, registry, r.ask)
+    for key, choice in schemes.items():
+        r.note(key, choice)
+    weights = r.capabilities(schemes)
+    quantized = [schemes[key].provider for key, can in weights.items() if PLAIN not in can.methods]
+    # Where nobody offers model code, workers need none: a simulated one, for example.
+    if config.architecture.use != "auto" or registry.of("architecture"):
+        r.take("architecture", config.architecture, quantized=quantized)
+    kv = r.take("kv_cache", config.kv_cache).options
+    r.take("scheduler", config.scheduler)
+    for layer in model.layer_kinds:
+        r.take(
+            f"attention.{layer.kind}", config.attention.of(layer.kind),
+            layer_kind=layer.kind, head_size=model.head_size, sliding_window=layer.window is not None,
+            logit_soft_cap=model.logit_soft_cap is not None, sinks=model.has_sinks,
+            block_size=kv["block_size"], max_model_len=length, kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
+        )  # fmt: skip
+    attention = r.capabilities(key for key in r.choices if key.startswith("attention."))
+    if kv["block_size"] == "auto":
+        kv["block_size"] = _agreed_block_size({key: open_block_size(can, length) for key, can in attention.items()})
+    made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
+    r.take(
+        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()), architecture=made,
+        quantization=list(weights.values()),
+    )  # fmt: skip
+    r.take("prefix_cache", config.prefix_cache)
+    r.take("speculation", config.speculation)
+    if server:
+        r.take("server", config.server)
+    return Plan(
+        model=config.model,
+        served_model_name=config.served_model_name or config.model,
+        folder=str(folder),
+        device=device,
+        dtype=dtype,
+        max_model_len=length,
+        layer_kinds=[k.kind for k in model.layer_kinds],
+        choices=r.choices,
+        overlap=device != "cpu" if config.overlap == "auto" else config.overlap,
+        max_num_waiting=config.max_num_waiting,
+        trust_remote_code=config.trust_remote_code,
+        architecture=model.architecture,
+    )
+
+
+def _agreed_block_size(sizes: dict[str, int]) -> int:
+    """All layers' blocks are of one size. `sizes`: what each kind's attention asks for."""
+    if len(set(sizes.values())) > 1:
+        wishes = ", ".join(f"{key} asks for {size}" for key, size in sizes.items())
+        raise ConfigError(f"kv_cache.block_size: is left open, and {wishes}: give a number that all of them take")
+    return next(iter(sizes.values()))
+
+
+def _device(wanted: str, facts: DeviceFacts) -> str:
+    if wanted == "auto":
+        return facts.devices[0]
+    name = "cuda:0" if wanted == "cuda" else wanted
+    if name not in facts.devices:
+        raise ConfigError(f"device: {wanted!r} is not here; this machine has {', '.join(facts.devices)}")
+    return name
+
+
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _socket_config(given: Any, where: str) -> SocketConfig:
+    try:
+        return SocketConfig.model_validate(given)
+    except ValidationError:
+        raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None
+
+
+def _find_model(config: EngineConfig, registry: Registry, facts: DeviceFacts, device: str) -> tuple[Path, Choice | None]:
+    """A provider's name, else a local folder, else a hub id."""
+    name = config.model
+    offers = registry.of("model")
+    if any(name in (o.provider.name, o.qualified_name) for o in offers):
+        choice = choose(registry, "model", SocketConfig(use=name), Context(facts, None, device, ""))
+        offer = find(registry, choice)
+        source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]
+        if not isinstance(source, ModelSource):
+            raise PluginError(f"model: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
+        return source.folder, choice
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve(), None
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _from_hub(name, config.trust_remote_code), None
+    names = ", ".join(o.provider.name for o in offers) or "none"
+    raise ConfigError(f"model: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
+
+
+def _from_hub(name: str, with_code: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ConfigError(f"model: {name!r} is a hub id, and huggingface_hub is not installed") from None
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", *(["*.py"] if with_code else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:
+        raise ConfigError(f"model: {name!r} is no folder here, and the hub did not give it: {type(e).__name__}: {e}") from None

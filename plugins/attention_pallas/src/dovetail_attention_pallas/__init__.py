@@ -1,0 +1,63 @@
+"""Paged attention in JAX Pallas, written for TPU and interpreted on a CPU.
+
+This module is the light root: it offers the provider and imports neither JAX nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.provider import Context, Options, Provider, Reason
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_attention_pallas.backend import PallasAttention
+
+CAPABILITIES = AttentionCapabilities(
+    dtypes=("float32", "bfloat16"),
+    kv_dtypes=("float32", "bfloat16"),
+    block_sizes=(16, 32, 64, 128, 256),
+    blocks_per_sequence=16,  # a block is one copy to the core's memory: few and large ones keep it busy
+    sliding_window=True,
+    logit_soft_cap=True,
+    sinks=True,
+    kv_layout="HND",
+)
+
+
+class PallasOptions(Options):
+    """This provider has no options."""
+
+
+def why_not(context: Context) -> list[Reason]:
+    reasons = []
+    if importlib.util.find_spec("jax") is None:
+        reasons.append(Reason("JAX is not installed", "pip install 'dovetail-attention-pallas[jax]'"))
+    if context.device_name.startswith("tpu"):
+        reasons.append(Reason("no worker keeps its tensors on a TPU yet", "use the functional form, kernel.paged_attention"))
+    return reasons
+
+
+def build(context: BuildContext, options: PallasOptions) -> PallasAttention:
+    from dovetail_attention_pallas.backend import PallasAttention
+
+    return PallasAttention()
+
+
+PROVIDER = Provider(
+    "pallas",
+    "paged attention in JAX Pallas for TPU; interpreted on CPUs, which is slow: for tests",
+    build,
+    PallasOptions,
+    CAPABILITIES,
+    why_not,
+    priority=-50,
+)
+
+
+@hookimpl
+def dovetail_attention() -> list[Provider[PallasAttention]]:
+    return [PROVIDER]
