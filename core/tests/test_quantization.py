@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_composition import attention, module_with, registry_of
 
-from dovetail.compose import resolve
 from dovetail.config import EngineConfig, load_config
 from dovetail.errors import CheckpointError, ConfigError, PluginError
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.quantization import IN, OUT, Axis, LinearLayer, Parameter, Part, QuantizationCapabilities
 from dovetail.plan import Plan
 from dovetail.provider import Provider
+from dovetail.resolution import resolve
 from dovetail.testing.plugin import make_model
 
 
