@@ -37,6 +37,9 @@ class Int8:
                 packed.targets()[f"{part.name}.bias"].store(tensors["bias"][rows])
         return packed
 
+    def kv_scales(self, name: str) -> None:
+        return None
+
     def nbytes(self, layer: LinearLayer) -> int:
         return layer.in_features * layer.out_features * 4
 

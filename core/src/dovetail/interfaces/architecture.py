@@ -83,6 +83,10 @@ class LayerMaker(Protocol):
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         """Never quantized."""
 
+    def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
+        """The layer as it is to be, with the scales of its keys and values where the checkpoint has some. `name` is that of
+        the module in the checkpoint ("model.layers.3.self_attn")."""
+
 
 @dataclass(frozen=True)
 class ModelBuild:

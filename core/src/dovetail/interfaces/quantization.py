@@ -209,6 +209,11 @@ class Scheme(Protocol):
         callable may keep them, or a form of its own, for as long as it lives.
         """
 
+    def kv_scales(self, name: str) -> dict[str, Parameter] | None:
+        """The checkpoint's scales of an attention layer's keys and values ("model.layers.3.self_attn"): tensors of one
+        element, by full name, the keys' first. None: it has none. Read where the KV cache is of one byte, else passed over.
+        """
+
     def nbytes(self, layer: LinearLayer) -> int:
         """Bytes that the weights take once the layer is made, its bias aside."""
 

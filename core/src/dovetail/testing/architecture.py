@@ -130,6 +130,8 @@ class ArchitectureContract(Contract):
             model, layers, _ = self.make(config)
             declared, facts = model.attention_layers, self.facts(config)
             order = list(range(len(declared)))
+            made = {id(layer) for layer in layers.attention_layers}
+            assert all(id(layer) in made for layer in declared), "attention layers are not what build.layers.attention gave"
             assert [layer.index for layer in declared] == order, f"indexes {[layer.index for layer in declared]}"
             assert len(declared) == facts.num_layers, f"{len(declared)} layers, and {facts.num_layers} by config.json"
             windows = {layer.window for layer in declared}

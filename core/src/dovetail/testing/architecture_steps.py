@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dovetail.interfaces.architecture import Model, Target
@@ -61,6 +61,7 @@ class PlainLayers:
         self.dtype = dtype
         self.linears: list[str] = []
         self.embeddings: list[str] = []
+        self.attention_layers: list[AttentionLayer] = []
         self.used: set[str] = set()
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> PlainLinear:
@@ -70,6 +71,10 @@ class PlainLayers:
     def embedding(self, name: str, vocab_size: int, size: int) -> PlainLinear:
         self.embeddings.append(name)
         return PlainLinear(self, name, [Part(name, vocab_size)], size, False)
+
+    def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
+        self.attention_layers.append(replace(layer))
+        return self.attention_layers[-1]
 
 
 def random_tensors(targets: dict[str, Target], seed: int) -> dict[str, Tensor]:

@@ -83,6 +83,10 @@ class QuantizationContract(Contract):
         for config in self.kinds():
             scheme = self.scheme(config)
             assert all(isinstance(glob, str) for glob in scheme.unused), "unused holds globs"
+            scales = scheme.kv_scales("model.layers.0.self_attn")
+            if scales is not None:
+                assert len(scales) == 2, f"kv_scales: one tensor for keys and one for values, not {list(scales)}"
+                assert all(axis == 1 for p in scales.values() for axis in p.axes), "kv_scales: tensors of one element"
 
     @common_causes("on_the_fly declared or not declared by mistake")
     def test_plain_weights(self) -> None:

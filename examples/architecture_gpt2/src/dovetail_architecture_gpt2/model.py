@@ -91,7 +91,8 @@ class GPT2:
         by_layer = bool(config.get("scale_attn_by_inverse_layer_idx"))
         scales = [(size // num_heads) ** -0.5 / (i + 1 if by_layer else 1) for i in range(num_layers)]
         self.attention_layers = [
-            AttentionLayer(i, num_heads, num_heads, size // num_heads, scale) for i, scale in enumerate(scales)
+            build.layers.attention(f"{prefix}h.{i}.attn", AttentionLayer(i, num_heads, num_heads, size // num_heads, scale))
+            for i, scale in enumerate(scales)
         ]
 
     def targets(self) -> dict[str, Target]:

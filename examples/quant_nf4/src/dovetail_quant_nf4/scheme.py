@@ -59,6 +59,9 @@ class NF4:
         codes, scales, bias = tensors["codes"], tensors["scales"], tensors.get("bias")
         return lambda x: F.linear(x, expand(codes, scales, PAIRS.to(x.device, x.dtype)), bias)
 
+    def kv_scales(self, name: str) -> None:
+        return None
+
     def nbytes(self, layer: LinearLayer) -> int:
         return layer.out_features * layer.in_features // 2 + layer.out_features * layer.in_features // self._block_size * 2
 
