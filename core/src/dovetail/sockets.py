@@ -32,6 +32,8 @@ class Socket:
     """It takes any number of providers, and with `auto` all that are usable."""
     within: str = ""
     """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
+    contract_class: str = ""
+    """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:

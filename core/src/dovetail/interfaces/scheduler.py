@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from dovetail.sequence import Sequence
 from dovetail.types import StepPlan
+
+
+@dataclass(frozen=True)
+class SchedulerCapabilities:
+    """What a scheduler promises beyond the contract, as data."""
+
+    order: Literal["arrival", "priority"] | None = None
+    """Requests that wait together begin in order of arrival, or of `priority` (lower first) and then arrival. None: no
+    promise, but that nobody starves."""
 
 
 class Scheduler(Protocol):
