@@ -79,6 +79,8 @@ def _declared(socket: str, capabilities: Any) -> list[str]:
     out = [f"\n## What {socket} providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in offers) + " |"]
     out.append("|---" * (len(offers) + 1) + "|")
     for name, field in capabilities.__dataclass_fields__.items():
+        if name == "examples":
+            continue
         none = "any" if "tuple" in str(field.type) else "–"
         out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name), none) for o in offers) + " |")
     return out

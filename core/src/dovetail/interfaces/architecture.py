@@ -32,6 +32,8 @@ class ArchitectureCapabilities:
     """The linear layers are those of the `LayerMaker`, so that a scheme can supply them."""
     loads_weights: bool = False
     """`model` returns with its weights read. Otherwise the worker reads what `targets` names."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """Contents of config.json of tiny models, one for each architecture at least: what conformance is tried with."""
     compiled: str | None = None
     """How the worker that it is written for can compile its steps; None: it cannot."""
 

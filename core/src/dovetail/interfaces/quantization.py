@@ -41,6 +41,8 @@ class QuantizationCapabilities:
     """Of a layer's input and output. None is any."""
     activations: str | None = None
     """What a layer rounds its inputs to before it multiplies: "int8", "float8_e4m3fn"; None: it does not."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """quantization_configs of checkpoints that it reads, one for each method at least: what conformance is tried with."""
     compiled_steps: bool = False
     """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py)."""
 

@@ -48,7 +48,7 @@ class ArchitectureContract(Contract):
 
     socket = "architecture"
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
-    """Contents of config.json of tiny models: at least one for each declared architecture."""
+    """Contents of config.json of tiny models to try, in place of the `examples` that the provider declares."""
     reference_logits: ClassVar[Callable[[dict[str, Any], dict[str, Tensor], list[int]], Tensor] | None] = None
     """(config, the checkpoint's tensors in float32, token ids) → `f32[T, V]`, by other code than the provider's."""
 
@@ -58,31 +58,35 @@ class ArchitectureContract(Contract):
         assert isinstance(can, ArchitectureCapabilities), "a provider of architectures declares an ArchitectureCapabilities"
         return can
 
+    @property
+    def tried(self) -> tuple[dict[str, Any], ...]:
+        """This kit makes checkpoints of the targets, so models that load their own are not tried."""
+        return () if self.can.loads_weights else self.configs or self.can.examples
+
     # The declaration.
 
     @common_causes("an architecture without a config to try it", "model code for another framework")
     def test_declaration(self) -> None:
         """Every declared architecture has a config, and is taken; others are refused unless any is declared."""
         assert self.can.framework == "torch", "this kit's tensors are torch's"
-        assert not self.can.loads_weights, "this kit makes checkpoints of the targets, so the worker must load them"
-        given = {config["architectures"][0] for config in self.configs}
-        assert given, "configs are needed: contents of config.json, of tiny models"
+        given = {config["architectures"][0] for config in self.tried}
+        assert given or self.can.loads_weights, "examples are needed: contents of config.json, of tiny models"
         if self.can.architectures is not None:
             assert given == set(self.can.architectures), (
-                f"{self.can.architectures} are declared, configs are for {sorted(given)}"
+                f"{self.can.architectures} are declared, examples are of {sorted(given)}"
             )
-            refusal = self.refusal(self.context_for({**self.configs[0], "architectures": ["KitUnknownForCausalLM"]}))
+            refusal = self.refusal(self.selection_context())
             assert refusal, "an architecture that is not declared is not refused"
-            assert "KitUnknownForCausalLM" in refusal, f"the reason must name the architecture: {refusal}"
-        for config in self.configs:
+            assert "KitForCausalLM" in refusal, f"the reason must name the architecture: {refusal}"
+        for config in self.tried:
             assert self.refusal(self.context_for(config)) is None, self.refusal(self.context_for(config))
 
     @common_causes("linear layers made with torch instead of build.layers")
     def test_quantization(self) -> None:
         """With `quantization` the linear layers are the maker's, one a layer of attention at least; without, it is refused."""
-        context = self.context_for(self.configs[0])
+        context = self.context_for(self.tried[0]) if self.tried else self.selection_context()
         self.needs(self.can.quantization, "quantized layers", replace(context, needs={"quantized": ["kit"]}))
-        for config in self.configs:
+        for config in self.tried:
             model, layers, _ = self.make(config)
             assert len(layers.linears) >= len(model.attention_layers), f"only {layers.linears} are asked of build.layers"
             names = layers.linears + layers.embeddings
@@ -95,7 +99,7 @@ class ArchitectureContract(Contract):
         """Changing any tensor that `targets` names changes the logits; `unused` names none of them."""
         import torch
 
-        for config in self.configs:
+        for config in self.tried:
             model, layers, tensors = self.make(config)
             unused = [n for n in tensors for glob in model.unused() if fnmatchcase(n, glob)]
             assert not unused, f"{unused} are both in targets and unused"
@@ -114,7 +118,7 @@ class ArchitectureContract(Contract):
         """Nothing of what a target is given is kept, and the model computes in the dtype that was asked for."""
         import torch
 
-        for config in self.configs:
+        for config in self.tried:
             for dtype in (torch.float32, torch.bfloat16):
                 model = self.make(config, dtype=dtype)[0]
                 hidden = run_step(model, DenseAttention(model.attention_layers, dtype), [(0, range(5))], [[1, 2, 3, 4, 5]])
@@ -126,7 +130,7 @@ class ArchitectureContract(Contract):
     @common_causes("a layer called twice or left out", "heads, windows or head size that config.json does not say")
     def test_attention_is_called_once_a_layer_in_order(self) -> None:
         """`attention_layers` are numbered from 0, agree with config.json, and each is called once a pass, in order."""
-        for config in self.configs:
+        for config in self.tried:
             model, layers, _ = self.make(config)
             declared, facts = model.attention_layers, self.facts(config)
             order = list(range(len(declared)))
@@ -151,7 +155,7 @@ class ArchitectureContract(Contract):
         """`logits` gives f32[R, vocab_size] for any rows of the hidden states, each row by itself."""
         import torch
 
-        for config in self.configs:
+        for config in self.tried:
             model, layers, _ = self.make(config)
             assert model.vocab_size == self.facts(config).vocab_size, f"vocab_size {model.vocab_size} is not config.json's"
             hidden = run_step(model, DenseAttention(model.attention_layers, layers.dtype), [(0, range(7))], [list(range(1, 8))])
@@ -166,7 +170,7 @@ class ArchitectureContract(Contract):
         """A token's logits are the same in one prefill and in pieces, alone and among other sequences; and each time."""
         import torch
 
-        for config in self.configs:
+        for config in self.tried:
             model, layers, _ = self.make(config)
             prompts = self.prompts(model)
             whole = [whole_logits(model, prompt, layers.dtype) for prompt in prompts]
@@ -180,7 +184,7 @@ class ArchitectureContract(Contract):
         """Tokens at other positions, as far as each other is concerned, give other logits."""
         import torch
 
-        for config in self.configs:
+        for config in self.tried:
             model, layers, _ = self.make(config)
             hidden = []
             for positions in ([0, 1, 2], [0, 1, 5]):
@@ -194,7 +198,7 @@ class ArchitectureContract(Contract):
         """Two models of one config and different weights give what each gives alone."""
         import torch
 
-        for config in self.configs:
+        for config in self.tried:
             first, layers, _ = self.make(config)
             prompt = self.prompts(first)[-1]
             before = whole_logits(first, prompt, layers.dtype)
@@ -210,7 +214,7 @@ class ArchitectureContract(Contract):
         reference = type(self).reference_logits
         if reference is None:
             pytest.skip("the test has no reference_logits")
-        for config in self.configs:
+        for config in self.tried:
             model, layers, tensors = self.make(config)
             for prompt in self.prompts(model):
                 exact = reference(config, {name: t.clone() for name, t in tensors.items()}, prompt)

@@ -54,14 +54,14 @@ class QuantizationContract(Contract):
 
     socket = "quantization"
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
-    """quantization_configs of checkpoints that it reads: at least one for each declared method."""
+    """quantization_configs of checkpoints to try, in place of the `examples` that the provider declares."""
     pack: ClassVar[Callable[[dict[str, Any], LinearLayer, Tensor], dict[str, Tensor]] | None] = None
     """(quantization_config, layer of one part, plain weight) → what a tool that writes such checkpoints would store for the
     part. By default the scheme's own `quantize`: then its checkpoints are as it quantizes on the fly."""
     weight_error: ClassVar[float] = 0.15
     """How far weights may be from the plain ones, relative to their norm."""
     declined: ClassVar[tuple[str, ...]] = ()
-    """Names of layers that `configs` say are not quantized."""
+    """Names of layers that those checkpoints leave as they are."""
 
     @property
     def can(self) -> QuantizationCapabilities:
@@ -69,16 +69,20 @@ class QuantizationContract(Contract):
         assert isinstance(can, QuantizationCapabilities), "a provider of quantization declares a QuantizationCapabilities"
         return can
 
+    @property
+    def tried(self) -> tuple[dict[str, Any], ...]:
+        return self.configs or self.can.examples
+
     # The declaration.
 
-    @common_causes("a method in capabilities that is missing in configs")
+    @common_causes("a method in capabilities that is missing in examples")
     def test_declaration(self) -> None:
-        """It reads checkpoints of some method or quantizes on the fly; a configuration is given for each method."""
+        """It reads checkpoints of some method or quantizes on the fly; an example is given for each method."""
         can = self.can
         assert can.framework == "torch", "this kit's tensors are torch's"
         assert can.methods or can.on_the_fly, "it neither reads checkpoints (methods) nor quantizes (on_the_fly)"
-        given = {config["quant_method"] for config in self.configs}
-        assert given == set(can.methods) - {PLAIN}, f"methods {can.methods} are declared, and configs have {sorted(given)}"
+        given = {config["quant_method"] for config in self.tried}
+        assert given == set(can.methods) - {PLAIN}, f"methods {can.methods} are declared, and examples are of {sorted(given)}"
         assert self.can.activations is None or self.can.activations in ACTIVATIONS, f"one of {list(ACTIVATIONS)}"
         for config in self.kinds():
             scheme = self.scheme(config)
@@ -91,7 +95,8 @@ class QuantizationContract(Contract):
     @common_causes("on_the_fly declared or not declared by mistake")
     def test_plain_weights(self) -> None:
         """Plain weights are quantized if `on_the_fly` is declared, and refused otherwise."""
-        self.needs(self.can.on_the_fly, "quantizing plain weights (on_the_fly)", self.selection_context(by_name=True))
+        takes_plain = self.can.on_the_fly or PLAIN in self.can.methods
+        self.needs(takes_plain, "quantizing plain weights (on_the_fly)", self.selection_context(by_name=True))
 
     @common_causes("a why_not that does not hold")
     def test_checkpoints_of_another_method_are_refused(self) -> None:
@@ -123,8 +128,8 @@ class QuantizationContract(Contract):
 
     @common_causes("the checkpoint's list of layers to leave out is not read", "names compared whole where they are patterns")
     def test_layers_that_are_not_quantized_are_declined(self) -> None:
-        """A layer that the checkpoint leaves out is declined; a fused one of which a part is left out is a `ConfigError`."""
-        for config in self.configs:
+        """A layer that the checkpoint leaves out (`declined`) is declined; one fused of such a part and another: `ConfigError`."""
+        for config in self.tried:
             for name in self.declined:
                 scheme, layer = self.scheme(config), LinearLayer(name, (Part(name, 256),), 256, False, "float32", self.device)
                 answer = scheme.parameters(layer)
@@ -209,7 +214,7 @@ class QuantizationContract(Contract):
 
     def kinds(self) -> list[dict[str, Any] | None]:
         """The quantization_configs to try, None for plain weights."""
-        return [*self.configs, *([None] if self.can.on_the_fly else [])]
+        return [*self.tried, *([None] if self.can.on_the_fly else [])]
 
     def scheme(self, config: dict[str, Any] | None) -> Scheme:
         built: Scheme = self.build(self.build_context(model=replace(KIT_MODEL, quantization_config=config)))

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # It reads checkpoints of its own method, and quantizes plain ones while they are read. Anything else the core refuses.
 METHOD = "nf4-blocks"
-CAPABILITIES = QuantizationCapabilities(methods=(METHOD,), on_the_fly=True, devices=("cpu", "cuda"))
+EXAMPLE = {"quant_method": METHOD, "block_size": 32, "modules_to_not_convert": ["*.layers.3.*"]}
+CAPABILITIES = QuantizationCapabilities(methods=(METHOD,), on_the_fly=True, devices=("cpu", "cuda"), examples=(EXAMPLE,))
 
 
 class NF4Options(Options):
