@@ -22,6 +22,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pytest
+
 from dovetail.facts import ModelFacts, model_facts
 from dovetail.interfaces.architecture import ArchitectureCapabilities, Model, ModelBuild
 from dovetail.provider import Context
@@ -60,8 +62,9 @@ class ArchitectureContract(Contract):
 
     @property
     def tried(self) -> tuple[dict[str, Any], ...]:
-        """This kit makes checkpoints of the targets, so models that load their own are not tried."""
-        return () if self.can.loads_weights else self.configs or self.can.examples
+        if self.can.loads_weights:
+            pytest.skip("its models load their weights themselves, and this kit makes checkpoints of targets")
+        return self.configs or self.can.examples
 
     # The declaration.
 
@@ -69,7 +72,8 @@ class ArchitectureContract(Contract):
     def test_declaration(self) -> None:
         """Every declared architecture has a config, and is taken; others are refused unless any is declared."""
         assert self.can.framework == "torch", "this kit's tensors are torch's"
-        given = {config["architectures"][0] for config in self.tried}
+        examples = self.configs or self.can.examples
+        given = {config["architectures"][0] for config in examples}
         assert given or self.can.loads_weights, "examples are needed: contents of config.json, of tiny models"
         if self.can.architectures is not None:
             assert given == set(self.can.architectures), (
@@ -78,13 +82,14 @@ class ArchitectureContract(Contract):
             refusal = self.refusal(self.selection_context())
             assert refusal, "an architecture that is not declared is not refused"
             assert "KitForCausalLM" in refusal, f"the reason must name the architecture: {refusal}"
-        for config in self.tried:
+        for config in examples:
             assert self.refusal(self.context_for(config)) is None, self.refusal(self.context_for(config))
 
     @common_causes("linear layers made with torch instead of build.layers")
     def test_quantization(self) -> None:
         """With `quantization` the linear layers are the maker's, one a layer of attention at least; without, it is refused."""
-        context = self.context_for(self.tried[0]) if self.tried else self.selection_context()
+        examples = self.configs or self.can.examples
+        context = self.context_for(examples[0]) if examples else self.selection_context()
         self.needs(self.can.quantization, "quantized layers", replace(context, needs={"quantized": ["kit"]}))
         for config in self.tried:
             model, layers, _ = self.make(config)
@@ -209,8 +214,6 @@ class ArchitectureContract(Contract):
     @common_causes("an epsilon, an activation or a scale that is not the config's", "a matrix the wrong way round")
     def test_reference(self) -> None:
         """The logits are those of `reference_logits`, where the test has one."""
-        import pytest
-
         reference = type(self).reference_logits
         if reference is None:
             pytest.skip("the test has no reference_logits")
