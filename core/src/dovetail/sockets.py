@@ -86,7 +86,7 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
     ]
     # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for what takes plain weights.
     takes_plain = can.on_the_fly or quantization.PLAIN in can.methods
-    if method in can.methods or (takes_plain and needs.get("some_layers")):
+    if method in can.methods or (takes_plain and needs.get("by_name") and needs.get("some_layers")):
         return reasons
     reads = f"reads {', '.join(can.methods)}" if can.methods else "quantizes plain weights"
     if method != quantization.PLAIN:

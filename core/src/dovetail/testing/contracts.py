@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dovetail.testing.contract import Contract
 
 CONTRACTS = {
+    "quantization": "dovetail.testing.quantization:QuantizationContract",
+    "architecture": "dovetail.testing.architecture:ArchitectureContract",
     "attention": "dovetail.testing.attention:AttentionContract",
     "kv_cache": "dovetail.testing.kv_cache:KVCacheContract",
     "model": "dovetail.testing.model:ModelContract",
