@@ -34,6 +34,10 @@ class Socket:
     """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
     contract_class: str = ""
     """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
+    scaffold: str = ""
+    """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the core's own (scaffold/)."""
+    interface: str = ""
+    """The module of `dovetail.interfaces` that says what a provider builds, where that has another name than the socket."""
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
@@ -118,7 +122,7 @@ SOCKETS: tuple[Socket, ...] = (
     Socket("prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True,
+        options=DrafterOptions, optional=True, interface="drafter",
     ),
     Socket("server", "dovetail_servers", "takes requests from outside"),
 )

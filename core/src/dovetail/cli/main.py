@@ -1,4 +1,7 @@
-"""`dovetail plugins | explain | conform | serve | generate | chat | bench`. Each command imports what it needs when it runs."""
+"""`dovetail plugins | explain | conform | new-plugin | serve | generate | chat | bench`.
+
+Each command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the provider")
     conform.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, each with other random inputs (default 1)")
     conform.add_argument("-k", dest="keyword", metavar="EXPR", help="only checks whose names match, as in pytest")
+
+    new = command("new-plugin", _new_plugin, "write a package for a socket, which installs and keeps its contract as it stands")
+    new.add_argument("socket", metavar="SOCKET", help="attention, scheduler, quantization, …; see docs/hooks.md")
+    new.add_argument("name", metavar="NAME", help="of the package and of what it offers: my_backend")
+    new.add_argument("--out", metavar="DIR", help="the folder to make (default: NAME)")
 
     serve = command("serve", _serve, "serve a model over the OpenAI API")
     serve.add_argument("model", nargs="?", help="a plugin's model name, a local folder, or a hub id")
@@ -189,6 +197,12 @@ def _conform(args: argparse.Namespace) -> int:
     return conform(
         args.name, as_json=args.json, device=args.device, options=args.option, num_seeds=args.seeds, keyword=args.keyword
     )
+
+
+def _new_plugin(args: argparse.Namespace) -> int:
+    from dovetail.cli.new_plugin import write
+
+    return write(args.socket, args.name, args.out)
 
 
 def _serve(args: argparse.Namespace) -> int:
