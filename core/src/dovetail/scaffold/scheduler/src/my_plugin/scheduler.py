@@ -80,7 +80,7 @@ class MyPluginScheduler:
         return True
 
     def _preempt_newest(self) -> Sequence:
-        """Take the blocks of the last that runs. It is computed again later, with what it has said: its output does not change."""
+        """Take the blocks of the last that runs. It is computed again later: its output does not change."""
         seq = self.running.pop()
         self._take_blocks(seq)
         seq.restart()
