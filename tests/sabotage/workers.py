@@ -268,5 +268,3 @@ remarks_so_far: list[int] = []
 @sabotage("test_the_plan_travels", settle=settle_by_time)
 class PlanOfTheMoment(Meddling):
     """An option is decided by the process that happens to ask."""
-
-

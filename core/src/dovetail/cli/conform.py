@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -37,7 +38,7 @@ def conform(
         raise ConfigError(f"--option is for one provider, and {name!r} names {named}: say which")
     console = wide_console()
     passed, reports = True, []
-    for offer in offers:
+    for offer in _with_contract(offers):
         reasons = _why_not(offer, device)
         classes = {} if reasons else _classes(offer, device, _parsed(offer, options), num_seeds)
         if as_json:
@@ -69,14 +70,26 @@ def _offers(name: str) -> list[Offer]:
     return found
 
 
+def _with_contract(offers: list[Offer]) -> list[Offer]:
+    """Those whose sockets have a contract class; the others are named on stderr. Raises `ConfigError` if there are none."""
+    from dovetail.testing.contracts import contract_of
+
+    without = [o for o in offers if contract_of(BY_NAME[o.socket]) is None]
+    said = "; ".join(f"{o.qualified_name}: the socket {o.socket} has no contract class" for o in without)
+    if len(without) == len(offers):
+        raise ConfigError(f"conform: nothing can be checked: {said}")
+    if said:
+        print(f"dovetail: not checked: {said}", file=sys.stderr)
+    return [o for o in offers if o not in without]
+
+
 def _classes(offer: Offer, device: str, options: dict[str, Any], num_seeds: int) -> dict[str, type[Contract]]:
     """By label: the socket's contract, as a plugin's own test would subclass it; one for each seed."""
     from dovetail.testing.contract import RUN_SEED
     from dovetail.testing.contracts import contract_of
 
     contract = contract_of(BY_NAME[offer.socket])
-    if contract is None:
-        raise ConfigError(f"conform: the socket {offer.socket} of {offer.qualified_name} has no contract class")
+    assert contract is not None
     settings = {"provider": offer.provider, "device": device, "options": options}
     seeds = range(RUN_SEED, RUN_SEED + num_seeds)
     return {f"{offer.provider.name}, seed {s}": type("Conformance", (contract,), {**settings, "seed": s}) for s in seeds}
