@@ -35,9 +35,9 @@ MARGIN = 1e-4
 """Two logits closer than this may change places by rounding."""
 NUM_DRAWS = 160_000
 CRITICAL = 5.5
-"""Standard deviations. False alarms: one of the eight counts of a correct sampler is further off in 3 of 10^7 runs. Power: a
-sampler that draws the likeliest token, of probability 1/2, one percentage point too often is 8 standard deviations off in
-expectation, and is caught in 994 of 1000 runs."""
+"""Standard deviations: for each of the eight likeliest tokens, a χ² test of it against all others (one degree of freedom, χ² at
+most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a sampler that draws the likeliest token, of
+probability 1/2, one percentage point too often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
 
 
 class WorkerContract(WorkerTrial):
