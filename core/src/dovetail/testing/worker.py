@@ -235,12 +235,15 @@ class WorkerContract(WorkerTrial):
         """top_k 1 is greedy; a bias of ±100 decides; before min_tokens no end token is drawn; a mask leaves what it allows."""
         driver, prompt = self.driver, [3, 50, 60, 70]
         greedy = self.alone([Asked(tuple(prompt))])[0][:6]
+        endless = driver.add(prompt, replace_params(GREEDY, logit_bias={EOS: -100.0}))
+        (without_end,) = driver.generate([endless], 6)
+        driver.end([endless])
         variants = {
             "top_k=1": (replace_params(GREEDY, temperature=1.0, top_k=1), greedy),
             "top_p=1e-6": (replace_params(GREEDY, temperature=1.0, top_p=1e-6), greedy),
             "min_p=1": (replace_params(GREEDY, temperature=1.0, min_p=1.0), greedy),
             "logit_bias={77: 100}": (replace_params(GREEDY, logit_bias={77: 100.0}), [77] * 6),
-            "min_tokens, and a bias to end": (replace_params(GREEDY, min_tokens=6, logit_bias={EOS: 100.0}), greedy),
+            "min_tokens, and a bias to end": (replace_params(GREEDY, min_tokens=6, logit_bias={EOS: 100.0}), without_end),
         }
         ids = [driver.add(prompt, params, seed=3) for params, _ in variants.values()]
         for (name, (_, expected)), got in zip(variants.items(), driver.generate(ids, 6), strict=True):
