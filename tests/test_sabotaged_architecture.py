@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sabotage import failures
+from sabotaged import failures
 from strangers import EXAMPLES
 
 from dovetail.interfaces.architecture import ArchitectureCapabilities, Target

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sabotage import failures
+from sabotaged import failures
 from strangers import EXAMPLES
 
 from dovetail.interfaces.quantization import OUT, Axis, Declined, Parameter

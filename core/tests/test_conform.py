@@ -16,7 +16,7 @@ from dovetail.builtins import dovetail_schedulers
 from dovetail.cli.main import main
 from dovetail.sockets import SOCKETS
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.contracts import contract_of
+from dovetail.testing.contracts import CONTRACTS, contract_of
 from dovetail.testing.plugin import install
 from dovetail.testing.running import run_contracts
 from dovetail.testing.scheduler import SchedulerContract
@@ -118,3 +118,33 @@ def test_every_failure_has_the_form() -> None:
         assert result.asks, result
         assert result.input, result
         assert result.causes, result
+
+
+def test_what_cannot_be_built_is_a_failure_of_the_same_form() -> None:
+    class Prepared(Contract):
+        socket = "scheduler"
+
+        def prepare(self) -> None:
+            self.build()
+
+        @common_causes("nothing")
+        def test_always(self) -> None:
+            """Nothing at all."""
+
+    def broken(context: object, options: object) -> object:
+        raise ImportError("no module named torch")
+
+    cls = type("Unbuildable", (Prepared,), {"provider": replace(FCFS, build=broken)})
+    (result,) = run_contracts({"unbuildable": cls})
+    assert (result.outcome, result.reason) == ("failed", "it raised ImportError: no module named torch")
+    assert "`build` returns" in result.asks
+
+
+def test_a_socket_without_a_contract_is_said_not_to_be_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(CONTRACTS, "kv_cache")
+    assert main(["conform", "dovetail-core", "-k", "declaration"]) == 0
+    assert "not checked: dovetail-core:paged: the socket kv_cache has no contract class" in capsys.readouterr().err
+    assert main(["conform", "paged"]) == 2
+    assert "nothing can be checked" in capsys.readouterr().err

@@ -7,10 +7,11 @@ alone. Between the two a plan may travel; its fingerprint says that both mean th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dovetail.attestation import Attestation
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
@@ -44,6 +45,8 @@ class BuildContext:
     kv_groups: tuple[KVGroup, ...] = ()
     num_blocks: tuple[int, ...] = ()
     """For the KV-cache manager: per group, the null block included."""
+    attestation: Attestation = field(default_factory=Attestation)
+    """Watches what is built."""
 
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
@@ -66,7 +69,10 @@ class BuildContext:
         try:
             given = choice.options if options is None else options
             built = offer.provider.build(self, offer.provider.options.model_validate(given))
-            return adapted(self.registry.sockets[choice.socket], choice.contract, built)
+            socket = self.registry.sockets[choice.socket]
+            built = adapted(socket, choice.contract, built)
+            self.attestation.watch(key, socket, built)
+            return built
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
@@ -80,11 +86,14 @@ class BuildContext:
         return {c.provider: self.build(key) for key, c in self.plan.choices.items() if c.socket == socket}
 
 
-def build_engine(plan: Plan, progress: Progress, registry: Registry | None = None) -> Engine:
-    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told."""
+def build_engine(
+    plan: Plan, progress: Progress, registry: Registry | None = None, attestation: Attestation | None = None
+) -> Engine:
+    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told, and `attestation` watches."""
+    attestation = attestation or Attestation()
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
-    context = BuildContext(plan, registry, facts, model)
+    context = BuildContext(plan, registry, facts, model, attestation=attestation)
     worker: Worker = context.build("worker")
     try:
         worker.load(progress)
@@ -99,7 +108,9 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
         speculation = _speculation(context, model.vocab_size)
-        return loop(context.build("scheduler"), kv, worker, speculation, max_num_waiting=plan.max_num_waiting)
+        engine = loop(context.build("scheduler"), kv, worker, speculation, max_num_waiting=plan.max_num_waiting)
+        attestation.begin_serving()
+        return engine
     except BaseException:
         worker.close()
         raise

@@ -21,6 +21,7 @@ from collections import deque
 import msgspec
 
 from dovetail import wire
+from dovetail.attestation import Attestation
 from dovetail.compose import build_engine
 from dovetail.engine import Engine
 from dovetail.errors import DovetailError, PluginError
@@ -113,11 +114,12 @@ def main() -> None:
         # What is imported and built lives as long as the process: collections need not look at it, neither now nor
         # later, when it would take tens of milliseconds with a tensor library in memory.
         gc.disable()
-        engine, fingerprint = _start(link)
+        attestation = Attestation()
+        engine, fingerprint = _start(link, attestation)
         gc.freeze()
         gc.enable()
         link.send(wire.Ready(fingerprint, engine.snapshot()))
-        _loop(engine, link)
+        _loop(engine, link, attestation)
         engine.worker.close()
     except DovetailError as e:
         link.send(wire.Failed(e.code, e.message))
@@ -128,7 +130,7 @@ def main() -> None:
         link.close()
 
 
-def _start(link: Link) -> tuple[Engine, str]:
+def _start(link: Link, attestation: Attestation) -> tuple[Engine, str]:
     first = link.inbox.get()
     assert isinstance(first, wire.Start)
     plan = Plan.decode(first.plan)
@@ -139,11 +141,15 @@ def _start(link: Link) -> tuple[Engine, str]:
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
-    return build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry), plan.fingerprint
+    return build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry, attestation), plan.fingerprint
 
 
-def _loop(engine: Engine, link: Link) -> None:
+def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
+    num_invoked = -1
     while True:
+        if sum(attestation.invoked.values()) != num_invoked:
+            num_invoked = sum(attestation.invoked.values())
+            link.send(wire.Invoked(attestation.invoked))
         try:
             while True:
                 message = link.inbox.get(block=not engine.has_work)

@@ -72,6 +72,8 @@ class AsyncEngine:
         self.maker = RequestMaker(model_facts(Path(self.plan.folder)), self.plan.max_model_len, self.tokenizer)
         self.state: State = "loading"
         self.stats = EngineStats()
+        self.invoked: dict[str, bool] = {}
+        """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
         self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
@@ -310,6 +312,8 @@ class AsyncEngine:
             case wire.Heartbeat():
                 if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):
                     raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout)")
+            case wire.Invoked():
+                self.invoked.update(message.invoked)
             case wire.Refused():
                 live = self._live.get(message.request_id)
                 if live is not None:

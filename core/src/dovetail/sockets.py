@@ -26,6 +26,10 @@ class Socket:
     """What every provider's options extend, because other parts read them."""
     undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
     """What the composition needs and the provider's capabilities do not declare."""
+    invoked: tuple[str, ...] = ()
+    """Methods of what is built that show, when they are called, that it is in use."""
+    invoked_once: bool = False
+    """They are called while the engine is made, and not in every step."""
     optional: bool = False
     """It may stay empty: `none`, or `auto` when nothing usable is installed."""
     many: bool = False
@@ -105,24 +109,28 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
 SOCKETS: tuple[Socket, ...] = (
     Socket("model", "dovetail_models", "models that come with a plugin, by name"),
     Socket(
-        "quantization",
-        "dovetail_quantization",
-        "how the weights of linear layers are stored and multiplied",
-        quantization.CONTRACT,
-        undeclared=_undeclared_quantization,
+        "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
+        quantization.CONTRACT, undeclared=_undeclared_quantization, invoked=("linear",), invoked_once=True,
     ),
-    Socket("architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture),
-    Socket("worker", "dovetail_workers", "loads the weights and runs the steps"),
+    Socket(
+        "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,
+        undeclared=_undeclared_architecture, invoked=("model",), invoked_once=True,
+    ),
+    Socket("worker", "dovetail_workers", "loads the weights and runs the steps", invoked=("submit",)),
     Socket(
         "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
-        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1), undeclared=_undeclared_attention,
+        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
+        undeclared=_undeclared_attention, invoked=("plan",),
     ),
-    Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions),
-    Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions),
-    Socket("prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True),
+    Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions, invoked=("grow",)),
+    Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions, invoked=("schedule",)),
+    Socket(
+        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True,
+        invoked=("match",),
+    ),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True, interface="drafter",
+        options=DrafterOptions, optional=True, invoked=("propose",),
     ),
-    Socket("server", "dovetail_servers", "takes requests from outside"),
-)
+    Socket("server", "dovetail_servers", "takes requests from outside", invoked=("run",), invoked_once=True),
+)  # fmt: skip

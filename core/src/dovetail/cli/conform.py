@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -39,7 +40,7 @@ def conform(
         raise ConfigError(f"--option is for one provider, and {name!r} names {named}: say which")
     console = wide_console()
     passed, reports = True, []
-    for offer in offers:
+    for offer in _with_contract(registry, offers):
         reasons = _why_not(offer, device)
         classes = {} if reasons else _classes(registry, offer, device, _parsed(offer, options), num_seeds)
         if as_json:
@@ -70,6 +71,19 @@ def _offers(name: str, registry: Registry) -> list[Offer]:
     return found
 
 
+def _with_contract(registry: Registry, offers: list[Offer]) -> list[Offer]:
+    """Those whose sockets have a contract class; the others are named on stderr. Raises `ConfigError` if there are none."""
+    from dovetail.testing.contracts import contract_of
+
+    without = [o for o in offers if contract_of(registry.sockets[o.socket]) is None]
+    said = "; ".join(f"{o.qualified_name}: the socket {o.socket} has no contract class" for o in without)
+    if len(without) == len(offers):
+        raise ConfigError(f"conform: nothing can be checked: {said}")
+    if said:
+        print(f"dovetail: not checked: {said}", file=sys.stderr)
+    return [o for o in offers if o not in without]
+
+
 def _classes(
     registry: Registry, offer: Offer, device: str, options: dict[str, Any], num_seeds: int
 ) -> dict[str, type[Contract]]:
@@ -78,8 +92,7 @@ def _classes(
     from dovetail.testing.contracts import contract_of
 
     contract = contract_of(registry.sockets[offer.socket])
-    if contract is None:
-        raise ConfigError(f"conform: the socket {offer.socket} of {offer.qualified_name} has no contract class")
+    assert contract is not None
     settings = {
         "provider": offer.provider, "device": device, "options": options, "inner": _inner(registry, offer),
         "version": served(registry.sockets[offer.socket], offer.plugin.written_for(offer.socket)),

@@ -128,7 +128,10 @@ class Contract:
     def _prepared(self, request: pytest.FixtureRequest) -> None:
         if reason := self.expected_failures.get(getattr(request.node, "originalname", "")):
             request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-        self.prepare()
+        try:
+            self.prepare()
+        except Exception as e:
+            raise completed(e, str(self.options), BUILDS, "an import or a device that is missing here", self.seed) from e
 
     def prepare(self) -> None:
         """Called before each check. For contracts whose checks share an object."""
@@ -233,6 +236,7 @@ def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | No
 
 
 DISTRIBUTION = "under-test"
+BUILDS = "With the options under test, `build` returns the object that its socket asks for."
 KIT_MODEL = ModelFacts(
     folder=Path("kit-model"), architecture="KitForCausalLM", model_type="kit", dtype="float32", num_layers=1, hidden_size=128,
     num_heads=2, num_kv_heads=2, head_size=64, vocab_size=64, max_position_embeddings=4096,

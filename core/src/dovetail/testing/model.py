@@ -2,6 +2,8 @@
 
     class TestMyModel(ModelContract):
         provider = PROVIDER
+
+What it asks is said by the docstrings of its checks.
 """
 
 from __future__ import annotations

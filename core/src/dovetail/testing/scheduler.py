@@ -2,6 +2,8 @@
 
     class TestMyScheduler(SchedulerContract):
         provider = PROVIDER
+
+What it asks is said by the docstrings of its checks.
 """
 
 from __future__ import annotations

@@ -35,8 +35,9 @@ MARGIN = 1e-4
 """Two logits closer than this may change places by rounding."""
 NUM_DRAWS = 160_000
 CRITICAL = 5.5
-"""Standard deviations: a correct sampler exceeds them in 4 of 10^8 runs; one that draws the likeliest token, of probability
-1/2, a percentage point too often is 8 standard deviations off in expectation, and passes in 6 of 1000 runs."""
+"""Standard deviations: for each of the eight likeliest tokens, a χ² test of it against all others (one degree of freedom, χ² at
+most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a sampler that draws the likeliest token, of
+probability 1/2, one percentage point too often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
 
 
 class WorkerContract(WorkerTrial):
@@ -85,7 +86,7 @@ class WorkerContract(WorkerTrial):
         run = self.model.run()
         logits = [run.step(t) for t in prompt][-1]
         for i, token in enumerate(output):
-            best, second = sorted(range(len(logits)), key=logits.__getitem__)[: -3 : -1]
+            best, second = sorted(range(len(logits)), key=logits.__getitem__)[:-3:-1]
             if logits[best] - logits[second] <= MARGIN:
                 return
             assert token == best, f"after a prompt of {length} tokens, token {i} is {token}, and the reference says {best}"
@@ -109,6 +110,10 @@ class WorkerContract(WorkerTrial):
             k = 2 if i + 1 < len(prompt) else 3
             assert len(entry.token_ids) == k + 1, f"token {i + 1} has {len(entry.token_ids) - 1} likeliest; {k} were asked for"
             assert entry.token_ids[0] == token, f"token {i + 1} is {token}, and its entry begins with {entry.token_ids[0]}"
+            least = sorted(logits, reverse=True)[k - 1] - MARGIN
+            assert all(logits[t] >= least for t in entry.token_ids[1:]), (
+                f"token {i + 1}: {entry.token_ids[1:]} are not likeliest"
+            )
             rank = 1 + sum(x > logits[token] + MARGIN for x in logits)
             assert rank <= entry.rank <= rank + sum(abs(x - logits[token]) <= MARGIN for x in logits), (
                 f"token {i + 1} has rank {entry.rank}, and the reference says {rank}"
@@ -230,12 +235,15 @@ class WorkerContract(WorkerTrial):
         """top_k 1 is greedy; a bias of ±100 decides; before min_tokens no end token is drawn; a mask leaves what it allows."""
         driver, prompt = self.driver, [3, 50, 60, 70]
         greedy = self.alone([Asked(tuple(prompt))])[0][:6]
+        endless = driver.add(prompt, replace_params(GREEDY, logit_bias={EOS: -100.0}))
+        (without_end,) = driver.generate([endless], 6)
+        driver.end([endless])
         variants = {
             "top_k=1": (replace_params(GREEDY, temperature=1.0, top_k=1), greedy),
             "top_p=1e-6": (replace_params(GREEDY, temperature=1.0, top_p=1e-6), greedy),
             "min_p=1": (replace_params(GREEDY, temperature=1.0, min_p=1.0), greedy),
             "logit_bias={77: 100}": (replace_params(GREEDY, logit_bias={77: 100.0}), [77] * 6),
-            "min_tokens, and a bias to end": (replace_params(GREEDY, min_tokens=6, logit_bias={EOS: 100.0}), greedy),
+            "min_tokens, and a bias to end": (replace_params(GREEDY, min_tokens=6, logit_bias={EOS: 100.0}), without_end),
         }
         ids = [driver.add(prompt, params, seed=3) for params, _ in variants.values()]
         for (name, (_, expected)), got in zip(variants.items(), driver.generate(ids, 6), strict=True):

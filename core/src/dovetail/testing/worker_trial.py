@@ -160,4 +160,3 @@ def temperature_for(logits: list[float], probability: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if max(softmax([x / middle for x in logits])) > probability else (low, middle)
     return low
-

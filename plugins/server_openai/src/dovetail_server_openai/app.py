@@ -81,8 +81,8 @@ def make_app(engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, M
         return {"version": __version__, "plan": fingerprint}
 
     @app.get("/v1/dovetail/plan")
-    async def plan() -> Response:
-        return Response(engine.plan.encode(), media_type="application/json")
+    async def plan() -> dict[str, Any]:
+        return engine.plan.report(engine.invoked | {"server": True})
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:
