@@ -19,7 +19,7 @@ from dovetail.scaffold import new_plugin
 ROOT = Path(__file__).parents[1]
 REGISTRY = load_registry()
 SOCKETS = list(REGISTRY.sockets)
-MOST_LINES = 130
+MOST_LINES = 200
 """Of a file that is to be read before it is changed."""
 GENERATED = ["generate", "import os", "--max-tokens", "8", "--dtype", "float32", "--device", "cpu"]
 OWN_TEXT = ("model", "quantization")

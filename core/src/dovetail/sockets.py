@@ -130,7 +130,7 @@ SOCKETS: tuple[Socket, ...] = (
     ),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True, invoked=("propose",),
+        options=DrafterOptions, optional=True, interface="drafter", invoked=("propose",),
     ),
     Socket("server", "dovetail_servers", "takes requests from outside", invoked=("run",), invoked_once=True),
 )  # fmt: skip
