@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import socket
 import subprocess
 import sys
 import venv
@@ -58,7 +59,7 @@ class Environment:
 
     @property
     def variables(self) -> dict[str, str]:
-        nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+        nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
         own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NO_PROXY", "no_proxy")}
         pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_QUIET": "1"}
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
@@ -67,9 +68,8 @@ class Environment:
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """`command` is what Python is given."""
-        return subprocess.run(
-            [str(self.python), *command], capture_output=True, text=True, timeout=280, cwd=cwd or self.folder, env=self.variables
-        )
+        settings: Any = {"cwd": cwd or self.folder, "env": self.variables, "timeout": 280}
+        return subprocess.run([str(self.python), *command], capture_output=True, text=True, **settings)
 
     def install(self, *sources: Path) -> None:
         """Build a wheel of each and install them."""
@@ -147,3 +147,9 @@ def imports_of(name: str) -> set[str]:
                         root = root.value
                     assert not (isinstance(root, ast.Name) and root.id in imported), f"{path} patches {ast.unparse(target)}"
     return found - {f"dovetail_{name}"} - set(sys.stdlib_module_names)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port

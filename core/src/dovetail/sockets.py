@@ -41,7 +41,7 @@ class Socket:
     scaffold: str = ""
     """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the core's own (scaffold/)."""
     interface: str = ""
-    """The module of `dovetail.interfaces` that says what a provider builds, where that has another name than the socket."""
+    """The module that says what a provider builds, where that is not `dovetail.interfaces` and the socket's name."""
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
@@ -130,7 +130,7 @@ SOCKETS: tuple[Socket, ...] = (
     ),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True, interface="drafter", invoked=("propose",),
+        options=DrafterOptions, optional=True, interface="dovetail.interfaces.drafter", invoked=("propose",),
     ),
     Socket("server", "dovetail_servers", "takes requests from outside", invoked=("run",), invoked_once=True),
 )  # fmt: skip

@@ -116,9 +116,8 @@ def used_by(package: Path) -> str:
 
 def interface_of(registry: Registry, socket: Socket) -> str:
     """The module to read before writing a provider."""
-    if owner := registry.added_by.get(socket.name):
-        return owner.module
-    return f"dovetail.interfaces.{socket.interface or socket.name}"
+    owner = registry.added_by.get(socket.name)
+    return socket.interface or (owner.module if owner else f"dovetail.interfaces.{socket.name}")
 
 
 def _libraries(template: Path) -> set[str]:
