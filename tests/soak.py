@@ -36,6 +36,10 @@ RUNS = {
         "86 sabotaged plugins over 5 seeds, each caught by every check that is there for it; correct plugins over 50 seeds",
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
     ),
+    "new plugins": (
+        "a package from `dovetail new-plugin` for every socket: all of its contract",
+        ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},
+    ),
 }  # fmt: skip
 
 

@@ -67,7 +67,8 @@ class Layer:
         seen = attend(self.index, rotate(q, *angles), rotate(k, *angles), v.contiguous())
         x = x + self.attention_out(seen.flatten(1))
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, 1)
-        return x + self.down(F.silu(gate) * up)
+        x = x + self.down(F.silu(gate) * up)
+        return x
 
     def targets(self) -> dict[str, Target]:
         parts = (self.norm_1, self.norm_2, self.qkv, self.attention_out, self.gate_up, self.down)
@@ -103,8 +104,10 @@ class Llama:
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that the checkpoint must hold, and where it goes."""
-        parts = (self.embedding, self.head, self.norm, *self.layers)
-        return {name: target for part in parts for name, target in part.targets().items()}
+        found = self.embedding.targets() | self.head.targets() | self.norm.targets()
+        for layer in self.layers:
+            found |= layer.targets()
+        return found
 
     def unused(self) -> list[str]:
         return ["lm_head.weight"] if self.head is self.embedding else []  # a tied head that was saved all the same

@@ -25,7 +25,7 @@ CAPABILITIES = AttentionCapabilities(
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields: `chunk: int = Field(64, ge=1, description="tokens")`."""
+    """What a user may write beside `use: my-plugin`. A field: `chunk: int = Field(64, ge=1, description="tokens")`."""
 
 
 def why_not(context: Context) -> list[Reason]:

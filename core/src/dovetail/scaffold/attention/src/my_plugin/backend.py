@@ -65,7 +65,7 @@ class MyPluginAttention:
 
 def attend(layer: AttentionLayer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """One token, in float32: `q [Hq, D]` over `keys, values [S, Hkv, D]` → `[Hq, D]`."""
-    queries = q.unflatten(0, (layer.num_kv_heads, -1))  # [Hkv, Hq / Hkv, D]
+    queries = q.view(layer.num_kv_heads, -1, layer.head_size)  # [Hkv, Hq / Hkv, D]
     logits = torch.einsum("hgd,shd->hgs", queries, keys) * layer.scale
     weights = logits.softmax(-1)  # subtracts the maximum, so that large logits do not overflow
     return torch.einsum("hgs,shd->hgd", weights, values).flatten(0, 1)

@@ -68,7 +68,7 @@ def load_model(folder: Path, architecture: Architecture, dtype: torch.dtype, pro
     if not files:
         raise CheckpointError(f"{folder} has no weights (*.safetensors)")
     try:
-        shards = {path: safe_open(path, framework="pt", device="cpu") for path in files}
+        shards: dict[Path, Any] = {path: safe_open(path, framework="pt", device="cpu") for path in files}
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{folder}: the weights are truncated or not safetensors: {e}") from None
     where = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dovetail.compose import BuildContext
 from dovetail.interfaces.architecture import Model
-from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, KVCacheSpec
+from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail.interfaces.worker import Progress
 from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult
 from my_plugin.layers import load_model
@@ -129,7 +129,7 @@ class MyPluginWorker:
         tokens = [[*row.tokens, *draft] for row, draft in zip(rows, drafts, strict=True)]
         token_ids = torch.tensor([tokens[b][p] for b, span in enumerate(spans) for p in span])
         positions = torch.tensor([p for span in spans for p in span])
-        plans = {}
+        plans: dict[int, tuple[AttentionBackend, AttentionLayer, object]] = {}
         for i, group in enumerate(self._groups):
             batch = batch_of([row.tables[i] for row in rows], spans, group.block_size)
             layers = [self._model.attention_layers[index] for index in group.layers]
