@@ -7,14 +7,16 @@ alone. Between the two a plan may travel; its fingerprint says that both mean th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dovetail.attribution import ENGINE, Attribution
+from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
-from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
+from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
@@ -44,6 +46,8 @@ class BuildContext:
     kv_groups: tuple[KVGroup, ...] = ()
     num_blocks: tuple[int, ...] = ()
     """For the KV-cache manager: per group, the null block included."""
+    built: dict[str, object] = field(default_factory=dict)
+    """By key of the plan: what its provider has built."""
 
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
@@ -66,14 +70,22 @@ class BuildContext:
         try:
             given = choice.options if options is None else options
             built = offer.provider.build(self, offer.provider.options.model_validate(given))
-            return adapted(self.registry.sockets[choice.socket], choice.contract, built)
+            self.built[key] = built
+            built = adapted(self.registry.sockets[choice.socket], choice.contract, built)
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
             raise PluginError(
                 f"{key}: {offer.qualified_name} could not be built: {type(e).__name__}: {e}", provider=offer.qualified_name
             ) from e
+        if missing := self.registry.sockets[choice.socket].missing(built):
+            what = f"built {type(built).__name__}, which has no {', '.join(missing)}"
+            raise PluginError(f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name)
+        return built
 
+    def name(self, key: str) -> str:
+        """`dist:name` of what the plan chose for a socket."""
+        return find(self.registry, self.plan.choices[key]).qualified_name
 
     def build_all(self, socket: str) -> dict[str, Any]:
         """What the plan chose for a socket that takes many, by the providers' names."""
@@ -85,6 +97,7 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
     context = BuildContext(plan, registry, facts, model)
+    culprit = Attribution(plan, registry, context.built)
     worker: Worker = context.build("worker")
     try:
         worker.load(progress)
@@ -95,11 +108,21 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
         worker.warm_up(progress)
         context = replace(context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks))
         context = replace(context, prefix_cache=context.build("prefix_cache"))
-        kv: KVCacheManager = context.build("kv_cache")
+        kv: KVCacheManager = CheckedKVCache(context.build("kv_cache"), context.name("kv_cache"))
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
         speculation = _speculation(context, model.vocab_size)
-        return loop(context.build("scheduler"), kv, worker, speculation, max_num_waiting=plan.max_num_waiting)
+        scheduler = CheckedScheduler(
+            context.build("scheduler"), context.name("scheduler"), culprit, limits["max_num_batched_tokens"]
+        )  # fmt: skip
+        checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
+        return loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+    except DovetailError:
+        worker.close()
+        raise
+    except Exception as e:
+        worker.close()
+        raise PluginError(f"{culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
     except BaseException:
         worker.close()
         raise

@@ -17,10 +17,12 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
 from dovetail import wire
+from dovetail.attribution import ENGINE, Attribution
 from dovetail.compose import build_engine
 from dovetail.engine import Engine
 from dovetail.errors import DovetailError, PluginError
@@ -40,6 +42,8 @@ class Link:
         self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self.busy_since: float | None = None
         """When the step now running began; None when idle."""
+        self.where: Callable[[], str] = lambda: ""
+        """In whose code the loop is."""
         self._changed = threading.Condition()
         self._backlog: deque[bytes] = deque()
         """What the socket did not take at once, for the writer; the first one until it has been sent."""
@@ -88,8 +92,7 @@ class Link:
             while True:
                 with self._changed:
                     if not self._backlog and not self._closing and not self._changed.wait(HEARTBEAT):
-                        since = self.busy_since
-                        self._backlog.append(wire.encode(wire.Heartbeat(0.0 if since is None else time.monotonic() - since)))
+                        self._backlog.append(wire.encode(self._heartbeat()))
                     if not self._backlog:
                         if self._closing:
                             return
@@ -100,6 +103,11 @@ class Link:
                     self._backlog.popleft()
         except OSError:
             os._exit(0)
+
+    def _heartbeat(self) -> wire.Heartbeat:
+        since = self.busy_since
+        busy = 0.0 if since is None else time.monotonic() - since
+        return wire.Heartbeat(busy, self.where() if busy > 1 else "")
 
 
 def main() -> None:
@@ -117,7 +125,13 @@ def main() -> None:
         gc.freeze()
         gc.enable()
         link.send(wire.Ready(fingerprint, engine.snapshot()))
-        _loop(engine, link)
+        try:
+            _loop(engine, link)
+        except DovetailError:
+            raise
+        except Exception as e:
+            traceback.print_exc()
+            raise PluginError(f"{engine.culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
         engine.worker.close()
     except DovetailError as e:
         link.send(wire.Failed(e.code, e.message))
@@ -139,7 +153,10 @@ def _start(link: Link) -> tuple[Engine, str]:
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
-    return build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry), plan.fingerprint
+    engine = build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry)
+    if isinstance(engine.culprit, Attribution):
+        link.where = engine.culprit.running
+    return engine, plan.fingerprint
 
 
 def _loop(engine: Engine, link: Link) -> None:

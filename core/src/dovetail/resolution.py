@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dovetail.config import EngineConfig, SocketConfig
-from dovetail.errors import ConfigError, PluginError
+from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.attention import open_block_size
 from dovetail.interfaces.model import ModelSource
@@ -188,7 +188,13 @@ def _find_model(config: EngineConfig, registry: Registry, facts: DeviceFacts, de
     if any(name in (o.provider.name, o.qualified_name) for o in offers):
         choice = choose(registry, "model", SocketConfig(use=name), Context(facts, None, device, ""))
         offer = find(registry, choice)
-        source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]
+        try:
+            source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]
+        except DovetailError:
+            raise
+        except Exception as e:
+            name = offer.qualified_name
+            raise PluginError(f"model: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
         if not isinstance(source, ModelSource):
             raise PluginError(f"model: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
         return source.folder, choice

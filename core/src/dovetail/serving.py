@@ -47,6 +47,8 @@ MAX_BACKOFF = 30.0
 """Seconds between restarts, at most; they double from half a second."""
 START_PATIENCE = 60.0
 """Seconds for a new process to say its first word, whatever `stall_timeout`: the interpreter and its imports come first."""
+SLOW = 1.0
+"""Seconds of one step that are worth a line in the log; then twice as many, and so on."""
 CLOSE_PATIENCE = 5.0
 """Seconds that a process is given to end by itself."""
 
@@ -78,6 +80,7 @@ class AsyncEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._num_heard = 0
+        self._slow = SLOW
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
@@ -308,8 +311,12 @@ class AsyncEngine:
                         live.news.append(output)
                         live.changed.set()
             case wire.Heartbeat():
+                where = f", in {message.where}" if message.where else ""
                 if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):
-                    raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout)")
+                    raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}")
+                if message.busy > self._slow:
+                    log.warning("a step has been running for %.1f s%s", message.busy, where)
+                    self._slow *= 2
             case wire.Refused():
                 live = self._live.get(message.request_id)
                 if live is not None:

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from dovetail.adapters import attention_from_0_1
 from dovetail.contracts import Previous
-from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
+from dovetail.interfaces import (
+    architecture,
+    attention,
+    drafter,
+    kv_cache,
+    prefix_cache,
+    quantization,
+    scheduler,
+    server,
+    worker,
+)
 from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
 
@@ -32,6 +42,16 @@ class Socket:
     """It takes any number of providers, and with `auto` all that are usable."""
     within: str = ""
     """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
+    interface: type | None = None
+    """The protocol of what its providers build."""
+
+    def missing(self, built: object) -> list[str]:
+        """What of the interface an object does not have. None, where a provider builds nothing, is for its user to judge."""
+        if self.interface is None or built is None:
+            return []
+        members = {**vars(self.interface), **getattr(self.interface, "__annotations__", {})}
+        public = [name for name in members if name == "__call__" or not name.startswith("_")]
+        return [name for name in public if not hasattr(built, name)]
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
@@ -104,19 +124,31 @@ SOCKETS: tuple[Socket, ...] = (
         "how the weights of linear layers are stored and multiplied",
         quantization.CONTRACT,
         undeclared=_undeclared_quantization,
+        interface=quantization.Scheme,
     ),
-    Socket("architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture),
-    Socket("worker", "dovetail_workers", "loads the weights and runs the steps"),
+    Socket(
+        "architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture,
+        interface=architecture.Architecture,
+    ),
+    Socket("worker", "dovetail_workers", "loads the weights and runs the steps", interface=worker.Worker),
     Socket(
         "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
         Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1), undeclared=_undeclared_attention,
+        interface=attention.AttentionBackend,
     ),
-    Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions),
-    Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions),
-    Socket("prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True),
+    Socket(
+        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions, interface=kv_cache.KVCacheManager
+    ),
+    Socket(
+        "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions, interface=scheduler.Scheduler
+    ),
+    Socket(
+        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True,
+        interface=prefix_cache.PrefixCache,
+    ),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True,
+        options=DrafterOptions, optional=True, interface=drafter.Drafter,
     ),
-    Socket("server", "dovetail_servers", "takes requests from outside"),
+    Socket("server", "dovetail_servers", "takes requests from outside", interface=server.Server),
 )

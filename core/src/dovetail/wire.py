@@ -72,6 +72,8 @@ class Heartbeat(msgspec.Struct, tag=True):
     """The process lives; its loop has been busy with the same step for `busy` seconds (0 when idle)."""
 
     busy: float
+    where: str = ""
+    """In whose code, after the first second."""
 
 
 ToEngine = Start | Add | Abort | Shutdown

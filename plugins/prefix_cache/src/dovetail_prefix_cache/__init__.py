@@ -18,7 +18,7 @@ def _hash(context: BuildContext, options: Options) -> HashIndex:
     from dovetail_prefix_cache.index import HashIndex
 
     make_policy: MakePolicy = context.build("eviction")
-    return HashIndex(context.kv_groups[0].block_size, list(context.num_blocks), make_policy)
+    return HashIndex(context.kv_groups[0].block_size, list(context.num_blocks), make_policy, context.name("eviction"))
 
 
 def _lru(context: BuildContext, options: Options) -> MakePolicy:
@@ -35,7 +35,10 @@ def _lfu(context: BuildContext, options: Options) -> MakePolicy:
 
 @hookimpl
 def dovetail_sockets() -> list[Socket]:
-    return [Socket("eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache")]
+    from dovetail_prefix_cache.eviction import MakePolicy
+
+    what = "which cached blocks to give up first"
+    return [Socket("eviction", "dovetail_eviction_policies", what, within="prefix_cache", interface=MakePolicy)]
 
 
 @hookimpl

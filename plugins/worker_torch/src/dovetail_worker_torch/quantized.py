@@ -88,7 +88,13 @@ class QuantizedLinear:
         self._multiply: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return self._multiply(x).to(dtype or x.dtype)
+        y = self._multiply(x)
+        if y.shape != (*x.shape[:-1], self.out_features) or y.dtype != x.dtype:
+            raise PluginError(
+                f"{self.layer.name}: x {[*x.shape]} {x.dtype} became {[*y.shape]} {y.dtype}, not {self.out_features} outputs "
+                f"of x's dtype", provider=self._provider,
+            )  # fmt: skip
+        return y if dtype is None else y.to(dtype)
 
     def compile(self, x: Tensor, y: Tensor) -> Compiled:
         """See `CompiledLinear`; of schemes that declare `compiled_steps`."""

@@ -106,7 +106,11 @@ class TorchWorker:
             self._model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
         table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
         drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
-        self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing)
+        sockets = ("attention", "architecture", "quantization")
+        made_by = {k: self._context.name(k) for k, c in self._context.plan.choices.items() if c.socket in sockets}
+        self._runner = Runner(
+            self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing, made_by
+        )  # fmt: skip
 
     def warm_up(self, progress: Progress) -> None:
         """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""
