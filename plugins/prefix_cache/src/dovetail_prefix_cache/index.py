@@ -97,7 +97,7 @@ class HashIndex:
         for block in blocks:
             entry = entry_of[block] if type(block) is int and 0 <= block < len(entry_of) else None
             if entry is None:
-                raise PluginError(f"the eviction policy gave up {block!r}, which is no block that is kept", provider=self._named)
+                raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
             entry_of[block] = None
             entry.block_ids[group] = NOT_HERE
             if not any(entry.block_ids):
