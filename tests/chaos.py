@@ -54,6 +54,8 @@ class Chaotic:
         elif self._fault == "starve" and self._calls >= self._at:
             return None
         result = sound(*args, **kwargs)
+        if self._fault == "off" and self._wrong is not None and self._calls >= self._at:
+            return self._wrong("off", result, args)
         if due and self._wrong is not None and self._fault in ("nan", "shape", "dtype"):
             return self._wrong(self._fault, result, args)
         return result
@@ -190,6 +192,8 @@ def attention(context: Any, options: Any) -> Any:
         out = args[6]
         if fault == "nan":
             out[0] = NAN
+        elif fault == "off":
+            out.mul_(1.5)
         elif fault == "shape":
             out.resize_(1, 2, 3)
         else:
@@ -230,7 +234,7 @@ class ChaoticScheme(PlainScheme):
         def wrong(fault: str, y: Any, args: Any) -> Any:
             if fault == "nan":
                 y[0] = NAN
-            return {"nan": lambda: y, "shape": lambda: y[:, 1:], "dtype": y.double}[fault]()
+            return {"nan": lambda: y, "off": lambda: y * 1.5, "shape": lambda: y[:, 1:], "dtype": y.double}[fault]()
 
         sound = super().linear(layer, tensors)
         return Chaotic(self._options, sound, "", wrong) if "layers.1.mlp.down_proj" in layer.name else sound

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry
+from dovetail.shadow import PREFIX
 
 ASKS = {"scheduler": ("kv_cache",), "worker": ("attention", "quantization", "architecture")}
 """By part: the sockets whose providers run when it is asked. Every other part answers for itself, and for what it opens."""
@@ -78,7 +79,8 @@ class Attribution:
                 modules = {getattr(built, "__module__", ""), getattr(offer.provider.build, "__module__", "")}
                 package = offer.plugin.module.partition(".")[0]
                 package = "" if package == "dovetail" else package
-                suspects.append(Suspect(offer.socket, offer.qualified_name, package, modules))
+                socket = f"shadow {offer.socket}" if key.startswith(PREFIX) else offer.socket
+                suspects.append(Suspect(socket, offer.qualified_name, package, modules))
         return suspects
 
 

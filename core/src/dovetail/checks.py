@@ -42,6 +42,8 @@ class CheckedScheduler:
         self.patience = PATIENCE
         self._sequences: dict[int, Sequence] = {}
         self._last: StepPlan | None = None
+        self._ends = 0
+        """Where its rows end, added up; -1 when a sequence of it has gone."""
         self._idle_since: float | None = None
 
     waiting: Any = property(attrgetter("_inner.waiting"))
@@ -58,6 +60,7 @@ class CheckedScheduler:
         """Raises `PluginError` if the scheduler fails: whoever does not let go of a sequence cannot be asked again."""
         if self._sequences.pop(seq.seq_id, None) is None:
             return  # `add` failed
+        self._ends = -1
         try:
             self._inner.remove(seq)
         except Exception as e:
@@ -80,7 +83,15 @@ class CheckedScheduler:
     def _check(self, plan: StepPlan) -> None:
         if not isinstance(plan, StepPlan):
             self._fail(f"schedule returned {type(plan).__name__}, not a StepPlan")
-        ids, num_tokens, num_computed = plan.seq_ids, plan.num_tokens, plan.num_computed
+        ids, num_tokens, num_computed, last = plan.seq_ids, plan.num_tokens, plan.num_computed, self._last
+        if (
+            last is not None and ids == last.seq_ids and num_tokens == last.num_tokens and sum(num_computed) == self._ends
+            and len(ids) == len(num_computed) == len(plan.samples) == len(plan.new_block_ids)
+            and type(ends := self._ends + sum(num_tokens)) is int
+        ):  # fmt: skip
+            # The rows of the step before, each further by its tokens: what most plans are.
+            self._ends = ends
+            return
         if not 0 < len(ids) == len(num_tokens) == len(num_computed) == len(plan.samples) == len(plan.new_block_ids):
             self._fail("the plan's lists have different lengths, or none")
         try:
@@ -95,6 +106,7 @@ class CheckedScheduler:
             self._fail(f"the plan has {total} tokens: of {self._max_num_batched_tokens} at most, and one a row at least")
         if before + total != after:
             self._fail("the plan's rows do not end where the sequences' computed tokens do")
+        self._ends = after
 
     def _wait(self) -> None:
         now = time.monotonic()
@@ -140,8 +152,8 @@ class CheckedWorker:
 
     def _problem(self, plan: StepPlan, result: StepResult) -> str:
         rows = result.token_ids
-        if [*map(len, rows)] == plan.samples:
-            drawn = [token for row in rows for token in row]
+        if len(rows) == len(plan.seq_ids) and False not in plan.samples and not (result.failed or plan.draft_token_ids):
+            drawn = [token for (token,) in rows]
         else:
             drafts = plan.draft_token_ids or [[]] * len(rows)
             for seq_id, row, samples, draft in zip(plan.seq_ids, rows, plan.samples, drafts, strict=True):
@@ -178,9 +190,16 @@ class CheckedKVCache:
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         added = self._inner.grow(seq_id, num_tokens)
-        sizes = self._sizes
-        if added is None or (type(added) is list and len(added) == len(sizes) and all(map(_are_blocks, added, sizes))):
-            return added
+        if added is None:
+            return None
+        try:
+            for blocks, size in zip(added, self._sizes, strict=True):
+                if blocks and not (type(sum(blocks)) is int and min(blocks) > NULL_BLOCK and max(blocks) < size):
+                    break
+            else:
+                return added
+        except (TypeError, ValueError):
+            pass
         given = f"{str(added)[:100]}, which is not a list of blocks for each KV group"
         raise PluginError(f"grow gave {given}", provider=self._name)
 
@@ -214,10 +233,3 @@ class CheckedKVCache:
         self.faults.append((seq_id, error))
 
 
-def _are_blocks(blocks: object, num_blocks: int) -> bool:
-    if type(blocks) is not list:
-        return False
-    try:
-        return not blocks or (type(sum(blocks)) is int and min(blocks) > NULL_BLOCK and max(blocks) < num_blocks)
-    except TypeError:
-        return False

@@ -27,6 +27,7 @@ from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
+from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
 from dovetail.types import KVGroup
 
@@ -133,6 +134,12 @@ def _speculation(context: BuildContext, vocab_size: int) -> Speculation | None:
     if drafter is None:
         return None
     return Speculation(drafter, context.option("speculation", "num_draft_tokens"), vocab_size)
+
+
+def shadow_report_of(worker: Any) -> ShadowReport | None:
+    """What a worker that runs candidates has to tell; None from one that does not."""
+    ask: Callable[[], ShadowReport | None] = getattr(worker, "shadow_report", lambda: None)
+    return ask()
 
 
 def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = None) -> Server:

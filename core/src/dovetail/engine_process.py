@@ -23,7 +23,7 @@ import msgspec
 
 from dovetail import wire
 from dovetail.attribution import ENGINE, Attribution
-from dovetail.compose import build_engine
+from dovetail.compose import build_engine, shadow_report_of
 from dovetail.engine import Engine
 from dovetail.errors import DovetailError, PluginError
 from dovetail.plan import Plan
@@ -32,6 +32,8 @@ from dovetail.plugins.selection import find
 
 HEARTBEAT = 0.25
 """Seconds between heartbeats."""
+REPORT_EVERY = 1.0
+"""Seconds between two reports of a shadow run, while there is work; one more comes when it ends."""
 
 
 class Link:
@@ -160,11 +162,18 @@ def _start(link: Link) -> tuple[Engine, str]:
 
 
 def _loop(engine: Engine, link: Link) -> None:
+    report = shadow_report_of(engine.worker)
+    reported = time.monotonic()
     while True:
         try:
             while True:
+                if report is not None and (not engine.has_work or time.monotonic() > reported + REPORT_EVERY):
+                    link.send(wire.Shadow(report))
+                    reported = time.monotonic()
                 message = link.inbox.get(block=not engine.has_work)
                 if isinstance(message, wire.Shutdown):
+                    if report is not None:
+                        link.send(wire.Shadow(report))
                     return
                 _handle(engine, link, message)
         except queue.Empty:

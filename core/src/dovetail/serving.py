@@ -38,6 +38,7 @@ from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.resolution import resolve
+from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
 
 log = logging.getLogger("dovetail")
@@ -74,6 +75,8 @@ class AsyncEngine:
         self.maker = RequestMaker(model_facts(Path(self.plan.folder)), self.plan.max_model_len, self.tokenizer)
         self.state: State = "loading"
         self.stats = EngineStats()
+        self.shadow: ShadowReport | None = None
+        """Of a shadow run: what it has shown since the process began."""
         self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
@@ -310,6 +313,8 @@ class AsyncEngine:
                     if live is not None:
                         live.news.append(output)
                         live.changed.set()
+            case wire.Shadow():
+                self.shadow = message.report
             case wire.Heartbeat():
                 where = f", in {message.where}" if message.where else ""
                 if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):

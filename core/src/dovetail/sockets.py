@@ -116,6 +116,13 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
     return reasons
 
 
+def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
+    can = provider.capabilities
+    if context.needs.get("shadow") and not (isinstance(can, worker.WorkerCapabilities) and can.shadow):
+        return [Reason("runs no candidates beside what answers", "remove shadow")]
+    return []
+
+
 SOCKETS: tuple[Socket, ...] = (
     Socket("model", "dovetail_models", "models that come with a plugin, by name"),
     Socket(
@@ -130,7 +137,10 @@ SOCKETS: tuple[Socket, ...] = (
         "architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture,
         interface=architecture.Architecture,
     ),
-    Socket("worker", "dovetail_workers", "loads the weights and runs the steps", interface=worker.Worker),
+    Socket(
+        "worker", "dovetail_workers", "loads the weights and runs the steps", undeclared=_undeclared_worker,
+        interface=worker.Worker,
+    ),
     Socket(
         "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
         Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1), undeclared=_undeclared_attention,

@@ -7,6 +7,7 @@ import socket
 
 import msgspec
 
+from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SequenceOutput
 
 MAX_FRAME = 256 * 2**20
@@ -76,8 +77,14 @@ class Heartbeat(msgspec.Struct, tag=True):
     """In whose code, after the first second."""
 
 
+class Shadow(msgspec.Struct, tag=True):
+    """What a shadow run has shown so far: about once a second while it runs, and at the end."""
+
+    report: ShadowReport
+
+
 ToEngine = Start | Add | Abort | Shutdown
-FromEngine = Loading | Ready | Failed | News | Refused | Heartbeat
+FromEngine = Loading | Ready | Failed | News | Refused | Heartbeat | Shadow
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)

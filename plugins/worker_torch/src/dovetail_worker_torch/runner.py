@@ -20,6 +20,7 @@ from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+from dovetail_worker_torch.shadow import ShadowAttention
 
 
 @dataclass
@@ -44,9 +45,9 @@ class StepAttention:
 
     def __init__(
         self, layers: list[AttentionLayer], groups: list[KVGroup], backends: list[AttentionBackend], caches: dict[int, object],
-        made_by: Mapping[str, str],
+        made_by: Mapping[str, str], shadow: ShadowAttention | None = None,
     ) -> None:  # fmt: skip
-        self._made_by = made_by
+        self._made_by, self._shadow = made_by, shadow
         self.plans: list[object] = [None] * len(groups)
         """Of this step, by group."""
         self._layers, self._backends, self._caches = layers, backends, caches
@@ -58,7 +59,14 @@ class StepAttention:
             len(q), fixed.num_kv_heads, fixed.head_size
         ):  # fmt: skip
             raise ValueError(f"attend: layer {layer} was given q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
-        out = torch.empty_like(q)
+        if self._shadow is None:
+            return self._run(group, fixed, q, k, v)
+        return self._shadow.run(
+            group, fixed, q, k, v, self._backends[group], self._caches[layer], lambda: self._run(group, fixed, q, k, v)
+        )  # fmt: skip
+
+    def _run(self, group: int, fixed: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer, out = fixed.index, torch.empty_like(q)
         self._backends[group].run(fixed, q, k, v, self._caches[layer], self.plans[group], out)
         if out.shape != q.shape or out.dtype != q.dtype:
             kind = "full" if fixed.window is None else "sliding"
@@ -88,8 +96,10 @@ class Runner:
         device: torch.device,
         drawing: Drawing,
         made_by: Mapping[str, str],
+        shadow: ShadowAttention | None = None,
     ) -> None:
         """`made_by`: by key of the plan, the `dist:name` of those who take part in a step."""
+        self._shadow = shadow
         self.model = model
         self._made_by = made_by
         self.table = table
@@ -99,14 +109,19 @@ class Runner:
         self._groups = groups
         self._backends = backends
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
-        self._attend = StepAttention(model.attention_layers, groups, backends, caches, made_by)
+        self._attend = StepAttention(model.attention_layers, groups, backends, caches, made_by, shadow)
 
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
         inputs = self.table.inputs(plan)
+        if self._shadow is not None:
+            self._shadow.begin_step(plan.step_id)
         for i, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
-            self._attend.plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
+            batch = self._attention_batch(inputs, i)
+            self._attend.plans[i] = backend.plan(batch, self._layers[i], group.block_size)
+            if self._shadow is not None:
+                self._shadow.plan(i, batch, self._layers[i])
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
         if hidden.ndim != 2 or len(hidden) != len(inputs.token_ids):
             self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.token_ids)} tokens")
