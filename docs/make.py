@@ -5,17 +5,31 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from dovetail import hookspecs
 from dovetail.config import EngineConfig
+from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.plugins.discovery import Offer, load_registry
 from dovetail.sockets import SOCKETS
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- Written by docs/make.py from the code: do not edit. -->\n"
+
+FORMS = """\
+Every socket (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `NAME` or
+`{use: NAME, on_unsupported: error|fallback, …options}`; `attention` may also be given by kind of layer:
+`{full: …, sliding: …}`. A socket that a plugin adds is set among the options of the socket it is within:
+`prefix_cache: {use: hash, eviction: lfu}`.
+
+`quantization` may be rules, of which the first that matches a layer's name in the checkpoint counts:
+`[{match: "*.mlp.*", use: NAME, …options}, {match: "*.q_proj", use: none}]`. Layers that none matches are as the checkpoint
+has them. One scheme for a whole model of plain weights leaves `lm_head` as it is: only a rule that names that quantizes it.
+"""
 
 
 def hooks() -> str:
@@ -40,10 +54,7 @@ def hooks() -> str:
 def config() -> str:
     """docs/config.md: every key of a composition file, and every option of the providers in this repository."""
     out = [NOTE, "# Configuration\n", inspect.getdoc(EngineConfig) or "", "", *_table(EngineConfig), ""]
-    out.append("Every socket (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `NAME` or")
-    out.append("`{use: NAME, on_unsupported: error|fallback, …options}`; `attention` may also be given by kind of layer:")
-    out.append("`{full: …, sliding: …}`. A socket that a plugin adds is set among the options of the socket it is within:")
-    out.append("`prefix_cache: {use: hash, eviction: lfu}`.\n")
+    out.append(FORMS)
     for offer in _offers():
         if offer.provider.options.model_fields:
             out.append(f"## `{offer.socket}: {offer.provider.name}` ({offer.plugin.distribution})\n")
@@ -52,18 +63,27 @@ def config() -> str:
 
 
 def plugins() -> str:
-    """docs/plugins.md: who offers what, and what each attention provider declares."""
+    """docs/plugins.md: who offers what, and what those that are chosen by capabilities declare."""
     out = [NOTE, "# Plugins in this repository\n", "| socket | provider | from | priority | what it is |", "|" + "---|" * 5]
     for o in _offers():
         p = o.provider
         out += [f"| {o.socket} | `{p.name}` | {o.plugin.distribution} | {p.priority} | {p.summary} |"]
-    attention = [o for o in _offers() if isinstance(o.provider.capabilities, AttentionCapabilities)]
-    out += ["\n## What attention providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in attention) + " |"]
-    out.append("|---" * (len(attention) + 1) + "|")
-    for name, field in AttentionCapabilities.__dataclass_fields__.items():
-        none = "any" if "tuple" in str(field.type) else "–"
-        out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name), none) for o in attention) + " |")
+    out += _declared("attention", AttentionCapabilities) + _declared("quantization", QuantizationCapabilities)
+    out += _declared("architecture", ArchitectureCapabilities)
     return "\n".join(out) + "\n"
+
+
+def _declared(socket: str, capabilities: Any) -> list[str]:
+    """A table: what each provider of a socket declares."""
+    offers = [o for o in _offers() if isinstance(o.provider.capabilities, capabilities)]
+    out = [f"\n## What {socket} providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in offers) + " |"]
+    out.append("|---" * (len(offers) + 1) + "|")
+    for name, field in capabilities.__dataclass_fields__.items():
+        if name == "examples":
+            continue
+        none = "any" if "tuple" in str(field.type) else "–"
+        out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name), none) for o in offers) + " |")
+    return out
 
 
 def _offers() -> list[Offer]:

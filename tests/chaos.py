@@ -219,6 +219,9 @@ class PlainScheme:
     def nbytes(self, layer: Any) -> int:
         return 4 * int(layer.in_features * layer.out_features)
 
+    def kv_scales(self, name: str) -> None:
+        return None
+
     def dequantize(self, layer: Any, tensors: Any) -> Any:
         return tensors["weight"]
 

@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 RUNS = {
     # name: (what, pytest arguments, environment at scale 1)
     "engine state machine": (
-        "1,000,000 random operations (add, abort, step) on scheduler, block manager and both loops",
-        ["core/tests/test_scheduling.py", "-k", "EngineMachine"], {"DOVETAIL_SOAK_MACHINES": 25_000},
+        "2,400,000 random operations (add, abort, step) on schedulers, block manager and both loops",
+        ["core/tests/test_builtins_conform.py", "-k", "whatever_happens"], {"DOVETAIL_SOAK": 400},
     ),
     "scheduling changes no output": (
-        "15,000 workloads, each sequence compared with itself alone",
-        ["core/tests/test_scheduling.py", "-k", "how_it_was_scheduled"], {"DOVETAIL_SOAK": 100},
+        "16,000 workloads, each sequence compared with itself alone",
+        ["core/tests/test_builtins_conform.py", "-k", "changes_no_output"], {"DOVETAIL_SOAK": 100},
     ),
     "exact in every mix": (
         "1,800 engines against transformers: chunks, batches, blocks, preemption, loops, backends",
@@ -35,6 +35,10 @@ RUNS = {
     "chaos": (
         "every socket × every fault, with processes that hang and crash for each",
         ["tests/test_chaos.py"], {"DOVETAIL_SOAK": 1},
+    ),
+    "the conformance kit": (
+        "86 sabotaged plugins over 5 seeds, each caught by every check that is there for it; correct plugins over 50 seeds",
+        ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
     ),
 }  # fmt: skip
 

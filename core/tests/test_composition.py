@@ -9,48 +9,21 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from offers import attention, module_with, registry_of, resolved, why_not
 
 from dovetail.compose import build_engine
 from dovetail.config import EngineConfig, load_config
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.plan import Plan
-from dovetail.plugins.discovery import PluginInfo, Registry, installed_plugins, load_registry
-from dovetail.provider import Context, Options, Provider, Reason
+from dovetail.plugins.discovery import PluginInfo, installed_plugins, load_registry
+from dovetail.provider import REASONS, Context, Options, Provider, Reason
 from dovetail.resolution import resolve
 from dovetail.testing.plugin import SIMULATED, install, make_model
 
 
 class Tuned(Options):
     workspace_mb: int = 64
-
-
-def module_with(**hooks: Any) -> ModuleType:
-    module = ModuleType("made_up")
-    for name, providers in hooks.items():
-        setattr(module, name, hookimpl(lambda providers=providers: providers))
-    return module
-
-
-def registry_of(**modules: ModuleType) -> Registry:
-    """The built-in plugin, and made-up ones by distribution name."""
-    core = next(p for p in installed_plugins() if p.name == "core")
-    plugins = [core] + [PluginInfo(name, f"dist-{name}", "1.0", "", name) for name in modules]
-    return load_registry(plugins, modules)
-
-
-def attention(name: str, priority: int = 0, reasons: tuple[str, ...] = (), **can: Any) -> Provider[Any]:
-    return Provider(
-        name, "", lambda c, o: None, capabilities=AttentionCapabilities(**can), priority=priority,
-        why_not=lambda context: [Reason(r) for r in reasons],
-    )  # fmt: skip
-
-
-def resolved(model: Path, *offers: Provider[Any], **values: Any) -> Plan:
-    worker = Provider("w", "", lambda c, o: None)
-    registry = registry_of(x=module_with(dovetail_workers=[worker], dovetail_attention=list(offers)))
-    return resolve(load_config(model=str(model), device="cpu", **values), registry)
 
 
 def test_auto_takes_the_best_usable_and_says_why_not_the_others(model: Path) -> None:
@@ -60,10 +33,13 @@ def test_auto_takes_the_best_usable_and_says_why_not_the_others(model: Path) -> 
     )  # fmt: skip
     choice = plan.choices["attention.full"]
     assert (choice.provider, choice.requested) == ("fast", "auto")
-    why = {r.provider: r.reasons for r in choice.rejected}
-    assert why["broken"] == ["no compiler"]
-    assert why["narrow"] == ["dtype float32 is not supported (has bfloat16)", "head size 16 is not supported (has 128)"]
-    assert why["plain"] == ["priority 0; fast has 50"]
+    assert why_not(choice, "broken") == ["no compiler"]
+    dtype, head_size = "dtype float32 is not supported (has bfloat16)", "head size 16 is not supported (has 128)"
+    assert why_not(choice, "narrow") == [dtype, head_size]
+    assert why_not(choice, "plain") == ["priority 0; fast has 50 (set attention.full: plain)"]
+    codes = {r.provider: {reason.code for reason in r.reasons} for r in choice.rejected}
+    assert codes == {"broken": {"unusable"}, "narrow": {"undeclared"}, "plain": {"priority"}}
+    assert set().union(*codes.values()) <= set(REASONS)
 
 
 def test_asked_for_and_impossible_is_an_error_with_the_alternatives(model: Path) -> None:
@@ -73,7 +49,7 @@ def test_asked_for_and_impossible_is_an_error_with_the_alternatives(model: Path)
     plan = resolved(model, *offers, attention={"use": "gpu-only", "on_unsupported": "fallback"})
     choice = plan.choices["attention.full"]
     assert (choice.requested, choice.provider) == ("gpu-only", "plain")
-    assert choice.rejected[0].reasons == ["device cpu is not supported (has cuda)"]
+    assert why_not(choice, "gpu-only") == ["device cpu is not supported (has cuda)"]
 
 
 def test_unknown_names_get_near_matches(model: Path) -> None:
@@ -88,7 +64,7 @@ def test_layer_kinds_are_chosen_apart(tmp_path: Path) -> None:
     assert plan.layer_kinds == ["full", "sliding"]
     assert plan.choices["attention.full"].provider == "plain"
     assert plan.choices["attention.sliding"].provider == "windowed"
-    assert plan.choices["attention.sliding"].rejected[0].reasons == ["no support for sliding window"]
+    assert why_not(plan.choices["attention.sliding"], "plain") == ["no support for sliding window"]
     plan = resolved(model, plain, windowed, attention={"full": "windowed"})
     assert {plan.choices[f"attention.{k}"].provider for k in plan.layer_kinds} == {"windowed"}
 
@@ -107,7 +83,7 @@ def test_a_block_size_left_open_is_what_attention_asks_for(tmp_path: Path, lengt
 
 def test_a_block_size_left_open_is_held_against_what_is_declared(model: Path) -> None:
     plan = resolved(model, attention("plain"), attention("large", 9, block_sizes=(32,)))
-    assert plan.choices["attention.full"].rejected[0].reasons == ["block size 16 is not supported (has 32)"]
+    assert list(map(str, plan.choices["attention.full"].rejected[0].reasons)) == ["block size 16 is not supported (has 32)"]
 
 
 def test_layer_kinds_must_agree_on_a_block_size(tmp_path: Path) -> None:
@@ -180,13 +156,7 @@ def test_a_why_not_that_raises_is_a_reason(model: Path) -> None:
     bad = Provider("bad", "", lambda c, o: None, capabilities=AttentionCapabilities(), why_not=raises, priority=9)
     choice = resolved(model, attention("plain"), bad).choices["attention.full"]
     assert choice.provider == "plain"
-    assert "its why_not raised KeyError" in choice.rejected[0].reasons[0]
-
-
-def test_a_provider_of_another_contract_is_not_taken(model: Path) -> None:
-    old = Provider("old", "", lambda c, o: None, capabilities=AttentionCapabilities(), contract="0.0", priority=9)
-    choice = resolved(model, attention("plain"), old).choices["attention.full"]
-    assert choice.rejected[0].reasons == ["written for contract 0.0 of attention; this core has 0.1"]
+    assert "its why_not raised KeyError" in why_not(choice, "bad")[0]
 
 
 def test_a_build_that_fails_is_an_error_not_a_second_choice(model: Path) -> None:

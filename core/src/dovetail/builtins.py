@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
+from dovetail.interfaces.scheduler import SchedulerCapabilities
 from dovetail.provider import KVCacheOptions, Provider, SchedulerOptions
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def dovetail_kv_caches() -> list[Provider[PagedKVCache]]:
 @hookimpl
 def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
     return [
-        Provider("fcfs", "first come, first served", _fcfs, SchedulerOptions, priority=50),
-        Provider("priority", "lower `priority` first, then first come", _priority, SchedulerOptions, priority=40),
-    ]
+        Provider("fcfs", "first come, first served", _fcfs, SchedulerOptions, SchedulerCapabilities("arrival"), priority=50),
+        Provider(
+            "priority", "lower `priority` first, then first come", _priority, SchedulerOptions,
+            SchedulerCapabilities("priority"), priority=40,
+        ),
+    ]  # fmt: skip

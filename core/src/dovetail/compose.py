@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
 from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
@@ -49,6 +50,8 @@ class BuildContext:
     """For the KV-cache manager: per group, the null block included."""
     built: dict[str, object] = field(default_factory=dict)
     """By key of the plan: what its provider has built."""
+    attestation: Attestation = field(default_factory=Attestation)
+    """Watches what is built."""
 
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
@@ -71,17 +74,19 @@ class BuildContext:
         try:
             given = choice.options if options is None else options
             built = offer.provider.build(self, offer.provider.options.model_validate(given))
+            socket = self.registry.sockets[choice.socket]
             self.built[key] = built
-            built = adapted(self.registry.sockets[choice.socket], choice.contract, built)
+            built = adapted(socket, choice.contract, built)
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
             raise PluginError(
                 f"{key}: {offer.qualified_name} could not be built: {type(e).__name__}: {e}", provider=offer.qualified_name
             ) from e
-        if missing := self.registry.sockets[choice.socket].missing(built):
+        if missing := socket.missing(built):
             what = f"built {type(built).__name__}, which has no {', '.join(missing)}"
             raise PluginError(f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name)
+        self.attestation.watch(key, socket, built)
         return built
 
     def name(self, key: str) -> str:
@@ -93,11 +98,14 @@ class BuildContext:
         return {c.provider: self.build(key) for key, c in self.plan.choices.items() if c.socket == socket}
 
 
-def build_engine(plan: Plan, progress: Progress, registry: Registry | None = None) -> Engine:
-    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told."""
+def build_engine(
+    plan: Plan, progress: Progress, registry: Registry | None = None, attestation: Attestation | None = None
+) -> Engine:
+    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told, and `attestation` watches."""
+    attestation = attestation or Attestation()
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
-    context = BuildContext(plan, registry, facts, model)
+    context = BuildContext(plan, registry, facts, model, attestation=attestation)
     culprit = Attribution(plan, registry, context.built)
     worker: Worker = context.build("worker")
     try:
@@ -117,7 +125,9 @@ def build_engine(plan: Plan, progress: Progress, registry: Registry | None = Non
             context.build("scheduler"), context.name("scheduler"), culprit, limits["max_num_batched_tokens"]
         )  # fmt: skip
         checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
-        return loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        engine = loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        attestation.begin_serving()
+        return engine
     except DovetailError:
         worker.close()
         raise

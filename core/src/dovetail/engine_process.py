@@ -22,6 +22,7 @@ from collections.abc import Callable
 import msgspec
 
 from dovetail import wire
+from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
 from dovetail.compose import build_engine, shadow_report_of
 from dovetail.engine import Engine
@@ -123,12 +124,13 @@ def main() -> None:
         # What is imported and built lives as long as the process: collections need not look at it, neither now nor
         # later, when it would take tens of milliseconds with a tensor library in memory.
         gc.disable()
-        engine, fingerprint = _start(link)
+        attestation = Attestation()
+        engine, fingerprint = _start(link, attestation)
         gc.freeze()
         gc.enable()
         link.send(wire.Ready(fingerprint, engine.snapshot()))
         try:
-            _loop(engine, link)
+            _loop(engine, link, attestation)
         except DovetailError:
             raise
         except Exception as e:
@@ -144,7 +146,7 @@ def main() -> None:
         link.close()
 
 
-def _start(link: Link) -> tuple[Engine, str]:
+def _start(link: Link, attestation: Attestation) -> tuple[Engine, str]:
     first = link.inbox.get()
     assert isinstance(first, wire.Start)
     plan = Plan.decode(first.plan)
@@ -155,16 +157,20 @@ def _start(link: Link) -> tuple[Engine, str]:
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
-    engine = build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry)
+    engine = build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry, attestation)
     if isinstance(engine.culprit, Attribution):
         link.where = engine.culprit.running
     return engine, plan.fingerprint
 
 
-def _loop(engine: Engine, link: Link) -> None:
+def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
+    num_invoked = -1
     report = shadow_report_of(engine.worker)
     reported = time.monotonic()
     while True:
+        if sum(attestation.invoked.values()) != num_invoked:
+            num_invoked = sum(attestation.invoked.values())
+            link.send(wire.Invoked(attestation.invoked))
         try:
             while True:
                 if report is not None and (not engine.has_work or time.monotonic() > reported + REPORT_EVERY):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dovetail.attestation import Attestation
 from dovetail.compose import build_engine, shadow_report_of
 from dovetail.config import load_config
 from dovetail.engine import Engine
@@ -99,7 +100,8 @@ class LLM:
                 raise
             self.tokenizer = None
         self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
-        self._engine: Engine | None = build_engine(self.plan, progress, registry)
+        self.attestation = Attestation()
+        self._engine: Engine | None = build_engine(self.plan, progress, registry, self.attestation)
 
     @property
     def engine(self) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -91,6 +92,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
         layer.alike(lambda name: kinds[first(name)], "quantization: the rules")
         return first(layer.parts[0].name)
+
+    def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:
+        """The plan for people and machines: with its fingerprint, and for each key what was asked for, what was taken and
+        whether that was seen at work (null: it cannot be watched)."""
+        attested = {
+            key: {"requested": c.requested, "effective": c.provider, "invoked": invoked.get(key)}
+            for key, c in self.choices.items()
+        }
+        return {**msgspec.to_builtins(self), "fingerprint": self.fingerprint, "attested": attested}
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)

@@ -86,7 +86,7 @@ class Resolution:
                 elif len(given) > 1:
                     raise ConfigError(f"{key}.{within.name}: takes one provider, not {len(given)}")
                 else:
-                    self.note(within.name, self.ask(within.name, given[0], within.name))
+                    self.note(within.name, self.ask(within.name, given[0], f"{key}.{within.name}"))
         if inner:
             raise ConfigError(f"{key}: {', '.join(inner)} is not an option of {choice.provider}")
         return choice

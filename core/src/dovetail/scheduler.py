@@ -16,11 +16,10 @@ from bisect import insort
 from collections.abc import Callable
 
 from dovetail.interfaces.kv_cache import KVCacheManager
-from dovetail.sequence import Sequence
-from dovetail.types import SequenceStart, StepPlan
+from dovetail.sequence import NO_BLOCKS, Sequence
+from dovetail.types import StepPlan
 
 Order = Callable[[Sequence], tuple[float, ...]]
-_NO_BLOCKS: list[list[int]] = []
 
 
 def fcfs(seq: Sequence) -> tuple[float, ...]:
@@ -67,7 +66,7 @@ class TokenBudgetScheduler:
             self._admit(plan, budget)
         if not plan.seq_ids:
             return None
-        if plan.draft_token_ids:
+        if plan.draft_token_ids:  # rows of the fast path have none
             plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
         plan.released, self._released = self._released, []
         self._step_id += 1
@@ -84,12 +83,12 @@ class TokenBudgetScheduler:
                 known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None
                 and not (seq.is_drafted and (seq.num_in_flight or seq.draft_token_ids))
             ):  # fmt: skip
-                # Decode within a block: what most rows are, so `_add_row` with all that is known of them.
+                # Decode within a block: what most rows are, so `Sequence.add_row` with all that is known of them.
                 plan.seq_ids.append(seq.seq_id)
                 plan.num_tokens.append(1)
                 plan.num_computed.append(computed)
                 plan.samples.append(True)
-                plan.new_block_ids.append(_NO_BLOCKS)
+                plan.new_block_ids.append(NO_BLOCKS)
                 seq.num_computed_tokens = known
                 seq.num_in_flight += 1
                 seq.steps_in_flight += 1
@@ -99,10 +98,8 @@ class TokenBudgetScheduler:
             if count <= 0 or seq.finish_reason is not None:
                 continue
             added = self._grow(seq, count)
-            if seq.draft_token_ids:
-                if added is None:  # drafts are never worth another one's blocks
-                    count, added = 1, self._grow(seq, 1)
-                del seq.draft_token_ids[count - 1 :]
+            if added is None and seq.draft_token_ids:  # drafts are never worth another one's blocks
+                count, added = 1, self._grow(seq, 1)
             while added is None:
                 has_blocks = False
                 if in_flight:
@@ -114,7 +111,7 @@ class TokenBudgetScheduler:
                 if last is seq:
                     return budget, has_blocks
                 added = self._grow(seq, count)
-            self._add_row(plan, seq, count, added)
+            seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
             budget -= count
         return budget, has_blocks
 
@@ -148,32 +145,8 @@ class TokenBudgetScheduler:
                 break
             self.waiting.remove(seq)
             insort(self.running, seq, key=self.order)
-            self._add_row(plan, seq, count, added)
+            seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
             budget -= count
-
-    def _add_row(self, plan: StepPlan, seq: Sequence, count: int, added: list[list[int]]) -> None:
-        if not seq.on_worker:
-            plan.starts.append(self._start(seq, added))
-            seq.on_worker = True
-        reaches_end = seq.num_computed_tokens + count == seq.num_tokens
-        samples = reaches_end and seq.num_tokens < seq.max_len
-        if seq.draft_token_ids:
-            plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
-            plan.draft_token_ids.append(seq.draft_token_ids)
-            seq.draft_token_ids = []
-        plan.seq_ids.append(seq.seq_id)
-        plan.num_tokens.append(count)
-        plan.num_computed.append(seq.num_computed_tokens)
-        plan.samples.append(samples)
-        plan.new_block_ids.append(added if any(added) else _NO_BLOCKS)
-        seq.num_computed_tokens += count
-        seq.num_in_flight += samples
-        seq.steps_in_flight += 1
-
-    def _start(self, seq: Sequence, added: list[list[int]]) -> SequenceStart:
-        """The blocks shared so far; those of this step travel in its row."""
-        tables = self.kv.block_ids(seq.seq_id)
-        return seq.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)])
 
     def _sibling(self, seq: Sequence) -> Sequence | None:
         """A running sample of the same request that holds, or will hold, the whole prompt."""
@@ -184,8 +157,7 @@ class TokenBudgetScheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._evict(seq)
-        seq.num_computed_tokens = 0
-        seq.draft_token_ids = []
+        seq.restart()
         insort(self.waiting, seq, key=self.order)
         self.num_preemptions += 1
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dovetail.types import FinishReason, Request, SequenceStart
+from dovetail.types import FinishReason, Request, SequenceStart, StepPlan
+
+NO_BLOCKS: list[list[int]] = []
+"""In a plan: the row adds none."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +72,39 @@ class Sequence:
         if self.num_in_flight + self.num_output_tokens > 0 and self.num_tokens >= self.max_len:
             return 0
         return self.num_tokens - self.num_computed_tokens
+
+    def add_row(self, plan: StepPlan, count: int, added: list[list[int]], tables: list[list[int]]) -> None:
+        """Put a row of its next `count` tokens into a plan: the last thing a scheduler does with a sequence in a step.
+
+        Per KV group, `tables` has all its blocks and `added` those that it got for this row. Drafts for which `count` has
+        no room are dropped.
+        """
+        if not self.on_worker:
+            # The blocks shared so far; those of this step travel in the row.
+            plan.starts.append(self.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)]))
+            self.on_worker = True
+        if self.draft_token_ids:
+            known = len(self.tokens) + self.num_in_flight - self.num_computed_tokens
+            del self.draft_token_ids[max(0, count - known) :]
+            plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
+            plan.draft_token_ids.append(self.draft_token_ids)
+        samples = self.num_computed_tokens + count == self.num_tokens < self.max_len
+        plan.seq_ids.append(self.seq_id)
+        plan.num_tokens.append(count)
+        plan.num_computed.append(self.num_computed_tokens)
+        plan.samples.append(samples)
+        plan.new_block_ids.append(added if any(added) else NO_BLOCKS)
+        if plan.draft_token_ids and len(plan.draft_token_ids) < len(plan.seq_ids):
+            plan.draft_token_ids.append([])
+        self.draft_token_ids = []
+        self.num_computed_tokens += count
+        self.num_in_flight += samples
+        self.steps_in_flight += 1
+
+    def restart(self) -> None:
+        """Its blocks have been taken: it is computed again from the beginning, with what it has said so far."""
+        self.num_computed_tokens = self.num_slots = 0
+        self.draft_token_ids = []
 
     def start(self, block_ids: list[list[int]]) -> SequenceStart:
         """What a worker must be told before the first row of this sequence."""

@@ -77,6 +77,8 @@ class AsyncEngine:
         self.stats = EngineStats()
         self.shadow: ShadowReport | None = None
         """Of a shadow run: what it has shown since the process began."""
+        self.invoked: dict[str, bool] = {}
+        """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
         self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
@@ -322,6 +324,8 @@ class AsyncEngine:
                 if message.busy > self._slow:
                     log.warning("a step has been running for %.1f s%s", message.busy, where)
                     self._slow *= 2
+            case wire.Invoked():
+                self.invoked.update(message.invoked)
             case wire.Refused():
                 live = self._live.get(message.request_id)
                 if live is not None:

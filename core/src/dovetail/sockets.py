@@ -36,12 +36,18 @@ class Socket:
     """What every provider's options extend, because other parts read them."""
     undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
     """What the composition needs and the provider's capabilities do not declare."""
+    invoked: tuple[str, ...] = ()
+    """Methods of what is built that show, when they are called, that it is in use."""
+    invoked_once: bool = False
+    """They are called while the engine is made, and not in every step."""
     optional: bool = False
     """It may stay empty: `none`, or `auto` when nothing usable is installed."""
     many: bool = False
     """It takes any number of providers, and with `auto` all that are usable."""
     within: str = ""
     """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
+    contract_class: str = ""
+    """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
     interface: type | None = None
     """The protocol of what its providers build."""
 
@@ -104,7 +110,7 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
     ]
     # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for what takes plain weights.
     takes_plain = can.on_the_fly or quantization.PLAIN in can.methods
-    if method in can.methods or (takes_plain and needs.get("some_layers")):
+    if method in can.methods or (takes_plain and needs.get("by_name") and needs.get("some_layers")):
         return reasons
     reads = f"reads {', '.join(can.methods)}" if can.methods else "quantizes plain weights"
     if method != quantization.PLAIN:
@@ -126,39 +132,41 @@ def _undeclared_worker(provider: Provider[object], context: Context) -> list[Rea
 SOCKETS: tuple[Socket, ...] = (
     Socket("model", "dovetail_models", "models that come with a plugin, by name"),
     Socket(
-        "quantization",
-        "dovetail_quantization",
-        "how the weights of linear layers are stored and multiplied",
-        quantization.CONTRACT,
-        undeclared=_undeclared_quantization,
-        interface=quantization.Scheme,
+        "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
+        quantization.CONTRACT, undeclared=_undeclared_quantization, interface=quantization.Scheme,
+        invoked=("linear",), invoked_once=True,
     ),
     Socket(
-        "architecture", "dovetail_architectures", "model code", architecture.CONTRACT, undeclared=_undeclared_architecture,
-        interface=architecture.Architecture,
+        "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,
+        undeclared=_undeclared_architecture, interface=architecture.Architecture, invoked=("model",), invoked_once=True,
     ),
     Socket(
         "worker", "dovetail_workers", "loads the weights and runs the steps", undeclared=_undeclared_worker,
-        interface=worker.Worker,
+        interface=worker.Worker, invoked=("submit",),
     ),
     Socket(
         "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
-        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1), undeclared=_undeclared_attention,
-        interface=attention.AttentionBackend,
+        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
+        undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=("plan",),
     ),
     Socket(
-        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions, interface=kv_cache.KVCacheManager
+        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions,
+        interface=kv_cache.KVCacheManager, invoked=("grow",),
     ),
     Socket(
-        "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions, interface=scheduler.Scheduler
+        "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,
+        interface=scheduler.Scheduler, invoked=("schedule",),
     ),
     Socket(
         "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True,
-        interface=prefix_cache.PrefixCache,
+        interface=prefix_cache.PrefixCache, invoked=("match",),
     ),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True, interface=drafter.Drafter,
+        options=DrafterOptions, optional=True, interface=drafter.Drafter, invoked=("propose",),
     ),
-    Socket("server", "dovetail_servers", "takes requests from outside", interface=server.Server),
-)
+    Socket(
+        "server", "dovetail_servers", "takes requests from outside", interface=server.Server, invoked=("run",),
+        invoked_once=True,
+    ),
+)  # fmt: skip

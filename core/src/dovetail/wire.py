@@ -61,6 +61,12 @@ class News(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
+class Invoked(msgspec.Struct, tag=True):
+    """Parts that have been seen at work, by key of the plan; sent when it changes."""
+
+    invoked: dict[str, bool]
+
+
 class Refused(msgspec.Struct, tag=True):
     """The engine did not take a request in."""
 
@@ -84,7 +90,7 @@ class Shadow(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Add | Abort | Shutdown
-FromEngine = Loading | Ready | Failed | News | Refused | Heartbeat | Shadow
+FromEngine = Loading | Ready | Failed | News | Invoked | Refused | Heartbeat | Shadow
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)

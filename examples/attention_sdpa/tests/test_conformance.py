@@ -6,3 +6,4 @@ from dovetail_attention_sdpa import PROVIDER
 
 class TestSdpa(AttentionContract):
     provider = PROVIDER
+    version = "0.1"

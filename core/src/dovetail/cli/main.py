@@ -1,4 +1,4 @@
-"""`dovetail plugins | explain | serve | generate | chat | bench`. Each command imports what it needs when it runs."""
+"""`dovetail plugins | explain | conform | serve | generate | chat | bench`. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="for machines")
     explain.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
     _engine_flags(explain, with_config=False)
+
+    conform = command("conform", _conform, "test providers by the contracts of their sockets, on this machine")
+    conform.add_argument("name", metavar="NAME", help="a provider (name or dist:name), or a distribution, for all it offers")
+    conform.add_argument("--json", action="store_true", help="for machines")
+    conform.add_argument("--device", default="cpu", help="cpu (default), cuda:0")
+    conform.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the provider")
+    conform.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, each with other random inputs (default 1)")
+    conform.add_argument("-k", dest="keyword", metavar="EXPR", help="only checks whose names match, as in pytest")
 
     serve = command("serve", _serve, "serve a model over the OpenAI API")
     serve.add_argument("model", nargs="?", help="a plugin's model name, a local folder, or a hub id")
@@ -173,6 +181,14 @@ def _explain(args: argparse.Namespace) -> int:
     from dovetail.cli.show import show_plan
 
     return show_plan(args.config_file, _config_values(args), as_json=args.json)
+
+
+def _conform(args: argparse.Namespace) -> int:
+    from dovetail.cli.conform import conform
+
+    return conform(
+        args.name, as_json=args.json, device=args.device, options=args.option, num_seeds=args.seeds, keyword=args.keyword
+    )
 
 
 def _serve(args: argparse.Namespace) -> int:

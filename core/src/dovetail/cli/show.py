@@ -9,10 +9,13 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from dovetail.config import load_config
-from dovetail.plan import Plan
-from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.contracts import deprecation, served
+from dovetail.plan import Choice, Plan
+from dovetail.plugins.discovery import Offer, Registry, load_registry
+from dovetail.provider import Reason
 from dovetail.resolution import resolve
 
 
@@ -22,19 +25,36 @@ def show_plugins(*, as_json: bool) -> int:
     if as_json:
         print(json.dumps(_plugins_as_data(registry), indent=2))
         return 1 if registry.broken else 0
-    table = Table("plugin", "distribution", "socket", "offers", "what it is", box=None, pad_edge=False, header_style="bold")
+    columns = ("plugin", "distribution", "socket", "contract", "offers", "what it is")
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    deprecated: dict[str, str] = {}
     for plugin in registry.plugins:
         offers = [o for o in registry.offers if o.plugin == plugin]
         owner = f"{plugin.distribution} {plugin.version}"
         if plugin.distribution in registry.broken:
-            table.add_row(plugin.name, owner, Text("broken", "red"), "", Text(registry.broken[plugin.distribution]))
+            table.add_row(plugin.name, owner, Text("broken", "red"), "", "", Text(registry.broken[plugin.distribution]))
         for i, offer in enumerate(offers):
             name, dist = (plugin.name, owner) if i == 0 else ("", "")
-            table.add_row(name, dist, offer.socket, offer.provider.name, Text(offer.provider.summary))
+            written = plugin.written_for(offer.socket)
+            contract = Text(str(written or "not said"))
+            if why := _contract_remark(registry, offer):
+                contract.stylize("yellow")
+                deprecated[f"{plugin.distribution}: {offer.socket}"] = why
+            table.add_row(name, dist, offer.socket, contract, offer.provider.name, Text(offer.provider.summary))
         if not offers and plugin.distribution not in registry.broken:
-            table.add_row(plugin.name, owner, "", "(nothing)", Text(plugin.summary))
-    wide_console().print(table)
+            table.add_row(plugin.name, owner, "", "", "(nothing)", Text(plugin.summary))
+    console = wide_console()
+    console.print(table)
+    for where, why in deprecated.items():
+        console.print(Text(f"\n{where}: {why}", "yellow"))
     return 1 if registry.broken else 0
+
+
+def _contract_remark(registry: Registry, offer: Offer) -> str | None:
+    """What is to be said of the version of the contract that a plugin was written for."""
+    socket = registry.sockets[offer.socket]
+    version = served(socket, offer.plugin.written_for(offer.socket))
+    return str(version) if isinstance(version, Reason) else deprecation(socket, version)
 
 
 def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
@@ -43,7 +63,11 @@ def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
             "name": p.name, "distribution": p.distribution, "version": p.version, "summary": p.summary,
             "broken": registry.broken.get(p.distribution),
             "offers": [
-                {"socket": o.socket, "name": o.provider.name, "summary": o.provider.summary, "priority": o.provider.priority}
+                {
+                    "socket": o.socket, "name": o.provider.name, "summary": o.provider.summary,
+                    "priority": o.provider.priority, "contract": str(p.written_for(o.socket) or ""),
+                    "contract_remark": _contract_remark(registry, o),
+                }
                 for o in registry.offers if o.plugin == p
             ],
         }
@@ -57,27 +81,46 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
     if as_json:
         print(json.dumps({**msgspec.to_builtins(plan), "fingerprint": plan.fingerprint}, indent=2))
         return 0
-    console = wide_console()
-    console.print(_head(plan))
-    table = Table("socket", "taken", "from", "options", box=None, pad_edge=False, header_style="bold")
-    for key, choice in plan.choices.items():
-        asked = "" if choice.requested in ("auto", choice.provider) else f" (asked for {choice.requested})"
-        options = ", ".join(f"{k}={v}" for k, v in choice.options.items() if v is not None)
-        name = f"{key} ({choice.match})" if choice.match else key
-        table.add_row(name, choice.provider + asked, f"{choice.distribution} {choice.version}", Text(options))
-        for remark in choice.remarks:
-            table.add_row("", "", "", Text(remark))
-        for other in choice.rejected:
-            table.add_row("", Text(f"not {other.provider}", "dim"), Text("; ".join(map(str, other.reasons)), "dim"))
-    console.print(table)
+    wide_console().print(plan_tree(plan))
     return 0
 
 
-def _head(plan: Plan) -> Text:
-    return Text(
-        f"{plan.model}: {plan.architecture}, {plan.dtype} on {plan.device}, up to {plan.max_model_len} tokens a sequence\n"
-        f"plan {plan.fingerprint}\n"
-    )
+def plan_tree(plan: Plan) -> Tree:
+    """For each socket who was taken, with what was decided for it; and who was not, with the reason and what would help."""
+    model = Text.assemble((plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}")
+    model.append(f", up to {plan.max_model_len} tokens a sequence   plan {plan.fingerprint}", "dim")
+    tree = Tree(model, guide_style="dim")
+    width = max(len(_label(key, choice)) for key, choice in plan.choices.items())
+    for key, choice in plan.choices.items():
+        socket = tree.add(_taken(key, choice, width))
+        for option, value in choice.options.items():
+            if value is not None:
+                socket.add(Text.assemble((f"{option}: ", "dim"), str(value)))
+        for remark in choice.remarks:
+            socket.add(Text(remark, "cyan"))
+        for other in choice.rejected:
+            node = socket.add(Text.assemble(("not ", "dim"), other.provider, (f"  {other.distribution}", "dim")))
+            for reason in other.reasons:
+                said = Text.assemble((f"[{reason.code}] ", "yellow"), reason.text)
+                if reason.hint:
+                    said.append(f"  → {reason.hint}", "green")
+                node.add(said)
+    return tree
+
+
+def _label(key: str, choice: Choice) -> str:
+    return f"{key} ({choice.match})" if choice.match else key
+
+
+def _taken(key: str, choice: Choice, width: int) -> Text:
+    line = Text.assemble((f"{_label(key, choice):{width}}  ", "bold"))
+    if choice.is_empty:
+        return line.append("none", "dim")
+    line.append(choice.provider, "bold green")
+    line.append(f"  {choice.distribution} {choice.version}, contract {choice.contract}", "dim")
+    if choice.requested not in ("auto", choice.provider):
+        line.append(f"  asked for: {choice.requested}", "yellow")
+    return line
 
 
 def wide_console() -> Console:

@@ -32,6 +32,8 @@ class ArchitectureCapabilities:
     """The linear layers are those of the `LayerMaker`, so that a scheme can supply them."""
     loads_weights: bool = False
     """`model` returns with its weights read. Otherwise the worker reads what `targets` names."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """Contents of config.json of tiny models, one for each architecture at least: what conformance is tried with."""
     compiled: str | None = None
     """How the worker that it is written for can compile its steps; None: it cannot."""
 
@@ -82,6 +84,10 @@ class LayerMaker(Protocol):
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         """Never quantized."""
+
+    def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
+        """The layer as it is to be, with the scales of its keys and values where the checkpoint has some. `name` is that of
+        the module in the checkpoint ("model.layers.3.self_attn")."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,9 @@ class AttentionLayer:
     """cap * tanh(logit / cap)."""
     sinks: Array | None = field(default=None, compare=False)
     """f32[Hq]: a logit a head that takes part in the softmax and carries no value."""
+    kv_scales: Array | None = field(default=None, compare=False)
+    """f32[2]: what keys and what values are divided by when they are stored, and multiplied by when they are read, in a KV
+    type of one byte. None: 1."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dovetail.sequence import Sequence
 class DrafterCapabilities:
     runs_in: Literal["engine"] = "engine"
     """The loop asks for drafts between two steps, so that a sequence that is drafted for is not overlapped."""
+    learns_from_other_requests: bool = False
+    """Proposals depend on what other requests said. Without it they follow from the sequence's own tokens alone."""
 
 
 class Drafter(Protocol):

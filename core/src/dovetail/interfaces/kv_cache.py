@@ -57,7 +57,7 @@ class KVCacheManager(Protocol):
         """Take back the blocks that no later token can see (sliding windows). Call when no step in flight reads them."""
 
     def free(self, seq_id: int) -> None:
-        """Drop a sequence's references. Call when no step in flight uses them."""
+        """Drop a sequence's references, if it has any. Call when no step in flight uses them."""
 
     @property
     def num_used(self) -> int:

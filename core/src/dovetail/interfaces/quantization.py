@@ -39,6 +39,10 @@ class QuantizationCapabilities:
     """None is any."""
     dtypes: tuple[str, ...] | None = ("float32", "bfloat16", "float16")
     """Of a layer's input and output. None is any."""
+    activations: str | None = None
+    """What a layer rounds its inputs to before it multiplies: "int8", "float8_e4m3fn"; None: it does not."""
+    examples: tuple[dict[str, Any], ...] = ()
+    """quantization_configs of checkpoints that it reads, one for each method at least: what conformance is tried with."""
     compiled_steps: bool = False
     """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py)."""
 
@@ -200,10 +204,16 @@ class Scheme(Protocol):
         """
 
     def linear(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Callable[[Array], Array]:
-        """Make `x [T, in]` → `[T, out]`, a new array of x's dtype. Called once, with all tensors complete.
+        """Make `x [T, in]` → `[T, out]`, a new array of x's dtype. Called once, with all tensors complete. Rows of x are
+        contiguous, and may lie apart.
 
         `tensors` are those declared, by the same names, on the layer's device, and "bias" `[out]` if the layer has one. The
         callable may keep them, or a form of its own, for as long as it lives.
+        """
+
+    def kv_scales(self, name: str) -> dict[str, Parameter] | None:
+        """The checkpoint's scales of an attention layer's keys and values ("model.layers.3.self_attn"): tensors of one
+        element, by full name, the keys' first. None: it has none. Read where the KV cache is of one byte, else passed over.
         """
 
     def nbytes(self, layer: LinearLayer) -> int:
@@ -213,7 +223,7 @@ class Scheme(Protocol):
         """The weight that the tensors stand for, `f32[out, in]`: slow and obviously right, the reference of `linear`."""
 
     def quantize(self, layer: LinearLayer, weight: Array) -> dict[str, Array]:
-        """The tensors of a plain weight `[out, in]` of any floating type: of one part, in the shapes of the checkpoint.
+        """The tensors of a plain weight `[out, in]`, contiguous, of any floating type: of one part, in the checkpoint's shapes.
 
         Only called if `on_the_fly` is declared.
         """

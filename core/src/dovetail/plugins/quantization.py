@@ -14,13 +14,15 @@ from dovetail.facts import ModelFacts
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plan import Choice
 from dovetail.plugins.discovery import Registry
+from dovetail.plugins.selection import find
 
 Take = Callable[..., Choice]
 """(socket, what is wanted, where in the configuration, **needs) -> the choice"""
 
 ALL = "*"
 OUTPUT = "lm_head"
-"""The output projection: a scheme that is asked for as a whole leaves it as it is, because it costs the most quality."""
+"""The output projection. A scheme that quantizes the whole model on the fly leaves it as it is, because there it costs the most
+quality; rules that name it do not."""
 
 
 def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Registry, take: Take) -> dict[str, Choice]:
@@ -29,21 +31,21 @@ def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Regi
     Raises `PluginError`: nobody reads the checkpoint's method, or a rule asks for what does not fit it.
     """
     rules = list(config.rules)
-    if rules[-1:] == [] or rules[-1].match != ALL:
+    if not rules or rules[-1].match != ALL:
         rules.append(QuantizationRule())
-    by_name = len(rules) == 1 and rules[0].use != "auto"
-    if by_name and model.quantization_method == PLAIN:
-        rules.insert(0, QuantizationRule(match=OUTPUT))
     if any(rule.use == "auto" for rule in rules):
         _check_readable(model, registry)
-    choices = {}
-    for i, rule in enumerate(rules):
-        key = f"quantization.{i}" if len(rules) > 1 else "quantization"
-        where = f"quantization.{i}" if len(config.rules) > 1 else "quantization"
-        wanted = SocketConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
-        choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
-        choices[key] = msgspec.structs.replace(choice, match=rule.match)
-    return choices
+    is_whole = len(rules) == 1
+    chosen = [_choose(rule, "quantization" if is_whole else f"quantization.{i}", take) for i, rule in enumerate(rules)]
+    if is_whole and model.quantization_method not in _methods(find(registry, chosen[0]).provider.capabilities):
+        chosen.insert(0, _choose(QuantizationRule(match=OUTPUT), "quantization", take))
+    return {f"quantization.{i}" if len(chosen) > 1 else "quantization": choice for i, choice in enumerate(chosen)}
+
+
+def _choose(rule: QuantizationRule, where: str, take: Take) -> Choice:
+    wanted = SocketConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
+    choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
+    return msgspec.structs.replace(choice, match=rule.match)
 
 
 def _check_readable(model: ModelFacts, registry: Registry) -> None:

@@ -71,9 +71,9 @@ def culprits_of(offers: list[Offer], where: str, neighbours: Neighbours) -> list
 
 def untested(offer: Offer, where: str, neighbours: Neighbours) -> list[str]:
     return [
-        f"untested with {its.provider.name} ({key}): {relation.because}"
+        f"untested with {its.provider.name} ({of}): {relation.because}"
         for key, other in neighbours.taken.items()
-        for one, its in ((offer, other), (other, offer))
+        for one, its, of in ((offer, other, key), (other, offer, where))
         for relation in one.provider.untested_with
         if key != where and relation.meets(its.socket, its.provider.name, its.qualified_name)
     ]

@@ -55,6 +55,20 @@ class AttentionContract(AttentionTrial):
             refusal = self.refusal(context)
             assert refusal is not None, f"{_asked(context)} is not declared, and not refused"
 
+    @common_causes("`out` ignored", "new arrays returned in place of `out`")
+    def test_export_fills_what_it_is_given(self) -> None:
+        """`export_kv` with `out` writes the blocks there, the same as without, and returns `out`."""
+        import torch
+
+        step = Step(plain(self.can, Row(0, 60), Row(30, 2), seed=self.seed), self.device)
+        cache, blocks = self.fill(step), list(range(1, step.num_blocks, 2))
+        plain_export = self.backend.export_kv(cache, blocks)
+        keys, values = (torch.full_like(x, 7, device="cpu") for x in plain_export)
+        exported = self.backend.export_kv(cache, blocks, out=(keys, values))
+        for given, got, expected in zip((keys, values), exported, plain_export, strict=True):
+            assert given is got, "`out` must be returned"
+            assert same(given, expected.cpu()), "what was written to `out` is not what the blocks hold"
+
     # What comes out, over all that is declared.
 
     @pytest.mark.parametrize("index", range(NUM_RANDOM_STEPS))

@@ -12,23 +12,27 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, seed, settings
-from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from hypothesis import given, seed
+from hypothesis.strategies import SearchStrategy
 
 from dovetail.compose import BuildContext
 from dovetail.config import SocketConfig
+from dovetail.contracts import adapted
 from dovetail.errors import PluginError
 from dovetail.facts import LayerKind, ModelFacts, device_facts
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Offer, PluginInfo, Registry
 from dovetail.plugins.selection import choose
 from dovetail.provider import Context, KVCacheOptions, Options, Provider, SchedulerOptions
+from dovetail.sockets import SOCKETS, Socket
+from dovetail.testing.machines import Machine, limits, run_machine, shown
 
 RUN_SEED = int(os.environ.get("DOVETAIL_TEST_SEED") or random.SystemRandom().randrange(2**31))
 SCALE = int(os.environ.get("DOVETAIL_SOAK", "1"))
@@ -50,7 +54,8 @@ class Broken(AssertionError):
             ("the contract asks", self.asks), ("smallest failing input", self.input), ("common causes", self.causes),
             ("to repeat", f"DOVETAIL_TEST_SEED={self.seed}"),
         )  # fmt: skip
-        return "\n".join([self.found, *(f"  {what}: {text}" for what, text in lines if text)])
+        rows = [f"{what}: {text}" for what, text in lines if text]
+        return "\n  ".join([self.found, *(line for row in rows for line in row.splitlines())])
 
 
 def common_causes(*causes: str) -> Callable[[Check], Check]:
@@ -80,7 +85,9 @@ def completed(error: Exception, given: str, asks: str, causes: str, seed: int) -
     else:  # an assertion of the check speaks for itself; any other error is the provider's
         found = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
         input = ""
-    input = input or "\n".join(getattr(error, "__notes__", ())) or given or "no input: as the provider is declared and built"
+    example = "\n".join(getattr(error, "__notes__", ()))  # where hypothesis writes it
+    example = re.sub(r"  # or any other.*|^ *# The test always.*\n|^Failing test case: ", "", example, flags=re.M)
+    input = input or example or given or "none: as the provider is declared and built"
     return Broken(found or "an assertion failed", input=input, asks=asks, causes=causes, seed=seed)
 
 
@@ -94,6 +101,12 @@ class Contract:
     provider: ClassVar[Provider[Any]]
     device: ClassVar[str] = "cpu"
     options: ClassVar[dict[str, Any]] = {}
+    version: ClassVar[str] = ""
+    """Of the socket's contract: the one that the provider was written for, if that is not the present one."""
+    inner: ClassVar[dict[str, Provider[Any]]] = {}
+    """For a provider whose plugin opens sockets of its own: who fills those, by socket."""
+    added: ClassVar[tuple[Socket, ...]] = ()
+    """Sockets that plugins add, as far as the contract needs them."""
     expected_failures: ClassVar[dict[str, str]] = {}
     """By name of a check: the reason why this provider does not pass it yet. One that passes after all fails."""
     seed: ClassVar[int] = RUN_SEED
@@ -115,7 +128,10 @@ class Contract:
     def _prepared(self, request: pytest.FixtureRequest) -> None:
         if reason := self.expected_failures.get(getattr(request.node, "originalname", "")):
             request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-        self.prepare()
+        try:
+            self.prepare()
+        except Exception as e:
+            raise completed(e, str(self.options), BUILDS, "an import or a device that is missing here", self.seed) from e
 
     def prepare(self) -> None:
         """Called before each check. For contracts whose checks share an object."""
@@ -128,17 +144,20 @@ class Contract:
         return self.provider.settle(self.selection_context(), given)[0]
 
     def build(self, context: BuildContext | None = None) -> Any:
-        return self.provider.build(context or self.build_context(), self.settled_options())
+        built = self.provider.build(context or self.build_context(), self.settled_options())
+        return adapted(self.registry().sockets[self.socket], self.version, built)
 
     def build_context(self, **changes: Any) -> BuildContext:
         """What the core gives to `build`, for a tiny made-up model. `changes` are fields of `BuildContext` but `plan`."""
         defaults: dict[str, type[Options]] = {"kv_cache": KVCacheOptions, "scheduler": SchedulerOptions}
         options = {key: kind.model_validate({}) for key, kind in defaults.items()}
         options[self.socket] = self.settled_options()
+        options |= {name: provider.options() for name, provider in self.inner.items()}
+        names = {name: provider.name for name, provider in self.inner.items()}
         choices = {
             key: Choice(
-                socket=key, requested="auto", provider=self.provider.name, distribution=DISTRIBUTION, version="0",
-                contract=self.registry().sockets[key].contract, options=value.model_dump(mode="json"),
+                socket=key, requested="auto", provider=names.get(key, self.provider.name), distribution=DISTRIBUTION,
+                version="0", contract=self.registry().sockets[key].contract, options=value.model_dump(mode="json"),
             )
             for key, value in options.items()
         }  # fmt: skip
@@ -154,7 +173,10 @@ class Contract:
     def registry(self) -> Registry:
         """One that offers the provider under test, and nothing else."""
         plugin = PluginInfo("under-test", DISTRIBUTION, "0", "", "under_test")
-        return Registry([plugin], offers=[Offer(self.socket, self.provider, plugin)])
+        offers = [Offer(self.socket, self.provider, plugin), *(Offer(s, p, plugin) for s, p in self.inner.items())]
+        added = {name: Socket(name, f"dovetail_{name}", "", within=self.socket) for name in self.inner}
+        sockets = {s.name: s for s in SOCKETS} | added | {s.name: s for s in self.added}
+        return Registry([plugin], sockets, offers=offers)
 
     def selection_context(self, dtype: str = "float32", **needs: Any) -> Context:
         return Context(device_facts(), KIT_MODEL, self.device, dtype, needs)
@@ -178,14 +200,16 @@ class Contract:
 
     # Finding what fails, and making it small.
 
-    def run_machine(self, machine: Callable[[], RuleBasedStateMachine], *, examples: int, steps: int = 40) -> None:
-        """Run a state machine; a failure shows the shortest sequence of operations that hypothesis found."""
-        run: Any = seed(self.seed)(functools.partial(machine))  # a factory will do, though typed as a class
-        limits = settings(
-            max_examples=examples * SCALE, stateful_step_count=steps, deadline=None, database=None, print_blob=False,
-            report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        run_state_machine_as_test(run, settings=limits)
+    def run_machine(self, new: Callable[[], Machine], *, examples: int, steps: int = 40) -> None:
+        """Run a state machine; a failure shows the shortest sequence of operations that fails."""
+        found = run_machine(new, self.seed, examples=examples * SCALE, steps=steps)
+        if found is not None:
+            error, calls = found
+            raise Broken(completed(error, "", "", "", self.seed).found, input=shown(calls)) from error
+
+    def run_examples(self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]) -> None:
+        """Call `test` with examples drawn by hypothesis; a failure shows the simplest example that fails."""
+        seed(self.seed)(limits(examples * SCALE)(given(**strategies)(test)))()
 
     def attempt(
         self, given: Input, attempt: Callable[[Input], None], simpler: Callable[[Input], list[Input]], limit: int = 60
@@ -212,6 +236,7 @@ def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | No
 
 
 DISTRIBUTION = "under-test"
+BUILDS = "With the options under test, `build` returns the object that its socket asks for."
 KIT_MODEL = ModelFacts(
     folder=Path("kit-model"), architecture="KitForCausalLM", model_type="kit", dtype="float32", num_layers=1, hidden_size=128,
     num_heads=2, num_kv_heads=2, head_size=64, vocab_size=64, max_position_embeddings=4096,

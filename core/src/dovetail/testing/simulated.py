@@ -46,7 +46,7 @@ class SimulatedWorker:
         self, groups: list[KVGroup], vocab_size: int = 64, memory: int = 1 << 30, faults: Faults | None = None
     ) -> None:
         self._groups = groups
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._memory = memory
         self._faults = faults or Faults()
         self._cache: list[list[int]] = []
@@ -139,7 +139,7 @@ class SimulatedWorker:
         return self._hash(None, 0, seen)
 
     def _hash(self, *key: Any) -> int:
-        return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") % self._vocab_size
+        return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") % self.vocab_size
 
     def _seen(self, seq_id: int, length: int) -> list[int]:
         """What the token after `length` tokens depends on: all groups' tokens, as the cache has them."""
@@ -165,10 +165,10 @@ class SimulatedWorker:
     def _logprobs(self, seen: list[int], token: int, k: int) -> TokenLogprobs:
         """A made-up distribution after `seen`, with the greedy choice on top."""
         rng = random.Random(repr(seen))
-        logits = [rng.gauss(0, 1) for _ in range(self._vocab_size)]
+        logits = [rng.gauss(0, 1) for _ in range(self.vocab_size)]
         logits[self._greedy(seen)] = max(logits) + 1
         total = math.log(sum(map(math.exp, logits)))
-        order = sorted(range(self._vocab_size), key=lambda t: -logits[t])
+        order = sorted(range(self.vocab_size), key=lambda t: -logits[t])
         ids = [token, *order[:k]]
         return TokenLogprobs(ids, [logits[t] - total for t in ids], order.index(token) + 1)
 

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 from dovetail.hookspecs import hookimpl
 from dovetail.provider import Options, Provider
 from dovetail.sockets import Socket
+from dovetail_prefix_cache.eviction import MakePolicy
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
-    from dovetail_prefix_cache.eviction import MakePolicy
     from dovetail_prefix_cache.index import HashIndex
+
+
+EVICTION = Socket(
+    "eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache",
+    interface=MakePolicy, contract_class="dovetail_prefix_cache.testing:EvictionContract",
+)  # fmt: skip
 
 
 def _hash(context: BuildContext, options: Options) -> HashIndex:
@@ -35,10 +41,7 @@ def _lfu(context: BuildContext, options: Options) -> MakePolicy:
 
 @hookimpl
 def dovetail_sockets() -> list[Socket]:
-    from dovetail_prefix_cache.eviction import MakePolicy
-
-    what = "which cached blocks to give up first"
-    return [Socket("eviction", "dovetail_eviction_policies", what, within="prefix_cache", interface=MakePolicy)]
+    return [EVICTION]
 
 
 @hookimpl

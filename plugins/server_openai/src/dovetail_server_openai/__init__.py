@@ -24,6 +24,12 @@ class ServerOptions(Options):
     metrics_prefix: str = Field("dovetail:", description="of the Prometheus names; vllm: fits dashboards made for vLLM")
 
 
+ROUTES = Socket(
+    "routes", "dovetail_routes", "more routes on the server", within="server", many=True,
+    contract_class="dovetail_server_openai.testing:RoutesContract",
+)  # fmt: skip
+
+
 def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
     from dovetail.attribution import Attribution
     from dovetail_server_openai.server import OpenAIServer
@@ -36,7 +42,7 @@ def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
 @hookimpl
 def dovetail_sockets() -> list[Socket]:
     """`build` returns a function that is given the `AsyncEngine` and returns a `fastapi.APIRouter`."""
-    return [Socket("routes", "dovetail_routes", "more routes on the server", within="server", many=True)]
+    return [ROUTES]
 
 
 @hookimpl

@@ -86,8 +86,8 @@ def make_app(
         return {"version": __version__, "plan": fingerprint}
 
     @app.get("/v1/dovetail/plan")
-    async def plan() -> Response:
-        return Response(engine.plan.encode(), media_type="application/json")
+    async def plan() -> dict[str, Any]:
+        return engine.plan.report(engine.invoked | {"server": True})
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:

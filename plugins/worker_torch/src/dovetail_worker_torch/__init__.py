@@ -22,6 +22,7 @@ from dovetail_worker_torch.execution import (
     LinearKind,
     settle,
 )
+from dovetail_worker_torch.tiny import TINY_CONFIGS
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
@@ -34,7 +35,7 @@ REFERENCE_CAPABILITIES = AttentionCapabilities(
     devices=("cpu", "cuda"), sliding_window=True, logit_soft_cap=True, sinks=True
 )  # fmt: skip
 
-DECODER_CAPABILITIES = ArchitectureCapabilities(OWN_ARCHITECTURES, compiled=OPERATIONS)
+DECODER_CAPABILITIES = ArchitectureCapabilities(OWN_ARCHITECTURES, examples=TINY_CONFIGS, compiled=OPERATIONS)
 BRIDGE_CAPABILITIES = ArchitectureCapabilities(None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE)
 
 

@@ -218,7 +218,10 @@ class Decoder:
         self.config = c
         self.vocab_size = c.vocab_size
         self.attention_layers = [
-            AttentionLayer(i, c.num_heads, c.num_kv_heads, c.head_size, c.head_size**-0.5, window=window)
+            maker.attention(
+                f"model.layers.{i}.self_attn",
+                AttentionLayer(i, c.num_heads, c.num_kv_heads, c.head_size, c.head_size**-0.5, window=window),
+            )
             for i, window in enumerate(c.windows)
         ]
         self.rotary = RotaryEmbedding(c.inv_freq, c.rope_scale, dtype, device)

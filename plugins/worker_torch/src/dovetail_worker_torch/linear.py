@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.interfaces.architecture import Target
+from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 
 
@@ -48,3 +49,6 @@ class TorchLinears:
 
     def embedding(self, name: str, vocab_size: int, size: int) -> TorchLinear:
         return self.linear(name, [Part(name, vocab_size)], size, False)
+
+    def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
+        return layer

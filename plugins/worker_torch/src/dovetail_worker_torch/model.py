@@ -42,10 +42,10 @@ def load_model(
     if not isinstance(names, list) or len(names) != 1:
         raise CheckpointError(f"{path}: architectures must name the model's one architecture, found {names!r}")
     model = architecture.model(ModelBuild(folder, config, tensor_names(folder), layers, dtype, device, progress))
-    unused = []
+    targets, unused = model.targets(), [*model.unused()]
     if isinstance(layers, QuantizedLayers):
         layers.check()
-        unused = layers.unused()
+        targets, unused = targets | layers.targets(), unused + layers.unused()
     if not loads_weights:
-        load_tensors(folder, model.targets(), progress=progress, unused=[*model.unused(), *unused])
+        load_tensors(folder, targets, progress=progress, unused=unused)
     return model

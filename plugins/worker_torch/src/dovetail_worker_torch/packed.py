@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.interfaces.architecture import Target
+from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled
 from dovetail.interfaces.quantization import Part
 from dovetail.native import zeros
@@ -103,3 +104,6 @@ class PackedLinears:
 
     def embedding(self, name: str, vocab_size: int, size: int) -> PackedLinear:
         return self.linear(name, [Part(name, vocab_size)], size, False)
+
+    def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
+        return layer

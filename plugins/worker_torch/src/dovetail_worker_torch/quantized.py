@@ -18,6 +18,7 @@ from torch import Tensor
 from dovetail.compose import BuildContext
 from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Target
+from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
 from dovetail_worker_torch.checkpoint import few
@@ -31,8 +32,12 @@ log = logging.getLogger(__name__)
 class QuantizedLayers:
     """A `LayerMaker` that follows the plan's rules; what they leave as it is comes from `plain`."""
 
-    def __init__(self, context: BuildContext, plain: LayerMaker, dtype: str, shadow: Shadow | None = None) -> None:
+    def __init__(
+        self, context: BuildContext, plain: LayerMaker, dtype: str, kv_dtype: str, shadow: Shadow | None = None
+    ) -> None:
         self._context, self._plain, self._dtype = context, plain, dtype
+        self._has_kv_scales = getattr(torch, kv_dtype).itemsize == 1
+        self._kv_scales: dict[str, Target] = {}
         self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
         self._shadow = shadow if CANDIDATE in context.plan.choices else None
         self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
@@ -79,6 +84,21 @@ class QuantizedLayers:
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         return self._plain.embedding(name, vocab_size, size)
+
+    def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
+        for scheme in self._schemes.values() if self._has_kv_scales else ():
+            if scheme is not None and (found := scheme.kv_scales(name)):
+                scales = torch.ones(2, device=self._context.plan.device)
+                for kept, (tensor, parameter) in zip(scales, found.items(), strict=True):
+                    shape = tuple(axis for axis in parameter.axes if isinstance(axis, int))
+                    dtype = getattr(torch, parameter.dtype)
+                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_one, kept))
+                return replace(layer, kv_scales=scales)
+        return layer
+
+    def targets(self) -> dict[str, Target]:
+        """Tensors that no layer of the model names: scales of the KV cache."""
+        return self._kv_scales
 
     def unused(self) -> list[str]:
         """Tensors that the schemes do not read, as globs."""
@@ -157,7 +177,7 @@ class QuantizedLinear:
 
     def _quantize(self, part: int, weight: Tensor) -> None:
         layer = self.layer.part(part)
-        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight))
+        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight.contiguous()))
         for name, parameter in self._parameters.items():
             found, expected = made.get(name), parameter.part_shape(self.layer, part)
             if found is None or tuple(found.shape) != expected or str(found.dtype) != f"torch.{parameter.dtype}":
@@ -168,6 +188,10 @@ class QuantizedLinear:
                     provider=self._provider,
                 )  # fmt: skip
             self._put(name, parameter, part, found)
+
+
+def _copy_one(kept: Tensor, tensor: Tensor) -> None:
+    kept.copy_(tensor.reshape(()))
 
 
 def _ask(provider: str, layer: LinearLayer, question: Callable[[], Any]) -> Any:

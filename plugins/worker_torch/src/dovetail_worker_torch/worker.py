@@ -61,10 +61,10 @@ class TorchWorker:
 
     def load(self, progress: Progress) -> None:
         plan, kernels = self._context.plan, self._kernels
-        layers: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
-        quantized = QuantizedLayers(self._context, layers, plan.dtype, self._shadow)
+        plain: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
+        layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
         model: Any = load_model(
-            Path(plan.folder), self._context.build("architecture"), quantized,
+            Path(plan.folder), self._context.build("architecture"), layers,
             dtype=self._dtype, device=self._device, progress=progress, loads_weights=self._made.loads_weights,
         )  # fmt: skip
         if self._torch_compile:

@@ -1,0 +1,123 @@
+"""The contract of the drafter's socket (`speculation`), as tests. A plugin's test is a subclass:
+
+    class TestMyDrafter(DrafterContract):
+        provider = PROVIDER
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from hypothesis import strategies as st
+
+from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
+from dovetail.provider import DrafterOptions
+from dovetail.sequence import Sequence
+from dovetail.testing.contract import Contract, common_causes
+from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, requests_of, run, setups, workloads
+from dovetail.testing.machines import Machine, beginning, operation
+from dovetail.testing.prefix_cache import new_paged, new_scheduler
+from dovetail.types import Request, SamplingParams
+
+
+class DrafterContract(Contract):
+    """Subclass, set `provider`, and pytest does the rest."""
+
+    socket = "speculation"
+
+    @property
+    def parts(self) -> Parts:
+        options = self.settled_options()
+        assert isinstance(options, DrafterOptions), "the options must extend DrafterOptions"
+        return Parts(new_paged, new_scheduler, self.new, options.num_draft_tokens)
+
+    def new(self) -> Drafter:
+        drafter: Drafter = self.build()
+        return drafter
+
+    @common_causes("the options do not extend DrafterOptions", "capabilities of another socket, or none")
+    def test_declaration(self) -> None:
+        """The options extend `DrafterOptions`, and the capabilities are `DrafterCapabilities`."""
+        assert issubclass(self.provider.options, DrafterOptions), "the options must extend DrafterOptions"
+        can = self.provider.capabilities
+        assert isinstance(can, DrafterCapabilities), f"capabilities are a {type(can).__name__}"
+
+    @common_causes(
+        "more tokens than were asked for", "a token that does not exist", "`seq.tokens` appended to, or kept and changed",
+        "an index keyed by anything but seq_id", "state of an ended sequence that meets another of the same seq_id",
+        "an index that is not continued where it ended",
+    )  # fmt: skip
+    def test_proposals(self) -> None:
+        """At most `max_tokens` tokens that exist, for a sequence that is only read; unless it declares to learn from other
+        requests, what a fresh drafter says of the same tokens: nothing leaks from one sequence into another."""
+        self.run_machine(partial(ProposalsMachine, self), examples=120)
+
+    @common_causes("it raises for short sequences", "it returns something other than a list of ints")
+    def test_drafting_changes_no_output(self) -> None:
+        """A sequence says what it says without drafts, greedy and sampled, however it was batched, preempted and resumed."""
+
+        def same_as_without(setup: Setup, workload: list[Asked]) -> None:
+            requests = requests_of(workload)
+            expected: Outputs = {}
+            for r in requests:
+                roomy = Setup(window=setup.window, budget=MAX_LEN, seats=r.params.n, spare_blocks=500)
+                expected |= run(Parts(new_paged, new_scheduler).engine(roomy), [r])
+            got = run(self.parts.engine(setup), requests, [a.arrival for a in workload])
+            different = [key for key in expected if got.get(key) != expected[key]]
+            assert not different, f"{different} differ from what they say without drafts"
+
+        self.run_examples(same_as_without, examples=60, setup=setups, workload=workloads)
+
+    @common_causes("forget raises for a sequence that was never asked about", "propose raises after a preemption")
+    def test_an_engine_whatever_happens(self) -> None:
+        """Requests come, run and are aborted at any moment, between draft and verification too: no request fails."""
+        self.run_machine(partial(EngineMachine, self.parts), examples=40)
+
+
+class ProposalsMachine(Machine):
+    """Sequences that grow by what was proposed, by something else, or by both, and end at any moment."""
+
+    drafter: Drafter
+
+    def __init__(self, contract: DrafterContract) -> None:
+        super().__init__()
+        self.contract = contract
+        self.sequences: dict[int, Sequence] = {}
+
+    @beginning()
+    def build(self) -> None:
+        self.drafter = self.contract.new()
+
+    @operation(seq_id=st.integers(0, 4), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30))
+    def start(self, seq_id: int, prompt: list[int]) -> None:
+        if seq_id not in self.sequences:
+            request = Request(f"r{seq_id}", prompt, SamplingParams(max_tokens=1000), 1000, 0, [])
+            self.sequences[seq_id] = Sequence(seq_id, request, 0, list(prompt))
+
+    @operation(which=st.integers(0, 9), accepted=st.integers(0, 8), token=st.integers(0, 63), room=st.integers(1, 8))
+    def step(self, which: int, accepted: int, token: int, room: int) -> None:
+        if not self.sequences:
+            return
+        seq = list(self.sequences.values())[which % len(self.sequences)]
+        before = list(seq.tokens)
+        draft = self.drafter.propose(seq, room)
+        assert seq.tokens == before, "propose changed the sequence"
+        assert isinstance(draft, list), f"propose returned {draft!r}, which is no list"
+        assert len(draft) <= room, f"at most {room} tokens were asked for, and {len(draft)} proposed"
+        wrong = [t for t in draft if type(t) is not int or t < 0]
+        assert not wrong, f"{wrong} were proposed, which are no tokens"
+        if not self._learns():
+            fresh: Any = self.contract.new()
+            alone = fresh.propose(seq, room)
+            assert draft == alone, f"after {before} it proposes {draft}, and a fresh drafter {alone}"
+        seq.tokens += [*draft[:accepted], token]
+
+    def _learns(self) -> bool:
+        can = self.contract.provider.capabilities
+        return isinstance(can, DrafterCapabilities) and can.learns_from_other_requests
+
+    @operation(seq_id=st.integers(0, 9))
+    def forget(self, seq_id: int) -> None:
+        self.drafter.forget(seq_id)  # of one that is known, or never was
+        self.sequences.pop(seq_id, None)

@@ -1,0 +1,112 @@
+"""Plays the engine for a worker: gives sequences blocks, makes step plans by hand, and keeps what was said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dovetail.interfaces.worker import Handle, Worker
+from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+
+GREEDY = SamplingParams(temperature=0, max_tokens=400)
+EOS = 1
+
+
+@dataclass
+class Told:
+    """A sequence as the driver knows it."""
+
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    index: int
+    num_computed: int = 0
+    on_worker: bool = False
+    tables: list[list[int]] = field(default_factory=list)
+    results: list[tuple[StepResult, int]] = field(default_factory=list)
+    """Of its rows: the step's result, and the row in it."""
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+
+class Driver:
+    def __init__(self, worker: Worker, groups: list[KVGroup], num_blocks: list[int]) -> None:
+        self.worker, self.groups = worker, groups
+        self.free = [list(range(n - 1, 0, -1)) for n in num_blocks]
+        self.told: dict[int, Told] = {}
+        self.released: list[int] = []
+        self.num_steps = 0
+
+    def add(self, prompt: list[int], params: SamplingParams = GREEDY, *, seed: int = 0, index: int = 0) -> int:
+        seq_id = len(self.told)
+        self.told[seq_id] = Told(list(prompt), len(prompt), params, seed, index)
+        return seq_id
+
+    def release(self, seq_id: int) -> None:
+        """Preempt or end: its blocks are free, and the worker is told with the next plan."""
+        told = self.told[seq_id]
+        for free, table in zip(self.free, told.tables, strict=False):
+            free.extend(reversed(table))
+        if told.on_worker:
+            self.released.append(seq_id)
+        told.tables, told.num_computed, told.on_worker = [], 0, False
+
+    def plan(self, rows: Sequence[tuple[int, int]], *, masked: bool = False) -> StepPlan:
+        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples."""
+        plan = StepPlan(self.num_steps, [], [], [], [], [], masked=masked)
+        plan.released, self.released = self.released, []
+        self.num_steps += 1
+        for seq_id, count in rows:
+            told = self.told[seq_id]
+            if not told.on_worker:
+                told.tables, told.on_worker = [[] for _ in self.groups], True
+                start = SequenceStart(
+                    seq_id, f"r{seq_id}", told.index, list(told.tokens), told.num_prompt, [[] for _ in self.groups],
+                    told.params, told.seed, [EOS], told.num_prompt + (told.params.max_tokens or 0),
+                )  # fmt: skip
+                plan.starts.append(start)
+            end = told.num_computed + count
+            added = []
+            for free, table, group in zip(self.free, told.tables, self.groups, strict=True):
+                new = [free.pop() for _ in range(-(-end // group.block_size) - len(table))]
+                table += new
+                added.append(new)
+            plan.seq_ids.append(seq_id)
+            plan.num_tokens.append(count)
+            plan.num_computed.append(told.num_computed)
+            plan.samples.append(end == len(told.tokens))
+            plan.new_block_ids.append(added if any(added) else [])
+            told.num_computed = end
+        return plan
+
+    def step(self, rows: Sequence[tuple[int, int]], masks: dict[int, bytes] | None = None) -> StepResult:
+        plan = self.plan(rows, masked=masks is not None)
+        return self.take(plan, self.worker.submit(plan), masks)
+
+    def take(self, plan: StepPlan, handle: Handle, masks: dict[int, bytes] | None = None) -> StepResult:
+        """Wait for a step's tokens, look that each row has what it should, and note them."""
+        result = self.worker.sample(handle, masks)
+        assert result.step_id == plan.step_id, f"step {plan.step_id} was answered by step {result.step_id}"
+        assert len(result.token_ids) == len(plan.seq_ids), f"{len(plan.seq_ids)} rows have {len(result.token_ids)} answers"
+        for row, (seq_id, new) in enumerate(zip(plan.seq_ids, result.token_ids, strict=True)):
+            told = self.told[seq_id]
+            if seq_id not in result.failed:
+                assert len(new) == plan.samples[row], f"a row with samples={plan.samples[row]} has tokens {new}"
+            told.tokens += new
+            told.results.append((result, row))
+        return result
+
+    def generate(self, seq_ids: Sequence[int], num_tokens: int, *, chunk: int = 10**9) -> list[list[int]]:
+        """Run until each has `num_tokens` of output, its tokens not yet computed in rows of at most `chunk`."""
+        while rows := [
+            (i, min(chunk, len(t.tokens) - t.num_computed)) for i in seq_ids if len((t := self.told[i]).output) < num_tokens
+        ]:
+            self.step(rows)
+        return [self.told[i].output for i in seq_ids]
+
+    def end(self, seq_ids: Sequence[int]) -> None:
+        for seq_id in seq_ids:
+            self.release(seq_id)

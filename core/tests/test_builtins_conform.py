@@ -1,0 +1,22 @@
+"""The core's own plugin keeps the contracts that every plugin keeps."""
+
+from __future__ import annotations
+
+from dovetail.builtins import dovetail_kv_caches, dovetail_schedulers
+from dovetail.testing.kv_cache import KVCacheContract
+from dovetail.testing.scheduler import SchedulerContract
+
+FCFS, PRIORITY = dovetail_schedulers()
+(PAGED,) = dovetail_kv_caches()
+
+
+class TestFcfs(SchedulerContract):
+    provider = FCFS
+
+
+class TestPriority(SchedulerContract):
+    provider = PRIORITY
+
+
+class TestPaged(KVCacheContract):
+    provider = PAGED

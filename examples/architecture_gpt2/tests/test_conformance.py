@@ -1,0 +1,18 @@
+"""All that this plugin needs to test: it keeps the contract it declares, and computes what transformers' GPT-2 computes."""
+
+import torch
+import transformers
+
+from dovetail.testing.architecture import ArchitectureContract
+from dovetail_architecture_gpt2 import PROVIDER
+
+
+class TestGPT2(ArchitectureContract):
+    provider = PROVIDER
+
+    @staticmethod
+    def reference_logits(config, tensors, token_ids):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+        model.load_state_dict({**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
+        with torch.inference_mode():
+            return model(torch.tensor([token_ids])).logits[0]

@@ -1,0 +1,38 @@
+"""An example plugin: 4-bit weights on the quantiles of a normal distribution. This root imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.quantization import QuantizationCapabilities
+from dovetail.provider import Options, Provider
+
+if TYPE_CHECKING:
+    from dovetail_quant_nf4.scheme import NF4
+
+# It reads checkpoints of its own method, and quantizes plain ones while they are read. Anything else the core refuses.
+METHOD = "nf4-blocks"
+EXAMPLE = {"quant_method": METHOD, "block_size": 32, "modules_to_not_convert": ["*.layers.3.*"]}
+CAPABILITIES = QuantizationCapabilities(methods=(METHOD,), on_the_fly=True, devices=("cpu", "cuda"), examples=(EXAMPLE,))
+
+
+class NF4Options(Options):
+    block_size: int = Field(64, ge=2, description="inputs that share a scale; a checkpoint of its own layout brings its own")
+
+
+def build(context: Any, options: NF4Options) -> NF4:
+    from dovetail_quant_nf4.scheme import NF4
+
+    return NF4(context.model.quantization_config or {}, options.block_size)
+
+
+SUMMARY = "4-bit weights on the quantiles of a normal distribution, a scale for each block of inputs"
+PROVIDER = Provider("nf4", SUMMARY, build, NF4Options, CAPABILITIES)
+
+
+@hookimpl
+def dovetail_quantization() -> list[Provider[NF4]]:
+    return [PROVIDER]

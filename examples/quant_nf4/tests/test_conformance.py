@@ -1,0 +1,11 @@
+"""All that this plugin needs to test: it keeps the contract it declares."""
+
+from dovetail.testing.quantization import QuantizationContract
+from dovetail_quant_nf4 import PROVIDER
+
+
+class TestNF4(QuantizationContract):
+    provider = PROVIDER
+    declined = ("model.layers.3.mlp.kit_proj",)
+    weight_error = 0.12
+

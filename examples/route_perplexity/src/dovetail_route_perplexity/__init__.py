@@ -1,0 +1,29 @@
+"""An example plugin: `POST /v1/perplexity` says how surprising a text is to the model that is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dovetail.hookspecs import hookimpl
+from dovetail.provider import Options, Provider
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from dovetail.serving import AsyncEngine
+
+
+def build(context: Any, options: Options) -> Callable[[AsyncEngine], APIRouter]:
+    from dovetail_route_perplexity.route import make_router
+
+    return make_router
+
+
+PROVIDER = Provider("perplexity", "POST /v1/perplexity: how surprising a text is to the model", build)
+
+
+# The hook is the server's own: where that is not installed it does not exist, and that is no mistake.
+@hookimpl(optionalhook=True)
+def dovetail_routes() -> list[Provider[Callable[[AsyncEngine], APIRouter]]]:
+    return [PROVIDER]

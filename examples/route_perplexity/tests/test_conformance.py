@@ -1,0 +1,9 @@
+"""All that this plugin needs to test: it keeps the contract it declares."""
+
+from dovetail_route_perplexity import PROVIDER
+from dovetail_server_openai.testing import RoutesContract
+
+
+class TestPerplexity(RoutesContract):
+    provider = PROVIDER
+    requests = (("POST", "/v1/perplexity", {"text": "import os"}),)

@@ -1,0 +1,32 @@
+"""An example plugin: the shortest remaining sequence first, without starving the long ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from dovetail.hookspecs import hookimpl
+from dovetail.provider import Provider, SchedulerOptions
+
+if TYPE_CHECKING:
+    from dovetail_scheduler_srf.scheduler import ShortestRemainingFirst
+
+
+class SrfOptions(SchedulerOptions):
+    ageing: float = Field(1.0, gt=0, description="tokens by which a sequence counts as shorter for each step since it came")
+
+
+def build(context: Any, options: SrfOptions) -> ShortestRemainingFirst:
+    from dovetail_scheduler_srf.scheduler import ShortestRemainingFirst
+
+    return ShortestRemainingFirst(context.kv, options)
+
+
+# No capabilities: this scheduler promises no order, only what every scheduler does.
+PROVIDER = Provider("srf", "the shortest remaining sequence first, with ageing", build, SrfOptions, priority=10)
+
+
+@hookimpl
+def dovetail_schedulers() -> list[Provider[ShortestRemainingFirst]]:
+    return [PROVIDER]

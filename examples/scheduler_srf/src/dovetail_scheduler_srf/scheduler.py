@@ -1,0 +1,118 @@
+"""One idea: everyone is sorted by the tokens still to be computed, less an allowance for each step since arrival.
+
+The allowance grows without bound and the tokens do not, so in the end the oldest sequence is always the most urgent: it is
+admitted first and preempted last, and nobody starves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.sequence import Sequence
+from dovetail.types import StepPlan
+
+if TYPE_CHECKING:
+    from dovetail_scheduler_srf import SrfOptions
+
+
+class ShortestRemainingFirst:
+    """A `Scheduler`. Sequences that run go on running; a shorter newcomer takes the next free seat, not theirs."""
+
+    def __init__(self, kv: KVCacheManager, options: SrfOptions) -> None:
+        self.kv = kv
+        self.options = options
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._step_id = 0
+        self._arrived: dict[int, int] = {}
+        """By seq_id: the step before which it came."""
+        self._released: list[int] = []
+        self._preemption_due = False
+
+    def add(self, seq: Sequence) -> None:
+        self._arrived[seq.seq_id] = self._step_id
+        self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        (self.running if seq in self.running else self.waiting).remove(seq)
+        del self._arrived[seq.seq_id]
+        self._give_up_blocks(seq)
+
+    def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        if in_flight and self._preemption_due:
+            return None  # asked again when the pipeline is empty
+        self._preemption_due = False
+        self.waiting.sort(key=self._urgency)
+        self.running.sort(key=self._urgency)
+        plan = StepPlan(self._step_id, [], [], [], [], [])
+        budget = self.options.max_num_batched_tokens
+        is_short_of_blocks = False
+        for seq in self.running:  # preemption takes from the end of this list
+            if budget == 0 or is_short_of_blocks:
+                break
+            count = min(seq.num_to_compute, budget)
+            if count <= 0 or seq.finish_reason is not None:
+                continue
+            while not self._add_row(plan, seq, count):
+                is_short_of_blocks = True
+                if in_flight:
+                    self._preemption_due = True
+                    break
+                last = self.running[-1]
+                self._preempt(last)
+                if last is seq:
+                    break
+            else:
+                budget -= count
+        # Whoever was preempted must not come back in the step that took its blocks, unless nobody else can run.
+        if not is_short_of_blocks or not (plan.seq_ids or in_flight):
+            self._admit(plan, budget)
+        if not plan.seq_ids:
+            return None
+        plan.released, self._released = self._released, []
+        self._step_id += 1
+        return plan
+
+    def _urgency(self, seq: Sequence) -> float:
+        """The lower, the more urgent."""
+        return seq.max_len - seq.num_computed_tokens - self.options.ageing * (self._step_id - self._arrived[seq.seq_id])
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        for seq in list(self.waiting):
+            if budget == 0 or len(self.running) == self.options.max_num_seqs:
+                return
+            if seq.request.params.prompt_logprobs is None:  # those need the whole prompt computed
+                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
+            count = min(seq.num_to_compute, budget)
+            if not self._add_row(plan, seq, count):
+                self.kv.free(seq.seq_id)
+                seq.restart()
+                return
+            self.waiting.remove(seq)
+            self.running.append(seq)
+            budget -= count
+
+    def _add_row(self, plan: StepPlan, seq: Sequence, count: int) -> bool:
+        """Give the sequence blocks for its next `count` tokens, and a row. False, and nothing changed, if there are none."""
+        end = seq.num_computed_tokens + count
+        added = self.kv.grow(seq.seq_id, end)
+        if added is None:
+            return False
+        seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take its blocks. It is computed again later, with what it has said so far: its output does not change."""
+        self.running.remove(seq)
+        self._give_up_blocks(seq)
+        seq.restart()
+        self.waiting.append(seq)
+        self.num_preemptions += 1
+
+    def _give_up_blocks(self, seq: Sequence) -> None:
+        self.kv.free(seq.seq_id)
+        if seq.on_worker:
+            self._released.append(seq.seq_id)
+            seq.on_worker = False

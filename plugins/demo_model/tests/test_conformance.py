@@ -1,0 +1,10 @@
+"""The demo model keeps the contract of models."""
+
+from dovetail.testing.model import ModelContract
+from dovetail_demo_model import dovetail_models
+
+(PROVIDER,) = dovetail_models()
+
+
+class TestDemoModel(ModelContract):
+    provider = PROVIDER

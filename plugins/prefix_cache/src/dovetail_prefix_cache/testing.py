@@ -1,0 +1,90 @@
+"""The contract of the `eviction` socket, as tests. A plugin's test is a subclass:
+
+    class TestMyPolicy(EvictionContract):
+        provider = PROVIDER
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+from hypothesis import strategies as st
+
+from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.sockets import Socket
+from dovetail.testing.contract import Contract, common_causes
+from dovetail.testing.engines import EngineMachine, Parts, Setup
+from dovetail.testing.machines import Machine, beginning, operation
+from dovetail.testing.prefix_cache import new_scheduler
+from dovetail_prefix_cache import EVICTION
+from dovetail_prefix_cache.eviction import EvictionPolicy
+from dovetail_prefix_cache.index import HashIndex
+
+
+class EvictionContract(Contract):
+    """Subclass, set `provider`, and pytest does the rest."""
+
+    socket = "eviction"
+    added: ClassVar[tuple[Socket, ...]] = (EVICTION,)
+
+    def new(self, num_blocks: int) -> EvictionPolicy:
+        policy: EvictionPolicy = self.build()(num_blocks)
+        return policy
+
+    @common_causes("a block popped and kept", "remove that leaves an entry behind", "state left after clear")
+    def test_every_block_leaves_once(self) -> None:
+        """`pop` names blocks that were added and not removed since, each once; in the end all that were added have left."""
+        self.run_machine(partial(PolicyMachine, self), examples=150)
+
+    @common_causes("state shared between the policies of two groups, or of two engines")
+    def test_an_engine_whatever_happens(self) -> None:
+        """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone ends."""
+
+        def new_kv(setup: Setup) -> ReusingKVCache:
+            return ReusingKVCache(setup.groups, setup.num_blocks, HashIndex(setup.block_size, setup.num_blocks, self.build()))
+
+        self.run_machine(partial(EngineMachine, Parts(new_kv, new_scheduler)), examples=40)
+
+
+class PolicyMachine(Machine):
+    policy: EvictionPolicy
+
+    def __init__(self, contract: EvictionContract) -> None:
+        super().__init__()
+        self.contract = contract
+        self.here: set[int] = set()
+
+    @beginning(num_blocks=st.integers(2, 12))
+    def build(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.policy = self.contract.new(num_blocks)
+
+    @operation(block=st.integers(1, 11))
+    def add(self, block: int) -> None:
+        if block < self.num_blocks and block not in self.here:
+            self.policy.add(block)
+            self.here.add(block)
+
+    @operation(which=st.integers(0, 11))
+    def remove(self, which: int) -> None:
+        if self.here:
+            block = sorted(self.here)[which % len(self.here)]
+            self.policy.remove(block)
+            self.here.discard(block)
+
+    @operation()
+    def pop(self) -> None:
+        if self.here:
+            block = self.policy.pop()
+            assert block in self.here, f"{block} was popped, and here are {sorted(self.here)}"
+            self.here.discard(block)
+
+    @operation()
+    def clear(self) -> None:
+        self.policy.clear()
+        self.here.clear()
+
+    def end(self) -> None:
+        left = [self.policy.pop() for _ in range(len(self.here))]
+        assert sorted(left) == sorted(self.here), f"{left} were popped at the end, and here were {sorted(self.here)}"

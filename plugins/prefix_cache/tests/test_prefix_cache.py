@@ -1,0 +1,29 @@
+"""Both eviction policies under the hash index keep the contract of prefix caches."""
+
+from typing import ClassVar
+
+from dovetail.provider import Provider
+from dovetail.testing.prefix_cache import PrefixCacheContract
+from dovetail_prefix_cache import dovetail_eviction_policies, dovetail_prefix_caches
+from dovetail_prefix_cache.testing import EvictionContract
+
+(HASH,) = dovetail_prefix_caches()
+LRU, LFU = dovetail_eviction_policies()
+
+
+class TestHashLru(PrefixCacheContract):
+    provider = HASH
+    inner: ClassVar[dict[str, Provider]] = {"eviction": LRU}
+
+
+class TestHashLfu(PrefixCacheContract):
+    provider = HASH
+    inner: ClassVar[dict[str, Provider]] = {"eviction": LFU}
+
+
+class TestLru(EvictionContract):
+    provider = LRU
+
+
+class TestLfu(EvictionContract):
+    provider = LFU

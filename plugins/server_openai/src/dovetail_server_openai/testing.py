@@ -1,0 +1,157 @@
+"""The contract of the `routes` socket, as tests. A plugin's test is a subclass:
+
+    class TestMyRoutes(RoutesContract):
+        provider = PROVIDER
+        requests = (("POST", "/v1/mine", {"text": "hello"}),)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from fastapi import APIRouter, FastAPI
+from starlette.routing import Route
+
+from dovetail.config import EngineConfig
+from dovetail.serving import AsyncEngine
+from dovetail.sockets import Socket
+from dovetail.testing.contract import Contract, common_causes
+from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail_server_openai import ROUTES, ServerOptions
+from dovetail_server_openai.app import make_app
+
+COMPLETION = ("POST", "/v1/completions", {"model": "kit", "prompt": "abc", "max_tokens": 3, "seed": 1})
+OWN = ("/v1/models", "/health", "/metrics")
+BAD_BODIES: tuple[Any, ...] = ({}, [], "text", {"text": None}, {"": [1]})
+
+
+class RoutesContract(Contract):
+    """Subclass, set `provider`, and pytest does the rest. The engine is a real one, over the simulated worker."""
+
+    socket = "routes"
+    added: ClassVar[tuple[Socket, ...]] = (ROUTES,)
+    requests: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
+    """(method, path, JSON body or None) that must be answered with 2xx."""
+
+    def prepare(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="dovetail-"))
+
+    def teardown_method(self) -> None:
+        shutil.rmtree(self.folder)
+
+    @common_causes("a router built at once, in place of a function from the engine to one")
+    def test_a_router_is_made(self) -> None:
+        """What is built, called with an engine, returns a `fastapi.APIRouter` with at least one route."""
+
+        async def look(app: FastAPI, router: APIRouter) -> None:
+            assert router.routes, "the router has no routes"
+
+        self.with_app(look)
+
+    @common_causes("a path of the server's own", "a path parameter at the root that matches everything")
+    def test_the_servers_own_routes_stay(self) -> None:
+        """No route of the server is taken or hidden."""
+
+        async def compare(app: FastAPI, router: APIRouter) -> None:
+            for method, path, body in (COMPLETION, *(("GET", path, None) for path in OWN)):
+                status, answer = await call(app, method, path, body)
+                assert status == 200, f"{method} {path} answers {status} beside this router: {answer[:300]!r}"
+            status, _ = await call(app, "GET", "/no/such/route", None)
+            assert status in (404, 405), f"GET /no/such/route answers {status} beside this router"
+
+        self.with_app(compare)
+
+    @common_causes("an exception of the engine caught, and 200 answered")
+    def test_what_it_promises(self) -> None:
+        """The requests given with the test are answered with 2xx."""
+        if not self.requests:
+            pytest.skip("no requests were given")
+
+        async def ask(app: FastAPI, router: APIRouter) -> None:
+            for method, path, body in self.requests:
+                status, answer = await call(app, method, path, body)
+                assert 200 <= status < 300, f"{method} {path} with {body!r} answers {status}: {answer[:300]!r}"
+
+        self.with_app(ask)
+
+    @common_causes("a body read without checking its shape", "work done before the body is checked")
+    def test_bad_bodies_hurt_nobody(self) -> None:
+        """Whatever it is sent, it answers, and other requests get what they get without it."""
+
+        async def send(app: FastAPI, router: APIRouter) -> None:
+            before = await call(app, *COMPLETION)
+            for route in router.routes:
+                assert isinstance(route, Route)
+                for body in BAD_BODIES:
+                    status, _ = await call(app, next(iter(route.methods or {"GET"})), route.path, body)
+                    assert 100 < status < 600
+            assert _text(await call(app, *COMPLETION)) == _text(before), "another request's answer changed"
+
+        self.with_app(send)
+
+    def with_app(self, use: Callable[[FastAPI, APIRouter], Awaitable[None]]) -> None:
+        """Run `use` with the server's application, this router in it, and a running engine behind it."""
+        site = self.folder / "site"
+        install(site)
+        model = make_model(self.folder / "model")
+
+        async def run() -> None:
+            config = {"model": str(model), "served_model_name": "kit", "device": "cpu", **SIMULATED}
+            engine = AsyncEngine(EngineConfig.model_validate(config))
+            routers: list[APIRouter] = []
+
+            def made(engine: AsyncEngine) -> APIRouter:
+                routers.append(self.build()(engine))
+                return routers[0]
+
+            await engine.start()
+            try:
+                app = make_app(engine, ServerOptions.model_validate({}), {self.provider.name: made})
+                await use(app, routers[0])
+            finally:
+                await engine.close()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(site))
+            patch.setenv("PYTHONPATH", str(site), prepend=":")
+            try:
+                asyncio.run(run())
+            finally:
+                sys.path_importer_cache.pop(str(site), None)
+
+
+def _text(answer: tuple[int, bytes]) -> Any:
+    return answer[0], [choice["text"] for choice in json.loads(answer[1])["choices"]]
+
+
+async def call(app: FastAPI, method: str, path: str, body: Any) -> tuple[int, bytes]:
+    """One request to an ASGI application, without a socket: (status, body). An exception of the application is a 500."""
+    data = b"" if body is None else json.dumps(body).encode()
+    headers = [(b"host", b"kit"), (b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers, "client": ("kit", 1),
+        "server": ("kit", 80),
+    }  # fmt: skip
+    sent: list[dict[str, Any]] = []
+    given = [{"type": "http.request", "body": data, "more_body": False}]
+
+    async def receive() -> Any:
+        return given.pop() if given else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    try:
+        await app(scope, receive, send)
+    except Exception as e:
+        return 500, repr(e).encode()
+    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:])

@@ -1,0 +1,99 @@
+"""Paged attention in small methods, so that a sabotage overrides one of them. Itself it keeps the contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities
+from dovetail.provider import Options, Provider
+
+CAPABILITIES = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True)
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    batch: AttentionBatch
+    block_size: int
+    layers: list[Any]
+
+
+class PlainAttention:
+    contract = "0.1"
+
+    def allocate_cache(self, spec):
+        shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype)), torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+
+    def plan(self, batch, layers, block_size):
+        return PlainPlan(batch, block_size, layers)
+
+    def run(self, layer, q, k, v, cache, plan, out):
+        self.write(cache, plan, k, v)
+        for b in self.rows(plan):
+            start, end = plan.batch.host_query_start[b : b + 2]
+            out[start:end] = self.row(layer, q[start:end], cache, plan, b)
+
+    def rows(self, plan):
+        return range(plan.batch.num_seqs)
+
+    def write(self, cache, plan, k, v):
+        for own, new in zip(cache, (k, v), strict=True):
+            own.flatten(0, 1)[plan.batch.slot_mapping] = new.to(own.dtype)
+
+    def row(self, layer, q, cache, plan, b):
+        length = plan.batch.host_seq_lens[b]
+        query_at = torch.arange(length - len(q), length)
+        key_at = torch.arange(self.first_seen(layer, length - len(q)), length)
+        slots = self.slots(plan, b, key_at)
+        k, v = (self.spread(layer, c.flatten(0, 1)[slots]) for c in cache)  # [Hq, S, D]
+        logits = self.logits(layer, q.transpose(0, 1), k)
+        weights = self.softmax(layer, logits, self.seen(layer, query_at[:, None], key_at))
+        return self.combine(weights, v).transpose(0, 1).to(q.dtype)
+
+    def first_seen(self, layer, first_query):
+        return 0 if layer.window is None else max(0, first_query - layer.window + 1)
+
+    def slots(self, plan, b, positions):
+        size = plan.block_size
+        return plan.batch.block_table[b, positions // size].long() * size + positions % size
+
+    def spread(self, layer, x):
+        return x.float().repeat_interleave(layer.num_heads // layer.num_kv_heads, 1).transpose(0, 1)
+
+    def logits(self, layer, q, k):
+        return self.cap(layer, q.float() @ k.transpose(1, 2) * layer.scale)
+
+    def cap(self, layer, logits):
+        cap = layer.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def seen(self, layer, query_at, key_at):
+        return (key_at <= query_at) & (key_at > query_at - (layer.window or 10**9))
+
+    def softmax(self, layer, logits, seen):
+        logits = logits.masked_fill(~seen, float("-inf"))
+        if layer.sinks is not None:
+            logits = torch.cat([logits, self.sinks(layer)[:, None, None].expand(-1, logits.shape[1], 1)], -1)
+        weights = torch.softmax(logits, -1)
+        return weights if layer.sinks is None else weights[..., :-1]
+
+    def sinks(self, layer):
+        return layer.sinks
+
+    def combine(self, weights, v):
+        return weights @ v
+
+    def export_kv(self, cache, block_ids):
+        return cache[0][block_ids], cache[1][block_ids]
+
+    def import_kv(self, cache, block_ids, keys, values):
+        cache[0][block_ids], cache[1][block_ids] = keys, values
+
+
+def provider(backend=PlainAttention, **changes):
+    """A provider of a backend's class; `changes` are of the capabilities, or of the provider where it has such a field."""
+    own = {k: changes.pop(k) for k in ("why_not",) if k in changes}
+    return Provider("plain", "for tests", lambda c, o: backend(), Options, replace(CAPABILITIES, **changes), **own)

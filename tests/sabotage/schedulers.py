@@ -1,0 +1,163 @@
+"""Mistakes that schedulers make, over the core's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dovetail.builtins import dovetail_schedulers
+from dovetail.interfaces.scheduler import SchedulerCapabilities
+from dovetail.provider import SchedulerOptions
+from dovetail.scheduler import TokenBudgetScheduler, fcfs
+from sabotage import Sabotage
+
+SABOTAGES: list[Sabotage] = []
+FCFS = dovetail_schedulers()[0]
+ADDS_UP, SAME, STARVES, ORDER, TIGHT = (
+    "test_whatever_happens_everything_adds_up", "test_scheduling_changes_no_output",
+    "test_nobody_starves_while_others_keep_coming", "test_declared_order", "test_tight_memory_changes_no_output",
+)  # fmt: skip
+
+
+def sabotage(*caught_by, order=fcfs, can=None):
+    def note(cls):
+        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
+
+        def build(context, options):
+            limits = {k: getattr(options, k) for k in SchedulerOptions.model_fields}
+            return cls(context.kv, order, **limits)
+
+        provider = replace(FCFS, build=build, capabilities=can)
+        SABOTAGES.append(Sabotage(name, "scheduler", cls.__doc__, provider, caught_by))
+        return cls
+
+    return note
+
+
+@sabotage(ADDS_UP, SAME)
+class BudgetExceeded(TokenBudgetScheduler):
+    """A step has a token more than the budget."""
+
+    def schedule(self, *, in_flight):
+        self.max_num_batched_tokens += 1
+        try:
+            return super().schedule(in_flight=in_flight)
+        finally:
+            self.max_num_batched_tokens -= 1
+
+
+@sabotage(ADDS_UP)
+class SeatsExceeded(TokenBudgetScheduler):
+    """One sequence more than there are seats is admitted."""
+
+    def _admit(self, plan, budget):
+        self.max_num_seqs += 1
+        super()._admit(plan, budget)
+        self.max_num_seqs -= 1
+
+
+@sabotage(STARVES, order=lambda seq: (-seq.seq_id,))
+class LastComeFirst(TokenBudgetScheduler):
+    """The last one that came is first."""
+
+
+@sabotage(STARVES, order=lambda seq: (seq.max_len, seq.seq_id))
+class ShortestWithoutAgeing(TokenBudgetScheduler):
+    """The shortest is first, for ever: a long one waits as long as shorter ones come."""
+
+
+@sabotage(ADDS_UP)
+class LeaksOnAbort(TokenBudgetScheduler):
+    """The blocks of an aborted sequence are not freed."""
+
+    def remove(self, seq):
+        if seq.finish_reason == "abort":
+            (self.running if seq in self.running else self.waiting).remove(seq)
+            self._released += [seq.seq_id] * seq.on_worker
+        else:
+            super().remove(seq)
+
+
+@sabotage(ADDS_UP)
+class PreemptsInFlight(TokenBudgetScheduler):
+    """A sequence is preempted while a step that holds it is in flight."""
+
+    def schedule(self, *, in_flight):
+        return super().schedule(in_flight=False)
+
+
+@sabotage(ADDS_UP)
+class ForgetsThatItIsPreempted(TokenBudgetScheduler):
+    """A preempted sequence goes on where it was, though its blocks are gone."""
+
+    def _preempt(self, seq):
+        computed = seq.num_computed_tokens
+        super()._preempt(seq)
+        seq.num_computed_tokens = computed
+
+
+@sabotage(ADDS_UP)
+class TellsNoRelease(TokenBudgetScheduler):
+    """The worker is never told that a sequence has ended."""
+
+    def _evict(self, seq):
+        self.kv.free(seq.seq_id)
+        seq.num_slots = 0
+        seq.on_worker = False
+
+
+@sabotage(TIGHT, STARVES)
+class LosesThePreempted(TokenBudgetScheduler):
+    """A preempted sequence is put in no list."""
+
+    def _preempt(self, seq):
+        super()._preempt(seq)
+        self.waiting.remove(seq)
+
+
+@sabotage(ADDS_UP, SAME)
+class SamplesTooEarly(TokenBudgetScheduler):
+    """Every row samples, also a chunk that does not reach its sequence's end."""
+
+    def _add_row(self, plan, seq, count, added):
+        super()._add_row(plan, seq, count, added)
+        if not plan.samples[-1] and seq.num_tokens < seq.max_len:
+            plan.samples[-1] = True
+            seq.num_in_flight += 1
+
+
+@sabotage(ADDS_UP)
+class RepeatsAToken(TokenBudgetScheduler):
+    """The last computed token of a chunk is computed again by the next."""
+
+    def _add_row(self, plan, seq, count, added):
+        super()._add_row(plan, seq, count, added)
+        if not plan.samples[-1] and seq.num_computed_tokens > 1:
+            seq.num_computed_tokens -= 1
+
+
+@sabotage(ORDER, order=lambda seq: (-seq.request.priority, seq.seq_id), can=SchedulerCapabilities("priority"))
+class PriorityReversed(TokenBudgetScheduler):
+    """Priority is declared, and higher numbers run first."""
+
+
+@sabotage(ORDER, order=lambda seq: (len(seq.tokens) % 2, -seq.seq_id), can=SchedulerCapabilities("arrival"))
+class OrderThatLies(TokenBudgetScheduler):
+    """Order of arrival is declared, and the last one runs first."""
+
+
+@sabotage("test_a_failed_step_is_forgotten", ADDS_UP)
+class KeepsTheEnded(TokenBudgetScheduler):
+    """A sequence that has ended stays in the list of those that run."""
+
+    def remove(self, seq):
+        running = list(self.running)
+        super().remove(seq)
+        self.running = running
+
+
+@sabotage("test_declaration")
+class ForeignCapabilities(TokenBudgetScheduler):
+    """The capabilities are another socket's."""
+
+
+SABOTAGES[-1] = replace(SABOTAGES[-1], provider=replace(SABOTAGES[-1].provider, capabilities=("arrival",)))

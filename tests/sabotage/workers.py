@@ -1,0 +1,270 @@
+"""Mistakes that workers make, over torch's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import msgspec
+import torch
+
+from dovetail.errors import CheckpointError
+from dovetail.types import StepResult
+from dovetail_worker_torch import dovetail_workers
+from dovetail_worker_torch.drawing import TorchDrawing
+from dovetail_worker_torch.worker import TorchWorker
+from sabotage import Sabotage
+
+SABOTAGES: list[Sabotage] = []
+(TORCH,) = dovetail_workers()
+GREEDY, BATCH, SEEDS, PREEMPTED, PARAMETERS = (
+    "test_greedy_is_the_references", "test_a_batch_is_each_alone", "test_seeds", "test_preemption_changes_nothing",
+    "test_sampling_parameters",
+)  # fmt: skip
+
+
+def sabotage(*caught_by, **changes):
+    def note(cls):
+        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
+        provider = replace(TORCH, build=cls, **changes)
+        SABOTAGES.append(Sabotage(name, "worker", cls.__doc__, provider, caught_by, {"execution": "plain"}))
+        return cls
+
+    return note
+
+
+class Meddling(TorchWorker):
+    """Gets hold of a plan's starts on the way in, and of a result on the way out. `lives` once it is warmed up."""
+
+    lives = False
+
+    def warm_up(self, progress):
+        super().warm_up(progress)
+        self.lives = True
+
+    def submit(self, plan):
+        if not self.lives:
+            return super().submit(plan)
+        starts = [self.start(s, plan) for s in plan.starts]
+        return super().submit(msgspec.structs.replace(plan, starts=starts))
+
+    def start(self, start, plan):
+        return start
+
+    def sample(self, handle, masks=None):
+        result = super().sample(handle, masks)
+        return self.result(result) if self.lives else result
+
+    def result(self, result):
+        return result
+
+
+def changed(start, **changes):
+    return msgspec.structs.replace(start, **changes)
+
+
+def with_params(start, **changes):
+    return changed(start, params=msgspec.structs.replace(start.params, **changes))
+
+
+@sabotage(BATCH)
+class NeighboursNoise(Meddling):
+    """A row's noise is keyed by its place in the batch."""
+
+    def start(self, start, plan):
+        return changed(start, seed=start.seed + plan.seq_ids.index(start.seq_id))
+
+
+@sabotage(SEEDS)
+class SampleIndexIgnored(Meddling):
+    """The samples of a request share their noise."""
+
+    def start(self, start, plan):
+        return changed(start, sample_index=0)
+
+
+@sabotage(SEEDS)
+class SeedIgnored(Meddling):
+    """Noise is keyed by the request, not by its seed."""
+
+    def start(self, start, plan):
+        return changed(start, seed=start.seq_id)
+
+
+class Biased(TorchDrawing):
+    """Adds to the likeliest token's logit what moves a probability of 0.50 to 0.51."""
+
+    def perturb_(self, logits, keys):
+        logits[torch.arange(len(logits)), logits.argmax(-1)] += 0.04001
+        super().perturb_(logits, keys)
+
+
+@sabotage("test_draws_follow_the_distribution")
+class BiasedByOnePercent(Meddling):
+    """The likeliest token, of probability 1/2, is drawn a percentage point too often."""
+
+    def warm_up(self, progress):
+        super().warm_up(progress)
+        self._runner._drawing = Biased()
+
+
+@sabotage(PREEMPTED)
+class StaleAfterPreemption(Meddling):
+    """Of a sequence that starts again, the last token is the one that it had when it began."""
+
+    def start(self, start, plan):
+        output = start.token_ids[start.num_prompt_tokens :]
+        return changed(start, token_ids=[*start.token_ids[:-1], output[0]]) if output else start
+
+
+@sabotage(PREEMPTED)
+class OutputTakenForPrompt(Meddling):
+    """A sequence that starts again draws with the noise of its first positions."""
+
+    def start(self, start, plan):
+        return changed(start, seed=start.seed + len(start.token_ids) - start.num_prompt_tokens)
+
+
+@sabotage("test_a_bad_step_is_an_error_and_no_more")
+class ExceptionSwallowed(Meddling):
+    """A step that raises is answered with token 0."""
+
+    def submit(self, plan):
+        try:
+            return super().submit(plan)
+        except Exception:
+            return StepResult(plan.step_id, [[0] if samples else [] for samples in plan.samples])
+
+
+@sabotage("test_nan_is_no_token")
+class NanIsAToken(Meddling):
+    """A row whose logits are NaN is answered with token 0."""
+
+    def result(self, result):
+        return msgspec.structs.replace(result, token_ids=[ids or [0] for ids in result.token_ids], failed={})
+
+
+@sabotage("test_chunks_are_the_whole")
+class ChunksBeginAtZero(Meddling):
+    """The positions of every chunk begin at 0."""
+
+    def warm_up(self, progress):
+        super().warm_up(progress)
+        forward, model = self._runner.model.forward, self._runner.model
+
+        def from_zero(token_ids, positions, attention):
+            one_chunk = len(positions) > 1 and bool((positions.diff() == 1).all())
+            return forward(token_ids, positions - positions[0] if one_chunk else positions, attention)
+
+        model.forward = from_zero
+
+
+@sabotage(PARAMETERS)
+class TopKIgnored(Meddling):
+    """top_k is not looked at."""
+
+    def start(self, start, plan):
+        return with_params(start, top_k=0)
+
+
+@sabotage(PARAMETERS)
+class MinTokensIgnored(Meddling):
+    """A sequence may end before min_tokens."""
+
+    def start(self, start, plan):
+        return with_params(start, min_tokens=0)
+
+
+@sabotage(PARAMETERS)
+class MaskIgnored(Meddling):
+    """Masks are not applied."""
+
+    def sample(self, handle, masks=None):
+        return super().sample(handle)
+
+
+@sabotage("test_logprobs_are_the_references")
+class LogprobsAfterTemperature(Meddling):
+    """Log-probabilities are those of the distribution that was drawn from."""
+
+    def result(self, result):
+        for entry in (e for row in result.logprobs for e in row):
+            entry.logprobs = [x / 0.7 for x in entry.logprobs]
+        return result
+
+
+@sabotage("test_logprobs_are_the_references")
+class RankFromZero(Meddling):
+    """The likeliest token has rank 0."""
+
+    def result(self, result):
+        for entry in (e for rows in (result.logprobs, result.prompt_logprobs) for row in rows for e in row):
+            entry.rank -= 1
+        return result
+
+
+@sabotage(GREEDY)
+class SecondBest(Meddling):
+    """Greedy rows are drawn at a low temperature."""
+
+    def start(self, start, plan):
+        return with_params(start, temperature=1.0) if start.params.greedy else start
+
+
+@sabotage("test_steps_in_flight")
+class InputFromThePlan(Meddling):
+    """In flight the next input is token 0, for the plan does not say what it will be."""
+
+    in_flight = 0
+
+    def submit(self, plan):
+        self.in_flight += 1
+        if self.lives and self.in_flight > 1 and not plan.starts and self._thread is not None:
+            table = self._runner.table
+            inputs = table.inputs
+
+            def unknown(plan):
+                table.inputs = inputs
+                found = inputs(plan)
+                found.token_ids[:] = 0
+                return found
+
+            table.inputs = unknown
+        return super().submit(plan)
+
+    def sample(self, handle, masks=None):
+        self.in_flight -= 1
+        return super().sample(handle, masks)
+
+
+@sabotage("test_a_damaged_checkpoint_is_named")
+class CheckpointErrorWrapped(Meddling):
+    """What is wrong with a checkpoint is told as an error of another kind, without its name."""
+
+    def load(self, progress):
+        try:
+            super().load(progress)
+        except CheckpointError:
+            raise RuntimeError("loading failed") from None
+
+
+@sabotage("test_life")
+class HalfTheBytes(Meddling):
+    """A block's bytes are counted for the keys alone."""
+
+    def kv_groups(self):
+        return [msgspec.structs.replace(g, bytes_per_block=g.bytes_per_block // 2) for g in super().kv_groups()]
+
+
+def settle_by_time(context, options):
+    """Decides an option by what differs from call to call."""
+    settled, remarks = TORCH.settle(context, options)
+    return settled.model_copy(update={"num_threads": 1 + len(remarks_so_far)}), remarks_so_far.append(os.getpid()) or remarks
+
+
+remarks_so_far: list[int] = []
+
+
+@sabotage("test_the_plan_travels", settle=settle_by_time)
+class PlanOfTheMoment(Meddling):
+    """An option is decided by the process that happens to ask."""

@@ -1,0 +1,58 @@
+"""Run every sabotage through its whole contract and write docs/sabotage.md.  Usage: python tests/sabotage_table.py"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from sabotage import all_sabotages
+
+from dovetail.testing.running import run_contracts
+
+SEED = 20_260_101
+HEAD = """<!-- Written by tests/sabotage_table.py: do not edit. -->
+# What the conformance kit catches
+
+Plugins that are wrong on purpose (`tests/sabotage/`), one mistake each, run through the whole contract of their socket with
+seed {seed}. In bold: the checks that are there for the mistake. `make test` runs the first of these for every sabotage;
+`make soak` all of them with fresh seeds, and each contract on correct plugins over 50 seeds.
+
+{counts}
+
+| socket | sabotage | what is wrong | caught by |
+|---|---|---|---|
+"""
+
+
+def main() -> int:
+    rows, missed, per_socket = [], [], dict[str, int]()
+    for s in all_sabotages():
+        results = run_contracts({s.name: s.contract(SEED)})
+        failed = list(dict.fromkeys(r.check for r in results if r.outcome == "failed"))
+        if not set(s.caught_by) <= set(failed):
+            missed.append(s.name)
+        others = [c for c in failed if c not in s.caught_by]
+        caught = ", ".join([*(f"**{words(c)}**" for c in s.caught_by if c in failed), *shortened(map(words, others))])
+        rows.append(f"| {s.socket} | {s.name} | {' '.join(s.wrong.split())} | {caught or 'MISSED'} |")
+        per_socket[s.socket] = per_socket.get(s.socket, 0) + 1
+        print(rows[-1], flush=True)
+    counts = f"{len(rows)} sabotages: " + ", ".join(f"{n} of {socket}" for socket, n in per_socket.items())
+    counts += f". Caught: {len(rows) - len(missed)}."
+    page = Path(__file__).parents[1] / "docs/sabotage.md"
+    page.write_text(HEAD.format(seed=SEED, counts=counts) + "\n".join(rows) + "\n")
+    print(f"missed: {missed}" if missed else "all caught")
+    return 1 if missed else 0
+
+
+def words(check: str) -> str:
+    return check.removeprefix("test_").replace("_", " ")
+
+
+def shortened(names: Iterable[str], most: int = 4) -> list[str]:
+    listed = list(names)
+    return listed if len(listed) <= most else [*listed[:most], f"{len(listed) - most} more"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
