@@ -6,6 +6,7 @@ of it. They look at a step as a whole (sums and counts, not rows one by one), be
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -53,7 +54,12 @@ class CheckedScheduler:
         return getattr(self._inner, name)
 
     def add(self, seq: Sequence) -> None:
-        self._inner.add(seq)
+        try:
+            self._inner.add(seq)
+        except Exception:
+            with contextlib.suppress(Exception):  # it may hold it or not
+                self._inner.remove(seq)
+            raise
         self._sequences[seq.seq_id] = seq
 
     def remove(self, seq: Sequence) -> None:
@@ -143,6 +149,8 @@ class CheckedWorker:
         plan, inner = handle
         result = self._inner.sample(inner, masks) if masks is not None else self._inner.sample(inner)
         try:
+            if self._is_plain(plan, result):
+                return result
             problem = self._problem(plan, result)
         except Exception as e:
             problem = f"something that is no StepResult ({type(e).__name__}: {e})"
@@ -150,18 +158,28 @@ class CheckedWorker:
             raise PluginError(f"the worker returned {problem}", provider=self._name)
         return result
 
+    def _is_plain(self, plan: StepPlan, result: StepResult) -> bool:
+        """A token a row and nothing else: what most steps bring."""
+        if False in plan.samples or result.failed or plan.draft_token_ids or result.logprobs or result.prompt_logprobs:
+            return False
+        try:
+            drawn = [token for (token,) in result.token_ids]
+        except ValueError:
+            return False
+        return len(drawn) == len(plan.seq_ids) and self._are_tokens(drawn)
+
+    def _are_tokens(self, drawn: list[int]) -> bool:
+        return type(sum(drawn)) is int and min(drawn) >= 0 and max(drawn) < self._vocab_size
+
     def _problem(self, plan: StepPlan, result: StepResult) -> str:
         rows = result.token_ids
-        if len(rows) == len(plan.seq_ids) and False not in plan.samples and not (result.failed or plan.draft_token_ids):
-            drawn = [token for (token,) in rows]
-        else:
-            drafts = plan.draft_token_ids or [[]] * len(rows)
-            for seq_id, row, samples, draft in zip(plan.seq_ids, rows, plan.samples, drafts, strict=True):
-                expected = 0 if not samples or seq_id in result.failed else 1
-                if not expected <= len(row) <= (samples and 1 + len(draft)):
-                    return f"{len(row)} tokens for a row that is to have {int(expected)}"
-            drawn = [token for row in rows for token in row]
-        if drawn and not (type(sum(drawn)) is int and min(drawn) >= 0 and max(drawn) < self._vocab_size):
+        drafts = plan.draft_token_ids or [[]] * len(rows)
+        for seq_id, row, samples, draft in zip(plan.seq_ids, rows, plan.samples, drafts, strict=True):
+            expected = 0 if not samples or seq_id in result.failed else 1
+            if not expected <= len(row) <= (samples and 1 + len(draft)):
+                return f"{len(row)} tokens for a row that is to have {expected}"
+        drawn = [token for row in rows for token in row]
+        if drawn and not self._are_tokens(drawn):
             return f"tokens that are not whole numbers from 0 to {self._vocab_size - 1}"
         for name in ("logprobs", "prompt_logprobs"):
             if len(getattr(result, name)) not in (0, len(rows)):
