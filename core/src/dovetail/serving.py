@@ -309,7 +309,7 @@ class AsyncEngine:
     def _dispatch(self, message: Any) -> None:
         match message:
             case wire.News():
-                self.stats = message.stats
+                self.stats, self._slow = message.stats, SLOW
                 for output in message.outputs:
                     live = self._live.get(output.request_id)
                     if live is not None:
