@@ -226,7 +226,9 @@ class PlainScheme:
         return tensors["weight"]
 
     def quantize(self, layer: Any, weight: Any) -> Any:
-        return {"weight": weight}
+        import torch
+
+        return {"weight": weight.to(getattr(torch, layer.dtype))}
 
 
 class ChaoticScheme(PlainScheme):
