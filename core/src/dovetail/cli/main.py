@@ -1,4 +1,4 @@
-"""`dovetail plugins | explain | conform | serve | generate | chat | bench`. Each command imports what it needs when it runs."""
+"""The `dovetail` command. Each subcommand imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the provider")
     conform.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, each with other random inputs (default 1)")
     conform.add_argument("-k", dest="keyword", metavar="EXPR", help="only checks whose names match, as in pytest")
+
+    lock = command("lock", _lock, "write down all that decides what an engine computes, for --locked")
+    lock.add_argument("config_file", nargs="?", metavar="CONFIG", help="a composition file (YAML or TOML)")
+    lock.add_argument("-o", "--out", metavar="FILE", help="default: CONFIG with the suffix .lock, or dovetail.lock")
+    lock.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
+    _engine_flags(lock, with_config=False)
 
     serve = command("serve", _serve, "serve a model over the OpenAI API")
     serve.add_argument("model", nargs="?", help="a plugin's model name, a local folder, or a hub id")
@@ -117,6 +123,9 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--architecture", "architecture.use", str, "architecture provider"),
     ("--worker", "worker.use", str, "worker provider"),
     ("--attention", "attention.default.use", str, "attention provider"),
+    ("--prefix-cache", "prefix_cache.use", str, "prefix-cache provider; none: without"),
+    ("--speculation", "speculation.use", str, "drafter provider; none: without"),
+    ("--num-draft-tokens", "speculation.num_draft_tokens", int, "most tokens drafted for a sequence in a step"),
     ("--scheduler", "scheduler.use", str, "scheduler provider"),
     ("--max-num-seqs", "scheduler.max_num_seqs", int, "sequences that run at a time"),
     ("--max-num-batched-tokens", "scheduler.max_num_batched_tokens", int, "tokens in a step"),
@@ -128,15 +137,31 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
 )
 
 
+class _PrefixCaching(argparse.BooleanOptionalAction):
+    """vLLM's flag, for the socket: any prefix cache, or none."""
+
+    def __init__(self, option_strings: list[str], dest: str, nargs: int = 0, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        wanted = option_string is not None and not option_string.startswith("--no-")
+        setattr(namespace, self.dest, "auto" if wanted else "none")
+
+
 def _engine_flags(parser: argparse.ArgumentParser, *, with_config: bool = True) -> None:
     group = parser.add_argument_group("engine")
     if with_config:
         group.add_argument("--config", dest="config_file", metavar="FILE", help="a composition file (YAML or TOML)")
+        group.add_argument("--locked", metavar="LOCK", help="refuse to run what differs from this lock; see `dovetail lock`")
     for flag, key, kind, help in _FLAGS:
         group.add_argument(flag, dest=f"engine:{key}", type=kind, help=help)
     group.add_argument(
         "--overlap", dest="engine:overlap", action=argparse.BooleanOptionalAction, help="schedule a step while one runs"
     )
+    group.add_argument(
+        "--enable-prefix-caching", dest="engine:prefix_cache.use", action=_PrefixCaching, nargs=0,
+        help="--no-enable-prefix-caching: without (--prefix-cache none)",
+    )  # fmt: skip
     group.add_argument("--trust-remote-code", dest="engine:trust_remote_code", action="store_true", default=None)
     group.add_argument("--tensor-parallel-size", type=int, default=1, help="only 1 so far")
 
@@ -191,9 +216,24 @@ def _conform(args: argparse.Namespace) -> int:
     )
 
 
+def _lock(args: argparse.Namespace) -> int:
+    from dovetail.cli.lock import lock
+
+    return lock(args.config_file, _config_values(args), args.out)
+
+
+def _check_lock(args: argparse.Namespace) -> None:
+    if args.locked is not None:
+        from dovetail.cli.lock import check
+        from dovetail.config import load_config
+
+        check(load_config(args.config_file, **_config_values(args)), args.locked)
+
+
 def _serve(args: argparse.Namespace) -> int:
     from dovetail.cli.run import serve
 
+    _check_lock(args)
     return serve(args.config_file, _config_values(args), args.host, args.port)
 
 
@@ -208,18 +248,21 @@ def _sampling(args: argparse.Namespace) -> Any:
 def _generate(args: argparse.Namespace) -> int:
     from dovetail.cli.run import generate
 
+    _check_lock(args)
     return generate(args.config_file, _config_values(args), args.prompt, _sampling(args))
 
 
 def _chat(args: argparse.Namespace) -> int:
     from dovetail.cli.run import chat
 
+    _check_lock(args)
     return chat(args.config_file, _config_values(args), args.system, _sampling(args))
 
 
 def _bench(args: argparse.Namespace) -> int:
     from dovetail.cli.run import bench
 
+    _check_lock(args)
     return bench(args.kind, args, args.config_file, _config_values(args))
 
 

@@ -1,0 +1,52 @@
+from __future__ import annotations
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from dovetail.attestation import Attestation
+from dovetail.config import EngineConfig
+from dovetail.contracts import adapted
+from dovetail.engine import Engine, OverlappedEngine
+from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
+from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.drafter import Drafter
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.interfaces.server import Server
+from dovetail.interfaces.worker import Progress, Worker
+from dovetail.kv_cache import blocks_per_sequence, size_groups
+from dovetail.plan import Plan
+from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.plugins.selection import find
+from dovetail.speculation import Speculation
+from dovetail.types import KVGroup
+
+@dataclass(frozen=True)
+class BuildContext:
+    plan: Plan
+    registry: Registry
+    device: DeviceFacts
+    model: ModelFacts
+    prefix_cache: PrefixCache | None = None
+    kv: KVCacheManager | None = None
+    kv_groups: tuple[KVGroup, ...] = ()
+    num_blocks: tuple[int, ...] = ()
+    attestation: Attestation = field(default_factory=Attestation)
+
+    def option(self, key: str, name: str) -> Any:
+        ...
+
+    def capabilities(self, key: str) -> Any:
+        ...
+
+    def build(self, key: str, options: Mapping[str, Any] | None=None) -> Any:
+        ...
+
+    def build_all(self, socket: str) -> dict[str, Any]:
+        ...
+
+def build_engine(plan: Plan, progress: Progress, registry: Registry | None=None, attestation: Attestation | None=None) -> Engine:
+    ...
+
+def build_server(config: EngineConfig, plan: Plan, registry: Registry | None=None) -> Server:
+    ...

@@ -1,0 +1,65 @@
+from __future__ import annotations
+import functools
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from dovetail.errors import CheckpointError
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    system: str
+    machine: str
+    num_cores: int
+    memory_bytes: int
+    cpu_flags: frozenset[str]
+    num_gpus: int
+    compiler: str | None
+
+    @property
+    def devices(self) -> list[str]:
+        ...
+
+@functools.cache
+def device_facts() -> DeviceFacts:
+    ...
+
+@dataclass(frozen=True)
+class LayerKind:
+    kind: str
+    window: int | None
+
+@dataclass(frozen=True)
+class ModelFacts:
+    folder: Path
+    architecture: str
+    model_type: str
+    dtype: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    layer_kinds: tuple[LayerKind, ...]
+    logit_soft_cap: float | None
+    eos_token_ids: tuple[int, ...]
+    has_sinks: bool
+    quantization_config: dict[str, Any] | None = None
+
+    @property
+    def quantization_method(self) -> str:
+        ...
+
+def model_facts(folder: Path) -> ModelFacts:
+    ...
+
+def window_of_layers(config: dict[str, Any]) -> list[int | None]:
+    ...
+
+def read_json(path: Path) -> dict[str, Any]:
+    ...

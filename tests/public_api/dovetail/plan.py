@@ -1,0 +1,60 @@
+from __future__ import annotations
+import hashlib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+import msgspec
+from dovetail.interfaces.quantization import LinearLayer
+from dovetail.provider import Reason
+
+class Rejected(msgspec.Struct, frozen=True):
+    provider: str
+    distribution: str
+    reasons: list[Reason]
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    socket: str
+    requested: str
+    provider: str
+    distribution: str
+    version: str
+    contract: str
+    options: dict[str, Any]
+    match: str = ''
+    remarks: list[str] = []
+    rejected: list[Rejected] = []
+
+    @property
+    def is_empty(self) -> bool:
+        ...
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    served_model_name: str
+    folder: str
+    device: str
+    dtype: str
+    max_model_len: int
+    layer_kinds: list[str]
+    choices: dict[str, Choice]
+    overlap: bool
+    max_num_waiting: int
+    trust_remote_code: bool
+    architecture: str
+
+    @property
+    def fingerprint(self) -> str:
+        ...
+
+    def quantization_of(self, layer: LinearLayer) -> str:
+        ...
+
+    def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:
+        ...
+
+    def encode(self) -> bytes:
+        ...
+
+    @staticmethod
+    def decode(data: bytes) -> Plan:
+        ...

@@ -1,0 +1,69 @@
+from __future__ import annotations
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from dovetail.facts import DeviceFacts, ModelFacts
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+T = TypeVar('T')
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra='forbid')
+
+class KVCacheOptions(Options):
+    block_size: int | Literal['auto'] = Field('auto', description="tokens in a block, 1 to 256; auto is attention's: mostly 16")
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description="auto is the model's")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description='share of the free memory that the engine may take')
+    memory_gb: float | None = Field(None, gt=0, description='GiB for the cache, instead of a share of the memory')
+
+class SchedulerOptions(Options):
+    max_num_seqs: int = Field(256, ge=1, description='sequences that run at a time')
+    max_num_batched_tokens: int = Field(2048, ge=1, description='tokens in a step')
+
+class DrafterOptions(Options):
+    num_draft_tokens: int = Field(4, ge=1, le=32, description='most tokens proposed for a sequence in a step')
+
+@dataclass(frozen=True)
+class Reason:
+    text: str
+    hint: str = ''
+    code: str = 'unusable'
+REASONS = {'unusable': 'its own `why_not` says so', 'undeclared': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another socket, or another socket's choice needs another one here", 'conflicts': 'it does not go with what another socket takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed'}
+
+@dataclass(frozen=True)
+class Relation:
+    socket: str
+    providers: tuple[str, ...]
+    because: str
+
+    def meets(self, socket: str, *names: str) -> bool:
+        ...
+
+@dataclass(frozen=True)
+class Context:
+    device: DeviceFacts
+    model: ModelFacts | None
+    device_name: str
+    dtype: str
+    needs: dict[str, Any] = field(default_factory=dict)
+
+def no_reasons(context: Context) -> list[Reason]:
+    ...
+
+def as_given(context: Context, options: Options) -> tuple[Options, list[str]]:
+    ...
+
+@dataclass(frozen=True)
+class Provider(Generic[T]):
+    name: str
+    summary: str
+    build: Callable[[BuildContext, Any], T]
+    options: type[Options] = Options
+    capabilities: Any = None
+    why_not: Callable[[Context], list[Reason]] = no_reasons
+    settle: Callable[[Context, Any], tuple[Options, list[str]]] = as_given
+    priority: int = 0
+    requires: tuple[Relation, ...] = ()
+    conflicts: tuple[Relation, ...] = ()
+    untested_with: tuple[Relation, ...] = ()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+from functools import partial
+from typing import Any
+from hypothesis import strategies as st
+from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
+from dovetail.provider import DrafterOptions
+from dovetail.sequence import Sequence
+from dovetail.testing.contract import Contract, common_causes
+from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, requests_of, run, setups, workloads
+from dovetail.testing.machines import Machine, beginning, operation
+from dovetail.testing.prefix_cache import new_paged, new_scheduler
+from dovetail.types import Request, SamplingParams
+
+class DrafterContract(Contract):
+    socket = 'speculation'
+
+    @property
+    def parts(self) -> Parts:
+        ...
+
+    def new(self) -> Drafter:
+        ...
+
+    @common_causes('the options do not extend DrafterOptions', 'capabilities of another socket, or none')
+    def test_declaration(self) -> None:
+        ...
+
+    @common_causes('more tokens than were asked for', 'a token that does not exist', '`seq.tokens` appended to, or kept and changed', 'an index keyed by anything but seq_id', 'state of an ended sequence that meets another of the same seq_id', 'an index that is not continued where it ended')
+    def test_proposals(self) -> None:
+        ...
+
+    @common_causes('it raises for short sequences', 'it returns something other than a list of ints')
+    def test_drafting_changes_no_output(self) -> None:
+        ...
+
+    @common_causes('forget raises for a sequence that was never asked about', 'propose raises after a preemption')
+    def test_an_engine_whatever_happens(self) -> None:
+        ...
+
+class ProposalsMachine(Machine):
+    drafter: Drafter
+
+    def __init__(self, contract: DrafterContract) -> None:
+        ...
+
+    @beginning()
+    def build(self) -> None:
+        ...
+
+    @operation(seq_id=st.integers(0, 4), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30))
+    def start(self, seq_id: int, prompt: list[int]) -> None:
+        ...
+
+    @operation(which=st.integers(0, 9), accepted=st.integers(0, 8), token=st.integers(0, 63), room=st.integers(1, 8))
+    def step(self, which: int, accepted: int, token: int, room: int) -> None:
+        ...
+
+    @operation(seq_id=st.integers(0, 9))
+    def forget(self, seq_id: int) -> None:
+        ...
