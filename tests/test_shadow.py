@@ -166,9 +166,16 @@ def test_the_report_reaches_the_front_end_and_the_metrics() -> None:
     run(test())
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 1.0])
+def test_the_share_of_steps_is_what_was_asked_for(answers: Answers, share: float) -> None:
+    _, report = answers({"attention": "torch-reference", "share": share})
+    assert report is not None
+    assert report.num_sampled_steps == int(report.num_steps * share + 1e-9)
+
+
 def test_what_is_said_at_the_end() -> None:
     key = "shadow.attention.full"
     layers = [ShadowLayer(key, f"layer {i}", 3, error, error, 2.0, 1.0) for i, error in enumerate((0.1, 0.3))]
     report = ShadowReport(0.5, 6, 3, layers)
     differs = "differs by up to 0.3 (0.3 relative), at layer 1"
-    assert report.lines({key: "d:fast"}) == [f"{key} (d:fast): 3 of 6 steps compared; {differs}; 2.00 × the speed"]
+    assert report.lines({key: "d:fast"}) == [f"{key} (d:fast): 3 of 6 steps compared; {differs}; 2 × the speed"]

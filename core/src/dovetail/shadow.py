@@ -55,7 +55,7 @@ class ShadowReport(msgspec.Struct):
                 trusted, candidate = sum(of.trusted_seconds for of in layers), sum(of.candidate_seconds for of in layers)
                 errors = f"{worst.max_abs_error:.3g} ({worst.max_rel_error:.3g} relative)"
                 said.append(f"differs by up to {errors}, at {worst.layer}")
-                said.append(f"{trusted / candidate:.2f} × the speed" if candidate else "no time measured")
+                said.append(f"{trusted / candidate:.3g} × the speed" if candidate else "no time measured")
             if self.extra_bytes and "quantization" in key:
                 said.append(f"{self.extra_bytes / 2**20:.1f} MiB of weights held for it")
             if key in self.failed:

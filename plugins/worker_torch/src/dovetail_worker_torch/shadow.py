@@ -34,16 +34,15 @@ class Shadow:
         self.active = False
         """This step is sampled."""
         self._names, self._device = names, device
-        self._due = 0.0
         self._layers: dict[tuple[str, str], ShadowLayer] = {}
 
     def begin_step(self) -> None:
         """Steps are sampled evenly: one in ten, for a share of 0.1."""
-        self._due += self.report.share
-        self.active = self._due >= 1
-        self._due -= self.active
-        self.report.num_steps += 1
-        self.report.num_sampled_steps += self.active
+        report = self.report
+        report.num_steps += 1
+        # Not added up step by step: ten times 0.1 is less than 1.
+        self.active = int(report.num_steps * report.share + 1e-9) > report.num_sampled_steps
+        report.num_sampled_steps += self.active
 
     def runs(self, key: str) -> bool:
         return self.active and key not in self.report.failed
