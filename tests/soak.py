@@ -32,6 +32,10 @@ RUNS = {
         "every family of the bridge's tests through torch.compile, against transformers",
         ["plugins/worker_torch/tests/test_models.py", "-k", "torch_compile"], {"DOVETAIL_SOAK": 1},
     ),
+    "chaos": (
+        "every socket × every fault, with processes that hang and crash for each",
+        ["tests/test_chaos.py"], {"DOVETAIL_SOAK": 1},
+    ),
     "the conformance kit": (
         "86 sabotaged plugins over 5 seeds, each caught by every check that is there for it; correct plugins over 50 seeds",
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
