@@ -140,7 +140,7 @@ class Runner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """f32[R, V]: what comes after relies on it, some of it in C++."""
-        logits = self.model.logits(hidden)
+        logits: Tensor = self.model.logits(hidden)
         if logits.shape != (len(hidden), self.model.vocab_size) or logits.dtype != torch.float32:
             self._refuse(f"logits of {len(hidden)} rows are {[*logits.shape]} {logits.dtype}, not f32[R, V]")
         return logits

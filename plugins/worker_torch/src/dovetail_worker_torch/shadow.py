@@ -56,7 +56,7 @@ class Shadow:
             log.error("%s (%s) failed and is switched off: %s", key, self._names[key], self.report.failed[key])
             return None
 
-    def timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+    def timed(self, work: Callable[[], Tensor]) -> tuple[Tensor, float]:
         """What it returns, and seconds."""
         self._wait()
         began = time.perf_counter()
