@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-
 import msgspec
 import torch
 
@@ -13,24 +11,15 @@ from dovetail.types import StepResult
 from dovetail_worker_torch import dovetail_workers
 from dovetail_worker_torch.drawing import TorchDrawing
 from dovetail_worker_torch.worker import TorchWorker
-from sabotage import Sabotage
+from sabotage import Sabotages
 
-SABOTAGES: list[Sabotage] = []
 (TORCH,) = dovetail_workers()
+SABOTAGES = Sabotages("worker", TORCH, {"execution": "plain"})
 GREEDY, BATCH, SEEDS, PREEMPTED, PARAMETERS = (
     "test_greedy_is_the_references", "test_a_batch_is_each_alone", "test_seeds", "test_preemption_changes_nothing",
     "test_sampling_parameters",
 )  # fmt: skip
-
-
-def sabotage(*caught_by, **changes):
-    def note(cls):
-        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
-        provider = replace(TORCH, build=cls, **changes)
-        SABOTAGES.append(Sabotage(name, "worker", cls.__doc__, provider, caught_by, {"execution": "plain"}))
-        return cls
-
-    return note
+sabotage = SABOTAGES.of_class(lambda cls, context, options: cls(context, options))
 
 
 class Meddling(TorchWorker):
