@@ -38,11 +38,11 @@ class RemoveLeavesIt(LeastRecentlyUsed):
 
 @sabotage(ONCE)
 class LosesBlocks(LeastRecentlyUsed):
-    """Past the eighth, a block that is added pushes out the first."""
+    """Past the fifth, a block that is added pushes out the first."""
 
     def add(self, block_id):
         super().add(block_id)
-        if len(self._order) > 8:
+        if len(self._order) > 5:
             self._order.pop(next(iter(self._order)))
 
 
