@@ -1,15 +1,107 @@
-"""Packages from outside: built into wheels, laid out as pip would, and used without being known to anyone."""
+"""Packages from outside: built into wheels, installed or laid out as pip would, and used without being known to anyone."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
+import venv
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+COMMANDS = {"dovetail": "dovetail.cli.main", "pip": "pip._internal.cli.main", "pytest": "pytest"}
+"""Console scripts, by the module whose `main` they call."""
+IN_ONE_PROCESS = """
+import contextlib, io, json, sys
+from dovetail.cli.main import main
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = main(arguments)
+    answers.append([status, said.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of its own. What its packages depend on is that of this environment: a path file leads there, so
+    that nothing is fetched; and nothing could be."""
+
+    folder: Path
+
+    @staticmethod
+    def make(folder: Path) -> Environment:
+        made = Environment(folder)
+        venv.create(folder, with_pip=False)
+        here = [p for p in sys.path if p.endswith("site-packages")]
+        ahead = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and "examples" not in p]
+        lines = [*ahead, *(f"import site; site.addsitedir({p!r})" for p in here)]
+        site = next((folder / "lib").glob("python*")) / "site-packages"
+        (site / "dependencies.pth").write_text("\n".join(lines) + "\n")
+        for name, module in COMMANDS.items():
+            script = folder / "bin" / name
+            script.write_text(f"#!{made.python}\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+            script.chmod(0o755)
+        return made
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin/python"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+        own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NO_PROXY", "no_proxy")}
+        pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_QUIET": "1"}
+        path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
+        local = {"no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1"}
+        return {**own, **nowhere, **pip, **local, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "200"}
+
+    def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """`command` is what Python is given."""
+        return subprocess.run(
+            [str(self.python), *command], capture_output=True, text=True, timeout=280, cwd=cwd or self.folder,
+            env=self.variables,
+        )
+
+    def install(self, *sources: Path) -> None:
+        """Build a wheel of each and install them."""
+        wheels = []
+        for source in sources:
+            out = self.folder / "wheels" / source.name
+            build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+            subprocess.run(build, cwd=source, check=True, capture_output=True)
+            wheels.append(str(next(out.glob("*.whl"))))
+        done = self.run("-m", "pip", "install", "--no-deps", *wheels)
+        assert done.returncode == 0, done.stderr
+
+    def dovetail(self, *arguments: str, cwd: Path | None = None) -> str:
+        """What a command prints; it must succeed."""
+        return self.dovetails(arguments, cwd=cwd)[0]
+
+    def dovetails(self, *commands: tuple[str, ...], cwd: Path | None = None) -> list[str]:
+        """What some commands print, run in one process to save the imports; all must succeed."""
+        out = self.run("-c", IN_ONE_PROCESS, json.dumps(commands), cwd=cwd)
+        assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+        answers: list[list[Any]] = json.loads(out.stdout.splitlines()[-1])
+        for command, (status, said) in zip(commands, answers, strict=True):
+            assert status == 0, f"dovetail {' '.join(command)}: {said[-5000:]}{out.stderr[-3000:]}"
+        return [said for _, said in answers]
+
+    def test(self, *folders: Path) -> str:
+        """Run packages' own tests, each from its own folder, in one process."""
+        out = self.run("-m", "pytest", "-p", "no:cacheprovider", "--import-mode=importlib", *map(str, folders))
+        assert out.returncode == 0, out.stdout[-5000:]
+        assert " passed" in out.stdout
+        return out.stdout
 
 
 def site_of(name: str, out: Path) -> Path:

@@ -33,7 +33,8 @@ def test_explain_says_what_and_why(tmp_path: Path) -> None:
     out = run("explain")
     assert out.returncode == 0, out.stderr
     assert re.search(r"attention\.full +attention-cpu", out.stdout)
-    said = r"not torch-reference +dovetail-worker-torch\n.*\[priority\] priority 0; attention-cpu has \d+ +→ set attention\.full:"
+    why = r"\[priority\] priority 0; attention-cpu has \d+ +→ set attention\.full:"
+    said = r"not torch-reference +dovetail-worker-torch\n.*" + why
     assert re.search(said, out.stdout), out.stdout
     config = tmp_path / "engine.yaml"
     config.write_text("attention: torch-reference\nscheduler: {use: priority, max_num_seqs: 7}\n")

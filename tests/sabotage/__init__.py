@@ -74,6 +74,16 @@ def controls() -> list[Sabotage]:
 
 
 def _modules() -> list[Any]:
-    from sabotage import architectures, attention, drafters, eviction, kv_caches, prefix_caches, quantization, schedulers, workers
+    from sabotage import (
+        architectures,
+        attention,
+        drafters,
+        eviction,
+        kv_caches,
+        prefix_caches,
+        quantization,
+        schedulers,
+        workers,
+    )
 
     return [attention, quantization, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers]

@@ -62,6 +62,11 @@ def parse(value: str) -> WrittenFor:
     return written
 
 
+def as_metadata(version: str) -> str:
+    """One version as the metadata has it: "0.2" is `v0_2`."""
+    return f"v{version.replace('.', '_')}"
+
+
 def _version(text: str) -> Version:
     return tuple(map(int, text.split(".")))
 

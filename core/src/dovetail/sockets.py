@@ -48,6 +48,8 @@ class Socket:
     """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
     contract_class: str = ""
     """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
+    scaffold: str = ""
+    """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the core's own (scaffold/)."""
     interface: type | None = None
     """The protocol of what its providers build."""
 

@@ -52,6 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, each with other random inputs (default 1)")
     conform.add_argument("-k", dest="keyword", metavar="EXPR", help="only checks whose names match, as in pytest")
 
+    new = command("new-plugin", _new_plugin, "write a package for a socket, which installs and keeps its contract as it stands")
+    new.add_argument("socket", metavar="SOCKET", help="attention, scheduler, quantization, …; see docs/hooks.md")
+    new.add_argument("name", metavar="NAME", help="of the package and of what it offers: my_backend")
+    new.add_argument("--out", metavar="DIR", help="the folder to make (default: NAME)")
+
     lock = command("lock", _lock, "write down all that decides what an engine computes, for --locked")
     lock.add_argument("config_file", nargs="?", metavar="CONFIG", help="a composition file (YAML or TOML)")
     lock.add_argument("-o", "--out", metavar="FILE", help="default: CONFIG with the suffix .lock, or dovetail.lock")
@@ -214,6 +219,12 @@ def _conform(args: argparse.Namespace) -> int:
     return conform(
         args.name, as_json=args.json, device=args.device, options=args.option, num_seeds=args.seeds, keyword=args.keyword
     )
+
+
+def _new_plugin(args: argparse.Namespace) -> int:
+    from dovetail.cli.new_plugin import write
+
+    return write(args.socket, args.name, args.out)
 
 
 def _lock(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EVICTION = Socket(
     "eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache",
     interface=MakePolicy, contract_class="dovetail_prefix_cache.testing:EvictionContract",
+    scaffold="dovetail_prefix_cache:scaffold/eviction",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class ServerOptions(Options):
 
 ROUTES = Socket(
     "routes", "dovetail_routes", "more routes on the server", within="server", many=True,
-    contract_class="dovetail_server_openai.testing:RoutesContract",
+    contract_class="dovetail_server_openai.testing:RoutesContract", scaffold="dovetail_server_openai:scaffold/routes",
 )  # fmt: skip
 
 

@@ -1,0 +1,88 @@
+"""Who owns the blocks. A block holds the keys and values of `block_size` tokens, in every layer of a KV group; block 0 of each
+group is the null block, which is never handed out. Only whole blocks are shared, so nobody ever writes to a shared one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dovetail.sequence import Sequence
+from dovetail.types import KVGroup
+
+NULL_BLOCK = 0
+
+
+class MyPluginBlocks:
+    """A `KVCacheManager`: one object an engine."""
+
+    def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
+        self.groups = groups
+        self.num_blocks = num_blocks
+        self.faults: list[tuple[int, Exception]] = []
+        self.num_queried_tokens = self.num_hit_tokens = 0  # no prefix cache: nothing is looked for
+        self._free = [set(range(1, n)) for n in num_blocks]
+        self._holders: list[Counter[int]] = [Counter() for _ in groups]
+        """Per group: how many sequences refer to a block."""
+        self._tables: dict[int, list[list[int]]] = {}
+        """By sequence: its blocks in order, per group."""
+
+    def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
+        tables = self._tables.get(seq_id) or [[] for _ in self.groups]
+        needed = [max(0, -(-num_tokens // g.block_size) - len(t)) for g, t in zip(self.groups, tables, strict=True)]
+        if any(n > len(free) for n, free in zip(needed, self._free, strict=True)):
+            return None  # looked at for all groups before any is changed
+        added = [[free.pop() for _ in range(n)] for n, free in zip(needed, self._free, strict=True)]
+        self._tables[seq_id] = tables
+        for i, blocks in enumerate(added):
+            tables[i] += blocks
+            self._holders[i].update(blocks)
+        return added
+
+    def share(self, source: int, target: int, num_tokens: int) -> int:
+        unit = max(g.block_size for g in self.groups)  # a whole number of blocks in every group
+        shared = num_tokens // unit * unit
+        heads = [t[: shared // g.block_size] for g, t in zip(self.groups, self._tables[source], strict=True)]
+        if not shared or any(NULL_BLOCK in head for head in heads):
+            return 0
+        self._tables[target] = heads
+        for holders, head in zip(self._holders, heads, strict=True):
+            holders.update(head)
+        return shared
+
+    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+        return 0
+
+    def computed(self, seq: Sequence, num_tokens: int) -> None:
+        """Where a manager would tell its prefix cache."""
+
+    def block_ids(self, seq_id: int) -> list[list[int]]:
+        return self._tables[seq_id]
+
+    def trim(self, seq_id: int, num_computed_tokens: int) -> None:
+        for i, (group, table) in enumerate(zip(self.groups, self._tables[seq_id], strict=True)):
+            if group.window is None:
+                continue
+            # The next token sees the `window - 1` tokens before it: blocks wholly before those are done with.
+            unseen = max(0, num_computed_tokens - group.window + 1) // group.block_size
+            self._drop(i, table[:unseen])
+            table[:unseen] = [NULL_BLOCK] * len(table[:unseen])
+
+    def free(self, seq_id: int) -> None:
+        for i, table in enumerate(self._tables.pop(seq_id, [])):
+            self._drop(i, table)
+
+    def _drop(self, group: int, blocks: list[int]) -> None:
+        holders = self._holders[group]
+        for block in blocks:
+            if block != NULL_BLOCK:
+                holders[block] -= 1
+                if holders[block] == 0:
+                    self._free[group].add(block)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_total - sum(map(len, self._free))
+
+    @property
+    def num_total(self) -> int:
+        return sum(n - 1 for n in self.num_blocks)

@@ -1,0 +1,77 @@
+"""Which block holds the KV of which tokens. Blocks and their reference counts are the manager's; here is only what is known of
+them, and the order in which to give up those that nobody uses.
+
+KV depends on all tokens before it, so a block's key is everything up to its end, with adapter and salt. Whole beginnings as
+keys cost memory that grows with the square of their length; chained hashes would not, but they need a check for collisions.
+"""
+
+from __future__ import annotations
+
+from dovetail.interfaces.prefix_cache import NOT_HERE
+from dovetail.sequence import Sequence
+
+Key = tuple[str | None, str | None, tuple[int, ...]]
+
+
+class MyPluginIndex:
+    """A `PrefixCache`: one object an engine."""
+
+    def __init__(self, block_size: int, num_groups: int) -> None:
+        self._block_size, self._num_groups = block_size, num_groups
+        self.reset()
+
+    def reset(self) -> None:
+        self._block_ids: dict[Key, list[int]] = {}
+        """By key: the block in every KV group, `NOT_HERE` where there is none."""
+        self._keys: list[dict[int, Key]] = [{} for _ in range(self._num_groups)]
+        """Per group: the key of each known block."""
+        self._kept: list[dict[int, None]] = [{} for _ in range(self._num_groups)]
+        """Per group: known blocks that nobody uses, in the order in which they came."""
+
+    def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
+        found = []
+        for i in range(num_blocks):
+            known = self._block_ids.get(self._key(seq, i))
+            if known is None:
+                break
+            found.append(tuple(known))
+        return found
+
+    def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
+        for i in range(len(block_ids[0])):
+            key = self._key(seq, first + i)
+            known = self._block_ids.get(key, [NOT_HERE] * self._num_groups)
+            for group, blocks in enumerate(block_ids):
+                if known[group] == NOT_HERE and blocks[i] != NOT_HERE:
+                    known[group] = blocks[i]
+                    self._keys[group][blocks[i]] = key
+            if any(known):
+                self._block_ids[key] = known
+
+    def claim(self, group: int, block_ids: list[int]) -> None:
+        for block in block_ids:
+            del self._kept[group][block]
+
+    def keep(self, group: int, block_id: int) -> bool:
+        if block_id not in self._keys[group]:
+            return False
+        self._kept[group][block_id] = None
+        return True
+
+    def evict(self, group: int, count: int) -> list[int]:
+        blocks = list(self._kept[group])[:count]
+        for block in blocks:
+            del self._kept[group][block]
+            key = self._keys[group].pop(block)
+            known = self._block_ids[key]
+            known[group] = NOT_HERE
+            if not any(known):
+                del self._block_ids[key]
+        return blocks
+
+    def forget(self, seq_id: int) -> None:
+        """Nothing is kept by sequence."""
+
+    def _key(self, seq: Sequence, block: int) -> Key:
+        end = (block + 1) * self._block_size
+        return seq.request.adapter_id, seq.request.cache_salt, tuple(seq.tokens[:end])

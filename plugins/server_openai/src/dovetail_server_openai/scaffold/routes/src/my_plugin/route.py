@@ -1,0 +1,30 @@
+"""The route. Bad bodies, and errors that the engine raises, are answered by the server as for its own routes.
+
+Try it with `curl localhost:8000/v1/my-plugin -H 'content-type: application/json' -d '{"text": "import os"}'`.
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from dovetail.serving import AsyncEngine
+
+
+class Body(BaseModel):
+    text: str = Field(max_length=1_000_000)  # bounded before any work is done
+
+
+class Answer(BaseModel):
+    num_tokens: int
+
+
+def make_router(engine: AsyncEngine) -> APIRouter:
+    """The engine has `generate`, for routes that want the model, and `tokenizer`, `plan` and `stats`."""
+    router = APIRouter()
+
+    @router.post("/v1/my-plugin")
+    async def count(body: Body) -> Answer:
+        return Answer(num_tokens=len(engine.tokenizer.encode(body.text, add_special_tokens=False)))
+
+    return router

@@ -1,0 +1,164 @@
+"""`dovetail new-plugin`: what it writes installs, is found, keeps its contract and runs; what cannot be is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from strangers import Environment
+
+from dovetail.cli.main import main
+from dovetail.plugins.discovery import load_registry
+from dovetail.scaffold import new_plugin
+
+ROOT = Path(__file__).parents[1]
+REGISTRY = load_registry()
+SOCKETS = list(REGISTRY.sockets)
+MOST_LINES = 200
+"""Of a file that is to be read before it is changed."""
+GENERATED = ["generate", "import os", "--max-tokens", "8", "--dtype", "float32", "--device", "cpu"]
+OWN_TEXT = ("model", "quantization")
+"""Packages with which the text is another one: they change the weights."""
+
+
+def name_of(socket: str) -> str:
+    return f"stranger_{socket}"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One package for each socket."""
+    folder = tmp_path_factory.mktemp("new")
+    return {s: new_plugin(REGISTRY, s, name_of(s), folder / name_of(s)) for s in SOCKETS}
+
+
+@pytest.fixture(scope="module")
+def installed(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """All of them, as wheels in a fresh environment."""
+    environment = Environment.make(tmp_path_factory.mktemp("fresh") / "venv")
+    environment.install(*packages.values())
+    return environment
+
+
+def test_there_is_a_template_for_every_socket(packages: dict[str, Path]) -> None:
+    assert {"attention", "worker", "server", "eviction", "routes"} <= set(packages)
+
+
+def test_all_are_found_and_none_takes_over(installed: Environment) -> None:
+    """Each is named by `plugins` and by `explain`, as what is usable and not taken: the best of what was there before is."""
+    plugins, plan, before = installed.dovetails(("plugins", "--json"), ("explain", "--json"), ("explain", "--json"))
+    offers = {o["socket"]: p for p in json.loads(plugins) if p["name"].startswith("stranger-") for o in p["offers"]}
+    assert set(offers) == set(SOCKETS)
+    assert not [p for p in offers.values() if p["broken"]]
+    choices = json.loads(plan)["choices"]
+    assert not [c for c in choices.values() if c["provider"].startswith("stranger") and c["socket"] != "routes"]
+    rejected = {c["socket"] for c in choices.values() for r in c["rejected"] if r["provider"].startswith("stranger")}
+    assert rejected == set(SOCKETS) - {"model", "routes"}  # a model is named, routes are all taken
+    assert plan == before
+
+
+def test_their_own_tests_pass(packages: dict[str, Path], installed: Environment) -> None:
+    assert "error" not in installed.test(*(p / "tests" for s, p in packages.items() if s != "worker"))
+
+
+def test_conform_and_explain_name_them(packages: dict[str, Path], installed: Environment) -> None:
+    names = {s: name_of(s).replace("_", "-") for s in SOCKETS}
+    keyword = "declar or one or memory or stop or router or once or config or travels"
+    reports = installed.dovetails(*(("conform", name, "--json", "-k", keyword) for name in names.values()))
+    for socket, report in zip(names, map(json.loads, reports), strict=True):
+        (only,) = report
+        assert (only["socket"], only["provider"], only["passed"]) == (socket, names[socket], True)
+        assert any(check["outcome"] == "passed" for check in only["checks"]), socket
+        assert only["contract"] == REGISTRY.sockets[socket].contract
+    plans = installed.dovetails(*(("explain", str(packages[s] / "engine.yaml"), "--json") for s in SOCKETS))
+    for socket, plan in zip(SOCKETS, map(json.loads, plans), strict=True):
+        assert [c for c in plan["choices"].values() if c["provider"] == names[socket] and c["socket"] == socket]
+
+
+def test_engines_run_with_them(packages: dict[str, Path], installed: Environment) -> None:
+    """Each by its own engine.yaml; the text is the one without it, where it should be."""
+    files = [packages[s] / "engine.yaml" for s in SOCKETS]
+    expected, *texts = installed.dovetails(
+        (*GENERATED, "--model", "demo"), *((*GENERATED, "--config", str(file)) for file in files)
+    )  # fmt: skip
+    different = [s for s, text in zip(SOCKETS, texts, strict=True) if text != expected]
+    assert set(different) <= set(OWN_TEXT)
+    assert "model" in different
+
+
+def test_they_are_documented_typed_and_tidy(packages: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing of the template is left; each function and class says what it is or keeps a documented contract; ruff and mypy
+    have nothing to say."""
+    for socket, package in packages.items():
+        texts = {p: p.read_text() for p in package.rglob("*") if p.suffix in (".py", ".toml", ".md", ".yaml")}
+        assert len(texts) >= 5
+        for path, text in texts.items():
+            left = [word for word in ("my_plugin", "my-plugin", "MyPlugin", "THE_") if word in text]
+            assert not left, f"{path}: {left}"
+            assert len(text.splitlines()) <= MOST_LINES, path
+            if path.suffix == ".py":
+                assert len(ast.get_docstring(ast.parse(text)) or "") > 40, path
+        assert f'{socket} = "v' in texts[package / "pyproject.toml"]
+        assert 5 <= len(texts[package / "tests/test_conformance.py"].splitlines()) <= 20
+    sources = [str(p / "src") for p in packages.values()]
+    ruff = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *sources],
+                          capture_output=True, text=True)  # fmt: skip
+    assert ruff.returncode == 0, ruff.stdout
+    path = os.pathsep.join([str(ROOT / "core/src"), *sources])
+    mypy = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), *(f"-p{name_of(s)}" for s in packages)],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "MYPYPATH": path},
+    )  # fmt: skip
+    assert mypy.returncode == 0, mypy.stdout
+
+
+@pytest.mark.parametrize(
+    ("socket", "name", "said"),
+    [
+        ("attentoin", "mine", "'attentoin' is no socket; there are model, quantization"),
+        ("attention", "My Backend", "is no name for a package"),
+        ("attention", "2fast", "is no name for a package"),
+        ("attention", "../mine", "is no name for a package"),
+        ("attention", "class", "is no name for a package"),
+        ("attention", "dovetail_core", "dovetail-core 0.1.0 is installed already"),
+        ("attention", "json", "there is a module json already"),
+        ("scheduler", "fcfs", "'fcfs' is a provider of scheduler (dovetail-core:fcfs)"),
+        ("scheduler", "auto", "'auto' is a word of configurations"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    socket: str, name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    assert main(["new-plugin", socket, name, "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_or_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert main(["new-plugin", "scheduler", "mine"]) == 2
+    assert "mine is already there" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["new-plugin", "scheduler", "mine", "--out", "file/mine"]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "mine"]
+
+
+def test_it_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-plugin", "attention", "my-backend"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == [
+        "  pip install -e my_backend",
+        "  dovetail conform my-backend",
+        '  dovetail generate "import os" --config my_backend/engine.yaml',
+    ]
+    assert (tmp_path / "my_backend/src/my_backend/backend.py").is_file()
