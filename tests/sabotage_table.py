@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-
 from sabotage import all_sabotages
 
 from dovetail.testing.running import run_contracts
@@ -19,8 +18,8 @@ HEAD = """<!-- Written by tests/sabotage_table.py: do not edit. -->
 # What the conformance kit catches
 
 Plugins that are wrong on purpose (`tests/sabotage/`), one mistake each, run through the whole contract of their socket with
-seed {seed}. In bold: the checks that are there for the mistake. `make test` runs the first of these for every sabotage;
-`make soak` all of them with fresh seeds, and each contract on correct plugins over 50 seeds.
+seed {seed}. In bold: the checks that are there for the mistake. `make test` runs one sabotage for each check; `make soak` all
+of them with fresh seeds, and each contract on correct plugins over 50 seeds.
 
 {counts}
 

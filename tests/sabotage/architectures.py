@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from dovetail_architecture_gpt2 import CAPABILITIES, PROVIDER, TINY
-from dovetail_architecture_gpt2.model import GPT2
 
 from dovetail.interfaces.architecture import Target
+from dovetail_architecture_gpt2 import CAPABILITIES, PROVIDER, TINY
+from dovetail_architecture_gpt2.model import GPT2
 from sabotage import Sabotages
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from dovetail_quant_nf4 import CAPABILITIES, PROVIDER
-from dovetail_quant_nf4.scheme import NF4
 
 from dovetail.interfaces.quantization import OUT, Axis, Declined, Parameter
+from dovetail_quant_nf4 import CAPABILITIES, PROVIDER
+from dovetail_quant_nf4.scheme import NF4
 from sabotage import Sabotages
 
 SABOTAGES = Sabotages("quantization", PROVIDER, declined=("model.layers.3.mlp.kit_proj",), weight_error=0.12)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dovetail_route_perplexity import PROVIDER
-from dovetail_route_perplexity.route import Body, make_router
 from fastapi import APIRouter, FastAPI, Request
 
+from dovetail_route_perplexity import PROVIDER
+from dovetail_route_perplexity.route import Body, make_router
 from sabotage import Sabotages
 
 SABOTAGES = Sabotages("routes", PROVIDER, requests=(("POST", "/v1/perplexity", {"text": "import os"}),))

@@ -57,8 +57,8 @@ class Driver:
     def plan(
         self, rows: Sequence[tuple[int, int]], *, masked: bool = False, drafts: dict[int, list[int]] | None = None
     ) -> StepPlan:
-        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples; `drafts`, by seq_id, are the last
-        tokens of such rows, and counted."""
+        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples; `drafts`, by seq_id, are the
+        last tokens of such rows, and counted."""
         plan = StepPlan(self.num_steps, [], [], [], [], [], masked=masked)
         plan.released, self.released = self.released, []
         self.num_steps += 1
