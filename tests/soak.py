@@ -37,8 +37,12 @@ RUNS = {
         ["tests/test_chaos.py"], {"DOVETAIL_SOAK": 1},
     ),
     "the conformance kit": (
-        "86 sabotaged plugins over 5 seeds, each caught by every check that is there for it; correct plugins over 50 seeds",
+        "every sabotaged plugin over 5 seeds, caught by every check that is there for it; correct plugins over 50 seeds",
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
+    ),
+    "drafts change no output": (
+        "the demo model with a drafter and without, 440 prompts: prefix cache and overlap on and off, greedy and sampled",
+        ["tests/test_drafting.py"], {"DOVETAIL_SOAK": 10},
     ),
 }  # fmt: skip
 

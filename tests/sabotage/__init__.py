@@ -48,11 +48,14 @@ class Sabotages(list[Sabotage]):
         super().__init__()
         self.control = Sabotage("control", socket, "nothing", provider, options=options or {}, attributes=attributes)
 
-    def add(self, made: Any, caught_by: tuple[str, ...], **changes: Any) -> Any:
-        """A function or class named for its mistake, whose docstring says it. `changes` are of the provider."""
+    def add(self, made: Any, caught_by: tuple[str, ...], attributes: dict[str, Any] | None = None, **changes: Any) -> Any:
+        """A function or class named for its mistake, whose docstring says it. `changes` are of the provider, `attributes` of
+        the contract class."""
         words = "".join(f" {c.lower()}" if c.isupper() else c for c in made.__name__.replace("_", " "))
         provider = replace(self.control.provider, **changes)
-        self.append(replace(self.control, name=words.strip(), wrong=made.__doc__, provider=provider, caught_by=caught_by))
+        attributes = {**self.control.attributes, **(attributes or {})}
+        wrong = " ".join(made.__doc__.split())
+        self.append(Sabotage(words.strip(), self.control.socket, wrong, provider, caught_by, self.control.options, attributes))
         return made
 
     def of_class(self, build: Callable[[Any, Any, Any], Any]) -> Callable[..., Callable[[type], type]]:
@@ -80,10 +83,16 @@ def _modules() -> list[Any]:
         drafters,
         eviction,
         kv_caches,
+        models,
         prefix_caches,
         quantization,
+        routes,
         schedulers,
+        servers,
         workers,
     )
 
-    return [attention, quantization, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers]
+    return [
+        attention, quantization, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers, models,
+        servers, routes,
+    ]  # fmt: skip

@@ -77,7 +77,6 @@ class DrafterContract(Contract):
         """Requests come, run and are aborted at any moment, between draft and verification too: no request fails."""
         self.run_machine(partial(EngineMachine, self.parts), examples=40)
 
-
     @common_causes("state kept by the class or the module instead of the object")
     def test_two_engines_do_not_meet(self) -> None:
         """What one object is asked changes nothing of what another says, though both know sequences of the same `seq_id`."""

@@ -114,8 +114,8 @@ class IndexMachine(Machine):
         ]
 
     def _fill(self, seq: Sequence, gaps: set[int]) -> bool:
-        """Compute the blocks that the sequence's tokens fill, and tell the cache; False if there is no room. In a group with a
-        window the new blocks numbered in `gaps` have fallen out already."""
+        """Compute the blocks that the sequence's tokens fill, and tell the cache; False if there is no room. In the group with
+        a window the new blocks numbered in `gaps` have fallen out already."""
         tables = self.tables[seq.seq_id]
         first = len(tables[0])
         count = len(seq.tokens) // self.size - first
