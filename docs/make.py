@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import inspect
+import itertools
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,20 @@ from dovetail import hookspecs
 from dovetail.config import EngineConfig
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.plugins.discovery import Offer, load_registry
-from dovetail.sockets import SOCKETS
+from dovetail.interfaces.scheduler import SchedulerCapabilities
+from dovetail.plugins.discovery import Offer, Registry, load_registry
+from dovetail.scaffold import interface_of
+from dovetail.sockets import SOCKETS, Socket
+from dovetail.testing.contracts import contract_of
 
 DOCS = Path(__file__).parent
+EXAMPLES = DOCS.parent / "examples"
+CAPABILITIES: dict[str, type] = {
+    "quantization": QuantizationCapabilities, "architecture": ArchitectureCapabilities, "attention": AttentionCapabilities,
+    "scheduler": SchedulerCapabilities, "speculation": DrafterCapabilities,
+}  # fmt: skip
 NOTE = "<!-- Written by docs/make.py from the code: do not edit. -->\n"
 
 FORMS = """\
@@ -36,19 +49,74 @@ def hooks() -> str:
     """docs/hooks.md: every hook, in the order of an engine's life, with its docstring and its contract's version."""
     out = [NOTE, "# Hooks", inspect.getdoc(hookspecs) or ""]
     source = ast.parse(inspect.getsource(hookspecs))
-    by_hook = {s.hook: s for s in SOCKETS}
+    by_hook, registry = {s.hook: s for s in SOCKETS}, load_registry()
     for node in source.body:
         if isinstance(node, ast.FunctionDef):
             socket = by_hook.get(node.name)
-            of = f"Socket `{socket.name}`: {socket.summary}. Contract {socket.contract}.\n\n" if socket else ""
-            out.append(f"## `{node.name}`\n\n{of}{ast.get_docstring(node) or ''}")
-    added = load_registry()
-    out.append("## Hooks of sockets that plugins add")
-    for name, plugin in added.added_by.items():
-        s = added.sockets[name]
-        where = f"`{s.hook}` (plugin `{plugin.name}`): socket `{name}`, within `{s.within}`"
-        out.append(f"{where}: {s.summary}. Contract {s.contract}.")
-    return "\n\n".join(out) + "\n"
+            out.append(f"## `{node.name}`\n\n{ast.get_docstring(node) or ''}")
+            out += [_facts(registry, socket), _fields(socket)] if socket else []
+    out.append("# Hooks of sockets that plugins open")
+    out.append("They are there while a provider of the plugin that opens them fills the socket they are within.")
+    for name, plugin in registry.added_by.items():
+        socket = registry.sockets[name]
+        out += [f"## `{socket.hook}`\n\nOpened by `{plugin.distribution}`.", _facts(registry, socket)]
+    return "\n\n".join(part for part in out if part) + "\n"
+
+
+def _facts(registry: Registry, socket: Socket) -> str:
+    """What is known of a socket, as a table."""
+    examples = sorted(p.parent.name for p in EXAMPLES.glob("*/pyproject.toml") if socket.name in _sockets_of(p))
+    previous, kit = socket.previous, contract_of(socket)
+    rows = {
+        "socket": f"`{socket.name}`: {socket.summary}",
+        "filled by": "any number" if socket.many else "one provider, or none" if socket.optional else "one provider",
+        "within": f"`{socket.within}`" if socket.within else "",
+        "interface": _link(interface_of(registry, socket)),
+        "contract": socket.contract,
+        "the one before": f"{previous.version}, served until {previous.until}: now {previous.changed}" if previous else "none",
+        "contract class": f"`{kit.__name__}` of {_link(kit.__module__)}" if kit else "none",
+        "to begin with": f"`dovetail new-plugin {socket.name} NAME`",
+        "examples": ", ".join(f"[{name}](../examples/{name})" for name in examples),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {text} |" for what, text in rows.items() if text)])
+
+
+def _link(module: str) -> str:
+    """A module, linked to its file."""
+    file = Path(inspect.getfile(importlib.import_module(module))).resolve().relative_to(DOCS.parent)
+    return f"[`{module}`](../{file})"
+
+
+def _sockets_of(pyproject: Path) -> set[str]:
+    """What a package was written for, by its metadata."""
+    return set(tomllib.loads(pyproject.read_text())["project"]["entry-points"].get("dovetail.contracts", {}))
+
+
+def _fields(socket: Socket) -> str:
+    """What a socket's providers declare, and what their options have in common."""
+    out = []
+    if declared := CAPABILITIES.get(socket.name):
+        said = _docstrings(declared)
+        out += [f"What `{declared.__name__}` says:\n", "| field | type | default | |", "|---|---|---|---|"]
+        for f in dataclasses.fields(declared):
+            kind = str(f.type).replace("|", "\\|")
+            default = "–" if f.default is dataclasses.MISSING else f"`{f.default!r}`"
+            out.append(f"| `{f.name}` | {kind} | {default} | {said.get(f.name, '')} |")
+    if socket.options.model_fields:
+        names = ", ".join(f"`{name}`" for name in socket.options.model_fields)
+        out.append(f"\nOptions extend `{socket.options.__name__}`: {names}.")
+    return "\n".join(out).strip()
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """By field: the string that stands below it in the source."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    return {
+        field.target.id: " ".join(said.value.value.split())
+        for field, said in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant) and isinstance(said.value.value, str)
+    }  # fmt: skip
 
 
 def config() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import socket
 import subprocess
 import sys
 import venv
@@ -67,10 +68,8 @@ class Environment:
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """`command` is what Python is given."""
-        return subprocess.run(
-            [str(self.python), *command], capture_output=True, text=True, timeout=280, cwd=cwd or self.folder,
-            env=self.variables,
-        )
+        settings: Any = {"cwd": cwd or self.folder, "env": self.variables, "timeout": 280}
+        return subprocess.run([str(self.python), *command], capture_output=True, text=True, **settings)
 
     def install(self, *sources: Path) -> None:
         """Build a wheel of each and install them."""
@@ -148,3 +147,9 @@ def imports_of(name: str) -> set[str]:
                         root = root.value
                     assert not (isinstance(root, ast.Name) and root.id in imported), f"{path} patches {ast.unparse(target)}"
     return found - {f"dovetail_{name}"} - set(sys.stdlib_module_names)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
