@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 from sabotage import all_sabotages
 
 from dovetail.testing.running import run_contracts
@@ -15,8 +18,8 @@ HEAD = """<!-- Written by tests/sabotage_table.py: do not edit. -->
 # What the conformance kit catches
 
 Plugins that are wrong on purpose (`tests/sabotage/`), one mistake each, run through the whole contract of their socket with
-seed {seed}. In bold: the checks that are there for the mistake. `make test` runs the first of these for every sabotage;
-`make soak` all of them with fresh seeds, and each contract on correct plugins over 50 seeds.
+seed {seed}. In bold: the checks that are there for the mistake. `make test` runs one sabotage for each check; `make soak` all
+of them with fresh seeds, and each contract on correct plugins over 50 seeds.
 
 {counts}
 
@@ -25,18 +28,26 @@ seed {seed}. In bold: the checks that are there for the mistake. `make test` run
 """
 
 
+def failed_checks(index: int) -> list[str]:
+    """Of one sabotage, by its place among all."""
+    torch.set_num_threads(1)
+    s = all_sabotages()[index]
+    results = run_contracts({s.name: s.contract(SEED)})
+    return list(dict.fromkeys(r.check for r in results if r.outcome == "failed"))
+
+
 def main() -> int:
     rows, missed, per_socket = [], [], dict[str, int]()
-    for s in all_sabotages():
-        results = run_contracts({s.name: s.contract(SEED)})
-        failed = list(dict.fromkeys(r.check for r in results if r.outcome == "failed"))
-        if not set(s.caught_by) <= set(failed):
-            missed.append(s.name)
-        others = [c for c in failed if c not in s.caught_by]
-        caught = ", ".join([*(f"**{words(c)}**" for c in s.caught_by if c in failed), *shortened(map(words, others))])
-        rows.append(f"| {s.socket} | {s.name} | {' '.join(s.wrong.split())} | {caught or 'MISSED'} |")
-        per_socket[s.socket] = per_socket.get(s.socket, 0) + 1
-        print(rows[-1], flush=True)
+    sabotages = all_sabotages()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for s, failed in zip(sabotages, pool.map(failed_checks, range(len(sabotages))), strict=True):
+            if not set(s.caught_by) <= set(failed):
+                missed.append(f"{s.socket}: {s.name}")
+            others = [c for c in failed if c not in s.caught_by]
+            caught = ", ".join([*(f"**{words(c)}**" for c in s.caught_by if c in failed), *shortened(map(words, others))])
+            rows.append(f"| {s.socket} | {s.name} | {s.wrong} | {caught or 'MISSED'} |")
+            per_socket[s.socket] = per_socket.get(s.socket, 0) + 1
+            print(rows[-1], flush=True)
     counts = f"{len(rows)} sabotages: " + ", ".join(f"{n} of {socket}" for socket, n in per_socket.items())
     counts += f". Caught: {len(rows) - len(missed)}."
     page = Path(__file__).parents[1] / "docs/sabotage.md"

@@ -32,13 +32,20 @@ RUNS = {
         "every family of the bridge's tests through torch.compile, against transformers",
         ["plugins/worker_torch/tests/test_models.py", "-k", "torch_compile"], {"DOVETAIL_SOAK": 1},
     ),
+    "chaos": (
+        "every socket × every fault, with processes that hang and crash for each",
+        ["tests/test_chaos.py"], {"DOVETAIL_SOAK": 1},
+    ),
     "the conformance kit": (
-        "86 sabotaged plugins over 5 seeds, each caught by every check that is there for it; correct plugins over 50 seeds",
+        "every sabotaged plugin over 5 seeds, caught by every check that is there for it; correct plugins over 50 seeds",
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
     ),
     "new plugins": (
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},
+    "drafts change no output": (
+        "the demo model with a drafter and without, 440 prompts: prefix cache and overlap on and off, greedy and sampled",
+        ["tests/test_drafting.py"], {"DOVETAIL_SOAK": 10},
     ),
 }  # fmt: skip
 

@@ -33,7 +33,9 @@ def test_explain_says_what_and_why(tmp_path: Path) -> None:
     out = run("explain")
     assert out.returncode == 0, out.stderr
     assert re.search(r"attention\.full +attention-cpu", out.stdout)
-    assert re.search(r"not torch-reference +priority 0; attention-cpu has \d+", out.stdout)
+    why = r"\[priority\] priority 0; attention-cpu has \d+ +→ set attention\.full:"
+    said = r"not torch-reference +dovetail-worker-torch\n.*" + why
+    assert re.search(said, out.stdout), out.stdout
     config = tmp_path / "engine.yaml"
     config.write_text("attention: torch-reference\nscheduler: {use: priority, max_num_seqs: 7}\n")
     plan = json.loads(run("explain", str(config), "--json", "--max-num-batched-tokens", "99").stdout)
@@ -45,7 +47,7 @@ def test_explain_says_what_and_why(tmp_path: Path) -> None:
 def test_without_a_compiler_auto_takes_the_reference_and_says_so() -> None:
     out = run("explain", PATH=str(Path(sys.executable).parent), CXX="no-such-compiler")
     assert re.search(r"attention\.full +torch-reference", out.stdout), out.stdout + out.stderr
-    assert re.search(r"not attention-cpu .*compiler", out.stdout)
+    assert re.search(r"not attention-cpu .*\n.*\[unusable\] no C\+\+ compiler .*→ install", out.stdout), out.stdout
     asked = run("explain", "--attention", "attention-cpu", PATH=str(Path(sys.executable).parent), CXX="no-such-compiler")
     assert asked.returncode == 2
     assert "compiler" in asked.stderr

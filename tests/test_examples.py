@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
+import re
+import shlex
 import tomllib
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from strangers import Environment
+
+from dovetail.cli.main import _parser
+from dovetail.testing.plugin import make_model
 
 EXAMPLES = sorted(p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/pyproject.toml"))
 PRIVATE = (
@@ -22,73 +24,93 @@ PRIVATE = (
 """Modules of the core that are no plugin's business (pyproject.toml holds our own plugins to the same)."""
 
 
+GENERATE = ("generate", "import os", "--max-tokens", "12", "--dtype", "float32", "--device", "cpu")
+OWN_TEXT = ("architecture_gpt2", "quant_nf4")
+"""Other weights may say something else; tests of their own know what (test_example_*.py)."""
+
+
 @dataclass(frozen=True)
 class Installed:
     """An example in an environment of its own."""
 
     source: Path
-    python: Path
-    folder: Path
+    environment: Environment
 
     @property
     def distribution(self) -> str:
         name: str = tomllib.loads((self.source / "pyproject.toml").read_text())["project"]["name"]
         return name
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(self.python), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=self.folder)
-
-    def dovetail(self, *arguments: str) -> str:
-        out = self.run("-m", "dovetail.cli.main", *arguments)
-        assert out.returncode == 0, out.stdout[-5000:] + out.stderr
-        return out.stdout
+    @property
+    def composition(self) -> str:
+        return str(self.source / "engine.yaml")
 
 
 @pytest.fixture(scope="module", params=EXAMPLES, ids=lambda p: p.name)
 def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Its wheel, built and installed by pip into a new environment. Dependencies are those of this environment: a path file
-    leads to them, so that nothing is fetched."""
-    folder = tmp_path_factory.mktemp(request.param.name)
-    python = folder / "venv/bin/python"
-    venv.create(folder / "venv", with_pip=False)
-    site = next((folder / "venv/lib").glob("python*")) / "site-packages"
-    here = [p for p in sys.path if p.endswith("site-packages")]
-    ahead = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and "examples" not in p]
-    lines = [*ahead, *(f"import site; site.addsitedir({p!r})" for p in here)]
-    (site / "dependencies.pth").write_text("\n".join(lines) + "\n")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=request.param, check=True, capture_output=True)
-    wheel = next(folder.glob("*.whl"))
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    done = subprocess.run([*install, "--disable-pip-version-check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Installed(request.param, python, folder)
+    """Its wheel, built and installed by pip into a new environment; where it runs there is a GPT-2, in a folder `gpt2`."""
+    environment = Environment.make(tmp_path_factory.mktemp(request.param.name) / "venv")
+    environment.install(request.param)
+    if request.param.name == "architecture_gpt2":
+        make_gpt2(environment.folder / "gpt2")
+    return Installed(request.param, environment)
+
+
+def make_gpt2(folder: Path) -> None:
+    """A tiny one with random weights, whose tokens are bytes."""
+    import transformers
+
+    make_model(folder)
+    config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_head=2, n_layer=2, n_positions=128, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def text_without(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the demo model says when no example is installed."""
+    return Environment.make(tmp_path_factory.mktemp("without") / "venv").dovetail(*GENERATE)
 
 
 def test_it_is_found(example: Installed) -> None:
-    out = example.run("-m", "dovetail.cli.main", "plugins", "--json")
-    (plugin,) = [p for p in json.loads(out.stdout) if p["distribution"] == example.distribution]
+    listed, explained = example.environment.dovetails(("plugins", "--json"), ("explain", example.composition))
+    (plugin,) = [p for p in json.loads(listed) if p["distribution"] == example.distribution]
     assert plugin["broken"] is None
     assert plugin["offers"]
-    assert example.distribution in example.dovetail("explain", str(example.source / "engine.yaml"))
+    assert example.distribution in explained
 
 
 def test_it_conforms(example: Installed) -> None:
     """Its own test, from its own folder, and a part of the same by the command."""
-    out = example.run("-m", "pytest", "-p", "no:cacheprovider", str(example.source / "tests"), "--rootdir", str(example.folder))
-    assert out.returncode == 0, out.stdout[-5000:]
-    assert " passed" in out.stdout
-    reports = json.loads(example.dovetail("conform", example.distribution, "--json", "-k", "declar or one or memory"))
+    assert " passed" in example.environment.test(example.source / "tests")
+    said = example.environment.dovetail("conform", example.distribution, "--json", "-k", "declar or one or memory")
+    reports = json.loads(said)
     assert reports
     assert all(report["passed"] and report["checks"] for report in reports)
 
 
-def test_an_engine_composed_by_a_file_runs_with_it(example: Installed) -> None:
-    composition = example.source / "engine.yaml"
-    arguments = ("generate", "import os", "--max-tokens", "12", "--dtype", "float32", "--device", "cpu")
-    expected = example.dovetail(*arguments, "--model", "demo")
-    assert example.dovetail(*arguments, "--config", str(composition)) == expected
+def test_an_engine_composed_by_a_file_runs_with_it(example: Installed, text_without: str) -> None:
+    text = example.environment.dovetail(*GENERATE, "--config", example.composition)
+    assert text.startswith("import os")
+    assert text == text_without or example.source.name in OWN_TEXT
+
+
+def test_its_readme_says_what_can_be_done(example: Installed) -> None:
+    """Every command of it exists, with its flags; so do the provider, the modules and the composition file that it names."""
+    listed = json.loads(example.environment.dovetail("plugins", "--json"))
+    (plugin,) = [p for p in listed if p["distribution"] == example.distribution]
+    names = [plugin["name"], *(offer["name"] for offer in plugin["offers"])]
+    (block,) = re.findall(r"^```\n(pip install .*?)^```", (example.source / "README.md").read_text(), re.M | re.S)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert {"pip", "dovetail", "pytest"} <= {command[0] for command in commands}
+    assert any("engine.yaml" in argument for command in commands for argument in command)
+    for command in commands:
+        if command[0] == "dovetail":
+            asked = _parser().parse_args(command[1:])
+            if command[1] == "conform":
+                assert asked.name in names
+        if command[:2] == ["python", "-m"]:
+            module = command[2].replace(".", "/")
+            assert (example.source / f"src/{module}.py").is_file()
 
 
 def test_it_patches_nothing_and_imports_what_is_public(example: Installed) -> None:
@@ -115,4 +137,4 @@ def test_it_patches_nothing_and_imports_what_is_public(example: Installed) -> No
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 3
+    assert len(EXAMPLES) >= 8

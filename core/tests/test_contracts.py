@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from offers import attention, module_with, registry_of, resolved, why_not
@@ -84,6 +84,10 @@ class OldBackend:
         return "planned"
 
     def run(self, *args: Any) -> None: ...
+
+    def allocate_cache(self, spec: Any) -> None: ...
+
+    def import_kv(self, *args: Any) -> None: ...
 
     def export_kv(self, cache: Any, block_ids: list[int]) -> tuple[list[int], list[int]]:
         return [block + cache for block in block_ids], [-block for block in block_ids]
@@ -168,11 +172,20 @@ def test_untested_is_said(model: Path) -> None:
 # Sockets that a plugin adds, those that may stay empty, and those that take many.
 
 
+class Dressed(NamedTuple):
+    """A server by name."""
+
+    topping: str
+    extras: dict[str, str]
+
+    def run(self) -> None: ...
+
+
 def offering_server(**added: Any) -> Registry:
     server = module_with(
         dovetail_sockets=[Socket("topping", "dovetail_toppings", "one", within="server"),
                           Socket("extras", "dovetail_extras", "any number", within="server", many=True)],
-        dovetail_servers=[Provider("s", "", lambda c, o: (c.build("topping"), c.build_all("extras")))],
+        dovetail_servers=[Provider("s", "", lambda c, o: Dressed(c.build("topping"), c.build_all("extras")))],
         dovetail_toppings=[Provider("salt", "", lambda c, o: "salt", priority=5)],
         dovetail_workers=[WORKER], dovetail_attention=[attention("plain")],
     )  # fmt: skip

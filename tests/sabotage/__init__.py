@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dovetail.plugins.discovery import load_registry
@@ -10,28 +13,86 @@ from dovetail.provider import Provider
 from dovetail.testing.contract import Contract
 from dovetail.testing.contracts import contract_of
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+# Some mistakes are made in an example's code, which is imported as it is, without being installed.
+sys.path += [str(path) for path in EXAMPLES.glob("*/src") if str(path) not in sys.path]
+
 
 @dataclass(frozen=True)
 class Sabotage:
-    """A provider with one mistake."""
+    """A provider with one mistake; or with none, as a control: then nothing may catch it."""
 
     name: str
     socket: str
     wrong: str
     """What is wrong with it."""
     provider: Provider[Any]
-    caught_by: tuple[str, ...]
+    caught_by: tuple[str, ...] = ()
     """Checks that are there for this mistake: each must fail, whatever the seed."""
     options: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Of the contract class: what else a plugin's own test would set."""
 
     def contract(self, seed: int) -> type[Contract]:
         """The socket's contract with this provider, as a plugin's own test would subclass it."""
         base = contract_of(load_registry().sockets[self.socket])
         assert base is not None
-        return type("Sabotaged", (base,), {"provider": self.provider, "options": self.options, "seed": seed})
+        own = {"provider": self.provider, "options": self.options, "seed": seed}
+        return type("Sabotaged", (base,), {**own, **self.attributes})
+
+
+class Sabotages(list[Sabotage]):
+    """Those of one socket, over one correct provider."""
+
+    def __init__(self, socket: str, provider: Provider[Any], options: dict[str, Any] | None = None, **attributes: Any) -> None:
+        super().__init__()
+        self.control = Sabotage("control", socket, "nothing", provider, options=options or {}, attributes=attributes)
+
+    def add(self, made: Any, caught_by: tuple[str, ...], attributes: dict[str, Any] | None = None, **changes: Any) -> Any:
+        """A function or class named for its mistake, whose docstring says it. `changes` are of the provider, `attributes` of
+        the contract class."""
+        words = "".join(f" {c.lower()}" if c.isupper() else c for c in made.__name__.replace("_", " "))
+        provider = replace(self.control.provider, **changes)
+        attributes = {**self.control.attributes, **(attributes or {})}
+        wrong = " ".join(made.__doc__.split())
+        self.append(Sabotage(words.strip(), self.control.socket, wrong, provider, caught_by, self.control.options, attributes))
+        return made
+
+    def of_class(self, build: Callable[[Any, Any, Any], Any]) -> Callable[..., Callable[[type], type]]:
+        """The decorator `@sabotage(*checks, **changes)` for classes; `build(class, context, options)` makes what is served."""
+
+        def sabotage(*caught_by: str, **changes: Any) -> Callable[[type], type]:
+            return lambda cls: self.add(cls, caught_by, **{"build": lambda c, o: build(cls, c, o), **changes})
+
+        return sabotage
 
 
 def all_sabotages() -> list[Sabotage]:
-    from sabotage import attention, kv_caches, schedulers, workers
+    return [sabotage for module in _modules() for sabotage in module.SABOTAGES]
 
-    return [*attention.SABOTAGES, *schedulers.SABOTAGES, *kv_caches.SABOTAGES, *workers.SABOTAGES]
+
+def controls() -> list[Sabotage]:
+    """What the sabotages are made of, with nothing wrong."""
+    return [module.SABOTAGES.control for module in _modules()]
+
+
+def _modules() -> list[Any]:
+    from sabotage import (
+        architectures,
+        attention,
+        drafters,
+        eviction,
+        kv_caches,
+        models,
+        prefix_caches,
+        quantization,
+        routes,
+        schedulers,
+        servers,
+        workers,
+    )
+
+    return [
+        attention, quantization, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers, models,
+        servers, routes,
+    ]  # fmt: skip

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 
 from dovetail.provider import Reason
-from sabotage import Sabotage
+from sabotage import Sabotages
 from sabotage.plain_attention import PlainAttention, provider
 
-SABOTAGES: list[Sabotage] = []
+SABOTAGES = Sabotages("attention", provider())
 RANDOM, SIZES, WINDOW, CAP, SINKS = (
     "test_random_step", "test_every_declared_size_and_type", "test_sliding_window", "test_logit_soft_cap", "test_sinks",
 )  # fmt: skip
@@ -18,9 +18,8 @@ RANDOM, SIZES, WINDOW, CAP, SINKS = (
 
 def sabotage(*caught_by, **changes):
     def note(cls):
-        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
-        SABOTAGES.append(Sabotage(name, "attention", cls.__doc__, provider(cls, **changes), caught_by))
-        return cls
+        made = provider(cls, **changes)
+        return SABOTAGES.add(cls, caught_by, build=made.build, capabilities=made.capabilities, why_not=made.why_not)
 
     return note
 
@@ -331,16 +330,24 @@ class ScaleOfTheFirstLayer(PlainAttention):
 class ExportsInOrder(PlainAttention):
     """Blocks are exported in ascending order, whatever order was asked for."""
 
-    def export_kv(self, cache, block_ids):
-        return super().export_kv(cache, sorted(block_ids))
+    def export_kv(self, cache, block_ids, out=None):
+        return super().export_kv(cache, sorted(block_ids), out)
 
 
 @sabotage("test_export_and_import")
 class ExportsItsOwnLayout(PlainAttention):
     """Heads and slots of what is exported have changed places."""
 
-    def export_kv(self, cache, block_ids):
-        return tuple(x.transpose(1, 2) for x in super().export_kv(cache, block_ids))
+    def export_kv(self, cache, block_ids, out=None):
+        return tuple(x.transpose(1, 2) for x in super().export_kv(cache, block_ids, out))
+
+
+@sabotage("test_export_fills_what_it_is_given")
+class OutNotFilled(PlainAttention):
+    """What is exported is returned in new arrays, where `out` was given."""
+
+    def export_kv(self, cache, block_ids, out=None):
+        return super().export_kv(cache, block_ids)
 
 
 @sabotage("test_long_context_of_few_rows")

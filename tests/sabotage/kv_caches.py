@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dovetail.builtins import dovetail_kv_caches
 from dovetail.kv_cache import NULL_BLOCK, PagedKVCache
-from sabotage import Sabotage
+from sabotage import Sabotages
 
-SABOTAGES: list[Sabotage] = []
-PAGED = dovetail_kv_caches()[0]
+SABOTAGES = Sabotages("kv_cache", dovetail_kv_caches()[0])
 CONSERVED, LAST, ENGINE, BACK = (
     "test_blocks_are_conserved", "test_the_last_block_can_be_had", "test_an_engine_runs_on_it",
     "test_whatever_happens_blocks_come_back",
 )  # fmt: skip
-
-
-def sabotage(*caught_by):
-    def note(cls):
-        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
-        provider = replace(PAGED, build=lambda context, o: cls(list(context.kv_groups), list(context.num_blocks)))
-        SABOTAGES.append(Sabotage(name, "kv_cache", cls.__doc__, provider, caught_by))
-        return cls
-
-    return note
+sabotage = SABOTAGES.of_class(lambda cls, context, o: cls(list(context.kv_groups), list(context.num_blocks)))
 
 
 @sabotage(CONSERVED)

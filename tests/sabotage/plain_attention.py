@@ -21,8 +21,6 @@ class PlainPlan:
 
 
 class PlainAttention:
-    contract = "0.1"
-
     def allocate_cache(self, spec):
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
         return torch.zeros(shape, dtype=getattr(torch, spec.dtype)), torch.zeros(shape, dtype=getattr(torch, spec.dtype))
@@ -86,8 +84,13 @@ class PlainAttention:
     def combine(self, weights, v):
         return weights @ v
 
-    def export_kv(self, cache, block_ids):
-        return cache[0][block_ids], cache[1][block_ids]
+    def export_kv(self, cache, block_ids, out=None):
+        exported = cache[0][block_ids], cache[1][block_ids]
+        if out is None:
+            return exported
+        for given, blocks in zip(out, exported, strict=True):
+            given.copy_(blocks)
+        return out
 
     def import_kv(self, cache, block_ids, keys, values):
         cache[0][block_ids], cache[1][block_ids] = keys, values

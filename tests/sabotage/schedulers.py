@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dovetail.builtins import dovetail_schedulers
 from dovetail.interfaces.scheduler import SchedulerCapabilities
 from dovetail.provider import SchedulerOptions
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
-from sabotage import Sabotage
+from sabotage import Sabotages
 
-SABOTAGES: list[Sabotage] = []
-FCFS = dovetail_schedulers()[0]
+SABOTAGES = Sabotages("scheduler", dovetail_schedulers()[0])
 ADDS_UP, SAME, STARVES, ORDER, TIGHT = (
     "test_whatever_happens_everything_adds_up", "test_scheduling_changes_no_output",
     "test_nobody_starves_while_others_keep_coming", "test_declared_order", "test_tight_memory_changes_no_output",
@@ -20,15 +17,11 @@ ADDS_UP, SAME, STARVES, ORDER, TIGHT = (
 
 def sabotage(*caught_by, order=fcfs, can=None):
     def note(cls):
-        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
-
         def build(context, options):
             limits = {k: getattr(options, k) for k in SchedulerOptions.model_fields}
             return cls(context.kv, order, **limits)
 
-        provider = replace(FCFS, build=build, capabilities=can)
-        SABOTAGES.append(Sabotage(name, "scheduler", cls.__doc__, provider, caught_by))
-        return cls
+        return SABOTAGES.add(cls, caught_by, build=build, capabilities=can)
 
     return note
 
@@ -114,24 +107,35 @@ class LosesThePreempted(TokenBudgetScheduler):
         self.waiting.remove(seq)
 
 
+class RowsChanged(TokenBudgetScheduler):
+    """`change` is called for every row of a plan that does not sample."""
+
+    def schedule(self, *, in_flight):
+        plan = super().schedule(in_flight=in_flight)
+        if plan is not None:
+            running = {s.seq_id: s for s in self.running}
+            for row, seq_id in enumerate(plan.seq_ids):
+                if not plan.samples[row]:
+                    self.change(plan, row, running[seq_id])
+        return plan
+
+
 @sabotage(ADDS_UP, SAME)
-class SamplesTooEarly(TokenBudgetScheduler):
+class SamplesTooEarly(RowsChanged):
     """Every row samples, also a chunk that does not reach its sequence's end."""
 
-    def _add_row(self, plan, seq, count, added):
-        super()._add_row(plan, seq, count, added)
-        if not plan.samples[-1] and seq.num_tokens < seq.max_len:
-            plan.samples[-1] = True
+    def change(self, plan, row, seq):
+        if seq.num_tokens < seq.max_len:
+            plan.samples[row] = True
             seq.num_in_flight += 1
 
 
 @sabotage(ADDS_UP)
-class RepeatsAToken(TokenBudgetScheduler):
+class RepeatsAToken(RowsChanged):
     """The last computed token of a chunk is computed again by the next."""
 
-    def _add_row(self, plan, seq, count, added):
-        super()._add_row(plan, seq, count, added)
-        if not plan.samples[-1] and seq.num_computed_tokens > 1:
+    def change(self, plan, row, seq):
+        if seq.num_computed_tokens > 1:
             seq.num_computed_tokens -= 1
 
 
@@ -155,9 +159,6 @@ class KeepsTheEnded(TokenBudgetScheduler):
         self.running = running
 
 
-@sabotage("test_declaration")
+@sabotage("test_declaration", can=("arrival",))
 class ForeignCapabilities(TokenBudgetScheduler):
     """The capabilities are another socket's."""
-
-
-SABOTAGES[-1] = replace(SABOTAGES[-1], provider=replace(SABOTAGES[-1].provider, capabilities=("arrival",)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import msgspec
 import torch
@@ -13,24 +12,16 @@ from dovetail.types import StepResult
 from dovetail_worker_torch import dovetail_workers
 from dovetail_worker_torch.drawing import TorchDrawing
 from dovetail_worker_torch.worker import TorchWorker
-from sabotage import Sabotage
+from sabotage import Sabotages
 
-SABOTAGES: list[Sabotage] = []
 (TORCH,) = dovetail_workers()
+DRAFTS = "test_drafts_change_no_output"
+SABOTAGES = Sabotages("worker", TORCH, {"execution": "plain"})
 GREEDY, BATCH, SEEDS, PREEMPTED, PARAMETERS = (
     "test_greedy_is_the_references", "test_a_batch_is_each_alone", "test_seeds", "test_preemption_changes_nothing",
     "test_sampling_parameters",
 )  # fmt: skip
-
-
-def sabotage(*caught_by, **changes):
-    def note(cls):
-        name = "".join(f" {c.lower()}" if c.isupper() else c for c in cls.__name__).strip()
-        provider = replace(TORCH, build=cls, **changes)
-        SABOTAGES.append(Sabotage(name, "worker", cls.__doc__, provider, caught_by, {"execution": "plain"}))
-        return cls
-
-    return note
+sabotage = SABOTAGES.of_class(lambda cls, context, options: cls(context, options))
 
 
 class Meddling(TorchWorker):
@@ -268,3 +259,121 @@ remarks_so_far: list[int] = []
 @sabotage("test_the_plan_travels", settle=settle_by_time)
 class PlanOfTheMoment(Meddling):
     """An option is decided by the process that happens to ask."""
+
+
+class Verifying(Meddling):
+    """Gets hold of the steps with drafts."""
+
+    def warm_up(self, progress):
+        super().warm_up(progress)
+        self.plans = {}
+        self.hook(self._runner)
+
+    def hook(self, runner):
+        pass
+
+    def submit(self, plan):
+        if self.lives:
+            self.plans[plan.step_id] = plan
+        return super().submit(plan)
+
+    def result(self, result):
+        plan = self.plans.pop(result.step_id)
+        for row, draft in enumerate(plan.draft_token_ids):
+            if draft:
+                self.row(result, row, draft)
+        return result
+
+    def row(self, result, row, draft):
+        pass
+
+
+@sabotage(DRAFTS)
+class AcceptsOneTooMany(Verifying):
+    """The first draft that is not what was drawn is accepted."""
+
+    def row(self, result, row, draft):
+        accepted = len(result.token_ids[row]) - 1
+        if accepted < len(draft):
+            result.token_ids[row][accepted:] = [draft[accepted], result.token_ids[row][accepted]]
+
+
+@sabotage(DRAFTS)
+class AcceptsNone(Verifying):
+    """Drafts are computed, and none is accepted."""
+
+    def row(self, result, row, draft):
+        del result.token_ids[row][1:]
+
+
+@sabotage(DRAFTS)
+class RejectedDraftStays(Verifying):
+    """Where a draft was rejected it stays in the sequence's table, and is the next step's input."""
+
+    def hook(self, runner):
+        append = runner.table.append
+
+        def last_only(seats, lengths, token_ids):
+            last = {int(seat): i for i, seat in enumerate(seats)}
+            append(seats[list(last.values())], lengths[list(last.values())], [token_ids[i] for i in last.values()])
+
+        runner.table.append = last_only
+
+
+@sabotage(DRAFTS, "test_logprobs_with_drafts")
+class LastLogitsForAll(Verifying):
+    """All places of a row are verified with the logits of its last."""
+
+    def hook(self, runner):
+        forward = runner.forward
+
+        def last(plan):
+            step = forward(plan)
+            for i in range(len(step.behind) - 1, 0, -1):
+                if step.behind[i - 1]:
+                    step.logits[i - 1] = step.logits[i]
+            return step
+
+        runner.forward = last
+
+
+@sabotage(DRAFTS)
+class NoiseOfTheLastPlace(Verifying):
+    """All places of a row are drawn with the noise of its last."""
+
+    def hook(self, runner):
+        draw = runner._draw_with_params
+
+        def last(step, seats, lengths, masks, result):
+            if step.behind:
+                lengths = lengths + step.behind
+            return draw(step, seats, lengths, masks, result)
+
+        runner._draw_with_params = last
+
+
+@sabotage(DRAFTS)
+class PenaltiesWithoutDrafts(Verifying):
+    """Penalties do not count the drafts that stand before a place."""
+
+    def hook(self, runner):
+        draw, table = runner._draw_with_params, runner.table
+
+        def without(step, seats, lengths, masks, result):
+            kept = table.token_ids.copy()
+            for seat, length, left in zip(seats, lengths, step.behind, strict=bool(step.behind)):
+                table.token_ids[seat, length : length + left] = 0
+            drawn = draw(step, seats, lengths, masks, result)
+            table.token_ids[:] = kept
+            return drawn
+
+        runner._draw_with_params = without
+
+
+@sabotage("test_logprobs_with_drafts")
+class LogprobsOfTheRejected(Verifying):
+    """A draft that was not accepted has an entry among the log-probabilities."""
+
+    def row(self, result, row, draft):
+        if result.logprobs and result.logprobs[row] and len(result.token_ids[row]) <= len(draft):
+            result.logprobs[row].append(result.logprobs[row][-1])

@@ -30,7 +30,9 @@ class Attestation:
             method = getattr(built, name, None)
             if method is None:
                 continue
-            before = getattr(built, "__dict__", {}).get(name, _ABSENT)
+            # Not looked up in the object's dictionary: asking for that makes every later access to the object slower.
+            is_its_class = getattr(method, "__func__", None) is getattr(type(built), name, _ABSENT)
+            before = _ABSENT if is_its_class else method
             try:
                 setattr(built, name, self._shadow(key, method))
             except (AttributeError, TypeError):

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.attestation import Attestation
+from dovetail.attribution import ENGINE, Attribution
+from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
-from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
+from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
@@ -26,6 +28,7 @@ from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
+from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
 from dovetail.types import KVGroup
 
@@ -45,6 +48,8 @@ class BuildContext:
     kv_groups: tuple[KVGroup, ...] = ()
     num_blocks: tuple[int, ...] = ()
     """For the KV-cache manager: per group, the null block included."""
+    built: dict[str, object] = field(default_factory=dict)
+    """By key of the plan: what its provider has built."""
     attestation: Attestation = field(default_factory=Attestation)
     """Watches what is built."""
 
@@ -70,16 +75,23 @@ class BuildContext:
             given = choice.options if options is None else options
             built = offer.provider.build(self, offer.provider.options.model_validate(given))
             socket = self.registry.sockets[choice.socket]
+            self.built[key] = built
             built = adapted(socket, choice.contract, built)
-            self.attestation.watch(key, socket, built)
-            return built
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
             raise PluginError(
                 f"{key}: {offer.qualified_name} could not be built: {type(e).__name__}: {e}", provider=offer.qualified_name
             ) from e
+        if missing := socket.missing(built):
+            what = f"built {type(built).__name__}, which has no {', '.join(missing)}"
+            raise PluginError(f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name)
+        self.attestation.watch(key, socket, built)
+        return built
 
+    def name(self, key: str) -> str:
+        """`dist:name` of what the plan chose for a socket."""
+        return find(self.registry, self.plan.choices[key]).qualified_name
 
     def build_all(self, socket: str) -> dict[str, Any]:
         """What the plan chose for a socket that takes many, by the providers' names."""
@@ -94,6 +106,7 @@ def build_engine(
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
     context = BuildContext(plan, registry, facts, model, attestation=attestation)
+    culprit = Attribution(plan, registry, context.built)
     worker: Worker = context.build("worker")
     try:
         worker.load(progress)
@@ -104,13 +117,23 @@ def build_engine(
         worker.warm_up(progress)
         context = replace(context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks))
         context = replace(context, prefix_cache=context.build("prefix_cache"))
-        kv: KVCacheManager = context.build("kv_cache")
+        kv: KVCacheManager = CheckedKVCache(context.build("kv_cache"), context.name("kv_cache"))
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
         speculation = _speculation(context, model.vocab_size)
-        engine = loop(context.build("scheduler"), kv, worker, speculation, max_num_waiting=plan.max_num_waiting)
+        scheduler = CheckedScheduler(
+            context.build("scheduler"), context.name("scheduler"), culprit, limits["max_num_batched_tokens"]
+        )  # fmt: skip
+        checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
+        engine = loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
         attestation.begin_serving()
         return engine
+    except DovetailError:
+        worker.close()
+        raise
+    except Exception as e:
+        worker.close()
+        raise PluginError(f"{culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
     except BaseException:
         worker.close()
         raise
@@ -121,6 +144,12 @@ def _speculation(context: BuildContext, vocab_size: int) -> Speculation | None:
     if drafter is None:
         return None
     return Speculation(drafter, context.option("speculation", "num_draft_tokens"), vocab_size)
+
+
+def shadow_report_of(worker: Any) -> ShadowReport | None:
+    """What a worker that runs candidates has to tell; None from one that does not."""
+    ask: Callable[[], ShadowReport | None] = getattr(worker, "shadow_report", lambda: None)
+    return ask()
 
 
 def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = None) -> Server:

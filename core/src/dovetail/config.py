@@ -87,6 +87,23 @@ class QuantizationConfig(BaseModel):
         return {"rules": value if isinstance(value, list | tuple) else [value]}
 
 
+class ShadowConfig(BaseModel):
+    """Candidates that compute a share of the steps a second time, beside the providers that answer: what they give is
+    compared, timed, and dropped. `{attention: NAME, quantization: NAME, share: 0.1}`; either may be left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attention: AttentionConfig | None = None
+    quantization: SocketConfig | None = None
+    share: float = Field(0.1, gt=0, le=1, description="of the steps that are compared")
+
+    @model_validator(mode="after")
+    def _of_something(self) -> ShadowConfig:
+        if self.attention is None and self.quantization is None:
+            raise ValueError("names no candidate: give attention, quantization or both")
+        return self
+
+
 class EngineConfig(BaseModel):
     """Precedence: code and command line over environment (DOVETAIL_…) over file over these defaults."""
 
@@ -108,6 +125,9 @@ class EngineConfig(BaseModel):
     prefix_cache: SocketConfig = Field(SocketConfig(), description="a socket: reuse between requests; none: without")
     speculation: SocketConfig = Field(SocketConfig(use="none"), description="a socket: drafts tokens ahead; none: without")
     server: SocketConfig = Field(SocketConfig(), description="a socket: for `dovetail serve`")
+    shadow: ShadowConfig | None = Field(
+        None, description="candidates to compare on live traffic: {attention: NAME, quantization: NAME, share: 0.1}"
+    )
     overlap: bool | Literal["auto"] = Field(
         "auto", description="schedule the next step while one runs; auto: unless both would share the same cores (cpu)"
     )

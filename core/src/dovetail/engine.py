@@ -7,6 +7,7 @@ tensors, text or processes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dovetail.errors import DovetailError, Overloaded, StepFailed
@@ -38,13 +39,15 @@ class Engine:
 
     def __init__(
         self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, speculation: Speculation | None = None,
-        *, max_num_waiting: int,
+        *, max_num_waiting: int, culprit: Callable[[BaseException, str], str] = lambda error, part: part,
     ) -> None:  # fmt: skip
+        """`culprit`: who is at fault, given an error and the part that was asked."""
         self.scheduler = scheduler
         self.kv = kv
         self.worker = worker
         self.speculation = speculation
         self.max_num_waiting = max_num_waiting
+        self.culprit = culprit
         self.stats = EngineStats(kv_blocks_total=kv.num_total)
         self.sequences: dict[int, Sequence] = {}
         self.requests: dict[str, list[Sequence]] = {}
@@ -64,8 +67,12 @@ class Engine:
             self._next_seq_id += 1
             group.append(seq)
             self.sequences[seq.seq_id] = seq
-            self.scheduler.add(seq)
         self.requests[request.request_id] = group
+        try:
+            for seq in group:
+                self.scheduler.add(seq)
+        except Exception as e:
+            self._fail([group[0].seq_id], e, "scheduler")
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
         """End a request, or one of its samples, now. Unknown and finished ones are ignored: the two ends race."""
@@ -262,8 +269,7 @@ class Engine:
     def _fail(self, seq_ids: list[int], error: Exception, part: str) -> None:
         """Fail whole requests: samples of one request may share blocks that were never written."""
         code = error.code if isinstance(error, DovetailError) else StepFailed.code
-        provider = getattr(error, "provider", None)
-        message = f"{part}{f' ({provider})' if provider else ''}: {type(error).__name__}: {error}"
+        message = f"{self.culprit(error, part)}: {type(error).__name__}: {error}"
         for request_id in dict.fromkeys(
             self.sequences[i].request.request_id for i in seq_ids if i in self.sequences
         ):

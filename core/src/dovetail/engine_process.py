@@ -17,12 +17,14 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
 from dovetail import wire
 from dovetail.attestation import Attestation
-from dovetail.compose import build_engine
+from dovetail.attribution import ENGINE, Attribution
+from dovetail.compose import build_engine, shadow_report_of
 from dovetail.engine import Engine
 from dovetail.errors import DovetailError, PluginError
 from dovetail.plan import Plan
@@ -31,6 +33,8 @@ from dovetail.plugins.selection import find
 
 HEARTBEAT = 0.25
 """Seconds between heartbeats."""
+REPORT_EVERY = 1.0
+"""Seconds between two reports of a shadow run, while there is work; one more comes when it ends."""
 
 
 class Link:
@@ -41,6 +45,8 @@ class Link:
         self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self.busy_since: float | None = None
         """When the step now running began; None when idle."""
+        self.where: Callable[[], str] = lambda: ""
+        """In whose code the loop is."""
         self._changed = threading.Condition()
         self._backlog: deque[bytes] = deque()
         """What the socket did not take at once, for the writer; the first one until it has been sent."""
@@ -89,8 +95,7 @@ class Link:
             while True:
                 with self._changed:
                     if not self._backlog and not self._closing and not self._changed.wait(HEARTBEAT):
-                        since = self.busy_since
-                        self._backlog.append(wire.encode(wire.Heartbeat(0.0 if since is None else time.monotonic() - since)))
+                        self._backlog.append(wire.encode(self._heartbeat()))
                     if not self._backlog:
                         if self._closing:
                             return
@@ -101,6 +106,11 @@ class Link:
                     self._backlog.popleft()
         except OSError:
             os._exit(0)
+
+    def _heartbeat(self) -> wire.Heartbeat:
+        since = self.busy_since
+        busy = 0.0 if since is None else time.monotonic() - since
+        return wire.Heartbeat(busy, self.where() if busy > 1 else "")
 
 
 def main() -> None:
@@ -119,7 +129,13 @@ def main() -> None:
         gc.freeze()
         gc.enable()
         link.send(wire.Ready(fingerprint, engine.snapshot()))
-        _loop(engine, link, attestation)
+        try:
+            _loop(engine, link, attestation)
+        except DovetailError:
+            raise
+        except Exception as e:
+            traceback.print_exc()
+            raise PluginError(f"{engine.culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
         engine.worker.close()
     except DovetailError as e:
         link.send(wire.Failed(e.code, e.message))
@@ -141,19 +157,29 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, str]:
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
-    return build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry, attestation), plan.fingerprint
+    engine = build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry, attestation)
+    if isinstance(engine.culprit, Attribution):
+        link.where = engine.culprit.running
+    return engine, plan.fingerprint
 
 
 def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
     num_invoked = -1
+    report = shadow_report_of(engine.worker)
+    reported = time.monotonic()
     while True:
         if sum(attestation.invoked.values()) != num_invoked:
             num_invoked = sum(attestation.invoked.values())
             link.send(wire.Invoked(attestation.invoked))
         try:
             while True:
+                if report is not None and (not engine.has_work or time.monotonic() > reported + REPORT_EVERY):
+                    link.send(wire.Shadow(report))
+                    reported = time.monotonic()
                 message = link.inbox.get(block=not engine.has_work)
                 if isinstance(message, wire.Shutdown):
+                    if report is not None:
+                        link.send(wire.Shadow(report))
                     return
                 _handle(engine, link, message)
         except queue.Empty:

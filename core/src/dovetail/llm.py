@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.attestation import Attestation
-from dovetail.compose import build_engine
+from dovetail.compose import build_engine, shadow_report_of
 from dovetail.config import load_config
 from dovetail.engine import Engine
 from dovetail.errors import CheckpointError, EngineUnavailable, InvalidRequest
@@ -21,6 +21,7 @@ from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import load_registry
 from dovetail.resolution import resolve
+from dovetail.shadow import ShadowReport
 from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
 
 
@@ -108,6 +109,11 @@ class LLM:
         if self._engine is None:
             raise EngineUnavailable("this LLM has been closed")
         return self._engine
+
+    @property
+    def shadow(self) -> ShadowReport | None:
+        """What the candidates of a shadow run have shown so far; None without one."""
+        return shadow_report_of(self.engine.worker)
 
     @property
     def vocab_size(self) -> int:

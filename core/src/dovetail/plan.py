@@ -11,6 +11,7 @@ import msgspec
 
 from dovetail.interfaces.quantization import LinearLayer
 from dovetail.provider import Reason
+from dovetail.shadow import PREFIX
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -64,6 +65,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_waiting: int
     trust_remote_code: bool
     architecture: str
+    shadow_share: float = 0.0
+    """Of the steps, on which the candidates run: the choices `shadow.attention.full`, … and `shadow.quantization`."""
 
     @property
     def fingerprint(self) -> str:
@@ -74,9 +77,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             del choice["rejected"], choice["remarks"]
         return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()[:16]
 
+    @property
+    def quantization_rules(self) -> dict[str, Choice]:
+        """By key, in their order."""
+        return {k: c for k, c in self.choices.items() if c.socket == "quantization" and not k.startswith(PREFIX)}
+
     def quantization_of(self, layer: LinearLayer) -> str:
         """The key of the choice that counts for a layer. Raises `ConfigError` if parts of a fused layer differ."""
-        rules = {key: choice for key, choice in self.choices.items() if choice.socket == "quantization"}
+        rules = self.quantization_rules
         kinds = {key: " ".join([c.provider, *(f"{k}={v}" for k, v in c.options.items())]) for key, c in rules.items()}
 
         def first(name: str) -> str:

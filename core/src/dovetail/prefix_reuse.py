@@ -40,10 +40,10 @@ class ReusingKVCache(PagedKVCache):
         self.num_queried_tokens += num_tokens
         try:
             found = self.prefix_cache.match(seq, num_tokens // size)
+            count = self._usable(found)
         except Exception as e:  # nothing was changed, so that only this request is concerned
             self.faults.append((seq.seq_id, e))
             return 0
-        count = self._usable(found)
         heads = [self._seen(group, [ids[i] for ids in found[:count]]) for i, group in enumerate(self.groups)]
         if count == 0 or not self._ask(seq.seq_id, lambda cache: self._claim(cache, heads), False):
             return 0

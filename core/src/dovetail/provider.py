@@ -102,9 +102,9 @@ class Context:
     needs: dict[str, Any] = field(default_factory=dict)
     """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
     max_model_len, kv_dtype. For a worker: compiled_attention, whether all attention chosen declares `compiled_steps`;
-    architecture and quantization, the capabilities of those chosen (one; a list by rule). For an architecture: quantized,
-    the schemes of its layers. For quantization: by_name, whether it was asked for by name; some_layers, whether the rule
-    is for some layers only."""
+    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run.
+    For an architecture: quantized, the schemes of its layers. For quantization: by_name, whether it was asked for by name;
+    some_layers, whether the rule is for some layers only."""
 
 
 def no_reasons(context: Context) -> list[Reason]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dovetail.config import EngineConfig, SocketConfig
-from dovetail.errors import ConfigError, PluginError
+from dovetail.config import EngineConfig, ShadowConfig, SocketConfig
+from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.attention import open_block_size
 from dovetail.interfaces.model import ModelSource
@@ -21,6 +21,7 @@ from dovetail.plugins.quantization import choose_schemes
 from dovetail.plugins.relations import Neighbours, Unsatisfied
 from dovetail.plugins.selection import choose, choose_all, find
 from dovetail.provider import Context, Reason
+from dovetail.shadow import PREFIX
 
 
 def resolve(config: EngineConfig, registry: Registry | None = None, *, server: bool = False) -> Plan:
@@ -113,28 +114,36 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         r.note(key, choice)
     weights = r.capabilities(schemes)
     quantized = [schemes[key].provider for key, can in weights.items() if PLAIN not in can.methods]
+    shadow = config.shadow
+    if shadow is not None and shadow.quantization is not None:
+        quantized.append(shadow.quantization.use)
     # Where nobody offers model code, workers need none: a simulated one, for example.
     if config.architecture.use != "auto" or registry.of("architecture"):
         r.take("architecture", config.architecture, quantized=quantized)
     kv = r.take("kv_cache", config.kv_cache).options
     r.take("scheduler", config.scheduler)
-    for layer in model.layer_kinds:
-        r.take(
-            f"attention.{layer.kind}", config.attention.of(layer.kind),
-            layer_kind=layer.kind, head_size=model.head_size, sliding_window=layer.window is not None,
-            logit_soft_cap=model.logit_soft_cap is not None, sinks=model.has_sinks,
-            block_size=kv["block_size"], max_model_len=length, kv_dtype=dtype if kv["dtype"] == "auto" else kv["dtype"],
-        )  # fmt: skip
+    needs_of = {
+        layer.kind: {
+            "layer_kind": layer.kind, "head_size": model.head_size, "sliding_window": layer.window is not None,
+            "logit_soft_cap": model.logit_soft_cap is not None, "sinks": model.has_sinks,
+            "max_model_len": length, "kv_dtype": dtype if kv["dtype"] == "auto" else kv["dtype"],
+        }
+        for layer in model.layer_kinds
+    }  # fmt: skip
+    for kind, needs in needs_of.items():
+        r.take(f"attention.{kind}", config.attention.of(kind), **needs, block_size=kv["block_size"])
     attention = r.capabilities(key for key in r.choices if key.startswith("attention."))
     if kv["block_size"] == "auto":
         kv["block_size"] = _agreed_block_size({key: open_block_size(can, length) for key, can in attention.items()})
     made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
     r.take(
         "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()), architecture=made,
-        quantization=list(weights.values()),
+        quantization=list(weights.values()), shadow=shadow is not None,
     )  # fmt: skip
     r.take("prefix_cache", config.prefix_cache)
     r.take("speculation", config.speculation)
+    if shadow is not None:
+        _take_candidates(r, shadow, {kind: {**needs, "block_size": kv["block_size"]} for kind, needs in needs_of.items()})
     if server:
         r.take("server", config.server)
     return Plan(
@@ -150,7 +159,19 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         max_num_waiting=config.max_num_waiting,
         trust_remote_code=config.trust_remote_code,
         architecture=model.architecture,
+        shadow_share=shadow.share if shadow is not None else 0.0,
     )
+
+
+def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:
+    """Those of a shadow run. They are nobody's neighbours: what they go with is what answers, not each other."""
+    if shadow.attention is not None:
+        for kind, needs in attention_needs.items():
+            key = f"{PREFIX}attention.{kind}"
+            r.choices[key] = r.ask("attention", shadow.attention.of(kind), key, **needs)
+    if shadow.quantization is not None:
+        key = f"{PREFIX}quantization"
+        r.choices[key] = r.ask("quantization", shadow.quantization, key, by_name=True, some_layers=False)
 
 
 def _agreed_block_size(sizes: dict[str, int]) -> int:
@@ -188,7 +209,13 @@ def _find_model(config: EngineConfig, registry: Registry, facts: DeviceFacts, de
     if any(name in (o.provider.name, o.qualified_name) for o in offers):
         choice = choose(registry, "model", SocketConfig(use=name), Context(facts, None, device, ""))
         offer = find(registry, choice)
-        source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]
+        try:
+            source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]
+        except DovetailError:
+            raise
+        except Exception as e:
+            name = offer.qualified_name
+            raise PluginError(f"model: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
         if not isinstance(source, ModelSource):
             raise PluginError(f"model: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
         return source.folder, choice

@@ -38,6 +38,7 @@ from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.resolution import resolve
+from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
 
 log = logging.getLogger("dovetail")
@@ -47,6 +48,8 @@ MAX_BACKOFF = 30.0
 """Seconds between restarts, at most; they double from half a second."""
 START_PATIENCE = 60.0
 """Seconds for a new process to say its first word, whatever `stall_timeout`: the interpreter and its imports come first."""
+SLOW = 1.0
+"""Seconds of one step that are worth a line in the log; then twice as many, and so on."""
 CLOSE_PATIENCE = 5.0
 """Seconds that a process is given to end by itself."""
 
@@ -72,6 +75,8 @@ class AsyncEngine:
         self.maker = RequestMaker(model_facts(Path(self.plan.folder)), self.plan.max_model_len, self.tokenizer)
         self.state: State = "loading"
         self.stats = EngineStats()
+        self.shadow: ShadowReport | None = None
+        """Of a shadow run: what it has shown since the process began."""
         self.invoked: dict[str, bool] = {}
         """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
         self.num_restarts = 0
@@ -80,6 +85,7 @@ class AsyncEngine:
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._num_heard = 0
+        self._slow = SLOW
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
@@ -303,15 +309,21 @@ class AsyncEngine:
     def _dispatch(self, message: Any) -> None:
         match message:
             case wire.News():
-                self.stats = message.stats
+                self.stats, self._slow = message.stats, SLOW
                 for output in message.outputs:
                     live = self._live.get(output.request_id)
                     if live is not None:
                         live.news.append(output)
                         live.changed.set()
+            case wire.Shadow():
+                self.shadow = message.report
             case wire.Heartbeat():
+                where = f", in {message.where}" if message.where else ""
                 if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):
-                    raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout)")
+                    raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}")
+                if message.busy > self._slow:
+                    log.warning("a step has been running for %.1f s%s", message.busy, where)
+                    self._slow *= 2
             case wire.Invoked():
                 self.invoked.update(message.invoked)
             case wire.Refused():

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from dovetail.adapters import attention_from_0_1
 from dovetail.contracts import Previous
-from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
+from dovetail.interfaces import (
+    architecture,
+    attention,
+    drafter,
+    kv_cache,
+    prefix_cache,
+    quantization,
+    scheduler,
+    server,
+    worker,
+)
 from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
 
@@ -40,8 +50,16 @@ class Socket:
     """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
     scaffold: str = ""
     """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the core's own (scaffold/)."""
-    interface: str = ""
-    """The module that says what a provider builds, where that is not `dovetail.interfaces` and the socket's name."""
+    interface: type | None = None
+    """The protocol of what its providers build."""
+
+    def missing(self, built: object) -> list[str]:
+        """What of the interface an object does not have. None, where a provider builds nothing, is for its user to judge."""
+        if self.interface is None or built is None:
+            return []
+        members = {**vars(self.interface), **getattr(self.interface, "__annotations__", {})}
+        public = [name for name in members if name == "__call__" or not name.startswith("_")]
+        return [name for name in public if not hasattr(built, name)]
 
 
 def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
@@ -106,31 +124,51 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
     return reasons
 
 
+def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
+    can = provider.capabilities
+    if context.needs.get("shadow") and not (isinstance(can, worker.WorkerCapabilities) and can.shadow):
+        return [Reason("runs no candidates beside what answers", "remove shadow")]
+    return []
+
+
 SOCKETS: tuple[Socket, ...] = (
     Socket("model", "dovetail_models", "models that come with a plugin, by name"),
     Socket(
         "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
-        quantization.CONTRACT, undeclared=_undeclared_quantization, invoked=("linear",), invoked_once=True,
+        quantization.CONTRACT, undeclared=_undeclared_quantization, interface=quantization.Scheme,
+        invoked=("linear",), invoked_once=True,
     ),
     Socket(
         "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,
-        undeclared=_undeclared_architecture, invoked=("model",), invoked_once=True,
+        undeclared=_undeclared_architecture, interface=architecture.Architecture, invoked=("model",), invoked_once=True,
     ),
-    Socket("worker", "dovetail_workers", "loads the weights and runs the steps", invoked=("submit",)),
+    Socket(
+        "worker", "dovetail_workers", "loads the weights and runs the steps", undeclared=_undeclared_worker,
+        interface=worker.Worker, invoked=("submit",),
+    ),
     Socket(
         "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
         Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
-        undeclared=_undeclared_attention, invoked=("plan",),
+        undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=("plan",),
     ),
-    Socket("kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions, invoked=("grow",)),
-    Socket("scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions, invoked=("schedule",)),
+    Socket(
+        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions,
+        interface=kv_cache.KVCacheManager, invoked=("grow",),
+    ),
+    Socket(
+        "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,
+        interface=scheduler.Scheduler, invoked=("schedule",),
+    ),
     Socket(
         "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True,
-        invoked=("match",),
+        interface=prefix_cache.PrefixCache, invoked=("match",),
     ),
     Socket(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True, interface="dovetail.interfaces.drafter", invoked=("propose",),
+        options=DrafterOptions, optional=True, interface=drafter.Drafter, invoked=("propose",),
     ),
-    Socket("server", "dovetail_servers", "takes requests from outside", invoked=("run",), invoked_once=True),
+    Socket(
+        "server", "dovetail_servers", "takes requests from outside", interface=server.Server, invoked=("run",),
+        invoked_once=True,
+    ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ import socket
 
 import msgspec
 
+from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SequenceOutput
 
 MAX_FRAME = 256 * 2**20
@@ -78,10 +79,18 @@ class Heartbeat(msgspec.Struct, tag=True):
     """The process lives; its loop has been busy with the same step for `busy` seconds (0 when idle)."""
 
     busy: float
+    where: str = ""
+    """In whose code, after the first second."""
+
+
+class Shadow(msgspec.Struct, tag=True):
+    """What a shadow run has shown so far: about once a second while it runs, and at the end."""
+
+    report: ShadowReport
 
 
 ToEngine = Start | Add | Abort | Shutdown
-FromEngine = Loading | Ready | Failed | News | Invoked | Refused | Heartbeat
+FromEngine = Loading | Ready | Failed | News | Invoked | Refused | Heartbeat | Shadow
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)

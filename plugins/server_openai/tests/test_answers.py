@@ -339,3 +339,20 @@ def test_request_ids_are_echoed(http: httpx.Client, path: str) -> None:
     answer = http.get(path, headers={"X-Request-Id": "me-1"})
     assert answer.headers["x-request-id"] == "me-1"
     assert "x-request-id" not in http.get(path).headers
+
+
+def test_the_plan_says_what_was_asked_taken_and_seen_at_work(start: Any) -> None:
+    served = start()
+    with served.client() as client:
+        before = client.get("/v1/dovetail/plan").json()
+        assert len(before["fingerprint"]) == 16
+        assert before["attested"]["server"] == {"requested": "auto", "effective": "openai", "invoked": True}
+        assert before["attested"]["scheduler"]["invoked"] is False
+        body = {"prompt": "a longer prompt, of several blocks", "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        served.until(lambda: client.get("/v1/dovetail/plan").json()["attested"]["worker"]["invoked"])
+        after = client.get("/v1/dovetail/plan").json()["attested"]
+    assert after["worker"] == {"requested": "simulated", "effective": "simulated", "invoked": True}
+    assert after["scheduler"]["invoked"]
+    assert after["kv_cache"]["invoked"]
+    assert after["speculation"] == {"requested": "none", "effective": "none", "invoked": None}

@@ -104,7 +104,8 @@ def test_what_a_scheme_does_wrong_names_it(fault: Any, message: str) -> None:
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "bfloat16"])
 def test_scales_of_the_kv_cache_are_read_where_it_has_one_byte(kv_dtype: str) -> None:
     choices = {"quantization": SimpleNamespace(socket="quantization", requested="auto", match="*")}
-    context: Any = SimpleNamespace(plan=SimpleNamespace(choices=choices, device="cpu"), build=lambda key: Scheme())
+    plan = SimpleNamespace(choices=choices, quantization_rules=choices, device="cpu")
+    context: Any = SimpleNamespace(plan=plan, build=lambda key: Scheme())
     layers = QuantizedLayers(context, TorchLinears(torch.float32, CPU), "float32", kv_dtype)
     layer = layers.attention("l.attn", AttentionLayer(0, 2, 2, 8, 1.0))
     if kv_dtype == "bfloat16":

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from dovetail.attestation import Attestation
+from dovetail.attribution import ENGINE, Attribution
+from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
-from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
+from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
@@ -18,6 +20,7 @@ from dovetail.kv_cache import blocks_per_sequence, size_groups
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
+from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
 from dovetail.types import KVGroup
 
@@ -31,6 +34,7 @@ class BuildContext:
     kv: KVCacheManager | None = None
     kv_groups: tuple[KVGroup, ...] = ()
     num_blocks: tuple[int, ...] = ()
+    built: dict[str, object] = field(default_factory=dict)
     attestation: Attestation = field(default_factory=Attestation)
 
     def option(self, key: str, name: str) -> Any:
@@ -42,10 +46,16 @@ class BuildContext:
     def build(self, key: str, options: Mapping[str, Any] | None=None) -> Any:
         ...
 
+    def name(self, key: str) -> str:
+        ...
+
     def build_all(self, socket: str) -> dict[str, Any]:
         ...
 
 def build_engine(plan: Plan, progress: Progress, registry: Registry | None=None, attestation: Attestation | None=None) -> Engine:
+    ...
+
+def shadow_report_of(worker: Any) -> ShadowReport | None:
     ...
 
 def build_server(config: EngineConfig, plan: Plan, registry: Registry | None=None) -> Server:

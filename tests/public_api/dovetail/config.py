@@ -28,6 +28,12 @@ class QuantizationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
     rules: tuple[QuantizationRule, ...] = (QuantizationRule(),)
 
+class ShadowConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra='forbid')
+    attention: AttentionConfig | None = None
+    quantization: SocketConfig | None = None
+    share: float = Field(0.1, gt=0, le=1, description='of the steps that are compared')
+
 class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
     model: str = Field('demo', description="a plugin's model name, a local folder, or a hub id")
@@ -44,6 +50,7 @@ class EngineConfig(BaseModel):
     prefix_cache: SocketConfig = Field(SocketConfig(), description='a socket: reuse between requests; none: without')
     speculation: SocketConfig = Field(SocketConfig(use='none'), description='a socket: drafts tokens ahead; none: without')
     server: SocketConfig = Field(SocketConfig(), description='a socket: for `dovetail serve`')
+    shadow: ShadowConfig | None = Field(None, description='candidates to compare on live traffic: {attention: NAME, quantization: NAME, share: 0.1}')
     overlap: bool | Literal['auto'] = Field('auto', description='schedule the next step while one runs; auto: unless both would share the same cores (cpu)')
     max_num_waiting: int = Field(1024, ge=1, description='sequences that may wait; more are refused as overload')
     stall_timeout: float = Field(60, ge=1, description='seconds after which an engine process that gives no news is replaced')

@@ -25,6 +25,9 @@ class WrittenFor:
 def parse(value: str) -> WrittenFor:
     ...
 
+def as_metadata(version: str) -> str:
+    ...
+
 def served(socket: Socket, written: WrittenFor | None) -> str | Reason:
     ...
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from dovetail.attestation import Attestation
-from dovetail.compose import build_engine
+from dovetail.compose import build_engine, shadow_report_of
 from dovetail.config import load_config
 from dovetail.engine import Engine
 from dovetail.errors import CheckpointError, EngineUnavailable, InvalidRequest
@@ -17,6 +17,7 @@ from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import load_registry
 from dovetail.resolution import resolve
+from dovetail.shadow import ShadowReport
 from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
 
 @dataclass
@@ -62,6 +63,10 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
+        ...
+
+    @property
+    def shadow(self) -> ShadowReport | None:
         ...
 
     @property

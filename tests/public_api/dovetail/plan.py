@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from dovetail.interfaces.quantization import LinearLayer
 from dovetail.provider import Reason
+from dovetail.shadow import PREFIX
 
 class Rejected(msgspec.Struct, frozen=True):
     provider: str
@@ -41,9 +42,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_num_waiting: int
     trust_remote_code: bool
     architecture: str
+    shadow_share: float = 0.0
 
     @property
     def fingerprint(self) -> str:
+        ...
+
+    @property
+    def quantization_rules(self) -> dict[str, Choice]:
         ...
 
     def quantization_of(self, layer: LinearLayer) -> str:

@@ -20,11 +20,13 @@ from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.resolution import resolve
+from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
 log = logging.getLogger('dovetail')
 State = Literal['loading', 'ready', 'restarting', 'draining', 'closed']
 MAX_BACKOFF = 30.0
 START_PATIENCE = 60.0
+SLOW = 1.0
 CLOSE_PATIENCE = 5.0
 
 class AsyncEngine:

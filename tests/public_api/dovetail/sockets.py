@@ -3,7 +3,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from dovetail.adapters import attention_from_0_1
 from dovetail.contracts import Previous
-from dovetail.interfaces import architecture, attention, drafter, prefix_cache, quantization
+from dovetail.interfaces import architecture, attention, drafter, kv_cache, prefix_cache, quantization, scheduler, server, worker
 from dovetail.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, Reason, SchedulerOptions
 
 @dataclass(frozen=True)
@@ -21,4 +21,9 @@ class Socket:
     many: bool = False
     within: str = ''
     contract_class: str = ''
-SOCKETS: tuple[Socket, ...] = (Socket('model', 'dovetail_models', 'models that come with a plugin, by name'), Socket('quantization', 'dovetail_quantization', 'how the weights of linear layers are stored and multiplied', quantization.CONTRACT, undeclared=_undeclared_quantization, invoked=('linear',), invoked_once=True), Socket('architecture', 'dovetail_architectures', 'model code', architecture.CONTRACT, undeclared=_undeclared_architecture, invoked=('model',), invoked_once=True), Socket('worker', 'dovetail_workers', 'loads the weights and runs the steps', invoked=('submit',)), Socket('attention', 'dovetail_attention', 'paged attention', attention.CONTRACT, Previous('0.1', 'export_kv takes `out`', '0.3', attention_from_0_1), undeclared=_undeclared_attention, invoked=('plan',)), Socket('kv_cache', 'dovetail_kv_caches', 'owns the KV blocks', options=KVCacheOptions, invoked=('grow',)), Socket('scheduler', 'dovetail_schedulers', "picks each step's tokens", options=SchedulerOptions, invoked=('schedule',)), Socket('prefix_cache', 'dovetail_prefix_caches', 'reuses KV between requests', prefix_cache.CONTRACT, optional=True, invoked=('match',)), Socket('speculation', 'dovetail_drafters', 'drafts tokens, which the model then verifies', drafter.CONTRACT, options=DrafterOptions, optional=True, invoked=('propose',)), Socket('server', 'dovetail_servers', 'takes requests from outside', invoked=('run',), invoked_once=True))
+    scaffold: str = ''
+    interface: type | None = None
+
+    def missing(self, built: object) -> list[str]:
+        ...
+SOCKETS: tuple[Socket, ...] = (Socket('model', 'dovetail_models', 'models that come with a plugin, by name'), Socket('quantization', 'dovetail_quantization', 'how the weights of linear layers are stored and multiplied', quantization.CONTRACT, undeclared=_undeclared_quantization, interface=quantization.Scheme, invoked=('linear',), invoked_once=True), Socket('architecture', 'dovetail_architectures', 'model code', architecture.CONTRACT, undeclared=_undeclared_architecture, interface=architecture.Architecture, invoked=('model',), invoked_once=True), Socket('worker', 'dovetail_workers', 'loads the weights and runs the steps', undeclared=_undeclared_worker, interface=worker.Worker, invoked=('submit',)), Socket('attention', 'dovetail_attention', 'paged attention', attention.CONTRACT, Previous('0.1', 'export_kv takes `out`', '0.3', attention_from_0_1), undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=('plan',)), Socket('kv_cache', 'dovetail_kv_caches', 'owns the KV blocks', options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=('grow',)), Socket('scheduler', 'dovetail_schedulers', "picks each step's tokens", options=SchedulerOptions, interface=scheduler.Scheduler, invoked=('schedule',)), Socket('prefix_cache', 'dovetail_prefix_caches', 'reuses KV between requests', prefix_cache.CONTRACT, optional=True, interface=prefix_cache.PrefixCache, invoked=('match',)), Socket('speculation', 'dovetail_drafters', 'drafts tokens, which the model then verifies', drafter.CONTRACT, options=DrafterOptions, optional=True, interface=drafter.Drafter, invoked=('propose',)), Socket('server', 'dovetail_servers', 'takes requests from outside', interface=server.Server, invoked=('run',), invoked_once=True))

@@ -12,6 +12,8 @@ from dovetail.config import load_config
 from dovetail.frontend.outputs import Delta
 from dovetail.interfaces.worker import Progress as ProgressCallback
 from dovetail.llm import LLM
+from dovetail.plan import Plan
+from dovetail.shadow import ShadowReport
 from dovetail.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,7 +61,10 @@ def serve(config_file: str | None, values: dict[str, Any], host: str, port: int)
         server = build_server(config, engine.plan)
         print(f"dovetail: {engine.plan.model} ({engine.plan.architecture}, {engine.plan.dtype}) on {engine.plan.device}; "
               f"attention {_attention(engine)}; plan {engine.plan.fingerprint}", file=sys.stderr)  # fmt: skip
-        server.run(engine, host, port, lambda url: print(_welcome(url, engine.plan.served_model_name), flush=True))
+        try:
+            server.run(engine, host, port, lambda url: print(_welcome(url, engine.plan.served_model_name), flush=True))
+        finally:
+            _print_shadow(engine.plan, engine.shadow)
     return 0
 
 
@@ -125,6 +130,13 @@ def _loaded(config_file: str | None, values: dict[str, Any]) -> Iterator[LLM]:
         llm = LLM(config=config_file, progress=progress, **values)
     with llm:
         yield llm
+        _print_shadow(llm.plan, llm.shadow)
+
+
+def _print_shadow(plan: Plan, report: ShadowReport | None) -> None:
+    if report is not None:
+        names = {key: f"{c.distribution}:{c.provider}" for key, c in plan.choices.items()}
+        print(*report.lines(names), sep="\n", file=sys.stderr)
 
 
 def _ask() -> str:

@@ -28,12 +28,13 @@ class Drafter(Protocol):
         """Guess the tokens after `seq.tokens`: at most `max_tokens`, in order, and none at all if there is no good guess.
 
         Asked before every step of a sequence that decodes; `seq` is to be read only. Between two calls `seq.tokens` has
-        grown by at least one token and its beginning has not changed: an index of it can be kept and extended. An
-        exception, or tokens that do not exist, fail the request.
+        grown, or is as it was if the step had no room for it, and its beginning has not changed: an index of it can be
+        kept and extended. An exception, or tokens that do not exist, fail the request.
         """
 
     def forget(self, seq_id: int) -> None:
-        """The sequence has ended, however it did. Also called for sequences that were never asked about."""
+        """The sequence has ended, however it did: keep nothing of it, for its `seq_id` may come again. Also called for
+        sequences that were never asked about."""
 
 
 CONTRACT = "0.1"

@@ -6,8 +6,10 @@ Life: `load`, `kv_groups`, `kv_memory`, `allocate`, `warm_up`, then `submit` / `
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dovetail.shadow import ShadowReport
 from dovetail.types import KVGroup, StepPlan, StepResult
 
 Progress = Callable[[str, int, int], None]
@@ -15,6 +17,14 @@ Progress = Callable[[str, int, int], None]
 
 Handle = Any
 """A step in flight, opaque to the engine."""
+
+
+@dataclass(frozen=True)
+class WorkerCapabilities:
+    """What a worker can do beyond running steps, as data. A provider that declares none can do none of it."""
+
+    shadow: bool = False
+    """It runs the plan's candidates beside what answers: it is a `ShadowingWorker`."""
 
 
 class Worker(Protocol):
@@ -51,3 +61,10 @@ class Worker(Protocol):
 
     def close(self) -> None:
         """Release the device. Idempotent."""
+
+
+class ShadowingWorker(Worker, Protocol):
+    """A worker that declares `shadow`."""
+
+    def shadow_report(self) -> ShadowReport | None:
+        """What the candidates have shown so far; None without a shadow run. The object may change with every step."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dovetail.config import SocketConfig
 from dovetail.contracts import deprecation, served
-from dovetail.errors import ConfigError, PluginError
+from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.plan import Choice, Rejected
 from dovetail.plugins.discovery import Offer, Registry
 from dovetail.plugins.relations import NOBODY, Neighbours, Unsatisfied, culprits_of, relations, untested
@@ -70,7 +70,7 @@ def choose(
         for o in offers
         if o is not taken
     ]
-    options, remarks = taken.provider.settle(context, _options(taken, wanted.options, where))
+    options, remarks = _settled(taken, context, wanted, where)
     version = served(socket, taken.plugin.written_for(socket.name))
     assert isinstance(version, str)  # or there would be a reason against it
     deprecated = deprecation(socket, version)
@@ -148,6 +148,17 @@ def _second_best(offer: Offer, taken: Offer, wanted: SocketConfig, where: str) -
     if wanted.use in (taken.provider.name, taken.qualified_name):
         return Reason(f"{wanted.use} was asked for", hint, "not-asked")
     return Reason(f"priority {offer.provider.priority}; {taken.provider.name} has {taken.provider.priority}", hint, "priority")
+
+
+def _settled(offer: Offer, context: Context, wanted: SocketConfig, where: str) -> tuple[Options, list[str]]:
+    options = _options(offer, wanted.options, where)
+    try:
+        return offer.provider.settle(context, options)
+    except DovetailError:
+        raise
+    except Exception as e:
+        name = offer.qualified_name
+        raise PluginError(f"{where}: {name}: its settle raised {type(e).__name__}: {e}", provider=name) from e
 
 
 def _options(offer: Offer, given: Mapping[str, Any], where: str) -> Options:

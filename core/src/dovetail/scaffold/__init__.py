@@ -117,7 +117,9 @@ def used_by(package: Path) -> str:
 def interface_of(registry: Registry, socket: Socket) -> str:
     """The module to read before writing a provider."""
     owner = registry.added_by.get(socket.name)
-    return socket.interface or (owner.module if owner else f"dovetail.interfaces.{socket.name}")
+    if socket.interface is not None:
+        return socket.interface.__module__
+    return owner.module if owner else f"dovetail.interfaces.{socket.name}"
 
 
 def _libraries(template: Path) -> set[str]:

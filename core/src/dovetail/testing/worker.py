@@ -18,12 +18,12 @@ from dovetail.errors import CheckpointError
 from dovetail.plan import Plan
 from dovetail.testing.contract import common_causes
 from dovetail.testing.tiny_model import LAYERS, softmax
+from dovetail.testing.worker_drafts import DraftChecks
 from dovetail.testing.worker_driver import EOS, GREEDY, Driver
 from dovetail.testing.worker_trial import (
     BLOCK_SIZE,
     SEATS,
     Asked,
-    WorkerTrial,
     error_of,
     no_progress,
     replace_params,
@@ -40,7 +40,7 @@ most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a samp
 probability 1/2, one percentage point too often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
 
 
-class WorkerContract(WorkerTrial):
+class WorkerContract(DraftChecks):
     """Subclass, set `provider`, and pytest does the rest."""
 
     socket = "worker"
@@ -128,19 +128,19 @@ class WorkerContract(WorkerTrial):
     @common_causes("positions that begin at 0 with each chunk", "a row that samples before its last token")
     def test_chunks_are_the_whole(self, chunk: int) -> None:
         """A prompt computed in chunks gives what it gives in one step."""
-        self.same_both_ways(lambda d, ids: d.generate(ids, 8, chunk=chunk), f"in chunks of {chunk}", [self.some(40)])
+        self.same_both_ways(lambda d, ids, _: d.generate(ids, 8, chunk=chunk), f"in chunks of {chunk}", [self.some(40)])
 
     @common_causes("rows that read each other's logits, tables or positions", "padding that is taken for a row")
     def test_a_batch_is_each_alone(self) -> None:
         """Sequences of many lengths, greedy and sampled, give together what each gives alone."""
         asked = [self.some(n, temperature=t, seed=n) for n in (1, 2, 16, 33, 70) for t in (0.0, 0.8)]
-        self.same_both_ways(lambda d, ids: d.generate(ids, 10), "together", asked)
+        self.same_both_ways(lambda d, ids, _: d.generate(ids, 10), "together", asked)
 
     @common_causes("tokens, penalties or tables of a seat kept from before", "a released sequence that is still looked up")
     def test_preemption_changes_nothing(self) -> None:
         """Released and started again with its output so far, beside others, in other blocks, a sequence goes on as before."""
 
-        def preempted(driver: Driver, ids: list[int]) -> list[list[int]]:
+        def preempted(driver: Driver, ids: list[int], expected: list[list[int]]) -> list[list[int]]:
             driver.generate(ids, 4)
             for i in reversed(ids[::2]):
                 driver.release(i)

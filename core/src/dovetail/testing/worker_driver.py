@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dovetail.interfaces.worker import Handle, Worker
@@ -54,8 +54,11 @@ class Driver:
             self.released.append(seq_id)
         told.tables, told.num_computed, told.on_worker = [], 0, False
 
-    def plan(self, rows: Sequence[tuple[int, int]], *, masked: bool = False) -> StepPlan:
-        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples."""
+    def plan(
+        self, rows: Sequence[tuple[int, int]], *, masked: bool = False, drafts: dict[int, list[int]] | None = None
+    ) -> StepPlan:
+        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples; `drafts`, by seq_id, are the
+        last tokens of such rows, and counted."""
         plan = StepPlan(self.num_steps, [], [], [], [], [], masked=masked)
         plan.released, self.released = self.released, []
         self.num_steps += 1
@@ -77,13 +80,18 @@ class Driver:
             plan.seq_ids.append(seq_id)
             plan.num_tokens.append(count)
             plan.num_computed.append(told.num_computed)
-            plan.samples.append(end == len(told.tokens))
+            draft = drafts.get(seq_id, []) if drafts else []
+            plan.samples.append(end == len(told.tokens) + len(draft))
+            if drafts:
+                plan.draft_token_ids.append(draft)
             plan.new_block_ids.append(added if any(added) else [])
             told.num_computed = end
         return plan
 
-    def step(self, rows: Sequence[tuple[int, int]], masks: dict[int, bytes] | None = None) -> StepResult:
-        plan = self.plan(rows, masked=masks is not None)
+    def step(
+        self, rows: Sequence[tuple[int, int]], masks: dict[int, bytes] | None = None, drafts: dict[int, list[int]] | None = None
+    ) -> StepResult:
+        plan = self.plan(rows, masked=masks is not None, drafts=drafts)
         return self.take(plan, self.worker.submit(plan), masks)
 
     def take(self, plan: StepPlan, handle: Handle, masks: dict[int, bytes] | None = None) -> StepResult:
@@ -93,7 +101,11 @@ class Driver:
         assert len(result.token_ids) == len(plan.seq_ids), f"{len(plan.seq_ids)} rows have {len(result.token_ids)} answers"
         for row, (seq_id, new) in enumerate(zip(plan.seq_ids, result.token_ids, strict=True)):
             told = self.told[seq_id]
-            if seq_id not in result.failed:
+            draft = plan.draft_token_ids[row] if plan.draft_token_ids else []
+            if draft:
+                verified(draft, new)
+                told.num_computed -= len(draft) + 1 - len(new)  # what was computed for the others is computed again
+            elif seq_id not in result.failed:
                 assert len(new) == plan.samples[row], f"a row with samples={plan.samples[row]} has tokens {new}"
             told.tokens += new
             told.results.append((result, row))
@@ -107,6 +119,28 @@ class Driver:
             self.step(rows)
         return [self.told[i].output for i in seq_ids]
 
+    def generate_with_drafts(
+        self, seq_ids: Sequence[int], num_tokens: int, draft: Callable[[int, list[int], int], list[int]]
+    ) -> list[list[int]]:
+        """Run until each has `num_tokens` of output. `draft(seq_id, output so far, most tokens)` guesses what comes."""
+        while behind := [i for i in seq_ids if len(self.told[i].output) < num_tokens]:
+            missing = {i: len(self.told[i].tokens) - self.told[i].num_computed for i in behind}
+            drafts = {
+                i: draft(i, self.told[i].output, num_tokens - len(self.told[i].output) - 1) for i in behind if missing[i] == 1
+            }
+            self.step([(i, missing[i] + len(drafts.get(i, []))) for i in behind], drafts=drafts)
+        return [self.told[i].output for i in seq_ids]
+
     def end(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
             self.release(seq_id)
+
+
+def verified(draft: list[int], new: list[int]) -> None:
+    """What was drawn follows the draft as far as it is said to, and no further."""
+    assert 1 <= len(new) <= len(draft) + 1, f"a row with {len(draft)} drafts has {len(new)} tokens"
+    accepted = len(new) - 1
+    assert new[:accepted] == draft[:accepted], f"{accepted} of the drafts {draft} were accepted, and {new} drawn"
+    assert accepted == len(draft) or new[-1] != draft[accepted], (
+        f"{new} were drawn, and of the drafts {draft} only {accepted} accepted"
+    )

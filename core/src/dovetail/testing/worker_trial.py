@@ -7,7 +7,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,10 +34,12 @@ class Asked:
     temperature: float = 0.0
     seed: int = 0
     index: int = 0
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further sampling parameters."""
 
     @property
     def params(self) -> SamplingParams:
-        return replace_params(GREEDY, temperature=self.temperature)
+        return replace_params(GREEDY, temperature=self.temperature, **self.more)
 
 
 class WorkerTrial(Contract):
@@ -115,13 +117,13 @@ class WorkerTrial(Contract):
         return [self.together([a])[0] for a in asked]
 
     def same_both_ways(self, generate: Any, how: str, asked: list[Asked]) -> None:
-        """`generate(driver, seq_ids)` gives what each sequence says alone; made small if not."""
+        """`generate(driver, seq_ids, expected)` gives what each sequence says alone; made small if not."""
 
         def attempt(asked: list[Asked]) -> None:
             expected = self.alone(asked)
             ids = [self.driver.add(list(a.prompt), a.params, seed=a.seed, index=a.index) for a in asked]
             try:
-                got = generate(self.driver, ids)
+                got = generate(self.driver, ids, expected)
             finally:
                 self.driver.end(ids)
             for a, g, e in zip(asked, got, expected, strict=True):

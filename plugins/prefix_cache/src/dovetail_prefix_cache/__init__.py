@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 from dovetail.hookspecs import hookimpl
 from dovetail.provider import Options, Provider
 from dovetail.sockets import Socket
+from dovetail_prefix_cache.eviction import MakePolicy
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
-    from dovetail_prefix_cache.eviction import MakePolicy
     from dovetail_prefix_cache.index import HashIndex
 
 
 EVICTION = Socket(
     "eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache",
-    contract_class="dovetail_prefix_cache.testing:EvictionContract", scaffold="dovetail_prefix_cache:scaffold/eviction",
-    interface="dovetail_prefix_cache.eviction",
+    interface=MakePolicy, contract_class="dovetail_prefix_cache.testing:EvictionContract",
+    scaffold="dovetail_prefix_cache:scaffold/eviction",
 )  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def _hash(context: BuildContext, options: Options) -> HashIndex:
     from dovetail_prefix_cache.index import HashIndex
 
     make_policy: MakePolicy = context.build("eviction")
-    return HashIndex(context.kv_groups[0].block_size, list(context.num_blocks), make_policy)
+    return HashIndex(context.kv_groups[0].block_size, list(context.num_blocks), make_policy, context.name("eviction"))
 
 
 def _lru(context: BuildContext, options: Options) -> MakePolicy:

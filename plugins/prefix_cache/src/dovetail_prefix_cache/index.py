@@ -12,6 +12,7 @@ import os
 from array import array
 from hashlib import blake2b
 
+from dovetail.errors import PluginError
 from dovetail.interfaces.prefix_cache import NOT_HERE
 from dovetail.sequence import Sequence
 from dovetail_prefix_cache.eviction import MakePolicy
@@ -33,7 +34,9 @@ class Entry:
 class HashIndex:
     """A `PrefixCache`; its interface says what each method promises."""
 
-    def __init__(self, block_size: int, num_blocks: list[int], make_policy: MakePolicy) -> None:
+    def __init__(self, block_size: int, num_blocks: list[int], make_policy: MakePolicy, named: str | None = None) -> None:
+        """`named`: who the policy is, for errors."""
+        self._named = named
         self._block_size = block_size
         self._secret = os.urandom(32)
         self._entries: dict[bytes, Entry] = {}
@@ -92,9 +95,9 @@ class HashIndex:
         policy, entry_of = self._policies[group], self._entry_of[group]
         blocks = [policy.pop() for _ in range(count)]
         for block in blocks:
-            entry = entry_of[block]
+            entry = entry_of[block] if type(block) is int and 0 <= block < len(entry_of) else None
             if entry is None:
-                raise ValueError(f"the eviction policy gave up block {block}, which is not kept")
+                raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
             entry_of[block] = None
             entry.block_ids[group] = NOT_HERE
             if not any(entry.block_ids):

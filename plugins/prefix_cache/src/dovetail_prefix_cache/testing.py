@@ -37,6 +37,18 @@ class EvictionContract(Contract):
         """`pop` names blocks that were added and not removed since, each once; in the end all that were added have left."""
         self.run_machine(partial(PolicyMachine, self), examples=150)
 
+    @common_causes("state kept by the class or the module instead of the object")
+    def test_policies_do_not_meet(self) -> None:
+        """Policies made one after the other, as for two KV groups, know nothing of each other's blocks."""
+        make = self.build()
+        policies = [make(8) for _ in range(2)]
+        for block in (1, 2, 3):
+            policies[0].add(block)
+            policies[1].add(block + 3)
+        policies[0].remove(2)
+        gone = [sorted(policy.pop() for _ in range(count)) for policy, count in zip(policies, (2, 3), strict=True)]
+        assert gone == [[1, 3], [4, 5, 6]], f"of blocks [1, 3] here and [4, 5, 6] there, {gone[0]} and {gone[1]} were popped"
+
     @common_causes("state shared between the policies of two groups, or of two engines")
     def test_an_engine_whatever_happens(self) -> None:
         """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone ends."""
@@ -60,11 +72,15 @@ class PolicyMachine(Machine):
         self.num_blocks = num_blocks
         self.policy = self.contract.new(num_blocks)
 
-    @operation(block=st.integers(1, 11))
-    def add(self, block: int) -> None:
-        if block < self.num_blocks and block not in self.here:
-            self.policy.add(block)
-            self.here.add(block)
+    @operation(blocks=st.lists(st.integers(1, 11), min_size=1, max_size=6, unique=True))
+    def add(self, blocks: list[int]) -> None:
+        self._add(blocks)
+
+    def _add(self, blocks: list[int]) -> None:
+        for block in blocks:
+            if block < self.num_blocks and block not in self.here:
+                self.policy.add(block)
+                self.here.add(block)
 
     @operation(which=st.integers(0, 11))
     def remove(self, which: int) -> None:
@@ -73,17 +89,18 @@ class PolicyMachine(Machine):
             self.policy.remove(block)
             self.here.discard(block)
 
-    @operation()
-    def pop(self) -> None:
-        if self.here:
+    @operation(count=st.integers(1, 4))
+    def pop(self, count: int) -> None:
+        for _ in range(min(count, len(self.here))):
             block = self.policy.pop()
             assert block in self.here, f"{block} was popped, and here are {sorted(self.here)}"
             self.here.discard(block)
 
-    @operation()
-    def clear(self) -> None:
+    @operation(blocks=st.lists(st.integers(1, 11), min_size=1, max_size=2, unique=True))
+    def clear_and_begin_anew(self, blocks: list[int]) -> None:
         self.policy.clear()
         self.here.clear()
+        self._add(blocks)
 
     def end(self) -> None:
         left = [self.policy.pop() for _ in range(len(self.here))]

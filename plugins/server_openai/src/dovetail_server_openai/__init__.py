@@ -31,9 +31,12 @@ ROUTES = Socket(
 
 
 def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
+    from dovetail.attribution import Attribution
     from dovetail_server_openai.server import OpenAIServer
 
-    return OpenAIServer(options, context.build_all("routes"))
+    return OpenAIServer(
+        options, context.build_all("routes"), Attribution(context.plan, context.registry, context.built)
+    )  # fmt: skip
 
 
 @hookimpl

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail import __version__
+from dovetail.attribution import Attribution
 from dovetail.errors import InvalidRequest, ModelNotFound, PluginError
 from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions, failures
@@ -33,15 +34,19 @@ MakeRouter = Callable[[AsyncEngine], APIRouter]
 """What a provider of the `routes` socket builds."""
 
 
-def make_app(engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None) -> FastAPI:
+def make_app(
+    engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None,
+    culprit: Attribution | None = None,
+) -> FastAPI:  # fmt: skip
     """All routes for one engine. The engine may still be loading: those that need it then answer 503.
 
-    `routes` are other plugins', by name. Raises `PluginError` if one of them would take the place of a route that is there.
+    `routes` are other plugins', by name; `culprit` names the one that fails. Raises `PluginError` if one of them cannot be
+    built, or would take the place of a route that is there.
     """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
     metrics = Metrics(engine, options.metrics_prefix)
     completions = Completions(engine, metrics, options, sampling_defaults(Path(engine.plan.folder)))
-    failures.install(app)
+    failures.install(app, culprit)
     created, fingerprint = int(time.time()), engine.plan.fingerprint
 
     @app.post("/v1/completions", responses=STREAM, response_model=None)
@@ -115,7 +120,10 @@ def make_app(engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, M
 
 
 def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: AsyncEngine) -> None:
-    router = make_router(engine)
+    try:
+        router = make_router(engine)
+    except Exception as e:
+        raise PluginError(f"routes: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
     if not isinstance(router, APIRouter):
         raise PluginError(f"routes: {name} made {type(router).__name__}, not a fastapi.APIRouter", provider=name)
     taken = {(m, r.path) for r in app.routes if isinstance(r, Route) for m in r.methods or ()}

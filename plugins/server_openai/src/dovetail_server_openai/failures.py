@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from dovetail.attribution import Attribution
 from dovetail.errors import DovetailError
 from dovetail_server_openai.streams import ClientGone
 
@@ -39,8 +40,8 @@ def error_response(
     return JSONResponse(error_body(message, status, param), status, {**own, **(headers or {})})
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception in this shape."""
+def install(app: FastAPI, culprit: Attribution | None = None) -> None:
+    """Answer every exception in this shape; `culprit` names the plugin whose route raised it."""
 
     @app.exception_handler(DovetailError)
     async def ours(request: Request, error: DovetailError) -> JSONResponse:
@@ -65,4 +66,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         # The traceback goes to the log: the framework raises it again.
-        return error_response("internal error; the server's log has the details", 500)
+        who = ""
+        if culprit is not None:
+            # What a route returned is looked at when it has ended: then only its module says whose it was.
+            module = getattr(request.scope.get("endpoint"), "__module__", "")
+            who = culprit.seen(error, "routes") or culprit.of_module(module, "routes")
+        what = f"{who}: {type(error).__name__}" if who else "internal error"
+        return error_response(f"{what}; the server's log has the details", 500)

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from dovetail.errors import DovetailError
 from dovetail.frontend.outputs import Delta
 from dovetail.serving import AsyncEngine
+from dovetail.shadow import PREFIX, ShadowReport
 from dovetail.types import Request
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -52,6 +53,37 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
             counter.add_metric([name], value)
             yield counter
+        if self._engine.shadow is not None:
+            yield from self._shadow(self._engine.shadow)
+
+    def _shadow(self, report: ShadowReport) -> Iterable[Metric]:
+        """Of candidates, by key of the plan and by layer."""
+        name, choices = self._engine.plan.served_model_name, self._engine.plan.choices
+        for key, text, value in (
+            ("shadow_steps", "steps since the start of a shadow run", report.num_steps),
+            ("shadow_sampled_steps", "steps that were compared", report.num_sampled_steps),
+        ):
+            counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
+            counter.add_metric([name], value)
+            yield counter
+        labels = ["model_name", "candidate", "provider"]
+        off = GaugeMetricFamily(self._prefix + "shadow_switched_off", "1: it failed, and runs no more", labels=labels)
+        for key, choice in choices.items():
+            if key.startswith(PREFIX):
+                off.add_metric([name, key, f"{choice.distribution}:{choice.provider}"], key in report.failed)
+        yield off
+        for key, text, field in (
+            ("shadow_max_abs_error", "largest difference from the trusted output", "max_abs_error"),
+            ("shadow_max_relative_error", "the same, over the largest magnitude of that output", "max_rel_error"),
+            ("shadow_compared", "outputs compared", "num_compared"),
+            ("shadow_speed", "of the candidate; the trusted provider's is 1", "speed"),
+        ):
+            gauge = GaugeMetricFamily(self._prefix + key, text, labels=[*labels, "layer"])
+            for layer in report.layers:
+                choice = choices[layer.key]
+                who = f"{choice.distribution}:{choice.provider}"
+                gauge.add_metric([name, layer.key, who, layer.layer], getattr(layer, field))
+            yield gauge
 
 
 class Metrics:

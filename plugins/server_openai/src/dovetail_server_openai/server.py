@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from dovetail.attribution import Attribution
 from dovetail.errors import ConfigError
 from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions
@@ -22,7 +23,10 @@ CLOSE_SECONDS = 5
 class OpenAIServer:
     """The `Server` contract over uvicorn."""
 
-    def __init__(self, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None) -> None:
+    def __init__(
+        self, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None, culprit: Attribution | None = None
+    ) -> None:
+        self._culprit = culprit
         self._options = options
         self._routes = routes or {}
 
@@ -31,7 +35,7 @@ class OpenAIServer:
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
         config = uvicorn.Config(
-            make_app(engine, self._options, self._routes), log_level="warning", access_log=False, lifespan="off",
+            make_app(engine, self._options, self._routes, self._culprit), log_level="warning", access_log=False, lifespan="off",
             timeout_graceful_shutdown=CLOSE_SECONDS,
         )  # fmt: skip
 

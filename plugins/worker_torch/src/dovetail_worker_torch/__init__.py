@@ -10,6 +10,7 @@ from pydantic import Field
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.provider import Context, Options, Provider, Reason
 from dovetail_worker_torch.execution import (
     EXECUTION,
@@ -88,7 +89,7 @@ def dovetail_workers() -> list[Provider[TorchWorker]]:
     return [
         Provider(
             "torch", "PyTorch, one device in this process", _worker, WorkerOptions,
-            why_not=_why_no_worker, settle=settle, priority=50,
+            capabilities=WorkerCapabilities(shadow=True), why_not=_why_no_worker, settle=settle, priority=50,
         )
     ]  # fmt: skip
 

@@ -69,6 +69,8 @@ def _listed(reasons: list[Reason]) -> str:
 def _why_not_compiled(
     context: Context, made: ArchitectureCapabilities, linear: LinearKind, no_kernels: list[Reason]
 ) -> list[Reason]:
+    if context.needs.get("shadow"):
+        return [Reason("a shadow run compares layers one by one", "remove shadow")]
     name = context.model.architecture if context.model else "the model"
     if made.compiled == TORCH_COMPILE:
         return [_NO_COMPILER] if context.device_name == "cpu" and context.device.compiler is None else []

@@ -22,20 +22,25 @@ from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
 from dovetail_worker_torch.checkpoint import few
+from dovetail_worker_torch.shadow import Shadow, ShadowLinear
 
+CANDIDATE = "shadow.quantization"
+"""Key of the plan."""
 log = logging.getLogger(__name__)
 
 
 class QuantizedLayers:
     """A `LayerMaker` that follows the plan's rules; what they leave as it is comes from `plain`."""
 
-    def __init__(self, context: BuildContext, plain: LayerMaker, dtype: str, kv_dtype: str) -> None:
+    def __init__(
+        self, context: BuildContext, plain: LayerMaker, dtype: str, kv_dtype: str, shadow: Shadow | None = None
+    ) -> None:
         self._context, self._plain, self._dtype = context, plain, dtype
         self._has_kv_scales = getattr(torch, kv_dtype).itemsize == 1
         self._kv_scales: dict[str, Target] = {}
-        self._schemes: dict[str, Scheme | None] = {
-            key: context.build(key) for key, choice in context.plan.choices.items() if choice.socket == "quantization"
-        }
+        self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
+        self._shadow = shadow if CANDIDATE in context.plan.choices else None
+        self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
         self._matched: set[str] = set()
         self._names: list[str] = []
         self._declined: dict[str, list[str]] = {}
@@ -46,18 +51,36 @@ class QuantizedLayers:
         self._names += [part.name for part in parts]
         key = plan.quantization_of(layer)
         self._matched.add(key)
-        scheme = self._schemes[key]
-        if scheme is None:
-            return self._plain.linear(name, parts, in_features, bias)
+        made = self._made(key, self._schemes[key], layer)
+        if isinstance(made, Declined):
+            if not self._as(key, layer).stored:
+                self._declined.setdefault(made.reason, []).append(name)
+            made = self._plain.linear(name, parts, in_features, bias)
+        return made if self._shadow is None else self._shadowed(self._shadow, made, layer)
+
+    def _as(self, key: str, layer: LinearLayer) -> LinearLayer:
+        """A layer as a scheme finds it in the checkpoint."""
         method = self._context.model.quantization_method
-        layer = replace(layer, stored=method in self._context.capabilities(key).methods)
-        provider = plan.choices[key].provider
+        return replace(layer, stored=method in self._context.capabilities(key).methods)
+
+    def _made(self, key: str, scheme: Scheme | None, layer: LinearLayer) -> Linear | Declined:
+        if scheme is None:
+            return self._plain.linear(layer.name, layer.parts, layer.in_features, layer.bias)
+        layer, provider = self._as(key, layer), self._context.plan.choices[key].provider
         declared = _ask(provider, layer, partial(scheme.parameters, layer))
-        if isinstance(declared, Declined):
-            if not layer.stored:
-                self._declined.setdefault(declared.reason, []).append(name)
-            return self._plain.linear(name, parts, in_features, bias)
-        return QuantizedLinear(provider, scheme, layer, declared)
+        return declared if isinstance(declared, Declined) else QuantizedLinear(provider, scheme, layer, declared)
+
+    def _shadowed(self, shadow: Shadow, trusted: Linear, layer: LinearLayer) -> Linear:
+        """With the candidate's beside it, unless that declines the layer, or has failed."""
+        if CANDIDATE in shadow.report.failed:
+            return trusted
+        made = shadow.attempt(CANDIDATE, lambda: self._made(CANDIDATE, self._candidate, layer))
+        if made is None or isinstance(made, Declined):
+            return trusted
+        scheme, own = self._candidate, self._as(CANDIDATE, layer)
+        plain = layer.in_features * layer.out_features * getattr(torch, layer.dtype).itemsize
+        shadow.report.extra_bytes += plain if scheme is None else shadow.attempt(CANDIDATE, lambda: scheme.nbytes(own)) or 0
+        return ShadowLinear(shadow, CANDIDATE, layer.name, trusted, made)
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         return self._plain.embedding(name, vocab_size, size)
@@ -79,7 +102,7 @@ class QuantizedLayers:
 
     def unused(self) -> list[str]:
         """Tensors that the schemes do not read, as globs."""
-        return [glob for scheme in self._schemes.values() if scheme is not None for glob in scheme.unused]
+        return [glob for scheme in (*self._schemes.values(), self._candidate) if scheme is not None for glob in scheme.unused]
 
     def check(self) -> None:
         """Once the model is made: raise `ConfigError` for a rule that matches none of its layers."""
@@ -106,7 +129,13 @@ class QuantizedLinear:
         self._multiply: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return self._multiply(x).to(dtype or x.dtype)
+        y = self._multiply(x)
+        if y.shape != (*x.shape[:-1], self.out_features) or y.dtype != x.dtype:
+            raise PluginError(
+                f"{self.layer.name}: x {[*x.shape]} {x.dtype} became {[*y.shape]} {y.dtype}, not {self.out_features} outputs "
+                f"of x's dtype", provider=self._provider,
+            )  # fmt: skip
+        return y if dtype is None else y.to(dtype)
 
     def compile(self, x: Tensor, y: Tensor) -> Compiled:
         """See `CompiledLinear`; of schemes that declare `compiled_steps`."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress, pairwise, repeat
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dovetail.errors import PluginError
 from dovetail.interfaces.architecture import Model
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
 from dovetail.interfaces.compiled import CompiledAttention
@@ -19,6 +20,7 @@ from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+from dovetail_worker_torch.shadow import ShadowAttention
 
 
 @dataclass
@@ -42,17 +44,34 @@ class StepAttention:
     """Attention for a model's layers, by the backend, cache and plan of each: an `Attend`."""
 
     def __init__(
-        self, layers: list[AttentionLayer], groups: list[KVGroup], backends: list[AttentionBackend], caches: dict[int, object]
-    ) -> None:
+        self, layers: list[AttentionLayer], groups: list[KVGroup], backends: list[AttentionBackend], caches: dict[int, object],
+        made_by: Mapping[str, str], shadow: ShadowAttention | None = None,
+    ) -> None:  # fmt: skip
+        self._made_by, self._shadow = made_by, shadow
         self.plans: list[object] = [None] * len(groups)
         """Of this step, by group."""
         self._layers, self._backends, self._caches = layers, backends, caches
         self._group_of = {layer: i for i, g in enumerate(groups) for layer in g.layers}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group = self._group_of[layer]
-        out = torch.empty_like(q)
-        self._backends[group].run(self._layers[layer], q, k, v, self._caches[layer], self.plans[group], out)
+        group, fixed = self._group_of[layer], self._layers[layer]
+        if q.shape[1:] != (fixed.num_heads, fixed.head_size) or not k.shape == v.shape == (
+            len(q), fixed.num_kv_heads, fixed.head_size
+        ):  # fmt: skip
+            raise ValueError(f"attend: layer {layer} was given q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
+        if self._shadow is None:
+            return self._run(group, fixed, q, k, v)
+        return self._shadow.run(
+            group, fixed, q, k, v, self._backends[group], self._caches[layer], lambda: self._run(group, fixed, q, k, v)
+        )  # fmt: skip
+
+    def _run(self, group: int, fixed: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer, out = fixed.index, torch.empty_like(q)
+        self._backends[group].run(fixed, q, k, v, self._caches[layer], self.plans[group], out)
+        if out.shape != q.shape or out.dtype != q.dtype:
+            kind = "full" if fixed.window is None else "sliding"
+            what = f"layer {layer}: `out` {[*q.shape]} {q.dtype} became {[*out.shape]} {out.dtype}"
+            raise PluginError(what, provider=self._made_by[f"attention.{kind}"])
         return out
 
     def addresses(self) -> list[int]:
@@ -76,8 +95,13 @@ class Runner:
         table: SequenceTable,
         device: torch.device,
         drawing: Drawing,
+        made_by: Mapping[str, str],
+        shadow: ShadowAttention | None = None,
     ) -> None:
+        """`made_by`: by key of the plan, the `dist:name` of those who take part in a step."""
+        self._shadow = shadow
         self.model = model
+        self._made_by = made_by
         self.table = table
         self._drawing = drawing
         self.device = device
@@ -85,15 +109,22 @@ class Runner:
         self._groups = groups
         self._backends = backends
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
-        self._attend = StepAttention(model.attention_layers, groups, backends, caches)
+        self._attend = StepAttention(model.attention_layers, groups, backends, caches, made_by, shadow)
 
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
         inputs = self.table.inputs(plan)
+        if self._shadow is not None:
+            self._shadow.begin_step(plan.step_id)
         for i, (group, backend) in enumerate(zip(self._groups, self._backends, strict=True)):
-            self._attend.plans[i] = backend.plan(self._attention_batch(inputs, i), self._layers[i], group.block_size)
+            batch = self._attention_batch(inputs, i)
+            self._attend.plans[i] = backend.plan(batch, self._layers[i], group.block_size)
+            if self._shadow is not None:
+                self._shadow.plan(i, batch, self._layers[i])
         hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
+        if hidden.ndim != 2 or len(hidden) != len(inputs.token_ids):
+            self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.token_ids)} tokens")
         is_plain = self.table.is_plain(inputs.seats)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
         rows, behind = list(compress(range(len(plan.samples)), plan.samples)), list[int]()
@@ -101,11 +132,21 @@ class Runner:
             places = [(r, left) for r in rows for left in range(len(plan.draft_token_ids[r]), -1, -1)]
             rows, behind = [r for r, _ in places], [left for _, left in places]
         if len(rows) == len(hidden):
-            logits = self.model.logits(hidden)
+            logits = self._logits(hidden)
         else:
             at = inputs.query_start[1:][rows].astype(np.int64) - 1
-            logits = self.model.logits(hidden[self._to_device(at - behind if behind else at)])
+            logits = self._logits(hidden[self._to_device(at - behind if behind else at)])
         return Computed(plan, inputs, rows, behind, is_plain, logits, prompt_logprobs)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """f32[R, V]: what comes after relies on it, some of it in C++."""
+        logits: Tensor = self.model.logits(hidden)
+        if logits.shape != (len(hidden), self.model.vocab_size) or logits.dtype != torch.float32:
+            self._refuse(f"logits of {len(hidden)} rows are {[*logits.shape]} {logits.dtype}, not f32[R, V]")
+        return logits
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise PluginError(f"the model's {what}", provider=self._made_by.get("architecture"))
 
     def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         """Draw the step's tokens and append them to the sequences."""
@@ -136,7 +177,8 @@ class Runner:
             if good:
                 result.token_ids[row].append(token)
             else:
-                result.failed[plan.seq_ids[row]] = "the model's logits are not numbers (NaN)"
+                computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._made_by.items()))
+                result.failed[plan.seq_ids[row]] = f"the model's logits are not numbers (NaN); computed by {computed}"
         if step.behind and result.logprobs:
             result.logprobs = [of[: len(new)] for of, new in zip(result.logprobs, result.token_ids, strict=True)]
         return result
@@ -190,7 +232,7 @@ class Runner:
             # In pieces: the logits of a long prompt over a large vocabulary would not fit.
             for at in range(0, len(targets), 64):
                 piece = targets[at : at + 64]
-                logits = self.model.logits(hidden[begin + at : begin + at + len(piece)])
+                logits = self._logits(hidden[begin + at : begin + at + len(piece)])
                 out[row] += token_logprobs(logits, piece, [start.params.prompt_logprobs] * len(piece))
         return out
 

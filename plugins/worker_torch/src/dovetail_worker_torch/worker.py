@@ -13,6 +13,7 @@ from dovetail.errors import OutOfMemory
 from dovetail.interfaces.architecture import ArchitectureCapabilities, LayerMaker, Model
 from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
 from dovetail.interfaces.worker import Progress
+from dovetail.shadow import PREFIX, ShadowReport
 from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
@@ -26,6 +27,7 @@ from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.quantized import QuantizedLayers
 from dovetail_worker_torch.runner import Computed, Runner
+from dovetail_worker_torch.shadow import Shadow, ShadowAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,13 +54,15 @@ class TorchWorker:
             from dovetail_worker_torch.torch_compile import check_compile  # not at the top: few ask for it
 
             check_compile(plan.device)
+        names = {key: context.name(key) for key in plan.choices if key.startswith(PREFIX)}
+        self._shadow = Shadow(plan.shadow_share, names, self._device) if names else None
         self._model: Model | None = None
         self._runner: Runner | None = None
 
     def load(self, progress: Progress) -> None:
         plan, kernels = self._context.plan, self._kernels
         plain: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
-        layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype)
+        layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
         model: Any = load_model(
             Path(plan.folder), self._context.build("architecture"), layers,
             dtype=self._dtype, device=self._device, progress=progress, loads_weights=self._made.loads_weights,
@@ -107,7 +111,24 @@ class TorchWorker:
             self._model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
         table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
         drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
-        self._runner = Runner(self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing)
+        sockets = ("attention", "architecture", "quantization")
+        made_by = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in sockets}
+        self._runner = Runner(
+            self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing, made_by,
+            self._shadow_attention(groups),
+        )  # fmt: skip
+
+    def _shadow_attention(self, groups: list[KVGroup]) -> ShadowAttention | None:
+        if self._shadow is None:
+            return None
+        assert self._model is not None
+        keys = {group.kind: f"{PREFIX}attention.{group.kind}" for group in groups}
+        choices = self._context.plan.choices
+        candidates = {kind: self._context.build(key) for kind, key in keys.items() if key in choices}
+        return ShadowAttention(self._shadow, groups, self._model.attention_layers, candidates, self._kv_dtype)
+
+    def shadow_report(self) -> ShadowReport | None:
+        return None if self._shadow is None else self._shadow.report
 
     def warm_up(self, progress: Progress) -> None:
         """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""

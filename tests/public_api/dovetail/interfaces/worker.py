@@ -1,9 +1,15 @@
 from __future__ import annotations
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
+from dovetail.shadow import ShadowReport
 from dovetail.types import KVGroup, StepPlan, StepResult
 Progress = Callable[[str, int, int], None]
 Handle = Any
+
+@dataclass(frozen=True)
+class WorkerCapabilities:
+    shadow: bool = False
 
 class Worker(Protocol):
 
@@ -29,4 +35,9 @@ class Worker(Protocol):
         ...
 
     def close(self) -> None:
+        ...
+
+class ShadowingWorker(Worker, Protocol):
+
+    def shadow_report(self) -> ShadowReport | None:
         ...

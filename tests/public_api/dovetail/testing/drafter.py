@@ -1,11 +1,14 @@
 from __future__ import annotations
+import gc
+import weakref
+from dataclasses import fields
 from functools import partial
 from typing import Any
 from hypothesis import strategies as st
 from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
 from dovetail.provider import DrafterOptions
 from dovetail.sequence import Sequence
-from dovetail.testing.contract import Contract, common_causes
+from dovetail.testing.contract import KIT_MODEL, Contract, common_causes
 from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, requests_of, run, setups, workloads
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.prefix_cache import new_paged, new_scheduler
@@ -37,6 +40,23 @@ class DrafterContract(Contract):
     def test_an_engine_whatever_happens(self) -> None:
         ...
 
+    @common_causes('state kept by the class or the module instead of the object')
+    def test_two_engines_do_not_meet(self) -> None:
+        ...
+
+    @common_causes('sequences kept in a list or as keys, which `forget` does not look through')
+    def test_ended_sequences_are_let_go(self) -> None:
+        ...
+
+class Watched(Sequence):
+    ...
+
+def growing(tokens: list[int]) -> list[Sequence]:
+    ...
+
+def state_of(seq: Sequence) -> dict[str, Any]:
+    ...
+
 class ProposalsMachine(Machine):
     drafter: Drafter
 
@@ -47,12 +67,20 @@ class ProposalsMachine(Machine):
     def build(self) -> None:
         ...
 
-    @operation(seq_id=st.integers(0, 4), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30))
+    @operation(seq_id=st.integers(0, 5), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30))
     def start(self, seq_id: int, prompt: list[int]) -> None:
         ...
 
     @operation(which=st.integers(0, 9), accepted=st.integers(0, 8), token=st.integers(0, 63), room=st.integers(1, 8))
     def step(self, which: int, accepted: int, token: int, room: int) -> None:
+        ...
+
+    @operation(which=st.integers(0, 9), room=st.integers(1, 8))
+    def step_without_room(self, which: int, room: int) -> None:
+        ...
+
+    @operation(which=st.integers(0, 9), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30), room=st.integers(1, 8))
+    def give_its_id_to_another(self, which: int, prompt: list[int], room: int) -> None:
         ...
 
     @operation(seq_id=st.integers(0, 9))

@@ -6,10 +6,9 @@ from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
-from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, request, requests_of, run, setups
-from dovetail.testing.machines import Machine, beginning, operation
+from dovetail.testing.prefix_cache_machine import IndexMachine
 from dovetail.types import KVGroup, Request, SamplingParams
 prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
 prompts = st.builds(lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9)))
@@ -35,7 +34,7 @@ class PrefixCacheContract(Contract):
     def new_kv(self, setup: Setup) -> ReusingKVCache:
         ...
 
-    @common_causes('a block forgotten by evict and still found', 'keep answered for a block that was never inserted', 'the same block in the eviction order twice', 'claim without taking the block out of the eviction order')
+    @common_causes('a block forgotten by evict and still found', 'keep answered for a block that was never inserted', 'the same block in the eviction order twice', 'claim without taking the block out of the eviction order', 'tokens hashed in fewer bytes than they have', 'the books of one KV group used for another')
     def test_the_books_stay_right(self) -> None:
         ...
 
@@ -55,36 +54,10 @@ class PrefixCacheContract(Contract):
     def test_nothing_is_shared_across_salts_and_adapters(self) -> None:
         ...
 
+    @common_causes('state kept by the class or the module instead of the object')
+    def test_two_engines_do_not_meet(self) -> None:
+        ...
+
     @common_causes('reset that leaves the eviction order as it was', 'blocks in use kept after a reset')
     def test_reset_forgets_everything(self) -> None:
-        ...
-
-class IndexMachine(Machine):
-    size = 2
-    group = 0
-
-    def __init__(self, contract: PrefixCacheContract) -> None:
-        ...
-
-    @beginning(num_blocks=st.integers(2, 20))
-    def build(self, num_blocks: int) -> None:
-        ...
-
-    @operation(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=10), salt=st.sampled_from([None, None, 's']), adapter=st.sampled_from([None, None, 'a']))
-    def start(self, tokens: list[int], salt: str | None, adapter: str | None) -> None:
-        ...
-
-    @operation(which=st.integers(0, 9), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4))
-    def grow(self, which: int, tokens: list[int]) -> None:
-        ...
-
-    @operation(which=st.integers(0, 9))
-    def end_one(self, which: int) -> None:
-        ...
-
-    @operation()
-    def reset(self) -> None:
-        ...
-
-    def end(self) -> None:
         ...

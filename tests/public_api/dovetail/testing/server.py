@@ -1,4 +1,5 @@
 from __future__ import annotations
+import asyncio
 import multiprocessing
 import os
 import shutil
@@ -23,6 +24,7 @@ from dovetail.provider import Provider
 from dovetail.serving import AsyncEngine
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail.types import SamplingParams
 PATIENCE = 30
 LOOPBACK = '127.0.0.1'
 
@@ -30,6 +32,7 @@ LOOPBACK = '127.0.0.1'
 class Running:
     process: BaseProcess
     reports: Connection
+    patience: float
 
     def next(self) -> tuple[str, str]:
         ...
@@ -42,6 +45,7 @@ class Running:
 
 class ServerContract(Contract):
     socket = 'server'
+    patience: ClassVar[float] = PATIENCE
     folder: ClassVar[Path]
     running: list[Running]
 
@@ -64,6 +68,10 @@ class ServerContract(Contract):
     def test_it_can_be_stopped_while_it_loads(self) -> None:
         ...
 
+    @common_causes('the serving loop ended by the signal itself', 'the engine closed before it is drained')
+    def test_requests_in_flight_are_finished(self) -> None:
+        ...
+
     @common_causes("the library's own exit or log line in place of an error")
     def test_a_taken_address_is_an_error(self) -> None:
         ...
@@ -72,11 +80,19 @@ class ServerContract(Contract):
     def test_an_engine_that_does_not_start_is_an_error(self) -> None:
         ...
 
-    def start(self, *, port: int=0, gone: str | None=None, **values: Any) -> Running:
+    def start(self, *, port: int=0, gone: str | None=None, ask: bool=False, **values: Any) -> Running:
         ...
 
-def serve(reports: Connection, provider: Provider[Any], options: dict[str, Any], config: dict[str, Any], site: str, port: int, gone: str | None) -> None:
+def serve(reports: Connection, provider: Provider[Any], options: dict[str, Any], config: dict[str, Any], site: str, port: int, gone: str | None, ask: bool) -> None:
     ...
+
+class Asking:
+
+    def __init__(self, engine: AsyncEngine, reports: Connection) -> None:
+        ...
+
+    async def start(self) -> None:
+        ...
 
 def free_port() -> int:
     ...

@@ -1,0 +1,295 @@
+"""Mistakes that prefix caches make, over the hash index."""
+
+from __future__ import annotations
+
+from array import array
+
+from dovetail.interfaces.prefix_cache import NOT_HERE
+from dovetail_prefix_cache import dovetail_eviction_policies, dovetail_prefix_caches
+from dovetail_prefix_cache.index import HashIndex
+from sabotage import Sabotages
+
+LRU, _ = dovetail_eviction_policies()
+SABOTAGES = Sabotages("prefix_cache", dovetail_prefix_caches()[0], inner={"eviction": LRU})
+BOOKS, FOUND, APART, RESET, ENGINE, REUSE = (
+    "test_the_books_stay_right", "test_what_was_computed_is_found", "test_nothing_is_shared_across_salts_and_adapters",
+    "test_reset_forgets_everything", "test_an_engine_whatever_happens", "test_reuse_changes_no_output",
+)  # fmt: skip
+sabotage = SABOTAGES.of_class(
+    lambda cls, context, o: cls(context.kv_groups[0].block_size, list(context.num_blocks), context.build("eviction"))
+)
+
+
+class Unverified(HashIndex):
+    """A hit is taken on the hash alone."""
+
+    def match(self, seq, num_blocks):
+        found, chain = [], self._chain(seq)
+        for i, own in enumerate(self._blocks_of(seq, 0, num_blocks)):
+            if i + 1 == len(chain):
+                chain.append(self._hash(chain[i] + own))
+            entry = self._entries.get(chain[i + 1])
+            if entry is None:
+                break
+            found.append(tuple(entry.block_ids))
+        return found
+
+
+@sabotage(BOOKS, REUSE)
+class StaleAfterEvict(HashIndex):
+    """What is evicted can still be found."""
+
+    def evict(self, group, count):
+        return [self._policies[group].pop() for _ in range(count)]
+
+
+@sabotage(BOOKS, ENGINE)
+class EvictsBlocksInUse(HashIndex):
+    """A block that is in use again stays in the eviction order."""
+
+    def claim(self, group, block_ids):
+        pass
+
+
+@sabotage(APART, BOOKS)
+class SaltIgnored(HashIndex):
+    """The salt is not part of the key."""
+
+    def _chain(self, seq):
+        if seq.seq_id not in self._chains:
+            self._chains[seq.seq_id] = [self._hash(repr(seq.request.adapter_id).encode())]
+        return self._chains[seq.seq_id]
+
+
+@sabotage(APART, BOOKS)
+class AdapterIgnored(HashIndex):
+    """The adapter is not part of the key."""
+
+    def _chain(self, seq):
+        if seq.seq_id not in self._chains:
+            self._chains[seq.seq_id] = [self._hash(repr(seq.request.cache_salt).encode())]
+        return self._chains[seq.seq_id]
+
+
+@sabotage(APART)
+class SaltAndAdapterJoined(HashIndex):
+    """Adapter and salt are joined without saying where one ends, and None is the empty string."""
+
+    def _chain(self, seq):
+        if seq.seq_id not in self._chains:
+            r = seq.request
+            self._chains[seq.seq_id] = [self._hash(f"{r.adapter_id or ''}{r.cache_salt or ''}".encode())]
+        return self._chains[seq.seq_id]
+
+
+@sabotage(BOOKS, REUSE)
+class OwnTokensOnly(Unverified):
+    """A block's key is the hash of its own tokens, without those before it."""
+
+    def _hash(self, data):
+        return super()._hash(data[-4 * self._block_size :])
+
+
+@sabotage(BOOKS)
+class ChainOfTwo(Unverified):
+    """A block's key covers the block before it, and none before that."""
+
+    def _hash(self, data):
+        width = 4 * self._block_size
+        return data[-width:] if len(data) == width else data[-2 * width :]
+
+
+@sabotage(BOOKS, REUSE)
+class WeakHash(Unverified):
+    """The hash has 4 bits, and a hit is taken on the hash alone."""
+
+    def _hash(self, data):
+        return bytes([super()._hash(data)[0] & 15])
+
+
+@sabotage(BOOKS)
+class TokensOfOneByte(HashIndex):
+    """Of a token id the last byte is looked at."""
+
+    def _blocks_of(self, seq, begin, end):
+        size = self._block_size
+        data = array("I", [t & 255 for t in seq.tokens[begin * size : end * size]]).tobytes()
+        return [data[at : at + 4 * size] for at in range(0, len(data), 4 * size)]
+
+
+@sabotage(BOOKS)
+class TokensOfTwoBytes(HashIndex):
+    """Of a token id the last two bytes are looked at."""
+
+    def _blocks_of(self, seq, begin, end):
+        size = self._block_size
+        data = array("I", [t & 65_535 for t in seq.tokens[begin * size : end * size]]).tobytes()
+        return [data[at : at + 4 * size] for at in range(0, len(data), 4 * size)]
+
+
+@sabotage(BOOKS)
+class KeepsTheUnknown(HashIndex):
+    """Every block is kept, also one that was never inserted."""
+
+    def keep(self, group, block_id):
+        self._policies[group].add(block_id)
+        return True
+
+    def evict(self, group, count):
+        known, blocks = self._entry_of[group], []
+        while len(blocks) < count:
+            block = self._policies[group].pop()
+            blocks.append(block)
+            if known[block] is not None:
+                del self._entries[known[block].key]
+                known[block] = None
+        return blocks
+
+
+@sabotage(BOOKS)
+class KeepsNothing(HashIndex):
+    """A block is known as long as it is in use, and its end is not noticed."""
+
+    def keep(self, group, block_id):
+        return False
+
+
+@sabotage(FOUND, BOOKS)
+class NeverFinds(HashIndex):
+    """Nothing is ever found."""
+
+    def match(self, seq, num_blocks):
+        return []
+
+
+@sabotage(FOUND, BOOKS)
+class LosesTheLastBlock(HashIndex):
+    """The last block of what is known is not found."""
+
+    def match(self, seq, num_blocks):
+        return super().match(seq, num_blocks)[:-1]
+
+
+@sabotage(BOOKS)
+class FindsTooMuch(HashIndex):
+    """All that is known is found, however little was asked for."""
+
+    def match(self, seq, num_blocks):
+        return super().match(seq, len(seq.tokens) // self._block_size + 1)
+
+
+@sabotage(BOOKS)
+class FindsAsFarAsItGoes(HashIndex):
+    """Where the match ends, entries without a block follow."""
+
+    def match(self, seq, num_blocks):
+        found = super().match(seq, num_blocks)
+        return found + [(NOT_HERE,) * len(self._policies)] * (num_blocks - len(found))
+
+
+@sabotage(FOUND, BOOKS)
+class ForgetsWithTheSequence(HashIndex):
+    """What a sequence inserted is forgotten when it ends."""
+
+    def forget(self, seq_id):
+        for key in self._chains.get(seq_id, []):
+            self._entries.pop(key, None)
+        super().forget(seq_id)
+
+
+@sabotage(BOOKS, ENGINE)
+class EvictsOneTooFew(HashIndex):
+    """When many blocks are to be evicted, one of them is not."""
+
+    def evict(self, group, count):
+        return super().evict(group, count - (count > 1))
+
+
+@sabotage(BOOKS, ENGINE)
+class EvictsOneTwice(HashIndex):
+    """When many blocks are to be evicted, the first is named twice."""
+
+    def evict(self, group, count):
+        blocks = super().evict(group, count)
+        return [*blocks[:-1], blocks[0]]
+
+
+@sabotage(RESET, BOOKS)
+class ResetKeepsItsEntries(HashIndex):
+    """After a reset blocks can still be found."""
+
+    def reset(self):
+        for policy in self._policies:
+            policy.clear()
+
+
+@sabotage(BOOKS)
+class ResetKeepsTheOrder(HashIndex):
+    """A reset leaves the eviction order as it was."""
+
+    def reset(self):
+        self._entries.clear()
+        self._entry_of = [[None] * len(of) for of in self._entry_of]
+
+
+@sabotage(BOOKS)
+class KeepsAfterReset(HashIndex):
+    """Blocks that were in use at a reset are kept when they are given back."""
+
+    def reset(self):
+        self._entries.clear()
+        for policy in self._policies:
+            policy.clear()
+
+
+@sabotage(BOOKS)
+class LaterWins(HashIndex):
+    """When a block becomes known a second time, the first one is forgotten by half."""
+
+    def insert(self, seq, first, block_ids):
+        super().insert(seq, first, block_ids)
+        chain = self._chain(seq)
+        for group, blocks in enumerate(block_ids):
+            for i, block in enumerate(blocks, first):
+                if block != NOT_HERE:
+                    entry = self._entries[chain[i + 1]]
+                    entry.block_ids[group], self._entry_of[group][block] = block, entry
+
+
+@sabotage(BOOKS)
+class OneOrderForAllGroups(HashIndex):
+    """The KV groups share one eviction order."""
+
+    def __init__(self, block_size, num_blocks, make_policy):
+        super().__init__(block_size, num_blocks, make_policy)
+        self._policies = [make_policy(max(num_blocks))] * len(num_blocks)
+
+
+@sabotage(BOOKS)
+class GapsEndTheInsert(HashIndex):
+    """Blocks after one that fell out of a window are not inserted."""
+
+    def insert(self, seq, first, block_ids):
+        gaps = [blocks.index(NOT_HERE) for blocks in block_ids if NOT_HERE in blocks]
+        super().insert(seq, first, [blocks[: min(gaps)] if gaps else blocks for blocks in block_ids])
+
+
+@sabotage(BOOKS)
+class AllGroupsOrNone(HashIndex):
+    """A block that one KV group does not know is found in none."""
+
+    def match(self, seq, num_blocks):
+        found = super().match(seq, num_blocks)
+        known = [all(ids) for ids in found]
+        return found[: known.index(False)] if False in known else found
+
+
+@sabotage("test_two_engines_do_not_meet")
+class StateOfTheClass(HashIndex):
+    """What is known is kept by the class: two engines of one process share it."""
+
+    shared = {}  # noqa: RUF012
+
+    def __init__(self, block_size, num_blocks, make_policy):
+        super().__init__(block_size, num_blocks, make_policy)
+        self._entries, self._secret = self.shared, bytes(32)
