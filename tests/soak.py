@@ -43,6 +43,7 @@ RUNS = {
     "new plugins": (
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},
+    ),
     "drafts change no output": (
         "the demo model with a drafter and without, 440 prompts: prefix cache and overlap on and off, greedy and sampled",
         ["tests/test_drafting.py"], {"DOVETAIL_SOAK": 10},

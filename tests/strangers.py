@@ -97,7 +97,7 @@ class Environment:
 
     def test(self, *folders: Path, arguments: tuple[str, ...] = ()) -> str:
         """Run packages' own tests, each from its own folder, in one process. Returns the last line."""
-        usual = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(self.folder))
+        usual = ("-q", "-c", os.devnull, "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(self.folder))
         out = self.run("-m", "pytest", *usual, *arguments, *map(str, folders))
         assert out.returncode == 0, out.stdout[-5000:]
         return out.stdout.splitlines()[-1]
