@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from strangers import Environment
+from strangers import A_SLICE, Environment
 
 from dovetail.cli.main import _parser
 from dovetail.testing.plugin import make_model
@@ -82,7 +82,7 @@ def test_it_is_found(example: Installed) -> None:
 def test_it_conforms(example: Installed) -> None:
     """Its own test, from its own folder, and a part of the same by the command."""
     assert " passed" in example.environment.test(example.source / "tests")
-    said = example.environment.dovetail("conform", example.distribution, "--json", "-k", "declar or one or memory")
+    said = example.environment.dovetail("conform", example.distribution, "--json", "-k", A_SLICE)
     reports = json.loads(said)
     assert reports
     assert all(report["passed"] and report["checks"] for report in reports)
