@@ -65,7 +65,8 @@ class Environment:
         own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NO_PROXY", "no_proxy")}
         pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_QUIET": "1"}
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
-        local = {"no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1"}
+        # One thread: the sizes are tiny, and threads that wait for each other on busy cores take many times as long.
+        local = {"no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         return {**own, **nowhere, **pip, **local, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "200"}
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

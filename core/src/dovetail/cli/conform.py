@@ -13,6 +13,7 @@ from rich.text import Text
 from dovetail.cli.show import wide_console
 from dovetail.contracts import served
 from dovetail.errors import ConfigError
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plugins.discovery import Offer, Registry, load_registry
 from dovetail.provider import Provider
 
@@ -41,7 +42,7 @@ def conform(
     console = wide_console()
     passed, reports = True, []
     for offer in _with_contract(registry, offers):
-        reasons = _why_not(offer, device)
+        reasons = _why_not(registry, offer, device)
         classes = {} if reasons else _classes(registry, offer, device, _parsed(offer, options), num_seeds)
         if as_json:
             results = run_contracts(classes, keyword=keyword or "") if classes else []
@@ -125,7 +126,7 @@ def _parsed(offer: Offer, options: list[str]) -> dict[str, Any]:
     return values
 
 
-def _why_not(offer: Offer, device: str) -> list[str]:
+def _why_not(registry: Registry, offer: Offer, device: str) -> list[str]:
     """Why the provider cannot be used on this machine, for a model that asks for nothing unusual."""
     from dovetail.facts import device_facts
     from dovetail.provider import Context
@@ -134,9 +135,22 @@ def _why_not(offer: Offer, device: str) -> list[str]:
     if device not in device_facts().devices:
         return [f"device {device} is not here; this machine has {', '.join(device_facts().devices)}"]
     try:
-        return [str(r) for r in offer.provider.why_not(Context(device_facts(), KIT_MODEL, device, "float32"))]
+        context = Context(device_facts(), KIT_MODEL, device, "float32", _needs(registry) if offer.socket == "worker" else {})
+        return [str(r) for r in offer.provider.why_not(context)]
     except Exception as e:
         return [f"its why_not raised {type(e).__name__}: {e}"]
+
+
+def _needs(registry: Registry) -> dict[str, Any]:
+    """What a worker is asked for that a plan would have chosen before it: the best model code that is installed, and weights
+    as they are."""
+    made = max(registry.of("architecture"), key=lambda o: o.provider.priority, default=None)
+    weights = [o.provider.capabilities for o in registry.of("quantization")]
+    return {
+        "architecture": made.provider.capabilities if made else None,
+        "quantization": [can for can in weights if isinstance(can, QuantizationCapabilities) and PLAIN in can.methods],
+        "compiled_attention": False,
+    }
 
 
 def _head(offer: Offer, device: str) -> Text:
