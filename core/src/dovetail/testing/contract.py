@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from hypothesis import given, seed
+from hypothesis import Phase, given, seed
 from hypothesis.strategies import SearchStrategy
 
 from dovetail.compose import BuildContext
@@ -209,7 +209,8 @@ class Contract:
 
     def run_examples(self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]) -> None:
         """Call `test` with examples drawn by hypothesis; a failure shows the simplest example that fails."""
-        seed(self.seed)(limits(examples * SCALE)(given(**strategies)(test)))()
+        phases = (Phase.generate, Phase.shrink)  # the last one, explain, traces every line
+        seed(self.seed)(limits(examples * SCALE, phases=phases)(given(**strategies)(test)))()
 
     def attempt(
         self, given: Input, attempt: Callable[[Input], None], simpler: Callable[[Input], list[Input]], limit: int = 60

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 import pytest
-from hypothesis import given, seed
+from hypothesis import Phase, given, seed
 from hypothesis.strategies import SearchStrategy
 from dovetail.compose import BuildContext
 from dovetail.config import SocketConfig
