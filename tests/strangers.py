@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 COMMANDS = {"dovetail": "dovetail.cli.main", "pip": "pip._internal.cli.main", "pytest": "pytest"}
 """Console scripts, by the module whose `main` they call."""
-A_SLICE = "declar or one or memory or stop or router or once or config or travels"
+A_SLICE = "declar or one or memory or stop or router or once or config or travels or is_found"
 """Checks of every contract, for `dovetail conform -k`: some that are quickly done."""
 IN_ONE_PROCESS = """
 import contextlib, io, json, sys
