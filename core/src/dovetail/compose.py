@@ -91,7 +91,7 @@ class BuildContext:
 
     def name(self, key: str) -> str:
         """`dist:name` of what the plan chose for a socket."""
-        return find(self.registry, self.plan.choices[key]).qualified_name
+        return self.plan.choices[key].qualified_name
 
     def build_all(self, socket: str) -> dict[str, Any]:
         """What the plan chose for a socket that takes many, by the providers' names."""
@@ -128,15 +128,11 @@ def build_engine(
         engine = loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
         attestation.begin_serving()
         return engine
-    except DovetailError:
+    except BaseException as e:
         worker.close()
-        raise
-    except Exception as e:
-        worker.close()
+        if isinstance(e, DovetailError) or not isinstance(e, Exception):
+            raise
         raise PluginError(f"{culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
-    except BaseException:
-        worker.close()
-        raise
 
 
 def _speculation(context: BuildContext, vocab_size: int) -> Speculation | None:

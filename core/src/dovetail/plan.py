@@ -41,6 +41,11 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     rejected: list[Rejected] = []
 
     @property
+    def qualified_name(self) -> str:
+        """`dist:name` of who was taken."""
+        return f"{self.distribution}:{self.provider}"
+
+    @property
     def is_empty(self) -> bool:
         """The socket takes nothing: it is optional, and `provider` is "none"."""
         return not self.distribution

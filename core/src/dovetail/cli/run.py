@@ -135,7 +135,7 @@ def _loaded(config_file: str | None, values: dict[str, Any]) -> Iterator[LLM]:
 
 def _print_shadow(plan: Plan, report: ShadowReport | None) -> None:
     if report is not None:
-        names = {key: f"{c.distribution}:{c.provider}" for key, c in plan.choices.items()}
+        names = {key: c.qualified_name for key, c in plan.choices.items()}
         print(*report.lines(names), sep="\n", file=sys.stderr)
 
 

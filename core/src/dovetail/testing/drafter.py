@@ -18,7 +18,7 @@ from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
 from dovetail.provider import DrafterOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import KIT_MODEL, Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, requests_of, run, setups, workloads
+from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, requests_of, run, setups, workloads
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.prefix_cache import new_paged, new_scheduler
 from dovetail.types import Request, SamplingParams
@@ -62,10 +62,7 @@ class DrafterContract(Contract):
 
         def same_as_without(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
-            expected: Outputs = {}
-            for r in requests:
-                roomy = Setup(window=setup.window, budget=MAX_LEN, seats=r.params.n, spare_blocks=500)
-                expected |= run(Parts(new_paged, new_scheduler).engine(roomy), [r])
+            expected = alone(Parts(new_paged, new_scheduler), requests, setup.window)
             got = run(self.parts.engine(setup), requests, [a.arrival for a in workload])
             different = [key for key in expected if got.get(key) != expected[key]]
             assert not different, f"{different} differ from what they say without drafts"

@@ -212,6 +212,14 @@ def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = No
     raise AssertionError(f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended: somebody starves")
 
 
+def alone(parts: Parts, requests: list[Request], window: int | None = None) -> Outputs:
+    """What each request says when it is by itself, in one chunk, with blocks to spare."""
+    out: Outputs = {}
+    for r in requests:
+        out |= run(parts.engine(Setup(window=window, budget=MAX_LEN, seats=r.params.n, spare_blocks=500)), [r])
+    return out
+
+
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=30)
 setups = st.builds(
     Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),

@@ -16,7 +16,7 @@ from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, request, requests_of, run, setups
+from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, request, requests_of, run, setups
 from dovetail.testing.prefix_cache_machine import IndexMachine
 from dovetail.types import KVGroup, Request, SamplingParams
 
@@ -77,10 +77,7 @@ class PrefixCacheContract(Contract):
 
         def same_as_without(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
-            expected: Outputs = {}
-            for r in requests:
-                roomy = Setup(window=setup.window, budget=MAX_LEN, seats=r.params.n, spare_blocks=500)
-                expected |= run(Parts(new_paged, new_scheduler).engine(roomy), [r])
+            expected = alone(Parts(new_paged, new_scheduler), requests, setup.window)
             engine = self.parts.engine(setup)
             got = run(engine, requests, [a.arrival for a in workload])
             assert isinstance(engine.kv, ReusingKVCache)

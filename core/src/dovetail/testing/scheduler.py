@@ -21,13 +21,13 @@ from dovetail.provider import SchedulerOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.engines import (
-    MAX_LEN,
     Asked,
     EngineMachine,
     Outputs,
     Parts,
     Setup,
     WatchedEngine,
+    alone,
     collect,
     request,
     requests_of,
@@ -65,11 +65,7 @@ class SchedulerContract(Contract):
 
     def alone(self, requests: list[Request], window: int | None = None) -> Outputs:
         """What each sample says when it is by itself, in one chunk, with blocks to spare."""
-        out: Outputs = {}
-        for r in requests:
-            engine = self.parts.engine(Setup(window=window, budget=MAX_LEN, seats=r.params.n, spare_blocks=500))
-            out |= run(engine, [r])
-        return out
+        return alone(self.parts, requests, window)
 
     @common_causes("the options do not extend SchedulerOptions", "capabilities of another socket")
     def test_declaration(self) -> None:

@@ -70,7 +70,7 @@ class _EngineCollector(Collector):
         off = GaugeMetricFamily(self._prefix + "shadow_switched_off", "1: it failed, and runs no more", labels=labels)
         for key, choice in choices.items():
             if key.startswith(PREFIX):
-                off.add_metric([name, key, f"{choice.distribution}:{choice.provider}"], key in report.failed)
+                off.add_metric([name, key, choice.qualified_name], key in report.failed)
         yield off
         for key, text, field in (
             ("shadow_max_abs_error", "largest difference from the trusted output", "max_abs_error"),
@@ -80,8 +80,7 @@ class _EngineCollector(Collector):
         ):
             gauge = GaugeMetricFamily(self._prefix + key, text, labels=[*labels, "layer"])
             for layer in report.layers:
-                choice = choices[layer.key]
-                who = f"{choice.distribution}:{choice.provider}"
+                who = choices[layer.key].qualified_name
                 gauge.add_metric([name, layer.key, who, layer.layer], getattr(layer, field))
             yield gauge
 
