@@ -5,7 +5,8 @@
 By hand: each class imported and called, with no registry, no hook, no selection, no attestation. Two engines of each kind,
 made in the order composed, by hand, by hand, composed, decode in one process and take turns round by round; the figures are
 medians over a round's steps, and then over rounds. `noise` is what two engines of one kind differ by, which is where their
-memory happens to lie: a tax below it was not seen.
+memory happens to lie: a tax below it was not seen. The tax is all of the host's, so it is taken from the step's parts around
+the worker's `submit` as well (`around`), where the computation's own noise is not.
 """
 
 from __future__ import annotations
@@ -86,38 +87,54 @@ def main() -> None:
         with composed() as other:
             engines.append(other.engine)
             for count in args.sequences:
-                rounds: list[list[float]] = [[] for _ in engines]
+                rounds: list[list[tuple[float, float]]] = [[] for _ in engines]
                 for i in range(args.rounds + 1):
                     for at in range(4) if i % 2 else (3, 2, 1, 0):
                         rounds[at].append(step_time(llm, engines[at], count, args.steps))
-                a, b, c, d = (statistics.median(times[1:]) for times in rounds)
-                tax, noise = (a + d - b - c) / 2, (abs(a - d) + abs(b - c)) / 2
-                of = {"composed": (a + d) / 2, "by hand": (b + c) / 2}
-                results.append({"sequences": count, **of, "tax": tax, "noise": noise, "share": tax / of["by hand"]})
+                step, around = (tax([[t[part] for t in times[1:]] for times in rounds]) for part in (0, 1))
+                share = around["tax"] / step["by hand"]
+                results.append({"sequences": count, "step": step, "around": around, "share": share})
                 print(
-                    f"{count:3d} sequences: composed {of['composed']:.1f} µs a step, by hand {of['by hand']:.1f}; "
-                    f"tax {tax:+.2f} µs ({tax / of['by hand']:+.2%}); noise {noise:.2f} µs"
+                    f"{count:3d} sequences: composed {step['composed']:.1f} µs a step, by hand {step['by hand']:.1f}; "
+                    f"tax {step['tax']:+.2f} (noise {step['noise']:.2f}), around the worker {around['tax']:+.2f} µs "
+                    f"(noise {around['noise']:.2f}): {share:+.2%} of the step"
                 )
     if args.json:
         about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv)}
         args.json.write_text(json.dumps({"about": about, "µs": results}, indent=1, ensure_ascii=False) + "\n")
 
 
+def tax(rounds: list[list[float]]) -> dict[str, float]:
+    """Of the rounds of four engines: composed, by hand, by hand, composed."""
+    a, b, c, d = (statistics.median(times) for times in rounds)
+    noise = (abs(a - d) + abs(b - c)) / 2
+    return {"composed": (a + d) / 2, "by hand": (b + c) / 2, "tax": (a + d - b - c) / 2, "noise": noise}
+
+
 def composed() -> LLM:
     return LLM(folder_of("c"), device="cpu", overlap=False, kv_cache={"memory_gb": 1})
 
 
-def step_time(llm: LLM, engine: Engine, count: int, steps: int) -> float:
-    """Microseconds of a step in which `count` sequences decode, the median."""
+def step_time(llm: LLM, engine: Engine, count: int, steps: int) -> tuple[float, float]:
+    """Microseconds of a step in which `count` sequences decode, and of its parts around the worker's `submit`: medians."""
     params = SamplingParams(max_tokens=steps, temperature=0, ignore_eos=True)
     for i in range(count):
         engine.add(llm._maker.make(prompt(16, i), params))
-    times = []
+    whole, around = [], []
     while engine.has_work:
         began = time.perf_counter()
-        engine.step()
-        times.append(1e6 * (time.perf_counter() - began))
-    return statistics.median(times[5:-5])
+        plan = engine.schedule(in_flight=False)
+        assert plan is not None
+        planned = time.perf_counter()
+        step = engine.submit(plan)
+        assert step is not None
+        submitted = time.perf_counter()
+        engine.finish_step(step)
+        engine.take_news()
+        ended = time.perf_counter()
+        whole.append(1e6 * (ended - began))
+        around.append(1e6 * (planned - began + ended - submitted))
+    return statistics.median(whole[5:-5]), statistics.median(around[5:-5])
 
 
 if __name__ == "__main__":
