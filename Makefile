@@ -22,7 +22,7 @@ serve: $(VENV)/.serve
 	@$(BIN)/dovetail serve $(MODEL) --port $(PORT)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

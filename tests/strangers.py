@@ -67,7 +67,7 @@ class Environment:
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
         # One thread: the sizes are tiny, and threads that wait for each other on busy cores take many times as long.
         local = {"no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return {**own, **nowhere, **pip, **local, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "1000"}
+        return {**own, **nowhere, **pip, **local, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "200"}
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """`command` is what Python is given."""

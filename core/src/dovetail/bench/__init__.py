@@ -36,7 +36,7 @@ def run(kind: str, args: argparse.Namespace, open_llm: OpenLLM) -> int:
         require_matplotlib()
     report = _measure_server(args, works) if kind == "serve" else _measure_engine(kind, args, works, open_llm)
     console = Console()
-    report.print(console if console.is_terminal else Console(width=200))
+    report.print(console if console.is_terminal else Console(width=1000))
     if args.json:
         report.write_json(Path(args.json))
     if args.plot:

@@ -126,4 +126,4 @@ def _taken(key: str, choice: Choice, width: int) -> Text:
 def wide_console() -> Console:
     """A terminal's own width; for a pipe or a file, wide enough that nothing is folded."""
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    return console if console.is_terminal else Console(width=1000)
