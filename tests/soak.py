@@ -44,6 +44,10 @@ RUNS = {
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},
     ),
+    "draws": (
+        "1,000,000 keyed draws in each of 42 cases against the exact distribution (χ², false alarms 1e-4, power 0.99 at 0.5 %)",
+        ["plugins/worker_torch/tests/test_sampler.py", "-k", "frequencies"], {"DOVETAIL_SOAK": 1},
+    ),
     "drafts change no output": (
         "the demo model with a drafter and without, 440 prompts: prefix cache and overlap on and off, greedy and sampled",
         ["tests/test_drafting.py"], {"DOVETAIL_SOAK": 10},

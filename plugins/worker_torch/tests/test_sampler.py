@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from typing import Any
 
@@ -138,44 +139,87 @@ CASES = {
 }
 
 
+FALSE_ALARM = 1e-4
+"""Of one χ² test on a right sampler."""
+NUM_DRAWS = 20_000
+NUM_CHUNKS = 50 if "DOVETAIL_SOAK" in os.environ else 1
+"""Of NUM_DRAWS each: `make soak` draws a million times in every case."""
+
+
 @pytest.mark.parametrize("keyed_by", ["position", "seed", "sample index"])
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_are_those_of_the_distribution(drawing: Drawing, name: str, keyed_by: str) -> None:
-    """χ² over 20,000 keyed draws; false alarms: 1 in 10,000 for each case (a fresh seed every time)."""
-    count, p = 20_000, CASES[name]
-    base = random.randrange(2**62)
+    """χ² over keyed draws, with a fresh seed every time."""
+    p, base = CASES[name], random.randrange(2**62)
     print("seed", base)
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(base % 2**31)) * 1.5
     history = [5, 9, 9, 30]
-    expected = reference_distribution(logits, p, history, 1) * count
-    keys = np.arange(count)
-    seeds = base + keys if keyed_by == "seed" else np.full(count, base)
-    indices = keys if keyed_by == "sample index" else np.zeros(count)
-    positions = keys if keyed_by == "position" else np.full(count, 4)
-    starts = [start(p, int(s), int(i)) for s, i in zip(seeds, indices, strict=True)]
-    tokens = np.tile(np.array(history, np.int32), (count, 1))
-    if keyed_by == "position":
-        # Only the key's position differs: the history that penalties see stays the same.
-        pre = logits.repeat(count, 1)
-        drawn = draw_at(drawing, pre, p, base, positions, history)
-    else:
-        rows = SamplingRows(starts, tokens, np.full(count, 4, np.int64))
-        drawn, usable = sample(logits.repeat(count, 1), rows, drawing)
-        assert all(usable)
-    observed = torch.bincount(torch.tensor(drawn), minlength=VOCAB).double()
+    observed = torch.zeros(VOCAB, dtype=torch.float64)
+    for chunk in range(NUM_CHUNKS):
+        keys = np.arange(chunk * NUM_DRAWS, (chunk + 1) * NUM_DRAWS)
+        if keyed_by == "position":
+            # Only the key's position differs: the history that penalties see stays the same.
+            drawn = draw_at(drawing, logits.repeat(NUM_DRAWS, 1), p, base, keys, history)
+        else:
+            seeds, indices = (base + keys, 0 * keys) if keyed_by == "seed" else (0 * keys + base, keys)
+            starts = [start(p, int(s), int(i)) for s, i in zip(seeds, indices, strict=True)]
+            tokens = np.tile(np.array(history, np.int32), (NUM_DRAWS, 1))
+            rows = SamplingRows(starts, tokens, np.full(NUM_DRAWS, len(history), np.int64))
+            drawn, usable = sample(logits.repeat(NUM_DRAWS, 1), rows, drawing)
+            assert all(usable)
+        observed += torch.bincount(torch.tensor(drawn), minlength=VOCAB)
+    expected = reference_distribution(logits, p, history, 1) * observed.sum()
     assert observed[expected == 0].sum() == 0
-    big = expected >= 5
-    chi2 = ((observed - expected)[big] ** 2 / expected[big]).sum().item()
-    rest_expected, rest = expected[~big].sum().item(), observed[~big].sum().item()
-    if rest_expected >= 5:
-        chi2 += (rest - rest_expected) ** 2 / rest_expected
-    freedom = int(big.sum()) - 1 + (rest_expected >= 5)
-    if freedom == 0:  # one token has it all: of the others, fewer than 5 draws are expected
-        assert rest < 25
-        return
-    # Wilson and Hilferty's approximation of the χ² quantile at 1 - 1e-4.
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert chi2 < limit, f"χ² {chi2:.1f} with {freedom} degrees of freedom"
+    chance = chance_of(observed, expected)
+    assert chance > FALSE_ALARM, f"a right sampler is as far off with probability {chance:.2g}: {observed.tolist()}"
+
+
+def chance_of(observed: Tensor, expected: Tensor) -> float:
+    """Pearson's χ² test: the probability of being at least as far off. Tokens expected fewer than 5 times count as one."""
+    few = expected < 5
+    both = [torch.cat([counts[~few], counts[few].sum()[None]]) for counts in (observed, expected)]
+    both = [counts[both[1] > 0] for counts in both]
+    if len(both[1]) == 1:
+        return 1.0
+    chi2 = ((both[0] - both[1]) ** 2 / both[1]).sum()
+    return torch.special.gammaincc(torch.tensor((len(both[1]) - 1) / 2, dtype=torch.float64), chi2 / 2).item()
+
+
+def test_what_a_million_draws_can_tell() -> None:
+    """A sampler half a percent off (total variation) is found out with a probability of 0.99 at least, however it is off: by
+    Cauchy and Schwarz the non-centrality is least, 4 N δ², where all probabilities are off by the same share."""
+    freedom, off = VOCAB - 1, 0.005
+    power = power_of(freedom, 4 * 1_000_000 * off**2)
+    assert power >= 0.99
+    rng = np.random.default_rng()
+    probs = rng.dirichlet(np.ones(VOCAB) * 3)
+    by_size = np.argsort(probs)
+    # Half of the mass, as nearly as whole tokens allow, gains what the other half loses.
+    gains = np.zeros(VOCAB, bool)
+    for token in by_size[::-1]:
+        gains[token] = probs[gains].sum() + probs[token] <= 0.5
+    biased = probs * np.where(gains, 1 + off / probs[gains].sum(), 1 - off / probs[~gains].sum())
+    assert np.abs(biased - probs).sum() / 2 == pytest.approx(off)
+    expected = torch.tensor(probs * 1_000_000)
+    found = sum(chance_of(torch.tensor(c).double(), expected) <= FALSE_ALARM for c in rng.multinomial(1_000_000, biased, 200))
+    alarms = sum(chance_of(torch.tensor(c).double(), expected) <= FALSE_ALARM for c in rng.multinomial(1_000_000, probs, 200))
+    assert found >= 190, f"{found} of 200 biased samplers were found out; the power is {power:.4f}"
+    assert alarms <= 3
+
+
+def power_of(freedom: int, noncentrality: float) -> float:
+    """The probability that noncentral χ² is beyond the limit of FALSE_ALARM: a Poisson mixture of central ones."""
+
+    def tail(k: Tensor | float, x: float) -> Tensor:
+        return torch.special.gammaincc(torch.as_tensor(k, dtype=torch.float64) / 2, torch.tensor(x / 2, dtype=torch.float64))
+
+    low, high = 0.0, 1000.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(freedom, middle) > FALSE_ALARM else (low, middle)
+    j = torch.arange(2000, dtype=torch.float64)
+    weights = (j * math.log(noncentrality / 2) - noncentrality / 2 - torch.lgamma(j + 1)).exp()
+    return (weights * torch.stack([tail(freedom + 2 * int(i), low) for i in j])).sum().item()
 
 
 def draw_at(
