@@ -117,6 +117,7 @@ class EngineConfig(BaseModel):
     quantization: QuantizationConfig = Field(
         QuantizationConfig(), description="a socket: for the whole model, or rules for some layers; auto: as the checkpoint is"
     )
+    matmul: SocketConfig = Field(SocketConfig(), description="a socket: products by quantized weights, if there are any")
     architecture: SocketConfig = Field(SocketConfig(), description="a socket: model code")
     worker: SocketConfig = Field(SocketConfig(), description="a socket: what computes: see `dovetail plugins`")
     attention: AttentionConfig = Field(AttentionConfig(), description="a socket: for all layers, or by kind")

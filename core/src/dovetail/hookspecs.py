@@ -55,6 +55,15 @@ def dovetail_quantization() -> list[Provider[Any]]:
 
 
 @hookspec
+def dovetail_matmuls() -> list[Provider[Any]]:
+    """Offer products by quantized weights; `build` returns a `Matmul`, which schemes ask for the layers they make.
+
+    `capabilities` is a `MatmulCapabilities`. Asked only if a scheme was chosen that needs one.
+    """
+    return []
+
+
+@hookspec
 def dovetail_architectures() -> list[Provider[Any]]:
     """Offer model code; `build` returns an `Architecture`, which the worker asks for the checkpoint's model.
 

@@ -117,6 +117,9 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     shadow = config.shadow
     if shadow is not None and shadow.quantization is not None:
         quantized.append(shadow.quantization.use)
+    if codes := {code: None for can in weights.values() for code in can.codes}:
+        inputs = {can.activations: None for can in weights.values() if can.codes and can.activations}
+        r.take("matmul", config.matmul, codes=list(codes), inputs=list(inputs))
     # Where nobody offers model code, workers need none: a simulated one, for example.
     if config.architecture.use != "auto" or registry.of("architecture"):
         r.take("architecture", config.architecture, quantized=quantized)
@@ -138,7 +141,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
     r.take(
         "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()), architecture=made,
-        quantization=list(weights.values()), shadow=shadow is not None,
+        quantization=list(weights.values()), shadow=shadow is not None, matmul=r.capabilities(r.choices.keys() & {"matmul"}),
     )  # fmt: skip
     r.take("prefix_cache", config.prefix_cache)
     r.take("speculation", config.speculation)

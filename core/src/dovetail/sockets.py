@@ -12,6 +12,7 @@ from dovetail.interfaces import (
     attention,
     drafter,
     kv_cache,
+    matmul,
     prefix_cache,
     quantization,
     scheduler,
@@ -124,6 +125,21 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
     return reasons
 
 
+def _undeclared_matmul(provider: Provider[object], context: Context) -> list[Reason]:
+    can, needs = provider.capabilities, context.needs
+    if not isinstance(can, matmul.MatmulCapabilities):
+        return [Reason("declares no MatmulCapabilities")]
+    listed = (("device", context.device_name.split(":")[0], can.devices), ("dtype", context.dtype, can.dtypes))
+    reasons = [
+        Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
+        for what, value, has in listed
+        if has is not None and value not in has
+    ]
+    lacking = [("weights", c) for c in needs.get("codes", ()) if c not in can.codes]
+    lacking += [("inputs", i) for i in needs.get("inputs", ()) if i not in can.inputs]
+    return reasons + [Reason(f"{what} of {which} are not supported") for what, which in lacking]
+
+
 def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
     can = provider.capabilities
     if context.needs.get("shadow") and not (isinstance(can, worker.WorkerCapabilities) and can.shadow):
@@ -137,6 +153,10 @@ SOCKETS: tuple[Socket, ...] = (
         "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
         quantization.CONTRACT, undeclared=_undeclared_quantization, interface=quantization.Scheme,
         invoked=("linear",), invoked_once=True,
+    ),
+    Socket(
+        "matmul", "dovetail_matmuls", "multiplies by quantized weights", matmul.CONTRACT, undeclared=_undeclared_matmul,
+        interface=matmul.Matmul, invoked=("linear",), invoked_once=True,
     ),
     Socket(
         "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,

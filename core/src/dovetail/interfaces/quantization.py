@@ -43,8 +43,12 @@ class QuantizationCapabilities:
     """What a layer rounds its inputs to before it multiplies: "int8", "float8_e4m3fn"; None: it does not."""
     examples: tuple[dict[str, Any], ...] = ()
     """quantization_configs of checkpoints that it reads, one for each method at least: what conformance is tried with."""
+    codes: tuple[str, ...] = ()
+    """What it has multiplied by the matmul socket: its `WeightFormat.codes` (interfaces/matmul.py). Empty: it multiplies by
+    itself."""
     compiled_steps: bool = False
-    """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py)."""
+    """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py), if those that the matmul
+    socket makes for it are."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ def _why_not_compiled(
         reasons.append(Reason("the attention chosen cannot be part of a compiled step"))
     if not all(scheme.compiled_steps for scheme in context.needs["quantization"]):
         reasons.append(Reason("the quantization chosen cannot be part of a compiled step"))
+    if not all(matmul.compiled_steps for matmul in context.needs.get("matmul", {}).values()):
+        reasons.append(Reason("the matmul chosen cannot be part of a compiled step"))
     if linear == "torch":
         reasons.append(Reason("worker.linear is torch"))
     return reasons

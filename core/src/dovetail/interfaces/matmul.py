@@ -1,0 +1,83 @@
+"""Products by quantized weights: the fast part that many schemes share.
+
+A scheme knows how checkpoints store a weight; a matmul provider knows how one kind of device multiplies by it. Between them
+lies a canonical form: codes, scales by group, perhaps zero points. So a format that is new to the ecosystem needs no kernel,
+and a kernel that is new serves all formats.
+
+    weight[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g])        with g = i // group_size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from dovetail.interfaces.quantization import LinearLayer
+
+CONTRACT = "0.1"
+Array = Any
+
+Codes = Literal["int8", "uint4", "float8_e4m3fn"]
+Inputs = Literal["int8", "float8_e4m3fn"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a weight `[out, in]` lies in its tensors:
+
+    - "codes": "int8" and "float8_e4m3fn" `[out, in]`; "uint4" as `u8[out, ceil(in / 2)]`, the first of two in the low half
+    - "scales": `f32[out, num_groups]`
+    - "zeros", if the format has them: `u8[out, num_groups]`. Without them it is 8 for "uint4", 0 for the others
+    - "order", if the format has one: `i64[in]`; codes[:, k] belongs to x[:, order[k]]
+    - "input_scale", if the format has one: `f32[1]`, for all rows of x
+    - "bias", if the layer has one: `[out]`, of the layer's dtype
+    """
+
+    codes: Codes
+    group_size: int | None = None
+    """Inputs that share a scale; None: all. The last group may be smaller."""
+    zeros: bool = False
+    order: bool = False
+    inputs: Inputs | None = None
+    """What x is rounded to before the product: each row by a scale of its own, its largest absolute value over 127 (int8) or
+    448 (float8), unless the format has an input_scale."""
+    input_scale: bool = False
+
+    def num_groups(self, in_features: int) -> int:
+        return 1 if self.group_size is None else -(-in_features // self.group_size)
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes == "uint4" else 8
+
+
+@dataclass(frozen=True)
+class MatmulCapabilities:
+    """What a provider multiplies by, as data: the core refuses what is not declared."""
+
+    codes: tuple[Codes, ...] = ()
+    inputs: tuple[Inputs, ...] = ()
+    """Beside inputs that are not rounded, which all take."""
+    framework: str = "torch"
+    devices: tuple[str, ...] | None = ("cpu",)
+    """None is any."""
+    dtypes: tuple[str, ...] | None = ("float32", "bfloat16", "float16")
+    """Of x and of the product. None is any."""
+    group_sizes: tuple[int, ...] | None = None
+    """None is any."""
+    compiled_steps: bool = False
+    """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py)."""
+
+
+class Matmul(Protocol):
+    """What a provider builds: one object an engine."""
+
+    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Array]) -> Callable[[Array], Array]:
+        """Make `x [T, in]` → `x @ weight.T + bias`, a new array of x's dtype. Rows of x are contiguous, and may lie apart.
+
+        The callable may keep the tensors, or a form of its own, for as long as it lives.
+        """
+
+    def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
+        """Bytes that the weights take once the layer is made, its bias aside."""

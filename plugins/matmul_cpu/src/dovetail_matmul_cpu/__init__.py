@@ -1,0 +1,52 @@
+"""Products by quantized weights for x86-64 CPUs: C++ that is compiled for the CPU it runs on, at first use.
+
+This module is the light root: it offers the provider and imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.matmul import MatmulCapabilities
+from dovetail.provider import Context, Options, Provider, Reason
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_matmul_cpu.kernels import CpuMatmul
+
+CAPABILITIES = MatmulCapabilities(
+    codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), compiled_steps=True
+)
+NEEDED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
+
+
+def why_not(context: Context) -> list[Reason]:
+    device = context.device
+    if device.machine not in ("x86_64", "AMD64"):
+        return [Reason(f"runs on x86-64, and this machine is {device.machine}")]
+    reasons = []
+    if device.system != "Linux":
+        reasons.append(Reason(f"is built for Linux, and this is {device.system}"))
+    if missing := [f for f in NEEDED_FLAGS if f not in device.cpu_flags]:
+        reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
+    if device.compiler is None:
+        reasons.append(Reason("no C++ compiler was found", "install g++ or clang++, or set CXX"))
+    return reasons
+
+
+def build(context: BuildContext, options: Options) -> CpuMatmul:
+    from dovetail_matmul_cpu.kernels import CpuMatmul
+
+    return CpuMatmul(context.device)
+
+
+PROVIDER = Provider(
+    "cpu", "8-bit and 4-bit weights expanded in registers, in C++ (AVX-512 with VNNI)", build, capabilities=CAPABILITIES,
+    why_not=why_not, priority=50,
+)  # fmt: skip
+
+
+@hookimpl
+def dovetail_matmuls() -> list[Provider[CpuMatmul]]:
+    return [PROVIDER]

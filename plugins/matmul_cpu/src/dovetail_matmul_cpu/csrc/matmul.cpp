@@ -1,0 +1,392 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace dovetail {
+namespace {
+
+constexpr int kBlock = 6;      // rows, times 4 vectors of sums: 24 of the 32 registers
+constexpr int kFewRows = 32;   // up to here a layer's time is that of reading its weights, more or less
+constexpr int kMaxRows = 192;  // of a piece
+constexpr int kMaxUnits = 128 / kUnit;  // of a chunk that is expanded: 16 KiB, which stay in L1
+
+constexpr uint16_t bf16_of(int whole) {  // from 0 to 255
+  if (whole == 0) return 0;
+  int exponent = 0;
+  while (whole >> (exponent + 1)) ++exponent;
+  return static_cast<uint16_t>((127 + exponent) << 7 | ((whole << 7 >> exponent) & 0x7F));
+}
+
+constexpr uint16_t bf16_of_e4m3(int code) {  // without its sign
+  const int exponent = code >> 3, mantissa = code & 7;
+  if (code == 127) return 0x7FC0;  // NaN
+  if (exponent) return static_cast<uint16_t>((exponent - 7 + 127) << 7 | mantissa << 4);
+  return mantissa ? static_cast<uint16_t>(bf16_of(mantissa) - (9 << 7)) : 0;  // mantissa * 2^-9
+}
+
+// High and low bytes of the bfloat16 that a code stands for.
+struct Table {
+  alignas(64) uint8_t high[256], low[256];
+  template <class F>
+  constexpr explicit Table(F&& value) : high(), low() {
+    for (int code = 0; code < 256; ++code) high[code] = value(code) >> 8, low[code] = value(code) & 0xFF;
+  }
+};
+struct Nibbles {
+  alignas(64) uint16_t value[32];
+  constexpr Nibbles() : value() {
+    for (int i = 0; i < 32; ++i) value[i] = bf16_of(i % 16);
+  }
+};
+constexpr Nibbles kNibbles;
+constexpr Table kWhole{bf16_of}, kE4M3{[](int code) { return bf16_of_e4m3(code & 127); }};
+
+__m512i table(const uint8_t* from) { return _mm512_load_si512(from); }
+
+// What is the same for a chunk of a panel.
+struct Chunk {
+  const uint8_t* codes;
+  const float* scales;   // [64]
+  const uint8_t* zeros;  // [64] or null
+  int64_t index, units;  // units of kUnit inputs
+};
+
+Vec zero_of(const Weight& w, const Chunk& chunk, int64_t at) {
+  if (!chunk.zeros) return splat(static_cast<float>(w.zero));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk.zeros + at))))};
+}
+
+// While a block of rows is computed, its share of what comes next is fetched, so that memory and arithmetic work at a time.
+struct Fetch {
+  const uint8_t* next;
+  int64_t rate, due = 0;  // lines a step, 16 bits after the point
+
+  Fetch(const uint8_t* end, int64_t bytes, int block, int num_blocks, int64_t steps) {
+    const int64_t lines = bytes / 64, from = lines * block / num_blocks;
+    next = end + from * 64;
+    rate = ((lines * (block + 1) / num_blocks - from) << 16) / steps;
+  }
+  void step() {
+    for (due += rate; due >= 1 << 16; due -= 1 << 16, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+  }
+};
+
+// Integers.
+
+int32_t four(const char* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return bits;
+}
+
+// sums[M][64] += the chunk's product.
+template <Codes C, int M>
+void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums, Fetch fetch) {
+  __m512i acc[M][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_setzero_si512();
+  const char* x = rows + chunk.index * w.chunk_width();
+  const uint8_t* codes = chunk.codes;
+  const __m512i half = _mm512_set1_epi8(15);
+  for (int64_t u = 0; u < chunk.units; ++u, x += kUnit, codes += C == Codes::uint4 ? 4 * kPanel : 8 * kPanel) {
+    fetch.step();
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {  // four inputs at a time
+      __m512i weight[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        if constexpr (C == Codes::uint4) {
+          const __m512i both = _mm512_loadu_si512(codes + j * 64);
+          weight[j] = _mm512_and_si512(h ? _mm512_srli_epi16(both, 4) : both, half);
+        } else {
+          weight[j] = _mm512_loadu_si512(codes + h * 4 * kPanel + j * 64);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+        const __m512i inputs = _mm512_set1_epi32(four(x + i * layout.bytes + h * 4));
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], weight[j], inputs);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+    const char* row = rows + i * layout.bytes;
+    const Vec x_scale = splat(reinterpret_cast<const float*>(row + layout.scales)[chunk.index]);
+    const __m512i x_sum = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(row + layout.sums)[chunk.index]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const __m512i zero = _mm512_cvtps_epi32(zero_of(w, chunk, j * kLanes).x);
+      const Vec value = {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][j], _mm512_mullo_epi32(zero, x_sum)))};
+      float* sum = sums + i * kPanel + j * kLanes;
+      store(sum, fma(mul(value, x_scale), load(chunk.scales + j * kLanes), load(sum)));
+    }
+  }
+}
+
+// bfloat16. A decoder gives the weights of a pair of inputs, as 4 vectors of pairs.
+
+template <Codes C>
+struct Decoder;
+
+inline void interleave(__m512i low, __m512i high, __m512i* to) {
+  to[0] = _mm512_unpacklo_epi8(low, high);
+  to[1] = _mm512_unpackhi_epi8(low, high);
+}
+
+template <>
+struct Decoder<Codes::uint4> {
+  static constexpr int kBytes = 64;
+  // Of the five bits that choose an entry the fifth is a neighbour's: the table is there twice.
+  const __m512i values = _mm512_load_si512(kNibbles.value);
+  void operator()(const uint8_t* codes, __m512i* to) const {
+    const __m512i four = _mm512_loadu_si512(codes);
+    to[0] = _mm512_permutexvar_epi16(four, values);
+    to[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4), values);
+    to[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 8), values);
+    to[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 12), values);
+  }
+};
+
+template <>
+struct Decoder<Codes::float8> {
+  static constexpr int kBytes = 128;
+  const __m512i high0 = table(kE4M3.high), high1 = table(kE4M3.high + 64), low0 = table(kE4M3.low), low1 = table(kE4M3.low + 64);
+  const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+  void operator()(const uint8_t* codes, __m512i* to) const {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512i code = _mm512_loadu_si512(codes + h * 64);
+      // 0xF8 is a | (b & c): what the table says, with the sign of the code.
+      const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high0, code, high1), code, sign, 0xF8);
+      interleave(_mm512_permutex2var_epi8(low0, code, low1), high, to + 2 * h);
+    }
+  }
+};
+
+template <>
+struct Decoder<Codes::int8> {  // unsigned here: 128 stands for 0
+  static constexpr int kBytes = 128;
+  const __m512i high0 = table(kWhole.high), high1 = table(kWhole.high + 64), low0 = table(kWhole.low), low1 = table(kWhole.low + 64);
+  const __m512i large = _mm512_set1_epi8(0x43), top = _mm512_set1_epi8(static_cast<char>(0x80));
+  void operator()(const uint8_t* codes, __m512i* to) const {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512i code = _mm512_loadu_si512(codes + h * 64);
+      const __mmask64 is_large = _mm512_movepi8_mask(code);  // from 128 on a code is its own mantissa, of one exponent
+      const __m512i high = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(high0, code, high1), is_large, large);
+      const __m512i low = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(low0, code, low1), is_large, _mm512_andnot_si512(top, code));
+      interleave(low, high, to + 2 * h);
+    }
+  }
+};
+
+// What a chunk was expanded to.
+struct Expanded {
+  static constexpr int kBytes = kVectors * 64;
+  void operator()(const uint8_t* from, __m512i* to) const {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) to[j] = _mm512_load_si512(from + j * 64);
+  }
+};
+
+template <Codes C>
+void expand(const Chunk& chunk, uint8_t* to) {
+  const Decoder<C> decode;
+  for (int64_t pair = 0; pair < chunk.units * kUnit / 2; ++pair) {
+    __m512i weight[kVectors];
+    decode(chunk.codes + pair * Decoder<C>::kBytes, weight);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) _mm512_store_si512(to + (pair * kVectors + j) * 64, weight[j]);
+  }
+}
+
+// sums[M][64] += the products of S chunks, which lie one after the other. One chunk's sums are a chain in which each waits for
+// the one before: with few rows several chunks go side by side, and are added in their order all the same.
+template <class D, int P, int M, int S>
+void multiply_floats(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, const uint8_t* codes, float* sums,
+                     Fetch fetch) {
+  __m512 acc[S][M][kVectors];
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[s][i][j] = _mm512_setzero_ps();
+  const D decode;
+  const int64_t pairs = chunk.units * kUnit / 2, next = pairs * D::kBytes;
+  const char* x = rows + chunk.index * w.chunk_width() * 2;
+  for (int64_t pair = 0; pair < pairs; ++pair, x += 4, codes += D::kBytes) {
+    fetch.step();
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) {
+      __m512i weight[kVectors];
+      decode(codes + s * next, weight);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) {
+          const __m512i two = _mm512_set1_epi32(four(x + i * layout.bytes + p * layout.part + s * pairs * 4));
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j)
+            acc[s][i][j] = _mm512_dpbf16_ps(acc[s][i][j], reinterpret_cast<__m512bh>(two), reinterpret_cast<__m512bh>(weight[j]));
+        }
+    }
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) {
+    const int64_t group = w.has_groups ? s * w.width() : 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const char* row = rows + i * layout.bytes;
+      const Vec x_scale = splat(reinterpret_cast<const float*>(row + layout.scales)[chunk.index + s]);
+      const Vec x_sum = splat(-reinterpret_cast<const float*>(row + layout.sums)[chunk.index + s]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        Vec value = {acc[s][i][j]};
+        if (w.codes != Codes::float8) value = fma(zero_of(w, chunk, group + j * kLanes), x_sum, value);
+        float* sum = sums + i * kPanel + j * kLanes;
+        store(sum, fma(mul(value, x_scale), load(chunk.scales + group + j * kLanes), load(sum)));
+      }
+    }
+  }
+}
+
+template <class F, int... I>
+void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
+  (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
+}
+
+// Calls f(first row, number of rows, fetch) for blocks of at most B rows, with the number as a constant. `bytes` behind `codes` are
+// what comes next.
+template <int B, class F>
+void for_blocks(int num_rows, const uint8_t* next, int64_t bytes, int64_t steps, F&& f) {
+  const int count = (num_rows + B - 1) / B;
+  for (int b = 0; b < count; ++b) {
+    const int row = num_rows * b / count, end = num_rows * (b + 1) / count;
+    with_rows(end - row, [&](auto m) { f(row, m, Fetch(next, bytes, b, count, steps)); }, std::make_integer_sequence<int, B>{});
+  }
+}
+
+template <Codes C, int P>
+void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
+  alignas(64) uint8_t buffer[kMaxUnits * kUnit * kPanel * 2];
+  const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? w.width() : 0, steps = chunk.units * kUnit / 2;
+  // S chunks, decoded on the way.
+  const auto direct = [&]<int B, int S>() {
+    for_blocks<B>(num_rows, chunk.codes + S * bytes, S * bytes, steps, [&](int row, auto m, Fetch fetch) {
+      multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows + row * layout.bytes, chunk, chunk.codes,
+                                                            sums + row * kPanel, fetch);
+    });
+    return S;
+  };
+  const auto expanded = [&] {
+    expand<C>(chunk, buffer);
+    for_blocks<kBlock>(num_rows, chunk.codes + bytes, bytes, steps, [&](int row, auto m, Fetch fetch) {
+      multiply_floats<Expanded, P, decltype(m)::value, 1>(w, layout, rows + row * layout.bytes, chunk, buffer, sums + row * kPanel, fetch);
+    });
+    return 1;
+  };
+  while (chunk.index < end) {
+    const int64_t left = end - chunk.index;
+    const int done = num_rows == 1 && left >= 4                        ? direct.template operator()<1, 4>()
+                     : num_rows <= 3 && left >= 2                      ? direct.template operator()<3, 2>()
+                     : num_rows <= kBlock || chunk.units > kMaxUnits ? direct.template operator()<kBlock, 1>()
+                                                                       : expanded();
+    chunk.index += done, chunk.codes += done * bytes, chunk.scales += done * group;
+    if (chunk.zeros) chunk.zeros += done * group;
+  }
+}
+
+template <Codes C>
+void add_integers(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
+  const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? w.width() : 0;
+  for (; chunk.index < end; ++chunk.index, chunk.codes += bytes, chunk.scales += group) {
+    for_blocks<kBlock>(num_rows, chunk.codes + bytes, bytes, chunk.units, [&](int row, auto m, Fetch fetch) {
+      multiply_integers<C, decltype(m)::value>(w, layout, rows + row * layout.bytes, chunk, sums + row * kPanel, fetch);
+    });
+    if (chunk.zeros) chunk.zeros += group;
+  }
+}
+
+// The sums [rows, 64] of one panel.
+template <Codes C>
+void panel_sums(const Weight& w, const char* rows, int num_rows, int64_t panel, float* sums) {
+  const Rows layout(w);
+  const int64_t place = panel * kPanel, end = w.num_chunks();
+  const Chunk first{w.packed + panel * w.panel_bytes(), w.scales + place, w.zeros ? w.zeros + place : nullptr, 0, w.chunk_width() / kUnit};
+  std::fill(sums, sums + num_rows * kPanel, 0.f);
+  if constexpr (C != Codes::float8)
+    if (w.is_integer()) return add_integers<C>(w, layout, rows, num_rows, first, end, sums);
+  if (w.num_parts() == 1)
+    add_floats<C, 1>(w, layout, rows, num_rows, first, end, sums);
+  else
+    add_floats<C, 2>(w, layout, rows, num_rows, first, end, sums);
+}
+
+void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel) {
+  alignas(64) float sums[kMaxRows * kPanel];
+  const char* prepared = static_cast<const char*>(call.rows) + row * Rows(w).bytes;
+  switch (w.codes) {
+    case Codes::int8: panel_sums<Codes::int8>(w, prepared, rows, panel, sums); break;
+    case Codes::uint4: panel_sums<Codes::uint4>(w, prepared, rows, panel, sums); break;
+    case Codes::float8: panel_sums<Codes::float8>(w, prepared, rows, panel, sums); break;
+  }
+  const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, w.num_outputs - first);
+  for (int r = 0; r < rows; ++r) {
+    float* s = sums + r * kPanel;
+    if (w.bias)
+      for (int j = 0; j < kPanel; j += kLanes) store(s + j, add(load(s + j), load(w.bias + first + j)));
+    const int64_t to = (row + r) * call.y_stride + first;
+    int64_t j = 0;
+    for (; j + kLanes <= count; j += kLanes) store_as(w.type, call.y, to + j, load(s + j));
+    if (j < count) {  // what lies behind a row's last output is not ours
+      alignas(64) char last[kLanes * 4];
+      store_as(w.type, last, 0, load(s + j));
+      const int64_t size = w.type == Type::f32 ? 4 : 2;
+      std::memcpy(static_cast<char*>(call.y) + (to + j) * size, last, (count - j) * size);
+    }
+  }
+}
+
+int chunk_rows(int num_rows) {
+  const int chunks = std::max(1, (num_rows + kMaxRows - 1) / kMaxRows);
+  return std::max(1, (num_rows + chunks - 1) / chunks);
+}
+
+// With few rows each thread first takes one long stretch of panels, which streams at the memory's speed; the rest evens out.
+struct Hand {
+  int64_t panels, stretch = 0;
+  int num_stretches = 0;
+
+  Hand(const Weight& w, int num_rows, int num_threads) : panels(w.num_panels()) {
+    if (num_rows > kFewRows) return;
+    stretch = panels * 3 / 4 / num_threads;
+    num_stretches = stretch > 1 ? num_threads : 0;
+  }
+  int pieces() const { return static_cast<int>(num_stretches + panels - num_stretches * stretch); }
+  int64_t begin(int piece) const {
+    return piece < num_stretches ? piece * stretch : num_stretches * stretch + piece - num_stretches;
+  }
+  int64_t end(int piece) const { return begin(piece) + (piece < num_stretches ? stretch : 1); }
+};
+
+}  // namespace
+
+int num_pieces(const Weight& w, int num_rows, int num_threads) {
+  const int chunk = chunk_rows(num_rows);
+  return Hand(w, num_rows, num_threads).pieces() * ((num_rows + chunk - 1) / chunk);
+}
+
+void do_piece(const Weight& w, const Call& call, int num_rows, int piece, int num_threads) {
+  const Hand hand(w, num_rows, num_threads);
+  const int chunk = chunk_rows(num_rows), pieces = hand.pieces(), part = piece % pieces;
+  const int row = piece / pieces * chunk, rows = std::min(chunk, num_rows - row);
+  for (int64_t panel = hand.begin(part), end = hand.end(part); panel < end; ++panel) compute(w, call, row, rows, panel);
+}
+
+}  // namespace dovetail

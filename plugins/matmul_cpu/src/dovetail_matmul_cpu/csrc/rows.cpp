@@ -1,0 +1,144 @@
+// Weights into panels, and rows of x into what the product takes.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "matmul.h"
+
+namespace dovetail {
+namespace {
+
+float element(Type type, const void* x, int64_t i) {
+  if (type == Type::f32) return static_cast<const float*>(x)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(x)[i];
+  if (type == Type::f16) return _cvtsh_ss(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float f;
+  std::memcpy(&f, &wide, 4);
+  return f;
+}
+
+// Chunk c of a row as float32, with zeros behind it up to whole vectors.
+void gather(const Weight& w, const void* x, int64_t c, std::vector<float>& to) {
+  const int64_t first = c * w.chunk, count = std::min(w.chunk, w.depth - first);
+  int64_t k = 0;
+  if (!w.order)
+    for (; k + kLanes <= count; k += kLanes) store(&to[k], load_as(w.type, x, first + k));
+  for (; k < count; ++k) to[k] = element(w.type, x, w.order ? w.order[first + k] : first + k);
+  std::fill(to.begin() + count, to.end(), 0.f);
+}
+
+Vec absolute(Vec a) { return {_mm512_abs_ps(a.x)}; }
+
+// NaN if there is one.
+float largest(const std::vector<float>& values) {
+  Vec most = splat(0.f), any = splat(0.f);
+  for (size_t k = 0; k < values.size(); k += kLanes) {
+    const Vec v = load(&values[k]);
+    most = max(absolute(v), most), any = fma(v, splat(0.f), any);
+  }
+  return reduce_max(most) + reduce_add(any);
+}
+
+// The nearest values of E4M3 (OCP 8-bit floating point: bias 7, no infinity), of magnitude at most 448; ties to even.
+Vec round_e4m3(Vec a) {
+  const Vec limited = max(splat(-448.f), min(splat(448.f), a));
+  // Three bits behind the first; below 2^-6 they do not get finer.
+  const Vec exponent = max(splat(-6.f), Vec{_mm512_getexp_ps(limited.x)});
+  const Vec step = power_of_two(sub(exponent, splat(3.f)));
+  return mul(round_even(div(limited, step)), step);
+}
+
+}  // namespace
+
+void pack(const Weight& w, const uint8_t* codes) {
+  const int64_t depth = w.depth, wide = w.chunk_width();
+  const int64_t row_bytes = w.codes == Codes::uint4 ? (depth + 1) / 2 : depth;
+#pragma omp parallel for schedule(static)
+  for (int64_t panel = 0; panel < w.num_panels(); ++panel) {
+    uint8_t* to = w.packed + panel * w.panel_bytes();
+    for (int64_t n = 0; n < std::min<int64_t>(kPanel, w.num_outputs - panel * kPanel); ++n) {
+      const uint8_t* from = codes + (panel * kPanel + n) * row_bytes;
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t at = k / w.chunk * wide + k % w.chunk;  // with every chunk filled up
+        const uint8_t code = w.codes != Codes::uint4 ? from[k] : k % 2 ? from[k / 2] >> 4 : from[k / 2] & 15;
+        if (w.is_integer()) {
+          if (w.codes == Codes::int8)  // [k / 4][64][4], unsigned
+            to[(at / 4 * kPanel + n) * 4 + at % 4] = code ^ 0x80;
+          else  // [k / 8][64][4]: the first four in the low halves
+            to[(at / 8 * kPanel + n) * 4 + at % 4] |= at % 8 < 4 ? code : code << 4;
+          continue;
+        }
+        const int64_t vector = n / kLanes, pair = at / 2;
+        if (w.codes == Codes::uint4) {
+          // [k / 2][16 outputs][2 inputs] of 16 bits: four bits for each of the four vectors of outputs.
+          to[pair * 64 + (n % kLanes * 2 + at % 2) * 2 + vector / 2] |= code << vector % 2 * 4;
+        } else {
+          // [k / 2][2][64 bytes for two vectors of outputs], so that interleaving by 128-bit lanes gives pairs in order: lane L
+          // holds 8 bytes of the first vector's outputs 4 L … 4 L + 3, then 8 of the second's.
+          const int64_t place = vector / 2 * 64 + n % kLanes / 4 * 16 + vector % 2 * 8 + n % 4 * 2 + at % 2;
+          to[pair * 128 + place] = w.codes == Codes::int8 ? code ^ 0x80 : code;
+        }
+      }
+    }
+  }
+}
+
+void prepare_row(const Weight& w, const void* x, void* row) {
+  const Rows layout(w);
+  char* base = static_cast<char*>(row);
+  auto* scales = reinterpret_cast<float*>(base + layout.scales);
+  const int64_t wide = w.chunk_width(), chunks = w.num_chunks();
+  thread_local std::vector<float> values;
+  values.resize((wide + kLanes - 1) / kLanes * kLanes);
+
+  float scale = 1;
+  if (w.inputs != Inputs::plain) {
+    scale = w.input_scale;
+    if (scale == 0) {
+      float most = 0;
+      for (int64_t c = 0; c < chunks; ++c) {
+        gather(w, x, c, values);
+        const float here = largest(values);
+        most = here > most || here != here ? here : most;
+      }
+      scale = most / (w.is_integer() ? 127.f : 448.f);
+    }
+  }
+  // A row of zeros stays one; a row that is not all numbers has no product that is.
+  const bool usable = scale - scale == 0;
+  const Vec by = splat(scale > 0 && usable ? scale : 1.f);
+  for (int64_t c = 0; c < chunks; ++c) {
+    gather(w, x, c, values);
+    scales[c] = usable ? scale : NAN;
+    if (w.is_integer()) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int64_t k = 0; k < wide; k += kLanes) {
+        const Vec q = max(splat(-127.f), min(splat(127.f), round_even(div(load(&values[k]), by))));
+        const __m512i n = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(q.x, q.x, _CMP_ORD_Q), q.x);
+        sum = _mm512_add_epi32(sum, n);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(base + c * wide + k), _mm512_cvtsepi32_epi8(n));
+      }
+      reinterpret_cast<int32_t*>(base + layout.sums)[c] = _mm512_reduce_add_epi32(sum);
+      continue;
+    }
+    Vec sum = splat(0.f);
+    for (int64_t k = 0; k < wide; k += kLanes) {
+      Vec v = load(&values[k]);
+      if (w.inputs == Inputs::float8) v = round_e4m3(div(v, by));
+      auto* to = reinterpret_cast<uint16_t*>(base) + c * wide + k;
+      store_bf16(to, v);
+      Vec stands = load_bf16(to);
+      if (w.num_parts() == 2) {
+        auto* rest = reinterpret_cast<uint16_t*>(base + layout.part) + c * wide + k;
+        store_bf16(rest, sub(v, stands));
+        stands = add(stands, load_bf16(rest));
+      }
+      sum = add(sum, stands);
+    }
+    reinterpret_cast<float*>(base + layout.sums)[c] = reduce_add(sum);
+  }
+}
+
+}  // namespace dovetail
