@@ -22,7 +22,7 @@ CODES = {"int8": 0, "uint4": 1, "float8_e4m3fn": 2}
 INPUTS = {None: 0, "int8": 1, "float8_e4m3fn": 2}
 ZERO = {"int8": 128, "uint4": 8, "float8_e4m3fn": 0}
 """What stands for 0. Bytes are kept unsigned, as the product wants them."""
-PANEL, UNIT, WHOLE_CHUNK = 64, 8, 128
+PANEL, UNIT = 64, 8
 """As in matmul.h."""
 
 _p, _i, _n, _f = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -68,8 +68,7 @@ class CpuMatmul:
         return CpuLinear(self, format, layer, tensors)
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
-        chunk = format.group_size or WHOLE_CHUNK
-        chunk = min(chunk, layer.in_features)
+        chunk = _chunk(format, layer)
         num_chunks = -(-layer.in_features // chunk)
         depth, width = num_chunks * -(-chunk // UNIT) * UNIT, -(-layer.out_features // PANEL) * PANEL
         scales = format.num_groups(layer.in_features) * width * (5 if format.zeros else 4)
@@ -94,7 +93,7 @@ class CpuLinear:
         self._matmul, self._functions = matmul, matmul.functions
         self.out_features = layer.out_features
         self._dtype = getattr(torch, layer.dtype)
-        chunk = min(format.group_size or WHOLE_CHUNK, layer.in_features)
+        chunk = _chunk(format, layer)
         self._struct = WeightStruct(
             CODES[format.codes], INPUTS[format.inputs], TYPES[layer.dtype], format.group_size is not None, layer.out_features,
             layer.in_features, chunk, zero=ZERO[format.codes],
@@ -139,6 +138,11 @@ class CpuLinear:
         operation, ops = OperationStruct(self._address, call), (Op * 2)()
         self._functions.dovetail_ops(ctypes.addressof(operation), ctypes.addressof(ops))
         return Compiled(list(ops), (self, operation, ops, x, y))
+
+
+def _chunk(format: WeightFormat, layer: LinearLayer) -> int:
+    """Inputs that are added up before their sum is scaled. A long chunk costs less, a short one stays in the first cache."""
+    return min(format.group_size or (512 if format.inputs == "int8" else 128), layer.in_features)
 
 
 def _aligned(address: int) -> int:

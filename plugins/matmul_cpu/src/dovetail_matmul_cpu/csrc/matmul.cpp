@@ -85,9 +85,12 @@ template <Codes C, int M>
 void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums, Fetch fetch) {
   __m512i acc[M][kVectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
+  for (int i = 0; i < M; ++i) {
+    const __m512i x_sum = _mm512_set1_epi32(-reinterpret_cast<const int32_t*>(rows + i * layout.bytes + layout.sums)[chunk.index]);
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_setzero_si512();
+    for (int j = 0; j < kVectors; ++j)
+      acc[i][j] = _mm512_mullo_epi32(_mm512_cvtps_epi32(zero_of(w, chunk, j * kLanes).x), x_sum);
+  }
   const char* x = rows + chunk.index * w.chunk_width();
   const uint8_t* codes = chunk.codes;
   const __m512i half = _mm512_set1_epi8(15);
@@ -114,18 +117,12 @@ void multiply_integers(const Weight& w, const Rows& layout, const char* rows, co
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) {
-    const char* row = rows + i * layout.bytes;
-    const Vec x_scale = splat(reinterpret_cast<const float*>(row + layout.scales)[chunk.index]);
-    const __m512i x_sum = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(row + layout.sums)[chunk.index]);
+  for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      const __m512i zero = _mm512_cvtps_epi32(zero_of(w, chunk, j * kLanes).x);
-      const Vec value = {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[i][j], _mm512_mullo_epi32(zero, x_sum)))};
       float* sum = sums + i * kPanel + j * kLanes;
-      store(sum, fma(mul(value, x_scale), load(chunk.scales + j * kLanes), load(sum)));
+      store(sum, fma(Vec{_mm512_cvtepi32_ps(acc[i][j])}, load(chunk.scales + j * kLanes), load(sum)));
     }
-  }
 }
 
 // bfloat16. A decoder gives the weights of a pair of inputs, as 4 vectors of pairs.
@@ -194,30 +191,38 @@ struct Expanded {
   }
 };
 
+// The first rows of many decode a chunk for all: arithmetic hides most of what that costs.
 template <Codes C>
-void expand(const Chunk& chunk, uint8_t* to) {
-  const Decoder<C> decode;
-  for (int64_t pair = 0; pair < chunk.units * kUnit / 2; ++pair) {
-    __m512i weight[kVectors];
-    decode(chunk.codes + pair * Decoder<C>::kBytes, weight);
+struct Expanding {
+  static constexpr int kBytes = Decoder<C>::kBytes;
+  Decoder<C> decode;
+  uint8_t* to;
+  void operator()(const uint8_t* codes, __m512i* weight) {
+    decode(codes, weight);
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) _mm512_store_si512(to + (pair * kVectors + j) * 64, weight[j]);
+    for (int j = 0; j < kVectors; ++j) _mm512_store_si512(to + j * 64, weight[j]);
+    to += Expanded::kBytes;
   }
-}
+};
 
 // sums[M][64] += the products of S chunks, which lie one after the other. One chunk's sums are a chain in which each waits for
 // the one before: with few rows several chunks go side by side, and are added in their order all the same.
 template <class D, int P, int M, int S>
-void multiply_floats(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, const uint8_t* codes, float* sums,
-                     Fetch fetch) {
+void multiply_floats(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, const uint8_t* codes, D decode,
+                     float* sums, Fetch fetch) {
   __m512 acc[S][M][kVectors];
+  const int64_t group = w.has_groups ? w.width() : 0;
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
+    for (int i = 0; i < M; ++i) {
+      const float x_sum = -reinterpret_cast<const float*>(rows + i * layout.bytes + layout.sums)[chunk.index + s];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[s][i][j] = _mm512_setzero_ps();
-  const D decode;
+      for (int j = 0; j < kVectors; ++j) acc[s][i][j] = _mm512_set1_ps(static_cast<float>(w.zero) * x_sum);
+      if (chunk.zeros)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) acc[s][i][j] = mul(zero_of(w, chunk, s * group + j * kLanes), splat(x_sum)).x;
+    }
   const int64_t pairs = chunk.units * kUnit / 2, next = pairs * D::kBytes;
   const char* x = rows + chunk.index * w.chunk_width() * 2;
   for (int64_t pair = 0; pair < pairs; ++pair, x += 4, codes += D::kBytes) {
@@ -238,22 +243,14 @@ void multiply_floats(const Weight& w, const Rows& layout, const char* rows, cons
     }
   }
 #pragma GCC unroll 8
-  for (int s = 0; s < S; ++s) {
-    const int64_t group = w.has_groups ? s * w.width() : 0;
+  for (int s = 0; s < S; ++s)
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const char* row = rows + i * layout.bytes;
-      const Vec x_scale = splat(reinterpret_cast<const float*>(row + layout.scales)[chunk.index + s]);
-      const Vec x_sum = splat(-reinterpret_cast<const float*>(row + layout.sums)[chunk.index + s]);
+    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        Vec value = {acc[s][i][j]};
-        if (w.codes != Codes::float8) value = fma(zero_of(w, chunk, group + j * kLanes), x_sum, value);
         float* sum = sums + i * kPanel + j * kLanes;
-        store(sum, fma(mul(value, x_scale), load(chunk.scales + group + j * kLanes), load(sum)));
+        store(sum, fma(Vec{acc[s][i][j]}, load(chunk.scales + s * group + j * kLanes), load(sum)));
       }
-    }
-  }
 }
 
 template <class F, int... I>
@@ -279,15 +276,19 @@ void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_r
   // S chunks, decoded on the way.
   const auto direct = [&]<int B, int S>() {
     for_blocks<B>(num_rows, chunk.codes + S * bytes, S * bytes, steps, [&](int row, auto m, Fetch fetch) {
-      multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows + row * layout.bytes, chunk, chunk.codes,
+      multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows + row * layout.bytes, chunk, chunk.codes, Decoder<C>{},
                                                             sums + row * kPanel, fetch);
     });
     return S;
   };
   const auto expanded = [&] {
-    expand<C>(chunk, buffer);
     for_blocks<kBlock>(num_rows, chunk.codes + bytes, bytes, steps, [&](int row, auto m, Fetch fetch) {
-      multiply_floats<Expanded, P, decltype(m)::value, 1>(w, layout, rows + row * layout.bytes, chunk, buffer, sums + row * kPanel, fetch);
+      constexpr int M = decltype(m)::value;
+      const char* from = rows + row * layout.bytes;
+      if (row == 0)
+        multiply_floats<Expanding<C>, P, M, 1>(w, layout, from, chunk, chunk.codes, Expanding<C>{{}, buffer}, sums, fetch);
+      else
+        multiply_floats<Expanded, P, M, 1>(w, layout, from, chunk, buffer, Expanded{}, sums + row * kPanel, fetch);
     });
     return 1;
   };
@@ -330,7 +331,8 @@ void panel_sums(const Weight& w, const char* rows, int num_rows, int64_t panel, 
 
 void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel) {
   alignas(64) float sums[kMaxRows * kPanel];
-  const char* prepared = static_cast<const char*>(call.rows) + row * Rows(w).bytes;
+  const Rows layout(w);
+  const char* prepared = static_cast<const char*>(call.rows) + row * layout.bytes;
   switch (w.codes) {
     case Codes::int8: panel_sums<Codes::int8>(w, prepared, rows, panel, sums); break;
     case Codes::uint4: panel_sums<Codes::uint4>(w, prepared, rows, panel, sums); break;
@@ -339,6 +341,10 @@ void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel
   const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, w.num_outputs - first);
   for (int r = 0; r < rows; ++r) {
     float* s = sums + r * kPanel;
+    if (w.inputs != Inputs::plain) {
+      const Vec scale = splat(*reinterpret_cast<const float*>(prepared + r * layout.bytes + layout.scale));
+      for (int j = 0; j < kPanel; j += kLanes) store(s + j, mul(load(s + j), scale));
+    }
     if (w.bias)
       for (int j = 0; j < kPanel; j += kLanes) store(s + j, add(load(s + j), load(w.bias + first + j)));
     const int64_t to = (row + r) * call.y_stride + first;

@@ -2,8 +2,8 @@
 //
 // y[t, o] = sum over chunks c of  scale[o, c] * sum over k in c of  x[t, k] * (code[o, k] - zero[o, c])
 //
-// A chunk is a group of inputs that share a scale, or kWholeChunk inputs of a weight with one scale a row. Chunks are filled up
-// to a multiple of kUnit inputs with zeros of x.
+// A chunk is a group of inputs that share a scale, or, of a weight with one scale a row, as many as go well (kernels.py). Chunks
+// are filled up to a multiple of kUnit inputs with zeros of x.
 //
 // Inputs that the format rounds to bytes are multiplied as integers (VNNI: unsigned codes by signed bytes). All others are
 // multiplied in bfloat16, in which every code is exact, by table; x is bfloat16, or two of them where its type is finer (the
@@ -21,7 +21,6 @@ namespace dovetail {
 constexpr int kPanel = 64;  // outputs
 constexpr int kVectors = kPanel / kLanes;
 constexpr int kUnit = 8;    // inputs
-constexpr int kWholeChunk = 128;
 
 enum class Codes : int32_t { int8, uint4, float8 };
 enum class Inputs : int32_t { plain, int8, float8 };
@@ -51,14 +50,14 @@ struct Weight {
   int num_parts() const { return inputs == Inputs::plain && type != Type::bf16 ? 2 : 1; }
 };
 
-// A row of x as the product takes it: for each part [padded depth] bytes or bfloat16; then for each chunk a scale, and the sum
-// of what stands for its inputs.
+// A row of x as the product takes it: for each part [padded depth] bytes or bfloat16; then a scale, and for each chunk the sum of
+// what stands for its inputs.
 struct Rows {
-  int64_t part, scales, sums, bytes;  // offsets, and the size of a row
+  int64_t part, scale, sums, bytes;  // offsets, and the size of a row
   explicit Rows(const Weight& w) {
     part = (w.padded_depth() * (w.is_integer() ? 1 : 2) + 127) / 64 * 64;  // vectors may write past its end
-    scales = part * w.num_parts();
-    sums = scales + w.num_chunks() * 4;
+    scale = part * w.num_parts();
+    sums = scale + 4;
     bytes = (sums + w.num_chunks() * 4 + 63) / 64 * 64;
   }
 };

@@ -88,7 +88,6 @@ void pack(const Weight& w, const uint8_t* codes) {
 void prepare_row(const Weight& w, const void* x, void* row) {
   const Rows layout(w);
   char* base = static_cast<char*>(row);
-  auto* scales = reinterpret_cast<float*>(base + layout.scales);
   const int64_t wide = w.chunk_width(), chunks = w.num_chunks();
   thread_local std::vector<float> values;
   values.resize((wide + kLanes - 1) / kLanes * kLanes);
@@ -109,9 +108,9 @@ void prepare_row(const Weight& w, const void* x, void* row) {
   // A row of zeros stays one; a row that is not all numbers has no product that is.
   const bool usable = scale - scale == 0;
   const Vec by = splat(scale > 0 && usable ? scale : 1.f);
+  *reinterpret_cast<float*>(base + layout.scale) = usable ? scale : NAN;
   for (int64_t c = 0; c < chunks; ++c) {
     gather(w, x, c, values);
-    scales[c] = usable ? scale : NAN;
     if (w.is_integer()) {
       __m512i sum = _mm512_setzero_si512();
       for (int64_t k = 0; k < wide; k += kLanes) {
