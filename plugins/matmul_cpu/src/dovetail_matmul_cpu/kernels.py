@@ -142,7 +142,7 @@ class CpuLinear:
 
 def _chunk(format: WeightFormat, layer: LinearLayer) -> int:
     """Inputs that are added up before their sum is scaled. A long chunk costs less, a short one stays in the first cache."""
-    return min(format.group_size or (512 if format.inputs == "int8" else 128), layer.in_features)
+    return min(format.group_size or (512 if format.inputs == "int8" else 256), layer.in_features)
 
 
 def _aligned(address: int) -> int:

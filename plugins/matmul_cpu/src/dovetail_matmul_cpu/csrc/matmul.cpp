@@ -9,7 +9,7 @@ namespace {
 constexpr int kBlock = 6;      // rows, times 4 vectors of sums: 24 of the 32 registers
 constexpr int kFewRows = 32;   // up to here a layer's time is that of reading its weights, more or less
 constexpr int kMaxRows = 192;  // of a piece
-constexpr int kMaxUnits = 128 / kUnit;  // of a chunk that is expanded: 16 KiB, which stay in L1
+constexpr int kMaxUnits = 256 / kUnit;  // of a chunk that is expanded: 32 KiB, which stay in L1
 
 constexpr uint16_t bf16_of(int whole) {  // from 0 to 255
   if (whole == 0) return 0;
