@@ -28,7 +28,8 @@ class WeightFormat:
 
     - "codes": "int8" and "float8_e4m3fn" `[out, in]`; "uint4" as `u8[out, ceil(in / 2)]`, the first of two in the low half
     - "scales": `f32[out, num_groups]`
-    - "zeros", if the format has them: `u8[out, num_groups]`. Without them it is 8 for "uint4", 0 for the others
+    - "zeros", if the format has them: `[out, num_groups]`, u8 for "uint4" and i8 for "int8". Without them it is 8 for "uint4",
+      0 for the others
     - "order", if the format has one: `i64[in]`; codes[:, k] belongs to x[:, order[k]]
     - "input_scale", if the format has one: `f32[1]`, for all rows of x
     - "bias", if the layer has one: `[out]`, of the layer's dtype
@@ -81,3 +82,15 @@ class Matmul(Protocol):
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
         """Bytes that the weights take once the layer is made, its bias aside."""
+
+
+def dequantized(format: WeightFormat, in_features: int, tensors: Mapping[str, Array]) -> Array:
+    """The weight that torch tensors of a format stand for, `f32[out, in]`: the definition, and the reference of kernels."""
+    codes, scales = tensors["codes"], tensors["scales"]
+    if format.codes == "uint4":
+        codes = (codes[:, :, None] >> codes.new_tensor([0, 4]) & 15).flatten(1)[:, :in_features]
+    group = format.group_size or in_features
+    zeros = tensors["zeros"].float() if format.zeros else scales * 0 + (8 if format.codes == "uint4" else 0)
+    spread = [t.repeat_interleave(group, 1)[:, :in_features] for t in (scales, zeros)]
+    weight = spread[0] * (codes.float() - spread[1])
+    return weight[:, tensors["order"].argsort()] if format.order else weight

@@ -15,6 +15,7 @@ CONTRACTS = {
     "architecture": "dovetail.testing.architecture:ArchitectureContract",
     "attention": "dovetail.testing.attention:AttentionContract",
     "kv_cache": "dovetail.testing.kv_cache:KVCacheContract",
+    "matmul": "dovetail.testing.matmul:MatmulContract",
     "model": "dovetail.testing.model:ModelContract",
     "prefix_cache": "dovetail.testing.prefix_cache:PrefixCacheContract",
     "scheduler": "dovetail.testing.scheduler:SchedulerContract",

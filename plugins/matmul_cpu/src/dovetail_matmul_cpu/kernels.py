@@ -104,7 +104,8 @@ class CpuLinear:
             "scales": self._wide(tensors["scales"].float().T),
         }
         if format.zeros:
-            self._kept["zeros"] = self._wide(tensors["zeros"].T)
+            shift = 128 if format.codes == "int8" else 0  # as the codes are
+            self._kept["zeros"] = self._wide((tensors["zeros"].T.to(torch.int16) + shift).to(torch.uint8))
         if layer.bias:
             self._kept["bias"] = self._wide(tensors["bias"].float()[None])
         if format.order:

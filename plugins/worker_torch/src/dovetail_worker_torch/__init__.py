@@ -10,6 +10,7 @@ from pydantic import Field
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.provider import Context, Options, Provider, Reason
 from dovetail_worker_torch.execution import (
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
     from dovetail_worker_torch.attention import ReferenceAttention
     from dovetail_worker_torch.bridge import BridgeArchitecture
     from dovetail_worker_torch.decoder import DecoderArchitecture
+    from dovetail_worker_torch.matmul import TorchMatmul
     from dovetail_worker_torch.worker import TorchWorker
 
 REFERENCE_CAPABILITIES = AttentionCapabilities(
     devices=("cpu", "cuda"), sliding_window=True, logit_soft_cap=True, sinks=True
 )  # fmt: skip
 
+MATMUL_CAPABILITIES = MatmulCapabilities(
+    ("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=("cpu", "cuda")
+)  # fmt: skip
 DECODER_CAPABILITIES = ArchitectureCapabilities(OWN_ARCHITECTURES, examples=TINY_CONFIGS, compiled=OPERATIONS)
 BRIDGE_CAPABILITIES = ArchitectureCapabilities(None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE)
 
@@ -78,6 +83,12 @@ def _bridge(context: BuildContext, options: Any) -> BridgeArchitecture:
     return BridgeArchitecture(context.plan.trust_remote_code)
 
 
+def _matmul(context: BuildContext, options: Any) -> TorchMatmul:
+    from dovetail_worker_torch.matmul import TorchMatmul
+
+    return TorchMatmul()
+
+
 def _reference(context: BuildContext, options: Any) -> ReferenceAttention:
     from dovetail_worker_torch.attention import ReferenceAttention
 
@@ -105,6 +116,16 @@ def dovetail_architectures() -> list[Provider[Any]]:
             "transformers", "any decoder-only model of transformers, on the engine's attention", _bridge,
             capabilities=BRIDGE_CAPABILITIES, why_not=_needs_torch, priority=0,
         ),
+    ]  # fmt: skip
+
+
+@hookimpl
+def dovetail_matmuls() -> list[Provider[TorchMatmul]]:
+    return [
+        Provider(
+            "torch", "plain torch on any device, which expands a weight for every product: slow, obviously right", _matmul,
+            capabilities=MATMUL_CAPABILITIES, why_not=_needs_torch, priority=0,
+        )
     ]  # fmt: skip
 
 

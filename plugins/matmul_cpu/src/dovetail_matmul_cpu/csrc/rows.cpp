@@ -108,14 +108,15 @@ void prepare_row(const Weight& w, const void* x, void* row) {
   // A row of zeros stays one; a row that is not all numbers has no product that is.
   const bool usable = scale - scale == 0;
   const Vec by = splat(scale > 0 && usable ? scale : 1.f);
-  *reinterpret_cast<float*>(base + layout.scale) = usable ? scale : NAN;
+  Vec strange = splat(usable ? 0.f : NAN);  // NaN once a value is not a finite number, which no integer says
   for (int64_t c = 0; c < chunks; ++c) {
     gather(w, x, c, values);
     if (w.is_integer()) {
       __m512i sum = _mm512_setzero_si512();
       for (int64_t k = 0; k < wide; k += kLanes) {
-        const Vec q = max(splat(-127.f), min(splat(127.f), round_even(div(load(&values[k]), by))));
-        const __m512i n = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(q.x, q.x, _CMP_ORD_Q), q.x);
+        const Vec v = load(&values[k]), q = max(splat(-127.f), min(splat(127.f), round_even(div(v, by))));
+        strange = fma(v, splat(0.f), strange);
+        const __m512i n = _mm512_cvtps_epi32(q.x);
         sum = _mm512_add_epi32(sum, n);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(base + c * wide + k), _mm512_cvtsepi32_epi8(n));
       }
@@ -138,6 +139,7 @@ void prepare_row(const Weight& w, const void* x, void* row) {
     }
     reinterpret_cast<float*>(base + layout.sums)[c] = reduce_add(sum);
   }
+  *reinterpret_cast<float*>(base + layout.scale) = scale + reduce_add(strange);
 }
 
 }  // namespace dovetail
