@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from dovetail.interfaces.quantization import LinearLayer
+from dovetail.interfaces.quantization import LinearLayer, Parameter
 
 CONTRACT = "0.1"
 Array = Any
@@ -94,3 +94,36 @@ def dequantized(format: WeightFormat, in_features: int, tensors: Mapping[str, Ar
     spread = [t.repeat_interleave(group, 1)[:, :in_features] for t in (scales, zeros)]
     weight = spread[0] * (codes.float() - spread[1])
     return weight[:, tensors["order"].argsort()] if format.order else weight
+
+
+class MatmulScheme:
+    """A `Scheme` whose layers the matmul socket multiplies: it says a layer's format, and brings the checkpoint's tensors into
+    the canonical form. `tensors` are those that `parameters` declares."""
+
+    unused: tuple[str, ...] = ()
+
+    def __init__(self, matmul: Matmul) -> None:
+        self.matmul = matmul
+
+    def format(self, layer: LinearLayer) -> WeightFormat:
+        raise NotImplementedError
+
+    def canonical(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """The tensors of `format(layer)`. May raise `CheckpointError`."""
+        raise NotImplementedError
+
+    def linear(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Callable[[Array], Array]:
+        bias = {"bias": tensors["bias"]} if layer.bias else {}
+        return self.matmul.linear(self.format(layer), layer, {**self.canonical(layer, tensors), **bias})
+
+    def nbytes(self, layer: LinearLayer) -> int:
+        return self.matmul.nbytes(self.format(layer), layer)
+
+    def dequantize(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Array:
+        return dequantized(self.format(layer), layer.in_features, self.canonical(layer, tensors))
+
+    def kv_scales(self, name: str) -> dict[str, Parameter] | None:
+        return None
+
+    def quantize(self, layer: LinearLayer, weight: Array) -> dict[str, Array]:
+        raise NotImplementedError

@@ -175,7 +175,7 @@ class Contract:
         plugin = PluginInfo("under-test", DISTRIBUTION, "0", "", "under_test")
         offers = [Offer(self.socket, self.provider, plugin), *(Offer(s, p, plugin) for s, p in self.inner.items())]
         added = {name: Socket(name, f"dovetail_{name}", "", within=self.socket) for name in self.inner}
-        sockets = {s.name: s for s in SOCKETS} | added | {s.name: s for s in self.added}
+        sockets = added | {s.name: s for s in (*SOCKETS, *self.added)}
         return Registry([plugin], sockets, offers=offers)
 
     def selection_context(self, dtype: str = "float32", **needs: Any) -> Context:

@@ -8,13 +8,14 @@ Weights of every declared format, drawn at random in the canonical form, are com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
 from dovetail.interfaces.matmul import Inputs, Matmul, MatmulCapabilities, WeightFormat, dequantized
 from dovetail.interfaces.quantization import LinearLayer, Part
+from dovetail.provider import Provider
 from dovetail.testing.contract import Broken, Contract, common_causes
 from dovetail.testing.layers import PRECISION, compare, held_bytes
 
@@ -209,6 +210,31 @@ class MatmulContract(Contract):
             raise Broken("the input was changed")
         if not torch.equal(multiply(x), out):
             raise Broken("the same input gave two results")
+
+
+class KitMatmul:
+    """A `Matmul` by the definition, for schemes to be tried with."""
+
+    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+        def multiply(x: Tensor) -> Tensor:
+            given = x.double() if format.inputs is None else rounded_inputs(x.double(), format.inputs, kept)
+            out = given @ dequantized(format, layer.in_features, kept).double().T
+            return (out + kept["bias"].double() if layer.bias else out).to(x.dtype)
+
+        return multiply
+
+    def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
+        codes = -(-layer.in_features // 2) if format.bits == 4 else layer.in_features
+        groups = format.num_groups(layer.in_features) * (5 if format.zeros else 4)
+        return layer.out_features * (codes + groups) + (layer.in_features * 8 if format.order else 0)
+
+
+KIT_MATMUL = Provider(
+    "kit-matmul", "by the definition", lambda context, options: KitMatmul(),
+    capabilities=MatmulCapabilities(("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=None),
+)  # fmt: skip
 
 
 def rounded_inputs(x: Tensor, to: Inputs, tensors: dict[str, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from dovetail.interfaces.quantization import (
     Scheme,
     Side,
 )
+from dovetail.provider import Provider
 from dovetail.testing.contract import KIT_MODEL, Broken, Contract, common_causes
 from dovetail.testing.layers import (
     ACTIVATIONS,
@@ -41,6 +42,7 @@ from dovetail.testing.layers import (
     make_weights,
     rows_of,
 )
+from dovetail.testing.matmul import KIT_MATMUL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +57,7 @@ class QuantizationContract(Contract):
     """Layers of a scheme, from the checkpoint to the product."""
 
     socket = "quantization"
+    inner: ClassVar[dict[str, Provider[Any]]] = {"matmul": KIT_MATMUL}
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
     """quantization_configs of checkpoints to try, in place of the `examples` that the provider declares."""
     pack: ClassVar[Callable[[dict[str, Any], LinearLayer, Tensor], dict[str, Tensor]] | None] = None

@@ -1,0 +1,59 @@
+"""AWQ and GPTQ checkpoints: weights of 4 and 8 bits with a scale and a zero point for each group of inputs.
+
+This module is the light root: it offers the providers and imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.quantization import QuantizationCapabilities
+from dovetail.provider import Options, Provider
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_quant_awq_gptq.awq import Awq
+    from dovetail_quant_awq_gptq.gptq import Gptq
+
+AWQ_EXAMPLES = (
+    {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True},
+    {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm", "zero_point": True, "modules_to_not_convert": ["kit_out"]},
+)  # fmt: skip
+GPTQ_EXAMPLES = (
+    {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
+    {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False, "checkpoint_format": "gptq_v2"},
+    {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": True},
+    {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False, "desc_act": False},
+)
+
+
+def _awq(context: BuildContext, options: Options) -> Awq:
+    from dovetail_quant_awq_gptq.awq import Awq
+
+    return Awq(context.build("matmul"), context.model.quantization_config or {})
+
+
+def _gptq(context: BuildContext, options: Options) -> Gptq:
+    from dovetail_quant_awq_gptq.gptq import Gptq
+
+    return Gptq(context.build("matmul"), context.model.quantization_config or {})
+
+
+def _can(method: str, codes: tuple[str, ...], examples: tuple[dict[str, Any], ...]) -> QuantizationCapabilities:
+    return QuantizationCapabilities((method,), devices=None, codes=codes, examples=examples, compiled_steps=True)
+
+
+AWQ = Provider(
+    "awq", "AWQ checkpoints: 4-bit weights in groups, scaled for activations", _awq,
+    capabilities=_can("awq", ("uint4",), AWQ_EXAMPLES), priority=50,
+)  # fmt: skip
+GPTQ = Provider(
+    "gptq", "GPTQ checkpoints: 4-bit and 8-bit weights in groups, rounded in sequence", _gptq,
+    capabilities=_can("gptq", ("uint4", "int8"), GPTQ_EXAMPLES), priority=50,
+)  # fmt: skip
+
+
+@hookimpl
+def dovetail_quantization() -> list[Provider[Any]]:
+    return [AWQ, GPTQ]
