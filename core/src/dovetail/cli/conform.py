@@ -95,7 +95,7 @@ def _classes(
     contract = contract_of(registry.sockets[offer.socket])
     assert contract is not None
     settings = {
-        "provider": offer.provider, "device": device, "options": options, "inner": _inner(registry, offer),
+        "provider": offer.provider, "device": device, "options": options, "inner": contract.inner | _inner(registry, offer),
         "version": served(registry.sockets[offer.socket], offer.plugin.written_for(offer.socket)),
     }  # fmt: skip
     seeds = range(RUN_SEED, RUN_SEED + num_seeds)

@@ -1,0 +1,58 @@
+"""Checkpoints of compressed-tensors: FP8, INT8, and packed weights of 4 and 8 bits.
+
+This module is the light root: it offers the provider and imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.quantization import QuantizationCapabilities
+from dovetail.provider import Options, Provider
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_quant_compressed_tensors.scheme import CompressedTensors
+
+METHOD = "compressed-tensors"
+
+
+def example(format: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A quantization_config of one group for all linear layers but the output projection."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": format}
+    return {"quant_method": METHOD, "format": format, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+FLOAT, INT = {"num_bits": 8, "type": "float", "symmetric": True}, {"num_bits": 8, "type": "int", "symmetric": True}
+NIBBLE = {"num_bits": 4, "type": "int"}
+BY_TOKEN = {"strategy": "token", "dynamic": True}
+EXAMPLES = (
+    example("float-quantized", FLOAT | {"strategy": "channel"}, FLOAT | BY_TOKEN),
+    example("float-quantized", FLOAT | {"strategy": "tensor"}, FLOAT | {"strategy": "tensor", "dynamic": False}),
+    example("float-quantized", FLOAT | {"strategy": "block", "block_structure": [128, 128]}),
+    example("int-quantized", INT | {"strategy": "channel"}, INT | BY_TOKEN),
+    example("pack-quantized", INT | {"strategy": "channel"}),
+    example("pack-quantized", NIBBLE | {"strategy": "group", "group_size": 64, "symmetric": True}),
+    example("pack-quantized", NIBBLE | {"strategy": "group", "group_size": 32, "symmetric": False}),
+)
+
+
+def _build(context: BuildContext, options: Options) -> CompressedTensors:
+    from dovetail_quant_compressed_tensors.scheme import CompressedTensors
+
+    return CompressedTensors(context.build("matmul"), context.model.quantization_config or {})
+
+
+PROVIDER = Provider(
+    METHOD, "checkpoints of compressed-tensors: FP8, INT8, packed 4-bit and 8-bit weights", _build,
+    capabilities=QuantizationCapabilities(
+        (METHOD,), devices=None, activations="float8_e4m3fn", examples=EXAMPLES, compiled_steps=True,
+        codes=("int8", "uint4", "float8_e4m3fn"),
+    ), priority=50,
+)  # fmt: skip
+
+
+@hookimpl
+def dovetail_quantization() -> list[Provider[CompressedTensors]]:
+    return [PROVIDER]
