@@ -1,0 +1,203 @@
+"""A draft model in the worker: k small steps, all drafting rows at once, before the step that verifies.
+
+One rule: the draft model has computed some of a sequence's first tokens, and what it lacks it computes when it is asked to
+draft. The prompt, tokens that were drawn while nobody drafted, and the last draft after all were accepted are this one rule;
+so a draft model that is not asked costs nothing. It draws as the model does, with the noise and the parameters of the row.
+
+Its KV lies in blocks of a group of its own, which sequences share as they do the model's. A block that it has computed as a
+whole is noted, so that whoever else has it need not compute it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.interfaces.architecture import Model
+from dovetail.interfaces.attention import AttentionBackend, AttentionBatch
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, StepPlan
+from dovetail_worker_torch.batch import I64, SequenceTable
+from dovetail_worker_torch.drawing import Drawing
+from dovetail_worker_torch.sampler import SamplingRows, sample
+from dovetail_worker_torch.step_attention import StepAttention
+
+DRAFT = "draft"
+"""Kind of the draft model's KV group."""
+
+
+def draft_group(model: Model, first_layer: int, block_size: int, itemsize: int) -> KVGroup:
+    """All layers in one group, numbered after the model's. It has no window even if they have: the draft model may lag behind,
+    and then needs blocks that the model no longer sees."""
+    per_token = sum(2 * m.num_kv_heads * m.head_size * itemsize for m in model.attention_layers)
+    layers = [first_layer + m.index for m in model.attention_layers]
+    return KVGroup(layers, DRAFT, block_size, per_token * block_size)
+
+
+class DraftRunner:
+    """The draft model, its cache, and what it has computed. Not thread-safe; called in torch's inference mode."""
+
+    def __init__(
+        self, model: Model, group: KVGroup, num_blocks: int, backend: AttentionBackend, caches: Mapping[int, object],
+        table: SequenceTable, device: torch.device, drawing: Drawing, made_by: Mapping[str, str], max_num_tokens: int,
+    ) -> None:  # fmt: skip
+        """`group` is the last one of `table`, with the draft model's own numbers of layers, by which `caches` are."""
+        self._model, self._backend, self._table, self._device, self._drawing = model, backend, table, device, drawing
+        self._block_size, self._max_num_tokens = group.block_size, max_num_tokens
+        self._attend = StepAttention(model.attention_layers, [group], [backend], dict(caches), made_by)
+        self._num_computed = [0] * table.num_seats
+        """By seat: of the sequence's first tokens, as they are known."""
+        self._num_noted = [0] * table.num_seats
+        """By seat: blocks of it that are in `_is_whole`."""
+        self._is_whole = np.zeros(num_blocks, np.bool_)
+        """By block: computed as a whole, for the tokens that the model's blocks of that place hold."""
+        self._whole_on_host: set[int] = set()
+
+    def update(self, plan: StepPlan) -> None:
+        """Take in a plan's started sequences and new blocks; after the table has."""
+        for op in plan.block_ops:
+            if op.group == self._table.draft_group and op.kind == "out":
+                (self._whole_on_host.add if self._is_whole[op.src] else self._whole_on_host.discard)(op.dst)
+        for start in plan.starts:
+            seat = self._table.seat_of[start.seq_id]
+            self._num_computed[seat] = self._num_noted[seat] = 0
+        for added in plan.new_block_ids:
+            if added:
+                self._is_whole[added[self._table.draft_group]] = False
+        for op in plan.block_ops:
+            if op.group == self._table.draft_group and op.kind != "out":
+                self._is_whole[op.dst] = self._is_whole[op.src] if op.kind == "copy" else op.src in self._whole_on_host
+
+    def draft(self, plan: StepPlan) -> list[list[int]]:
+        """The plan's drafts, with tokens for those that are left to the worker; they are in the table, too."""
+        left = [r for r, draft in enumerate(plan.draft_token_ids) if draft and draft[0] == DRAFTED_BY_WORKER]
+        if not left:
+            return plan.draft_token_ids
+        # Those that draft most come first, so that the rows of every small step are a beginning of the list.
+        left.sort(key=lambda r: -len(plan.draft_token_ids[r]))
+        counts = [len(plan.draft_token_ids[r]) for r in left]
+        known = [plan.num_computed[r] + plan.num_tokens[r] - k for r, k in zip(left, counts, strict=True)]
+        seats = [self._table.seat_of[plan.seq_ids[r]] for r in left]
+        drafted = self._draft(seats, known, counts)
+        drafts = list(plan.draft_token_ids)
+        for r, draft in zip(left, drafted, strict=True):
+            drafts[r] = draft
+        return drafts
+
+    def verified(self, plan: StepPlan, drawn: list[list[int]]) -> None:
+        """Tokens after the first draft that was not accepted are not the sequence's."""
+        for row, draft in enumerate(plan.draft_token_ids):
+            if draft and draft[0] == DRAFTED_BY_WORKER:
+                seat = self._table.seat_of[plan.seq_ids[row]]
+                known = plan.num_computed[row] + plan.num_tokens[row] - len(draft)
+                self._num_computed[seat] = min(self._num_computed[seat], known + max(0, len(drawn[row]) - 1))
+
+    def _draft(self, seats: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
+        """`counts` tokens (descending) after the `known` ones of each seat."""
+        table, at = self._table, np.array(seats, np.int64)
+        lengths = np.array(known, np.int64)
+        is_plain = table.is_plain(at)
+        tokens = self._draw(self._catch_up(seats, known), at, lengths, is_plain)
+        drafted = [[token] for token in tokens]
+        most = counts[0]
+        if most > 1:
+            # The inputs of all small steps, made at once. Rows that draft less have entries that are not looked at.
+            places = np.minimum(lengths + np.arange(most - 1)[:, None], table.max_len)
+            positions, slots = self._to_device(places), self._to_device(table.slots(table.draft_group, at, places))
+            blocks = self._to_device(table.blocks(table.draft_group, at, max(known) + most - 1))
+            inputs, seq_lens = np.empty(len(seats), np.int64), self._to_device((places + 1).astype(np.int32))
+            starts = self._to_device(np.arange(len(seats) + 1, dtype=np.int32))
+        num_rows = len(seats)
+        for step in range(1, most):
+            table.append(at[:num_rows], lengths[:num_rows] + (step - 1), tokens[:num_rows])
+            while counts[num_rows - 1] <= step:
+                num_rows -= 1
+            n = num_rows
+            inputs[:n] = tokens[:n]
+            host_lens = [length + step for length in known[:n]]
+            self._plan(starts[: n + 1], seq_lens[step - 1, :n], blocks[:n], slots[step - 1, :n], list(range(n + 1)), host_lens)
+            hidden = self._model.forward(self._to_device(inputs[:n]), positions[step - 1, :n], self._attend)
+            tokens = self._draw(self._model.logits(hidden), at[:n], lengths[:n] + step, is_plain)
+            for draft, token in zip(drafted, tokens, strict=False):
+                draft.append(token)
+        table.append(at[:num_rows], lengths[:num_rows] + (most - 1), tokens[:num_rows])
+        for seat, length, count in zip(seats, known, counts, strict=True):
+            self._num_computed[seat] = length + count - 1
+        return drafted
+
+    def _catch_up(self, seats: list[int], known: list[int]) -> Tensor:
+        """Compute what is lacking of the `known` tokens. Logits after the last of them: f32[B, V]."""
+        begins = [self._begin(seat, length) for seat, length in zip(seats, known, strict=True)]
+        while sum(known) - sum(begins) > self._max_num_tokens:
+            # More than a step takes goes ahead, but for the last tokens, after which is drawn.
+            ends, room = list(begins), self._max_num_tokens
+            for i, length in enumerate(known):
+                ends[i] += min(length - 1 - begins[i], room)
+                room -= ends[i] - begins[i]
+            ahead = [i for i, end in enumerate(ends) if end > begins[i]]
+            self._compute([seats[i] for i in ahead], [begins[i] for i in ahead], [ends[i] for i in ahead])
+            begins = ends
+        hidden = self._compute(seats, begins, known)
+        for seat, length in zip(seats, known, strict=True):
+            whole = length // self._block_size
+            if whole > self._num_noted[seat]:
+                blocks = self._table.blocks_of(self._table.draft_group, seat)
+                self._is_whole[blocks[self._num_noted[seat] : whole]] = True
+                self._num_noted[seat] = whole
+        if len(hidden) != len(seats):
+            last = np.cumsum([length - begin for begin, length in zip(begins, known, strict=True)]) - 1
+            hidden = hidden[-1:] if len(seats) == 1 else hidden[self._to_device(last)]
+        return self._model.logits(hidden)
+
+    def _begin(self, seat: int, known: int) -> int:
+        """The first of the sequence's `known` tokens that is lacking; the last one is, for its logits."""
+        computed = self._num_computed[seat]
+        if known - computed > self._block_size:  # others may have computed blocks that it shares
+            blocks = self._table.blocks_of(self._table.draft_group, seat)[: known // self._block_size]
+            whole = self._is_whole[blocks]
+            computed = max(computed, self._block_size * (len(whole) if whole.all() else int(whole.argmin())))
+        return min(computed, known - 1)
+
+    def _compute(self, seats: list[int], begins: list[int], ends: list[int]) -> Tensor:
+        """Tokens `begins` … `ends` - 1 of each seat. Hidden states, `[T, H]`."""
+        table, group = self._table, self._table.draft_group
+        counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        starts = np.zeros(len(seats) + 1, np.int32)
+        np.cumsum(counts, out=starts[1:])
+        at, first = np.array(seats, np.int64), np.array(begins, np.int64)
+        if starts[-1] == len(seats):
+            of_token, positions = at, first
+        else:
+            of_token = np.repeat(at, counts)
+            positions = np.arange(len(of_token)) + np.repeat(first - starts[:-1], counts)
+        self._plan(
+            self._to_device(starts), self._to_device(np.array(ends, np.int32)),
+            self._to_device(table.blocks(group, at, max(ends))), self._to_device(table.slots(group, of_token, positions)),
+            starts.tolist(), ends,
+        )  # fmt: skip
+        token_ids = table.token_ids[of_token, positions].astype(np.int64)
+        return self._model.forward(self._to_device(token_ids), self._to_device(positions), self._attend)
+
+    def _plan(
+        self, starts: Tensor, seq_lens: Tensor, blocks: Tensor, slots: Tensor, host_starts: list[int], host_lens: list[int]
+    ) -> None:
+        num_rows, num_tokens = len(host_lens), host_starts[-1]
+        longest = 1 if num_tokens == num_rows else max(b - a for a, b in zip(host_starts, host_starts[1:], strict=False))
+        batch = AttentionBatch(
+            starts, seq_lens, blocks, slots, host_starts, host_lens, num_rows, num_tokens, longest, max(host_lens)
+        )
+        self._attend.plans[0] = self._backend.plan(batch, self._model.attention_layers, self._block_size)
+
+    def _draw(self, logits: Tensor, seats: I64, lengths: I64, is_plain: bool) -> list[int]:
+        """As the model's tokens are drawn. Logits that are not numbers give some token, which will not be accepted."""
+        if is_plain:
+            return self._drawing.best(logits)[0]
+        starts = [self._table.start_of[seat] for seat in seats.tolist()]
+        tokens = self._table.token_ids[seats, : int(lengths.max())]
+        return sample(logits, SamplingRows(starts, tokens, lengths), self._drawing)[0]
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
