@@ -11,8 +11,11 @@ whole is noted, so that whoever else has it need not compute it again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -96,36 +99,47 @@ class DraftRunner:
 
     def _draft(self, seats: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
         """`counts` tokens (descending) after the `known` ones of each seat."""
-        table, at = self._table, np.array(seats, np.int64)
-        lengths = np.array(known, np.int64)
+        table, at, lengths = self._table, np.array(seats, np.int64), np.array(known, np.int64)
         is_plain = table.is_plain(at)
         tokens = self._draw(self._catch_up(seats, known), at, lengths, is_plain)
         drafted = [[token] for token in tokens]
-        most = counts[0]
-        if most > 1:
-            # The inputs of all small steps, made at once. Rows that draft less have entries that are not looked at.
-            places = np.minimum(lengths + np.arange(most - 1)[:, None], table.max_len)
-            positions, slots = self._to_device(places), self._to_device(table.slots(table.draft_group, at, places))
-            blocks = self._to_device(table.blocks(table.draft_group, at, max(known) + most - 1))
-            inputs, seq_lens = np.empty(len(seats), np.int64), self._to_device((places + 1).astype(np.int32))
-            starts = self._to_device(np.arange(len(seats) + 1, dtype=np.int32))
-        num_rows = len(seats)
-        for step in range(1, most):
-            table.append(at[:num_rows], lengths[:num_rows] + (step - 1), tokens[:num_rows])
-            while counts[num_rows - 1] <= step:
-                num_rows -= 1
-            n = num_rows
-            inputs[:n] = tokens[:n]
-            host_lens = [length + step for length in known[:n]]
-            self._plan(starts[: n + 1], seq_lens[step - 1, :n], blocks[:n], slots[step - 1, :n], list(range(n + 1)), host_lens)
-            hidden = self._model.forward(self._to_device(inputs[:n]), positions[step - 1, :n], self._attend)
-            tokens = self._draw(self._model.logits(hidden), at[:n], lengths[:n] + step, is_plain)
-            for draft, token in zip(drafted, tokens, strict=False):
-                draft.append(token)
-        table.append(at[:num_rows], lengths[:num_rows] + (most - 1), tokens[:num_rows])
-        for seat, length, count in zip(seats, known, counts, strict=True):
-            self._num_computed[seat] = length + count - 1
+        if counts[0] > 1:
+            self._go_on(drafted, at, lengths, known, counts, is_plain)
+        for seat, length, draft in zip(seats, known, drafted, strict=True):
+            table.token_ids[seat, length : length + len(draft)] = draft
+            self._num_computed[seat] = length + len(draft) - 1
         return drafted
+
+    def _go_on(
+        self, drafted: list[list[int]], at: I64, lengths: I64, known: list[int], counts: list[int], is_plain: bool
+    ) -> None:
+        """Draft the second and later tokens: each step one for every row that wants more."""
+        table, num_steps, num_rows = self._table, counts[0] - 1, len(known)
+        # The inputs of all steps, made at once. Rows that draft less have some that are not looked at.
+        places = np.minimum(lengths + np.arange(num_steps)[:, None], table.max_len)
+        positions = self._to_device(places).unbind()
+        slots = self._to_device(table.slots(table.draft_group, at, places)).unbind()
+        seq_lens = self._to_device((places + 1).astype(np.int32)).unbind()
+        blocks = self._to_device(table.blocks(table.draft_group, at, max(known) + num_steps))
+        host_starts = list(range(num_rows + 1))
+        starts = self._to_device(np.array(host_starts, np.int32))
+        for step in range(num_steps):
+            tokens = [draft[-1] for draft in drafted[:num_rows]]
+            if not is_plain:  # penalties look at them
+                table.append(at[:num_rows], lengths[:num_rows] + step, tokens)
+            while counts[num_rows - 1] < step + 2:
+                num_rows -= 1
+            n, input_ids = num_rows, self._to_device(np.array(tokens[:num_rows], np.int64))
+            lens = [length + step + 1 for length in known[:n]]
+            if n == len(known):
+                self._plan(starts, seq_lens[step], blocks, slots[step], host_starts, lens)
+                hidden = self._model.forward(input_ids, positions[step], self._attend)
+            else:
+                self._plan(starts[: n + 1], seq_lens[step][:n], blocks[:n], slots[step][:n], host_starts[: n + 1], lens)
+                hidden = self._model.forward(input_ids, positions[step][:n], self._attend)
+            after = lengths[:n] if is_plain else lengths[:n] + (step + 1)
+            for draft, token in zip(drafted, self._draw(self._model.logits(hidden), at[:n], after, is_plain), strict=False):
+                draft.append(token)
 
     def _catch_up(self, seats: list[int], known: list[int]) -> Tensor:
         """Compute what is lacking of the `known` tokens. Logits after the last of them: f32[B, V]."""
@@ -164,18 +178,17 @@ class DraftRunner:
         """Tokens `begins` … `ends` - 1 of each seat. Hidden states, `[T, H]`."""
         table, group = self._table, self._table.draft_group
         counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        starts = np.zeros(len(seats) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
-        at, first = np.array(seats, np.int64), np.array(begins, np.int64)
-        if starts[-1] == len(seats):
-            of_token, positions = at, first
+        host_starts = [0, *accumulate(counts)]
+        at = np.array(seats, np.int64)
+        if host_starts[-1] == len(seats):
+            of_token, positions = at, np.array(begins, np.int64)
         else:
             of_token = np.repeat(at, counts)
-            positions = np.arange(len(of_token)) + np.repeat(first - starts[:-1], counts)
+            positions = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
         self._plan(
-            self._to_device(starts), self._to_device(np.array(ends, np.int32)),
+            self._to_device(np.array(host_starts, np.int32)), self._to_device(np.array(ends, np.int32)),
             self._to_device(table.blocks(group, at, max(ends))), self._to_device(table.slots(group, of_token, positions)),
-            starts.tolist(), ends,
+            host_starts, ends,
         )  # fmt: skip
         token_ids = table.token_ids[of_token, positions].astype(np.int64)
         return self._model.forward(self._to_device(token_ids), self._to_device(positions), self._attend)
@@ -184,7 +197,7 @@ class DraftRunner:
         self, starts: Tensor, seq_lens: Tensor, blocks: Tensor, slots: Tensor, host_starts: list[int], host_lens: list[int]
     ) -> None:
         num_rows, num_tokens = len(host_lens), host_starts[-1]
-        longest = 1 if num_tokens == num_rows else max(b - a for a, b in zip(host_starts, host_starts[1:], strict=False))
+        longest = 1 if num_tokens == num_rows else max(b - a for a, b in pairwise(host_starts))
         batch = AttentionBatch(
             starts, seq_lens, blocks, slots, host_starts, host_lens, num_rows, num_tokens, longest, max(host_lens)
         )
@@ -198,6 +211,6 @@ class DraftRunner:
         tokens = self._table.token_ids[seats, : int(lengths.max())]
         return sample(logits, SamplingRows(starts, tokens, lengths), self._drawing)[0]
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
