@@ -137,8 +137,8 @@ class DraftRunner:
             else:
                 self._plan(starts[: n + 1], seq_lens[step][:n], blocks[:n], slots[step][:n], host_starts[: n + 1], lens)
                 hidden = self._model.forward(input_ids, positions[step][:n], self._attend)
-            after = lengths[:n] if is_plain else lengths[:n] + (step + 1)
-            for draft, token in zip(drafted, self._draw(self._model.logits(hidden), at[:n], after, is_plain), strict=False):
+            tokens = self._draw(self._model.logits(hidden), at[:n], lengths[:n] + (step + 1), is_plain)
+            for draft, token in zip(drafted, tokens, strict=False):
                 draft.append(token)
 
     def _catch_up(self, seats: list[int], known: list[int]) -> Tensor:
