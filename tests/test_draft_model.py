@@ -3,9 +3,9 @@ always right, as long as its KV and its noise are: so it shows that they are."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +13,14 @@ from checkpoints import Checkpoint
 from test_drafting import BEGINNINGS, SETTINGS, SOAK, said
 
 from dovetail import LLM, SamplingParams
+from dovetail.config import load_config
+from dovetail.errors import PluginError
+from dovetail.lock import make_lock
+from dovetail.plugins.discovery import load_registry
+from dovetail.resolution import resolve
 from dovetail.sequence import Sequence
-from dovetail.types import DRAFTED_BY_WORKER, EngineStats, StepPlan
+from dovetail.types import DRAFTED_BY_WORKER, EngineStats, SequenceStart, StepPlan
+from dovetail_demo_model import WEIGHTS
 from dovetail_spec_draft import DraftModel
 from dovetail_worker_torch.drafting import DraftRunner
 
@@ -45,8 +51,7 @@ def drafts_of(
 
 @pytest.fixture
 def moody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rests for long, and then drafts few tokens, or many; for the 12th to 15th sequence, whose prompts are `LONG` in some tests,
-    never."""
+    """Rests for long, and then drafts few tokens, or many; for the sequences 12 to 15 (of the prompt `LONG`), never."""
 
     def propose(self: DraftModel, seq: Sequence, max_tokens: int) -> list[int]:
         is_at_rest = len(seq.tokens) // 7 % 2 == seq.seq_id % 2 or seq.seq_id // 4 == 3
@@ -217,10 +222,28 @@ def test_an_abort_between_draft_and_verification_loses_nothing() -> None:
         assert llm.engine.kv.num_used == 0
 
 
-def test_a_draft_of_another_dtype_and_folder(tmp_path: Path) -> None:
-    """Named by its folder; the target's dtype is what it runs in."""
-    from dovetail_demo_model import WEIGHTS
-
-    outputs, stats = drafts_of("demo", [BEGINNINGS[0]], [SamplingParams(max_tokens=20, temperature=0)], **drafting(WEIGHTS / "draft"))
+def test_the_draft_may_be_a_folder() -> None:
+    params = [SamplingParams(max_tokens=20, temperature=0)]
+    outputs, stats = drafts_of("demo", [BEGINNINGS[0]], params, **drafting(WEIGHTS / "draft"))
     assert len(outputs[0]) == 20
     assert stats.num_draft_tokens > 0
+
+
+def test_the_plan_and_the_lock_show_the_draft_model() -> None:
+    registry = load_registry()
+    lock, without = (
+        make_lock(resolve(load_config(model="demo", device="cpu", **values), registry), registry) for values in (drafting(), {})
+    )
+    assert "draft" not in without
+    assert (lock["draft"]["name"], lock["draft"]["architecture"]) == ("demo-draft", "LlamaForCausalLM")
+    weights = (WEIGHTS / "draft" / "model.safetensors").read_bytes()
+    assert lock["draft"]["files"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert {"model.draft", "architecture.draft", "attention.draft", "speculation"} <= set(lock["choices"])
+
+
+def test_a_step_without_a_draft_model_is_not_left_to_draft() -> None:
+    with LLM("demo", device="cpu", overlap=False) as llm:
+        start = SequenceStart(0, "r", 0, [5, 6], 2, [[]], SamplingParams(), 0, [], 9)
+        plan = StepPlan(0, [0], [3], [0], [True], [[[1]]], [[DRAFTED_BY_WORKER]], [start])
+        with pytest.raises(PluginError, match="leaves drafting to the worker, which was given no draft model"):
+            llm.engine.worker.submit(plan)

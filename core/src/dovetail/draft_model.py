@@ -19,7 +19,7 @@ def check_draft(name: str, draft: ModelFacts, target: ModelFacts, max_model_len:
         reasons.append(difference)
     if draft.max_position_embeddings < max_model_len:
         longest = draft.max_position_embeddings
-        reasons.append(f"its context of {longest} tokens is shorter than max_model_len {max_model_len}: lower that to {longest}")
+        reasons.append(f"its context is shorter than max_model_len {max_model_len}: lower that to {longest}")
     if draft.quantization_config is not None:
         reasons.append(f"its checkpoint is quantized with {draft.quantization_method}, and a draft model's weights are plain")
     if reasons:
@@ -34,9 +34,10 @@ def _difference(draft: Path, target: Path) -> str:
         return ""
     if ours is None or theirs is None:
         return f"{'it' if theirs is None else 'the model'} has no tokenizer.json, so the tokenizers cannot be compared"
-    different = sorted((t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)), key=lambda t: (ours.get(t, -1), t))
+    different = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if not different:
         return ""
+    different.sort(key=lambda t: (ours.get(t, -1), t))
     shown = [f"{t!r} is {_id(theirs, t)} instead of {_id(ours, t)}" for t in different[:SHOWN]]
     return f"its tokenizer is another: {len(different)} tokens differ ({'; '.join(shown)}{'; …' * (len(different) > SHOWN)})"
 

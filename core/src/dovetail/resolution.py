@@ -100,7 +100,8 @@ class Resolution:
 def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
     facts = device_facts()
     device = _device(config.device, facts)
-    folder, model_choice = _find_model(config.model, "model", config.trust_remote_code, registry, Context(facts, None, device, ""))
+    nothing_known = Context(facts, None, device, "")
+    folder, model_choice = _find_model(config.model, "model", config.trust_remote_code, registry, nothing_known)
     model = model_facts(folder)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     length = config.max_model_len or model.max_position_embeddings
@@ -231,9 +232,7 @@ def _socket_config(given: Any, where: str) -> SocketConfig:
         raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None
 
 
-def _find_model(
-    name: str, where: str, with_code: bool, registry: Registry, context: Context
-) -> tuple[Path, Choice | None]:
+def _find_model(name: str, where: str, with_code: bool, registry: Registry, context: Context) -> tuple[Path, Choice | None]:
     """A provider's name, else a local folder, else a hub id. `where` names the setting in errors."""
     offers = registry.of("model")
     if any(name in (o.provider.name, o.qualified_name) for o in offers):
@@ -267,4 +266,5 @@ def _from_hub(name: str, where: str, with_code: bool) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", *(["*.py"] if with_code else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
-        raise ConfigError(f"{where}: {name!r} is no folder here, and the hub did not give it: {type(e).__name__}: {e}") from None
+        why = f"{type(e).__name__}: {e}"
+        raise ConfigError(f"{where}: {name!r} is no folder here, and the hub did not give it: {why}") from None

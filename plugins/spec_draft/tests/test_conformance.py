@@ -1,5 +1,7 @@
 """The drafter keeps its contract: what it leaves to the worker, a simulated one drafts."""
 
+from typing import ClassVar
+
 from dovetail.testing.drafter import DrafterContract
 from dovetail_spec_draft import dovetail_drafters
 
@@ -8,4 +10,4 @@ from dovetail_spec_draft import dovetail_drafters
 
 class TestDraftModel(DrafterContract):
     provider = PROVIDER
-    options = {"model": "kit", "num_draft_tokens": 3}
+    options: ClassVar = {"model": "kit", "num_draft_tokens": 3}

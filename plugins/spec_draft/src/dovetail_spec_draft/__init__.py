@@ -1,4 +1,4 @@
-"""Drafting with a smaller model of the same tokenizer. The worker loads it and drafts; this says with what, and how many tokens."""
+"""Drafting with a smaller model of the same tokenizer: the worker loads it and drafts, this says with what, and how many."""
 
 from __future__ import annotations
 

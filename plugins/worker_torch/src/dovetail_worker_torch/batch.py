@@ -42,9 +42,7 @@ class StepInputs:
 class SequenceTable:
     """Seats for `max_num_seqs` sequences of at most `max_len` tokens. Memory is touched only as it is used."""
 
-    def __init__(
-        self, max_num_seqs: int, max_len: int, groups: list[KVGroup], draft_group: KVGroup | None = None
-    ) -> None:
+    def __init__(self, max_num_seqs: int, max_len: int, groups: list[KVGroup], draft_group: KVGroup | None = None) -> None:
         """`groups` are the model's. That of a draft model comes after them, and is no part of a step's inputs."""
         self.num_seats, self.max_len = max_num_seqs, max_len
         self.draft_group = len(groups)
@@ -128,7 +126,7 @@ class SequenceTable:
         """Of the tokens at these positions of these seats, in blocks of a group; any shape, broadcast."""
         size = self._groups[group].block_size
         column = positions // size
-        return self._first_slot[group][seats, column] + (positions - column * size)  # type: ignore[no-any-return]
+        return self._first_slot[group][seats, column] + (positions - column * size)
 
     def blocks(self, group: int, seats: I64, longest: int) -> I32:
         """i32[B, max_blocks]: the blocks of these seats, as many as `longest` tokens take."""
@@ -136,7 +134,8 @@ class SequenceTable:
 
     def blocks_of(self, group: int, seat: int) -> I32:
         """A view of the blocks of one seat, and of what is behind them."""
-        return self._block_table[group][seat]
+        blocks: I32 = self._block_table[group][seat]
+        return blocks
 
     def _seats(self, plan: StepPlan) -> I64:
         """[B]. Most steps have the rows of the step before."""

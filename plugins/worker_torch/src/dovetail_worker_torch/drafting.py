@@ -163,7 +163,8 @@ class DraftRunner:
         if len(hidden) != len(seats):
             last = np.cumsum([length - begin for begin, length in zip(begins, known, strict=True)]) - 1
             hidden = hidden[-1:] if len(seats) == 1 else hidden[self._to_device(last)]
-        return self._model.logits(hidden)
+        logits: Tensor = self._model.logits(hidden)
+        return logits
 
     def _begin(self, seat: int, known: int) -> int:
         """The first of the sequence's `known` tokens that is lacking; the last one is, for its logits."""
@@ -191,7 +192,8 @@ class DraftRunner:
             host_starts, ends,
         )  # fmt: skip
         token_ids = table.token_ids[of_token, positions].astype(np.int64)
-        return self._model.forward(self._to_device(token_ids), self._to_device(positions), self._attend)
+        hidden: Tensor = self._model.forward(self._to_device(token_ids), self._to_device(positions), self._attend)
+        return hidden
 
     def _plan(
         self, starts: Tensor, seq_lens: Tensor, blocks: Tensor, slots: Tensor, host_starts: list[int], host_lens: list[int]

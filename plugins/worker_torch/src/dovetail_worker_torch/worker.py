@@ -106,7 +106,9 @@ class TorchWorker:
 
     def allocate(self, num_blocks: list[int]) -> None:
         assert self._model is not None
-        *groups, last = self.kv_groups() if self._draft is not None else [*self.kv_groups(), None]
+        groups, last = self.kv_groups(), None
+        if self._draft is not None:
+            *groups, last = groups
         backends, caches = self._make_caches(self._model, groups, num_blocks)
         max_num_seqs, max_num_tokens = (
             self._context.option("scheduler", name) for name in ("max_num_seqs", "max_num_batched_tokens")
@@ -163,7 +165,8 @@ class TorchWorker:
         return None if self._shadow is None else self._shadow.report
 
     def warm_up(self, progress: Progress) -> None:
-        """Two small steps, a prefill and a decode (with a draft, if there is a draft model), over blocks that are still free: kernels are built and loaded."""
+        """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded. With a draft
+        model, the second has a draft."""
         what = "compiling (once; cached)" if self._torch_compile else "warming up"
         progress(what, 0, 2)
         groups = self.kv_groups()
