@@ -235,6 +235,8 @@ def test_the_plan_and_the_lock_show_the_draft_model() -> None:
         make_lock(resolve(load_config(model="demo", device="cpu", **values), registry), registry) for values in (drafting(), {})
     )
     assert "draft" not in without
+    plan = resolve(load_config(model="demo", device="cpu", speculation="draft-model"), registry)
+    assert plan.choices["speculation"].options == {"num_draft_tokens": 4, "model": "demo-draft"}
     assert (lock["draft"]["name"], lock["draft"]["architecture"]) == ("demo-draft", "LlamaForCausalLM")
     weights = (WEIGHTS / "draft" / "model.safetensors").read_bytes()
     assert lock["draft"]["files"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()

@@ -141,7 +141,7 @@ def test_numbers_of_draft_tokens_out_of_range(model: Path, draft: Path, count: A
 
 
 def test_the_options_name_the_model(model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"speculation\.model: Field required"):
+    with pytest.raises(ConfigError, match=r"speculation\.model: no draft model comes with this model: name one"):
         planned(model, None)
     with pytest.raises(PluginError, match=r"dist-x:drafts runs in the worker, and its options do not extend DraftModelOptions"):
         planned(model, None, kind=DrafterOptions)

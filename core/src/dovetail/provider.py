@@ -54,7 +54,9 @@ class DrafterOptions(Options):
 class DraftModelOptions(DrafterOptions):
     """What the options of drafters that run in the worker have: it loads this model beside its own."""
 
-    model: str = Field(min_length=1, description="that drafts: a plugin's model name, a local folder, or a hub id")
+    model: str = Field(
+        "auto", min_length=1, description="that drafts: a plugin's model name, a local folder, a hub id; auto: the target's own"
+    )
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     facts = device_facts()
     device = _device(config.device, facts)
     nothing_known = Context(facts, None, device, "")
-    folder, model_choice = _find_model(config.model, "model", config.trust_remote_code, registry, nothing_known)
-    model = model_facts(folder)
+    source, model_choice = _find_model(config.model, "model", config.trust_remote_code, registry, nothing_known)
+    model = model_facts(source.folder)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     length = config.max_model_len or model.max_position_embeddings
     if length > model.max_position_embeddings:
@@ -126,7 +126,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     kv = r.take("kv_cache", config.kv_cache).options
     r.take("scheduler", config.scheduler)
     r.take("speculation", config.speculation, by_name=config.speculation.use not in ("auto", "none"))
-    draft = _take_draft(r, length, config.trust_remote_code)
+    draft = _take_draft(r, source, length, config.trust_remote_code)
     kv_dtype = dtype if kv["dtype"] == "auto" else kv["dtype"]
     needs_of = {k.kind: _attention_needs(model, k.kind, k.window is not None, length, kv_dtype) for k in model.layer_kinds}
     of_draft = {"draft": _attention_needs(draft[1], "draft", draft[1].is_windowed, length, kv_dtype)} if draft else {}
@@ -148,7 +148,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     return Plan(
         model=config.model,
         served_model_name=config.served_model_name or config.model,
-        folder=str(folder),
+        folder=str(source.folder),
         device=device,
         dtype=dtype,
         max_model_len=length,
@@ -171,7 +171,7 @@ def _attention_needs(model: ModelFacts, kind: str, is_windowed: bool, length: in
     }  # fmt: skip
 
 
-def _take_draft(r: Resolution, length: int, with_code: bool) -> tuple[DraftModel, ModelFacts] | None:
+def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool) -> tuple[DraftModel, ModelFacts] | None:
     """The draft model, where the drafter that was taken runs in the worker, and what computes it."""
     if r.choices["speculation"].is_empty:
         return None
@@ -183,14 +183,18 @@ def _take_draft(r: Resolution, length: int, with_code: bool) -> tuple[DraftModel
         text = f"speculation: {offer.qualified_name} runs in the worker, and its options do not extend DraftModelOptions"
         raise PluginError(text, provider=offer.qualified_name)
     name = r.choices["speculation"].options["model"]
-    folder, choice = _find_model(name, "speculation.model", with_code, r.registry, r.context({}))
-    facts = model_facts(folder)
+    if name == "auto":
+        if target.draft is None:
+            raise ConfigError("speculation.model: no draft model comes with this model: name one of the same tokenizer")
+        name = r.choices["speculation"].options["model"] = target.draft
+    source, choice = _find_model(name, "speculation.model", with_code, r.registry, r.context({}))
+    facts = model_facts(source.folder)
     check_draft(name, facts, r.model, length)
     if choice is not None:
         r.note("model.draft", choice)
     if "architecture" in r.choices:
         replace(r, model=facts).take("architecture.draft", SocketConfig(), quantized=[])
-    return DraftModel(name, str(folder), facts.architecture), facts
+    return DraftModel(name, str(source.folder), facts.architecture), facts
 
 
 def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:
@@ -232,7 +236,9 @@ def _socket_config(given: Any, where: str) -> SocketConfig:
         raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None
 
 
-def _find_model(name: str, where: str, with_code: bool, registry: Registry, context: Context) -> tuple[Path, Choice | None]:
+def _find_model(
+    name: str, where: str, with_code: bool, registry: Registry, context: Context
+) -> tuple[ModelSource, Choice | None]:
     """A provider's name, else a local folder, else a hub id. `where` names the setting in errors."""
     offers = registry.of("model")
     if any(name in (o.provider.name, o.qualified_name) for o in offers):
@@ -247,12 +253,12 @@ def _find_model(name: str, where: str, with_code: bool, registry: Registry, cont
             raise PluginError(f"{where}: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
         if not isinstance(source, ModelSource):
             raise PluginError(f"{where}: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
-        return source.folder, choice
+        return source, choice
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder.resolve(), None
+        return ModelSource(folder.resolve()), None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name, where, with_code), None
+        return ModelSource(_from_hub(name, where, with_code)), None
     names = ", ".join(o.provider.name for o in offers) or "none"
     raise ConfigError(f"{where}: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
 

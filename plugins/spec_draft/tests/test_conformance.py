@@ -1,7 +1,5 @@
 """The drafter keeps its contract: what it leaves to the worker, a simulated one drafts."""
 
-from typing import ClassVar
-
 from dovetail.testing.drafter import DrafterContract
 from dovetail_spec_draft import dovetail_drafters
 
@@ -10,4 +8,3 @@ from dovetail_spec_draft import dovetail_drafters
 
 class TestDraftModel(DrafterContract):
     provider = PROVIDER
-    options: ClassVar = {"model": "kit", "num_draft_tokens": 3}

@@ -20,7 +20,7 @@ LICENCE = "PSF-2.0 (trained on the Python documentation and standard library)"
 
 
 def _source(context: Any, options: DemoOptions) -> ModelSource:
-    return ModelSource(WEIGHTS, licence=LICENCE)
+    return ModelSource(WEIGHTS, licence=LICENCE, draft="demo-draft")
 
 
 def _draft(context: Any, options: DemoOptions) -> ModelSource:
