@@ -201,6 +201,19 @@ def test_wrong_books_are_noticed(method: str, monkeypatch: pytest.MonkeyPatch) -
     assert different()
 
 
+@pytest.mark.parametrize(("target", "draft"), [("gpt2 (bridge)", "llama-3.1"), ("llama-3.1", "gpt2 (bridge)")])
+def test_model_and_draft_may_be_of_different_kinds(
+    target: str, draft: str, checkpoint: Callable[[str], Checkpoint]
+) -> None:  # fmt: skip
+    made, rng = checkpoint(target), random.Random(6)
+    prompts = [[rng.randrange(3, 203) for _ in range(length)] for length in (2, 9, 40)]
+    params = [SamplingParams(max_tokens=20, ignore_eos=True, seed=i, temperature=[0, 1][i % 2]) for i in range(3)]
+    expected, _ = drafts_of(made.folder, prompts, params, max_model_len=96)
+    got, stats = drafts_of(made.folder, prompts, params, max_model_len=96, **drafting(checkpoint(draft).folder))
+    assert got == expected
+    assert stats.num_draft_tokens > 0
+
+
 def test_an_abort_between_draft_and_verification_loses_nothing() -> None:
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
     with LLM("demo", dtype="float32", device="cpu", overlap=True, **drafting()) as llm:

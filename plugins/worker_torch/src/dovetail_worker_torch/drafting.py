@@ -101,7 +101,7 @@ class DraftRunner:
         """`counts` tokens (descending) after the `known` ones of each seat."""
         table, at, lengths = self._table, np.array(seats, np.int64), np.array(known, np.int64)
         is_plain = table.is_plain(at)
-        tokens = self._draw(self._catch_up(seats, known), at, lengths, is_plain)
+        tokens = self._draw(self._catch_up(seats, at, known), at, lengths, is_plain)
         drafted = [[token] for token in tokens]
         if counts[0] > 1:
             self._go_on(drafted, at, lengths, known, counts, is_plain)
@@ -141,7 +141,7 @@ class DraftRunner:
             for draft, token in zip(drafted, tokens, strict=False):
                 draft.append(token)
 
-    def _catch_up(self, seats: list[int], known: list[int]) -> Tensor:
+    def _catch_up(self, seats: list[int], at: I64, known: list[int]) -> Tensor:
         """Compute what is lacking of the `known` tokens. Logits after the last of them: f32[B, V]."""
         begins = [self._begin(seat, length) for seat, length in zip(seats, known, strict=True)]
         while sum(known) - sum(begins) > self._max_num_tokens:
@@ -151,9 +151,9 @@ class DraftRunner:
                 ends[i] += min(length - 1 - begins[i], room)
                 room -= ends[i] - begins[i]
             ahead = [i for i, end in enumerate(ends) if end > begins[i]]
-            self._compute([seats[i] for i in ahead], [begins[i] for i in ahead], [ends[i] for i in ahead])
+            self._compute(at[ahead], [begins[i] for i in ahead], [ends[i] for i in ahead])
             begins = ends
-        hidden = self._compute(seats, begins, known)
+        hidden = self._compute(at, begins, known)
         for seat, length in zip(seats, known, strict=True):
             whole = length // self._block_size
             if whole > self._num_noted[seat]:
@@ -175,13 +175,14 @@ class DraftRunner:
             computed = max(computed, self._block_size * (len(whole) if whole.all() else int(whole.argmin())))
         return min(computed, known - 1)
 
-    def _compute(self, seats: list[int], begins: list[int], ends: list[int]) -> Tensor:
+    def _compute(self, at: I64, begins: list[int], ends: list[int]) -> Tensor:
         """Tokens `begins` … `ends` - 1 of each seat. Hidden states, `[T, H]`."""
         table, group = self._table, self._table.draft_group
         counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
         host_starts = [0, *accumulate(counts)]
-        at = np.array(seats, np.int64)
-        if host_starts[-1] == len(seats):
+        if len(at) == 1:
+            of_token, positions = at, np.arange(begins[0], ends[0])
+        elif host_starts[-1] == len(at):
             of_token, positions = at, np.array(begins, np.int64)
         else:
             of_token = np.repeat(at, counts)

@@ -82,7 +82,8 @@ class TorchWorker:
             folder, context.build(key), layers, dtype=self._dtype, device=self._device, progress=progress,
             loads_weights=made.loads_weights,
         )  # fmt: skip
-        if self._compiled and made.compiled == OPERATIONS:
+        # A draft model too is compiled only where the plan has looked whether the model can be.
+        if self._compiled and made.compiled == self._made.compiled == OPERATIONS:
             model = model.compiled(self._kernels, context.option("scheduler", "max_num_batched_tokens"))
         return cast(Model, model)
 
