@@ -115,6 +115,36 @@ def test_it_catches_up_after_rests_and_preemption(temperature: float, tight: boo
     assert stats.num_accepted_tokens == stats.num_draft_tokens > 100
 
 
+def test_after_a_long_rest_its_context_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It then says what it would say after the last tokens alone; and goes on from there."""
+    drafts, draft = list[tuple[list[int], int, list[int]]](), DraftRunner._draft
+
+    def propose(self: DraftModel, seq: Sequence, max_tokens: int) -> list[int]:
+        return [DRAFTED_BY_WORKER] * (max_tokens if seq.num_output_tokens < 10 or seq.num_output_tokens > 150 else 0)
+
+    def noted(self: DraftRunner, seats: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
+        drafted = draft(self, seats, known, counts)
+        for seat, length, tokens in zip(seats, known, drafted, strict=True):
+            drafts.append((self._table.token_ids[seat, :length].tolist(), self._num_skipped[seat], tokens))
+        return drafted
+
+    monkeypatch.setattr(DraftModel, "propose", propose)
+    monkeypatch.setattr(DraftRunner, "_draft", noted)
+    params = [SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)] * 3
+    prompts, values = [*BEGINNINGS[:2], LONG], {"max_model_len": 400}
+    expected, _ = drafts_of("demo", prompts, params, **values)
+    got, _ = drafts_of("demo", prompts, params, **values, **drafting("demo"))
+    assert got == expected
+    rested = [(tokens[skipped:], drafted) for tokens, skipped, drafted in drafts if skipped]
+    assert len(rested) > 20
+    assert 64 <= min(len(context) for context, _ in rested) < 80
+    alone, _ = drafts_of(
+        "demo", [context for context, _ in rested],
+        [SamplingParams(max_tokens=len(drafted), temperature=0, ignore_eos=True) for _, drafted in rested], **values,
+    )  # fmt: skip
+    assert alone == [drafted for _, drafted in rested]
+
+
 @pytest.mark.parametrize("backend", ["torch-reference", "auto"])
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gpt2 (bridge)"])
 def test_every_kind_of_model_drafts(name: str, backend: str, checkpoint: Callable[[str], Checkpoint]) -> None:

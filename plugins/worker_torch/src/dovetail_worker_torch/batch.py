@@ -128,9 +128,16 @@ class SequenceTable:
         column = positions // size
         return self._first_slot[group][seats, column] + (positions - column * size)
 
-    def blocks(self, group: int, seats: I64, longest: int) -> I32:
-        """i32[B, max_blocks]: the blocks of these seats, as many as `longest` tokens take."""
-        return self._block_table[group][seats, : -(-longest // self._groups[group].block_size)]
+    def blocks(self, group: int, seats: I64, longest: int, skipped: list[int] | None = None) -> I32:
+        """i32[B, max_blocks]: the blocks of these seats, as many as `longest` tokens take. `skipped`: per row, how many tokens
+        stand before the first of them, in whole blocks."""
+        table: I32 = self._block_table[group]
+        size = self._groups[group].block_size
+        if skipped is None or not any(skipped):
+            return table[seats, : -(-longest // size)]
+        columns = np.array(skipped)[:, None] // size + np.arange(-(-longest // size))
+        blocks: I32 = table[seats[:, None], np.minimum(columns, table.shape[1] - 1)]
+        return blocks
 
     def blocks_of(self, group: int, seat: int) -> I32:
         """A view of the blocks of one seat, and of what is behind them."""

@@ -4,6 +4,8 @@ One rule: the draft model has computed some of a sequence's first tokens, and wh
 draft. The prompt, tokens that were drawn while nobody drafted, and the last draft after all were accepted are this one rule;
 so a draft model that is not asked costs nothing. It draws as the model does, with the noise and the parameters of the row.
 
+A draft model that has rested for long is not worth all that it missed: its context then begins anew, with the last tokens.
+
 Its KV lies in blocks of a group of its own, which sequences share as they do the model's. A block that it has computed as a
 whole is noted, so that whoever else has it need not compute it again.
 """
@@ -27,6 +29,8 @@ from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.sampler import SamplingRows, sample
 from dovetail_worker_torch.step_attention import StepAttention
 
+MAX_MISSED, NEW_CONTEXT = 128, 64
+"""Tokens: a draft model that has missed more than so many begins anew with so many (and up to a block more)."""
 DRAFT = "draft"
 """Kind of the draft model's KV group."""
 
@@ -54,6 +58,8 @@ class DraftRunner:
         """By seat: of the sequence's first tokens, as they are known."""
         self._num_noted = [0] * table.num_seats
         """By seat: blocks of it that are in `_is_whole`."""
+        self._num_skipped = [0] * table.num_seats
+        """By seat: tokens before the draft model's context, in whole blocks. What it computes then is not for others."""
         self._is_whole = np.zeros(num_blocks, np.bool_)
         """By block: computed as a whole, for the tokens that the model's blocks of that place hold."""
         self._whole_on_host: set[int] = set()
@@ -65,7 +71,7 @@ class DraftRunner:
                 (self._whole_on_host.add if self._is_whole[op.src] else self._whole_on_host.discard)(op.dst)
         for start in plan.starts:
             seat = self._table.seat_of[start.seq_id]
-            self._num_computed[seat] = self._num_noted[seat] = 0
+            self._num_computed[seat] = self._num_noted[seat] = self._num_skipped[seat] = 0
         for added in plan.new_block_ids:
             if added:
                 self._is_whole[added[self._table.draft_group]] = False
@@ -115,12 +121,14 @@ class DraftRunner:
     ) -> None:
         """Draft the second and later tokens: each step one for every row that wants more."""
         table, num_steps, num_rows = self._table, counts[0] - 1, len(known)
+        skipped = [self._num_skipped[seat] for seat in at.tolist()]
+        seen = [length - skip for length, skip in zip(known, skipped, strict=True)]
         # The inputs of all steps, made at once. Rows that draft less have some that are not looked at.
         places = np.minimum(lengths + np.arange(num_steps)[:, None], table.max_len)
         positions = self._to_device(places).unbind()
         slots = self._to_device(table.slots(table.draft_group, at, places)).unbind()
-        seq_lens = self._to_device((places + 1).astype(np.int32)).unbind()
-        blocks = self._to_device(table.blocks(table.draft_group, at, max(known) + num_steps))
+        seq_lens = self._to_device((np.array(seen) + np.arange(1, num_steps + 1)[:, None]).astype(np.int32)).unbind()
+        blocks = self._to_device(table.blocks(table.draft_group, at, max(seen) + num_steps, skipped))
         host_starts = list(range(num_rows + 1))
         starts = self._to_device(np.array(host_starts, np.int32))
         for step in range(num_steps):
@@ -130,7 +138,7 @@ class DraftRunner:
             while counts[num_rows - 1] < step + 2:
                 num_rows -= 1
             n, input_ids = num_rows, self._to_device(np.array(tokens[:num_rows], np.int64))
-            lens = [length + step + 1 for length in known[:n]]
+            lens = [length + step + 1 for length in seen[:n]]
             if n == len(known):
                 self._plan(starts, seq_lens[step], blocks, slots[step], host_starts, lens)
                 hidden = self._model.forward(input_ids, positions[step], self._attend)
@@ -156,7 +164,7 @@ class DraftRunner:
         hidden = self._compute(at, begins, known)
         for seat, length in zip(seats, known, strict=True):
             whole = length // self._block_size
-            if whole > self._num_noted[seat]:
+            if whole > self._num_noted[seat] and not self._num_skipped[seat]:
                 blocks = self._table.blocks_of(self._table.draft_group, seat)
                 self._is_whole[blocks[self._num_noted[seat] : whole]] = True
                 self._num_noted[seat] = whole
@@ -167,13 +175,20 @@ class DraftRunner:
         return logits
 
     def _begin(self, seat: int, known: int) -> int:
-        """The first of the sequence's `known` tokens that is lacking; the last one is, for its logits."""
+        """The first of the sequence's `known` tokens that is to be computed; the last one is, for its logits."""
         computed = self._num_computed[seat]
-        if known - computed > self._block_size:  # others may have computed blocks that it shares
+        if computed and known - computed > MAX_MISSED:
+            return self._begin_anew(seat, known)
+        if known - computed > self._block_size and not self._num_skipped[seat]:
+            # Others may have computed blocks that it shares.
             blocks = self._table.blocks_of(self._table.draft_group, seat)[: known // self._block_size]
             whole = self._is_whole[blocks]
             computed = max(computed, self._block_size * (len(whole) if whole.all() else int(whole.argmin())))
         return min(computed, known - 1)
+
+    def _begin_anew(self, seat: int, known: int) -> int:
+        begin = self._num_skipped[seat] = (known - NEW_CONTEXT) // self._block_size * self._block_size
+        return begin
 
     def _compute(self, at: I64, begins: list[int], ends: list[int]) -> Tensor:
         """Tokens `begins` … `ends` - 1 of each seat. Hidden states, `[T, H]`."""
@@ -187,10 +202,12 @@ class DraftRunner:
         else:
             of_token = np.repeat(at, counts)
             positions = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
+        skipped = [self._num_skipped[seat] for seat in at.tolist()]
+        seen = [end - skip for end, skip in zip(ends, skipped, strict=True)]
         self._plan(
-            self._to_device(np.array(host_starts, np.int32)), self._to_device(np.array(ends, np.int32)),
-            self._to_device(table.blocks(group, at, max(ends))), self._to_device(table.slots(group, of_token, positions)),
-            host_starts, ends,
+            self._to_device(np.array(host_starts, np.int32)), self._to_device(np.array(seen, np.int32)),
+            self._to_device(table.blocks(group, at, max(seen), skipped)),
+            self._to_device(table.slots(group, of_token, positions)), host_starts, seen,
         )  # fmt: skip
         token_ids = table.token_ids[of_token, positions].astype(np.int64)
         hidden: Tensor = self._model.forward(self._to_device(token_ids), self._to_device(positions), self._attend)
