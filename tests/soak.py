@@ -52,6 +52,10 @@ RUNS = {
         "the demo model with a drafter and without, 440 prompts: prefix cache and overlap on and off, greedy and sampled",
         ["tests/test_drafting.py"], {"DOVETAIL_SOAK": 10},
     ),
+    "a draft model changes no output": (
+        "the demo model with its draft and without, 2,002 prompts × prefix cache and overlap on and off, greedy and sampled",
+        ["tests/test_draft_model.py", "-k", "drafts_change_nothing"], {"DOVETAIL_SOAK": 182},
+    ),
 }  # fmt: skip
 
 

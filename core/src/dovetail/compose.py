@@ -139,7 +139,8 @@ def _speculation(context: BuildContext, vocab_size: int) -> Speculation | None:
     drafter: Drafter | None = context.build("speculation")
     if drafter is None:
         return None
-    return Speculation(drafter, context.option("speculation", "num_draft_tokens"), vocab_size)
+    num_draft_tokens = context.option("speculation", "num_draft_tokens")
+    return Speculation(drafter, num_draft_tokens, vocab_size, runs_in_worker=context.plan.draft is not None)
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:

@@ -51,6 +51,14 @@ class DrafterOptions(Options):
     num_draft_tokens: int = Field(4, ge=1, le=32, description="most tokens proposed for a sequence in a step")
 
 
+class DraftModelOptions(DrafterOptions):
+    """What the options of drafters that run in the worker have: it loads this model beside its own."""
+
+    model: str = Field(
+        "auto", min_length=1, description="that drafts: a plugin's model name, a local folder, a hub id; auto: the target's own"
+    )
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a provider cannot be used here, in words for a person; `hint` says what would change that."""
@@ -102,7 +110,8 @@ class Context:
     needs: dict[str, Any] = field(default_factory=dict)
     """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
     max_model_len, kv_dtype. For a worker: compiled_attention, whether all attention chosen declares `compiled_steps`;
-    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run.
+    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run;
+    drafts, whether a draft model does. For speculation: by_name, whether the drafter was asked for by name.
     For an architecture: quantized, the schemes of its layers. For quantization: by_name, whether it was asked for by name;
     some_layers, whether the rule is for some layers only."""
 

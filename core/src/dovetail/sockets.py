@@ -126,9 +126,14 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
 
 def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
     can = provider.capabilities
-    if context.needs.get("shadow") and not (isinstance(can, worker.WorkerCapabilities) and can.shadow):
-        return [Reason("runs no candidates beside what answers", "remove shadow")]
-    return []
+    if not isinstance(can, worker.WorkerCapabilities):
+        can = worker.WorkerCapabilities()
+    reasons = []
+    if context.needs.get("shadow") and not can.shadow:
+        reasons.append(Reason("runs no candidates beside what answers", "remove shadow"))
+    if context.needs.get("drafts") and not can.drafts:
+        reasons.append(Reason("runs no draft model beside its own", "set speculation to a drafter that runs in the engine"))
+    return reasons
 
 
 SOCKETS: tuple[Socket, ...] = (

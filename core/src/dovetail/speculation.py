@@ -7,6 +7,7 @@ import logging
 from dovetail.errors import PluginError
 from dovetail.interfaces.drafter import Drafter
 from dovetail.sequence import Sequence
+from dovetail.types import DRAFTED_BY_WORKER
 
 log = logging.getLogger(__name__)
 
@@ -14,10 +15,10 @@ log = logging.getLogger(__name__)
 class Speculation:
     """A drafter, and how many tokens it may propose."""
 
-    def __init__(self, drafter: Drafter, num_draft_tokens: int, vocab_size: int) -> None:
+    def __init__(self, drafter: Drafter, num_draft_tokens: int, vocab_size: int, *, runs_in_worker: bool = False) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
-        self.vocab_size = vocab_size
+        self.allowed = range(DRAFTED_BY_WORKER, DRAFTED_BY_WORKER + 1) if runs_in_worker else range(vocab_size)
 
     def draft(self, running: list[Sequence]) -> list[tuple[int, Exception]]:
         """Give drafts to the sequences that only wait for their next token. Returns, by seq_id, what went wrong."""
@@ -46,6 +47,8 @@ class Speculation:
         if not isinstance(draft, list) or len(draft) > room:
             raise PluginError(f"the drafter was asked for a list of at most {room} tokens and proposed {draft!r}")
         for token in draft:
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise PluginError(f"the drafter proposed {token!r}; tokens are from 0 to {self.vocab_size - 1}")
+            if type(token) is not int or token not in self.allowed:
+                raise PluginError(
+                    f"the drafter proposed {token!r}; tokens are from {self.allowed.start} to {self.allowed.stop - 1}"
+                )
         return draft[:]

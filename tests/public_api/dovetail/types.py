@@ -9,6 +9,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
+DRAFTED_BY_WORKER = -1
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     n: int = 1

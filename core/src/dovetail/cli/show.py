@@ -89,6 +89,8 @@ def plan_tree(plan: Plan) -> Tree:
     """For each socket who was taken, with what was decided for it; and who was not, with the reason and what would help."""
     model = Text.assemble((plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}")
     model.append(f", up to {plan.max_model_len} tokens a sequence   plan {plan.fingerprint}", "dim")
+    if plan.draft is not None:
+        model.append(f"\ndrafted for by {plan.draft.model}  {plan.draft.architecture}")
     tree = Tree(model, guide_style="dim")
     width = max(len(_label(key, choice)) for key, choice in plan.choices.items())
     for key, choice in plan.choices.items():

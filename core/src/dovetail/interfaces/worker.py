@@ -25,6 +25,8 @@ class WorkerCapabilities:
 
     shadow: bool = False
     """It runs the plan's candidates beside what answers: it is a `ShadowingWorker`."""
+    drafts: bool = False
+    """It drafts with the plan's draft model where a plan asks for that (`DRAFTED_BY_WORKER`)."""
 
 
 class Worker(Protocol):

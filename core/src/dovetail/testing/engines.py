@@ -175,13 +175,18 @@ class Parts:
     scheduler: BuildScheduler
     drafter: NewDrafter | None = None
     num_draft_tokens: int = 4
+    drafts_in_worker: bool = False
 
     def engine(self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000) -> WatchedEngine:
         worker = SimulatedWorker(setup.groups, faults=faults)
         worker.allocate(setup.num_blocks)
         kv = self.kv(setup)
         loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
-        speculation = None if self.drafter is None else Speculation(self.drafter(), self.num_draft_tokens, worker.vocab_size)
+        speculation = None
+        if self.drafter is not None:
+            speculation = Speculation(
+                self.drafter(), self.num_draft_tokens, worker.vocab_size, runs_in_worker=self.drafts_in_worker
+            )  # fmt: skip
         engine = loop(self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting)
         engine.watch = Watch(setup, engine)
         return engine

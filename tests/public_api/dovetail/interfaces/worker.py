@@ -10,6 +10,7 @@ Handle = Any
 @dataclass(frozen=True)
 class WorkerCapabilities:
     shadow: bool = False
+    drafts: bool = False
 
 class Worker(Protocol):
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from dovetail.errors import StepFailed
 from dovetail.interfaces.worker import Progress
-from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
 POISON = -1
 
 @dataclass
