@@ -19,6 +19,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
+DRAFTED_BY_WORKER = -1
+"""In place of a draft token: the worker drafts it."""
 _INT32, _INT64 = 2**31, 2**63
 
 
@@ -191,7 +193,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     new_block_ids: list[list[list[int]]]
     """Per row: the blocks to append to its block table, per KV group; an empty list where there are none."""
     draft_token_ids: list[list[int]] = []
-    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts them."""
+    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts them. A row's are tokens, or all
+    `DRAFTED_BY_WORKER` (-1): the worker drafts as many itself, and then verifies them in the same step."""
     starts: list[SequenceStart] = []
     """Sequences to take in before the rows are looked up."""
     released: list[int] = []
@@ -262,6 +265,11 @@ class EngineStats(msgspec.Struct):
     num_draft_tokens: int = 0
     """Verified; of these accepted:"""
     num_accepted_tokens: int = 0
+    drafted_by_position: list[int] = []
+    """The same, by position in the draft."""
+    accepted_by_position: list[int] = []
+    draft_seconds: float = 0.0
+    """In the drafter, as far as it runs in the engine."""
     num_prefix_queried_tokens: int = 0
     """Prompt tokens looked for in the prefix cache; of these found:"""
     num_prefix_hit_tokens: int = 0
