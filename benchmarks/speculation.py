@@ -1,6 +1,6 @@
 """Drafting beside no drafting: decoded tokens per second of one engine with its drafter and without, in turn.
 
-    python benchmarks/speculation.py [--drafter ngram] [--models demo c a] [--rounds 9] [--threads 2] [--overlap] [--json FILE]
+    python benchmarks/speculation.py [--drafter ngram] [--models demo c a] [--rounds 9] [--overlap] [--json FILE]
 
 - `copy`, one request at a time: an answer that repeats what is there already. The demo model goes on with code and tables that
   repeat themselves, and repeats a passage that its prompt has; the models of random weights run into a cycle by themselves.
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["demo", "c", "a"])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=160, help="of an answer; of 16 and more requests at a time at most 64")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -75,10 +76,11 @@ def main() -> None:
             assert speculation is not None
             costs = getattr(speculation.policy, "costs", None)
             if costs is not None:
-                print(f"{name}: ms of a step", {n: round(1e3 * s, 3) for n, s in costs.points.items()}, flush=True)
+                print(f"{name}: ms of a step", {n: round(1e3 * s, 3) for n, s in costs.by_tokens.points.items()}, end="; ")
+                print("more with drafts", {n: round(1e3 * s, 3) for n, s in costs.of_drafts.points.items()}, flush=True)
             cases = [("copy", 1, 0.0), *(("random", n, 1.0) for n in args.sequences), ("greedy", 1, 0.0), ("greedy", 16, 0.0)]
             for workload, count, temperature in cases:
-                result = compare(llm, speculation, key, workload, count, temperature, args.rounds)
+                result = compare(llm, speculation, key, workload, count, temperature, args.rounds, args.tokens)
                 results.append({"model": name, "workload": workload, "sequences": count, **result})
                 print(name, workload, count, " ".join(f"{k} {v:.4g}" for k, v in result.items() if k != "ratios"), flush=True)
     if args.json:
@@ -87,7 +89,7 @@ def main() -> None:
 
 
 def compare(
-    llm: LLM, speculation: Speculation, key: str, workload: str, count: int, temperature: float, num_rounds: int
+    llm: LLM, speculation: Speculation, key: str, workload: str, count: int, temperature: float, num_rounds: int, num_tokens: int
 ) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"drafting": [], "without": []}
     drafted = accepted = steps = tokens = 0
@@ -96,7 +98,8 @@ def compare(
             llm.engine.speculation = speculation if side == "drafting" else None
             before = llm.engine.snapshot()
             begun = before.num_draft_tokens, before.num_accepted_tokens, before.num_steps, before.num_generation_tokens
-            rates[side].append(rate(llm, prompts(key, workload, count, i, llm), temperature, 160 if count < 16 else 64, i))
+            length = min(num_tokens, 160 if count < 16 else 64)
+            rates[side].append(rate(llm, prompts(key, workload, count, i, llm), temperature, length, i))
             after = llm.engine.snapshot()
             if side == "drafting":
                 drafted += after.num_draft_tokens - begun[0]

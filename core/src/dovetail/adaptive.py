@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 
 from dovetail.sequence import Sequence
 
-SHARE = 0.005
+SHARE = 0.003
 """Of the time, for finding out."""
-MAX_CREDIT = 2.0
-"""Steps of one token: what the account holds at most, so that it does not pay for hours of errors with hours of success."""
+MAX_EARNED = 0.5
+"""Steps of one token: what the account holds at most of that share, so that idle hours do not pay for errors."""
+MAX_SAVED = 16.0
+"""Steps of one token: what it holds at most of what accepted drafts have saved."""
 MAX_REST = 32
 """Steps."""
 WORTH = 1.05
@@ -32,29 +34,46 @@ MEMORY = 0.9
 """Of a sequence's past, at each of its verifications: about the last ten count."""
 FADES = 0.5
 """Of a sequence's past, at each rest: it is tried again, and by then it may say something else."""
+NOBODY: list[Sequence] = []
 FURTHER = 0.95
 """How likely the next position's draft is thought to be accepted, times that of the one before, where nothing is known."""
 
 
-class StepCosts:
-    """Seconds of a step by its number of tokens, never falling: interpolated between points, proportional beyond them."""
+class Curve:
+    """Seconds by a number, never falling: interpolated between points, proportional beyond them."""
 
-    def __init__(self, points: dict[int, float], pause: float = 0.0) -> None:
-        """`points`: by number of tokens, from 1 on. `pause`: seconds that a step takes longer when it is not overlapped."""
-        self.pause = pause
-        self._tokens = sorted(points)
-        # A step is never faster than one of fewer tokens. Where a measurement says so, the smaller step's was disturbed.
-        self._seconds = [min(points[n] for n in self._tokens[i:]) for i in range(len(self._tokens))]
-        self.points = dict(zip(self._tokens, self._seconds, strict=True))
+    def __init__(self, points: dict[int, float]) -> None:
+        """`points`: at least one."""
+        self._at = sorted(points)
+        # More work never takes less time. Where a measurement says so, that of the smaller work was disturbed.
+        self._seconds = [min(points[n] for n in self._at[i:]) for i in range(len(self._at))]
+        self.points = dict(zip(self._at, self._seconds, strict=True))
 
-    def __call__(self, num_tokens: int) -> float:
-        at = bisect_left(self._tokens, num_tokens)
-        if at == len(self._tokens):
-            return self._seconds[-1] * num_tokens / self._tokens[-1]
-        if at == 0:
+    def __call__(self, number: int) -> float:
+        i = bisect_left(self._at, number)
+        if i == len(self._at):
+            return self._seconds[-1] * number / self._at[-1]
+        if i == 0:
             return self._seconds[0]
-        (left, right), (low, high) = self._tokens[at - 1 : at + 1], self._seconds[at - 1 : at + 1]
-        return low + (high - low) * (num_tokens - left) / (right - left)
+        (left, right), (low, high) = self._at[i - 1 : i + 1], self._seconds[i - 1 : i + 1]
+        return low + (high - low) * (number - left) / (right - left)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a step."""
+
+    by_tokens: Curve
+    of_drafts: Curve = Curve({1: 0.0})  # noqa: RUF009 (never changes)
+    """By number of sequences: what a step with any drafts takes longer, their tokens aside. It is not overlapped, and rows are
+    put together and taken apart in a slower way."""
+
+    def without(self, num_seqs: int) -> float:
+        """Every sequence gets its next token."""
+        return self.by_tokens(num_seqs)
+
+    def with_drafts(self, num_seqs: int, num_drafts: int) -> float:
+        return self.by_tokens(num_seqs + num_drafts) + self.of_drafts(num_seqs)
 
 
 @dataclass(slots=True)
@@ -101,10 +120,10 @@ def best_counts(chances: Items[Items[float]], num_seqs: int, costs: StepCosts) -
     `chances`: by sequence, of its first, second, … draft, never rising; so the best n drafts of all are the n likeliest.
     """
     ranked = sorted(((-chance, i) for i, of_seq in enumerate(chances) for chance in of_seq), key=lambda one: one[0])
-    best, taken, gained = num_seqs / costs(num_seqs), 0, 0.0
+    best, taken, gained = num_seqs / costs.without(num_seqs), 0, 0.0
     for n, (minus, _) in enumerate(ranked, 1):
         gained -= minus
-        rate = (num_seqs + gained) / (costs(num_seqs + n) + costs.pause)
+        rate = (num_seqs + gained) / costs.with_drafts(num_seqs, n)
         if rate > best:
             best, taken = rate, n
     counts = [0] * len(chances)
@@ -142,8 +161,8 @@ class Adaptive(EverySequence):
         self._num_draft_tokens = num_draft_tokens
         self._clock = clock
         self._earned_until = clock()
-        self._max_credit = MAX_CREDIT * costs(1)
-        self.credit = self._max_credit
+        self._max_earned, self._max_saved = MAX_EARNED * costs.without(1), MAX_SAVED * costs.without(1)
+        self.credit = self._max_earned
         """Seconds."""
         self._look = 0.0
         """Seconds of asking for one sequence, on average."""
@@ -158,15 +177,18 @@ class Adaptive(EverySequence):
     def due(self, running: list[Sequence]) -> list[Sequence]:
         # Where nobody is asked, this is all that drafting costs a step: its cost must not depend on the sequences.
         self._step += 1
+        if self._step in self._due_at:
+            for seq_id in self._due_at.pop(self._step):
+                history = self._histories.get(seq_id)
+                if history is not None and history.due == self._step:
+                    self._ready[seq_id] = history
+        if not self._ready or not self._can_pay(len(running)):
+            return NOBODY
         now = self._clock()
-        self._earn(SHARE * (now - self._earned_until))
-        self._earned_until = now
-        for seq_id in self._due_at.pop(self._step, ()):
-            history = self._histories.get(seq_id)
-            if history is not None and history.due == self._step:
-                self._ready[seq_id] = history
-        if not self._ready or self.credit < 0 or not self._can_pay(len(running)):
-            return []
+        earned = min(self._max_earned, self.credit + SHARE * (now - self._earned_until))
+        self._earned_until, self.credit = now, max(self.credit, earned)
+        if self.credit < 0:
+            return NOBODY
         count = len(self._ready) if self.credit > self._look * len(self._ready) else 1 + int(self.credit / self._look)
         taken = list(self._ready)[:count]
         return [self._ready.pop(seq_id).seq for seq_id in taken]
@@ -175,16 +197,15 @@ class Adaptive(EverySequence):
         """Whether drafts would pay at this batch size if all of them were accepted."""
         pays = self._pays.get(num_seqs)
         if pays is None:
-            costs, least = self.costs, WORTH * num_seqs / self.costs(num_seqs)
-            most = num_seqs * (1 + self._num_draft_tokens)
-            between = (n for n in costs.points if num_seqs < n < most)
-            rates = (n / (costs(n) + costs.pause) for n in (num_seqs + 1, *between, most))
-            pays = self._pays[num_seqs] = any(rate > least for rate in rates)
+            least, most = WORTH * num_seqs / self.costs.without(num_seqs), num_seqs * self._num_draft_tokens
+            counts = (1, *(n - num_seqs for n in self.costs.by_tokens.points if num_seqs < n < num_seqs + most), most)
+            pays = any((num_seqs + n) / self.costs.with_drafts(num_seqs, n) > least for n in counts)
+            self._pays[num_seqs] = pays
         return pays
 
     def looked(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
         self._look += 0.1 * (seconds - self._look)
-        self._earn(-seconds)
+        self.credit -= seconds
         history = self._of(seq)
         if has_drafts:
             self._wake(history, 1)
@@ -199,8 +220,9 @@ class Adaptive(EverySequence):
         for seq, count in zip(drafted, counts, strict=True):
             if not count:
                 self._rest(self._of(seq))
-        longer = self.costs(num_seqs + sum(counts)) - self.costs(num_seqs) + self.costs.pause
-        self._earn(began - self._clock() - longer)
+        self.credit -= self._clock() - began
+        if any(counts):
+            self.credit -= self.costs.with_drafts(num_seqs, sum(counts)) - self.costs.without(num_seqs)
         return counts
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
@@ -210,7 +232,8 @@ class Adaptive(EverySequence):
         if history is None or not num_drafted:
             return
         history.note(num_drafted, num_accepted)
-        self._earn(num_accepted * self.costs(self._num_seqs) / self._num_seqs)
+        saved = num_accepted * self.costs.without(self._num_seqs) / self._num_seqs
+        self.credit = max(self.credit, min(self._max_saved, self.credit + saved))
         if num_accepted:
             history.rest = 0
         else:
@@ -225,9 +248,6 @@ class Adaptive(EverySequence):
         if history is None:
             history = self._histories[seq.seq_id] = History(seq)
         return history
-
-    def _earn(self, seconds: float) -> None:
-        self.credit = min(self._max_credit, self.credit + seconds)
 
     def _rest(self, history: History) -> None:
         """Not in the next steps, and twice as long each time."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import statistics
 import time
 from collections.abc import Callable
 
-from dovetail.adaptive import EverySequence, StepCosts
-from dovetail.engine import Engine, OverlappedEngine
+from dovetail.adaptive import Curve, EverySequence, StepCosts
+from dovetail.engine import Engine
 from dovetail.errors import PluginError
 from dovetail.interfaces.drafter import Drafter
 from dovetail.kv_cache import blocks_per_sequence
@@ -21,6 +20,8 @@ MAX_SECONDS = 2.0
 """For all measurements, but at least two steps of one token."""
 MAX_TOKENS = 512
 """Of a step that is measured: beyond that, steps cost in proportion."""
+ROWS = 1, 4, 16, 64
+"""Sequences of steps that are measured with a draft in them and without."""
 NUM_STEPS = 6
 
 
@@ -35,12 +36,14 @@ class _Guess:
 
 
 class _Always(EverySequence):
-    """A number of drafts for each sequence in each step. With none, the loop still pauses as if there were some."""
+    """In each step `num_drafts` drafts for each sequence, or one for the first alone."""
 
-    def __init__(self, num_drafts: int) -> None:
-        self._num_drafts = num_drafts
+    def __init__(self, num_drafts: int, first_alone: bool = False) -> None:
+        self._num_drafts, self._first_alone = num_drafts, first_alone
 
     def share(self, drafted: list[Sequence], lengths: list[int], num_seqs: int) -> list[int]:
+        if self._first_alone:
+            return [1] + [0] * (len(lengths) - 1)
         return [min(length, self._num_drafts) for length in lengths]
 
 
@@ -53,29 +56,44 @@ def measure(
     `drafter`: one that runs in the worker, whose work is then part of the steps. The engine serves nobody yet; its stats begin
     anew. Raises `PluginError` if a step fails.
     """
-    speculation, began = engine.speculation, clock()
+    speculation, until = engine.speculation, clock() + MAX_SECONDS
     most = max(0, min(num_draft_tokens, max_len - 2))
-    limit = min(MAX_TOKENS, max_num_batched_tokens, min(max_num_seqs, engine.max_num_waiting) * (1 + most))
+    max_num_seqs = min(max_num_seqs, engine.max_num_waiting)
+    limit = min(MAX_TOKENS, max_num_batched_tokens, max_num_seqs * (1 + most))
     length = min(max_len, 2 + (NUM_STEPS + 1) * (1 + most))
-    points: dict[int, float] = {}
-    overlapped = math.inf  # seconds of a step of one token in the overlapped loop
-    sizes = [2**i for i in range(limit.bit_length())]
+    by_tokens, plain, touched = Measured(), Measured(), Measured()
+
+    def step(num_seqs: int, policy: _Always | None) -> float:
+        engine.speculation = None if policy is None else Speculation(drafter or _Guess(), max(1, most), policy)
+        return _seconds_of_a_step(engine, num_seqs, length, clock)
+
     try:
-        for num_tokens in (*sizes, *sizes):  # twice, since whatever disturbs does so for a while
-            num_seqs = -(-num_tokens // (1 + most))
-            num_drafts = num_tokens // num_seqs - 1
-            if points and (clock() > began + MAX_SECONDS or not _has_room(engine, num_seqs, length, max_num_batched_tokens)):
-                continue
-            if num_tokens == 1 and isinstance(engine, OverlappedEngine):
-                engine.speculation = None
-                overlapped = min(overlapped, _seconds_of_a_step(engine, 1, length, clock))
-            engine.speculation = Speculation(drafter or _Guess(), max(1, num_drafts), _Always(num_drafts))
-            size, seconds = num_seqs * (1 + num_drafts), _seconds_of_a_step(engine, num_seqs, length, clock)
-            points[size] = min(seconds, points.get(size, math.inf))
+        for _ in range(2):  # what disturbs does so for a while, and the least that was seen counts
+            for num_tokens in (2**i for i in range(limit.bit_length())):
+                num_seqs = -(-num_tokens // (1 + most))
+                num_drafts = num_tokens // num_seqs - 1
+                if by_tokens and (clock() > until or not _has_room(engine, num_seqs, length, max_num_batched_tokens)):
+                    break
+                by_tokens.add(num_seqs * (1 + num_drafts), step(num_seqs, _Always(num_drafts) if num_drafts else None))
+            for num_seqs in ROWS:
+                if most and num_seqs <= max_num_seqs and num_seqs < max_num_batched_tokens and clock() < until and _has_room(
+                    engine, num_seqs, length, max_num_batched_tokens
+                ):  # fmt: skip
+                    plain.add(num_seqs, step(num_seqs, None))
+                    touched.add(num_seqs, step(num_seqs, _Always(1, first_alone=True)))
     finally:
         engine.speculation = speculation
         engine.stats = EngineStats(kv_blocks_total=engine.kv.num_total)
-    return StepCosts(points, max(0.0, StepCosts(points)(1) - overlapped))
+    curve = Curve(by_tokens)
+    extra = {n: max(0.0, touched[n] - plain[n] - curve(n + 1) + curve(n)) for n in plain}
+    return StepCosts(curve, Curve(extra or {1: 0.0}))
+
+
+class Measured(dict[int, float]):
+    """The least seconds seen, by number."""
+
+    def add(self, number: int, seconds: float) -> None:
+        self[number] = min(seconds, self.get(number, seconds))
 
 
 def _has_room(engine: Engine, num_seqs: int, length: int, chunk: int) -> bool:
