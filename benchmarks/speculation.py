@@ -89,8 +89,9 @@ def main() -> None:
 
 
 def compare(
-    llm: LLM, speculation: Speculation, key: str, workload: str, count: int, temperature: float, num_rounds: int, num_tokens: int
-) -> dict[str, Any]:
+    llm: LLM, speculation: Speculation, key: str, workload: str, count: int, temperature: float, num_rounds: int,
+    num_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
     rates: dict[str, list[float]] = {"drafting": [], "without": []}
     drafted = accepted = steps = tokens = 0
     for i in range(num_rounds + 1):
