@@ -40,6 +40,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/linear_cpu.py
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/bridge_compile.py
+	$(BIN)/python benchmarks/speculation.py
 
 # What the engine needs, from the projects' own files; torch is the CPU build that constraints.txt pins.
 $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)

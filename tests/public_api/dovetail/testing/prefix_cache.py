@@ -7,7 +7,7 @@ from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, request, requests_of, run, setups
+from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, request, requests_of, run, setups
 from dovetail.testing.prefix_cache_machine import IndexMachine
 from dovetail.types import KVGroup, Request, SamplingParams
 prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])

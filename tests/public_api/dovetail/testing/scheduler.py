@@ -9,7 +9,7 @@ from dovetail.interfaces.scheduler import Scheduler, SchedulerCapabilities
 from dovetail.provider import SchedulerOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, collect, request, requests_of, run, setups, workloads
+from dovetail.testing.engines import Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, alone, collect, request, requests_of, run, setups, workloads
 from dovetail.testing.simulated import Faults
 from dovetail.types import Request
 PAGED = dovetail_kv_caches()[0]
