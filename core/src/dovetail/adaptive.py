@@ -53,8 +53,8 @@ class Curve:
         i = bisect_left(self._at, number)
         if i == len(self._at):
             return self._seconds[-1] * number / self._at[-1]
-        if i == 0:
-            return self._seconds[0]
+        if i == 0 or self._at[i] == number:
+            return self._seconds[i]
         (left, right), (low, high) = self._at[i - 1 : i + 1], self._seconds[i - 1 : i + 1]
         return low + (high - low) * (number - left) / (right - left)
 

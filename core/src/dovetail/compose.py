@@ -20,7 +20,7 @@ from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
-from dovetail.interfaces.drafter import Drafter
+from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
@@ -142,7 +142,8 @@ def _speculation(context: BuildContext, engine: Engine, vocab_size: int) -> Spec
     if drafter is None:
         return None
     option, num_draft_tokens = context.option, context.option("speculation", "num_draft_tokens")
-    in_worker = context.capabilities("speculation").runs_in == "worker"
+    can = context.capabilities("speculation")
+    in_worker = isinstance(can, DrafterCapabilities) and can.runs_in == "worker"
     drafter = CheckedDrafter(drafter, vocab_size, runs_in_worker=in_worker)
     policy = EverySequence()
     if option("speculation", "adaptive"):

@@ -12,7 +12,7 @@ from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
 from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
-from dovetail.interfaces.drafter import Drafter
+from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
