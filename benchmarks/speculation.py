@@ -1,6 +1,6 @@
 """Drafting beside no drafting: decoded tokens per second of one engine with its drafter and without, in turn.
 
-    python benchmarks/speculation.py [--drafter ngram] [--models demo c a] [--rounds 9] [--overlap] [--json FILE]
+    python benchmarks/speculation.py [--drafter ngram] [--models demo c a] [--rounds 21] [--overlap] [--json FILE]
 
 - `copy`, one request at a time: an answer that repeats what is there already. The demo model goes on with code and tables that
   repeat themselves, and repeats a passage that its prompt has; the models of random weights run into a cycle by themselves.
@@ -49,7 +49,7 @@ class Stack:
 MODULES = "json", "pickle", "marshal", "shelve", "dbm", "sqlite3", "zlib", "gzip"
 TABLE = "".join(f"    '{name}': '{name}',\n" for name in MODULES)
 COPIES = (PASSAGE + PASSAGE + "class Stack:\n", TABLE + TABLE + "    'json'", "import os\nimport sys\nimport os\nimport sys\n")
-SECONDS = 0.4
+SECONDS = 0.12
 """Of one side in one round, at least."""
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--drafter", default="ngram")
     parser.add_argument("--models", nargs="+", default=["demo", "c", "a"])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--tokens", type=int, default=160, help="of an answer; of 16 and more requests at a time at most 64")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--overlap", action="store_true")
