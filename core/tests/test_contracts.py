@@ -238,7 +238,7 @@ def test_an_optional_socket_may_stay_empty(model: Path) -> None:
     assert choice.is_empty
     assert why_not(choice, "guess") == ["none was asked for (set speculation: auto)"]
     taken = resolve(load_config(model=str(model), speculation="auto"), registry).choices["speculation"]
-    assert (taken.provider, taken.options) == ("guess", {"num_draft_tokens": 4})
+    assert (taken.provider, taken.options) == ("guess", {"num_draft_tokens": 4, "adaptive": True})
     with pytest.raises(ConfigError, match="nobody to take them"):
         resolve(load_config(model=str(model), speculation={"use": "none", "num_draft_tokens": 3}), registry)
     with pytest.raises(ConfigError, match="num_draft_tokens"):

@@ -11,13 +11,13 @@ import pytest
 from offers import attention, module_with, registry_of, why_not
 
 from dovetail.config import load_config
+from dovetail.checks import CheckedDrafter
 from dovetail.errors import CheckpointError, ConfigError, PluginError
 from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.plan import Plan
 from dovetail.provider import DrafterOptions, DraftModelOptions, Provider
 from dovetail.resolution import resolve
-from dovetail.speculation import Speculation
 from dovetail.testing.plugin import make_model
 from dovetail.testing.simulated import SimulatedWorker
 from dovetail.types import DRAFTED_BY_WORKER, Request, SamplingParams, SequenceStart, StepPlan
@@ -161,10 +161,9 @@ def test_what_is_left_to_the_worker_is_nothing_else() -> None:
     from dovetail.sequence import Sequence
 
     seq = Sequence(0, Request("r", [1, 2], SamplingParams(), 9, 0, []), 0, [1, 2], num_computed_tokens=1)
-    ((seq_id, error),) = Speculation(Wrong(), 4, 64, runs_in_worker=True).draft([seq])
-    assert seq_id == 0
-    assert "proposed 5; tokens are from -1 to -1" in str(error)
-    assert Speculation(Wrong(), 4, 64).draft([seq]) == []
+    with pytest.raises(PluginError, match="proposed 5; tokens are from -1 to -1"):
+        CheckedDrafter(Wrong(), 64, runs_in_worker=True).propose(seq, 4)
+    assert CheckedDrafter(Wrong(), 64).propose(seq, 4) == [5] * 4
 
 
 def test_the_simulated_worker_drafts_well_and_not_always() -> None:

@@ -14,12 +14,13 @@ from operator import attrgetter
 from typing import Any, NoReturn
 
 from dovetail.errors import PluginError
+from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.kv_cache import NULL_BLOCK
 from dovetail.sequence import Sequence
-from dovetail.types import StepPlan, StepResult
+from dovetail.types import DRAFTED_BY_WORKER, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 Culprit = Callable[[BaseException, str], str]
@@ -247,3 +248,19 @@ class CheckedKVCache:
         self.faults.append((seq_id, error))
 
 
+class CheckedDrafter:
+    """A drafter whose proposals are tokens, and no more than were asked for."""
+
+    def __init__(self, drafter: Drafter, vocab_size: int, *, runs_in_worker: bool = False) -> None:
+        self._inner = drafter
+        self._allowed = range(DRAFTED_BY_WORKER, DRAFTED_BY_WORKER + 1) if runs_in_worker else range(vocab_size)
+        self.forget = drafter.forget
+
+    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        draft, allowed = self._inner.propose(seq, max_tokens), self._allowed
+        if not isinstance(draft, list) or len(draft) > max_tokens:
+            raise PluginError(f"the drafter was asked for a list of at most {max_tokens} tokens and proposed {draft!r}")
+        for token in draft:
+            if type(token) is not int or token not in allowed:
+                raise PluginError(f"the drafter proposed {token!r}; tokens are from {allowed.start} to {allowed.stop - 1}")
+        return draft[:]

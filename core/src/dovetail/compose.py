@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dovetail.adaptive import Adaptive, EverySequence
 from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
-from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
+from dovetail.checks import CheckedDrafter, CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
@@ -30,6 +31,7 @@ from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
 from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
+from dovetail.step_costs import measure
 from dovetail.types import KVGroup
 
 
@@ -120,12 +122,12 @@ def build_engine(
         kv: KVCacheManager = CheckedKVCache(context.build("kv_cache"), context.name("kv_cache"))
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
-        speculation = _speculation(context, model.vocab_size)
         scheduler = CheckedScheduler(
             context.build("scheduler"), context.name("scheduler"), culprit, limits["max_num_batched_tokens"]
         )  # fmt: skip
         checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
-        engine = loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        engine = loop(scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        engine.speculation = _speculation(context, engine, model.vocab_size)
         attestation.begin_serving()
         return engine
     except BaseException as e:
@@ -135,12 +137,21 @@ def build_engine(
         raise PluginError(f"{culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
 
 
-def _speculation(context: BuildContext, vocab_size: int) -> Speculation | None:
+def _speculation(context: BuildContext, engine: Engine, vocab_size: int) -> Speculation | None:
     drafter: Drafter | None = context.build("speculation")
     if drafter is None:
         return None
-    num_draft_tokens = context.option("speculation", "num_draft_tokens")
-    return Speculation(drafter, num_draft_tokens, vocab_size, runs_in_worker=context.plan.draft is not None)
+    option, num_draft_tokens = context.option, context.option("speculation", "num_draft_tokens")
+    in_worker = context.plan.draft is not None
+    drafter = CheckedDrafter(drafter, vocab_size, runs_in_worker=in_worker)
+    policy = EverySequence()
+    if option("speculation", "adaptive"):
+        costs = measure(
+            engine, num_draft_tokens, max_num_seqs=option("scheduler", "max_num_seqs"), max_len=context.plan.max_model_len,
+            max_num_batched_tokens=option("scheduler", "max_num_batched_tokens"), drafter=drafter if in_worker else None,
+        )  # fmt: skip
+        policy = Adaptive(costs, num_draft_tokens)
+    return Speculation(drafter, num_draft_tokens, policy)
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dovetail.errors import DovetailError, Overloaded, StepFailed
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.sequence import Sequence
-from dovetail.speculation import Speculation
 from dovetail.types import (
     EngineStats,
     FinishReason,
@@ -24,6 +24,9 @@ from dovetail.types import (
     StepPlan,
     StepResult,
 )
+
+if TYPE_CHECKING:
+    from dovetail.speculation import Speculation
 
 
 @dataclass
@@ -97,8 +100,10 @@ class Engine:
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         if self.speculation is not None:
-            for seq_id, error in self.speculation.draft(self.scheduler.running):
+            for seq_id, error in self.speculation.draft(self.scheduler.running, in_flight=in_flight):
                 self._fail([seq_id], error, "speculation")
+            if in_flight and self.speculation.waits:
+                return None
         try:
             return self.scheduler.schedule(in_flight=in_flight)
         except Exception as e:
@@ -157,12 +162,12 @@ class Engine:
             return
         new = result.token_ids[row]
         num_computed = plan.num_computed[row] + plan.num_tokens[row]
-        if plan.draft_token_ids and plan.draft_token_ids[row]:
+        num_drafted = len(plan.draft_token_ids[row]) if plan.draft_token_ids else 0
+        if num_drafted:
             # What was computed for drafts that were not accepted is computed again.
-            num_drafted = len(plan.draft_token_ids[row])
             num_computed = seq.num_computed_tokens = num_computed - num_drafted + len(new) - 1
-            self.stats.num_draft_tokens += num_drafted
-            self.stats.num_accepted_tokens += len(new) - 1
+        if self.speculation is not None and new:
+            self.speculation.verified(seq, num_drafted, len(new) - 1)
         self._count(plan, row, seq, len(new))
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
         if result.prompt_logprobs:
@@ -197,6 +202,8 @@ class Engine:
         s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
         s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
+        if self.speculation is not None:
+            self.speculation.count(s)
         return s
 
     # How sequences end.

@@ -49,6 +49,7 @@ class DrafterOptions(Options):
     """What every drafter's options have."""
 
     num_draft_tokens: int = Field(4, ge=1, le=32, description="most tokens proposed for a sequence in a step")
+    adaptive: bool = Field(True, description="in each step only as many as pay, often none; false: always as many as there are")
 
 
 class DraftModelOptions(DrafterOptions):

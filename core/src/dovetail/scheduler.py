@@ -81,7 +81,7 @@ class TokenBudgetScheduler:
             known, computed = len(seq.tokens) + seq.num_in_flight, seq.num_computed_tokens
             if (
                 known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None
-                and not (seq.is_drafted and (seq.num_in_flight or seq.draft_token_ids))
+                and not seq.draft_token_ids
             ):  # fmt: skip
                 # Decode within a block: what most rows are, so `Sequence.add_row` with all that is known of them.
                 plan.seq_ids.append(seq.seq_id)

@@ -265,6 +265,11 @@ class EngineStats(msgspec.Struct):
     num_draft_tokens: int = 0
     """Verified; of these accepted:"""
     num_accepted_tokens: int = 0
+    drafted_by_position: list[int] = []
+    """The same, by position in the draft."""
+    accepted_by_position: list[int] = []
+    draft_seconds: float = 0.0
+    """In the drafter, as far as it runs in the engine."""
     num_prefix_queried_tokens: int = 0
     """Prompt tokens looked for in the prefix cache; of these found:"""
     num_prefix_hit_tokens: int = 0

@@ -3,9 +3,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from dovetail.adaptive import Adaptive, EverySequence
 from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
-from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
+from dovetail.checks import CheckedDrafter, CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
@@ -22,6 +23,7 @@ from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
 from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
+from dovetail.step_costs import measure
 from dovetail.types import KVGroup
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class SchedulerOptions(Options):
 
 class DrafterOptions(Options):
     num_draft_tokens: int = Field(4, ge=1, le=32, description='most tokens proposed for a sequence in a step')
+    adaptive: bool = Field(True, description='in each step only as many as pay, often none; false: always as many as there are')
 
 class DraftModelOptions(DrafterOptions):
     model: str = Field('auto', min_length=1, description="that drafts: a plugin's model name, a local folder, a hub id; auto: the target's own")

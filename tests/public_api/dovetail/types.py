@@ -130,6 +130,9 @@ class EngineStats(msgspec.Struct):
     num_failed_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    drafted_by_position: list[int] = []
+    accepted_by_position: list[int] = []
+    draft_seconds: float = 0.0
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
+from dovetail.adaptive import EverySequence
+from dovetail.checks import CheckedDrafter
 from dovetail.engine import Engine, OverlappedEngine, Step
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
@@ -176,6 +178,7 @@ class Parts:
     drafter: NewDrafter | None = None
     num_draft_tokens: int = 4
     drafts_in_worker: bool = False
+    policy: Callable[[], EverySequence] = EverySequence
 
     def engine(self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000) -> WatchedEngine:
         worker = SimulatedWorker(setup.groups, faults=faults)
@@ -184,9 +187,8 @@ class Parts:
         loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
         speculation = None
         if self.drafter is not None:
-            speculation = Speculation(
-                self.drafter(), self.num_draft_tokens, worker.vocab_size, runs_in_worker=self.drafts_in_worker
-            )  # fmt: skip
+            drafter = CheckedDrafter(self.drafter(), worker.vocab_size, runs_in_worker=self.drafts_in_worker)
+            speculation = Speculation(drafter, self.num_draft_tokens, self.policy())
         engine = loop(self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting)
         engine.watch = Watch(setup, engine)
         return engine
