@@ -30,7 +30,9 @@ LONG = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 
 
 
 def drafting(model: Any = "demo-draft", num_draft_tokens: int = 4) -> dict[str, Any]:
-    return {"speculation": {"use": "draft-model", "model": str(model), "num_draft_tokens": num_draft_tokens}}
+    """Always so many: what is tested here is what the worker does, not whether it pays."""
+    options = {"model": str(model), "num_draft_tokens": num_draft_tokens, "adaptive": False}
+    return {"speculation": {"use": "draft-model", **options}}
 
 
 def drafts_of(
@@ -279,7 +281,7 @@ def test_the_plan_and_the_lock_show_the_draft_model() -> None:
     )
     assert "draft" not in without
     plan = resolve(load_config(model="demo", device="cpu", speculation="draft-model"), registry)
-    assert plan.choices["speculation"].options == {"num_draft_tokens": 4, "model": "demo-draft"}
+    assert plan.choices["speculation"].options == {"num_draft_tokens": 4, "adaptive": True, "model": "demo-draft"}
     assert (lock["draft"]["name"], lock["draft"]["architecture"]) == ("demo-draft", "LlamaForCausalLM")
     weights = (WEIGHTS / "draft" / "model.safetensors").read_bytes()
     assert lock["draft"]["files"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from offers import attention, module_with, registry_of, why_not
 
-from dovetail.config import load_config
 from dovetail.checks import CheckedDrafter
+from dovetail.config import load_config
 from dovetail.errors import CheckpointError, ConfigError, PluginError
 from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
@@ -136,7 +136,7 @@ def test_draft_models_that_are_not_there(model: Path, draft: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("count", [0, 33, -1, "many"])
 def test_numbers_of_draft_tokens_out_of_range(model: Path, draft: Path, count: Any) -> None:
-    with pytest.raises(ConfigError, match=r"speculation\.num_draft_tokens: .*Options of drafts: num_draft_tokens, model"):
+    with pytest.raises(ConfigError, match=r"speculation\.num_draft_tokens: .*Options of drafts: num_draft_tokens, adaptive, model"):
         planned(model, draft, more={"num_draft_tokens": count})
 
 
