@@ -43,12 +43,10 @@ FLAT = StepCosts(Curve({1: 1.0, 1000: 1.1}))
 LINEAR = StepCosts(Curve({1: 1.0}))
 """As if only tokens cost: no draft is."""
 
-costs = st.builds(
-    lambda seconds, more: StepCosts(
-        Curve({2**i: s for i, s in enumerate(itertools.accumulate(seconds))}), Curve({1: more, 4: 2 * more})
-    ),
-    st.lists(st.floats(0, 3), min_size=1, max_size=5).map(lambda rest: [1.0, *rest]), st.floats(0, 1),
-)  # fmt: skip
+curves = st.lists(st.floats(0, 3), max_size=5).map(
+    lambda rest: Curve({2**i: s for i, s in enumerate(itertools.accumulate([1.0, *rest]))})
+)
+costs = st.builds(StepCosts, curves, st.dictionaries(st.integers(1, 6), curves, max_size=3))
 falling = st.lists(st.floats(0, 1), max_size=4).map(lambda values: sorted(values, reverse=True))
 
 
@@ -75,6 +73,22 @@ def test_a_curve_never_falls_and_passes_below_its_points(points: dict[int, float
     assert curve(min(a, b)) <= curve(max(a, b)) + 1e-9
     assert all(curve(n) <= seconds for n, seconds in points.items())
     assert curve(2 * max(points)) == pytest.approx(2 * curve(max(points)))
+
+
+@given(costs, st.integers(1, 9), st.integers(1, 30), st.integers(1, 30))
+def test_more_drafts_never_cost_less_and_any_cost_at_least_what_none_do(of: StepCosts, num_seqs: int, a: int, b: int) -> None:
+    few, many = of.with_drafts(num_seqs, min(a, b)), of.with_drafts(num_seqs, max(a, b))
+    assert of.without(num_seqs) <= few + 1e-9
+    assert few <= many + 1e-9
+
+
+def test_costs_between_measured_numbers_of_sequences_are_between_theirs() -> None:
+    of = StepCosts(Curve({1: 1.0, 4: 2.0}), {1: Curve({1: 2.0, 2: 3.0}), 4: Curve({1: 4.0, 4: 5.0, 8: 9.0})})
+    assert of.with_drafts(1, 2) == 3.0
+    assert of.with_drafts(4, 4) == 5.0
+    assert of.with_drafts(2, 2) == pytest.approx(2 + (5 - 2) / 3)  # one each: between 2 and 5
+    assert of.with_drafts(8, 16) == 18.0
+    assert of.with_drafts(4, 1) == 4.0
 
 
 class Clock:
@@ -197,7 +211,7 @@ class Repeats:
 
 
 @settings(deadline=None)
-@given(setups, workloads, st.sampled_from([FLAT, LINEAR, StepCosts(Curve({1: 1.0, 2: 1.1, 4: 1.2, 8: 3.0}), Curve({1: 0.05}))]))
+@given(setups, workloads, st.sampled_from([FLAT, LINEAR, StepCosts(Curve({1: 1.0, 2: 1.1, 4: 1.2, 8: 3.0}), {2: Curve({1: 1.2})})]))
 def test_adapting_changes_no_output(setup: Setup, workload: list[Any], costs: StepCosts) -> None:
     asked = requests_of(workload)
     expected = alone(Parts(new_paged, new_scheduler), asked, setup.window)
@@ -277,9 +291,9 @@ def test_a_drafter_that_fails_costs_its_request_and_no_other(draft: Any, overlap
 def test_costs_are_measured_on_an_engine_that_is_then_as_new(overlap: bool) -> None:
     engine = Parts(new_paged, new_scheduler).engine(Setup(overlap=overlap, budget=MAX_LEN, seats=4, spare_blocks=200))
     costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN)
-    assert list(costs.by_tokens.points) == [1, 2, 4, 8, 16]
-    assert all(s > 0 for s in costs.by_tokens.points.values())
-    assert list(costs.of_drafts.points) == [1, 4]
+    assert list(costs.plain.points) == [1, 2, 4]
+    assert {n: list(curve.points) for n, curve in costs.drafted.items()} == {1: [1, 2, 3], 4: [1, 4, 8, 12]}
+    assert all(s > 0 for curve in (costs.plain, *costs.drafted.values()) for s in curve.points.values())
     assert engine.speculation is None
     assert engine.kv.num_used == 0
     assert engine.snapshot().num_steps == 0
@@ -302,7 +316,8 @@ def test_measuring_ends_in_time_and_costs_grow_in_proportion_beyond() -> None:
     rng = random.Random(0)
     clock = itertools.accumulate(itertools.repeat(2.0), lambda t, step: t + step * rng.uniform(1, 1.01)).__next__
     costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN, clock=clock)
-    assert list(costs.by_tokens.points) == [1]
+    assert list(costs.plain.points) == [1]
+    assert costs.drafted == {}
     assert costs.without(8) == pytest.approx(8 * costs.without(1))
 
 

@@ -136,7 +136,7 @@ def test_draft_models_that_are_not_there(model: Path, draft: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("count", [0, 33, -1, "many"])
 def test_numbers_of_draft_tokens_out_of_range(model: Path, draft: Path, count: Any) -> None:
-    with pytest.raises(ConfigError, match=r"speculation\.num_draft_tokens: .*Options of drafts: num_draft_tokens, adaptive, model"):
+    with pytest.raises(ConfigError, match=r"num_draft_tokens: .*Options of drafts: num_draft_tokens, adaptive, model"):
         planned(model, draft, more={"num_draft_tokens": count})
 
 

@@ -1,8 +1,8 @@
 """Who is drafted for, and how far: as far as it pays.
 
-A step costs seconds by the number of its tokens (measured at the start, `step_costs.py`), a draft token is accepted with a
-probability that its sequence has shown so far. So what a number of draft tokens is expected to bring, in tokens per second of
-the whole step, can be computed, and the best one is taken; often that is none.
+A step costs seconds by its sequences and draft tokens (measured at the start, `step_costs.py`), and a draft token is accepted
+with a probability that its sequence has shown so far. So what a number of draft tokens is expected to bring, in tokens per
+second of the whole step, can be computed, and the best one is taken; often that is none.
 
 An account bounds what it costs to find out. It earns a share of the time that passes, and what accepted drafts have saved; it
 pays for looking, for steps that were longer because of drafts, and for pauses of the overlapped loop. While it is empty nobody
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -49,7 +49,7 @@ class Curve:
         self._seconds = [min(points[n] for n in self._at[i:]) for i in range(len(self._at))]
         self.points = dict(zip(self._at, self._seconds, strict=True))
 
-    def __call__(self, number: int) -> float:
+    def __call__(self, number: float) -> float:
         i = bisect_left(self._at, number)
         if i == len(self._at):
             return self._seconds[-1] * number / self._at[-1]
@@ -63,17 +63,24 @@ class Curve:
 class StepCosts:
     """Seconds of a step."""
 
-    by_tokens: Curve
-    of_drafts: Curve = Curve({1: 0.0})  # noqa: RUF009 (never changes)
-    """By number of sequences: what a step with any drafts takes longer, their tokens aside. It is not overlapped, and rows are
-    put together and taken apart in a slower way."""
+    plain: Curve
+    """By number of sequences, each of which gets its next token."""
+    drafted: Mapping[int, Curve] = field(default_factory=dict)
+    """By number of sequences: by number of draft tokens. More than what the tokens cost: such a step is not overlapped, rows
+    are put together and taken apart in a slower way, and a drafter in the worker is part of it. Empty: `plain`, by tokens."""
 
     def without(self, num_seqs: int) -> float:
-        """Every sequence gets its next token."""
-        return self.by_tokens(num_seqs)
+        return self.plain(num_seqs)
 
     def with_drafts(self, num_seqs: int, num_drafts: int) -> float:
-        return self.by_tokens(num_seqs + num_drafts) + self.of_drafts(num_seqs)
+        if not self.drafted:
+            return self.plain(num_seqs + num_drafts)
+        known = sorted(self.drafted)
+        low = max((n for n in known if n <= num_seqs), default=known[0])
+        high = min((n for n in known if n >= num_seqs), default=low)
+        ends = [self.drafted[n](max(1.0, num_drafts * n / num_seqs)) for n in (low, high)]
+        beyond, between = ends[0] * num_seqs / low, (num_seqs - low) / max(1, high - low)
+        return max(beyond if low == high else ends[0] + (ends[1] - ends[0]) * between, self.plain(num_seqs))
 
 
 @dataclass(slots=True)
@@ -198,7 +205,7 @@ class Adaptive(EverySequence):
         pays = self._pays.get(num_seqs)
         if pays is None:
             least, most = WORTH * num_seqs / self.costs.without(num_seqs), num_seqs * self._num_draft_tokens
-            counts = (1, *(n - num_seqs for n in self.costs.by_tokens.points if num_seqs < n < num_seqs + most), most)
+            counts = {1, most, *(num_seqs * 2**i for i in range(self._num_draft_tokens.bit_length()))}
             pays = any((num_seqs + n) / self.costs.with_drafts(num_seqs, n) > least for n in counts)
             self._pays[num_seqs] = pays
         return pays

@@ -21,7 +21,7 @@ MAX_SECONDS = 2.0
 MAX_TOKENS = 512
 """Of a step that is measured: beyond that, steps cost in proportion."""
 ROWS = 1, 4, 16, 64
-"""Sequences of steps that are measured with a draft in them and without."""
+"""Sequences of steps that are measured with drafts in them; without also twice as many of each."""
 NUM_STEPS = 6
 
 
@@ -51,42 +51,42 @@ def measure(
     engine: Engine, num_draft_tokens: int, *, max_num_seqs: int, max_num_batched_tokens: int, max_len: int,
     drafter: Drafter | None = None, clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:  # fmt: skip
-    """Run steps of 1, 2, 4, … tokens: sequences of next to no context, each with as many drafts as it may have.
+    """Run steps of 1, 2, 4, … sequences of next to no context, without drafts and with one, and 1, 2, 4, … for each.
 
     `drafter`: one that runs in the worker, whose work is then part of the steps. The engine serves nobody yet; its stats begin
     anew. Raises `PluginError` if a step fails.
     """
     speculation, until = engine.speculation, clock() + MAX_SECONDS
     most = max(0, min(num_draft_tokens, max_len - 2))
-    max_num_seqs = min(max_num_seqs, engine.max_num_waiting)
-    limit = min(MAX_TOKENS, max_num_batched_tokens, max_num_seqs * (1 + most))
+    limit = min(MAX_TOKENS, max_num_batched_tokens)
+    max_num_seqs = min(max_num_seqs, engine.max_num_waiting, limit)
     length = min(max_len, 2 + (NUM_STEPS + 1) * (1 + most))
-    by_tokens, plain, touched = Measured(), Measured(), Measured()
+    plain, drafted = Measured(), {n: Measured() for n in ROWS if most and n <= max_num_seqs and n < limit}
 
     def step(num_seqs: int, policy: _Always | None) -> float:
         engine.speculation = None if policy is None else Speculation(drafter or _Guess(), max(1, most), policy)
         return _seconds_of_a_step(engine, num_seqs, length, clock)
 
+    # What costs least comes first: where the time ends, what would cost more is taken in proportion.
+    todo: list[tuple[int, int, int]] = [(n, n, 0) for n in sorted({*ROWS, *(2 * n for n in ROWS)}) if n <= max_num_seqs]
+    for n in drafted:
+        of_each = {2**i for i in range(most.bit_length())} | {most}
+        todo += [(n + 1, n, -1), *((n * (1 + k), n, k) for k in of_each if n * (1 + k) <= limit)]
     try:
         for _ in range(2):  # what disturbs does so for a while, and the least that was seen counts
-            for num_tokens in (2**i for i in range(limit.bit_length())):
-                num_seqs = -(-num_tokens // (1 + most))
-                num_drafts = num_tokens // num_seqs - 1
-                if by_tokens and (clock() > until or not _has_room(engine, num_seqs, length, max_num_batched_tokens)):
+            for _, num_seqs, num_drafts in sorted(todo):
+                if plain and (clock() > until or not _has_room(engine, num_seqs, length, max_num_batched_tokens)):
                     break
-                by_tokens.add(num_seqs * (1 + num_drafts), step(num_seqs, _Always(num_drafts) if num_drafts else None))
-            for num_seqs in ROWS:
-                if most and num_seqs <= max_num_seqs and num_seqs < max_num_batched_tokens and clock() < until and _has_room(
-                    engine, num_seqs, length, max_num_batched_tokens
-                ):  # fmt: skip
+                if num_drafts == 0:
                     plain.add(num_seqs, step(num_seqs, None))
-                    touched.add(num_seqs, step(num_seqs, _Always(1, first_alone=True)))
+                elif num_drafts < 0:  # one draft in all
+                    drafted[num_seqs].add(1, step(num_seqs, _Always(1, first_alone=True)))
+                else:
+                    drafted[num_seqs].add(num_seqs * num_drafts, step(num_seqs, _Always(num_drafts)))
     finally:
         engine.speculation = speculation
         engine.stats = EngineStats(kv_blocks_total=engine.kv.num_total)
-    curve = Curve(by_tokens)
-    extra = {n: max(0.0, touched[n] - plain[n] - curve(n + 1) + curve(n)) for n in plain}
-    return StepCosts(curve, Curve(extra or {1: 0.0}))
+    return StepCosts(Curve(plain), {n: Curve(points) for n, points in drafted.items() if points})
 
 
 class Measured(dict[int, float]):
