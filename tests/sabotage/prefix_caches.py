@@ -55,31 +55,24 @@ class EvictsBlocksInUse(HashIndex):
 class SaltIgnored(HashIndex):
     """The salt is not part of the key."""
 
-    def _chain(self, seq):
-        if seq.seq_id not in self._chains:
-            self._chains[seq.seq_id] = [self._hash(repr(seq.request.adapter_id).encode())]
-        return self._chains[seq.seq_id]
+    def _root(self, request):
+        return self._hash(repr(request.adapter_id).encode())
 
 
 @sabotage(APART, BOOKS)
 class AdapterIgnored(HashIndex):
     """The adapter is not part of the key."""
 
-    def _chain(self, seq):
-        if seq.seq_id not in self._chains:
-            self._chains[seq.seq_id] = [self._hash(repr(seq.request.cache_salt).encode())]
-        return self._chains[seq.seq_id]
+    def _root(self, request):
+        return self._hash(repr(request.cache_salt).encode())
 
 
 @sabotage(APART)
 class SaltAndAdapterJoined(HashIndex):
     """Adapter and salt are joined without saying where one ends, and None is the empty string."""
 
-    def _chain(self, seq):
-        if seq.seq_id not in self._chains:
-            r = seq.request
-            self._chains[seq.seq_id] = [self._hash(f"{r.adapter_id or ''}{r.cache_salt or ''}".encode())]
-        return self._chains[seq.seq_id]
+    def _root(self, request):
+        return self._hash(f"{request.adapter_id or ''}{request.cache_salt or ''}".encode())
 
 
 @sabotage(BOOKS, REUSE)
@@ -293,3 +286,56 @@ class StateOfTheClass(HashIndex):
     def __init__(self, block_size, num_blocks, make_policy):
         super().__init__(block_size, num_blocks, make_policy)
         self._entries, self._secret = self.shared, bytes(32)
+
+
+COMES, FAILED = "test_what_comes_together_is_computed_once", "test_what_failed_is_never_found"
+
+
+@sabotage(COMES, BOOKS)
+class ExpectsNothing(HashIndex):
+    """Nobody is told that a block is being computed."""
+
+    def expect(self, seq, first, end):
+        pass
+
+
+@sabotage(BOOKS)
+class ExpectsForEver(HashIndex):
+    """A sequence that has left is still expected to compute its blocks."""
+
+    def _no_longer_expect(self, seq_id, before=None):
+        pass
+
+
+@sabotage(BOOKS)
+class ExpectsAfterReset(HashIndex):
+    """A reset leaves what is expected as it was."""
+
+    def reset(self):
+        expected, coming = dict(self._expected), dict(self._coming)
+        super().reset()
+        self._expected, self._coming = expected, coming
+
+
+@sabotage(BOOKS)
+class ExpectsTheBlockBefore(HashIndex):
+    """Of the blocks that a sequence computes, the last one is not expected."""
+
+    def expect(self, seq, first, end):
+        super().expect(seq, first, end - 1)
+
+
+@sabotage(FAILED, REUSE)
+class FindsWhatIsExpected(HashIndex):
+    """A block can be found as soon as it is said to be computed."""
+
+    def expect(self, seq, first, end):
+        super().expect(seq, first, end)
+        self._promised = {key: seq.seq_id for key in self._chain(seq, end)[first + 1 : end + 1]}
+
+    def match(self, seq, num_blocks):
+        found, chain = super().match(seq, num_blocks), self._chain(seq, num_blocks)
+        promised = getattr(self, "_promised", {})
+        while found and len(found) < num_blocks and chain[len(found) + 1] in promised:
+            found.append(found[-1])
+        return found

@@ -220,10 +220,11 @@ class CheckedKVCache:
     def share(self, source: int, target: int, num_tokens: int) -> int:
         return self._up_to(num_tokens, self._inner.share(source, target, num_tokens))
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
-        return self._up_to(num_tokens, self._inner.reuse(seq, num_tokens))
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
+        found = self._inner.reuse(seq, num_tokens, may_wait=may_wait)
+        return None if found is None and may_wait else self._up_to(num_tokens, found)
 
-    def _up_to(self, num_tokens: int, found: int) -> int:
+    def _up_to(self, num_tokens: int, found: int | None) -> int:
         if type(found) is not int or not 0 <= found <= num_tokens:
             raise PluginError(f"asked for at most {num_tokens} tokens to share, it gave {found!r}", provider=self._name)
         return found

@@ -93,7 +93,7 @@ class PagedKVCache:
         self.tables[target] = [list(head) for head in heads]
         return num_shared
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         return 0
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:

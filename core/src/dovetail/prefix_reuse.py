@@ -32,27 +32,49 @@ class ReusingKVCache(PagedKVCache):
         self.kept: list[set[int]] = [set() for _ in groups]
         self._num_known: dict[int, int] = {}
         """By sequence: its first blocks, of which the prefix cache has been told."""
+        self._waits_for: dict[int, int] = {}
+        """By sequence: the block that it has to wait for, as far as is known."""
+        self._found: dict[int, tuple[int, int]] = {}
+        """By sequence that nothing was computed for yet: tokens looked for, and found."""
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         size = self._block_sizes[0]
         if self.prefix_cache is None or num_tokens < size:
             return 0
-        self.num_queried_tokens += num_tokens
+        limit = num_tokens // size
         try:
-            found = self.prefix_cache.match(seq, num_tokens // size)
+            if may_wait and self._must_wait(seq, self._waits_for.get(seq.seq_id, limit), limit):
+                return None  # as before: not worth looking for all blocks again
+            found = self.prefix_cache.match(seq, limit)
+            if may_wait and self._must_wait(seq, len(found), limit):
+                self._waits_for[seq.seq_id] = len(found)
+                return None
             count = self._usable(found)
         except Exception as e:  # nothing was changed, so that only this request is concerned
             self.faults.append((seq.seq_id, e))
             return 0
+        self._waits_for.pop(seq.seq_id, None)
         heads = [self._seen(group, [ids[i] for ids in found[:count]]) for i, group in enumerate(self.groups)]
-        if count == 0 or not self._ask(seq.seq_id, lambda cache: self._claim(cache, heads), False):
+        if count and not self._ask(seq.seq_id, lambda cache: self._claim(cache, heads), False):
             return 0
-        for pool, head in zip(self.pools, heads, strict=True):
-            pool.share(head)
-        self.tables[seq.seq_id] = heads
-        self._num_known[seq.seq_id] = count
-        self.num_hit_tokens += count * size
+        if count:
+            for pool, head in zip(self.pools, heads, strict=True):
+                pool.share(head)
+            self.tables[seq.seq_id] = heads
+            self._num_known[seq.seq_id] = count
+        self._found[seq.seq_id] = num_tokens, count * size
+        end = seq.num_prompt_tokens // size
+        if end > count:
+            self._ask(seq.seq_id, lambda cache: cache.expect(seq, count, end), None)
         return count * size
+
+    def _must_wait(self, seq: Sequence, block: int, limit: int) -> bool:
+        """Whether a sequence that runs is about to compute block `block` of this one."""
+        if block >= limit or self.prefix_cache is None:
+            return False
+        owner = self.prefix_cache.expected_from(seq, block)
+        # Whoever it is said to be must run and not have computed it: so every wait ends, whatever the prefix cache says.
+        return owner is not None and owner in self.tables and self._num_known.get(owner, 0) <= block
 
     def _usable(self, found: list[tuple[int, ...]]) -> int:
         """The longest beginning of which every group has all the blocks that a next token sees."""
@@ -69,12 +91,16 @@ class ReusingKVCache(PagedKVCache):
         return [NULL_BLOCK] * unseen + blocks[unseen:]
 
     def _claim(self, cache: PrefixCache, heads: list[list[int]]) -> bool:
-        for i, (pool, head) in enumerate(zip(self.pools, heads, strict=True)):
-            idle = [b for b in head if b != NULL_BLOCK and pool.references[b] == 0]
-            if stale := [b for b in idle if b not in self.kept[i]]:
+        idle = [
+            [b for b in head if b != NULL_BLOCK and pool.references[b] == 0]
+            for pool, head in zip(self.pools, heads, strict=True)
+        ]
+        for i, blocks in enumerate(idle):
+            if stale := [b for b in blocks if b not in self.kept[i]]:
                 raise PluginError(f"the prefix cache found free blocks: {stale[:8]} of KV group {i}")
-            cache.claim(i, idle)
-            self.kept[i].difference_update(idle)
+            cache.claim(i, blocks)
+        for kept, blocks in zip(self.kept, idle, strict=True):  # last: if it fails, all that is kept becomes free
+            kept.difference_update(blocks)
         return True
 
     def _make_room(self, seq_id: int, needed: list[int]) -> bool:
@@ -96,16 +122,27 @@ class ReusingKVCache(PagedKVCache):
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         if seq.seq_id not in self.tables:
             return
+        if seq.seq_id in self._found:
+            self._count(seq)
         known, whole = self._num_known.get(seq.seq_id, 0), num_tokens // self._block_sizes[0]
         if whole > known:
             blocks = [table[known:whole] for table in self.tables[seq.seq_id]]
             self._num_known[seq.seq_id] = whole
             self._ask(seq.seq_id, lambda cache: cache.insert(seq, known, blocks), None)
 
+    def _count(self, seq: Sequence) -> None:
+        """Once a sequence, and when it runs: one that finds no room asks again, and one that was preempted finds its own."""
+        queried, hit = self._found.pop(seq.seq_id)
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = hit
+            self.num_queried_tokens += queried
+            self.num_hit_tokens += hit
+
     def free(self, seq_id: int) -> None:
         # From the last block to the first: among blocks of equal worth the end of a prefix is the first to go.
         super().free(seq_id)
-        self._num_known.pop(seq_id, None)
+        for by_sequence in (self._num_known, self._waits_for, self._found):
+            by_sequence.pop(seq_id, None)
         self._ask(seq_id, lambda cache: cache.forget(seq_id), None)
 
     def _drop(self, seq_id: int, group: int, blocks: list[int]) -> None:

@@ -136,7 +136,10 @@ class TokenBudgetScheduler:
                 shareable = min(seq.num_prompt_tokens, len(seq.tokens) - 1)
                 seq.num_computed_tokens = self.kv.share(source.seq_id, seq.seq_id, shareable)
             if not seq.num_computed_tokens and seq.request.params.prompt_logprobs is None:
-                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
+                found = self.kv.reuse(seq, len(seq.tokens) - 1, may_wait=True)
+                if found is None:
+                    continue  # the same: what it needs is being computed
+                seq.num_computed_tokens = found
             count = min(seq.num_to_compute, budget)
             added = self._grow(seq, count)
             if added is None:

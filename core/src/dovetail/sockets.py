@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dovetail.adapters import attention_from_0_1
+from dovetail.adapters import attention_from_0_1, kv_cache_from_0_1, prefix_cache_from_0_1
 from dovetail.contracts import Previous
 from dovetail.interfaces import (
     architecture,
@@ -152,7 +152,8 @@ SOCKETS: tuple[Socket, ...] = (
         undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=("plan",),
     ),
     Socket(
-        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions,
+        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
+        Previous("0.1", "reuse takes `may_wait`", "0.3", kv_cache_from_0_1), options=KVCacheOptions,
         interface=kv_cache.KVCacheManager, invoked=("grow",),
     ),
     Socket(
@@ -160,7 +161,8 @@ SOCKETS: tuple[Socket, ...] = (
         interface=scheduler.Scheduler, invoked=("schedule",),
     ),
     Socket(
-        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True,
+        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT,
+        Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1), optional=True,
         interface=prefix_cache.PrefixCache, invoked=("match",),
     ),
     Socket(

@@ -36,11 +36,15 @@ class KVCacheManager(Protocol):
         has, 0 when nothing could be shared (then `target` is still unknown).
         """
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         """Give a new sequence the blocks in which its first tokens' KV is found computed, at most `num_tokens` tokens.
 
         Returns how many tokens it now has; 0 when nothing was found (then it is still unknown). A manager without a
         prefix cache finds nothing.
+
+        None, only to those who say that the sequence `may_wait`: not now, a running sequence is about to compute the
+        next block that this one needs. Nothing has changed; ask again in the next step, and go on with the next sequence
+        meanwhile. The one waited for holds blocks, so whoever waits never waits for one that waits.
         """
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
@@ -66,3 +70,6 @@ class KVCacheManager(Protocol):
     @property
     def num_total(self) -> int:
         """Blocks there are to hand out, over all groups."""
+
+
+CONTRACT = "0.2"

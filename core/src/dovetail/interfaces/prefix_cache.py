@@ -38,6 +38,19 @@ class PrefixCache(Protocol):
         either may be kept.
         """
 
+    def expect(self, seq: Sequence, first: int, end: int) -> None:
+        """`seq` runs from now on, and is about to compute its blocks `first … end - 1`, of known tokens.
+
+        Others that need one of these wait for it rather than compute it as well. Until `insert` tells of the block, or
+        `forget` of the sequence; `reset` ends it too. Since contract 0.2.
+        """
+
+    def expected_from(self, seq: Sequence, block: int) -> int | None:
+        """The seq_id of a sequence that is expected to compute what block `block` of `seq` holds; None if there is none.
+
+        Of several it may be any, or none once one of them has gone: then the block is computed twice. Since contract 0.2.
+        """
+
     def claim(self, group: int, block_ids: list[int]) -> None:
         """Known blocks to which no sequence referred are in use again."""
 
@@ -59,4 +72,4 @@ class PrefixCache(Protocol):
         False), those kept at once."""
 
 
-CONTRACT = "0.1"
+CONTRACT = "0.2"

@@ -212,6 +212,24 @@ def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = No
     raise AssertionError(f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended: somebody starves")
 
 
+def run_with_failures(engine: Engine, requests: list[Request], arrivals: list[int]) -> Outputs:
+    """The same where steps fail: the outputs of those that ended well."""
+    pending = sorted(zip(arrivals, range(len(requests)), strict=True))
+    tokens: Outputs = {}
+    failed: set[str] = set()
+    for step in range(MANY_STEPS):
+        while pending and pending[0][0] <= step:
+            engine.add(requests[pending.pop(0)[1]])
+        if not engine.has_work and not pending:
+            break
+        outputs = engine.step()
+        failed |= {o.request_id for o in outputs if o.error}
+        collect([o for o in outputs if not o.error], tokens)
+    assert not engine.has_work, f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended"
+    assert engine.kv.num_used == 0, f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+    return {key: said for key, said in tokens.items() if key[0] not in failed}
+
+
 def alone(parts: Parts, requests: list[Request], window: int | None = None) -> Outputs:
     """What each request says when it is by itself, in one chunk, with blocks to spare."""
     out: Outputs = {}
@@ -221,6 +239,12 @@ def alone(parts: Parts, requests: list[Request], window: int | None = None) -> O
 
 
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=30)
+prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
+"""Beginnings that many requests share."""
+alike = st.builds(
+    lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9))
+)
+"""Prompts that begin alike."""
 setups = st.builds(
     Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),
     budget=st.integers(1, 40), seats=st.integers(1, 5), spare_blocks=st.integers(0, 12),
@@ -243,6 +267,11 @@ asked = st.builds(
     arrival=st.integers(0, 12),
 )  # fmt: skip
 workloads = st.lists(asked, min_size=1, max_size=7)
+asked_alike = st.builds(
+    Asked, alike, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.integers(-1, 1),
+    arrival=st.sampled_from([0, 0, 0, 1, 2, 3, 9, 30]),
+)  # fmt: skip
+workloads_alike = st.lists(asked_alike, min_size=1, max_size=8)
 
 
 def requests_of(workload: list[Asked]) -> list[Request]:
@@ -265,7 +294,7 @@ class EngineMachine(Machine):
     def build(self, setup: Setup) -> None:
         self.engine = self.parts.engine(setup)
 
-    @operation(prompt=prompts, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1))
+    @operation(prompt=prompts | alike, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1))
     def add(self, prompt: list[int], max_tokens: int, n: int, level: int) -> None:
         name, self.num_requests = f"r{self.num_requests}", self.num_requests + 1
         self.expected |= {(name, i) for i in range(n)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from dovetail.interfaces.prefix_cache import PrefixCache
@@ -16,20 +17,22 @@ from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, request, requests_of, run, setups
-from dovetail.testing.prefix_cache_machine import IndexMachine
-from dovetail.types import KVGroup, Request, SamplingParams
-
-prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
-"""Beginnings that many requests share."""
-prompts = st.builds(
-    lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9))
+from dovetail.testing.engines import (
+    Asked,
+    EngineMachine,
+    Parts,
+    Setup,
+    alone,
+    request,
+    requests_of,
+    run,
+    run_with_failures,
+    setups,
+    workloads_alike,
 )
-alike = st.builds(
-    Asked, prompts, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.just(0),
-    arrival=st.integers(0, 30),
-)  # fmt: skip
-workloads = st.lists(alike, min_size=1, max_size=8)
+from dovetail.testing.prefix_cache_machine import IndexMachine
+from dovetail.testing.simulated import Faults
+from dovetail.types import KVGroup, Request, SamplingParams, StepPlan
 
 
 def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
@@ -85,7 +88,46 @@ class PrefixCacheContract(Contract):
             different = [key for key in expected if got.get(key) != expected[key]]
             assert not different, f"{different} differ from what they say without"
 
-        self.run_examples(same_as_without, examples=80, setup=setups, workload=workloads)
+        self.run_examples(same_as_without, examples=80, setup=setups, workload=workloads_alike)
+
+    @common_causes("what is expected found before it is computed", "an expectation that outlives its sequence")
+    def test_what_failed_is_never_found(self) -> None:
+        """When a step fails, nothing of it is found: what others say, and what the same requests say next, is what they say
+        without a prefix cache."""
+
+        def same_as_without(setup: Setup, workload: list[Asked], fails_at: int) -> None:
+            requests = requests_of(workload)
+            expected = alone(Parts(new_paged, new_scheduler), requests, setup.window)
+            faults = Faults(raise_at=fails_at)
+            engine = self.parts.engine(setup, faults)
+            got = run_with_failures(engine, requests, [a.arrival for a in workload])
+            faults.raise_at = None
+            again = run(engine, requests)
+            assert isinstance(engine.kv, ReusingKVCache)
+            assert engine.kv.prefix_cache is not None, "the prefix cache failed and was switched off"
+            different = [key for key in expected if got.get(key, expected[key]) != expected[key] or again[key] != expected[key]]
+            assert not different, f"{different} differ from what they say without"
+
+        self.run_examples(
+            same_as_without, examples=60, setup=setups, workload=workloads_alike, fails_at=st.integers(1, 12)
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @common_causes("`expect` ignored", "`expected_from` asked for a block answers for the one after it")
+    def test_what_comes_together_is_computed_once(self, overlap: bool) -> None:
+        """Requests that arrive together and begin alike wait for the first of them, and compute what is their own."""
+        engine = self.parts.engine(Setup(overlap, spare_blocks=400, budget=48, seats=8))
+        num_tokens: list[int] = []
+        watch = engine.watch.plan
+
+        def watched(plan: StepPlan) -> None:
+            watch(plan)
+            num_tokens.extend(n for n, first in zip(plan.num_tokens, plan.num_computed, strict=True) if first < 30)
+
+        engine.watch.plan = watched  # type: ignore[method-assign]
+        run(engine, [request(f"r{i}", [*range(1, 29), 40 + i, i], 4, seed=i) for i in range(8)])
+        total = sum(num_tokens)
+        assert total == 30 + 7 * 2, f"8 prompts of 30 tokens, 28 of them the same, took {total} computed tokens, not 30 + 7 × 2"
 
     @common_causes("blocks inserted and never found", "the chain of a sequence not continued after a hit")
     def test_what_was_computed_is_found(self) -> None:

@@ -15,6 +15,7 @@ from hashlib import blake2b
 from dovetail.errors import PluginError
 from dovetail.interfaces.prefix_cache import NOT_HERE
 from dovetail.sequence import Sequence
+from dovetail.types import Request
 from dovetail_prefix_cache.eviction import MakePolicy
 
 TOKEN = array("I")
@@ -45,12 +46,15 @@ class HashIndex:
         self._policies = [make_policy(n) for n in num_blocks]
         self._chains: dict[int, list[bytes]] = {}
         """By sequence: the keys of its first blocks, after the root."""
+        self._expected: dict[bytes, int] = {}
+        """Keys of blocks that running sequences are about to compute, and which of them does."""
+        self._coming: dict[int, tuple[int, int]] = {}
+        """By running sequence: the first block that it has not inserted yet, and the end of those expected."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found: list[tuple[int, ...]] = []
-        tokens = self._blocks_of(seq, 0, num_blocks)
         chain = self._chain(seq)
-        for i, own in enumerate(tokens):
+        for i, own in enumerate(self._blocks_of(seq, 0, num_blocks)):
             if i + 1 == len(chain):
                 chain.append(self._hash(chain[i] + own))
             entry = self._entries.get(chain[i + 1])
@@ -60,13 +64,12 @@ class HashIndex:
         return found
 
     def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
-        chain, count = self._chain(seq), len(block_ids[0])
-        begin = min(first, len(chain) - 1)  # known keys, and from there on what is missing
-        for i, own in enumerate(self._blocks_of(seq, begin, first + count), begin):
+        end = first + len(block_ids[0])
+        chain = self._chain(seq, first)
+        self._no_longer_expect(seq.seq_id, end)
+        for i, own in enumerate(self._blocks_of(seq, first, end), first):
             if i + 1 == len(chain):
                 chain.append(self._hash(chain[i] + own))
-            if i < first:
-                continue
             key = chain[i + 1]
             entry = self._entries.get(key)
             if entry is None:
@@ -80,6 +83,24 @@ class HashIndex:
                     self._entry_of[group][block] = entry
             if not any(entry.block_ids):
                 del self._entries[key]  # wholly behind the windows of all groups
+
+    def expect(self, seq: Sequence, first: int, end: int) -> None:
+        for key in self._chain(seq, end)[first + 1 : end + 1]:
+            self._expected.setdefault(key, seq.seq_id)
+        self._coming[seq.seq_id] = first, end
+
+    def expected_from(self, seq: Sequence, block: int) -> int | None:
+        return self._expected.get(self._chain(seq, block + 1)[block + 1])
+
+    def _no_longer_expect(self, seq_id: int, before: int | None = None) -> None:
+        """Blocks of `seq_id`: those before `before`, or all."""
+        first, end = self._coming.pop(seq_id, (0, 0))
+        stop = end if before is None else min(end, before)
+        for key in self._chains[seq_id][first + 1 : stop + 1] if first < stop else ():
+            if self._expected.get(key) == seq_id:
+                del self._expected[key]
+        if stop < end:
+            self._coming[seq_id] = max(first, stop), end
 
     def claim(self, group: int, block_ids: list[int]) -> None:
         for block in block_ids:
@@ -105,20 +126,31 @@ class HashIndex:
         return blocks
 
     def forget(self, seq_id: int) -> None:
+        self._no_longer_expect(seq_id)
         self._chains.pop(seq_id, None)
 
     def reset(self) -> None:
         self._entries.clear()
+        self._expected.clear()
+        self._coming.clear()
         self._entry_of = [[None] * len(of) for of in self._entry_of]
         for policy in self._policies:
             policy.clear()
 
-    def _chain(self, seq: Sequence) -> list[bytes]:
+    def _chain(self, seq: Sequence, num_blocks: int = 0) -> list[bytes]:
+        """The keys of a sequence, of its first `num_blocks` blocks at least."""
         chain = self._chains.get(seq.seq_id)
         if chain is None:
-            r = seq.request
-            chain = self._chains[seq.seq_id] = [self._hash(repr((r.adapter_id, r.cache_salt)).encode())]
+            chain = self._chains[seq.seq_id] = [self._root(seq.request)]
+        known = len(chain) - 1
+        if known < num_blocks:
+            for own in self._blocks_of(seq, known, num_blocks):
+                chain.append(self._hash(chain[-1] + own))
         return chain
+
+    def _root(self, request: Request) -> bytes:
+        """What the first block's key depends on beside its tokens."""
+        return self._hash(repr((request.adapter_id, request.cache_salt)).encode())
 
     def _blocks_of(self, seq: Sequence, begin: int, end: int) -> list[bytes]:
         """The tokens of blocks `begin … end - 1`."""

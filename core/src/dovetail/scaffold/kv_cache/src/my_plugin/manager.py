@@ -49,7 +49,7 @@ class MyPluginBlocks:
             holders.update(head)
         return shared
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         return 0
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
