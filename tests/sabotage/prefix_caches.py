@@ -331,7 +331,7 @@ class FindsWhatIsExpected(HashIndex):
 
     def expect(self, seq, first, end):
         super().expect(seq, first, end)
-        self._promised = {key: seq.seq_id for key in self._chain(seq, end)[first + 1 : end + 1]}
+        self._promised = dict.fromkeys(self._chain(seq, end)[first + 1:end + 1], seq.seq_id)
 
     def match(self, seq, num_blocks):
         found, chain = super().match(seq, num_blocks), self._chain(seq, num_blocks)

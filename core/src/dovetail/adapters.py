@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dovetail.errors import PluginError
 from dovetail.interfaces.attention import Array, AttentionBackend
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
@@ -37,7 +38,7 @@ def attention_from_0_1(old: Any) -> AttentionBackend:
 
 
 class KVCacheFrom01:
-    """A KV-cache manager of contract 0.1, whose `reuse` lets nobody wait."""
+    """A KV-cache manager of contract 0.1, whose `reuse` lets nobody wait and whose prefix cache cannot be reset."""
 
     def __init__(self, old: Any) -> None:
         self._old = old
@@ -49,6 +50,12 @@ class KVCacheFrom01:
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         found: int = self._old.reuse(seq, num_tokens)
         return found
+
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        return 0
+
+    def reset_prefix_cache(self) -> None:
+        raise PluginError("this KV-cache manager is written for contract 0.1, which has no way to reset its prefix cache")
 
 
 def kv_cache_from_0_1(old: Any) -> KVCacheManager:

@@ -1,4 +1,4 @@
-"""The core's own plugin: the paged KV cache, two schedulers, and no quantization. It enters by the same door as every other."""
+"""The core's own plugin: paged KV cache, three schedulers, and no quantization. It enters by the same door as every other."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.scheduler import SchedulerCapabilities
-from dovetail.provider import KVCacheOptions, Provider, SchedulerOptions
+from dovetail.provider import KVCacheOptions, LongestPrefixOptions, Provider, SchedulerOptions
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
     from dovetail.kv_cache import PagedKVCache
+    from dovetail.longest_prefix import LongestPrefixScheduler
     from dovetail.scheduler import TokenBudgetScheduler
 
 
@@ -48,6 +49,13 @@ def _priority(context: BuildContext, options: SchedulerOptions) -> TokenBudgetSc
     return TokenBudgetScheduler(context.kv, priority, **options.model_dump())
 
 
+def _longest_prefix(context: BuildContext, options: LongestPrefixOptions) -> LongestPrefixScheduler:
+    from dovetail.longest_prefix import LongestPrefixScheduler
+
+    assert context.kv is not None
+    return LongestPrefixScheduler(context.kv, **options.model_dump())
+
+
 @hookimpl
 def dovetail_quantization() -> list[Provider[None]]:
     summary = "weights are not quantized: the worker's own linear layers"
@@ -66,5 +74,9 @@ def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
         Provider(
             "priority", "lower `priority` first, then first come", _priority, SchedulerOptions,
             SchedulerCapabilities("priority"), priority=40,
+        ),
+        Provider(
+            "longest-prefix", "who has most in the prefix cache, within bounds; then first come", _longest_prefix,
+            LongestPrefixOptions, priority=30,
         ),
     ]  # fmt: skip

@@ -165,6 +165,7 @@ class Engine:
             self.stats.num_accepted_tokens += len(new) - 1
         self._count(plan, row, seq, len(new))
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
+        output.num_cached_tokens = seq.num_cached_tokens
         if result.prompt_logprobs:
             output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
             seq.num_prompt_logprobs += len(output.prompt_logprobs)

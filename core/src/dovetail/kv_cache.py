@@ -96,6 +96,12 @@ class PagedKVCache:
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         return 0
 
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        return 0
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         pass
 

@@ -62,11 +62,21 @@ class ReusingKVCache(PagedKVCache):
                 pool.share(head)
             self.tables[seq.seq_id] = heads
             self._num_known[seq.seq_id] = count
-        self._found[seq.seq_id] = num_tokens, count * size
+        if not (seq.num_prompt_counted or seq.num_output_tokens):  # one that was preempted finds its own
+            seq.num_cached_tokens = count * size
+            self._found[seq.seq_id] = num_tokens, count * size
         end = seq.num_prompt_tokens // size
         if end > count:
             self._ask(seq.seq_id, lambda cache: cache.expect(seq, count, end), None)
         return count * size
+
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        if self.prefix_cache is None:
+            return 0
+        try:
+            return self._usable(self.prefix_cache.match(seq, num_tokens // self._block_sizes[0])) * self._block_sizes[0]
+        except Exception:  # `reuse` will meet it too, and say so
+            return 0
 
     def _must_wait(self, seq: Sequence, block: int, limit: int) -> bool:
         """Whether a sequence that runs is about to compute block `block` of this one."""
@@ -122,21 +132,15 @@ class ReusingKVCache(PagedKVCache):
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         if seq.seq_id not in self.tables:
             return
-        if seq.seq_id in self._found:
-            self._count(seq)
+        if seq.seq_id in self._found:  # only now: one that finds no room asks again
+            queried, hit = self._found.pop(seq.seq_id)
+            self.num_queried_tokens += queried
+            self.num_hit_tokens += hit
         known, whole = self._num_known.get(seq.seq_id, 0), num_tokens // self._block_sizes[0]
         if whole > known:
             blocks = [table[known:whole] for table in self.tables[seq.seq_id]]
             self._num_known[seq.seq_id] = whole
             self._ask(seq.seq_id, lambda cache: cache.insert(seq, known, blocks), None)
-
-    def _count(self, seq: Sequence) -> None:
-        """Once a sequence, and when it runs: one that finds no room asks again, and one that was preempted finds its own."""
-        queried, hit = self._found.pop(seq.seq_id)
-        if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = hit
-            self.num_queried_tokens += queried
-            self.num_hit_tokens += hit
 
     def free(self, seq_id: int) -> None:
         # From the last block to the first: among blocks of equal worth the end of a prefix is the first to go.

@@ -45,6 +45,12 @@ class SchedulerOptions(Options):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in a step")
 
 
+class LongestPrefixOptions(SchedulerOptions):
+    """Those of the scheduler that starts what is cached first."""
+
+    max_overtaken: int = Field(64, ge=0, description="later sequences that may begin before one that waits; it is next then")
+
+
 class DrafterOptions(Options):
     """What every drafter's options have."""
 

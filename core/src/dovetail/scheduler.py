@@ -125,7 +125,7 @@ class TokenBudgetScheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences, in order, while tokens, seats and blocks last."""
-        for seq in list(self.waiting):
+        for seq in self._queue():
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 break
             source = self._sibling(seq)
@@ -150,6 +150,10 @@ class TokenBudgetScheduler:
             insort(self.running, seq, key=self.order)
             seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
             budget -= count
+
+    def _queue(self) -> list[Sequence]:
+        """Those that wait, in the order in which to try them."""
+        return list(self.waiting)
 
     def _sibling(self, seq: Sequence) -> Sequence | None:
         """A running sample of the same request that holds, or will hold, the whole prompt."""

@@ -40,8 +40,8 @@ class Sequence:
     """Proposed and not yet in a step: the step that takes them verifies them."""
     is_drafted: bool = False
     """A drafter continues it, and wants to know its last token: it is not overlapped."""
-    num_cached_tokens: int | None = None
-    """First tokens whose KV was found computed when it first ran; None until it is known."""
+    num_cached_tokens: int = 0
+    """First tokens whose KV was found computed when it first ran."""
     num_prompt_counted: int = 0
     """Prompt tokens that the stats have counted, for the same reason as the next."""
     num_prompt_logprobs: int = 0

@@ -153,8 +153,8 @@ SOCKETS: tuple[Socket, ...] = (
     ),
     Socket(
         "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
-        Previous("0.1", "reuse takes `may_wait`", "0.3", kv_cache_from_0_1), options=KVCacheOptions,
-        interface=kv_cache.KVCacheManager, invoked=("grow",),
+        Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `reset_prefix_cache`", "0.3", kv_cache_from_0_1),
+        options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=("grow",),
     ),
     Socket(
         "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,

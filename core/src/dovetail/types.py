@@ -231,6 +231,8 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """The stop token (never an end-of-sequence token) that ended the sequence."""
     error: tuple[str, str] | None = None
     """(code of errors.py, message) when `finish_reason` is error."""
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache; told with the first tokens, and perhaps again."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):

@@ -47,6 +47,12 @@ class KVCacheManager(Protocol):
         meanwhile. The one waited for holds blocks, so whoever waits never waits for one that waits.
         """
 
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        """How many of a waiting sequence's first `num_tokens` tokens `reuse` would find now. Changes nothing."""
+
+    def reset_prefix_cache(self) -> None:
+        """Find nothing of what has been computed so far. Sequences that run keep their blocks."""
+
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         """The KV of the first `num_tokens` tokens of a sequence is in its blocks: others may reuse it from now on.
 

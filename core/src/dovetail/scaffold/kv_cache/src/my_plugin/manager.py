@@ -52,8 +52,14 @@ class MyPluginBlocks:
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         return 0
 
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        return 0
+
+    def reset_prefix_cache(self) -> None:
+        """Where a manager would tell its prefix cache; and here:"""
+
     def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """Where a manager would tell its prefix cache."""
+        """Where it would tell it, too."""
 
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self._tables[seq_id]
