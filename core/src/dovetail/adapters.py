@@ -9,6 +9,7 @@ from dovetail.interfaces.attention import Array, AttentionBackend
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.sequence import Sequence
+from dovetail.types import BlockOp
 
 
 class AttentionFrom01:
@@ -43,6 +44,9 @@ class KVCacheFrom01:
     def __init__(self, old: Any) -> None:
         self._old = old
         self.grow, self.computed, self.block_ids = old.grow, old.computed, old.block_ids
+        self.num_evicted: dict[str, int] = {}
+        self.num_kept: dict[str, int] = {}
+        self.block_ops: list[BlockOp] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._old, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
@@ -11,6 +11,7 @@ from dovetail.provider import KVCacheOptions, LongestPrefixOptions, Provider, Sc
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
+    from dovetail.interfaces.prefix_cache import TieredPrefixCache
     from dovetail.kv_cache import PagedKVCache
     from dovetail.longest_prefix import LongestPrefixScheduler
     from dovetail.scheduler import TokenBudgetScheduler
@@ -29,6 +30,11 @@ def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
     groups, num_blocks = list(context.kv_groups), list(context.num_blocks)
     if context.prefix_cache is None:
         return PagedKVCache(groups, num_blocks)
+
+    if context.num_host_blocks:
+        from dovetail.tiered_cache import TieredKVCache
+
+        return TieredKVCache(groups, num_blocks, cast("TieredPrefixCache", context.prefix_cache), list(context.num_host_blocks))
 
     from dovetail.prefix_reuse import ReusingKVCache
 

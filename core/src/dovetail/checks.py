@@ -190,7 +190,7 @@ class CheckedKVCache:
     def __init__(self, kv: KVCacheManager, name: str) -> None:
         self._inner, self._name = kv, name
         self._sizes = list(kv.num_blocks)
-        self.block_ids, self.free, self.faults = kv.block_ids, kv.free, kv.faults
+        self.block_ids, self.free, self.faults, self.block_ops = kv.block_ids, kv.free, kv.faults, kv.block_ops
 
     groups: Any = property(attrgetter("_inner.groups"))
     num_blocks: Any = property(attrgetter("_inner.num_blocks"))
@@ -198,6 +198,8 @@ class CheckedKVCache:
     num_total: Any = property(attrgetter("_inner.num_total"))
     num_queried_tokens: Any = property(attrgetter("_inner.num_queried_tokens"))
     num_hit_tokens: Any = property(attrgetter("_inner.num_hit_tokens"))
+    num_evicted: Any = property(attrgetter("_inner.num_evicted"))
+    num_kept: Any = property(attrgetter("_inner.num_kept"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

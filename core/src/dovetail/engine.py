@@ -100,7 +100,10 @@ class Engine:
             for seq_id, error in self.speculation.draft(self.scheduler.running):
                 self._fail([seq_id], error, "speculation")
         try:
-            return self.scheduler.schedule(in_flight=in_flight)
+            plan = self.scheduler.schedule(in_flight=in_flight)
+            if plan is not None and self.kv.block_ops:
+                plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
+            return plan
         except Exception as e:
             self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
             return None
@@ -198,6 +201,7 @@ class Engine:
         s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
         s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
+        s.num_prefix_evicted_blocks, s.num_prefix_blocks = self.kv.num_evicted, self.kv.num_kept
         return s
 
     # How sequences end.
@@ -259,7 +263,11 @@ class Engine:
         for row in range(len(plan.seq_ids)):
             self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
             self._land(plan, row)
-        self._fail(plan.seq_ids, error, "worker")
+        seq_ids = plan.seq_ids
+        if plan.block_ops:  # perhaps not done, and others may have found the blocks since
+            self.kv.reset_prefix_cache()
+            seq_ids = [*seq_ids, *(s.seq_id for s in self.scheduler.running)]
+        self._fail(seq_ids, error, "worker")
 
     def _fail_faulty(self) -> None:
         """Fail the requests that the KV-cache manager could not serve."""

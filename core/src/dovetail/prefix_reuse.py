@@ -30,6 +30,7 @@ class ReusingKVCache(PagedKVCache):
             raise ConfigError(f"prefix_cache: needs one block size in all KV groups; these have {self._block_sizes}")
         self.prefix_cache: PrefixCache | None = prefix_cache
         self.kept: list[set[int]] = [set() for _ in groups]
+        self.num_evicted = dict.fromkeys(("device_full", "reset"), 0)
         self._num_known: dict[int, int] = {}
         """By sequence: its first blocks, of which the prefix cache has been told."""
         self._waits_for: dict[int, int] = {}
@@ -128,6 +129,7 @@ class ReusingKVCache(PagedKVCache):
             raise PluginError(f"asked for {count} blocks that nobody uses, the prefix cache named {blocks[:8]}")
         self.kept[group].difference_update(blocks)
         self.pools[group].free_ids += blocks
+        self.num_evicted["device_full"] += count
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         if seq.seq_id not in self.tables:
@@ -156,7 +158,7 @@ class ReusingKVCache(PagedKVCache):
         self.pools[group].free_ids += [b for b in idle if b not in keep]
 
     def reset_prefix_cache(self) -> None:
-        """Forget what was computed. Blocks in use stay with their sequences."""
+        self.num_evicted["reset"] += sum(self.num_kept.values())
         self._ask(-1, lambda cache: cache.reset(), None)
         self._free_kept()
 
@@ -178,6 +180,10 @@ class ReusingKVCache(PagedKVCache):
             self.prefix_cache = None
             self._free_kept()
             return otherwise
+
+    @property
+    def num_kept(self) -> dict[str, int]:
+        return {"device": sum(map(len, self.kept))}
 
     @property
     def num_used(self) -> int:

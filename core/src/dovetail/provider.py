@@ -51,6 +51,15 @@ class LongestPrefixOptions(SchedulerOptions):
     max_overtaken: int = Field(64, ge=0, description="later sequences that may begin before one that waits; it is next then")
 
 
+HOST_MEMORY = "host_memory_gb"
+
+
+class TieredCacheOptions(Options):
+    """Of a prefix cache that is a `TieredPrefixCache` where this is not 0."""
+
+    host_memory_gb: float = Field(0, ge=0, description="GiB of host memory for blocks that the device has no room for; 0: none")
+
+
 class DrafterOptions(Options):
     """What every drafter's options have."""
 
@@ -108,7 +117,8 @@ class Context:
     needs: dict[str, Any] = field(default_factory=dict)
     """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
     max_model_len, kv_dtype. For a worker: compiled_attention, whether all attention chosen declares `compiled_steps`;
-    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run.
+    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run;
+    host_tier, whether the prefix cache is to have one.
     For an architecture: quantized, the schemes of its layers. For quantization: by_name, whether it was asked for by name;
     some_layers, whether the rule is for some layers only."""
 

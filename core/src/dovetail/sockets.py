@@ -128,6 +128,8 @@ def _undeclared_worker(provider: Provider[object], context: Context) -> list[Rea
     can = provider.capabilities
     if context.needs.get("shadow") and not (isinstance(can, worker.WorkerCapabilities) and can.shadow):
         return [Reason("runs no candidates beside what answers", "remove shadow")]
+    if context.needs.get("host_tier") and not (isinstance(can, worker.WorkerCapabilities) and can.host_tier):
+        return [Reason("keeps no KV blocks in host memory", "remove prefix_cache.host_memory_gb")]
     return []
 
 
@@ -153,7 +155,7 @@ SOCKETS: tuple[Socket, ...] = (
     ),
     Socket(
         "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
-        Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `reset_prefix_cache`", "0.3", kv_cache_from_0_1),
+        Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1),
         options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=("grow",),
     ),
     Socket(

@@ -3,6 +3,8 @@
 The KV-cache manager owns blocks and reference counts; a prefix cache owns none. It knows which block holds the KV of
 which tokens, and of the blocks that no sequence refers to any more, which to sacrifice first. Everything is in whole
 blocks, of one size in all KV groups; "block i" of a sequence holds its tokens `i * block_size … (i + 1) * block_size - 1`.
+
+A `TieredPrefixCache` also knows of blocks in host memory. Their ids in a KV group follow those of the device's blocks.
 """
 
 from __future__ import annotations
@@ -70,6 +72,25 @@ class PrefixCache(Protocol):
     def reset(self) -> None:
         """Forget all blocks. Those in use are taken back by the manager when their last reference goes (`keep` answers
         False), those kept at once."""
+
+
+class TieredPrefixCache(PrefixCache, Protocol):
+    """One whose options have `host_memory_gb`, when that is not 0. What is known is in a block of the device or of the host.
+
+    `match` may find host blocks. Nobody computes with those: the manager claims them with the others (they are then in no
+    order of eviction), and tells by `promote` where it has their contents copied. A host block is kept as long as it is known.
+    """
+
+    def demote(self, group: int, host_blocks: list[int]) -> list[int]:
+        """Of the kept device blocks that are not in use choose the least valuable ones, as many as there are `host_blocks`,
+        which hold nothing; return them, the least valuable first. What the first held is from now on in the first host block,
+        and so on, and is kept there. There are always as many."""
+
+    def promote(self, group: int, host_blocks: list[int], block_ids: list[int]) -> None:
+        """What claimed host blocks held is from now on in blocks of the device, which are in use."""
+
+    def evict_host(self, group: int, count: int) -> list[int]:
+        """`evict`, of host blocks."""
 
 
 CONTRACT = "0.2"

@@ -5,7 +5,7 @@ holds, and a watch that compares each plan with what the contracts promise. A fa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
@@ -13,11 +13,13 @@ from dovetail.engine import Engine, OverlappedEngine, Step
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
-from dovetail.kv_cache import NULL_BLOCK, PagedKVCache, blocks_per_sequence
+from dovetail.kv_cache import NULL_BLOCK, PagedKVCache
+from dovetail.kv_sizes import blocks_per_sequence
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.speculation import Speculation
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.simulated import Faults, SimulatedWorker
+from dovetail.tiered_cache import TieredKVCache
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput, StepPlan
 
 MAX_LEN = 48
@@ -37,6 +39,8 @@ class Setup:
     budget: int = 16
     seats: int = 4
     spare_blocks: int = 0
+    host_blocks: int = 0
+    """Of the host tier, in each group."""
 
     @property
     def groups(self) -> list[KVGroup]:
@@ -140,6 +144,10 @@ def blocks_add_up(kv: PagedKVCache) -> None:
                 if block != NULL_BLOCK:
                     held[block] = held.get(block, 0) + 1
         assert held == {b: n for b, n in enumerate(pool.references) if n}, "references are not what is held"
+        if isinstance(kv, TieredKVCache):
+            host = [*kv.host_free[group], *kv.host_kept[group]]
+            first, count = kv.num_blocks[group], kv.num_host_blocks[group]
+            assert sorted(host) == list(range(first, first + count)), "a host block was leaked, or is free and kept"
         kept = kv.kept[group] if isinstance(kv, ReusingKVCache) else set()
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
         assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), "a block was leaked"
@@ -179,6 +187,7 @@ class Parts:
     def engine(self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000) -> WatchedEngine:
         worker = SimulatedWorker(setup.groups, faults=faults)
         worker.allocate(setup.num_blocks)
+        worker.allocate_host([setup.host_blocks] * len(setup.groups))
         kv = self.kv(setup)
         loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
         speculation = None if self.drafter is None else Speculation(self.drafter(), self.num_draft_tokens, worker.vocab_size)
@@ -283,16 +292,16 @@ class EngineMachine(Machine):
 
     engine: WatchedEngine
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, *, has_host_tier: bool = False) -> None:
         super().__init__()
-        self.parts = parts
+        self.parts, self.has_host_tier = parts, has_host_tier
         self.num_requests = 0
         self.expected: set[tuple[str, int]] = set()
         self.ended: set[tuple[str, int]] = set()
 
-    @beginning(setup=setups)
-    def build(self, setup: Setup) -> None:
-        self.engine = self.parts.engine(setup)
+    @beginning(setup=setups, host_blocks=st.integers(1, 40))
+    def build(self, setup: Setup, host_blocks: int) -> None:
+        self.engine = self.parts.engine(replace(setup, host_blocks=host_blocks) if self.has_host_tier else setup)
 
     @operation(prompt=prompts | alike, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1))
     def add(self, prompt: list[int], max_tokens: int, n: int, level: int) -> None:
@@ -303,6 +312,10 @@ class EngineMachine(Machine):
     @operation(which=st.integers(0, 30), sample=st.sampled_from([None, 0, 1]))
     def abort(self, which: int, sample: int | None) -> None:
         self.engine.abort(f"r{which}", sample)  # of a request that runs, has ended, or never was
+
+    @operation()
+    def reset_prefix_cache(self) -> None:
+        self.engine.kv.reset_prefix_cache()
 
     @operation(count=st.integers(1, 8))
     def step(self, count: int) -> None:

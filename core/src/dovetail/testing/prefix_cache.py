@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.provider import HOST_MEMORY
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.engines import (
@@ -32,6 +33,7 @@ from dovetail.testing.engines import (
 )
 from dovetail.testing.prefix_cache_machine import IndexMachine
 from dovetail.testing.simulated import Faults
+from dovetail.tiered_cache import TieredKVCache
 from dovetail.types import KVGroup, Request, SamplingParams, StepPlan
 
 
@@ -43,6 +45,12 @@ def new_paged(setup: Setup) -> PagedKVCache:
     return PagedKVCache(setup.groups, setup.num_blocks)
 
 
+tiered_setups = st.builds(
+    Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]),
+    budget=st.integers(1, 40), seats=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40),
+)  # fmt: skip
+
+
 class PrefixCacheContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
@@ -52,9 +60,23 @@ class PrefixCacheContract(Contract):
     def parts(self) -> Parts:
         return Parts(self.new_kv, new_scheduler)
 
-    def new(self, groups: list[KVGroup], num_blocks: list[int]) -> PrefixCache:
-        cache: PrefixCache = self.build(self.build_context(kv_groups=tuple(groups), num_blocks=tuple(num_blocks)))
+    def new(self, groups: list[KVGroup], num_blocks: list[int], num_host_blocks: list[int] | None = None) -> PrefixCache:
+        context = self.build_context(
+            kv_groups=tuple(groups), num_blocks=tuple(num_blocks), num_host_blocks=tuple(num_host_blocks or ())
+        )  # fmt: skip
+        cache: PrefixCache = self.build(context)
         return cache
+
+    def new_tiered(self, setup: Setup) -> TieredKVCache:
+        host = [setup.host_blocks] * len(setup.groups)
+        cache: Any = self.new(setup.groups, setup.num_blocks, host)
+        return TieredKVCache(setup.groups, setup.num_blocks, cache, host)
+
+    @property
+    def tiered(self) -> Parts:
+        if HOST_MEMORY not in self.provider.options.model_fields:
+            pytest.skip(f"{self.provider.name} has no option {HOST_MEMORY}")
+        return Parts(self.new_tiered, new_scheduler)
 
     def new_kv(self, setup: Setup) -> ReusingKVCache:
         return ReusingKVCache(setup.groups, setup.num_blocks, self.new(setup.groups, setup.num_blocks))
@@ -73,6 +95,47 @@ class PrefixCacheContract(Contract):
     def test_an_engine_whatever_happens(self) -> None:
         """Requests that begin alike come, run and are aborted at any moment: blocks are conserved and everyone ends."""
         self.run_machine(partial(EngineMachine, self.parts), examples=40)
+
+    @common_causes("a host block in the order of the device's", "a block that was moved still found where it was")
+    def test_an_engine_with_a_host_tier_whatever_happens(self) -> None:
+        """The same where blocks go to host memory and come back: of both tiers every block is free or kept."""
+        self.run_machine(partial(EngineMachine, self.tiered, has_host_tier=True), examples=60)
+
+    @common_causes("`promote` or `demote` pairs the blocks in another order", "the books of one tier used for the other")
+    def test_a_host_tier_changes_no_output(self) -> None:
+        """A sequence says what it says without a prefix cache, whichever tier its blocks come from, and after failed steps."""
+
+        def same_as_without(setup: Setup, workload: list[Asked], fails_at: int) -> None:
+            requests = requests_of(workload)
+            expected = alone(Parts(new_paged, new_scheduler), requests, setup.window)
+            faults = Faults(raise_at=fails_at)
+            engine = self.tiered.engine(setup, faults)
+            got = run_with_failures(engine, requests, [a.arrival for a in workload])
+            faults.raise_at = None
+            for _ in range(2):
+                again = run(engine, requests)
+                different = [k for k in expected if got.get(k, expected[k]) != expected[k] or again[k] != expected[k]]
+                assert not different, f"{different} differ from what they say without"
+            assert isinstance(engine.kv, TieredKVCache)
+            assert engine.kv.prefix_cache is not None, "the prefix cache failed and was switched off"
+
+        self.run_examples(
+            same_as_without, examples=80, setup=tiered_setups, workload=workloads_alike, fails_at=st.integers(1, 40)
+        )  # fmt: skip
+
+    @common_causes("what is demoted is forgotten", "host blocks that were promoted stay in the host's order of eviction")
+    def test_what_the_host_has_room_for_is_found_again(self) -> None:
+        """Four prompts that the device has no room for together are found whole, again and again, if the host has room."""
+        engine = self.tiered.engine(Setup(block_size=4, budget=64, seats=1, host_blocks=60))
+        for _ in range(4):
+            for i in range(4):
+                run(engine, [request(f"r{i}", [i] * 40, 4, seed=i)])
+        assert isinstance(engine.kv, TieredKVCache)
+        found = engine.kv.num_hit_tokens
+        known = 3 * 4 * 36
+        assert found == known, f"four prompts of 40 tokens came four times, and {found} tokens were found; {known} are known"
+        assert engine.kv.num_evicted["to_host"] > 0, "the device had room for all"
+        assert not engine.kv.num_evicted["device_full"] + engine.kv.num_evicted["host_full"], "blocks were forgotten"
 
     @common_causes("a hash of a block's own tokens, without those before it", "blocks inserted before they were computed")
     def test_reuse_changes_no_output(self) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Sequence as Counts
 from hashlib import blake2b
 
 from dovetail.errors import PluginError
 from dovetail.interfaces.prefix_cache import NOT_HERE
 from dovetail.sequence import Sequence
 from dovetail.types import Request
-from dovetail_prefix_cache.eviction import MakePolicy
+from dovetail_prefix_cache.eviction import EvictionPolicy, MakePolicy
 
 TOKEN = array("I")
 KEY_BYTES = 16
@@ -33,17 +34,23 @@ class Entry:
 
 
 class HashIndex:
-    """A `PrefixCache`; its interface says what each method promises."""
+    """A `TieredPrefixCache`; the interface says what each method promises."""
 
-    def __init__(self, block_size: int, num_blocks: list[int], make_policy: MakePolicy, named: str | None = None) -> None:
-        """`named`: who the policy is, for errors."""
+    def __init__(
+        self, block_size: int, num_blocks: list[int], make_policy: MakePolicy, named: str | None = None,
+        num_host_blocks: Counts = (),
+    ) -> None:  # fmt: skip
+        """`named`: who the policy is, for errors. `num_host_blocks`: of the host tier, if there is one."""
         self._named = named
         self._block_size = block_size
         self._secret = os.urandom(32)
         self._entries: dict[bytes, Entry] = {}
-        self._entry_of: list[list[Entry | None]] = [[None] * n for n in num_blocks]
+        all_blocks = [n + h for n, h in zip(num_blocks, num_host_blocks or [0] * len(num_blocks), strict=True)]
+        self._entry_of: list[list[Entry | None]] = [[None] * n for n in all_blocks]
         """By KV group and block."""
         self._policies = [make_policy(n) for n in num_blocks]
+        self._num_blocks = num_blocks
+        self._host_policies = [make_policy(n) for n in all_blocks] if num_host_blocks else []
         self._chains: dict[int, list[bytes]] = {}
         """By sequence: the keys of its first blocks, after the root."""
         self._expected: dict[bytes, int] = {}
@@ -103,8 +110,9 @@ class HashIndex:
             self._coming[seq_id] = max(first, stop), end
 
     def claim(self, group: int, block_ids: list[int]) -> None:
+        count = self._num_blocks[group]
         for block in block_ids:
-            self._policies[group].remove(block)
+            (self._policies if block < count else self._host_policies)[group].remove(block)
 
     def keep(self, group: int, block_id: int) -> bool:
         if self._entry_of[group][block_id] is None:
@@ -113,17 +121,44 @@ class HashIndex:
         return True
 
     def evict(self, group: int, count: int) -> list[int]:
-        policy, entry_of = self._policies[group], self._entry_of[group]
+        return self._forget_least(group, count, self._policies[group])
+
+    def evict_host(self, group: int, count: int) -> list[int]:
+        return self._forget_least(group, count, self._host_policies[group])
+
+    def _forget_least(self, group: int, count: int, policy: EvictionPolicy) -> list[int]:
         blocks = [policy.pop() for _ in range(count)]
         for block in blocks:
-            entry = entry_of[block] if type(block) is int and 0 <= block < len(entry_of) else None
-            if entry is None:
-                raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
-            entry_of[block] = None
+            entry = self._entry_in(group, block)
+            self._entry_of[group][block] = None
             entry.block_ids[group] = NOT_HERE
             if not any(entry.block_ids):
                 del self._entries[entry.key]
         return blocks
+
+    def demote(self, group: int, host_blocks: list[int]) -> list[int]:
+        blocks = [self._policies[group].pop() for _ in host_blocks]
+        self._move(group, blocks, host_blocks)
+        for block in host_blocks:
+            self._host_policies[group].add(block)
+        return blocks
+
+    def promote(self, group: int, host_blocks: list[int], block_ids: list[int]) -> None:
+        self._move(group, host_blocks, block_ids)
+
+    def _move(self, group: int, sources: list[int], targets: list[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            entry = self._entry_in(group, source)
+            entry.block_ids[group] = target
+            self._entry_of[group][source], self._entry_of[group][target] = None, entry
+
+    def _entry_in(self, group: int, block: int) -> Entry:
+        """What a block holds that a policy has given up."""
+        entry_of = self._entry_of[group]
+        entry = entry_of[block] if type(block) is int and 0 <= block < len(entry_of) else None
+        if entry is None:
+            raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
+        return entry
 
     def forget(self, seq_id: int) -> None:
         self._no_longer_expect(seq_id)
@@ -134,7 +169,7 @@ class HashIndex:
         self._expected.clear()
         self._coming.clear()
         self._entry_of = [[None] * len(of) for of in self._entry_of]
-        for policy in self._policies:
+        for policy in (*self._policies, *self._host_policies):
             policy.clear()
 
     def _chain(self, seq: Sequence, num_blocks: int = 0) -> list[bytes]:

@@ -19,6 +19,7 @@ from dovetail.interfaces.compiled import CompiledAttention
 from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.drawing import Drawing
+from dovetail_worker_torch.host_tier import HostTier
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
 from dovetail_worker_torch.shadow import ShadowAttention
 
@@ -100,6 +101,7 @@ class Runner:
     ) -> None:
         """`made_by`: by key of the plan, the `dist:name` of those who take part in a step."""
         self._shadow = shadow
+        self.host_tier: HostTier | None = None
         self.model = model
         self._made_by = made_by
         self.table = table
@@ -109,11 +111,21 @@ class Runner:
         self._groups = groups
         self._backends = backends
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
+        self._caches = caches
         self._attend = StepAttention(model.attention_layers, groups, backends, caches, made_by, shadow)
+
+    def make_host_tier(self, num_blocks: list[int], dtype: torch.dtype) -> HostTier:
+        return HostTier(
+            self._groups, num_blocks, self.model.attention_layers, self._backends, self._caches, dtype, self.device
+        )  # fmt: skip
 
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
+        if plan.block_ops:
+            if self.host_tier is None:
+                raise ValueError("the plan moves blocks, and there is no host tier")
+            self.host_tier.move(plan.block_ops)
         inputs = self.table.inputs(plan)
         if self._shadow is not None:
             self._shadow.begin_step(plan.step_id)

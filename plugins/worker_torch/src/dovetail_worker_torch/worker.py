@@ -118,6 +118,10 @@ class TorchWorker:
             self._shadow_attention(groups),
         )  # fmt: skip
 
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        runner = self._require_runner()
+        runner.host_tier = runner.make_host_tier(num_blocks, DTYPES[self._kv_dtype])
+
     def _shadow_attention(self, groups: list[KVGroup]) -> ShadowAttention | None:
         if self._shadow is None:
             return None
