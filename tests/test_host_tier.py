@@ -59,7 +59,7 @@ def test_the_same_tokens_from_either_tier(attention: str, overlap: bool) -> None
 
 def test_more_host_memory_than_there_is_is_refused() -> None:
     cache = {"use": "hash", "host_memory_gb": 1e6}
-    with pytest.raises(ConfigError, match="host_memory_gb: 1e[+]06 GiB is more than this machine has"):
+    with pytest.raises(ConfigError, match=r"host_memory_gb: 1e[+]06 GiB is more than this machine has"):
         resolve(load_config(**TIGHT, prefix_cache=cache))
 
 

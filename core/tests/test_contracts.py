@@ -266,6 +266,6 @@ def test_a_worker_without_a_host_tier_is_refused_with_the_reason(model: Path) ->
     cache: Provider[Any] = Provider("c", "", lambda c, o: None, TieredCacheOptions)
     module = module_with(dovetail_workers=[WORKER], dovetail_attention=[attention("a")], dovetail_prefix_caches=[cache])
     asked = {"prefix_cache": {"use": "c", "host_memory_gb": 1}}
-    with pytest.raises(ConfigError, match=r"keeps no KV blocks in host memory \(remove prefix_cache.host_memory_gb\)"):
+    with pytest.raises(PluginError, match=r"keeps no KV blocks in host memory \(remove prefix_cache.host_memory_gb\)"):
         resolve(load_config(model=str(model), device="cpu", **asked), registry_of(x=module))
     assert resolve(load_config(model=str(model), device="cpu", prefix_cache="c"), registry_of(x=module)).choices["worker"]

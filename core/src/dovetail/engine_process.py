@@ -201,6 +201,7 @@ def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
         engine.abort(message.request_id, message.sample_index)
     elif isinstance(message, wire.ResetPrefixCache):
         engine.kv.reset_prefix_cache()
+        link.send(wire.News([], msgspec.structs.replace(engine.snapshot())))
 
 
 if __name__ == "__main__":

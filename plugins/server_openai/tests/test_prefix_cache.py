@@ -55,6 +55,27 @@ def test_a_reset_forgets_and_loses_nothing(cached: Any) -> None:
         assert http.get("/reset_prefix_cache").status_code == 405
 
 
+def test_metrics_tell_of_tiers_and_evictions(start: Callable[..., Any]) -> None:
+    served = start(
+        prefix_cache={"use": "hash", "host_memory_gb": 0.001}, scheduler={"use": "fcfs", "max_num_seqs": 1},
+        max_model_len=128,
+    )  # fmt: skip
+    with served.client() as http:
+        for _ in range(2):
+            for i in range(6):
+                http.post(COMPLETIONS, json={"prompt": str(i) * 80, "max_tokens": 4, "seed": 1})
+        served.until(served.quiet)
+        m = served.metrics()
+        assert m["prefix_cache_evicted_blocks_total{to_host}"] > 0
+        assert m["prefix_cache_evicted_blocks_total{device_full}"] == m["prefix_cache_evicted_blocks_total{host_full}"] == 0
+        assert m["prefix_cache_blocks{device}"] > 0
+        assert (host := m["prefix_cache_blocks{host}"]) > 0
+        assert m["prefix_cache_hits_total"] == 6 * 64
+        http.post("/reset_prefix_cache")
+        served.until(lambda: served.metrics()["prefix_cache_blocks{host}"] == 0)
+        assert served.metrics()["prefix_cache_evicted_blocks_total{reset}"] >= host
+
+
 def test_resets_under_load_change_no_answer(cached: Any) -> None:
     def ask(i: int) -> str:
         body = {"prompt": f"{PROMPT} {i % 3}", "max_tokens": 40, "seed": i % 3, "ignore_eos": True}
