@@ -2,12 +2,12 @@
 
     python benchmarks/prefix_cache.py [--rounds 5] [--json FILE] [--only cost,shared,index,trace]
 
-cost: prompts of which nothing is cached, more than the cache holds, so that every block is hashed, inserted and evicted. Two
-engines take turns, with and without a prefix cache; the cost is what the KV-cache manager takes longer, as a share of the
-time that the steps take. shared: 16 requests that share 512 of 544 prompt tokens, 16 output tokens each, all at once: without a
-prefix cache, with an empty one, and with one that has seen the shared part. index: hashing, and looking up and inserting
-blocks where a million are known. trace: hits on a made-up day of conversations, as a share of an infinite cache's.
-Medians over rounds; ratios are taken within a round.
+cost: 64 prompts of 128 tokens of which nothing is cached, 64 tokens of output each, in a cache that is full, so that every
+block is hashed, inserted and evicted. Two engines take turns, with and without a prefix cache; the cost is what the KV-cache
+manager takes longer, as a share of the time that the steps take without. shared: 16 requests that share 512 of 544 prompt
+tokens, 16 output tokens each, all at once: without a prefix cache, with an empty one, and with one that has seen the shared
+part. index: hashing, and looking up and inserting blocks where a million are known. trace: hits on a made-up day of
+conversations, as a share of an infinite cache's. Medians over rounds; ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from models import prompt
+from models import folder_of, prompt
 from prefix_trace import conversations, replay
 
 from dovetail import LLM, SamplingParams
@@ -92,13 +92,23 @@ class Timed:
 
 
 def cost(num_rounds: int) -> list[Figures]:
-    """Prompts of 256 tokens, 16 at a time, 32 tokens of output each."""
-    memory = 24 * (256 + 32) * kv_bytes_per_token() / 2**30
-    settings: dict[str, Any] = {
-        "model": "demo", "device": "cpu", "max_model_len": 512, "kv_cache": {"use": "paged", "memory_gb": memory},
-        "scheduler": {"use": "fcfs", "max_num_seqs": 16},
-    }  # fmt: skip
-    params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+    """Of the demo model, the tiny one and the shape of Qwen3-0.6B; of the latter 8 prompts, and 2 rounds."""
+    models = {"demo": ("demo", 64), "tiny": (str(folder_of("c")), 64), "Qwen3-0.6B shape": (str(folder_of("a")), 8)}
+    found = {name: cost_of(model, count, num_rounds if count == 64 else 2) for name, (model, count) in models.items()}
+    return [
+        {f"{name}, {key}": value for name, rounds in found.items() for key, value in rounds[i % len(rounds)].items()}
+        for i in range(num_rounds)
+    ]
+
+
+def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
+    settings: dict[str, Any] = {"model": model, "device": "cpu", "max_model_len": 512}
+    with LLM(**settings, prefix_cache="none") as llm:
+        group = llm.engine.kv.groups[0]
+        # Room for all that run, and for a third more.
+        memory = num_prompts * 4 / 3 * (128 + 64) / group.block_size * group.bytes_per_block / 2**30
+    settings["kv_cache"] = {"use": "paged", "memory_gb": memory}
+    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
     seed = 0
     rounds: list[Figures] = []
     with LLM(**settings, prefix_cache="none") as without, LLM(**settings, prefix_cache="hash") as having:
@@ -109,24 +119,18 @@ def cost(num_rounds: int) -> list[Figures]:
                 llm, timed = engines[name]
                 timed.seconds, seed = 0.0, seed + 1000
                 began = time.perf_counter()
-                llm.generate([prompt(256, seed + i) for i in range(64)], params)
+                llm.generate([prompt(128, seed + i) for i in range(num_prompts)], params)
                 figures[f"{name}: seconds"] = time.perf_counter() - began
                 figures[f"{name}: seconds of the manager"] = timed.seconds
             added = figures["with: seconds of the manager"] - figures["without: seconds of the manager"]
-            figures["added host time, % of the step"] = 100 * added / figures["without: seconds"]
-            figures["added host time, µs a prompt token"] = 1e6 * added / (64 * 256)
+            figures["added host time, µs a block"] = 1e6 * added / (num_prompts * 12)
+            figures["added host time, % of the steps"] = 100 * added / figures["without: seconds"]
             if turn:  # the first warms up, and fills the cache
                 rounds.append(figures)
         stats = having.engine.snapshot()
         assert stats.num_prefix_hit_tokens == 0, "prompts were alike"
         assert stats.num_prefix_evicted_blocks["device_full"] > 0, "nothing was evicted"
     return rounds
-
-
-def kv_bytes_per_token() -> int:
-    with LLM("demo", device="cpu", max_model_len=64, prefix_cache="none") as llm:
-        group = llm.engine.kv.groups[0]
-        return group.bytes_per_block // group.block_size
 
 
 # What it gains.

@@ -60,7 +60,7 @@ class SaltIgnored(HashIndex):
     """The salt is not part of the key."""
 
     def _root(self, request):
-        return self._hash(repr(request.adapter_id).encode())
+        return self._hash(self._secret, repr(request.adapter_id).encode())
 
 
 @sabotage(APART, BOOKS)
@@ -68,7 +68,7 @@ class AdapterIgnored(HashIndex):
     """The adapter is not part of the key."""
 
     def _root(self, request):
-        return self._hash(repr(request.cache_salt).encode())
+        return self._hash(self._secret, repr(request.cache_salt).encode())
 
 
 @sabotage(APART)
@@ -76,7 +76,7 @@ class SaltAndAdapterJoined(HashIndex):
     """Adapter and salt are joined without saying where one ends, and None is the empty string."""
 
     def _root(self, request):
-        return self._hash(f"{request.adapter_id or ''}{request.cache_salt or ''}".encode())
+        return self._hash(self._secret, f"{request.adapter_id or ''}{request.cache_salt or ''}".encode())
 
 
 @sabotage(BOOKS, REUSE)
@@ -362,7 +362,7 @@ class ForgetsWhatIsMoved(HashIndex):
         return blocks
 
 
-@sabotage("test_an_engine_with_a_host_tier_whatever_happens")
+@sabotage(TIER)
 class PromotedAndStillInTheOrder(HashIndex):
     """A host block whose contents have moved to the device stays in the host's order of eviction."""
 

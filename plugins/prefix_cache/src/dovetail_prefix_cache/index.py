@@ -25,8 +25,9 @@ KEY_BYTES = 16
 
 
 Entry = tuple[Any, ...]
-"""One block's worth of tokens: these, the key of the block before, and per KV group the block that holds their KV. There may be a
-million, and Python's collector does not look at tuples of bytes and numbers."""
+"""One block's worth of tokens: these, the key of the block before, and per KV group the block that holds their KV.
+
+There may be a million, and Python's collector does not look at tuples of bytes and numbers."""
 
 
 class Chain:
