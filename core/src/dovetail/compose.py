@@ -48,12 +48,12 @@ class BuildContext:
     kv_groups: tuple[KVGroup, ...] = ()
     num_blocks: tuple[int, ...] = ()
     """For the KV-cache manager: per group, the null block included."""
-    num_host_blocks: tuple[int, ...] = ()
-    """For the prefix cache and the manager: per group; empty without a host tier."""
     built: dict[str, object] = field(default_factory=dict)
     """By key of the plan: what its provider has built."""
     attestation: Attestation = field(default_factory=Attestation)
     """Watches what is built."""
+    num_host_blocks: tuple[int, ...] = ()
+    """For the prefix cache and the manager: per group; empty without a host tier."""
 
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""

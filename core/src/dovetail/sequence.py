@@ -40,8 +40,6 @@ class Sequence:
     """Proposed and not yet in a step: the step that takes them verifies them."""
     is_drafted: bool = False
     """A drafter continues it, and wants to know its last token: it is not overlapped."""
-    num_cached_tokens: int = 0
-    """First tokens whose KV was found computed when it first ran."""
     num_prompt_counted: int = 0
     """Prompt tokens that the stats have counted, for the same reason as the next."""
     num_prompt_logprobs: int = 0
@@ -49,6 +47,8 @@ class Sequence:
     on_worker: bool = False
     """The worker knows this sequence."""
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    """First tokens whose KV was found computed when it first ran."""
 
     def __post_init__(self) -> None:
         r = self.request

@@ -26,6 +26,10 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     rejected: list[Rejected] = []
 
     @property
+    def qualified_name(self) -> str:
+        ...
+
+    @property
     def is_empty(self) -> bool:
         ...
 

@@ -10,6 +10,7 @@ Handle = Any
 @dataclass(frozen=True)
 class WorkerCapabilities:
     shadow: bool = False
+    host_tier: bool = False
 
 class Worker(Protocol):
 
@@ -40,4 +41,9 @@ class Worker(Protocol):
 class ShadowingWorker(Worker, Protocol):
 
     def shadow_report(self) -> ShadowReport | None:
+        ...
+
+class TieringWorker(Worker, Protocol):
+
+    def allocate_host(self, num_blocks: list[int]) -> None:
         ...

@@ -9,7 +9,7 @@ from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
 from dovetail.provider import DrafterOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import KIT_MODEL, Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, requests_of, run, setups, workloads
+from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, requests_of, run, setups, workloads
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.prefix_cache import new_paged, new_scheduler
 from dovetail.types import Request, SamplingParams
