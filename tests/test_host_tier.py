@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dovetail.config import load_config
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, OutOfMemory
 from dovetail.llm import LLM
 from dovetail.resolution import resolve
 from dovetail.types import SamplingParams
@@ -72,3 +72,10 @@ def test_host_memory_that_is_no_size_is_refused(value: object) -> None:
 def test_host_memory_for_less_than_a_block_is_refused() -> None:
     with pytest.raises(ConfigError, match="hold no block; give at least"):
         LLM(**TIGHT, prefix_cache={"use": "hash", "host_memory_gb": 1e-9})
+
+
+def test_a_cache_larger_than_memory_is_refused() -> None:
+    huge = {"use": "paged", "memory_gb": 1e6}
+    settings = {**TIGHT, "max_model_len": 2048, "kv_cache": huge, "scheduler": {"use": "fcfs", "max_num_seqs": 10_000_000}}
+    with pytest.raises(OutOfMemory, match=r"the KV cache of [0-9]+ blocks could not be allocated"):
+        LLM(**settings, prefix_cache="hash")

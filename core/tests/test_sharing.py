@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from dovetail.adapters import kv_cache_from_0_1, prefix_cache_from_0_1
+from dovetail.checks import CheckedKVCache
 from dovetail.engine import Engine
+from dovetail.errors import PluginError
+from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.sequence import Sequence
+from dovetail.sockets import SOCKETS
 from dovetail.testing.dictionary import DictionaryIndex
 from dovetail.testing.engines import Outputs, Parts, Setup, WatchedEngine, collect, request, run
-from dovetail.testing.simulated import Faults
+from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import Request, SamplingParams
 
 SHARED = list(range(1, 25))
@@ -135,3 +140,78 @@ def test_prompts_whose_log_probabilities_are_asked_for_do_not_wait() -> None:
 def test_preemption_of_the_one_waited_for(spare_blocks: int) -> None:
     engine = make_engine(spare_blocks=spare_blocks, budget=4)
     assert run(engine, alike()) == said_alone()
+
+
+# Contract 0.1: parts that know nothing of waiting.
+
+
+class OldBlocks:
+    """A KV-cache manager as it was, over one of today."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._kv = ReusingKVCache(setup.groups, setup.num_blocks, prefix_cache_from_0_1(OldIndex(4, 1)))
+        for name in ("groups", "num_blocks", "faults", "grow", "share", "computed", "block_ids", "trim", "free"):
+            setattr(self, name, getattr(self._kv, name))
+
+    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+        found = self._kv.reuse(seq, num_tokens)
+        assert found is not None
+        return found
+
+    @property
+    def num_used(self) -> int:
+        return self._kv.num_used
+
+    @property
+    def num_total(self) -> int:
+        return self._kv.num_total
+
+    @property
+    def num_queried_tokens(self) -> int:
+        return self._kv.num_queried_tokens
+
+    @property
+    def num_hit_tokens(self) -> int:
+        return self._kv.num_hit_tokens
+
+
+class OldIndex:
+    """A prefix cache as it was."""
+
+    def __init__(self, block_size: int, num_groups: int) -> None:
+        index = DictionaryIndex(block_size, num_groups)
+        for name in ("match", "insert", "claim", "keep", "evict", "forget", "reset"):
+            setattr(self, name, getattr(index, name))
+
+
+def test_parts_of_the_contract_before_run_and_let_nobody_wait() -> None:
+    setup = Setup(spare_blocks=200, seats=8, budget=64)
+    worker = SimulatedWorker(setup.groups)
+    worker.allocate(setup.num_blocks)
+    kv = kv_cache_from_0_1(OldBlocks(setup))
+    assert all(not s.missing(kv) for s in SOCKETS if s.name == "kv_cache")
+    scheduler = TokenBudgetScheduler(kv, fcfs, max_num_seqs=8, max_num_batched_tokens=64)
+    engine = Engine(scheduler, kv, worker, max_num_waiting=99)
+    assert run(engine, alike()) == said_alone()
+    assert run(engine, alike()) == said_alone()
+    assert engine.snapshot().num_prefix_hit_tokens > 0
+    assert engine.snapshot().num_prefix_blocks == {}
+    with pytest.raises(PluginError, match=r"contract 0\.1"):
+        kv.reset_prefix_cache()
+
+
+# What the loop relies on.
+
+
+@pytest.mark.parametrize("answer", [None, -1, 99, 1.0])
+def test_a_manager_that_answers_nonsense_is_named(answer: object) -> None:
+    setup = Setup()
+    kv = PagedKVCache(setup.groups, setup.num_blocks)
+    kv.reuse = lambda *args, **kwargs: answer  # type: ignore[method-assign, return-value, assignment]
+    checked = CheckedKVCache(kv, "dist:bad")
+    seq = Sequence(0, request("r", [1] * 9), 0, [1] * 9)
+    with pytest.raises(PluginError, match="asked for at most 8 tokens to share") as e:
+        checked.reuse(seq, 8)
+    assert e.value.provider == "dist:bad"
+    if answer is None:
+        assert checked.reuse(seq, 8, may_wait=True) is None

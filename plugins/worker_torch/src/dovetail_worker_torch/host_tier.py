@@ -39,7 +39,7 @@ class HostTier:
                 try:
                     # Page-locked: a GPU copies it without the processor's help.
                     pair = [torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda") for _ in range(2)]
-                except (RuntimeError, MemoryError) as e:
+                except (RuntimeError, MemoryError, OSError) as e:
                     raise OutOfMemory(f"a host tier of {count} blocks could not be allocated: {e}") from None
                 own.append(HostLayer(backend, caches[i], *pair))
             self._layers.append(own)

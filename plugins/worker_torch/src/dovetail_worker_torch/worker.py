@@ -103,7 +103,7 @@ class TorchWorker:
                 spec = KVCacheSpec(count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype)
                 try:
                     caches[index] = backend.allocate_cache(spec)
-                except (RuntimeError, MemoryError) as e:
+                except (RuntimeError, MemoryError, OSError) as e:
                     raise OutOfMemory(f"the KV cache of {count} blocks could not be allocated: {e}") from None
         if isinstance(self._model, CompiledDecoder):
             kind_of = {layer: group.kind for group in groups for layer in group.layers}
