@@ -68,8 +68,10 @@ def test_nobody_is_overtaken_more_often_than_allowed(
         before = {s.seq_id for s in engine.scheduler.running}
         engine.step()
         begun = {s.seq_id for s in engine.scheduler.running} - before
+        for seq_id in before | begun:  # one that is preempted waits anew
+            overtaken.pop(seq_id, None)
         for seq in engine.scheduler.waiting:
             if seq.seq_id not in engine.kv.told_to_wait:
                 overtaken[seq.seq_id] += sum(later > seq.seq_id for later in begun)
         engine.kv.told_to_wait.clear()
-    assert max(overtaken.values(), default=0) < max_overtaken + seats
+        assert max(overtaken.values(), default=0) < max_overtaken + seats

@@ -18,6 +18,8 @@ from dovetail.sequence import Sequence
 from dovetail.types import KVGroup
 
 T = TypeVar("T")
+AT_ONCE = 256
+"""This part of all blocks is evicted at a time, at least."""
 log = logging.getLogger(__name__)
 
 
@@ -37,6 +39,9 @@ class ReusingKVCache(PagedKVCache):
         """By sequence: the block that it has to wait for, as far as is known."""
         self._found: dict[int, tuple[int, int]] = {}
         """By sequence that nothing was computed for yet: tokens looked for, and found."""
+        self._untold: dict[int, tuple[Sequence, int]] = {}
+        """By sequence: blocks that are computed, of which the prefix cache is told when the sequence leaves."""
+        self._has_windows = any(g.window is not None for g in groups)
 
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         size = self._block_sizes[0]
@@ -119,7 +124,8 @@ class ReusingKVCache(PagedKVCache):
         if any(n > len(kept) for n, kept in zip(short, self.kept, strict=True)):
             return False
         for i, count in enumerate(short):
-            if count:
+            if count:  # some more at once: giving up one by one costs more
+                count = min(max(count, self.num_blocks[i] // AT_ONCE), len(self.kept[i]))
                 self._ask(seq_id, partial(self._evict, group=i, count=count), None)
         return True
 
@@ -140,11 +146,21 @@ class ReusingKVCache(PagedKVCache):
             self.num_hit_tokens += hit
         known, whole = self._num_known.get(seq.seq_id, 0), num_tokens // self._block_sizes[0]
         if whole > known:
-            blocks = [table[known:whole] for table in self.tables[seq.seq_id]]
-            self._num_known[seq.seq_id] = whole
-            self._ask(seq.seq_id, lambda cache: cache.insert(seq, known, blocks), None)
+            if known * self._block_sizes[0] < seq.num_prompt_tokens or self._has_windows:
+                self._insert(seq, known, whole)
+            else:  # its own words: hardly anybody needs them before it ends, and all at once costs less
+                self._untold[seq.seq_id] = seq, whole
+
+    def _insert(self, seq: Sequence, known: int, whole: int) -> None:
+        """Tell the prefix cache of blocks `known … whole - 1`."""
+        blocks = [table[known:whole] for table in self.tables[seq.seq_id]]
+        self._num_known[seq.seq_id] = whole
+        self._ask(seq.seq_id, lambda cache: cache.insert(seq, known, blocks), None)
 
     def free(self, seq_id: int) -> None:
+        if seq_id in self._untold:
+            seq, whole = self._untold.pop(seq_id)
+            self._insert(seq, self._num_known.get(seq_id, 0), whole)
         # From the last block to the first: among blocks of equal worth the end of a prefix is the first to go.
         super().free(seq_id)
         for by_sequence in (self._num_known, self._waits_for, self._found):

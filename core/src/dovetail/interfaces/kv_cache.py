@@ -65,7 +65,8 @@ class KVCacheManager(Protocol):
         return None
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """The KV of the first `num_tokens` tokens of a sequence is in its blocks: others may reuse it from now on.
+        """The KV of the first `num_tokens` tokens of a sequence is in its blocks: others may reuse it, from now on or, if it
+        is output, when the sequence leaves.
 
         Called when the step that computed them has ended well, if not after every step; not for unknown sequences'
         sake an error.

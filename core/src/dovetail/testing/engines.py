@@ -292,18 +292,18 @@ class EngineMachine(Machine):
 
     engine: WatchedEngine
 
-    def __init__(self, parts: Parts, *, has_host_tier: bool = False) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.parts, self.has_host_tier = parts, has_host_tier
+        self.parts = parts
         self.num_requests = 0
         self.expected: set[tuple[str, int]] = set()
         self.ended: set[tuple[str, int]] = set()
 
-    @beginning(setup=setups, host_blocks=st.integers(1, 40))
-    def build(self, setup: Setup, host_blocks: int) -> None:
-        self.engine = self.parts.engine(replace(setup, host_blocks=host_blocks) if self.has_host_tier else setup)
+    @beginning(setup=setups)
+    def build(self, setup: Setup) -> None:
+        self.engine = self.parts.engine(setup)
 
-    @operation(prompt=prompts | alike, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1))
+    @operation(prompt=prompts, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1))
     def add(self, prompt: list[int], max_tokens: int, n: int, level: int) -> None:
         name, self.num_requests = f"r{self.num_requests}", self.num_requests + 1
         self.expected |= {(name, i) for i in range(n)}
@@ -312,10 +312,6 @@ class EngineMachine(Machine):
     @operation(which=st.integers(0, 30), sample=st.sampled_from([None, 0, 1]))
     def abort(self, which: int, sample: int | None) -> None:
         self.engine.abort(f"r{which}", sample)  # of a request that runs, has ended, or never was
-
-    @operation()
-    def reset_prefix_cache(self) -> None:
-        self.engine.kv.reset_prefix_cache()
 
     @operation(count=st.integers(1, 8))
     def step(self, count: int) -> None:
@@ -348,3 +344,25 @@ class EngineMachine(Machine):
             self._run(1)
         assert self.ended == self.expected, f"after {MANY_STEPS} more steps, not ended: {sorted(self.expected - self.ended)}"
         assert self.engine.kv.num_used == 0, f"{self.engine.kv.num_used} blocks are left over when all have ended"
+
+
+class AlikeMachine(EngineMachine):
+    """The same with requests that begin alike, a prefix cache that is reset, and perhaps a host tier."""
+
+    def __init__(self, parts: Parts, *, has_host_tier: bool = False) -> None:
+        super().__init__(parts)
+        self.has_host_tier = has_host_tier
+
+    @beginning(setup=setups, host_blocks=st.integers(1, 40))
+    def build(self, setup: Setup, host_blocks: int) -> None:  # type: ignore[override]
+        self.engine = self.parts.engine(replace(setup, host_blocks=host_blocks) if self.has_host_tier else setup)
+
+    @operation(prompt=alike, max_tokens=st.integers(1, 20), n=st.sampled_from([1, 1, 2]))
+    def add_alike(self, prompt: list[int], max_tokens: int, n: int) -> None:
+        name, self.num_requests = f"r{self.num_requests}", self.num_requests + 1
+        self.expected |= {(name, i) for i in range(n)}
+        self.engine.add(request(name, prompt, max_tokens, n=n))
+
+    @operation()
+    def reset_prefix_cache(self) -> None:
+        self.engine.kv.reset_prefix_cache()

@@ -19,8 +19,8 @@ from dovetail.provider import HOST_MEMORY
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.engines import (
+    AlikeMachine,
     Asked,
-    EngineMachine,
     Parts,
     Setup,
     alone,
@@ -94,12 +94,12 @@ class PrefixCacheContract(Contract):
     @common_causes("a block in use named by evict", "more or fewer blocks evicted than asked for")
     def test_an_engine_whatever_happens(self) -> None:
         """Requests that begin alike come, run and are aborted at any moment: blocks are conserved and everyone ends."""
-        self.run_machine(partial(EngineMachine, self.parts), examples=40)
+        self.run_machine(partial(AlikeMachine, self.parts), examples=40)
 
     @common_causes("a host block in the order of the device's", "a block that was moved still found where it was")
     def test_an_engine_with_a_host_tier_whatever_happens(self) -> None:
         """The same where blocks go to host memory and come back: of both tiers every block is free or kept."""
-        self.run_machine(partial(EngineMachine, self.tiered, has_host_tier=True), examples=60)
+        self.run_machine(partial(AlikeMachine, self.tiered, has_host_tier=True), examples=60)
 
     @common_causes("`promote` or `demote` pairs the blocks in another order", "the books of one tier used for the other")
     def test_a_host_tier_changes_no_output(self) -> None:

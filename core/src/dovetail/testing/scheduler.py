@@ -23,6 +23,7 @@ from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.dictionary import DictionaryIndex
 from dovetail.testing.engines import (
+    AlikeMachine,
     Asked,
     EngineMachine,
     Outputs,
@@ -117,7 +118,7 @@ class SchedulerContract(Contract):
             assert not different, f"{different} differ from what they say alone"
 
         self.run_examples(same_as_alone, examples=60, setup=setups, workload=workloads_alike)
-        self.run_machine(partial(EngineMachine, Parts(new_reusing, self.new_scheduler)), examples=30)
+        self.run_machine(partial(AlikeMachine, Parts(new_reusing, self.new_scheduler)), examples=30)
 
     @common_causes("rows not written by Sequence.add_row", "num_to_compute kept from before", "drafts kept on preemption")
     def test_drafts_change_no_output(self) -> None:
