@@ -39,6 +39,8 @@ SIZE = 16
 KNOWN = 1_000_000
 """Blocks that the index holds."""
 ALIKE, OWN, SAMPLES, REQUESTS = 512, 32, 16, 16
+WORKER = {"use": "torch", "num_threads": 1}
+"""Two threads would wait for whichever is interrupted, and small models on a busy machine show that and nothing else."""
 Figures = dict[str, float]
 
 
@@ -92,9 +94,9 @@ class Timed:
 
 
 def cost(num_rounds: int) -> list[Figures]:
-    """Of the demo model, the tiny one and the shape of Qwen3-0.6B; of the latter 8 prompts, and 2 rounds."""
+    """Of the demo model, the tiny one and the shape of Qwen3-0.6B; of the latter 8 prompts, and one round."""
     models = {"demo": ("demo", 64), "tiny": (str(folder_of("c")), 64), "Qwen3-0.6B shape": (str(folder_of("a")), 8)}
-    found = {name: cost_of(model, count, num_rounds if count == 64 else 2) for name, (model, count) in models.items()}
+    found = {name: cost_of(model, count, num_rounds if count == 64 else 1) for name, (model, count) in models.items()}
     return [
         {f"{name}, {key}": value for name, rounds in found.items() for key, value in rounds[i % len(rounds)].items()}
         for i in range(num_rounds)
@@ -102,7 +104,7 @@ def cost(num_rounds: int) -> list[Figures]:
 
 
 def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
-    settings: dict[str, Any] = {"model": model, "device": "cpu", "max_model_len": 512}
+    settings: dict[str, Any] = {"model": model, "device": "cpu", "max_model_len": 512, "worker": WORKER}
     with LLM(**settings, prefix_cache="none") as llm:
         group = llm.engine.kv.groups[0]
         # Room for all that run, and for a third more.
@@ -137,7 +139,7 @@ def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
 
 
 def shared(num_rounds: int) -> list[Figures]:
-    settings: dict[str, Any] = {"model": "demo", "device": "cpu", "max_model_len": 1024}
+    settings: dict[str, Any] = {"model": "demo", "device": "cpu", "max_model_len": 1024, "worker": WORKER}
     params = SamplingParams(max_tokens=SAMPLES, temperature=0, ignore_eos=True)
     rounds: list[Figures] = []
     with LLM(**settings, prefix_cache="none") as off, LLM(**settings, prefix_cache="hash") as on:
