@@ -9,7 +9,7 @@ from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.provider import HOST_MEMORY
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, request, requests_of, run, run_with_failures, setups, workloads_alike
+from dovetail.testing.engines import AlikeMachine, Asked, Parts, Setup, alone, request, requests_of, run, run_with_failures, setups, workloads_alike
 from dovetail.testing.prefix_cache_machine import IndexMachine
 from dovetail.testing.simulated import Faults
 from dovetail.tiered_cache import TieredKVCache

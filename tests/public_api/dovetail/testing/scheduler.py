@@ -11,7 +11,7 @@ from dovetail.provider import SchedulerOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
 from dovetail.testing.dictionary import DictionaryIndex
-from dovetail.testing.engines import Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, alone, collect, request, requests_of, run, setups, workloads, workloads_alike
+from dovetail.testing.engines import AlikeMachine, Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, alone, collect, request, requests_of, run, setups, workloads, workloads_alike
 from dovetail.testing.simulated import Faults
 from dovetail.types import Request
 PAGED = dovetail_kv_caches()[0]
