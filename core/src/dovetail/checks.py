@@ -191,7 +191,7 @@ class CheckedKVCache:
     def __init__(self, kv: KVCacheManager, name: str) -> None:
         self._inner, self._name = kv, name
         self._sizes = list(kv.num_blocks)
-        self.block_ids, self.free, self.faults = kv.block_ids, kv.free, kv.faults
+        self.block_ids, self.free, self.faults, self.block_ops = kv.block_ids, kv.free, kv.faults, kv.block_ops
 
     groups: Any = property(attrgetter("_inner.groups"))
     num_blocks: Any = property(attrgetter("_inner.num_blocks"))
@@ -199,6 +199,8 @@ class CheckedKVCache:
     num_total: Any = property(attrgetter("_inner.num_total"))
     num_queried_tokens: Any = property(attrgetter("_inner.num_queried_tokens"))
     num_hit_tokens: Any = property(attrgetter("_inner.num_hit_tokens"))
+    num_evicted: Any = property(attrgetter("_inner.num_evicted"))
+    num_kept: Any = property(attrgetter("_inner.num_kept"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -221,10 +223,11 @@ class CheckedKVCache:
     def share(self, source: int, target: int, num_tokens: int) -> int:
         return self._up_to(num_tokens, self._inner.share(source, target, num_tokens))
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
-        return self._up_to(num_tokens, self._inner.reuse(seq, num_tokens))
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
+        found = self._inner.reuse(seq, num_tokens, may_wait=may_wait)
+        return None if found is None and may_wait else self._up_to(num_tokens, found)
 
-    def _up_to(self, num_tokens: int, found: int) -> int:
+    def _up_to(self, num_tokens: int, found: int | None) -> int:
         if type(found) is not int or not 0 <= found <= num_tokens:
             raise PluginError(f"asked for at most {num_tokens} tokens to share, it gave {found!r}", provider=self._name)
         return found

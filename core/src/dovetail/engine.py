@@ -105,7 +105,10 @@ class Engine:
             if in_flight and self.speculation.waits:
                 return None
         try:
-            return self.scheduler.schedule(in_flight=in_flight)
+            plan = self.scheduler.schedule(in_flight=in_flight)
+            if plan is not None and self.kv.block_ops:
+                plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
+            return plan
         except Exception as e:
             self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
             return None
@@ -170,6 +173,7 @@ class Engine:
             self.speculation.verified(seq, num_drafted, len(new) - 1)
         self._count(plan, row, seq, len(new))
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
+        output.num_cached_tokens = seq.num_cached_tokens
         if result.prompt_logprobs:
             output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
             seq.num_prompt_logprobs += len(output.prompt_logprobs)
@@ -204,6 +208,7 @@ class Engine:
         s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
         if self.speculation is not None:
             self.speculation.count(s)
+        s.num_prefix_evicted_blocks, s.num_prefix_blocks = self.kv.num_evicted, self.kv.num_kept
         return s
 
     # How sequences end.
@@ -265,7 +270,11 @@ class Engine:
         for row in range(len(plan.seq_ids)):
             self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
             self._land(plan, row)
-        self._fail(plan.seq_ids, error, "worker")
+        seq_ids = plan.seq_ids
+        if plan.block_ops:  # perhaps not done, and others may have found the blocks since
+            self.kv.reset_prefix_cache()
+            seq_ids = [*seq_ids, *(s.seq_id for s in self.scheduler.running)]
+        self._fail(seq_ids, error, "worker")
 
     def _fail_faulty(self) -> None:
         """Fail the requests that the KV-cache manager could not serve."""

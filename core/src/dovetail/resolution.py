@@ -22,7 +22,7 @@ from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.quantization import choose_schemes
 from dovetail.plugins.relations import Neighbours, Unsatisfied
 from dovetail.plugins.selection import choose, choose_all, find
-from dovetail.provider import Context, DraftModelOptions, Reason
+from dovetail.provider import HOST_MEMORY, Context, DraftModelOptions, Reason
 from dovetail.shadow import PREFIX
 
 
@@ -139,6 +139,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     r.take(
         "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()), architecture=made,
         quantization=list(weights.values()), shadow=shadow is not None, drafts=draft is not None,
+        host_tier=bool(config.prefix_cache.options.get(HOST_MEMORY)),
     )  # fmt: skip
     r.take("prefix_cache", config.prefix_cache)
     if shadow is not None:

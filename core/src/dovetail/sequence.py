@@ -45,6 +45,8 @@ class Sequence:
     on_worker: bool = False
     """The worker knows this sequence."""
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    """First tokens whose KV was found computed when it first ran."""
 
     def __post_init__(self) -> None:
         r = self.request

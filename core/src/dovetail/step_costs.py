@@ -11,7 +11,7 @@ from dovetail.adaptive import Curve, EverySequence, StepCosts
 from dovetail.engine import Engine
 from dovetail.errors import PluginError
 from dovetail.interfaces.drafter import Drafter
-from dovetail.kv_cache import blocks_per_sequence
+from dovetail.kv_sizes import blocks_per_sequence
 from dovetail.sequence import Sequence
 from dovetail.speculation import Speculation
 from dovetail.types import EngineStats, Request, SamplingParams

@@ -168,7 +168,8 @@ class SequenceStart(msgspec.Struct, array_like=True):
 
 
 class BlockOp(msgspec.Struct, array_like=True):
-    """Move KV before the step's kernels run: `kind` copy (within the device), out or in (host tiers)."""
+    """Move KV before the step's kernels run: `kind` copy (within the device), out (to block `dst` of the host tier) or in (from
+    block `src` of the host tier, counted from 0). Moves are done in the order of the plan: one may read what another wrote."""
 
     kind: Literal["copy", "out", "in"]
     group: int
@@ -234,6 +235,8 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """The stop token (never an end-of-sequence token) that ended the sequence."""
     error: tuple[str, str] | None = None
     """(code of errors.py, message) when `finish_reason` is error."""
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache; told with the first tokens, and perhaps again."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):
@@ -273,6 +276,10 @@ class EngineStats(msgspec.Struct):
     num_prefix_queried_tokens: int = 0
     """Prompt tokens looked for in the prefix cache; of these found:"""
     num_prefix_hit_tokens: int = 0
+    num_prefix_evicted_blocks: dict[str, int] = {}
+    """By cause: `KVCacheManager.num_evicted`."""
+    num_prefix_blocks: dict[str, int] = {}
+    """That nobody uses and that can be found again, by tier."""
 
 
 def to_builtins(value: Any) -> Any:

@@ -17,7 +17,7 @@ from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
 from dovetail.interfaces.worker import Progress, Worker
-from dovetail.kv_cache import blocks_per_sequence, size_groups
+from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
@@ -38,6 +38,7 @@ class BuildContext:
     num_blocks: tuple[int, ...] = ()
     built: dict[str, object] = field(default_factory=dict)
     attestation: Attestation = field(default_factory=Attestation)
+    num_host_blocks: tuple[int, ...] = ()
 
     def option(self, key: str, name: str) -> Any:
         ...

@@ -22,6 +22,7 @@ class Sequence:
     num_prompt_logprobs: int = 0
     on_worker: bool = False
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
 
     @property
     def num_output_tokens(self) -> int:

@@ -110,6 +110,7 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: tuple[str, str] | None = None
+    num_cached_tokens: int = 0
 
 class KVGroup(msgspec.Struct, frozen=True):
     layers: list[int]
@@ -135,6 +136,8 @@ class EngineStats(msgspec.Struct):
     draft_seconds: float = 0.0
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+    num_prefix_evicted_blocks: dict[str, int] = {}
+    num_prefix_blocks: dict[str, int] = {}
 
 def to_builtins(value: Any) -> Any:
     ...

@@ -39,6 +39,9 @@ class SimulatedOptions(Options):
     load_seconds: float = 0.0
 
 
+CAN = WorkerCapabilities(drafts=True, host_tier=True)
+
+
 def _worker(context: Any, options: SimulatedOptions) -> SimulatedWorker:
     model = context.model
     block_size = context.option("kv_cache", "block_size")
@@ -49,12 +52,7 @@ def _worker(context: Any, options: SimulatedOptions) -> SimulatedWorker:
 
 @hookimpl
 def dovetail_workers() -> list[Provider[SimulatedWorker]]:
-    return [
-        Provider(
-            "simulated", "no model: answers depend on the cache's contents", _worker, SimulatedOptions,
-            WorkerCapabilities(drafts=True),
-        )
-    ]  # fmt: skip
+    return [Provider("simulated", "no model: answers depend on the cache's contents", _worker, SimulatedOptions, CAN)]
 
 
 @hookimpl

@@ -50,6 +50,7 @@ class SimulatedWorker:
         self._memory = memory
         self._faults = faults or Faults()
         self._cache: list[list[int]] = []
+        self._host: list[list[int]] = []
         self._known: dict[int, _Known] = {}
         self.num_steps = 0
         self.closed = False
@@ -67,6 +68,9 @@ class SimulatedWorker:
     def allocate(self, num_blocks: list[int]) -> None:
         self._cache = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
 
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        self._host = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
+
     def warm_up(self, progress: Progress) -> None:
         progress("warming up", 1, 1)
 
@@ -74,6 +78,7 @@ class SimulatedWorker:
         self._update(plan)
         self.num_steps += 1
         self._misbehave()
+        self._move(plan)
         rows = list(zip(plan.seq_ids, plan.num_computed, plan.num_tokens, strict=True))
         drafts = [list(draft) for draft in plan.draft_token_ids] or [[] for _ in rows]
         for (seq_id, _, _), draft in zip(rows, drafts, strict=True):
@@ -114,6 +119,14 @@ class SimulatedWorker:
             for table, blocks in zip(self._known[seq_id].tables, added, strict=bool(added)):
                 assert 0 not in blocks, "the null block was handed out"
                 table += blocks
+
+    def _move(self, plan: StepPlan) -> None:
+        for op in plan.block_ops:
+            source, target = (self._host, self._cache) if op.kind == "in" else (self._cache, self._host)
+            size = self._groups[op.group].block_size
+            moved = source[op.group][op.src * size : (op.src + 1) * size]
+            assert len(moved) == size, f"{op} moves a block that is not there"
+            target[op.group][op.dst * size : (op.dst + 1) * size] = moved
 
     def _slots(self, seq_id: int, position: int) -> list[tuple[int, int]]:
         tables = self._known[seq_id].tables

@@ -53,6 +53,7 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
             counter.add_metric([name], value)
             yield counter
+        yield from self._prefix_cache(s.num_prefix_evicted_blocks, s.num_prefix_blocks)
         yield from self._speculation(s)
         if self._engine.shadow is not None:
             yield from self._shadow(self._engine.shadow)
@@ -87,6 +88,19 @@ class _EngineCollector(Collector):
             for position, count in enumerate(counts):
                 counter.add_metric([name, str(position)], count)
             yield counter
+
+    def _prefix_cache(self, evicted: dict[str, int], blocks: dict[str, int]) -> Iterable[Metric]:
+        name, labels = self._engine.plan.served_model_name, ["model_name"]
+        text = "blocks that the prefix cache forgot (device_full, host_full, reset) or moved (to_host)"
+        counter = CounterMetricFamily(self._prefix + "prefix_cache_evicted_blocks", text, labels=[*labels, "cause"])
+        for cause, value in evicted.items():
+            counter.add_metric([name, cause], value)
+        yield counter
+        text = "blocks that no sequence uses and that can be found again"
+        gauge = GaugeMetricFamily(self._prefix + "prefix_cache_blocks", text, labels=[*labels, "tier"])
+        for tier, value in blocks.items():
+            gauge.add_metric([name, tier], value)
+        yield gauge
 
     def _shadow(self, report: ShadowReport) -> Iterable[Metric]:
         """Of candidates, by key of the plan and by layer."""

@@ -108,7 +108,8 @@ class Completions:
     ) -> list[Request]:
         def make() -> list[Request]:
             maker = self._engine.maker
-            return [maker.make(p, params, priority=body.priority, add_special_tokens=special) for p in prompts]
+            own = {"priority": body.priority, "cache_salt": body.cache_salt, "add_special_tokens": special}
+            return [maker.make(p, params, **own) for p in prompts]
 
         long = sum(len(p) for p in prompts if isinstance(p, str)) > LONG_TEXT
         return await asyncio.to_thread(make) if long else make()

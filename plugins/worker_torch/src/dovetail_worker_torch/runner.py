@@ -19,6 +19,7 @@ from dovetail.types import DRAFTED_BY_WORKER, KVGroup, StepPlan, StepResult, Tok
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.drafting import DraftRunner
 from dovetail_worker_torch.drawing import Drawing
+from dovetail_worker_torch.host_tier import HostTier
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
 from dovetail_worker_torch.shadow import ShadowAttention
 from dovetail_worker_torch.step_attention import StepAttention
@@ -64,6 +65,7 @@ class Runner:
     ) -> None:
         """`made_by`: by key of the plan, the `dist:name` of those who take part in a step."""
         self._shadow, self._drafting = shadow, drafting
+        self.host_tier: HostTier | None = None
         self.model = model
         self._made_by = made_by
         self.table = table
@@ -78,6 +80,10 @@ class Runner:
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
+        if plan.block_ops:
+            if self.host_tier is None:
+                raise ValueError("the plan moves blocks, and there is no host tier")
+            self.host_tier.move(plan.block_ops)
         drafts = self._drafts(plan)
         inputs = self.table.inputs(plan)
         if self._shadow is not None:

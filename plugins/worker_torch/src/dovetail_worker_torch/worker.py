@@ -24,6 +24,7 @@ from dovetail_worker_torch.compiled import CompiledDecoder
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE
+from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import kv_memory
 from dovetail_worker_torch.model import load_model
@@ -63,6 +64,8 @@ class TorchWorker:
         self._model: Model | None = None
         self._draft: Model | None = None
         self._runner: Runner | None = None
+        self._cached: list[list[CachedLayer]] = []
+        """By KV group."""
 
     def load(self, progress: Progress) -> None:
         plan, kernels = self._context.plan, self._kernels
@@ -110,6 +113,7 @@ class TorchWorker:
         groups, last = self.kv_groups(), None
         if self._draft is not None:
             *groups, last = groups
+        self._cached = []
         backends, caches = self._make_caches(self._model, groups, num_blocks)
         max_num_seqs, max_num_tokens = (
             self._context.option("scheduler", name) for name in ("max_num_seqs", "max_num_batched_tokens")
@@ -145,13 +149,20 @@ class TorchWorker:
                 spec = KVCacheSpec(count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype)
                 try:
                     caches[index] = backend.allocate_cache(spec)
-                except (RuntimeError, MemoryError) as e:
+                except (RuntimeError, MemoryError, OSError) as e:
                     raise OutOfMemory(f"the KV cache of {count} blocks could not be allocated: {e}") from None
         if isinstance(model, CompiledDecoder):
             kind_of = {layer: group.kind for group in groups for layer in group.layers}
             order = range(len(model.attention_layers))
             model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
+        for group in groups:
+            fixed = [model.attention_layers[i] for i in group.layers]
+            self._cached.append([CachedLayer(layer, backends[group.kind], caches[layer.index]) for layer in fixed])
         return [backends[group.kind] for group in groups], caches
+
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        dtype = DTYPES[self._kv_dtype]
+        self._require_runner().host_tier = HostTier(self.kv_groups(), num_blocks, self._cached, dtype, self._device)
 
     def _shadow_attention(self, groups: list[KVGroup]) -> ShadowAttention | None:
         if self._shadow is None:
@@ -208,6 +219,7 @@ class TorchWorker:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._runner = None
         self._model = self._draft = None
+        self._cached = []
 
     def _require_runner(self) -> Runner:
         if self._runner is None:

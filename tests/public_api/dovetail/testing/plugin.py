@@ -20,6 +20,7 @@ class SimulatedOptions(Options):
     hang_at: int | None = None
     step_seconds: float = 0.0
     load_seconds: float = 0.0
+CAN = WorkerCapabilities(drafts=True, host_tier=True)
 
 @hookimpl
 def dovetail_workers() -> list[Provider[SimulatedWorker]]:

@@ -36,6 +36,9 @@ class SimulatedWorker:
     def allocate(self, num_blocks: list[int]) -> None:
         ...
 
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        ...
+
     def warm_up(self, progress: Progress) -> None:
         ...
 
