@@ -21,8 +21,9 @@ help:
 serve: $(VENV)/.serve
 	@$(BIN)/dovetail serve $(MODEL) --port $(PORT)
 
+# Two at a time: threads that spin while they wait would take the other's core.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
