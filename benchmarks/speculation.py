@@ -76,8 +76,10 @@ def main() -> None:
             assert speculation is not None
             costs = getattr(speculation.policy, "costs", None)
             if costs is not None:
-                print(f"{name}: ms of a step", {n: round(1e3 * s, 3) for n, s in costs.by_tokens.points.items()}, end="; ")
-                print("more with drafts", {n: round(1e3 * s, 3) for n, s in costs.of_drafts.points.items()}, flush=True)
+                print(f"{name}: ms of a step by sequences", {n: round(1e3 * t, 3) for n, t in costs.plain.points.items()})
+                for num_seqs, curve in costs.drafted.items():
+                    shown = {n: round(1e3 * t, 3) for n, t in curve.points.items()}
+                    print(f"  with drafts, {num_seqs} sequences:", shown, flush=True)
             cases = [("copy", 1, 0.0), *(("random", n, 1.0) for n in args.sequences), ("greedy", 1, 0.0), ("greedy", 16, 0.0)]
             for workload, count, temperature in cases:
                 result = compare(llm, speculation, key, workload, count, temperature, args.rounds, args.tokens)

@@ -169,7 +169,26 @@ def test_what_never_helps_costs_no_more_than_its_share(answers: list[int], look:
                     last += of.with_drafts(1, count) - of.without(1)
                     policy.verified(due, count, 0)
             spent += last
+            clock.now += last
+            passed += last
     assert spent <= SHARE * passed + of.without(1) + last + 1e-6
+
+
+def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
+    """Drafts that are always right, in steps three times as long as they should be: they stop, and are tried again in time."""
+    seq, clock, drafted = sequence(0), Clock(), list[int]()
+    policy = policy_of(StepCosts(Curve({1: 1.0, 5: 2.0, 100: 40.0})), clock, seq)
+    for step in range(3000):
+        clock.now += 1
+        for due in policy.due([seq]):
+            policy.looked(due, True, 0.0)
+            (count,) = policy.share([due], [4], 1)
+            policy.verified(due, count, count)
+            if count:
+                drafted.append(step)
+                clock.now += 5
+    assert 5 < len(drafted) < 300
+    assert drafted[-1] > 1000
 
 
 def test_a_slow_drafter_is_asked_less() -> None:

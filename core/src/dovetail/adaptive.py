@@ -30,6 +30,10 @@ MAX_REST = 32
 """Steps."""
 WORTH = 1.05
 """Tokens per second that perfect drafts would have to bring, times those without, for anybody to be asked."""
+SAMPLED = 16
+"""Of so many steps without drafts, one is compared with what it was expected to take; of those with drafts, every one."""
+MAX_SLOWER, LEARNS, FORGETS = 3.0, 0.05, 0.02
+"""How much one comparison counts at most, how fast that is learned, and, where nobody drafts, forgotten."""
 MEMORY = 0.9
 """Of a sequence's past, at each of its verifications: about the last ten count."""
 FADES = 0.5
@@ -121,16 +125,17 @@ class History:
         self.accepted = [n * factor for n in self.accepted]
 
 
-def best_counts(chances: Items[Items[float]], num_seqs: int, costs: StepCosts) -> list[int]:
+def best_counts(chances: Items[Items[float]], num_seqs: int, costs: StepCosts, slower: float = 1.0) -> list[int]:
     """How many drafts each sequence should get, for the most tokens per second of a step of `num_seqs` sequences.
 
     `chances`: by sequence, of its first, second, … draft, never rising; so the best n drafts of all are the n likeliest.
+    `slower`: how many times as long steps with drafts have taken lately as `costs` says, beside steps without.
     """
     ranked = sorted(((-chance, i) for i, of_seq in enumerate(chances) for chance in of_seq), key=lambda one: one[0])
     best, taken, gained = num_seqs / costs.without(num_seqs), 0, 0.0
     for n, (minus, _) in enumerate(ranked, 1):
         gained -= minus
-        rate = (num_seqs + gained) / costs.with_drafts(num_seqs, n)
+        rate = (num_seqs + gained) / (costs.with_drafts(num_seqs, n) * slower)
         if rate > best:
             best, taken = rate, n
     counts = [0] * len(chances)
@@ -173,7 +178,12 @@ class Adaptive(EverySequence):
         """Seconds."""
         self._look = 0.0
         """Seconds of asking for one sequence, on average."""
-        self._pays: dict[int, bool] = {}
+        self._gains: dict[int, float] = {}
+        """By number of sequences: tokens per second with perfect drafts, times those without."""
+        self._slower = [1.0, 1.0]
+        """Of steps without drafts, and with: seconds over those that `costs` says, on average."""
+        self._began, self._expected, self._has_drafts = 0.0, 0.0, False
+        """The step that is compared, if anything is expected of it."""
         self._histories: dict[int, History] = {}
         self._ready: dict[int, History] = {}
         """Due, and not asked yet."""
@@ -184,12 +194,16 @@ class Adaptive(EverySequence):
     def due(self, running: list[Sequence]) -> list[Sequence]:
         # Where nobody is asked, this is all that drafting costs a step: its cost must not depend on the sequences.
         self._step += 1
+        if self._expected:
+            self._compare()
+        elif not self._step % SAMPLED and running:
+            self._expect(self.costs.without(len(running)), False)
         if self._step in self._due_at:
             for seq_id in self._due_at.pop(self._step):
                 history = self._histories.get(seq_id)
                 if history is not None and history.due == self._step:
                     self._ready[seq_id] = history
-        if not self._ready or not self._can_pay(len(running)):
+        if not self._ready or not running or not self._can_pay(len(running)):
             return NOBODY
         now = self._clock()
         earned = min(self._max_earned, self.credit + SHARE * (now - self._earned_until))
@@ -200,15 +214,26 @@ class Adaptive(EverySequence):
         taken = list(self._ready)[:count]
         return [self._ready.pop(seq_id).seq for seq_id in taken]
 
+    def _compare(self) -> None:
+        """The step that ends here with what it was expected to take. Prompts and pauses make some steps longer, and are few."""
+        ratio = min(MAX_SLOWER, max(1 / MAX_SLOWER, (self._clock() - self._began) / self._expected))
+        self._slower[self._has_drafts] += LEARNS * (ratio - self._slower[self._has_drafts])
+        if not self._has_drafts:  # what it is with drafts is not known for ever
+            self._slower[1] += FORGETS * (self._slower[0] - self._slower[1])
+        self._expected = 0.0
+
+    def _expect(self, seconds: float, has_drafts: bool) -> None:
+        self._began, self._expected, self._has_drafts = self._clock(), seconds, has_drafts
+
     def _can_pay(self, num_seqs: int) -> bool:
         """Whether drafts would pay at this batch size if all of them were accepted."""
-        pays = self._pays.get(num_seqs)
-        if pays is None:
-            least, most = WORTH * num_seqs / self.costs.without(num_seqs), num_seqs * self._num_draft_tokens
+        gain = self._gains.get(num_seqs)
+        if gain is None:
+            without, most = num_seqs / self.costs.without(num_seqs), num_seqs * self._num_draft_tokens
             counts = {1, most, *(num_seqs * 2**i for i in range(self._num_draft_tokens.bit_length()))}
-            pays = any((num_seqs + n) / self.costs.with_drafts(num_seqs, n) > least for n in counts)
-            self._pays[num_seqs] = pays
-        return pays
+            gain = max((num_seqs + n) / self.costs.with_drafts(num_seqs, n) for n in counts) / without
+            self._gains[num_seqs] = gain
+        return gain * self._slower[0] > WORTH * self._slower[1]
 
     def looked(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
         self._look += 0.1 * (seconds - self._look)
@@ -223,13 +248,16 @@ class Adaptive(EverySequence):
         began = self._clock()
         self._num_seqs = num_seqs
         chances = [self._of(seq).chances(length) for seq, length in zip(drafted, lengths, strict=True)]
-        counts = best_counts(chances, num_seqs, self.costs)
+        slower = self._slower[1] / self._slower[0]
+        counts = best_counts(chances, num_seqs, self.costs, slower)
         for seq, count in zip(drafted, counts, strict=True):
             if not count:
                 self._rest(self._of(seq))
         self.credit -= self._clock() - began
         if any(counts):
-            self.credit -= self.costs.with_drafts(num_seqs, sum(counts)) - self.costs.without(num_seqs)
+            seconds = self.costs.with_drafts(num_seqs, sum(counts))
+            self._expect(seconds, True)
+            self.credit -= seconds * slower - self.costs.without(num_seqs)
         return counts
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
