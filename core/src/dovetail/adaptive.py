@@ -256,7 +256,9 @@ class Adaptive(EverySequence):
         self.credit -= self._clock() - began
         if any(counts):
             seconds = self.costs.with_drafts(num_seqs, sum(counts))
-            self._expect(seconds, True)
+            # A draft model reads a sequence's prompt when it is first asked: that says nothing of the steps to come.
+            if all(self._of(seq).tried for seq, count in zip(drafted, counts, strict=True) if count):
+                self._expect(seconds, True)
             self.credit -= seconds * slower - self.costs.without(num_seqs)
         return counts
 
