@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.adaptive import MAX_REST, SHARE, Adaptive, Curve, EverySequence, StepCosts, best_counts
+from dovetail.adaptive import MAX_REST, SHARE, START, Adaptive, Curve, EverySequence, StepCosts, best_counts
 from dovetail.engine import OverlappedEngine
 from dovetail.errors import PluginError
 from dovetail.sequence import Sequence
@@ -171,7 +171,7 @@ def test_what_never_helps_costs_no_more_than_its_share(answers: list[int], look:
             spent += last
             clock.now += last
             passed += last
-    assert spent <= SHARE * passed + of.without(1) + last + 1e-6
+    assert spent <= SHARE * passed + START * of.without(1) + last + 1e-6
 
 
 def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
@@ -201,7 +201,7 @@ def test_a_slow_drafter_is_asked_less() -> None:
         for seq in policy.due(seqs):
             num_asked += 1
             policy.looked(seq, False, 0.1)
-    assert 0 < num_asked <= 4000 * SHARE / 0.1 + 8 + 5
+    assert 0 < num_asked <= (4000 * SHARE + START) / 0.1 + 8
 
 
 def test_the_past_fades_and_nothing_is_left_of_a_sequence_that_has_ended() -> None:

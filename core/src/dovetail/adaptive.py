@@ -24,6 +24,8 @@ SHARE = 0.003
 """Of the time, for finding out."""
 MAX_EARNED = 0.5
 """Steps of one token: what the account holds at most of that share, so that idle hours do not pay for errors."""
+START = 8.0
+"""Steps of one token: what the account begins with."""
 MAX_SAVED = 16.0
 """Steps of one token: what it holds at most of what accepted drafts have saved."""
 MAX_REST = 32
@@ -34,6 +36,8 @@ SAMPLED = 16
 """Of so many steps without drafts, one is compared with what it was expected to take; of those with drafts, every one."""
 MAX_SLOWER, LEARNS, FORGETS = 3.0, 0.05, 0.02
 """How much one comparison counts at most, how fast that is learned, and, where nobody drafts, forgotten."""
+MAX_OVERRUN = 4.0
+"""Times what a step was expected to take: what the account pays at most where a draft model read prompts in it."""
 MEMORY = 0.9
 """Of a sequence's past, at each of its verifications: about the last ten count."""
 FADES = 0.5
@@ -174,7 +178,7 @@ class Adaptive(EverySequence):
         self._clock = clock
         self._earned_until = clock()
         self._max_earned, self._max_saved = MAX_EARNED * costs.without(1), MAX_SAVED * costs.without(1)
-        self.credit = self._max_earned
+        self.credit = START * costs.without(1)
         """Seconds."""
         self._look = 0.0
         """Seconds of asking for one sequence, on average."""
@@ -182,7 +186,7 @@ class Adaptive(EverySequence):
         """By number of sequences: tokens per second with perfect drafts, times those without."""
         self._slower = [1.0, 1.0]
         """Of steps without drafts, and with: seconds over those that `costs` says, on average."""
-        self._began, self._expected, self._has_drafts = 0.0, 0.0, False
+        self._began, self._expected, self._has_drafts, self._reads_prompts = 0.0, 0.0, False, False
         """The step that is compared, if anything is expected of it."""
         self._histories: dict[int, History] = {}
         self._ready: dict[int, History] = {}
@@ -216,14 +220,19 @@ class Adaptive(EverySequence):
 
     def _compare(self) -> None:
         """The step that ends here with what it was expected to take. Prompts and pauses make some steps longer, and are few."""
-        ratio = min(MAX_SLOWER, max(1 / MAX_SLOWER, (self._clock() - self._began) / self._expected))
+        expected, seconds = self._expected, self._clock() - self._began
+        self._expected = 0.0
+        if self._reads_prompts:
+            self.credit -= min(max(0.0, seconds - expected), MAX_OVERRUN * expected)
+            return
+        ratio = min(MAX_SLOWER, max(1 / MAX_SLOWER, seconds / expected))
         self._slower[self._has_drafts] += LEARNS * (ratio - self._slower[self._has_drafts])
         if not self._has_drafts:  # what it is with drafts is not known for ever
             self._slower[1] += FORGETS * (self._slower[0] - self._slower[1])
-        self._expected = 0.0
 
-    def _expect(self, seconds: float, has_drafts: bool) -> None:
-        self._began, self._expected, self._has_drafts = self._clock(), seconds, has_drafts
+    def _expect(self, seconds: float, has_drafts: bool, reads_prompts: bool = False) -> None:
+        self._began, self._expected = self._clock(), seconds
+        self._has_drafts, self._reads_prompts = has_drafts, reads_prompts
 
     def _can_pay(self, num_seqs: int) -> bool:
         """Whether drafts would pay at this batch size if all of them were accepted."""
@@ -257,8 +266,8 @@ class Adaptive(EverySequence):
         if any(counts):
             seconds = self.costs.with_drafts(num_seqs, sum(counts))
             # A draft model reads a sequence's prompt when it is first asked: that says nothing of the steps to come.
-            if all(self._of(seq).tried for seq, count in zip(drafted, counts, strict=True) if count):
-                self._expect(seconds, True)
+            is_first = any(count and not self._of(seq).tried for seq, count in zip(drafted, counts, strict=True))
+            self._expect(seconds, True, is_first)
             self.credit -= seconds * slower - self.costs.without(num_seqs)
         return counts
 
