@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dovetail.adaptive import Adaptive, EverySequence
 from dovetail.attestation import Attestation
@@ -24,7 +24,7 @@ from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, Worker
+from dovetail.interfaces.worker import Progress, TieringWorker, Worker
 from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
@@ -120,7 +120,7 @@ def build_engine(
         worker.allocate(num_blocks)
         num_host_blocks = size_host_tier(plan, groups, num_blocks)
         if num_host_blocks:
-            worker.allocate_host(num_host_blocks)  # type: ignore[attr-defined]  # declared: it is a TieringWorker
+            cast(TieringWorker, worker).allocate_host(num_host_blocks)  # the plan took one that declares it
         worker.warm_up(progress)
         context = replace(
             context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks), num_host_blocks=tuple(num_host_blocks)

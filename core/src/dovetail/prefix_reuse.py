@@ -130,12 +130,16 @@ class ReusingKVCache(PagedKVCache):
         return True
 
     def _evict(self, cache: PrefixCache, group: int, count: int) -> None:
-        blocks = cache.evict(group, count)
-        if len(set(blocks)) != count or not self.kept[group].issuperset(blocks):
-            raise PluginError(f"asked for {count} blocks that nobody uses, the prefix cache named {blocks[:8]}")
+        blocks = self._named(cache.evict(group, count), count, self.kept[group])
         self.kept[group].difference_update(blocks)
         self.pools[group].free_ids += blocks
         self.num_evicted["device_full"] += count
+
+    @staticmethod
+    def _named(blocks: list[int], count: int, kept: set[int]) -> list[int]:
+        if len(set(blocks)) != count or len(blocks) != count or not kept.issuperset(blocks):
+            raise PluginError(f"asked for {count} blocks that nobody uses, the prefix cache named {blocks[:8]}")
+        return blocks
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         if seq.seq_id not in self.tables:

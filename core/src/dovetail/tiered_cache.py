@@ -105,12 +105,6 @@ class TieredKVCache(ReusingKVCache):
             self._move("out", group, blocks, targets)
             self.num_evicted["to_host"] += count
 
-    @staticmethod
-    def _named(blocks: list[int], count: int, kept: set[int]) -> list[int]:
-        if len(set(blocks)) != count or len(blocks) != count or not kept.issuperset(blocks):
-            raise PluginError(f"asked for {count} blocks that nobody uses, the prefix cache named {blocks[:8]}")
-        return blocks
-
     def _move(self, kind: Literal["in", "out"], group: int, sources: list[int], targets: list[int]) -> None:
         first = self.num_blocks[group]
         for src, dst in zip(sources, targets, strict=True):

@@ -2,7 +2,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from dovetail.adaptive import Adaptive, EverySequence
 from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
@@ -16,7 +16,7 @@ from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, Worker
+from dovetail.interfaces.worker import Progress, TieringWorker, Worker
 from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
