@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from dovetail.config import load_config
+from dovetail.console import wide_console
 from dovetail.contracts import deprecation, served
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Offer, Registry, load_registry
@@ -123,9 +123,3 @@ def _taken(key: str, choice: Choice, width: int) -> Text:
     if choice.requested not in ("auto", choice.provider):
         line.append(f"  asked for: {choice.requested}", "yellow")
     return line
-
-
-def wide_console() -> Console:
-    """A terminal's own width; for a pipe or a file, wide enough that nothing is folded."""
-    console = Console()
-    return console if console.is_terminal else Console(width=1000)
