@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/prefix_cache plugins/server_openai plugins/demo_model
+PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/demo_model
 # Not in the default set: installed for the tests alone, through the root's extra `dev`.
 TEST_PROJECTS := plugins/attention_pallas
 MODEL ?= demo
@@ -21,8 +21,9 @@ help:
 serve: $(VENV)/.serve
 	@$(BIN)/dovetail serve $(MODEL) --port $(PORT)
 
+# Two at a time: threads that spin while they wait would take the other's core.
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -40,6 +41,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/linear_cpu.py
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/bridge_compile.py
+	$(BIN)/python benchmarks/speculation.py
 
 # What the engine needs, from the projects' own files; torch is the CPU build that constraints.txt pins.
 $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from dovetail.builtins import dovetail_kv_caches, dovetail_schedulers
 from dovetail.testing.kv_cache import KVCacheContract
 from dovetail.testing.scheduler import SchedulerContract
 
-FCFS, PRIORITY = dovetail_schedulers()
+FCFS, PRIORITY, LONGEST_PREFIX = dovetail_schedulers()
 (PAGED,) = dovetail_kv_caches()
 
 
@@ -16,6 +18,15 @@ class TestFcfs(SchedulerContract):
 
 class TestPriority(SchedulerContract):
     provider = PRIORITY
+
+
+class TestLongestPrefix(SchedulerContract):
+    provider = LONGEST_PREFIX
+
+
+class TestLongestPrefixWithoutPatience(SchedulerContract):
+    provider = LONGEST_PREFIX
+    options: ClassVar[dict[str, Any]] = {"max_overtaken": 0}
 
 
 class TestPaged(KVCacheContract):

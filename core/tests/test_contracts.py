@@ -15,7 +15,7 @@ from dovetail.errors import ConfigError, PluginError
 from dovetail.facts import device_facts, model_facts
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, installed_plugins, load_registry
-from dovetail.provider import Provider, Relation
+from dovetail.provider import Provider, Relation, TieredCacheOptions
 from dovetail.resolution import resolve
 from dovetail.sockets import Socket
 from dovetail.testing.plugin import install
@@ -238,7 +238,7 @@ def test_an_optional_socket_may_stay_empty(model: Path) -> None:
     assert choice.is_empty
     assert why_not(choice, "guess") == ["none was asked for (set speculation: auto)"]
     taken = resolve(load_config(model=str(model), speculation="auto"), registry).choices["speculation"]
-    assert (taken.provider, taken.options) == ("guess", {"num_draft_tokens": 4})
+    assert (taken.provider, taken.options) == ("guess", {"num_draft_tokens": 4, "adaptive": True})
     with pytest.raises(ConfigError, match="nobody to take them"):
         resolve(load_config(model=str(model), speculation={"use": "none", "num_draft_tokens": 3}), registry)
     with pytest.raises(ConfigError, match="num_draft_tokens"):
@@ -257,3 +257,15 @@ def test_every_installed_plugin_says_what_it_was_written_for() -> None:
         if offer.plugin.distribution.startswith("dovetail-"):
             assert offer.plugin.written_for(offer.socket), f"{offer.qualified_name}: no version of {offer.socket}"
     assert installed_plugins()
+
+
+# A host tier.
+
+
+def test_a_worker_without_a_host_tier_is_refused_with_the_reason(model: Path) -> None:
+    cache: Provider[Any] = Provider("c", "", lambda c, o: None, TieredCacheOptions)
+    module = module_with(dovetail_workers=[WORKER], dovetail_attention=[attention("a")], dovetail_prefix_caches=[cache])
+    asked = {"prefix_cache": {"use": "c", "host_memory_gb": 1}}
+    with pytest.raises(PluginError, match=r"keeps no KV blocks in host memory \(remove prefix_cache.host_memory_gb\)"):
+        resolve(load_config(model=str(model), device="cpu", **asked), registry_of(x=module))
+    assert resolve(load_config(model=str(model), device="cpu", prefix_cache="c"), registry_of(x=module)).choices["worker"]

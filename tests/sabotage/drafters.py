@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dovetail.interfaces.drafter import DrafterCapabilities
-from dovetail.provider import DrafterOptions, Options, Provider
+from dovetail.provider import DrafterOptions, DraftModelOptions, Options, Provider
+from dovetail.types import DRAFTED_BY_WORKER
 from sabotage import Sabotages
 
 PROPOSALS, ENGINE = "test_proposals", "test_an_engine_whatever_happens"
@@ -233,3 +234,22 @@ class OptionsOfAnotherKind(Copier):
 @sabotage("test_declaration", capabilities=None)
 class NoCapabilities(Copier):
     """Nothing is declared."""
+
+
+IN_WORKER = DrafterCapabilities(runs_in="worker")
+
+
+@sabotage(PROPOSALS, ENGINE, options=DraftModelOptions, capabilities=IN_WORKER)
+class GuessesForTheWorker(Copier):
+    """It runs in the worker by its declaration, and proposes tokens of its own."""
+
+    def propose(self, seq, max_tokens):
+        return super().propose(seq, max_tokens) or [5]
+
+
+@sabotage("test_declaration", capabilities=IN_WORKER)
+class NamesNoModel(Copier):
+    """It runs in the worker, and its options do not say with which model."""
+
+    def propose(self, seq, max_tokens):
+        return [DRAFTED_BY_WORKER] * max_tokens

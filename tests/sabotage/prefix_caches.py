@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+from types import SimpleNamespace
 
 from dovetail.interfaces.prefix_cache import NOT_HERE
 from dovetail_prefix_cache import dovetail_eviction_policies, dovetail_prefix_caches
@@ -16,22 +16,26 @@ BOOKS, FOUND, APART, RESET, ENGINE, REUSE = (
     "test_reset_forgets_everything", "test_an_engine_whatever_happens", "test_reuse_changes_no_output",
 )  # fmt: skip
 sabotage = SABOTAGES.of_class(
-    lambda cls, context, o: cls(context.kv_groups[0].block_size, list(context.num_blocks), context.build("eviction"))
+    lambda cls, context, o: cls(
+        context.kv_groups[0].block_size, list(context.num_blocks), context.build("eviction"), None, context.num_host_blocks
+    )
 )
+
+
+def masked(seq, bits):
+    """A sequence of which the last bits of every token are left."""
+    return SimpleNamespace(tokens=[token & bits for token in seq.tokens])
 
 
 class Unverified(HashIndex):
     """A hit is taken on the hash alone."""
 
     def match(self, seq, num_blocks):
-        found, chain = [], self._chain(seq)
-        for i, own in enumerate(self._blocks_of(seq, 0, num_blocks)):
-            if i + 1 == len(chain):
-                chain.append(self._hash(chain[i] + own))
-            entry = self._entries.get(chain[i + 1])
-            if entry is None:
+        found = []
+        for key in self._chain(seq, num_blocks).keys[1 : num_blocks + 1]:
+            if key not in self._entries:
                 break
-            found.append(tuple(entry.block_ids))
+            found.append(self._entries[key][2:])
         return found
 
 
@@ -55,76 +59,67 @@ class EvictsBlocksInUse(HashIndex):
 class SaltIgnored(HashIndex):
     """The salt is not part of the key."""
 
-    def _chain(self, seq):
-        if seq.seq_id not in self._chains:
-            self._chains[seq.seq_id] = [self._hash(repr(seq.request.adapter_id).encode())]
-        return self._chains[seq.seq_id]
+    def _root(self, request):
+        return self._hash(self._secret, repr(request.adapter_id).encode())
 
 
 @sabotage(APART, BOOKS)
 class AdapterIgnored(HashIndex):
     """The adapter is not part of the key."""
 
-    def _chain(self, seq):
-        if seq.seq_id not in self._chains:
-            self._chains[seq.seq_id] = [self._hash(repr(seq.request.cache_salt).encode())]
-        return self._chains[seq.seq_id]
+    def _root(self, request):
+        return self._hash(self._secret, repr(request.cache_salt).encode())
 
 
 @sabotage(APART)
 class SaltAndAdapterJoined(HashIndex):
     """Adapter and salt are joined without saying where one ends, and None is the empty string."""
 
-    def _chain(self, seq):
-        if seq.seq_id not in self._chains:
-            r = seq.request
-            self._chains[seq.seq_id] = [self._hash(f"{r.adapter_id or ''}{r.cache_salt or ''}".encode())]
-        return self._chains[seq.seq_id]
+    def _root(self, request):
+        return self._hash(self._secret, f"{request.adapter_id or ''}{request.cache_salt or ''}".encode())
 
 
 @sabotage(BOOKS, REUSE)
 class OwnTokensOnly(Unverified):
     """A block's key is the hash of its own tokens, without those before it."""
 
-    def _hash(self, data):
-        return super()._hash(data[-4 * self._block_size :])
+    @staticmethod
+    def _hash(parent, tokens):
+        return HashIndex._hash(b"", tokens)
 
 
 @sabotage(BOOKS)
 class ChainOfTwo(Unverified):
     """A block's key covers the block before it, and none before that."""
 
-    def _hash(self, data):
-        width = 4 * self._block_size
-        return data[-width:] if len(data) == width else data[-2 * width :]
+    @staticmethod
+    def _hash(parent, tokens):
+        return parent[-len(tokens) :] + tokens
 
 
 @sabotage(BOOKS, REUSE)
 class WeakHash(Unverified):
     """The hash has 4 bits, and a hit is taken on the hash alone."""
 
-    def _hash(self, data):
-        return bytes([super()._hash(data)[0] & 15])
+    @staticmethod
+    def _hash(parent, tokens):
+        return bytes([HashIndex._hash(parent, tokens)[0] & 15])
 
 
 @sabotage(BOOKS)
 class TokensOfOneByte(HashIndex):
     """Of a token id the last byte is looked at."""
 
-    def _blocks_of(self, seq, begin, end):
-        size = self._block_size
-        data = array("I", [t & 255 for t in seq.tokens[begin * size : end * size]]).tobytes()
-        return [data[at : at + 4 * size] for at in range(0, len(data), 4 * size)]
+    def _cut(self, chain, seq, num_blocks):
+        super()._cut(chain, masked(seq, 255), num_blocks)
 
 
 @sabotage(BOOKS)
 class TokensOfTwoBytes(HashIndex):
     """Of a token id the last two bytes are looked at."""
 
-    def _blocks_of(self, seq, begin, end):
-        size = self._block_size
-        data = array("I", [t & 65_535 for t in seq.tokens[begin * size : end * size]]).tobytes()
-        return [data[at : at + 4 * size] for at in range(0, len(data), 4 * size)]
+    def _cut(self, chain, seq, num_blocks):
+        super()._cut(chain, masked(seq, 65_535), num_blocks)
 
 
 @sabotage(BOOKS)
@@ -136,13 +131,11 @@ class KeepsTheUnknown(HashIndex):
         return True
 
     def evict(self, group, count):
-        known, blocks = self._entry_of[group], []
+        blocks = []
         while len(blocks) < count:
-            block = self._policies[group].pop()
-            blocks.append(block)
-            if known[block] is not None:
-                del self._entries[known[block].key]
-                known[block] = None
+            blocks.append(self._policies[group].pop())
+            if self._key_of[group][blocks[-1]] is not None:
+                self._put(self._take_out(group, blocks[-1]), group, NOT_HERE)
         return blocks
 
 
@@ -192,7 +185,7 @@ class ForgetsWithTheSequence(HashIndex):
     """What a sequence inserted is forgotten when it ends."""
 
     def forget(self, seq_id):
-        for key in self._chains.get(seq_id, []):
+        for key in self._chains[seq_id].keys if seq_id in self._chains else ():
             self._entries.pop(key, None)
         super().forget(seq_id)
 
@@ -229,7 +222,7 @@ class ResetKeepsTheOrder(HashIndex):
 
     def reset(self):
         self._entries.clear()
-        self._entry_of = [[None] * len(of) for of in self._entry_of]
+        self._key_of = [[None] * len(of) for of in self._key_of]
 
 
 @sabotage(BOOKS)
@@ -248,20 +241,19 @@ class LaterWins(HashIndex):
 
     def insert(self, seq, first, block_ids):
         super().insert(seq, first, block_ids)
-        chain = self._chain(seq)
+        keys = self._chains[seq.seq_id].keys
         for group, blocks in enumerate(block_ids):
             for i, block in enumerate(blocks, first):
                 if block != NOT_HERE:
-                    entry = self._entries[chain[i + 1]]
-                    entry.block_ids[group], self._entry_of[group][block] = block, entry
+                    self._put(keys[i + 1], group, block)
 
 
 @sabotage(BOOKS)
 class OneOrderForAllGroups(HashIndex):
     """The KV groups share one eviction order."""
 
-    def __init__(self, block_size, num_blocks, make_policy):
-        super().__init__(block_size, num_blocks, make_policy)
+    def __init__(self, block_size, num_blocks, make_policy, *more):
+        super().__init__(block_size, num_blocks, make_policy, *more)
         self._policies = [make_policy(max(num_blocks))] * len(num_blocks)
 
 
@@ -290,6 +282,92 @@ class StateOfTheClass(HashIndex):
 
     shared = {}  # noqa: RUF012
 
-    def __init__(self, block_size, num_blocks, make_policy):
-        super().__init__(block_size, num_blocks, make_policy)
+    def __init__(self, block_size, num_blocks, make_policy, *more):
+        super().__init__(block_size, num_blocks, make_policy, *more)
         self._entries, self._secret = self.shared, bytes(32)
+
+
+COMES, FAILED = "test_what_comes_together_is_computed_once", "test_what_failed_is_never_found"
+
+
+@sabotage(COMES, BOOKS)
+class ExpectsNothing(HashIndex):
+    """Nobody is told that a block is being computed."""
+
+    def expect(self, seq, first, end):
+        pass
+
+
+@sabotage(BOOKS)
+class ExpectsForEver(HashIndex):
+    """A sequence that has left is still expected to compute its blocks."""
+
+    def _no_longer_expect(self, seq_id, before=None):
+        pass
+
+
+@sabotage(BOOKS)
+class ExpectsAfterReset(HashIndex):
+    """A reset leaves what is expected as it was."""
+
+    def reset(self):
+        expected, coming = dict(self._expected), dict(self._coming)
+        super().reset()
+        self._expected, self._coming = expected, coming
+
+
+@sabotage(BOOKS)
+class ExpectsTheBlockBefore(HashIndex):
+    """Of the blocks that a sequence computes, the last one is not expected."""
+
+    def expect(self, seq, first, end):
+        super().expect(seq, first, end - 1)
+
+
+@sabotage(FAILED, REUSE)
+class FindsWhatIsExpected(HashIndex):
+    """A block can be found as soon as it is said to be computed."""
+
+    def expect(self, seq, first, end):
+        super().expect(seq, first, end)
+        self._promised = set(self._chain(seq, end).keys[first + 1 : end + 1])
+
+    def match(self, seq, num_blocks):
+        found, keys = super().match(seq, num_blocks), self._chain(seq, num_blocks).keys
+        promised = getattr(self, "_promised", set())
+        while found and len(found) < num_blocks and keys[len(found) + 1] in promised:
+            found.append(found[-1])
+        return found
+
+
+TIER = "test_a_host_tier_changes_no_output"
+
+
+@sabotage(TIER)
+class DemotesInAnotherOrder(HashIndex):
+    """Blocks that are moved to the host are told in another order than that of the host blocks."""
+
+    def demote(self, group, host_blocks):
+        return super().demote(group, host_blocks)[::-1]
+
+
+@sabotage("test_what_the_host_has_room_for_is_found_again")
+class ForgetsWhatIsMoved(HashIndex):
+    """What is moved to the host cannot be found there."""
+
+    def demote(self, group, host_blocks):
+        blocks = super().demote(group, host_blocks)
+        for block in host_blocks:
+            self._put(self._key_of[group][block], group, NOT_HERE)
+        return blocks
+
+
+@sabotage(TIER)
+class PromotedAndStillInTheOrder(HashIndex):
+    """A host block whose contents have moved to the device stays in the host's order of eviction."""
+
+    def claim(self, group, block_ids):
+        super().claim(group, block_ids)
+        for block in block_ids:
+            if block >= self._num_blocks[group]:
+                self._host_policies[group].add(block)

@@ -162,3 +162,25 @@ class KeepsTheEnded(TokenBudgetScheduler):
 @sabotage("test_declaration", can=("arrival",))
 class ForeignCapabilities(TokenBudgetScheduler):
     """The capabilities are another socket's."""
+
+
+@sabotage("test_shared_beginnings_change_no_output")
+class DropsWhoeverWaits(TokenBudgetScheduler):
+    """A sequence that has to wait for another one's blocks is left out of the list of those that wait."""
+
+    def _admit(self, plan, budget):
+        super()._admit(plan, budget)
+        if self.running and any(self.kv.reuse(s, len(s.tokens) - 1, may_wait=True) is None for s in self.waiting[:1]):
+            self.waiting.pop(0)
+
+
+@sabotage("test_shared_beginnings_change_no_output")
+class KeepsWhatItFound(TokenBudgetScheduler):
+    """A sequence that finds no room keeps the blocks that were found for it."""
+
+    def _admit(self, plan, budget):
+        free, self.kv.free = self.kv.free, lambda seq_id: None
+        try:
+            super()._admit(plan, budget)
+        finally:
+            self.kv.free = free

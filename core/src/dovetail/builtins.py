@@ -1,17 +1,19 @@
-"""The core's own plugin: the paged KV cache, two schedulers, and no quantization. It enters by the same door as every other."""
+"""The core's own plugin: paged KV cache, three schedulers, and no quantization. It enters by the same door as every other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.scheduler import SchedulerCapabilities
-from dovetail.provider import KVCacheOptions, Provider, SchedulerOptions
+from dovetail.provider import KVCacheOptions, LongestPrefixOptions, Provider, SchedulerOptions
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
+    from dovetail.interfaces.prefix_cache import TieredPrefixCache
     from dovetail.kv_cache import PagedKVCache
+    from dovetail.longest_prefix import LongestPrefixScheduler
     from dovetail.scheduler import TokenBudgetScheduler
 
 
@@ -28,6 +30,11 @@ def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
     groups, num_blocks = list(context.kv_groups), list(context.num_blocks)
     if context.prefix_cache is None:
         return PagedKVCache(groups, num_blocks)
+
+    if context.num_host_blocks:
+        from dovetail.tiered_cache import TieredKVCache
+
+        return TieredKVCache(groups, num_blocks, cast("TieredPrefixCache", context.prefix_cache), list(context.num_host_blocks))
 
     from dovetail.prefix_reuse import ReusingKVCache
 
@@ -48,6 +55,13 @@ def _priority(context: BuildContext, options: SchedulerOptions) -> TokenBudgetSc
     return TokenBudgetScheduler(context.kv, priority, **options.model_dump())
 
 
+def _longest_prefix(context: BuildContext, options: LongestPrefixOptions) -> LongestPrefixScheduler:
+    from dovetail.longest_prefix import LongestPrefixScheduler
+
+    assert context.kv is not None
+    return LongestPrefixScheduler(context.kv, **options.model_dump())
+
+
 @hookimpl
 def dovetail_quantization() -> list[Provider[None]]:
     summary = "weights are not quantized: the worker's own linear layers"
@@ -66,5 +80,9 @@ def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
         Provider(
             "priority", "lower `priority` first, then first come", _priority, SchedulerOptions,
             SchedulerCapabilities("priority"), priority=40,
+        ),
+        Provider(
+            "longest-prefix", "who has most in the prefix cache, within bounds; then first come", _longest_prefix,
+            LongestPrefixOptions, priority=30,
         ),
     ]  # fmt: skip

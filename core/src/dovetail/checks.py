@@ -14,12 +14,13 @@ from operator import attrgetter
 from typing import Any, NoReturn
 
 from dovetail.errors import PluginError
+from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.kv_cache import NULL_BLOCK
 from dovetail.sequence import Sequence
-from dovetail.types import StepPlan, StepResult
+from dovetail.types import DRAFTED_BY_WORKER, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 Culprit = Callable[[BaseException, str], str]
@@ -190,7 +191,7 @@ class CheckedKVCache:
     def __init__(self, kv: KVCacheManager, name: str) -> None:
         self._inner, self._name = kv, name
         self._sizes = list(kv.num_blocks)
-        self.block_ids, self.free, self.faults = kv.block_ids, kv.free, kv.faults
+        self.block_ids, self.free, self.faults, self.block_ops = kv.block_ids, kv.free, kv.faults, kv.block_ops
 
     groups: Any = property(attrgetter("_inner.groups"))
     num_blocks: Any = property(attrgetter("_inner.num_blocks"))
@@ -198,6 +199,8 @@ class CheckedKVCache:
     num_total: Any = property(attrgetter("_inner.num_total"))
     num_queried_tokens: Any = property(attrgetter("_inner.num_queried_tokens"))
     num_hit_tokens: Any = property(attrgetter("_inner.num_hit_tokens"))
+    num_evicted: Any = property(attrgetter("_inner.num_evicted"))
+    num_kept: Any = property(attrgetter("_inner.num_kept"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -220,10 +223,11 @@ class CheckedKVCache:
     def share(self, source: int, target: int, num_tokens: int) -> int:
         return self._up_to(num_tokens, self._inner.share(source, target, num_tokens))
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
-        return self._up_to(num_tokens, self._inner.reuse(seq, num_tokens))
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
+        found = self._inner.reuse(seq, num_tokens, may_wait=may_wait)
+        return None if found is None and may_wait else self._up_to(num_tokens, found)
 
-    def _up_to(self, num_tokens: int, found: int) -> int:
+    def _up_to(self, num_tokens: int, found: int | None) -> int:
         if type(found) is not int or not 0 <= found <= num_tokens:
             raise PluginError(f"asked for at most {num_tokens} tokens to share, it gave {found!r}", provider=self._name)
         return found
@@ -247,3 +251,19 @@ class CheckedKVCache:
         self.faults.append((seq_id, error))
 
 
+class CheckedDrafter:
+    """A drafter whose proposals are tokens, and no more than were asked for."""
+
+    def __init__(self, drafter: Drafter, vocab_size: int, *, runs_in_worker: bool = False) -> None:
+        self._inner = drafter
+        self._allowed = range(DRAFTED_BY_WORKER, DRAFTED_BY_WORKER + 1) if runs_in_worker else range(vocab_size)
+        self.forget = drafter.forget
+
+    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        draft, allowed = self._inner.propose(seq, max_tokens), self._allowed
+        if not isinstance(draft, list) or len(draft) > max_tokens:
+            raise PluginError(f"the drafter was asked for a list of at most {max_tokens} tokens and proposed {draft!r}")
+        for token in draft:
+            if type(token) is not int or token not in allowed:
+                raise PluginError(f"the drafter proposed {token!r}; tokens are from {allowed.start} to {allowed.stop - 1}")
+        return draft[:]

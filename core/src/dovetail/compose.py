@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from dovetail.adaptive import Adaptive, EverySequence
 from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
-from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
+from dovetail.checks import CheckedDrafter, CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
@@ -23,13 +24,14 @@ from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, Worker
-from dovetail.kv_cache import blocks_per_sequence, size_groups
+from dovetail.interfaces.worker import Progress, TieringWorker, Worker
+from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
 from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
+from dovetail.step_costs import measure
 from dovetail.types import KVGroup
 
 
@@ -52,6 +54,8 @@ class BuildContext:
     """By key of the plan: what its provider has built."""
     attestation: Attestation = field(default_factory=Attestation)
     """Watches what is built."""
+    num_host_blocks: tuple[int, ...] = ()
+    """For the prefix cache and the manager: per group; empty without a host tier."""
 
     def option(self, key: str, name: str) -> Any:
         """An option of another socket's choice, such as the KV cache's block size for the worker."""
@@ -112,20 +116,25 @@ def build_engine(
         worker.load(progress)
         groups = worker.kv_groups()
         limits = plan.choices["scheduler"].options
-        num_blocks = _size(plan, groups, worker.kv_memory(), limits["max_num_seqs"], limits["max_num_batched_tokens"])
+        num_blocks = size_cache(plan, groups, worker.kv_memory(), limits["max_num_seqs"], limits["max_num_batched_tokens"])
         worker.allocate(num_blocks)
+        num_host_blocks = size_host_tier(plan, groups, num_blocks)
+        if num_host_blocks:
+            cast(TieringWorker, worker).allocate_host(num_host_blocks)  # the plan took one that declares it
         worker.warm_up(progress)
-        context = replace(context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks))
+        context = replace(
+            context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks), num_host_blocks=tuple(num_host_blocks)
+        )  # fmt: skip
         context = replace(context, prefix_cache=context.build("prefix_cache"))
         kv: KVCacheManager = CheckedKVCache(context.build("kv_cache"), context.name("kv_cache"))
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
-        speculation = _speculation(context, model.vocab_size)
         scheduler = CheckedScheduler(
             context.build("scheduler"), context.name("scheduler"), culprit, limits["max_num_batched_tokens"]
         )  # fmt: skip
         checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
-        engine = loop(scheduler, kv, checked, speculation, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        engine = loop(scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        engine.speculation = _speculation(context, engine, model.vocab_size)
         attestation.begin_serving()
         return engine
     except BaseException as e:
@@ -135,11 +144,21 @@ def build_engine(
         raise PluginError(f"{culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
 
 
-def _speculation(context: BuildContext, vocab_size: int) -> Speculation | None:
+def _speculation(context: BuildContext, engine: Engine, vocab_size: int) -> Speculation | None:
     drafter: Drafter | None = context.build("speculation")
     if drafter is None:
         return None
-    return Speculation(drafter, context.option("speculation", "num_draft_tokens"), vocab_size)
+    option, num_draft_tokens = context.option, context.option("speculation", "num_draft_tokens")
+    in_worker = context.plan.draft is not None
+    drafter = CheckedDrafter(drafter, vocab_size, runs_in_worker=in_worker)
+    policy = EverySequence()
+    if option("speculation", "adaptive"):
+        costs = measure(
+            engine, num_draft_tokens, max_num_seqs=option("scheduler", "max_num_seqs"), max_len=context.plan.max_model_len,
+            max_num_batched_tokens=option("scheduler", "max_num_batched_tokens"), drafter=drafter if in_worker else None,
+        )  # fmt: skip
+        policy = Adaptive(costs, num_draft_tokens)
+    return Speculation(drafter, num_draft_tokens, policy)
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:
@@ -156,18 +175,3 @@ def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = N
     options = {k: v for k, v in config.server.options.items() if k not in opened}
     server: Server = context.build("server", options)
     return server
-
-
-def _size(plan: Plan, groups: list[KVGroup], memory: int, max_num_seqs: int, chunk: int) -> list[int]:
-    num_blocks = size_groups(groups, memory, plan.max_model_len, max_num_seqs, chunk)
-    needed = [blocks_per_sequence(g, plan.max_model_len, chunk) for g in groups]
-    if all(n - 1 >= need for n, need in zip(num_blocks, needed, strict=True)):
-        return num_blocks
-    full_bytes = sum(n * g.bytes_per_block for n, g in zip(needed, groups, strict=True))
-    fits = plan.max_model_len
-    while fits > 1 and sum(blocks_per_sequence(g, fits, chunk) * g.bytes_per_block for g in groups) > memory:
-        fits = fits * 3 // 4
-    raise OutOfMemory(
-        f"the KV cache has {memory / 2**20:.0f} MiB, and one sequence of max_model_len {plan.max_model_len} tokens needs "
-        f"{full_bytes / 2**20:.0f} MiB: lower max_model_len to {fits}, or raise kv_cache.memory_fraction or kv_cache.memory_gb"
-    )

@@ -35,7 +35,8 @@ class SocketConfig(BaseModel):
 
 
 class AttentionConfig(BaseModel):
-    """One socket for all layers, or one for each kind of layer: `{full: NAME, sliding: {use: NAME, …}}`."""
+    """One socket for all layers, or one for each kind of layer: `{full: NAME, sliding: {use: NAME, …}}`; `draft` are those of a
+    draft model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +48,7 @@ class AttentionConfig(BaseModel):
     def _from_short_form(cls, value: Any) -> Any:
         if isinstance(value, dict) and ("default" in value or "by_kind" in value):
             return value
-        if isinstance(value, dict) and value and set(value) <= {"full", "sliding"}:
+        if isinstance(value, dict) and value and set(value) <= {"full", "sliding", "draft"}:
             return {"by_kind": value}
         return {"default": value}
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dovetail.errors import DovetailError, Overloaded, StepFailed
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.sequence import Sequence
-from dovetail.speculation import Speculation
 from dovetail.types import (
     EngineStats,
     FinishReason,
@@ -24,6 +24,9 @@ from dovetail.types import (
     StepPlan,
     StepResult,
 )
+
+if TYPE_CHECKING:
+    from dovetail.speculation import Speculation
 
 
 @dataclass
@@ -97,10 +100,15 @@ class Engine:
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         if self.speculation is not None:
-            for seq_id, error in self.speculation.draft(self.scheduler.running):
+            for seq_id, error in self.speculation.draft(self.scheduler.running, in_flight=in_flight):
                 self._fail([seq_id], error, "speculation")
+            if in_flight and self.speculation.waits:
+                return None
         try:
-            return self.scheduler.schedule(in_flight=in_flight)
+            plan = self.scheduler.schedule(in_flight=in_flight)
+            if plan is not None and self.kv.block_ops:
+                plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
+            return plan
         except Exception as e:
             self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
             return None
@@ -157,14 +165,15 @@ class Engine:
             return
         new = result.token_ids[row]
         num_computed = plan.num_computed[row] + plan.num_tokens[row]
-        if plan.draft_token_ids and plan.draft_token_ids[row]:
+        num_drafted = len(plan.draft_token_ids[row]) if plan.draft_token_ids else 0
+        if num_drafted:
             # What was computed for drafts that were not accepted is computed again.
-            num_drafted = len(plan.draft_token_ids[row])
             num_computed = seq.num_computed_tokens = num_computed - num_drafted + len(new) - 1
-            self.stats.num_draft_tokens += num_drafted
-            self.stats.num_accepted_tokens += len(new) - 1
+        if self.speculation is not None and new:
+            self.speculation.verified(seq, num_drafted, len(new) - 1)
         self._count(plan, row, seq, len(new))
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
+        output.num_cached_tokens = seq.num_cached_tokens
         if result.prompt_logprobs:
             output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
             seq.num_prompt_logprobs += len(output.prompt_logprobs)
@@ -197,6 +206,9 @@ class Engine:
         s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
         s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
+        if self.speculation is not None:
+            self.speculation.count(s)
+        s.num_prefix_evicted_blocks, s.num_prefix_blocks = self.kv.num_evicted, self.kv.num_kept
         return s
 
     # How sequences end.
@@ -258,7 +270,11 @@ class Engine:
         for row in range(len(plan.seq_ids)):
             self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
             self._land(plan, row)
-        self._fail(plan.seq_ids, error, "worker")
+        seq_ids = plan.seq_ids
+        if plan.block_ops:  # perhaps not done, and others may have found the blocks since
+            self.kv.reset_prefix_cache()
+            seq_ids = [*seq_ids, *(s.seq_id for s in self.scheduler.running)]
+        self._fail(seq_ids, error, "worker")
 
     def _fail_faulty(self) -> None:
         """Fail the requests that the KV-cache manager could not serve."""

@@ -83,6 +83,11 @@ class ModelFacts:
     """As the checkpoint has it, if it is quantized."""
 
     @property
+    def is_windowed(self) -> bool:
+        """Some layers have a sliding window."""
+        return any(layer.window is not None for layer in self.layer_kinds)
+
+    @property
     def quantization_method(self) -> str:
         """`quant_method` of the checkpoint; "none" if it is not quantized."""
         return "none" if self.quantization_config is None else str(self.quantization_config["quant_method"])

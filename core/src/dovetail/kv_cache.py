@@ -7,8 +7,8 @@ because only full blocks are shared, nobody ever writes to a shared block and co
 
 from __future__ import annotations
 
-from dovetail.sequence import Sequence
-from dovetail.types import KVGroup
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.types import BlockOp, KVGroup
 
 NULL_BLOCK = 0
 
@@ -44,8 +44,8 @@ class BlockPool:
         return idle
 
 
-class PagedKVCache:
-    """The built-in `KVCacheManager`; its interface says what each method promises."""
+class PagedKVCache(KVCacheManager):
+    """The built-in `KVCacheManager`; its interface says what each method promises, and has those of a prefix cache."""
 
     def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
         self.groups = groups
@@ -54,6 +54,8 @@ class PagedKVCache:
         self.tables: dict[int, list[list[int]]] = {}
         self.faults: list[tuple[int, Exception]] = []
         self.num_queried_tokens = self.num_hit_tokens = 0
+        self.num_evicted: dict[str, int] = {}
+        self.block_ops: list[BlockOp] = []
         self._block_sizes = [g.block_size for g in groups]
         self._nothing: list[list[int]] = [[] for _ in groups]
 
@@ -93,12 +95,6 @@ class PagedKVCache:
         self.tables[target] = [list(head) for head in heads]
         return num_shared
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
-        return 0
-
-    def computed(self, seq: Sequence, num_tokens: int) -> None:
-        pass
-
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self.tables[seq_id]
 
@@ -129,22 +125,3 @@ class PagedKVCache:
 def num_unseen(group: KVGroup, num_tokens: int) -> int:
     """A sequence's first blocks that no token from position `num_tokens` on sees: it sees window - 1 tokens before it."""
     return 0 if group.window is None else max(0, num_tokens - group.window + 1) // group.block_size
-
-
-def size_groups(groups: list[KVGroup], memory: int, max_model_len: int, max_num_seqs: int, chunk: int) -> list[int]:
-    """Split `memory` bytes among the groups; returns blocks per group, the null block included.
-
-    Each group gets blocks in proportion to what a sequence of full length needs of it, so that all groups run out
-    together, and never more than `max_num_seqs` such sequences could use. `chunk` is the largest step, in tokens:
-    a sliding group holds a window and two steps' tokens (one may be in flight), not the whole sequence.
-    """
-    per_seq = [blocks_per_sequence(g, max_model_len, chunk) for g in groups]
-    seq_bytes = sum(n * g.bytes_per_block for n, g in zip(per_seq, groups, strict=True))
-    num_seqs = min(memory / seq_bytes, float(max_num_seqs))
-    return [1 + int(n * num_seqs) for n in per_seq]
-
-
-def blocks_per_sequence(group: KVGroup, max_model_len: int, chunk: int) -> int:
-    """The most blocks that one sequence of `max_model_len` tokens can hold at a time."""
-    length = max_model_len if group.window is None else min(max_model_len, group.window + 2 * chunk)
-    return -(-length // group.block_size) + (group.window is not None)

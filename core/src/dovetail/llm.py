@@ -48,6 +48,8 @@ class RequestOutput:
     outputs: list[Completion]
     prompt_logprobs: list[dict[int, float] | None] | None = None
     """The first is None: nothing comes before it."""
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache."""
 
     @property
     def text(self) -> str:
@@ -186,6 +188,10 @@ class LLM:
             while engine.has_work:
                 engine.step()
 
+    def reset_prefix_cache(self) -> None:
+        """Find nothing of what has been computed so far. Loses nothing: a stream that is open goes on."""
+        self.engine.kv.reset_prefix_cache()
+
     def close(self) -> None:
         """Free the device. Idempotent."""
         engine, self._engine = self._engine, None
@@ -214,6 +220,8 @@ def _extend(output: RequestOutput, delta: Delta) -> None:
         completion.logprobs += [as_dict(p) for p in delta.logprobs]
     if output.prompt_logprobs is not None and delta.index == 0:
         output.prompt_logprobs += [as_dict(p) for p in delta.prompt_logprobs]
+    if delta.index == 0:
+        output.num_cached_tokens = delta.num_cached_tokens
     if delta.finish_reason is not None:
         completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
 

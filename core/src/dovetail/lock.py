@@ -18,7 +18,7 @@ from typing import Any
 
 from dovetail.errors import ConfigError
 from dovetail.facts import DeviceFacts, device_facts
-from dovetail.plan import Plan
+from dovetail.plan import DraftModel, Plan
 from dovetail.plugins.discovery import PluginInfo, Registry
 
 VERSION = 1
@@ -38,6 +38,7 @@ def make_lock(plan: Plan, registry: Registry, progress: Hashed = lambda *_: None
             "name": plan.model, "architecture": plan.architecture, "dtype": plan.dtype, "device": plan.device,
             "max_model_len": plan.max_model_len, "overlap": plan.overlap, "files": _model_files(Path(plan.folder), progress),
         },
+        **({"draft": _draft(plan.draft, progress)} if plan.draft is not None else {}),
         "choices": {
             key: {
                 "provider": c.provider, "distribution": c.distribution, "version": c.version, "contract": c.contract,
@@ -116,6 +117,11 @@ def _model_files(folder: Path, progress: Hashed) -> dict[str, str]:
                 progress(path.name, done, total)
         hashes[path.name] = digest.hexdigest()
     return hashes
+
+
+def _draft(draft: DraftModel, progress: Hashed) -> dict[str, Any]:
+    files = _model_files(Path(draft.folder), progress)
+    return {"name": draft.model, "architecture": draft.architecture, "files": files}
 
 
 def _package_hash(plugin: PluginInfo) -> str:

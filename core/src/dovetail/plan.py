@@ -51,6 +51,15 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
         return not self.distribution
 
 
+class DraftModel(msgspec.Struct, frozen=True):
+    """The model that the worker drafts with."""
+
+    model: str
+    """As configured."""
+    folder: str
+    architecture: str
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything an engine is built from. Made once, by `compose.resolve`."""
 
@@ -65,19 +74,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     choices: dict[str, Choice]
     """By socket. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
     quantization.0, … (quantization, if there is one), of which the first that matches a layer counts; a socket of many has
-    one for each that it takes: routes.NAME."""
+    one for each that it takes: routes.NAME. A draft model has its own: model.draft, architecture.draft, attention.draft."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool
     architecture: str
     shadow_share: float = 0.0
     """Of the steps, on which the candidates run: the choices `shadow.attention.full`, … and `shadow.quantization`."""
+    draft: DraftModel | None = None
+    """Where the drafter runs in the worker."""
 
     @property
     def fingerprint(self) -> str:
         """Of all that decides what is computed: no paths, no process ids, no list of those not taken."""
         data = msgspec.to_builtins(self)
         del data["folder"]
+        if data["draft"] is not None:
+            del data["draft"]["folder"]
         for choice in data["choices"].values():
             del choice["rejected"], choice["remarks"]
         return hashlib.sha256(msgspec.json.encode(data, order="sorted")).hexdigest()[:16]

@@ -45,10 +45,34 @@ class SchedulerOptions(Options):
     max_num_batched_tokens: int = Field(2048, ge=1, description="tokens in a step")
 
 
+class LongestPrefixOptions(SchedulerOptions):
+    """Those of the scheduler that starts what is cached first."""
+
+    max_overtaken: int = Field(64, ge=0, description="later sequences that may begin before one that waits; it is next then")
+
+
+HOST_MEMORY = "host_memory_gb"
+
+
+class TieredCacheOptions(Options):
+    """Of a prefix cache that is a `TieredPrefixCache` where this is not 0."""
+
+    host_memory_gb: float = Field(0, ge=0, description="GiB of host memory for blocks that the device has no room for; 0: none")
+
+
 class DrafterOptions(Options):
     """What every drafter's options have."""
 
     num_draft_tokens: int = Field(4, ge=1, le=32, description="most tokens proposed for a sequence in a step")
+    adaptive: bool = Field(True, description="in each step only as many as pay, often none; false: always as many as there are")
+
+
+class DraftModelOptions(DrafterOptions):
+    """What the options of drafters that run in the worker have: it loads this model beside its own."""
+
+    model: str = Field(
+        "auto", min_length=1, description="that drafts: a plugin's model name, a local folder, a hub id; auto: the target's own"
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +126,9 @@ class Context:
     needs: dict[str, Any] = field(default_factory=dict)
     """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
     max_model_len, kv_dtype. For a worker: compiled_attention, whether all attention chosen declares `compiled_steps`;
-    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run.
+    architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run;
+    drafts, whether a draft model does. For speculation: by_name, whether the drafter was asked for by name.
+    host_tier, whether the prefix cache is to have one.
     For an architecture: quantized, the schemes of its layers. For quantization: by_name, whether it was asked for by name;
     some_layers, whether the rule is for some layers only."""
 

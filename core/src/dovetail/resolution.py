@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from dovetail.config import EngineConfig, ShadowConfig, SocketConfig
+from dovetail.draft_model import check_draft
 from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.attention import open_block_size
+from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.model import ModelSource
 from dovetail.interfaces.quantization import PLAIN
-from dovetail.plan import Choice, Plan
+from dovetail.plan import Choice, DraftModel, Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.quantization import choose_schemes
 from dovetail.plugins.relations import Neighbours, Unsatisfied
 from dovetail.plugins.selection import choose, choose_all, find
-from dovetail.provider import Context, Reason
+from dovetail.provider import HOST_MEMORY, Context, DraftModelOptions, Reason
 from dovetail.shadow import PREFIX
 
 
@@ -98,8 +100,9 @@ class Resolution:
 def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
     facts = device_facts()
     device = _device(config.device, facts)
-    folder, model_choice = _find_model(config, registry, facts, device)
-    model = model_facts(folder)
+    nothing_known = Context(facts, None, device, "")
+    source, model_choice = _find_model(config.model, "model", config.trust_remote_code, registry, nothing_known)
+    model = model_facts(source.folder)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     length = config.max_model_len or model.max_position_embeddings
     if length > model.max_position_embeddings:
@@ -125,15 +128,12 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         r.take("architecture", config.architecture, quantized=quantized)
     kv = r.take("kv_cache", config.kv_cache).options
     r.take("scheduler", config.scheduler)
-    needs_of = {
-        layer.kind: {
-            "layer_kind": layer.kind, "head_size": model.head_size, "sliding_window": layer.window is not None,
-            "logit_soft_cap": model.logit_soft_cap is not None, "sinks": model.has_sinks,
-            "max_model_len": length, "kv_dtype": dtype if kv["dtype"] == "auto" else kv["dtype"],
-        }
-        for layer in model.layer_kinds
-    }  # fmt: skip
-    for kind, needs in needs_of.items():
+    r.take("speculation", config.speculation, by_name=config.speculation.use not in ("auto", "none"))
+    draft = _take_draft(r, source, length, config.trust_remote_code)
+    kv_dtype = dtype if kv["dtype"] == "auto" else kv["dtype"]
+    needs_of = {k.kind: _attention_needs(model, k.kind, k.window is not None, length, kv_dtype) for k in model.layer_kinds}
+    of_draft = {"draft": _attention_needs(draft[1], "draft", draft[1].is_windowed, length, kv_dtype)} if draft else {}
+    for kind, needs in (needs_of | of_draft).items():
         r.take(f"attention.{kind}", config.attention.of(kind), **needs, block_size=kv["block_size"])
     attention = r.capabilities(key for key in r.choices if key.startswith("attention."))
     if kv["block_size"] == "auto":
@@ -141,10 +141,11 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
     r.take(
         "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()), architecture=made,
-        quantization=list(weights.values()), shadow=shadow is not None, matmul=r.capabilities(r.choices.keys() & {"matmul"}),
+        quantization=list(weights.values()), shadow=shadow is not None, drafts=draft is not None,
+        matmul=r.capabilities(r.choices.keys() & {"matmul"}),
+        host_tier=bool(config.prefix_cache.options.get(HOST_MEMORY)),
     )  # fmt: skip
     r.take("prefix_cache", config.prefix_cache)
-    r.take("speculation", config.speculation)
     if shadow is not None:
         _take_candidates(r, shadow, {kind: {**needs, "block_size": kv["block_size"]} for kind, needs in needs_of.items()})
     if server:
@@ -152,7 +153,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     return Plan(
         model=config.model,
         served_model_name=config.served_model_name or config.model,
-        folder=str(folder),
+        folder=str(source.folder),
         device=device,
         dtype=dtype,
         max_model_len=length,
@@ -163,7 +164,42 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         trust_remote_code=config.trust_remote_code,
         architecture=model.architecture,
         shadow_share=shadow.share if shadow is not None else 0.0,
+        draft=draft[0] if draft else None,
     )
+
+
+def _attention_needs(model: ModelFacts, kind: str, is_windowed: bool, length: int, kv_dtype: str) -> dict[str, Any]:
+    return {
+        "layer_kind": kind, "head_size": model.head_size, "sliding_window": is_windowed,
+        "logit_soft_cap": model.logit_soft_cap is not None, "sinks": model.has_sinks, "max_model_len": length,
+        "kv_dtype": kv_dtype,
+    }  # fmt: skip
+
+
+def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool) -> tuple[DraftModel, ModelFacts] | None:
+    """The draft model, where the drafter that was taken runs in the worker, and what computes it."""
+    if r.choices["speculation"].is_empty:
+        return None
+    offer = r.neighbours.taken["speculation"]
+    can = offer.provider.capabilities
+    if not isinstance(can, DrafterCapabilities) or can.runs_in != "worker":
+        return None
+    if not issubclass(offer.provider.options, DraftModelOptions):
+        text = f"speculation: {offer.qualified_name} runs in the worker, and its options do not extend DraftModelOptions"
+        raise PluginError(text, provider=offer.qualified_name)
+    name = r.choices["speculation"].options["model"]
+    if name == "auto":
+        if target.draft is None:
+            raise ConfigError("speculation.model: no draft model comes with this model: name one of the same tokenizer")
+        name = r.choices["speculation"].options["model"] = target.draft
+    source, choice = _find_model(name, "speculation.model", with_code, r.registry, r.context({}))
+    facts = model_facts(source.folder)
+    check_draft(name, facts, r.model, length)
+    if choice is not None:
+        r.note("model.draft", choice)
+    if "architecture" in r.choices:
+        replace(r, model=facts).take("architecture.draft", SocketConfig(), quantized=[])
+    return DraftModel(name, str(source.folder), facts.architecture), facts
 
 
 def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:
@@ -205,12 +241,13 @@ def _socket_config(given: Any, where: str) -> SocketConfig:
         raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None
 
 
-def _find_model(config: EngineConfig, registry: Registry, facts: DeviceFacts, device: str) -> tuple[Path, Choice | None]:
-    """A provider's name, else a local folder, else a hub id."""
-    name = config.model
+def _find_model(
+    name: str, where: str, with_code: bool, registry: Registry, context: Context
+) -> tuple[ModelSource, Choice | None]:
+    """A provider's name, else a local folder, else a hub id. `where` names the setting in errors."""
     offers = registry.of("model")
     if any(name in (o.provider.name, o.qualified_name) for o in offers):
-        choice = choose(registry, "model", SocketConfig(use=name), Context(facts, None, device, ""))
+        choice = choose(registry, "model", SocketConfig(use=name), context, where)
         offer = find(registry, choice)
         try:
             source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]
@@ -218,26 +255,27 @@ def _find_model(config: EngineConfig, registry: Registry, facts: DeviceFacts, de
             raise
         except Exception as e:
             name = offer.qualified_name
-            raise PluginError(f"model: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
+            raise PluginError(f"{where}: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
         if not isinstance(source, ModelSource):
-            raise PluginError(f"model: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
-        return source.folder, choice
+            raise PluginError(f"{where}: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
+        return source, choice
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder.resolve(), None
+        return ModelSource(folder.resolve()), None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _from_hub(name, config.trust_remote_code), None
+        return ModelSource(_from_hub(name, where, with_code)), None
     names = ", ".join(o.provider.name for o in offers) or "none"
-    raise ConfigError(f"model: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
+    raise ConfigError(f"{where}: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
 
 
-def _from_hub(name: str, with_code: bool) -> Path:
+def _from_hub(name: str, where: str, with_code: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ConfigError(f"model: {name!r} is a hub id, and huggingface_hub is not installed") from None
+        raise ConfigError(f"{where}: {name!r} is a hub id, and huggingface_hub is not installed") from None
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", *(["*.py"] if with_code else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
-        raise ConfigError(f"model: {name!r} is no folder here, and the hub did not give it: {type(e).__name__}: {e}") from None
+        why = f"{type(e).__name__}: {e}"
+        raise ConfigError(f"{where}: {name!r} is no folder here, and the hub did not give it: {why}") from None

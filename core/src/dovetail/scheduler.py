@@ -81,7 +81,7 @@ class TokenBudgetScheduler:
             known, computed = len(seq.tokens) + seq.num_in_flight, seq.num_computed_tokens
             if (
                 known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None
-                and not (seq.is_drafted and (seq.num_in_flight or seq.draft_token_ids))
+                and not seq.draft_token_ids
             ):  # fmt: skip
                 # Decode within a block: what most rows are, so `Sequence.add_row` with all that is known of them.
                 plan.seq_ids.append(seq.seq_id)
@@ -125,7 +125,7 @@ class TokenBudgetScheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences, in order, while tokens, seats and blocks last."""
-        for seq in list(self.waiting):
+        for seq in self._queue():
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 break
             source = self._sibling(seq)
@@ -136,7 +136,10 @@ class TokenBudgetScheduler:
                 shareable = min(seq.num_prompt_tokens, len(seq.tokens) - 1)
                 seq.num_computed_tokens = self.kv.share(source.seq_id, seq.seq_id, shareable)
             if not seq.num_computed_tokens and seq.request.params.prompt_logprobs is None:
-                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
+                found = self.kv.reuse(seq, len(seq.tokens) - 1, may_wait=True)
+                if found is None:
+                    continue  # the same: what it needs is being computed
+                seq.num_computed_tokens = found
             count = min(seq.num_to_compute, budget)
             added = self._grow(seq, count)
             if added is None:
@@ -147,6 +150,10 @@ class TokenBudgetScheduler:
             insort(self.running, seq, key=self.order)
             seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
             budget -= count
+
+    def _queue(self) -> list[Sequence]:
+        """Those that wait, in the order in which to try them."""
+        return list(self.waiting)
 
     def _sibling(self, seq: Sequence) -> Sequence | None:
         """A running sample of the same request that holds, or will hold, the whole prompt."""

@@ -38,8 +38,6 @@ class Sequence:
     """Steps in flight with a row of this sequence: until 0, its blocks may not be freed."""
     draft_token_ids: list[int] = field(default_factory=list)
     """Proposed and not yet in a step: the step that takes them verifies them."""
-    is_drafted: bool = False
-    """A drafter continues it, and wants to know its last token: it is not overlapped."""
     num_prompt_counted: int = 0
     """Prompt tokens that the stats have counted, for the same reason as the next."""
     num_prompt_logprobs: int = 0
@@ -47,6 +45,8 @@ class Sequence:
     on_worker: bool = False
     """The worker knows this sequence."""
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    """First tokens whose KV was found computed when it first ran."""
 
     def __post_init__(self) -> None:
         r = self.request
@@ -67,8 +67,6 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         """Tokens to catch up with now. 0 when all output is known or coming: a last token needs no KV of its own."""
-        if self.is_drafted and self.num_in_flight:
-            return 0
         if self.num_in_flight + self.num_output_tokens > 0 and self.num_tokens >= self.max_len:
             return 0
         return self.num_tokens - self.num_computed_tokens

@@ -115,6 +115,7 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
         add_special_tokens: bool = True,
     ) -> AsyncGenerator[Delta]:
         """Complete a prompt. Yields the news of its samples; a slow reader gets them merged.
@@ -123,8 +124,9 @@ class AsyncEngine:
         at any time. Leaving the iterator early (a client that disconnects) aborts the request.
         """
         request = self.maker.make(
-            prompt, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
-        )
+            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+        )  # fmt: skip
         async with aclosing(self.run(request)) as deltas:
             async for delta in deltas:
                 yield delta
@@ -152,6 +154,15 @@ class AsyncEngine:
         """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
         if self.state != "ready":
             raise EngineUnavailable(f"the engine is {self.state}")
+
+    def reset_prefix_cache(self) -> None:
+        """Find nothing of what has been computed so far, from the next request on. Requests in flight lose nothing.
+
+        Raises `EngineUnavailable` where there is no engine.
+        """
+        if self.state not in ("ready", "draining"):
+            self.check_ready()
+        self._send(wire.ResetPrefixCache())
 
     async def drain(self, patience: float) -> bool:
         """Take no more requests, and wait up to `patience` seconds for those in flight. True if all have ended."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dovetail.adapters import attention_from_0_1
+from dovetail.adapters import attention_from_0_1, kv_cache_from_0_1, prefix_cache_from_0_1
 from dovetail.contracts import Previous
 from dovetail.interfaces import (
     architecture,
@@ -142,9 +142,16 @@ def _undeclared_matmul(provider: Provider[object], context: Context) -> list[Rea
 
 def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
     can = provider.capabilities
-    if context.needs.get("shadow") and not (isinstance(can, worker.WorkerCapabilities) and can.shadow):
-        return [Reason("runs no candidates beside what answers", "remove shadow")]
-    return []
+    if not isinstance(can, worker.WorkerCapabilities):
+        can = worker.WorkerCapabilities()
+    reasons = []
+    if context.needs.get("shadow") and not can.shadow:
+        reasons.append(Reason("runs no candidates beside what answers", "remove shadow"))
+    if context.needs.get("drafts") and not can.drafts:
+        reasons.append(Reason("runs no draft model beside its own", "set speculation to a drafter that runs in the engine"))
+    if context.needs.get("host_tier") and not can.host_tier:
+        reasons.append(Reason("keeps no KV blocks in host memory", "remove prefix_cache.host_memory_gb"))
+    return reasons
 
 
 SOCKETS: tuple[Socket, ...] = (
@@ -172,15 +179,17 @@ SOCKETS: tuple[Socket, ...] = (
         undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=("plan",),
     ),
     Socket(
-        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", options=KVCacheOptions,
-        interface=kv_cache.KVCacheManager, invoked=("grow",),
+        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
+        Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1),
+        options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=("grow",),
     ),
     Socket(
         "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,
         interface=scheduler.Scheduler, invoked=("schedule",),
     ),
     Socket(
-        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT, optional=True,
+        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT,
+        Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1), optional=True,
         interface=prefix_cache.PrefixCache, invoked=("match",),
     ),
     Socket(

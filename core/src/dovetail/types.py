@@ -19,6 +19,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
+DRAFTED_BY_WORKER = -1
+"""In place of a draft token: the worker drafts it."""
 _INT32, _INT64 = 2**31, 2**63
 
 
@@ -166,7 +168,8 @@ class SequenceStart(msgspec.Struct, array_like=True):
 
 
 class BlockOp(msgspec.Struct, array_like=True):
-    """Move KV before the step's kernels run: `kind` copy (within the device), out or in (host tiers)."""
+    """Move KV before the step's kernels run: `kind` copy (within the device), out (to block `dst` of the host tier) or in (from
+    block `src` of the host tier, counted from 0). Moves are done in the order of the plan: one may read what another wrote."""
 
     kind: Literal["copy", "out", "in"]
     group: int
@@ -191,7 +194,8 @@ class StepPlan(msgspec.Struct, array_like=True):
     new_block_ids: list[list[list[int]]]
     """Per row: the blocks to append to its block table, per KV group; an empty list where there are none."""
     draft_token_ids: list[list[int]] = []
-    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts them."""
+    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts them. A row's are tokens, or all
+    `DRAFTED_BY_WORKER` (-1): the worker drafts as many itself, and then verifies them in the same step."""
     starts: list[SequenceStart] = []
     """Sequences to take in before the rows are looked up."""
     released: list[int] = []
@@ -231,6 +235,8 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """The stop token (never an end-of-sequence token) that ended the sequence."""
     error: tuple[str, str] | None = None
     """(code of errors.py, message) when `finish_reason` is error."""
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache; told with the first tokens, and perhaps again."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):
@@ -262,9 +268,18 @@ class EngineStats(msgspec.Struct):
     num_draft_tokens: int = 0
     """Verified; of these accepted:"""
     num_accepted_tokens: int = 0
+    drafted_by_position: list[int] = []
+    """The same, by position in the draft."""
+    accepted_by_position: list[int] = []
+    draft_seconds: float = 0.0
+    """In the drafter, as far as it runs in the engine."""
     num_prefix_queried_tokens: int = 0
     """Prompt tokens looked for in the prefix cache; of these found:"""
     num_prefix_hit_tokens: int = 0
+    num_prefix_evicted_blocks: dict[str, int] = {}
+    """By cause: `KVCacheManager.num_evicted`."""
+    num_prefix_blocks: dict[str, int] = {}
+    """That nobody uses and that can be found again, by tier."""
 
 
 def to_builtins(value: Any) -> Any:

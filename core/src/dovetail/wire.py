@@ -28,6 +28,10 @@ class Abort(msgspec.Struct, tag=True):
     sample_index: int | None = None
 
 
+class ResetPrefixCache(msgspec.Struct, tag=True):
+    """Find nothing of what was computed for the requests added so far."""
+
+
 class Shutdown(msgspec.Struct, tag=True):
     """Stop after the step that is running."""
 
@@ -89,7 +93,7 @@ class Shadow(msgspec.Struct, tag=True):
     report: ShadowReport
 
 
-ToEngine = Start | Add | Abort | Shutdown
+ToEngine = Start | Add | Abort | ResetPrefixCache | Shutdown
 FromEngine = Loading | Ready | Failed | News | Invoked | Refused | Heartbeat | Shadow
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)

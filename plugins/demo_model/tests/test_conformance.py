@@ -3,8 +3,12 @@
 from dovetail.testing.model import ModelContract
 from dovetail_demo_model import dovetail_models
 
-(PROVIDER,) = dovetail_models()
+MODEL, DRAFT = dovetail_models()
 
 
 class TestDemoModel(ModelContract):
-    provider = PROVIDER
+    provider = MODEL
+
+
+class TestDraftModel(ModelContract):
+    provider = DRAFT

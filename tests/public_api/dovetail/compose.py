@@ -2,10 +2,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from dovetail.adaptive import Adaptive, EverySequence
 from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
-from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
+from dovetail.checks import CheckedDrafter, CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.config import EngineConfig
 from dovetail.contracts import adapted
 from dovetail.engine import Engine, OverlappedEngine
@@ -15,13 +16,14 @@ from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, Worker
-from dovetail.kv_cache import blocks_per_sequence, size_groups
+from dovetail.interfaces.worker import Progress, TieringWorker, Worker
+from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
 from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
+from dovetail.step_costs import measure
 from dovetail.types import KVGroup
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class BuildContext:
     num_blocks: tuple[int, ...] = ()
     built: dict[str, object] = field(default_factory=dict)
     attestation: Attestation = field(default_factory=Attestation)
+    num_host_blocks: tuple[int, ...] = ()
 
     def option(self, key: str, name: str) -> Any:
         ...

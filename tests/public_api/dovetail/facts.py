@@ -52,6 +52,10 @@ class ModelFacts:
     quantization_config: dict[str, Any] | None = None
 
     @property
+    def is_windowed(self) -> bool:
+        ...
+
+    @property
     def quantization_method(self) -> str:
         ...
 

@@ -36,6 +36,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[Completion]
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    num_cached_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -83,6 +84,9 @@ class LLM:
         ...
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        ...
+
+    def reset_prefix_cache(self) -> None:
         ...
 
     def close(self) -> None:

@@ -26,8 +26,17 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     rejected: list[Rejected] = []
 
     @property
+    def qualified_name(self) -> str:
+        ...
+
+    @property
     def is_empty(self) -> bool:
         ...
+
+class DraftModel(msgspec.Struct, frozen=True):
+    model: str
+    folder: str
+    architecture: str
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     model: str
@@ -43,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool
     architecture: str
     shadow_share: float = 0.0
+    draft: DraftModel | None = None
 
     @property
     def fingerprint(self) -> str:

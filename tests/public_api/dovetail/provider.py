@@ -21,8 +21,19 @@ class SchedulerOptions(Options):
     max_num_seqs: int = Field(256, ge=1, description='sequences that run at a time')
     max_num_batched_tokens: int = Field(2048, ge=1, description='tokens in a step')
 
+class LongestPrefixOptions(SchedulerOptions):
+    max_overtaken: int = Field(64, ge=0, description='later sequences that may begin before one that waits; it is next then')
+HOST_MEMORY = 'host_memory_gb'
+
+class TieredCacheOptions(Options):
+    host_memory_gb: float = Field(0, ge=0, description='GiB of host memory for blocks that the device has no room for; 0: none')
+
 class DrafterOptions(Options):
     num_draft_tokens: int = Field(4, ge=1, le=32, description='most tokens proposed for a sequence in a step')
+    adaptive: bool = Field(True, description='in each step only as many as pay, often none; false: always as many as there are')
+
+class DraftModelOptions(DrafterOptions):
+    model: str = Field('auto', min_length=1, description="that drafts: a plugin's model name, a local folder, a hub id; auto: the target's own")
 
 @dataclass(frozen=True)
 class Reason:

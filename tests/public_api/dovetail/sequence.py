@@ -18,11 +18,11 @@ class Sequence:
     num_in_flight: int = 0
     steps_in_flight: int = 0
     draft_token_ids: list[int] = field(default_factory=list)
-    is_drafted: bool = False
     num_prompt_counted: int = 0
     num_prompt_logprobs: int = 0
     on_worker: bool = False
     finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
 
     @property
     def num_output_tokens(self) -> int:

@@ -45,13 +45,16 @@ class AsyncEngine:
     async def start(self) -> None:
         ...
 
-    async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None=None, priority: int=0, add_special_tokens: bool=True) -> AsyncGenerator[Delta]:
+    async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None=None, priority: int=0, cache_salt: str | None=None, add_special_tokens: bool=True) -> AsyncGenerator[Delta]:
         ...
 
     async def run(self, request: Request) -> AsyncGenerator[Delta]:
         ...
 
     def check_ready(self) -> None:
+        ...
+
+    def reset_prefix_cache(self) -> None:
         ...
 
     async def drain(self, patience: float) -> bool:

@@ -9,6 +9,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
+DRAFTED_BY_WORKER = -1
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     n: int = 1
@@ -109,6 +110,7 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: tuple[str, str] | None = None
+    num_cached_tokens: int = 0
 
 class KVGroup(msgspec.Struct, frozen=True):
     layers: list[int]
@@ -129,8 +131,13 @@ class EngineStats(msgspec.Struct):
     num_failed_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    drafted_by_position: list[int] = []
+    accepted_by_position: list[int] = []
+    draft_seconds: float = 0.0
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+    num_prefix_evicted_blocks: dict[str, int] = {}
+    num_prefix_blocks: dict[str, int] = {}
 
 def to_builtins(value: Any) -> Any:
     ...

@@ -22,6 +22,7 @@ from dovetail.bench.over_http import about_server, serve_round
 from dovetail.bench.plots import require_matplotlib, write_plots
 from dovetail.bench.profiling import Profile
 from dovetail.bench.report import Point, Report
+from dovetail.console import wide_console
 from dovetail.errors import ConfigError
 from dovetail.llm import LLM
 
@@ -35,8 +36,7 @@ def run(kind: str, args: argparse.Namespace, open_llm: OpenLLM) -> int:
     if args.plot:
         require_matplotlib()
     report = _measure_server(args, works) if kind == "serve" else _measure_engine(kind, args, works, open_llm)
-    console = Console()
-    report.print(console if console.is_terminal else Console(width=1000))
+    report.print(wide_console())
     if args.json:
         report.write_json(Path(args.json))
     if args.plot:

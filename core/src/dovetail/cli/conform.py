@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from dovetail.cli.show import wide_console
+from dovetail.console import wide_console
 from dovetail.contracts import served
 from dovetail.errors import ConfigError
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities

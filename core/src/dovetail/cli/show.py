@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import msgspec
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from dovetail.config import load_config
+from dovetail.console import wide_console
 from dovetail.contracts import deprecation, served
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Offer, Registry, load_registry
@@ -89,6 +89,8 @@ def plan_tree(plan: Plan) -> Tree:
     """For each socket who was taken, with what was decided for it; and who was not, with the reason and what would help."""
     model = Text.assemble((plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}")
     model.append(f", up to {plan.max_model_len} tokens a sequence   plan {plan.fingerprint}", "dim")
+    if plan.draft is not None:
+        model.append(f"\ndrafted for by {plan.draft.model}  {plan.draft.architecture}")
     tree = Tree(model, guide_style="dim")
     width = max(len(_label(key, choice)) for key, choice in plan.choices.items())
     for key, choice in plan.choices.items():
@@ -121,9 +123,3 @@ def _taken(key: str, choice: Choice, width: int) -> Text:
     if choice.requested not in ("auto", choice.provider):
         line.append(f"  asked for: {choice.requested}", "yellow")
     return line
-
-
-def wide_console() -> Console:
-    """A terminal's own width; for a pipe or a file, wide enough that nothing is folded."""
-    console = Console()
-    return console if console.is_terminal else Console(width=1000)

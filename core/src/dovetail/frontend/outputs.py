@@ -21,6 +21,8 @@ class Delta(msgspec.Struct, gc=False):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it."""
+    num_cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache when this sample began."""
 
     def extend(self, later: Delta) -> None:
         """Merge a later delta of the same sample into this one."""
@@ -30,6 +32,7 @@ class Delta(msgspec.Struct, gc=False):
         self.prompt_logprobs += later.prompt_logprobs
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
+        self.num_cached_tokens = later.num_cached_tokens
 
 
 class SampleState:
@@ -42,6 +45,7 @@ class SampleState:
         params = request.params
         self.index = index
         self.num_tokens = 0
+        self.num_cached_tokens = 0
         self.finished = False
         self._params = params
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
@@ -139,7 +143,11 @@ class RequestState:
         if output.error is not None:
             code, message = output.error
             raise ERRORS.get(code, DovetailError)(message)
+        if output.num_cached_tokens:
+            sample.num_cached_tokens = output.num_cached_tokens
         delta = sample.push(output)
+        if delta is not None:
+            delta.num_cached_tokens = sample.num_cached_tokens
         if not sample.finished:
             return delta, False
         self._num_running -= 1

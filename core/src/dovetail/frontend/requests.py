@@ -16,6 +16,7 @@ from dovetail.types import Request, SamplingParams, check_range
 
 Prompt = str | Sequence[int]
 
+MAX_SALT_CHARS = 256
 _counter = itertools.count()
 
 
@@ -34,10 +35,15 @@ class RequestMaker:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
         add_special_tokens: bool = True,
     ) -> Request:
         """Raises `InvalidRequest`, naming the field, for a prompt or parameters that this model cannot take."""
         check_range("priority", priority, -(2**31), 2**31 - 1)
+        if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_CHARS):
+            given = f"{len(cache_salt)} characters" if isinstance(cache_salt, str) else repr(cache_salt)[:100]
+            what = f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters, not {given}"
+            raise InvalidRequest(what, param="cache_salt")
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
         room = self.max_model_len - len(token_ids)
         if room < 0 or (room == 0 and params.max_tokens != 0):
@@ -65,6 +71,7 @@ class RequestMaker:
             eos_token_ids=[] if params.ignore_eos else list(self.model.eos_token_ids),
             priority=priority,
             arrival=time.time(),
+            cache_salt=cache_salt,
         )
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:

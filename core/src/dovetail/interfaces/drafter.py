@@ -15,8 +15,10 @@ from dovetail.sequence import Sequence
 
 @dataclass(frozen=True)
 class DrafterCapabilities:
-    runs_in: Literal["engine"] = "engine"
-    """The loop asks for drafts between two steps, so that a sequence that is drafted for is not overlapped."""
+    runs_in: Literal["engine", "worker"] = "engine"
+    """engine: the loop asks for tokens between two steps. worker: it asks how many, and the worker drafts them itself, in the
+    step that verifies them, with the model that the options name (`DraftModelOptions`). Either way a step with drafts is not
+    overlapped."""
     learns_from_other_requests: bool = False
     """Proposals depend on what other requests said. Without it they follow from the sequence's own tokens alone."""
 
@@ -27,9 +29,12 @@ class Drafter(Protocol):
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         """Guess the tokens after `seq.tokens`: at most `max_tokens`, in order, and none at all if there is no good guess.
 
-        Asked before every step of a sequence that decodes; `seq` is to be read only. Between two calls `seq.tokens` has
-        grown, or is as it was if the step had no room for it, and its beginning has not changed: an index of it can be
-        kept and extended. An exception, or tokens that do not exist, fail the request.
+        Asked between steps of a sequence that decodes, as often as that is worth it; while a step runs too, just to see
+        whether there is something to propose. `seq` is to be read only. Between two calls `seq.tokens` has grown, or is as
+        it was, and its beginning has not changed: an index of it can be kept and extended. An exception, or tokens that do
+        not exist, fail the request.
+
+        A drafter that runs in the worker answers with `DRAFTED_BY_WORKER` for each token that the worker is to draft.
         """
 
     def forget(self, seq_id: int) -> None:

@@ -12,3 +12,5 @@ class ModelSource:
 
     folder: Path
     licence: str = ""
+    draft: str | None = None
+    """Name of the model that drafts for it, where one comes with it."""

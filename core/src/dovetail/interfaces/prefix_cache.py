@@ -3,6 +3,8 @@
 The KV-cache manager owns blocks and reference counts; a prefix cache owns none. It knows which block holds the KV of
 which tokens, and of the blocks that no sequence refers to any more, which to sacrifice first. Everything is in whole
 blocks, of one size in all KV groups; "block i" of a sequence holds its tokens `i * block_size … (i + 1) * block_size - 1`.
+
+A `TieredPrefixCache` also knows of blocks in host memory. Their ids in a KV group follow those of the device's blocks.
 """
 
 from __future__ import annotations
@@ -38,6 +40,19 @@ class PrefixCache(Protocol):
         either may be kept.
         """
 
+    def expect(self, seq: Sequence, first: int, end: int) -> None:
+        """`seq` runs from now on, and is about to compute its blocks `first … end - 1`, of known tokens.
+
+        Others that need one of these wait for it rather than compute it as well. Until `insert` tells of the block, or
+        `forget` of the sequence; `reset` ends it too. Since contract 0.2.
+        """
+
+    def expected_from(self, seq: Sequence, block: int) -> int | None:
+        """The seq_id of a sequence that is expected to compute what block `block` of `seq` holds; None if there is none.
+
+        Of several it may be any, or none once one of them has gone: then the block is computed twice. Since contract 0.2.
+        """
+
     def claim(self, group: int, block_ids: list[int]) -> None:
         """Known blocks to which no sequence referred are in use again."""
 
@@ -59,4 +74,23 @@ class PrefixCache(Protocol):
         False), those kept at once."""
 
 
-CONTRACT = "0.1"
+class TieredPrefixCache(PrefixCache, Protocol):
+    """One whose options have `host_memory_gb`, when that is not 0. What is known is in a block of the device or of the host.
+
+    `match` may find host blocks. Nobody computes with those: the manager claims them with the others (they are then in no
+    order of eviction), and tells by `promote` where it has their contents copied. A host block is kept as long as it is known.
+    """
+
+    def demote(self, group: int, host_blocks: list[int]) -> list[int]:
+        """Of the kept device blocks that are not in use choose the least valuable ones, as many as there are `host_blocks`,
+        which hold nothing; return them, the least valuable first. What the first held is from now on in the first host block,
+        and so on, and is kept there. There are always as many."""
+
+    def promote(self, group: int, host_blocks: list[int], block_ids: list[int]) -> None:
+        """What claimed host blocks held is from now on in blocks of the device, which are in use."""
+
+    def evict_host(self, group: int, count: int) -> list[int]:
+        """`evict`, of host blocks."""
+
+
+CONTRACT = "0.2"

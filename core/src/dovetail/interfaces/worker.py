@@ -25,6 +25,10 @@ class WorkerCapabilities:
 
     shadow: bool = False
     """It runs the plan's candidates beside what answers: it is a `ShadowingWorker`."""
+    drafts: bool = False
+    """It drafts with the plan's draft model where a plan asks for that (`DRAFTED_BY_WORKER`)."""
+    host_tier: bool = False
+    """It keeps KV blocks in host memory and does a plan's `block_ops` of kinds out and in: it is a `TieringWorker`."""
 
 
 class Worker(Protocol):
@@ -68,3 +72,12 @@ class ShadowingWorker(Worker, Protocol):
 
     def shadow_report(self) -> ShadowReport | None:
         """What the candidates have shown so far; None without a shadow run. The object may change with every step."""
+
+
+class TieringWorker(Worker, Protocol):
+    """A worker that declares `host_tier`."""
+
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        """Make the host tier, `num_blocks` per group, counted from 0. Called after `allocate`, if the composition has one.
+
+        Raises `OutOfMemory`."""

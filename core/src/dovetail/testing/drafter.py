@@ -15,13 +15,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
-from dovetail.provider import DrafterOptions
+from dovetail.provider import DrafterOptions, DraftModelOptions, Provider
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import KIT_MODEL, Contract, common_causes
 from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, requests_of, run, setups, workloads
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.prefix_cache import new_paged, new_scheduler
-from dovetail.types import Request, SamplingParams
+from dovetail.types import DRAFTED_BY_WORKER, Request, SamplingParams
 
 
 class DrafterContract(Contract):
@@ -33,18 +33,20 @@ class DrafterContract(Contract):
     def parts(self) -> Parts:
         options = self.settled_options()
         assert isinstance(options, DrafterOptions), "the options must extend DrafterOptions"
-        return Parts(new_paged, new_scheduler, self.new, options.num_draft_tokens)
+        return Parts(new_paged, new_scheduler, self.new, options.num_draft_tokens, runs_in_worker(self.provider))
 
     def new(self) -> Drafter:
         drafter: Drafter = self.build()
         return drafter
 
-    @common_causes("the options do not extend DrafterOptions", "capabilities of another socket, or none")
+    @common_causes("the options do not extend DrafterOptions or DraftModelOptions", "capabilities of another socket, or none")
     def test_declaration(self) -> None:
-        """The options extend `DrafterOptions`, and the capabilities are `DrafterCapabilities`."""
-        assert issubclass(self.provider.options, DrafterOptions), "the options must extend DrafterOptions"
+        """The options extend `DrafterOptions` (`DraftModelOptions`, if it runs in the worker), and the capabilities are
+        `DrafterCapabilities`."""
         can = self.provider.capabilities
         assert isinstance(can, DrafterCapabilities), f"capabilities are a {type(can).__name__}"
+        base = DraftModelOptions if runs_in_worker(self.provider) else DrafterOptions
+        assert issubclass(self.provider.options, base), f"the options must extend {base.__name__}"
 
     @common_causes(
         "more tokens than were asked for", "a token that does not exist", "`seq.tokens` appended to, or kept and changed",
@@ -52,8 +54,9 @@ class DrafterContract(Contract):
         "an index that is not continued where it ended",
     )  # fmt: skip
     def test_proposals(self) -> None:
-        """At most `max_tokens` tokens that exist, for a sequence that is only read; unless it declares to learn from other
-        requests, what a fresh drafter says of the same tokens: nothing leaks from one sequence into another."""
+        """At most `max_tokens` tokens that exist (or are left to the worker, if it runs there), for a sequence that is only
+        read; unless it declares to learn from other requests, what a fresh drafter says of the same tokens: nothing leaks from
+        one sequence into another."""
         self.run_machine(partial(ProposalsMachine, self), examples=120)
 
     @common_causes("it raises for short sequences", "it returns something other than a list of ints")
@@ -106,6 +109,11 @@ class DrafterContract(Contract):
         assert kept == 0, f"{kept} of {len(ended)} sequences that have ended are still kept"
 
 
+def runs_in_worker(provider: Provider[Any]) -> bool:
+    can = provider.capabilities
+    return isinstance(can, DrafterCapabilities) and can.runs_in == "worker"
+
+
 class Watched(Sequence):
     """One that can be seen to go."""
 
@@ -152,7 +160,8 @@ class ProposalsMachine(Machine):
         if self.sequences:
             seq = list(self.sequences.values())[which % len(self.sequences)]
             draft = self._propose(seq, room)
-            seq.tokens += [*draft[:accepted], token]
+            # What the worker drafts is some token.
+            seq.tokens += [*(token if t == DRAFTED_BY_WORKER else t for t in draft[:accepted]), token]
 
     @operation(which=st.integers(0, 9), room=st.integers(1, 8))
     def step_without_room(self, which: int, room: int) -> None:
@@ -169,8 +178,11 @@ class ProposalsMachine(Machine):
         assert not changed, f"propose changed {changed} of the sequence"
         assert isinstance(draft, list), f"propose returned {draft!r}, which is no list"
         assert len(draft) <= room, f"at most {room} tokens were asked for, and {len(draft)} proposed"
-        wrong = [t for t in draft if type(t) is not int or not 0 <= t < KIT_MODEL.vocab_size]
-        assert not wrong, f"{wrong} were proposed, which are no tokens: there are {KIT_MODEL.vocab_size}"
+        if runs_in_worker(self.contract.provider):
+            assert all(t == DRAFTED_BY_WORKER for t in draft), f"it runs in the worker, and proposed {draft}"
+        else:
+            wrong = [t for t in draft if type(t) is not int or not 0 <= t < KIT_MODEL.vocab_size]
+            assert not wrong, f"{wrong} were proposed, which are no tokens: there are {KIT_MODEL.vocab_size}"
         if not self._learns():
             fresh: Any = self.contract.new()
             alone = fresh.propose(seq, room)

@@ -5,19 +5,23 @@ holds, and a watch that compares each plan with what the contracts promise. A fa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
+from dovetail.adaptive import EverySequence
+from dovetail.checks import CheckedDrafter
 from dovetail.engine import Engine, OverlappedEngine, Step
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
-from dovetail.kv_cache import NULL_BLOCK, PagedKVCache, blocks_per_sequence
+from dovetail.kv_cache import NULL_BLOCK, PagedKVCache
+from dovetail.kv_sizes import blocks_per_sequence
 from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.speculation import Speculation
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.simulated import Faults, SimulatedWorker
+from dovetail.tiered_cache import TieredKVCache
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput, StepPlan
 
 MAX_LEN = 48
@@ -37,6 +41,8 @@ class Setup:
     budget: int = 16
     seats: int = 4
     spare_blocks: int = 0
+    host_blocks: int = 0
+    """Of the host tier, in each group."""
 
     @property
     def groups(self) -> list[KVGroup]:
@@ -140,6 +146,10 @@ def blocks_add_up(kv: PagedKVCache) -> None:
                 if block != NULL_BLOCK:
                     held[block] = held.get(block, 0) + 1
         assert held == {b: n for b, n in enumerate(pool.references) if n}, "references are not what is held"
+        if isinstance(kv, TieredKVCache):
+            host = [*kv.host_free[group], *kv.host_kept[group]]
+            first, count = kv.num_blocks[group], kv.num_host_blocks[group]
+            assert sorted(host) == list(range(first, first + count)), "a host block was leaked, or is free and kept"
         kept = kv.kept[group] if isinstance(kv, ReusingKVCache) else set()
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
         assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), "a block was leaked"
@@ -175,13 +185,19 @@ class Parts:
     scheduler: BuildScheduler
     drafter: NewDrafter | None = None
     num_draft_tokens: int = 4
+    drafts_in_worker: bool = False
+    policy: Callable[[], EverySequence] = EverySequence
 
     def engine(self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000) -> WatchedEngine:
         worker = SimulatedWorker(setup.groups, faults=faults)
         worker.allocate(setup.num_blocks)
+        worker.allocate_host([setup.host_blocks] * len(setup.groups))
         kv = self.kv(setup)
         loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
-        speculation = None if self.drafter is None else Speculation(self.drafter(), self.num_draft_tokens, worker.vocab_size)
+        speculation = None
+        if self.drafter is not None:
+            drafter = CheckedDrafter(self.drafter(), worker.vocab_size, runs_in_worker=self.drafts_in_worker)
+            speculation = Speculation(drafter, self.num_draft_tokens, self.policy())
         engine = loop(self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting)
         engine.watch = Watch(setup, engine)
         return engine
@@ -212,6 +228,24 @@ def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = No
     raise AssertionError(f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended: somebody starves")
 
 
+def run_with_failures(engine: Engine, requests: list[Request], arrivals: list[int]) -> Outputs:
+    """The same where steps fail: the outputs of those that ended well."""
+    pending = sorted(zip(arrivals, range(len(requests)), strict=True))
+    tokens: Outputs = {}
+    failed: set[str] = set()
+    for step in range(MANY_STEPS):
+        while pending and pending[0][0] <= step:
+            engine.add(requests[pending.pop(0)[1]])
+        if not engine.has_work and not pending:
+            break
+        outputs = engine.step()
+        failed |= {o.request_id for o in outputs if o.error}
+        collect([o for o in outputs if not o.error], tokens)
+    assert not engine.has_work, f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended"
+    assert engine.kv.num_used == 0, f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+    return {key: said for key, said in tokens.items() if key[0] not in failed}
+
+
 def alone(parts: Parts, requests: list[Request], window: int | None = None) -> Outputs:
     """What each request says when it is by itself, in one chunk, with blocks to spare."""
     out: Outputs = {}
@@ -221,6 +255,12 @@ def alone(parts: Parts, requests: list[Request], window: int | None = None) -> O
 
 
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=30)
+prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
+"""Beginnings that many requests share."""
+alike = st.builds(
+    lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9))
+)
+"""Prompts that begin alike."""
 setups = st.builds(
     Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),
     budget=st.integers(1, 40), seats=st.integers(1, 5), spare_blocks=st.integers(0, 12),
@@ -243,6 +283,11 @@ asked = st.builds(
     arrival=st.integers(0, 12),
 )  # fmt: skip
 workloads = st.lists(asked, min_size=1, max_size=7)
+asked_alike = st.builds(
+    Asked, alike, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.integers(-1, 1),
+    arrival=st.sampled_from([0, 0, 0, 1, 2, 3, 9, 30]),
+)  # fmt: skip
+workloads_alike = st.lists(asked_alike, min_size=1, max_size=8)
 
 
 def requests_of(workload: list[Asked]) -> list[Request]:
@@ -306,3 +351,25 @@ class EngineMachine(Machine):
             self._run(1)
         assert self.ended == self.expected, f"after {MANY_STEPS} more steps, not ended: {sorted(self.expected - self.ended)}"
         assert self.engine.kv.num_used == 0, f"{self.engine.kv.num_used} blocks are left over when all have ended"
+
+
+class AlikeMachine(EngineMachine):
+    """The same with requests that begin alike, a prefix cache that is reset, and perhaps a host tier."""
+
+    def __init__(self, parts: Parts, *, has_host_tier: bool = False) -> None:
+        super().__init__(parts)
+        self.has_host_tier = has_host_tier
+
+    @beginning(setup=setups, host_blocks=st.integers(1, 40))
+    def build(self, setup: Setup, host_blocks: int) -> None:  # type: ignore[override]
+        self.engine = self.parts.engine(replace(setup, host_blocks=host_blocks) if self.has_host_tier else setup)
+
+    @operation(prompt=alike, max_tokens=st.integers(1, 20), n=st.sampled_from([1, 1, 2]))
+    def add_alike(self, prompt: list[int], max_tokens: int, n: int) -> None:
+        name, self.num_requests = f"r{self.num_requests}", self.num_requests + 1
+        self.expected |= {(name, i) for i in range(n)}
+        self.engine.add(request(name, prompt, max_tokens, n=n))
+
+    @operation()
+    def reset_prefix_cache(self) -> None:
+        self.engine.kv.reset_prefix_cache()

@@ -19,7 +19,19 @@ from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.provider import KVCacheOptions, SchedulerOptions
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import EngineMachine, Parts, Setup, request, run
+from dovetail.testing.dictionary import DictionaryIndex
+from dovetail.testing.engines import (
+    Asked,
+    EngineMachine,
+    Parts,
+    Setup,
+    alone,
+    request,
+    requests_of,
+    run,
+    setups,
+    workloads_alike,
+)
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.types import KVGroup
 
@@ -89,6 +101,28 @@ class KVCacheContract(Contract):
     def test_whatever_happens_blocks_come_back(self) -> None:
         """Requests come, run and are aborted at any moment: outputs are right, and in the end all blocks are back."""
         self.run_machine(partial(EngineMachine, self.parts), examples=25)
+
+    @common_causes("None from `reuse` without `may_wait`", "blocks found and not counted as referred to")
+    def test_a_prefix_cache_changes_no_output(self) -> None:
+        """A manager that is given a prefix cache, and asks it or not: in an engine every sequence says what it says alone, and
+        all blocks come back."""
+
+        def new_kv(setup: Setup) -> KVCacheManager:
+            index = DictionaryIndex(setup.block_size, len(setup.groups))
+            context = self.build_context(
+                kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks), prefix_cache=index
+            )  # fmt: skip
+            manager: KVCacheManager = self.build(context)
+            return manager
+
+        def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
+            requests = requests_of(workload)
+            expected = alone(self.parts, requests, setup.window)
+            got = run(Parts(new_kv, self.new_scheduler).engine(setup), requests, [a.arrival for a in workload])
+            different = [key for key in expected if got.get(key) != expected[key]]
+            assert not different, f"{different} differ from what they say alone"
+
+        self.run_examples(same_as_alone, examples=40, setup=setups, workload=workloads_alike)
 
 
 @dataclass(frozen=True)

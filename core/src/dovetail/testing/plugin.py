@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from dovetail.facts import window_of_layers
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.provider import Options, Provider
 from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import KVGroup
@@ -38,6 +39,9 @@ class SimulatedOptions(Options):
     load_seconds: float = 0.0
 
 
+CAN = WorkerCapabilities(drafts=True, host_tier=True)
+
+
 def _worker(context: Any, options: SimulatedOptions) -> SimulatedWorker:
     model = context.model
     block_size = context.option("kv_cache", "block_size")
@@ -48,7 +52,7 @@ def _worker(context: Any, options: SimulatedOptions) -> SimulatedWorker:
 
 @hookimpl
 def dovetail_workers() -> list[Provider[SimulatedWorker]]:
-    return [Provider("simulated", "no model: answers depend on the cache's contents", _worker, SimulatedOptions)]
+    return [Provider("simulated", "no model: answers depend on the cache's contents", _worker, SimulatedOptions, CAN)]
 
 
 @hookimpl

@@ -45,6 +45,10 @@ class IndexMachine(Machine):
         self.sequences: dict[int, Sequence] = {}
         self.tables: dict[int, list[list[int]]] = {}
         """By sequence and group."""
+        self.coming: dict[int, tuple[int, int]] = {}
+        """By sequence: the first block that it is expected to compute next, and the end of those."""
+        self.unsure: set[Content] = set()
+        """What two sequences were to compute: once one of them has, or has gone, the cache may say nothing of the other."""
         self.next_id = 0
 
     @beginning(num_blocks=st.integers(2, 14), windows=st.sampled_from([[None], [None, 2]]))
@@ -57,11 +61,12 @@ class IndexMachine(Machine):
 
     @operation(
         tokens=texts, salt=st.sampled_from([None, None, None, "s"]), adapter=st.sampled_from([None, None, None, "a"]),
-        gaps=st.sets(st.integers(0, 4)), asks_for_all=st.booleans(), stays=st.booleans(),
+        gaps=st.sets(st.integers(0, 4)), asks_for_all=st.booleans(), stays=st.booleans(), takes_time=st.booleans(),
     )  # fmt: skip
     def start(
-        self, tokens: list[int], salt: str | None, adapter: str | None, gaps: set[int], asks_for_all: bool, stays: bool
-    ) -> None:
+        self, tokens: list[int], salt: str | None, adapter: str | None, gaps: set[int], asks_for_all: bool, stays: bool,
+        takes_time: bool,
+    ) -> None:  # fmt: skip
         seq = self._new_sequence(tokens, salt, adapter)
         limit = len(tokens) // self.size - (not asks_for_all)
         found = [tuple(ids) for ids in self.cache.match(seq, limit)]
@@ -73,8 +78,44 @@ class IndexMachine(Machine):
             self.cache.claim(i, idle)
             blocks.kept -= set(idle)
         self.sequences[seq.seq_id], self.tables[seq.seq_id] = seq, tables
+        self._expect(seq, len(tables[0]))
+        if takes_time:
+            return  # what it computes comes with `grow`
         if not self._fill(seq, gaps) or not stays:
             self._end(seq.seq_id)
+
+    def _expect(self, seq: Sequence, first: int) -> None:
+        end = len(seq.tokens) // self.size
+        if first < end:
+            self.unsure |= {self._content(seq, i) for i in range(first, end)} & self._all_coming()
+            self.cache.expect(seq, first, end)
+            self.coming[seq.seq_id] = first, end
+
+    def _all_coming(self) -> set[Content]:
+        return {self._content(self.sequences[of], i) for of, (first, end) in self.coming.items() for i in range(first, end)}
+
+    def _has_come(self, seq: Sequence, first: int, count: int) -> None:
+        end = self.coming.pop(seq.seq_id, (0, 0))[1]
+        self.unsure |= {self._content(seq, i) for i in range(first, first + count)} & self._all_coming()
+        if first + count < end:
+            self.coming[seq.seq_id] = first + count, end
+
+    @operation(tokens=texts, salt=st.sampled_from([None, None, None, "s"]), adapter=st.sampled_from([None, None, None, "a"]))
+    def ask_what_comes(self, tokens: list[int], salt: str | None, adapter: str | None) -> None:
+        """A sequence that waits asks for each of its blocks who computes it, and leaves."""
+        seq = self._new_sequence(tokens, salt, adapter)
+        for i in range(len(tokens) // self.size):
+            content = self._content(seq, i)
+            possible = {
+                owner for owner, (first, end) in self.coming.items()
+                if any(self._content(self.sequences[owner], j) == content for j in range(first, end))
+            }  # fmt: skip
+            owner = self.cache.expected_from(seq, i)
+            if owner is None:
+                assert not possible or content in self.unsure, f"sequence {possible} computes {content}, and is not expected to"
+            else:
+                assert owner in possible, f"sequence {owner} is expected to compute {content}; of those that run {possible} do"
+        self.cache.forget(seq.seq_id)
 
     def _new_sequence(self, tokens: list[int], salt: str | None, adapter: str | None) -> Sequence:
         r = Request(f"r{self.next_id}", tokens, SamplingParams(), 20, 0, [], adapter_id=adapter, cache_salt=salt)
@@ -155,6 +196,7 @@ class IndexMachine(Machine):
                         blocks.doubtful.add(content)
                     blocks.holds[block] = content
         self.cache.insert(seq, first, [list(ids) for ids in new])
+        self._has_come(seq, first, len(new[0]))
 
     @operation(which=st.integers(0, 9), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4), gaps=st.booleans())
     def grow(self, which: int, tokens: list[int], gaps: bool) -> None:
@@ -202,6 +244,7 @@ class IndexMachine(Machine):
                 if block != NOT_HERE:
                     self._drop(group, block)
         del self.sequences[seq_id]
+        self.coming.pop(seq_id, None)
         self.cache.forget(seq_id)
 
     def _drop(self, group: int, block: int) -> None:
@@ -222,6 +265,7 @@ class IndexMachine(Machine):
     def reset(self) -> None:
         """Blocks in use are not known any more; their sequences go on, and tell of what they compute from now on."""
         self.cache.reset()
+        self.coming.clear()
         for blocks in self.groups:
             blocks.free |= blocks.kept
             blocks.kept.clear()

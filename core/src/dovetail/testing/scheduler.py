@@ -17,10 +17,13 @@ from hypothesis import strategies as st
 from dovetail.builtins import dovetail_kv_caches
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler, SchedulerCapabilities
+from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.provider import SchedulerOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
+from dovetail.testing.dictionary import DictionaryIndex
 from dovetail.testing.engines import (
+    AlikeMachine,
     Asked,
     EngineMachine,
     Outputs,
@@ -34,6 +37,7 @@ from dovetail.testing.engines import (
     run,
     setups,
     workloads,
+    workloads_alike,
 )
 from dovetail.testing.simulated import Faults
 from dovetail.types import Request
@@ -98,6 +102,23 @@ class SchedulerContract(Contract):
             assert not different, f"{different} differ from what they say alone"
 
         self.run_examples(same_as_alone, examples=80, setup=setups, workload=workloads)
+
+    @common_causes(
+        "a sequence that `reuse` lets wait (None) is started, or stops those behind it", "blocks found are not freed again",
+    )  # fmt: skip
+    def test_shared_beginnings_change_no_output(self) -> None:
+        """With a prefix cache a sequence says what it says alone, whoever waits for whose blocks; and everyone ends, also when
+        the one waited for is aborted."""
+
+        def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
+            requests = requests_of(workload)
+            expected = self.alone(requests, setup.window)
+            got = run(Parts(new_reusing, self.new_scheduler).engine(setup), requests, [a.arrival for a in workload])
+            different = [key for key in expected if got.get(key) != expected[key]]
+            assert not different, f"{different} differ from what they say alone"
+
+        self.run_examples(same_as_alone, examples=60, setup=setups, workload=workloads_alike)
+        self.run_machine(partial(AlikeMachine, Parts(new_reusing, self.new_scheduler)), examples=30)
 
     @common_causes("rows not written by Sequence.add_row", "num_to_compute kept from before", "drafts kept on preemption")
     def test_drafts_change_no_output(self) -> None:
@@ -172,6 +193,11 @@ class SchedulerContract(Contract):
 
         levels = st.lists(st.integers(-2, 2), min_size=2, max_size=8)
         self.run_examples(begins_in_order, examples=10, seats=st.just(1 + index), levels=levels)
+
+
+def new_reusing(setup: Setup) -> KVCacheManager:
+    """With the simplest prefix cache."""
+    return ReusingKVCache(setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups)))
 
 
 class Knowing:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dovetail.errors import StepFailed
 from dovetail.interfaces.worker import Progress
-from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
 
 POISON = -1
 
@@ -50,6 +50,7 @@ class SimulatedWorker:
         self._memory = memory
         self._faults = faults or Faults()
         self._cache: list[list[int]] = []
+        self._host: list[list[int]] = []
         self._known: dict[int, _Known] = {}
         self.num_steps = 0
         self.closed = False
@@ -67,6 +68,9 @@ class SimulatedWorker:
     def allocate(self, num_blocks: list[int]) -> None:
         self._cache = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
 
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        self._host = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
+
     def warm_up(self, progress: Progress) -> None:
         progress("warming up", 1, 1)
 
@@ -74,9 +78,12 @@ class SimulatedWorker:
         self._update(plan)
         self.num_steps += 1
         self._misbehave()
+        self._move(plan)
         rows = list(zip(plan.seq_ids, plan.num_computed, plan.num_tokens, strict=True))
-        drafts = plan.draft_token_ids or [[] for _ in rows]
+        drafts = [list(draft) for draft in plan.draft_token_ids] or [[] for _ in rows]
         for (seq_id, _, _), draft in zip(rows, drafts, strict=True):
+            if DRAFTED_BY_WORKER in draft:
+                draft[:] = self._drafted(seq_id, len(draft))
             self._known[seq_id].tokens += draft
         for seq_id, first, count in rows:  # all writes before any read
             for position in range(first, first + count):
@@ -113,6 +120,14 @@ class SimulatedWorker:
                 assert 0 not in blocks, "the null block was handed out"
                 table += blocks
 
+    def _move(self, plan: StepPlan) -> None:
+        for op in plan.block_ops:
+            source, target = (self._host, self._cache) if op.kind == "in" else (self._cache, self._host)
+            size = self._groups[op.group].block_size
+            moved = source[op.group][op.src * size : (op.src + 1) * size]
+            assert len(moved) == size, f"{op} moves a block that is not there"
+            target[op.group][op.dst * size : (op.dst + 1) * size] = moved
+
     def _slots(self, seq_id: int, position: int) -> list[tuple[int, int]]:
         tables = self._known[seq_id].tables
         return [
@@ -130,10 +145,28 @@ class SimulatedWorker:
                 break
         return drawn
 
+    def _drafted(self, seq_id: int, count: int) -> list[int]:
+        """What a good draft model says: about one token in four is wrong."""
+        known = self._known[seq_id]
+        tokens = list(known.tokens)
+        for _ in range(count):
+            right = self._drawn(known.start, self._visible(tokens))
+            is_wrong = self._hash("draft", tokens) % 4 == 0
+            tokens.append((right + is_wrong) % self.vocab_size)
+        return tokens[len(tokens) - count :]
+
     def _draw(self, seq_id: int, length: int) -> int:
-        start = self._known[seq_id].start
-        seen = self._seen(seq_id, length)
+        return self._drawn(self._known[seq_id].start, self._seen(seq_id, length))
+
+    def _drawn(self, start: SequenceStart, seen: list[int]) -> int:
         return self._greedy(seen) if start.params.greedy else self._hash(start.seed, start.sample_index, seen)
+
+    def _visible(self, tokens: list[int]) -> list[int]:
+        """What a right cache holds of these tokens."""
+        seen: list[int] = []
+        for group in self._groups:
+            seen += tokens if group.window is None else tokens[-group.window :]
+        return seen
 
     def _greedy(self, seen: list[int]) -> int:
         return self._hash(None, 0, seen)

@@ -20,6 +20,7 @@ from dovetail.testing.contract import common_causes
 from dovetail.testing.tiny_model import LAYERS, softmax
 from dovetail.testing.worker_drafts import DraftChecks
 from dovetail.testing.worker_driver import EOS, GREEDY, Driver
+from dovetail.testing.worker_tiers import TierChecks
 from dovetail.testing.worker_trial import (
     BLOCK_SIZE,
     SEATS,
@@ -40,7 +41,7 @@ most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a samp
 probability 1/2, one percentage point too often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
 
 
-class WorkerContract(DraftChecks):
+class WorkerContract(TierChecks, DraftChecks):
     """Subclass, set `provider`, and pytest does the rest."""
 
     socket = "worker"

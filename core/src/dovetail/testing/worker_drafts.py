@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.testing.contract import common_causes
 from dovetail.testing.worker_driver import EOS, Driver, Told
 from dovetail.testing.worker_trial import Asked, WorkerTrial
-from dovetail.types import TokenLogprobs
+from dovetail.types import DRAFTED_BY_WORKER, TokenLogprobs
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {"repetition_penalty": 1.7}, {"presence_penalty": 1.5, "frequency_penalty": 0.9}, {"min_p": 0.05},
@@ -82,6 +83,37 @@ class DraftChecks(WorkerTrial):
                 assert w.token_ids[0] == g.token_ids[0], f"entry {i} begins with token {g.token_ids[0]}, not {w.token_ids[0]}"
                 off = max(abs(a - b) for a, b in zip(w.logprobs, g.logprobs, strict=True))
                 assert off <= 1e-3, f"the log-probabilities of entry {i} are {off:.4f} off with drafts"
+
+    @common_causes(
+        "keys and values of drafts that were not accepted", "tokens that the draft model never caught up with",
+        "drafts drawn with other noise or parameters", "a cache that outlives its sequence",
+    )  # fmt: skip
+    def test_a_model_drafts_for_itself(self) -> None:
+        """If it declares `drafts`: with drafts of the worker's own, in some rows of a step more and in others fewer or none,
+        and after preemption, each sequence says what it says without; and a model that drafts for itself is always right."""
+        can = self.provider.capabilities
+        if not (isinstance(can, WorkerCapabilities) and can.drafts):
+            pytest.skip("the worker does not declare drafts")
+        rng = random.Random(self.seed)
+        asked = [
+            replace(self.some(length, temperature=temperature, seed=length), more=more)
+            for i, more in enumerate(SETTINGS) for length, temperature in ((3 + i, 0.0), (20 + 2 * i, 0.9))
+        ]  # fmt: skip
+        expected, driver = self.alone(asked), self.new_driver(drafts=True)
+
+        def left(seq_id: int, output: list[int], most: int) -> list[int]:
+            return [DRAFTED_BY_WORKER] * min(most, rng.randint(0, 5))
+
+        ids = [driver.add(list(a.prompt), a.params, seed=a.seed, index=a.index) for a in asked]
+        driver.generate_with_drafts(ids, NUM_TOKENS // 2, left)
+        for i in ids[::3]:
+            driver.release(i)
+        got = driver.generate_with_drafts(ids, NUM_TOKENS, left)
+        driver.worker.close()
+        different = [i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if g != e]
+        assert not different, f"{[asked[i] for i in different]} say something else with drafts of the worker's own"
+        accepted = f"{driver.num_accepted} of {driver.num_drafted} drafts accepted"
+        assert driver.num_accepted == driver.num_drafted > 0, f"a model that drafts for itself has {accepted}"
 
     def guesses(self, rng: random.Random, coming: dict[int, list[int]], share_right: float) -> Any:
         """Drafts of 0 to 5 tokens, each of which is right with this probability."""

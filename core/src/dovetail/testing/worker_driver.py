@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dovetail.interfaces.worker import Handle, Worker
-from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
 
 GREEDY = SamplingParams(temperature=0, max_tokens=400)
 EOS = 1
@@ -38,7 +38,7 @@ class Driver:
         self.free = [list(range(n - 1, 0, -1)) for n in num_blocks]
         self.told: dict[int, Told] = {}
         self.released: list[int] = []
-        self.num_steps = 0
+        self.num_steps = self.num_drafted = self.num_accepted = 0
 
     def add(self, prompt: list[int], params: SamplingParams = GREEDY, *, seed: int = 0, index: int = 0) -> int:
         seq_id = len(self.told)
@@ -104,6 +104,7 @@ class Driver:
             draft = plan.draft_token_ids[row] if plan.draft_token_ids else []
             if draft:
                 verified(draft, new)
+                self.num_drafted, self.num_accepted = self.num_drafted + len(draft), self.num_accepted + len(new) - 1
                 told.num_computed -= len(draft) + 1 - len(new)  # what was computed for the others is computed again
             elif seq_id not in result.failed:
                 assert len(new) == plan.samples[row], f"a row with samples={plan.samples[row]} has tokens {new}"
@@ -139,6 +140,8 @@ class Driver:
 def verified(draft: list[int], new: list[int]) -> None:
     """What was drawn follows the draft as far as it is said to, and no further."""
     assert 1 <= len(new) <= len(draft) + 1, f"a row with {len(draft)} drafts has {len(new)} tokens"
+    if DRAFTED_BY_WORKER in draft:  # nobody was told what it drafted
+        return
     accepted = len(new) - 1
     assert new[:accepted] == draft[:accepted], f"{accepted} of the drafts {draft} were accepted, and {new} drawn"
     assert accepted == len(draft) or new[-1] != draft[accepted], (

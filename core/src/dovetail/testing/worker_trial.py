@@ -14,15 +14,21 @@ from typing import Any, ClassVar
 from dovetail.compose import BuildContext
 from dovetail.config import EngineConfig
 from dovetail.facts import device_facts, model_facts
+from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.worker import Worker
 from dovetail.plan import Plan
-from dovetail.plugins.discovery import Registry, load_registry
+from dovetail.plugins.discovery import Offer, Registry, load_registry
+from dovetail.provider import DraftModelOptions, Provider
 from dovetail.resolution import resolve
 from dovetail.testing.contract import DISTRIBUTION, Contract
 from dovetail.testing.tiny_model import TinyModel, softmax
 from dovetail.testing.worker_driver import GREEDY, Driver
 from dovetail.types import SamplingParams
 
+DRAFTER: Provider[object] = Provider(
+    "drafts-for-itself", "leaves every token to the worker", lambda context, options: None, DraftModelOptions,
+    DrafterCapabilities(runs_in="worker"),
+)  # fmt: skip
 SEATS, BUDGET, BLOCK_SIZE, NUM_BLOCKS = 256, 1024, 16, 700
 
 
@@ -73,7 +79,8 @@ class WorkerTrial(Contract):
             cls.built = self.new_driver()
         return cls.built
 
-    def composed(self, folder: Path, *, overlap: bool = False) -> tuple[Plan, Registry]:
+    def composed(self, folder: Path, *, overlap: bool = False, drafts: bool = False) -> tuple[Plan, Registry]:
+        """With `drafts`, the model drafts for itself."""
         registry, own = load_registry(), self.registry()
         registry.plugins.extend(own.plugins)
         registry.offers.extend(own.offers)
@@ -83,17 +90,20 @@ class WorkerTrial(Contract):
             "kv_cache": {"block_size": BLOCK_SIZE, "memory_gb": 0.25},
             "scheduler": {"max_num_seqs": SEATS, "max_num_batched_tokens": BUDGET}, **self.composition,
         }  # fmt: skip
+        if drafts:
+            registry.offers.append(Offer("speculation", DRAFTER, own.plugins[0]))
+            config["speculation"] = {"use": f"{DISTRIBUTION}:{DRAFTER.name}", "model": str(folder)}
         return resolve(EngineConfig.model_validate(config), registry), registry
 
-    def new_worker(self, folder: Path, *, overlap: bool = False) -> Worker:
+    def new_worker(self, folder: Path, *, overlap: bool = False, drafts: bool = False) -> Worker:
         """Built from a plan that has travelled, as it does to the engine's process; nothing is loaded."""
-        plan, registry = self.composed(folder, overlap=overlap)
+        plan, registry = self.composed(folder, overlap=overlap, drafts=drafts)
         plan = Plan.decode(plan.encode())
         worker: Worker = BuildContext(plan, registry, device_facts(), model_facts(folder)).build("worker")
         return worker
 
-    def new_driver(self, folder: Path | None = None, *, overlap: bool = False) -> Driver:
-        worker = self.new_worker(folder or self.folder / "model", overlap=overlap)
+    def new_driver(self, folder: Path | None = None, *, overlap: bool = False, drafts: bool = False) -> Driver:
+        worker = self.new_worker(folder or self.folder / "model", overlap=overlap, drafts=drafts)
         worker.load(no_progress)
         groups = worker.kv_groups()
         num_blocks = [NUM_BLOCKS] * len(groups)

@@ -84,7 +84,10 @@ class ShortestRemainingFirst:
             if budget == 0 or len(self.running) == self.options.max_num_seqs:
                 return
             if seq.request.params.prompt_logprobs is None:  # those need the whole prompt computed
-                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
+                found = self.kv.reuse(seq, len(seq.tokens) - 1, may_wait=True)
+                if found is None:
+                    continue  # one that runs is computing what this one needs next
+                seq.num_computed_tokens = found
             count = min(seq.num_to_compute, budget)
             if not self._add_row(plan, seq, count):
                 self.kv.free(seq.seq_id)

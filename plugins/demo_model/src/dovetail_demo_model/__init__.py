@@ -16,10 +16,20 @@ class DemoOptions(Options):
     """The demo model has no options."""
 
 
+LICENCE = "PSF-2.0 (trained on the Python documentation and standard library)"
+
+
 def _source(context: Any, options: DemoOptions) -> ModelSource:
-    return ModelSource(WEIGHTS, licence="PSF-2.0 (trained on the Python documentation and standard library)")
+    return ModelSource(WEIGHTS, licence=LICENCE, draft="demo-draft")
+
+
+def _draft(context: Any, options: DemoOptions) -> ModelSource:
+    return ModelSource(WEIGHTS / "draft", licence=LICENCE)
 
 
 @hookimpl
 def dovetail_models() -> list[Provider[ModelSource]]:
-    return [Provider("demo", "answers questions about the Python library (Llama, 7 M parameters)", _source, DemoOptions)]
+    return [
+        Provider("demo", "answers questions about the Python library (Llama, 7 M parameters)", _source, DemoOptions),
+        Provider("demo-draft", "drafts for demo (Llama, 0.9 M parameters)", _draft, DemoOptions),
+    ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dovetail.errors import ConfigError
 from dovetail.hookspecs import hookimpl
-from dovetail.provider import Options, Provider
+from dovetail.provider import Context, Options, Provider, TieredCacheOptions
 from dovetail.sockets import Socket
 from dovetail_prefix_cache.eviction import MakePolicy
 
@@ -21,11 +22,19 @@ EVICTION = Socket(
 )  # fmt: skip
 
 
-def _hash(context: BuildContext, options: Options) -> HashIndex:
+def _settle(context: Context, options: TieredCacheOptions) -> tuple[TieredCacheOptions, list[str]]:
+    asked, there = options.host_memory_gb, context.device.memory_bytes / 2**30
+    if asked > there:
+        raise ConfigError(f"prefix_cache.host_memory_gb: {asked:g} GiB is more than this machine has ({there:.1f} GiB)")
+    return options, []
+
+
+def _hash(context: BuildContext, options: TieredCacheOptions) -> HashIndex:
     from dovetail_prefix_cache.index import HashIndex
 
     make_policy: MakePolicy = context.build("eviction")
-    return HashIndex(context.kv_groups[0].block_size, list(context.num_blocks), make_policy, context.name("eviction"))
+    sizes = list(context.num_blocks), make_policy, context.name("eviction"), context.num_host_blocks
+    return HashIndex(context.kv_groups[0].block_size, *sizes)
 
 
 def _lru(context: BuildContext, options: Options) -> MakePolicy:
@@ -47,7 +56,8 @@ def dovetail_sockets() -> list[Socket]:
 
 @hookimpl
 def dovetail_prefix_caches() -> list[Provider[HashIndex]]:
-    return [Provider("hash", "blocks by chained, keyed 128-bit hashes; every hit is verified", _hash, priority=50)]
+    summary = "blocks by chained, keyed 128-bit hashes; every hit is verified"
+    return [Provider("hash", summary, _hash, TieredCacheOptions, settle=_settle, priority=50)]
 
 
 @hookimpl

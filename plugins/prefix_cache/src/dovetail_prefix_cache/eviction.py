@@ -6,6 +6,7 @@ A provider's `build` returns a `MakePolicy`; one policy is made for each KV grou
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from typing import Protocol
 
 
@@ -39,7 +40,8 @@ class LeastRecentlyUsed:
     """In the order in which they were added."""
 
     def __init__(self, num_blocks: int) -> None:
-        self._order: dict[int, None] = {}
+        # A plain dict would do but for `pop`: it looks for its first entry among those deleted before.
+        self._order: OrderedDict[int, None] = OrderedDict()
 
     def add(self, block_id: int) -> None:
         self._order[block_id] = None
@@ -48,9 +50,7 @@ class LeastRecentlyUsed:
         del self._order[block_id]
 
     def pop(self) -> int:
-        block_id = next(iter(self._order))
-        del self._order[block_id]
-        return block_id
+        return self._order.popitem(last=False)[0]
 
     def clear(self) -> None:
         self._order.clear()

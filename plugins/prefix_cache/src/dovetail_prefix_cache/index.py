@@ -1,130 +1,225 @@
 """Which block holds the KV of which tokens, by chained hashes.
 
-A block's key is a keyed 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its own tokens; the
-first one's predecessor is the hash of adapter and salt. So a key stands for all tokens up to the end of its block. The
-secret is drawn anew for every index: nobody can choose tokens that collide. A hit is verified all the same: an entry keeps
-its tokens and its predecessor's key, and both are compared.
+A block's key is the 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its own tokens; the first one's
+predecessor is the hash of adapter and salt under a secret that is drawn anew for every index. So a key stands for all tokens up
+to the end of its block, and as no key can be known without the secret, nobody can choose tokens that collide. A hit is verified
+all the same: an entry keeps its tokens and its predecessor's key, and both are compared.
 """
 
 from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Sequence as Counts
 from hashlib import blake2b
+from typing import Any
 
 from dovetail.errors import PluginError
 from dovetail.interfaces.prefix_cache import NOT_HERE
 from dovetail.sequence import Sequence
-from dovetail_prefix_cache.eviction import MakePolicy
+from dovetail.types import Request
+from dovetail_prefix_cache.eviction import EvictionPolicy, MakePolicy
 
 TOKEN = array("I")
 KEY_BYTES = 16
 
 
-class Entry:
-    """One block's worth of tokens, and where its KV is."""
+Entry = tuple[Any, ...]
+"""One block's worth of tokens: these, the key of the block before, and per KV group the block that holds their KV.
 
-    __slots__ = ("block_ids", "key", "parent", "tokens")
+There may be a million, and Python's collector does not look at tuples of bytes and numbers."""
 
-    def __init__(self, key: bytes, parent: bytes, tokens: bytes, num_groups: int) -> None:
-        self.key, self.parent, self.tokens = key, parent, tokens
-        self.block_ids = [NOT_HERE] * num_groups
+
+class Chain:
+    """The first blocks of a sequence, as far as anybody has asked."""
+
+    __slots__ = ("keys", "tokens")
+
+    def __init__(self, root: bytes) -> None:
+        self.keys = [root]
+        """Of the block before the first, the first, …"""
+        self.tokens: list[bytes] = []
 
 
 class HashIndex:
-    """A `PrefixCache`; its interface says what each method promises."""
+    """A `TieredPrefixCache`; the interface says what each method promises."""
 
-    def __init__(self, block_size: int, num_blocks: list[int], make_policy: MakePolicy, named: str | None = None) -> None:
-        """`named`: who the policy is, for errors."""
+    def __init__(
+        self, block_size: int, num_blocks: list[int], make_policy: MakePolicy, named: str | None = None,
+        num_host_blocks: Counts[int] = (),
+    ) -> None:  # fmt: skip
+        """`named`: who the policy is, for errors. `num_host_blocks`: of the host tier, if there is one."""
         self._named = named
         self._block_size = block_size
         self._secret = os.urandom(32)
         self._entries: dict[bytes, Entry] = {}
-        self._entry_of: list[list[Entry | None]] = [[None] * n for n in num_blocks]
-        """By KV group and block."""
+        all_blocks = [n + h for n, h in zip(num_blocks, num_host_blocks or [0] * len(num_blocks), strict=True)]
+        self._key_of: list[list[bytes | None]] = [[None] * n for n in all_blocks]
+        """By KV group and block: of what it holds."""
         self._policies = [make_policy(n) for n in num_blocks]
-        self._chains: dict[int, list[bytes]] = {}
-        """By sequence: the keys of its first blocks, after the root."""
+        self._num_blocks = num_blocks
+        self._host_policies = [make_policy(n) for n in all_blocks] if num_host_blocks else []
+        self._chains: dict[int, Chain] = {}
+        """By sequence."""
+        self._expected: dict[bytes, int] = {}
+        """Keys of blocks that running sequences are about to compute, and which of them does."""
+        self._coming: dict[int, tuple[int, int]] = {}
+        """By running sequence: the first block that it has not inserted yet, and the end of those expected."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found: list[tuple[int, ...]] = []
-        tokens = self._blocks_of(seq, 0, num_blocks)
-        chain = self._chain(seq)
-        for i, own in enumerate(tokens):
-            if i + 1 == len(chain):
-                chain.append(self._hash(chain[i] + own))
-            entry = self._entries.get(chain[i + 1])
-            if entry is None or entry.tokens != own or entry.parent != chain[i]:
+        chain, entries = self._chain(seq, 0), self._entries
+        self._cut(chain, seq, num_blocks)
+        keys = chain.keys
+        for i, own in enumerate(chain.tokens[:num_blocks]):
+            if i + 1 == len(keys):  # hashed as far as it is found, and no further
+                keys.append(self._hash(keys[i], own))
+            entry = entries.get(keys[i + 1])
+            if entry is None or entry[0] != own or entry[1] != keys[i]:
                 break
-            found.append(tuple(entry.block_ids))
+            found.append(entry[2:])
         return found
 
     def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
-        chain, count = self._chain(seq), len(block_ids[0])
-        begin = min(first, len(chain) - 1)  # known keys, and from there on what is missing
-        for i, own in enumerate(self._blocks_of(seq, begin, first + count), begin):
-            if i + 1 == len(chain):
-                chain.append(self._hash(chain[i] + own))
-            if i < first:
-                continue
-            key = chain[i + 1]
-            entry = self._entries.get(key)
+        end = first + len(block_ids[0])
+        chain, entries = self._chain(seq, end), self._entries
+        self._no_longer_expect(seq.seq_id, end)
+        keys, tokens = chain.keys, chain.tokens
+        for i, blocks in enumerate(zip(*block_ids, strict=True), first):
+            key = keys[i + 1]
+            entry = entries.get(key)
             if entry is None:
-                entry = self._entries[key] = Entry(key, chain[i], own, len(block_ids))
-            elif entry.tokens != own or entry.parent != chain[i]:
-                continue  # another block of the same hash: the first one stays
-            for group, blocks in enumerate(block_ids):
-                block = blocks[i - first]
-                if block != NOT_HERE and entry.block_ids[group] == NOT_HERE:
-                    entry.block_ids[group] = block
-                    self._entry_of[group][block] = entry
-            if not any(entry.block_ids):
-                del self._entries[key]  # wholly behind the windows of all groups
+                if not any(blocks):
+                    continue  # wholly behind the windows of all groups
+                entries[key] = (tokens[i], keys[i], *blocks)
+                for key_of, block in zip(self._key_of, blocks, strict=True):
+                    if block != NOT_HERE:
+                        key_of[block] = key
+            elif entry[0] == tokens[i] and entry[1] == keys[i]:  # else another block of the same hash: the first one stays
+                for group, block in enumerate(blocks):
+                    if block != NOT_HERE and entry[2 + group] == NOT_HERE:
+                        self._put(key, group, block)
+
+    def expect(self, seq: Sequence, first: int, end: int) -> None:
+        self._expected.update(dict.fromkeys(self._chain(seq, end).keys[first + 1 : end + 1], seq.seq_id))
+        self._coming[seq.seq_id] = first, end
+
+    def expected_from(self, seq: Sequence, block: int) -> int | None:
+        return self._expected.get(self._chain(seq, block + 1).keys[block + 1])
+
+    def _no_longer_expect(self, seq_id: int, before: int | None = None) -> None:
+        """Blocks of `seq_id`: those before `before`, or all."""
+        coming = self._coming.get(seq_id)
+        if coming is None:
+            return
+        first, end = coming
+        stop = end if before is None else min(end, before)
+        for key in self._chains[seq_id].keys[first + 1 : stop + 1]:
+            self._expected.pop(key, None)
+        if stop < end:
+            self._coming[seq_id] = max(first, stop), end
+        else:
+            del self._coming[seq_id]
 
     def claim(self, group: int, block_ids: list[int]) -> None:
+        count = self._num_blocks[group]
         for block in block_ids:
-            self._policies[group].remove(block)
+            (self._policies if block < count else self._host_policies)[group].remove(block)
 
     def keep(self, group: int, block_id: int) -> bool:
-        if self._entry_of[group][block_id] is None:
+        if self._key_of[group][block_id] is None:
             return False
         self._policies[group].add(block_id)
         return True
 
     def evict(self, group: int, count: int) -> list[int]:
-        policy, entry_of = self._policies[group], self._entry_of[group]
+        return self._forget_least(group, count, self._policies[group])
+
+    def evict_host(self, group: int, count: int) -> list[int]:
+        return self._forget_least(group, count, self._host_policies[group])
+
+    def _forget_least(self, group: int, count: int, policy: EvictionPolicy) -> list[int]:
         blocks = [policy.pop() for _ in range(count)]
         for block in blocks:
-            entry = entry_of[block] if type(block) is int and 0 <= block < len(entry_of) else None
-            if entry is None:
-                raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
-            entry_of[block] = None
-            entry.block_ids[group] = NOT_HERE
-            if not any(entry.block_ids):
-                del self._entries[entry.key]
+            key = self._take_out(group, block)
+            if len(self._key_of) == 1:
+                del self._entries[key]
+            else:
+                self._put(key, group, NOT_HERE)
         return blocks
 
+    def demote(self, group: int, host_blocks: list[int]) -> list[int]:
+        blocks = [self._policies[group].pop() for _ in host_blocks]
+        self._move(group, blocks, host_blocks)
+        for block in host_blocks:
+            self._host_policies[group].add(block)
+        return blocks
+
+    def promote(self, group: int, host_blocks: list[int], block_ids: list[int]) -> None:
+        self._move(group, host_blocks, block_ids)
+
+    def _move(self, group: int, sources: list[int], targets: list[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self._put(self._take_out(group, source), group, target)
+
+    def _take_out(self, group: int, block: int) -> bytes:
+        """The key of what a block holds that a policy has given up; from now on it holds nothing."""
+        key_of = self._key_of[group]
+        key = key_of[block] if type(block) is int and 0 <= block < len(key_of) else None
+        if key is None:
+            raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
+        key_of[block] = None
+        return key
+
+    def _put(self, key: bytes, group: int, block: int) -> None:
+        """What `key` stands for is in this block of a KV group, or `NOT_HERE`; once it is nowhere it is forgotten."""
+        if block != NOT_HERE:
+            self._key_of[group][block] = key
+        entry = self._entries[key]
+        ids = (*entry[2 : 2 + group], block, *entry[3 + group :])
+        if any(ids):
+            self._entries[key] = (*entry[:2], *ids)
+        else:
+            del self._entries[key]
+
     def forget(self, seq_id: int) -> None:
+        self._no_longer_expect(seq_id)
         self._chains.pop(seq_id, None)
 
     def reset(self) -> None:
         self._entries.clear()
-        self._entry_of = [[None] * len(of) for of in self._entry_of]
-        for policy in self._policies:
+        self._expected.clear()
+        self._coming.clear()
+        self._key_of = [[None] * len(of) for of in self._key_of]
+        for policy in (*self._policies, *self._host_policies):
             policy.clear()
 
-    def _chain(self, seq: Sequence) -> list[bytes]:
+    def _chain(self, seq: Sequence, num_blocks: int) -> Chain:
+        """The chain of a sequence, with the keys of its first `num_blocks` blocks at least."""
         chain = self._chains.get(seq.seq_id)
         if chain is None:
-            r = seq.request
-            chain = self._chains[seq.seq_id] = [self._hash(repr((r.adapter_id, r.cache_salt)).encode())]
+            chain = self._chains[seq.seq_id] = Chain(self._root(seq.request))
+        if len(chain.keys) <= num_blocks:
+            self._cut(chain, seq, num_blocks)
+            keys, key = chain.keys, chain.keys[-1]
+            for own in chain.tokens[len(keys) - 1 : num_blocks]:
+                key = self._hash(key, own)
+                keys.append(key)
         return chain
 
-    def _blocks_of(self, seq: Sequence, begin: int, end: int) -> list[bytes]:
-        """The tokens of blocks `begin … end - 1`."""
-        size, width = self._block_size, self._block_size * TOKEN.itemsize
-        data = array("I", seq.tokens[begin * size : end * size]).tobytes()
-        return [data[at : at + width] for at in range(0, len(data), width)]
+    def _cut(self, chain: Chain, seq: Sequence, num_blocks: int) -> None:
+        """Have the tokens of its first `num_blocks` blocks in a sequence's chain."""
+        known = len(chain.tokens)
+        if known < num_blocks:
+            size, width = self._block_size, self._block_size * TOKEN.itemsize
+            data = array("I", seq.tokens[known * size : num_blocks * size]).tobytes()
+            chain.tokens += [data[at : at + width] for at in range(0, len(data), width)]
 
-    def _hash(self, data: bytes) -> bytes:
+    def _root(self, request: Request) -> bytes:
+        """What the first block's key depends on beside its tokens, and the secret."""
+        data = repr((request.adapter_id, request.cache_salt)).encode()
         return blake2b(data, digest_size=KEY_BYTES, key=self._secret).digest()
+
+    @staticmethod
+    def _hash(parent: bytes, tokens: bytes) -> bytes:
+        return blake2b(parent + tokens, digest_size=KEY_BYTES).digest()

@@ -25,10 +25,13 @@ class Choice:
     opened: bool = False
     """The client has been told of it."""
     num_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Of its prompt."""
 
     def take(self, delta: Delta) -> Delta:
         """Everything that has not been told, this delta included."""
         self.num_tokens += len(delta.token_ids)
+        self.num_cached_tokens = delta.num_cached_tokens
         if self.held is None:
             self.held = delta
         else:
@@ -140,13 +143,15 @@ class ChatAnswer:
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """A prompt counts once, however many samples it has."""
-    num_prompt_tokens = sum(len(r.prompt_token_ids) for r in {id(c.request): c.request for c in choices}.values())
+    """A prompt counts once, however many samples it has, and is cached as far as its first sample found it."""
+    firsts = {id(c.request): c for c in reversed(choices)}.values()
+    num_prompt_tokens = sum(len(c.request.prompt_token_ids) for c in firsts)
     num_tokens = sum(c.num_tokens for c in choices)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(c.num_cached_tokens for c in firsts)},
     }
 
 

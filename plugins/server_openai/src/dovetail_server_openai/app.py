@@ -24,6 +24,8 @@ from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dovetail_server_openai.routes import Completions
 
+GUARDED = ("/v1", "/reset_prefix_cache")
+"""Paths that need the API key, if there is one."""
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": failures.TYPES[code]} for code in (400, 401, 404, 413, 429, 500, 503)
@@ -102,6 +104,11 @@ def make_app(
         t = engine.tokenizer
         return {**t.config, **t.special_tokens, "chat_template": t.chat_template}
 
+    @app.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> Response:
+        engine.reset_prefix_cache()
+        return Response()
+
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         return await completions.tokenize(body)
@@ -167,7 +174,7 @@ class Guard:
         await app(scope, bounded, send if request_id is None else echoing)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
-        if self._key is not None and scope["path"].startswith("/v1") and scope["method"] != "OPTIONS":
+        if self._key is not None and scope["path"].startswith(GUARDED) and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
                 return failures.error_response(

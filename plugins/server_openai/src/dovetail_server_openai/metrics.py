@@ -14,7 +14,7 @@ from dovetail.errors import DovetailError
 from dovetail.frontend.outputs import Delta
 from dovetail.serving import AsyncEngine
 from dovetail.shadow import PREFIX, ShadowReport
-from dovetail.types import Request
+from dovetail.types import EngineStats, Request
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _COUNTS = tuple(float(f * 10**e) for e in range(6) for f in (1, 2, 5))
@@ -53,8 +53,54 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
             counter.add_metric([name], value)
             yield counter
+        yield from self._prefix_cache(s.num_prefix_evicted_blocks, s.num_prefix_blocks)
+        yield from self._speculation(s)
         if self._engine.shadow is not None:
             yield from self._shadow(self._engine.shadow)
+
+    def _speculation(self, s: EngineStats) -> Iterable[Metric]:
+        """Of drafts; nothing where there is no drafter."""
+        name, choice = self._engine.plan.served_model_name, self._engine.plan.choices["speculation"]
+        if choice.is_empty:
+            return
+        num_drafts = s.drafted_by_position[0] if s.drafted_by_position else 0
+        mean_length, per_step = s.num_accepted_tokens / (num_drafts or 1), s.num_generation_tokens / (s.num_steps or 1)
+        for key, text, value in (
+            ("spec_decode_mean_accepted_length", "draft tokens accepted of a draft, on average", mean_length),
+            ("spec_decode_tokens_per_step", "tokens generated in a step, on average", per_step),
+        ):
+            gauge = GaugeMetricFamily(self._prefix + key, text, labels=["model_name"])
+            gauge.add_metric([name], value)
+            yield gauge
+        seconds = CounterMetricFamily(
+            self._prefix + "spec_decode_drafter_seconds", "seconds in the drafter, while the loop waits for it",
+            labels=["model_name", "provider"],
+        )  # fmt: skip
+        seconds.add_metric([name, choice.qualified_name], s.draft_seconds)
+        drafts = CounterMetricFamily(self._prefix + "spec_decode_num_drafts", "drafts verified", labels=["model_name"])
+        drafts.add_metric([name], num_drafts)
+        yield from (seconds, drafts)
+        for key, text, counts in (
+            ("spec_decode_num_draft_tokens_per_pos", "draft tokens verified, by position", s.drafted_by_position),
+            ("spec_decode_num_accepted_tokens_per_pos", "draft tokens accepted, by position", s.accepted_by_position),
+        ):
+            counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name", "position"])
+            for position, count in enumerate(counts):
+                counter.add_metric([name, str(position)], count)
+            yield counter
+
+    def _prefix_cache(self, evicted: dict[str, int], blocks: dict[str, int]) -> Iterable[Metric]:
+        name, labels = self._engine.plan.served_model_name, ["model_name"]
+        text = "blocks that the prefix cache forgot (device_full, host_full, reset) or moved (to_host)"
+        counter = CounterMetricFamily(self._prefix + "prefix_cache_evicted_blocks", text, labels=[*labels, "cause"])
+        for cause, value in evicted.items():
+            counter.add_metric([name, cause], value)
+        yield counter
+        text = "blocks that no sequence uses and that can be found again"
+        gauge = GaugeMetricFamily(self._prefix + "prefix_cache_blocks", text, labels=[*labels, "tier"])
+        for tier, value in blocks.items():
+            gauge.add_metric([name, tier], value)
+        yield gauge
 
     def _shadow(self, report: ShadowReport) -> Iterable[Metric]:
         """Of candidates, by key of the plan and by layer."""

@@ -61,6 +61,7 @@ class Sampled(Body):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     priority: int = 0
+    cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False

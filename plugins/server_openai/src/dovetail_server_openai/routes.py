@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -107,8 +108,10 @@ class Completions:
         self, prompts: list[str | list[int]], params: SamplingParams, body: Sampled, *, special: bool
     ) -> list[Request]:
         def make() -> list[Request]:
-            maker = self._engine.maker
-            return [maker.make(p, params, priority=body.priority, add_special_tokens=special) for p in prompts]
+            make_one = partial(
+                self._engine.maker.make, priority=body.priority, cache_salt=body.cache_salt, add_special_tokens=special
+            )  # fmt: skip
+            return [make_one(p, params) for p in prompts]
 
         long = sum(len(p) for p in prompts if isinstance(p, str)) > LONG_TEXT
         return await asyncio.to_thread(make) if long else make()

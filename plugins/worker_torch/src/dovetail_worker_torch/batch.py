@@ -42,7 +42,12 @@ class StepInputs:
 class SequenceTable:
     """Seats for `max_num_seqs` sequences of at most `max_len` tokens. Memory is touched only as it is used."""
 
-    def __init__(self, max_num_seqs: int, max_len: int, groups: list[KVGroup]) -> None:
+    def __init__(self, max_num_seqs: int, max_len: int, groups: list[KVGroup], draft_group: KVGroup | None = None) -> None:
+        """`groups` are the model's. That of a draft model comes after them, and is no part of a step's inputs."""
+        self.num_seats, self.max_len = max_num_seqs, max_len
+        self.draft_group = len(groups)
+        """Its index, if there is one."""
+        self._num_model_groups, groups = len(groups), [*groups, *([draft_group] if draft_group is not None else [])]
         self.seat_of: dict[int, int] = {}
         self.start_of: dict[int, SequenceStart] = {}
         """By seat."""
@@ -110,16 +115,34 @@ class SequenceTable:
             seat_of_token = np.repeat(seats, num_tokens)
             positions = np.arange(len(seat_of_token)) + np.repeat(num_computed - query_start[:-1], num_tokens)
             seq_lens = (num_computed + num_tokens).tolist()
-        slots, tables = [], []
-        for group, table, first_slot in zip(self._groups, self._block_table, self._first_slot, strict=True):
-            size = group.block_size
-            column = positions // size
-            slots.append(first_slot[seat_of_token, column] + (positions - column * size))
-            tables.append(table[seats, : -(-max(seq_lens) // size)])
+        longest, groups = max(seq_lens), range(self._num_model_groups)
         return StepInputs(
             seats, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
-            np.array(seq_lens, np.int32), query_start.tolist(), seq_lens, slots, tables,
+            np.array(seq_lens, np.int32), query_start.tolist(), seq_lens,
+            [self.slots(g, seat_of_token, positions) for g in groups], [self.blocks(g, seats, longest) for g in groups],
         )  # fmt: skip
+
+    def slots(self, group: int, seats: I64, positions: I64) -> I64:
+        """Of the tokens at these positions of these seats, in blocks of a group; any shape, broadcast."""
+        size = self._groups[group].block_size
+        column = positions // size
+        return self._first_slot[group][seats, column] + (positions - column * size)
+
+    def blocks(self, group: int, seats: I64, longest: int, skipped: list[int] | None = None) -> I32:
+        """i32[B, max_blocks]: the blocks of these seats, as many as `longest` tokens take. `skipped`: per row, how many tokens
+        stand before the first of them, in whole blocks."""
+        table: I32 = self._block_table[group]
+        size = self._groups[group].block_size
+        if skipped is None or not any(skipped):
+            return table[seats, : -(-longest // size)]
+        columns = np.array(skipped)[:, None] // size + np.arange(-(-longest // size))
+        blocks: I32 = table[seats[:, None], np.minimum(columns, table.shape[1] - 1)]
+        return blocks
+
+    def blocks_of(self, group: int, seat: int) -> I32:
+        """A view of the blocks of one seat, and of what is behind them."""
+        blocks: I32 = self._block_table[group][seat]
+        return blocks
 
     def _seats(self, plan: StepPlan) -> I64:
         """[B]. Most steps have the rows of the step before."""

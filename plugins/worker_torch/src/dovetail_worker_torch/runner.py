@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress, pairwise, repeat
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,14 @@ from torch import Tensor
 from dovetail.errors import PluginError
 from dovetail.interfaces.architecture import Model
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer
-from dovetail.interfaces.compiled import CompiledAttention
-from dovetail.types import KVGroup, StepPlan, StepResult, TokenLogprobs
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
+from dovetail_worker_torch.drafting import DraftRunner
 from dovetail_worker_torch.drawing import Drawing
+from dovetail_worker_torch.host_tier import HostTier
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
 from dovetail_worker_torch.shadow import ShadowAttention
+from dovetail_worker_torch.step_attention import StepAttention
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Computed:
     """A step whose forward pass is done and whose tokens are not drawn."""
 
     plan: StepPlan
+    drafts: list[list[int]]
+    """The plan's, with what the worker drafted itself."""
     inputs: StepInputs
     rows: list[int]
     """Of the plan: those that sample, in order; one with drafts stands here once for every token drawn."""
@@ -38,46 +42,6 @@ class Computed:
     logits: Tensor
     """f32[len(rows), V]"""
     prompt_logprobs: list[list[TokenLogprobs]]
-
-
-class StepAttention:
-    """Attention for a model's layers, by the backend, cache and plan of each: an `Attend`."""
-
-    def __init__(
-        self, layers: list[AttentionLayer], groups: list[KVGroup], backends: list[AttentionBackend], caches: dict[int, object],
-        made_by: Mapping[str, str], shadow: ShadowAttention | None = None,
-    ) -> None:  # fmt: skip
-        self._made_by, self._shadow = made_by, shadow
-        self.plans: list[object] = [None] * len(groups)
-        """Of this step, by group."""
-        self._layers, self._backends, self._caches = layers, backends, caches
-        self._group_of = {layer: i for i, g in enumerate(groups) for layer in g.layers}
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group, fixed = self._group_of[layer], self._layers[layer]
-        if q.shape[1:] != (fixed.num_heads, fixed.head_size) or not k.shape == v.shape == (
-            len(q), fixed.num_kv_heads, fixed.head_size
-        ):  # fmt: skip
-            raise ValueError(f"attend: layer {layer} was given q {[*q.shape]}, k {[*k.shape]}, v {[*v.shape]}")
-        if self._shadow is None:
-            return self._run(group, fixed, q, k, v)
-        return self._shadow.run(
-            group, fixed, q, k, v, self._backends[group], self._caches[layer], lambda: self._run(group, fixed, q, k, v)
-        )  # fmt: skip
-
-    def _run(self, group: int, fixed: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layer, out = fixed.index, torch.empty_like(q)
-        self._backends[group].run(fixed, q, k, v, self._caches[layer], self.plans[group], out)
-        if out.shape != q.shape or out.dtype != q.dtype:
-            kind = "full" if fixed.window is None else "sliding"
-            what = f"layer {layer}: `out` {[*q.shape]} {q.dtype} became {[*out.shape]} {out.dtype}"
-            raise PluginError(what, provider=self._made_by[f"attention.{kind}"])
-        return out
-
-    def addresses(self) -> list[int]:
-        backends = cast(list[CompiledAttention], self._backends)  # a compiled model is bound to no other
-        of, plans = self._group_of, self.plans
-        return [backends[of[layer.index]].address(layer, plans[of[layer.index]]) for layer in self._layers]
 
 
 class Runner:
@@ -97,9 +61,11 @@ class Runner:
         drawing: Drawing,
         made_by: Mapping[str, str],
         shadow: ShadowAttention | None = None,
+        drafting: DraftRunner | None = None,
     ) -> None:
         """`made_by`: by key of the plan, the `dist:name` of those who take part in a step."""
-        self._shadow = shadow
+        self._shadow, self._drafting = shadow, drafting
+        self.host_tier: HostTier | None = None
         self.model = model
         self._made_by = made_by
         self.table = table
@@ -114,6 +80,11 @@ class Runner:
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
         self.table.update(plan)
+        if plan.block_ops:
+            if self.host_tier is None:
+                raise ValueError("the plan moves blocks, and there is no host tier")
+            self.host_tier.move(plan.block_ops)
+        drafts = self._drafts(plan)
         inputs = self.table.inputs(plan)
         if self._shadow is not None:
             self._shadow.begin_step(plan.step_id)
@@ -128,15 +99,24 @@ class Runner:
         is_plain = self.table.is_plain(inputs.seats)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
         rows, behind = list(compress(range(len(plan.samples)), plan.samples)), list[int]()
-        if plan.draft_token_ids:
-            places = [(r, left) for r in rows for left in range(len(plan.draft_token_ids[r]), -1, -1)]
+        if drafts:
+            places = [(r, left) for r in rows for left in range(len(drafts[r]), -1, -1)]
             rows, behind = [r for r, _ in places], [left for _, left in places]
         if len(rows) == len(hidden):
             logits = self._logits(hidden)
         else:
             at = inputs.query_start[1:][rows].astype(np.int64) - 1
             logits = self._logits(hidden[self._to_device(at - behind if behind else at)])
-        return Computed(plan, inputs, rows, behind, is_plain, logits, prompt_logprobs)
+        return Computed(plan, drafts, inputs, rows, behind, is_plain, logits, prompt_logprobs)
+
+    def _drafts(self, plan: StepPlan) -> list[list[int]]:
+        """The plan's, none of them left to the worker."""
+        if self._drafting is not None:
+            self._drafting.update(plan)
+            return self._drafting.draft(plan)
+        if any(DRAFTED_BY_WORKER in draft for draft in plan.draft_token_ids):
+            raise PluginError("the plan leaves drafting to the worker, which was given no draft model")
+        return plan.draft_token_ids
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """f32[R, V]: what comes after relies on it, some of it in C++."""
@@ -179,6 +159,8 @@ class Runner:
             else:
                 computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._made_by.items()))
                 result.failed[plan.seq_ids[row]] = f"the model's logits are not numbers (NaN); computed by {computed}"
+        if step.behind and self._drafting is not None:
+            self._drafting.verified(plan, result.token_ids)
         if step.behind and result.logprobs:
             result.logprobs = [of[: len(new)] for of, new in zip(result.logprobs, result.token_ids, strict=True)]
         return result
@@ -245,7 +227,7 @@ def _accepted(step: Computed, drawn: list[int]) -> Iterator[bool]:
     """Per draw: whether all drafts of its row before it were what was drawn, so that it counts."""
     good = True
     for i, (row, left) in enumerate(zip(step.rows, step.behind, strict=True)):
-        draft = step.plan.draft_token_ids[row]
+        draft = step.drafts[row]
         at = len(draft) - left
         good = at == 0 or (good and drawn[i - 1] == draft[at - 1])
         yield good

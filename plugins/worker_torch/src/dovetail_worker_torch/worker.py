@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import torch
 
 from dovetail.compose import BuildContext
 from dovetail.errors import OutOfMemory
+from dovetail.facts import model_facts
 from dovetail.interfaces.architecture import ArchitectureCapabilities, LayerMaker, Model
 from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
 from dovetail.interfaces.worker import Progress
 from dovetail.shadow import PREFIX, ShadowReport
-from dovetail.types import KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.compiled import CompiledDecoder
+from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
-from dovetail_worker_torch.execution import TORCH_COMPILE
+from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE
+from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import kv_memory
 from dovetail_worker_torch.model import load_model
@@ -57,21 +62,33 @@ class TorchWorker:
         names = {key: context.name(key) for key in plan.choices if key.startswith(PREFIX)}
         self._shadow = Shadow(plan.shadow_share, names, self._device) if names else None
         self._model: Model | None = None
+        self._draft: Model | None = None
         self._runner: Runner | None = None
+        self._cached: list[list[CachedLayer]] = []
+        """By KV group."""
 
     def load(self, progress: Progress) -> None:
         plan, kernels = self._context.plan, self._kernels
         plain: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
         layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
-        model: Any = load_model(
-            Path(plan.folder), self._context.build("architecture"), layers,
-            dtype=self._dtype, device=self._device, progress=progress, loads_weights=self._made.loads_weights,
-        )  # fmt: skip
+        self._model = self._load(Path(plan.folder), self._context, "architecture", layers, progress)
         if self._torch_compile:
-            model.compile()
-        elif self._compiled:
-            model = model.compiled(kernels, self._context.option("scheduler", "max_num_batched_tokens"))
-        self._model = model
+            cast(Any, self._model).compile()
+        if plan.draft is not None:
+            folder = Path(plan.draft.folder)
+            of_draft = replace(self._context, model=model_facts(folder))
+            self._draft = self._load(folder, of_draft, "architecture.draft", plain, progress)
+
+    def _load(self, folder: Path, context: BuildContext, key: str, layers: LayerMaker, progress: Progress) -> Model:
+        made: ArchitectureCapabilities = context.capabilities(key)
+        model: Any = load_model(
+            folder, context.build(key), layers, dtype=self._dtype, device=self._device, progress=progress,
+            loads_weights=made.loads_weights,
+        )  # fmt: skip
+        # A draft model too is compiled only where the plan has looked whether the model can be.
+        if self._compiled and made.compiled == self._made.compiled == OPERATIONS:
+            model = model.compiled(self._kernels, context.option("scheduler", "max_num_batched_tokens"))
+        return cast(Model, model)
 
     def kv_groups(self) -> list[KVGroup]:
         assert self._model is not None
@@ -83,6 +100,8 @@ class TorchWorker:
             per_token = sum(2 * m.num_kv_heads * m.head_size * size for m in members)
             kind = "full" if window is None else "sliding"
             groups.append(KVGroup([m.index for m in members], kind, self._block_size, per_token * self._block_size, window))
+        if self._draft is not None:
+            groups.append(draft_group(self._draft, len(layers), self._block_size, size))
         return groups
 
     def kv_memory(self) -> int:
@@ -91,32 +110,59 @@ class TorchWorker:
 
     def allocate(self, num_blocks: list[int]) -> None:
         assert self._model is not None
-        groups = self.kv_groups()
+        groups, last = self.kv_groups(), None
+        if self._draft is not None:
+            *groups, last = groups
+        self._cached = []
+        backends, caches = self._make_caches(self._model, groups, num_blocks)
+        max_num_seqs, max_num_tokens = (
+            self._context.option("scheduler", name) for name in ("max_num_seqs", "max_num_batched_tokens")
+        )  # fmt: skip
+        table = SequenceTable(max_num_seqs, self._context.plan.max_model_len, groups, last)
+        drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
+        sockets = ("attention", "architecture", "quantization")
+        made_by = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in sockets}
+        drafting = None
+        if self._draft is not None and last is not None:
+            own = msgspec.structs.replace(last, layers=[layer.index for layer in self._draft.attention_layers])
+            (backend,), draft_caches = self._make_caches(self._draft, [own], num_blocks[-1:])
+            drafting = DraftRunner(
+                self._draft, own, num_blocks[-1], backend, draft_caches, table, self._device, drawing, made_by, max_num_tokens
+            )  # fmt: skip
+        self._runner = Runner(
+            self._model, groups, backends, caches, table, self._device, drawing, made_by, self._shadow_attention(groups),
+            drafting,
+        )  # fmt: skip
+
+    def _make_caches(
+        self, model: Model, groups: list[KVGroup], num_blocks: list[int]
+    ) -> tuple[list[AttentionBackend], dict[int, object]]:
+        """Backends by group and caches by layer, bound to the model if it is compiled."""
         backends: dict[str, AttentionBackend] = {}
         caches: dict[int, object] = {}
-        for group, count in zip(groups, num_blocks, strict=True):
+        for group, count in zip(groups, num_blocks, strict=False):
             if group.kind not in backends:
                 backends[group.kind] = self._context.build(f"attention.{group.kind}")
             backend = backends[group.kind]
             for index in group.layers:
-                layer = self._model.attention_layers[index]
+                layer = model.attention_layers[index]
                 spec = KVCacheSpec(count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype)
                 try:
                     caches[index] = backend.allocate_cache(spec)
-                except (RuntimeError, MemoryError) as e:
+                except (RuntimeError, MemoryError, OSError) as e:
                     raise OutOfMemory(f"the KV cache of {count} blocks could not be allocated: {e}") from None
-        if isinstance(self._model, CompiledDecoder):
+        if isinstance(model, CompiledDecoder):
             kind_of = {layer: group.kind for group in groups for layer in group.layers}
-            order = range(len(self._model.attention_layers))
-            self._model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
-        table = SequenceTable(self._context.option("scheduler", "max_num_seqs"), self._context.plan.max_model_len, groups)
-        drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
-        sockets = ("attention", "architecture", "quantization")
-        made_by = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in sockets}
-        self._runner = Runner(
-            self._model, groups, [backends[g.kind] for g in groups], caches, table, self._device, drawing, made_by,
-            self._shadow_attention(groups),
-        )  # fmt: skip
+            order = range(len(model.attention_layers))
+            model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])
+        for group in groups:
+            fixed = [model.attention_layers[i] for i in group.layers]
+            self._cached.append([CachedLayer(layer, backends[group.kind], caches[layer.index]) for layer in fixed])
+        return [backends[group.kind] for group in groups], caches
+
+    def allocate_host(self, num_blocks: list[int]) -> None:
+        dtype = DTYPES[self._kv_dtype]
+        self._require_runner().host_tier = HostTier(self.kv_groups(), num_blocks, self._cached, dtype, self._device)
 
     def _shadow_attention(self, groups: list[KVGroup]) -> ShadowAttention | None:
         if self._shadow is None:
@@ -131,7 +177,8 @@ class TorchWorker:
         return None if self._shadow is None else self._shadow.report
 
     def warm_up(self, progress: Progress) -> None:
-        """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded."""
+        """Two small steps, a prefill and a decode, over blocks that are still free: kernels are built and loaded. With a draft
+        model, the second has a draft."""
         what = "compiling (once; cached)" if self._torch_compile else "warming up"
         progress(what, 0, 2)
         groups = self.kv_groups()
@@ -143,7 +190,10 @@ class TorchWorker:
             nothing: list[list[int]] = [[] for _ in groups]
             self.sample(self.submit(StepPlan(-1, [-1], [length], [0], [True], [nothing], starts=[start])))
             progress(what, 1, 2)
-            self.sample(self.submit(StepPlan(-1, [-1], [1], [length], [False], [nothing])))
+            decode = StepPlan(-1, [-1], [1], [length], [False], [nothing])
+            if self._draft is not None and length > 1:
+                decode = StepPlan(-1, [-1], [2], [length - 1], [True], [nothing], [[DRAFTED_BY_WORKER]])
+            self.sample(self.submit(decode))
             self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
         progress(what, 2, 2)
 
@@ -168,7 +218,8 @@ class TorchWorker:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._runner = None
-        self._model = None
+        self._model = self._draft = None
+        self._cached = []
 
     def _require_runner(self) -> Runner:
         if self._runner is None:

@@ -5,7 +5,7 @@ from dovetail.sequence import Sequence
 
 @dataclass(frozen=True)
 class DrafterCapabilities:
-    runs_in: Literal['engine'] = 'engine'
+    runs_in: Literal['engine', 'worker'] = 'engine'
     learns_from_other_requests: bool = False
 
 class Drafter(Protocol):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 from typing import Protocol
 from dovetail.sequence import Sequence
-from dovetail.types import KVGroup
+from dovetail.types import BlockOp, KVGroup
 
 class KVCacheManager(Protocol):
     groups: list[KVGroup]
@@ -9,6 +9,8 @@ class KVCacheManager(Protocol):
     faults: list[tuple[int, Exception]]
     num_queried_tokens: int
     num_hit_tokens: int
+    num_evicted: dict[str, int]
+    block_ops: list[BlockOp]
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         ...
@@ -16,7 +18,13 @@ class KVCacheManager(Protocol):
     def share(self, source: int, target: int, num_tokens: int) -> int:
         ...
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool=False) -> int | None:
+        ...
+
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        ...
+
+    def reset_prefix_cache(self) -> None:
         ...
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
@@ -36,5 +44,10 @@ class KVCacheManager(Protocol):
         ...
 
     @property
+    def num_kept(self) -> dict[str, int]:
+        ...
+
+    @property
     def num_total(self) -> int:
         ...
+CONTRACT = '0.2'

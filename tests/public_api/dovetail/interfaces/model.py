@@ -6,3 +6,4 @@ from pathlib import Path
 class ModelSource:
     folder: Path
     licence: str = ''
+    draft: str | None = None

@@ -11,6 +11,12 @@ class PrefixCache(Protocol):
     def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
         ...
 
+    def expect(self, seq: Sequence, first: int, end: int) -> None:
+        ...
+
+    def expected_from(self, seq: Sequence, block: int) -> int | None:
+        ...
+
     def claim(self, group: int, block_ids: list[int]) -> None:
         ...
 
@@ -25,4 +31,15 @@ class PrefixCache(Protocol):
 
     def reset(self) -> None:
         ...
-CONTRACT = '0.1'
+
+class TieredPrefixCache(PrefixCache, Protocol):
+
+    def demote(self, group: int, host_blocks: list[int]) -> list[int]:
+        ...
+
+    def promote(self, group: int, host_blocks: list[int], block_ids: list[int]) -> None:
+        ...
+
+    def evict_host(self, group: int, count: int) -> list[int]:
+        ...
+CONTRACT = '0.2'

@@ -10,6 +10,8 @@ Handle = Any
 @dataclass(frozen=True)
 class WorkerCapabilities:
     shadow: bool = False
+    drafts: bool = False
+    host_tier: bool = False
 
 class Worker(Protocol):
 
@@ -40,4 +42,9 @@ class Worker(Protocol):
 class ShadowingWorker(Worker, Protocol):
 
     def shadow_report(self) -> ShadowReport | None:
+        ...
+
+class TieringWorker(Worker, Protocol):
+
+    def allocate_host(self, num_blocks: list[int]) -> None:
         ...

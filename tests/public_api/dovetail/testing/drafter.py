@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 from hypothesis import strategies as st
 from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
-from dovetail.provider import DrafterOptions
+from dovetail.provider import DrafterOptions, DraftModelOptions, Provider
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import KIT_MODEL, Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, requests_of, run, setups, workloads
+from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, requests_of, run, setups, workloads
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.testing.prefix_cache import new_paged, new_scheduler
-from dovetail.types import Request, SamplingParams
+from dovetail.types import DRAFTED_BY_WORKER, Request, SamplingParams
 
 class DrafterContract(Contract):
     socket = 'speculation'
@@ -24,7 +24,7 @@ class DrafterContract(Contract):
     def new(self) -> Drafter:
         ...
 
-    @common_causes('the options do not extend DrafterOptions', 'capabilities of another socket, or none')
+    @common_causes('the options do not extend DrafterOptions or DraftModelOptions', 'capabilities of another socket, or none')
     def test_declaration(self) -> None:
         ...
 
@@ -47,6 +47,9 @@ class DrafterContract(Contract):
     @common_causes('sequences kept in a list or as keys, which `forget` does not look through')
     def test_ended_sequences_are_let_go(self) -> None:
         ...
+
+def runs_in_worker(provider: Provider[Any]) -> bool:
+    ...
 
 class Watched(Sequence):
     ...

@@ -8,7 +8,8 @@ from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.provider import KVCacheOptions, SchedulerOptions
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import EngineMachine, Parts, Setup, request, run
+from dovetail.testing.dictionary import DictionaryIndex
+from dovetail.testing.engines import Asked, EngineMachine, Parts, Setup, alone, request, requests_of, run, setups, workloads_alike
 from dovetail.testing.machines import Machine, beginning, operation
 from dovetail.types import KVGroup
 FCFS = dovetail_schedulers()[0]
@@ -46,6 +47,10 @@ class KVCacheContract(Contract):
 
     @common_causes('state of a sequence that outlives `free`', 'abort of a sequence that shares its prompt')
     def test_whatever_happens_blocks_come_back(self) -> None:
+        ...
+
+    @common_causes('None from `reuse` without `may_wait`', 'blocks found and not counted as referred to')
+    def test_a_prefix_cache_changes_no_output(self) -> None:
         ...
 
 @dataclass(frozen=True)

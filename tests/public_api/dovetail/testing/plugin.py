@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from dovetail.facts import window_of_layers
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.provider import Options, Provider
 from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import KVGroup
@@ -19,6 +20,7 @@ class SimulatedOptions(Options):
     hang_at: int | None = None
     step_seconds: float = 0.0
     load_seconds: float = 0.0
+CAN = WorkerCapabilities(drafts=True, host_tier=True)
 
 @hookimpl
 def dovetail_workers() -> list[Provider[SimulatedWorker]]:

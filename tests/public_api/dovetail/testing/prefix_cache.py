@@ -1,25 +1,26 @@
 from __future__ import annotations
 from functools import partial
 from typing import Any
+import pytest
 from hypothesis import strategies as st
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.kv_cache import PagedKVCache
 from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.provider import HOST_MEMORY
 from dovetail.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, request, requests_of, run, setups
+from dovetail.testing.engines import AlikeMachine, Asked, Parts, Setup, alone, request, requests_of, run, run_with_failures, setups, workloads_alike
 from dovetail.testing.prefix_cache_machine import IndexMachine
-from dovetail.types import KVGroup, Request, SamplingParams
-prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
-prompts = st.builds(lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9)))
-alike = st.builds(Asked, prompts, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.just(0), arrival=st.integers(0, 30))
-workloads = st.lists(alike, min_size=1, max_size=8)
+from dovetail.testing.simulated import Faults
+from dovetail.tiered_cache import TieredKVCache
+from dovetail.types import KVGroup, Request, SamplingParams, StepPlan
 
 def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
     ...
 
 def new_paged(setup: Setup) -> PagedKVCache:
     ...
+tiered_setups = st.builds(Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]), budget=st.integers(1, 40), seats=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40))
 
 class PrefixCacheContract(Contract):
     socket = 'prefix_cache'
@@ -28,7 +29,14 @@ class PrefixCacheContract(Contract):
     def parts(self) -> Parts:
         ...
 
-    def new(self, groups: list[KVGroup], num_blocks: list[int]) -> PrefixCache:
+    def new(self, groups: list[KVGroup], num_blocks: list[int], num_host_blocks: list[int] | None=None) -> PrefixCache:
+        ...
+
+    def new_tiered(self, setup: Setup) -> TieredKVCache:
+        ...
+
+    @property
+    def tiered(self) -> Parts:
         ...
 
     def new_kv(self, setup: Setup) -> ReusingKVCache:
@@ -42,8 +50,29 @@ class PrefixCacheContract(Contract):
     def test_an_engine_whatever_happens(self) -> None:
         ...
 
+    @common_causes("a host block in the order of the device's", 'a block that was moved still found where it was')
+    def test_an_engine_with_a_host_tier_whatever_happens(self) -> None:
+        ...
+
+    @common_causes('`promote` or `demote` pairs the blocks in another order', 'the books of one tier used for the other')
+    def test_a_host_tier_changes_no_output(self) -> None:
+        ...
+
+    @common_causes('what is demoted is forgotten', "host blocks that were promoted stay in the host's order of eviction")
+    def test_what_the_host_has_room_for_is_found_again(self) -> None:
+        ...
+
     @common_causes("a hash of a block's own tokens, without those before it", 'blocks inserted before they were computed')
     def test_reuse_changes_no_output(self) -> None:
+        ...
+
+    @common_causes('what is expected found before it is computed', 'an expectation that outlives its sequence')
+    def test_what_failed_is_never_found(self) -> None:
+        ...
+
+    @pytest.mark.parametrize('overlap', [False, True])
+    @common_causes('`expect` ignored', '`expected_from` asked for a block answers for the one after it')
+    def test_what_comes_together_is_computed_once(self, overlap: bool) -> None:
         ...
 
     @common_causes('blocks inserted and never found', 'the chain of a sequence not continued after a hit')

@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 from dovetail.builtins import dovetail_kv_caches
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler, SchedulerCapabilities
+from dovetail.prefix_reuse import ReusingKVCache
 from dovetail.provider import SchedulerOptions
 from dovetail.sequence import Sequence
 from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import MAX_LEN, Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, collect, request, requests_of, run, setups, workloads
+from dovetail.testing.dictionary import DictionaryIndex
+from dovetail.testing.engines import AlikeMachine, Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, alone, collect, request, requests_of, run, setups, workloads, workloads_alike
 from dovetail.testing.simulated import Faults
 from dovetail.types import Request
 PAGED = dovetail_kv_caches()[0]
@@ -43,6 +45,10 @@ class SchedulerContract(Contract):
     def test_scheduling_changes_no_output(self) -> None:
         ...
 
+    @common_causes('a sequence that `reuse` lets wait (None) is started, or stops those behind it', 'blocks found are not freed again')
+    def test_shared_beginnings_change_no_output(self) -> None:
+        ...
+
     @common_causes('rows not written by Sequence.add_row', 'num_to_compute kept from before', 'drafts kept on preemption')
     def test_drafts_change_no_output(self) -> None:
         ...
@@ -67,6 +73,9 @@ class SchedulerContract(Contract):
     @common_causes('newcomers put in front', 'priorities sorted the wrong way: lower runs first')
     def test_declared_order(self, index: int) -> None:
         ...
+
+def new_reusing(setup: Setup) -> KVCacheManager:
+    ...
 
 class Knowing:
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from dovetail.errors import StepFailed
 from dovetail.interfaces.worker import Progress
-from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
 POISON = -1
 
 @dataclass
@@ -34,6 +34,9 @@ class SimulatedWorker:
         ...
 
     def allocate(self, num_blocks: list[int]) -> None:
+        ...
+
+    def allocate_host(self, num_blocks: list[int]) -> None:
         ...
 
     def warm_up(self, progress: Progress) -> None:

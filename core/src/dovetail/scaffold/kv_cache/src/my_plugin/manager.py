@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 
 from dovetail.sequence import Sequence
-from dovetail.types import KVGroup
+from dovetail.types import BlockOp, KVGroup
 
 NULL_BLOCK = 0
 
@@ -20,6 +20,8 @@ class MyPluginBlocks:
         self.num_blocks = num_blocks
         self.faults: list[tuple[int, Exception]] = []
         self.num_queried_tokens = self.num_hit_tokens = 0  # no prefix cache: nothing is looked for
+        self.num_evicted: dict[str, int] = {}
+        self.block_ops: list[BlockOp] = []
         self._free = [set(range(1, n)) for n in num_blocks]
         self._holders: list[Counter[int]] = [Counter() for _ in groups]
         """Per group: how many sequences refer to a block."""
@@ -49,11 +51,17 @@ class MyPluginBlocks:
             holders.update(head)
         return shared
 
-    def reuse(self, seq: Sequence, num_tokens: int) -> int:
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
         return 0
 
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        return 0
+
+    def reset_prefix_cache(self) -> None:
+        """Where a manager would tell its prefix cache; and here:"""
+
     def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """Where a manager would tell its prefix cache."""
+        """Where it would tell it, too."""
 
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self._tables[seq_id]
@@ -82,6 +90,10 @@ class MyPluginBlocks:
     @property
     def num_used(self) -> int:
         return self.num_total - sum(map(len, self._free))
+
+    @property
+    def num_kept(self) -> dict[str, int]:
+        return {}
 
     @property
     def num_total(self) -> int:

@@ -27,6 +27,8 @@ class MyPluginIndex:
         """Per group: the key of each known block."""
         self._kept: list[dict[int, None]] = [{} for _ in range(self._num_groups)]
         """Per group: known blocks that nobody uses, in the order in which they came."""
+        self._expected: dict[Key, int] = {}
+        """What running sequences are about to compute, and which of them."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found = []
@@ -40,6 +42,7 @@ class MyPluginIndex:
     def insert(self, seq: Sequence, first: int, block_ids: list[list[int]]) -> None:
         for i in range(len(block_ids[0])):
             key = self._key(seq, first + i)
+            self._expected.pop(key, None)
             known = self._block_ids.get(key, [NOT_HERE] * self._num_groups)
             for group, blocks in enumerate(block_ids):
                 if known[group] == NOT_HERE and blocks[i] != NOT_HERE:
@@ -47,6 +50,13 @@ class MyPluginIndex:
                     self._keys[group][blocks[i]] = key
             if any(known):
                 self._block_ids[key] = known
+
+    def expect(self, seq: Sequence, first: int, end: int) -> None:
+        for i in range(first, end):
+            self._expected[self._key(seq, i)] = seq.seq_id
+
+    def expected_from(self, seq: Sequence, block: int) -> int | None:
+        return self._expected.get(self._key(seq, block))
 
     def claim(self, group: int, block_ids: list[int]) -> None:
         for block in block_ids:
@@ -70,7 +80,7 @@ class MyPluginIndex:
         return blocks
 
     def forget(self, seq_id: int) -> None:
-        """Nothing is kept by sequence."""
+        self._expected = {key: of for key, of in self._expected.items() if of != seq_id}
 
     def _key(self, seq: Sequence, block: int) -> Key:
         end = (block + 1) * self._block_size

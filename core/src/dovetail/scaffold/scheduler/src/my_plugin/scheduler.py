@@ -59,16 +59,21 @@ class MyPluginScheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Newcomers, in order of arrival, while seats, tokens and blocks last."""
-        while self.waiting and budget and len(self.running) < self.options.max_num_seqs:
-            seq = self.waiting[0]
+        for seq in list(self.waiting):
+            if not budget or len(self.running) == self.options.max_num_seqs:
+                return
             if seq.request.params.prompt_logprobs is None:  # those need the whole prompt computed
-                seq.num_computed_tokens = self.kv.reuse(seq, len(seq.tokens) - 1)
+                found = self.kv.reuse(seq, len(seq.tokens) - 1, may_wait=True)
+                if found is None:
+                    continue  # one that runs is computing what this one needs next
+                seq.num_computed_tokens = found
             count = min(seq.num_to_compute, budget)
             if not self._add_row(plan, seq, count):
                 self.kv.free(seq.seq_id)  # what `reuse` found
                 seq.restart()
                 return
-            self.running.append(self.waiting.pop(0))
+            self.waiting.remove(seq)
+            self.running.append(seq)
             budget -= count
 
     def _add_row(self, plan: StepPlan, seq: Sequence, count: int) -> bool:

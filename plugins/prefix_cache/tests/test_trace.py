@@ -1,0 +1,37 @@
+"""What is found on a day of conversations, beside what a cache without bounds finds."""
+
+from __future__ import annotations
+
+import pytest
+from prefix_trace import conversations, replay
+
+from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.tiered_cache import TieredKVCache
+from dovetail.types import KVGroup
+from dovetail_prefix_cache.eviction import LeastFrequentlyUsed, LeastRecentlyUsed, MakePolicy
+from dovetail_prefix_cache.index import HashIndex
+
+GROUPS = [KVGroup([0], "full", 16, 1)]
+PROMPTS = conversations(seed=5)
+WHOLE = sum(-(-len(p) // 16) for p in PROMPTS)
+"""Blocks of all prompts, shared or not."""
+
+
+def infinite() -> ReusingKVCache:
+    return ReusingKVCache(GROUPS, [WHOLE], HashIndex(16, [WHOLE], LeastRecentlyUsed))
+
+
+@pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed])
+@pytest.mark.parametrize("on_device", [0.1, 0.2])
+def test_tiers_that_hold_the_trace_find_what_an_infinite_cache_finds(policy: MakePolicy, on_device: float) -> None:
+    best = infinite()
+    most = replay(best, PROMPTS, 16)
+    needed = best.num_kept["device"]
+    device = [int(needed * on_device)]
+    host = [needed + 300 - device[0]]  # beside what is kept there is what runs
+    tiered = TieredKVCache(GROUPS, device, HashIndex(16, device, policy, num_host_blocks=host), host)
+    found = replay(tiered, PROMPTS, 16)
+    assert found >= 0.98 * most
+    assert tiered.num_evicted["to_host"] > 0
+    alone = ReusingKVCache(GROUPS, device, HashIndex(16, device, policy))
+    assert replay(alone, PROMPTS, 16) < 0.98 * most, "the trace does not need the host"

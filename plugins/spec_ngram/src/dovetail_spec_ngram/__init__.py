@@ -1,0 +1,62 @@
+"""Drafting without a model: `ngram` copies from the sequence itself, `suffix` from all that was said before."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
+from dovetail.provider import DrafterOptions, Provider
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+
+
+class NgramOptions(DrafterOptions):
+    num_draft_tokens: int = Field(16, ge=1, le=32, description="most tokens proposed for a sequence in a step")
+    max_ngram: int = Field(4, ge=1, le=16, description="tokens of the longest match that is looked for")
+    min_ngram: int = Field(2, ge=1, le=16, description="tokens of the shortest one; each length is an index of its own")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> NgramOptions:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram ({self.min_ngram}) is above max_ngram ({self.max_ngram})")
+        return self
+
+
+class SuffixOptions(NgramOptions):
+    max_match: int = Field(16, ge=1, le=64, description="tokens up to which places that agree longer are preferred")
+    max_tokens: int = Field(
+        100_000, ge=1_000, le=10_000_000, description="of earlier outputs that are kept, about 300 bytes each; the oldest go"
+    )
+
+
+def _ngram(context: BuildContext, options: NgramOptions) -> Drafter:
+    from dovetail_spec_ngram.ngram import NgramDrafter
+
+    return NgramDrafter(options.max_ngram, options.min_ngram)
+
+
+def _suffix(context: BuildContext, options: SuffixOptions) -> Drafter:
+    from dovetail_spec_ngram.ngram import NgramDrafter
+    from dovetail_spec_ngram.suffix import EarlierOutputs, SuffixDrafter
+
+    earlier = EarlierOutputs(options.min_ngram, options.max_match, options.max_tokens)
+    return SuffixDrafter(earlier, NgramDrafter(options.max_ngram, options.min_ngram))
+
+
+NGRAM = Provider(
+    "ngram", "copies what followed the same tokens earlier in prompt and output", _ngram, NgramOptions, DrafterCapabilities(),
+    priority=50,
+)  # fmt: skip
+SUFFIX = Provider(
+    "suffix", "says what most earlier outputs said after the same tokens", _suffix, SuffixOptions,
+    DrafterCapabilities(learns_from_other_requests=True), priority=40,
+)  # fmt: skip
+
+
+@hookimpl
+def dovetail_drafters() -> list[Provider[Drafter]]:
+    return [NGRAM, SUFFIX]
