@@ -198,9 +198,11 @@ class Adaptive(EverySequence):
     def due(self, running: list[Sequence]) -> list[Sequence]:
         # Where nobody is asked, this is all that drafting costs a step: its cost must not depend on the sequences.
         self._step += 1
-        if self._expected:
+        if not running:
+            self._expected = 0.0  # it was the last step of all, and nobody knows how long ago it ended
+        elif self._expected:
             self._compare()
-        elif not self._step % SAMPLED and running:
+        elif not self._step % SAMPLED:
             self._expect(self.costs.without(len(running)), False)
         if self._step in self._due_at:
             for seq_id in self._due_at.pop(self._step):
