@@ -211,6 +211,17 @@ def test_time_in_which_nobody_runs_is_no_step() -> None:
         policy.due([])
 
 
+def test_where_all_steps_take_longer_than_was_measured_drafts_do_not_look_cheaper() -> None:
+    """Steps without drafts take twice as long as they should; those with any would not have paid, and do not pay now."""
+    seq, clock = sequence(0), Clock()
+    policy = policy_of(StepCosts(Curve({1: 1.0}), {1: Curve({1: 2.5, 3: 3.9, 4: 4.0})}), clock, seq)
+    for _ in range(500):
+        clock.now += 2
+        for due in policy.due([seq]):
+            policy.looked(due, True, 0.0)
+            assert policy.share([due], [2], 1) == [0]
+
+
 def test_a_slow_drafter_is_asked_less() -> None:
     """One that takes a tenth of a step to say nothing."""
     seqs, clock = [sequence(i) for i in range(8)], Clock()

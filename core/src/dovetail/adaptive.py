@@ -30,8 +30,8 @@ MAX_SAVED = 16.0
 """Steps of one token: what it holds at most of what accepted drafts have saved."""
 MAX_REST = 32
 """Steps."""
-WORTH = 1.05
-"""Tokens per second that perfect drafts would have to bring, times those without, for anybody to be asked."""
+WORTH = 1.1
+"""Tokens per second that drafts must be expected to bring, times those without: the costs are not known better than that."""
 SAMPLED = 16
 """Of so many steps without drafts, one is compared with what it was expected to take; of those with drafts, every one."""
 MAX_SLOWER, LEARNS, FORGETS = 3.0, 0.05, 0.02
@@ -262,7 +262,12 @@ class Adaptive(EverySequence):
             counts = {1, most, *(num_seqs * 2**i for i in range(self._num_draft_tokens.bit_length()))}
             gain = max((num_seqs + n) / self.costs.with_drafts(num_seqs, n) for n in counts) / without
             self._gains[num_seqs] = gain
-        return gain * self._slower[0] > WORTH * self._slower[1]
+        return gain > WORTH * self._drafts_slow_down()
+
+    def _drafts_slow_down(self) -> float:
+        """How many times more than `costs` says a step with drafts takes, beside one without. Where only the latter have been
+        seen, and are slow, those with drafts will be too."""
+        return max(1.0, self._slower[1] / self._slower[0])
 
     def looked(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
         self._look += 0.1 * (seconds - self._look)
@@ -277,8 +282,8 @@ class Adaptive(EverySequence):
         began = self._clock()
         self._num_seqs = num_seqs
         chances = [self._of(seq).chances(length) for seq, length in zip(drafted, lengths, strict=True)]
-        slower = self._slower[1] / self._slower[0]
-        counts = best_counts(chances, num_seqs, self.costs, slower)
+        slower = self._drafts_slow_down()
+        counts = best_counts(chances, num_seqs, self.costs, WORTH * slower)
         for seq, count in zip(drafted, counts, strict=True):
             if not count:
                 self._rest(self._of(seq))
@@ -321,6 +326,7 @@ class Adaptive(EverySequence):
 
     def _rest(self, history: History) -> None:
         """Not in the next steps, and twice as long each time."""
+        history.is_right = False
         history.fade(FADES)
         self._wake(history, 1 + history.rest)
         history.rest = min(MAX_REST, 2 * history.rest or 1)
