@@ -4,7 +4,7 @@
 
 Two kinds of text: answers to the questions of the demo model's set, greedy, to their end (ordinary text); and continuations of
 random tokens, 64 of each (hardly a draft is right). Time is counted from the first token that a batch gives. The sides take
-turns, one batch each, on the same prompts; medians over rounds, and of the ratios of each round.
+turns, 16 requests or one batch each, on the same prompts; medians over rounds, and of the ratios of each round.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dovetail import LLM, SamplingParams
 from dovetail.bench.machine import machine
 
 NONE = "none"
+REQUESTS = 16
+"""Of one side in one round, at least."""
 QUESTIONS = Path(__file__).parents[1] / "plugins/demo_model/questions.jsonl"
 
 
@@ -54,13 +56,17 @@ def measure(engines: dict[str, LLM], kind: str, batch: int, rounds: int) -> list
     accepted: dict[str, list[int]] = {k: [0, 0] for k in engines}
     for _ in range(rounds + 1):  # the first warms up
         if kind == "text":
-            prompts = [plain.chat_prompt([{"role": "user", "content": q}]) for q in rng.sample(questions, batch)]
+            asked = rng.sample(questions, max(batch, REQUESTS))
+            prompts = [plain.chat_prompt([{"role": "user", "content": q}]) for q in asked]
         else:
-            prompts = [[rng.randrange(3, plain.tokenizer.vocab_size) for _ in range(24)] for _ in range(batch)]
+            tokens = range(3, plain.tokenizer.vocab_size)
+            prompts = [rng.choices(tokens, k=24) for _ in range(max(batch, REQUESTS))]
         for k, llm in engines.items():
             before = llm.engine.snapshot()
             drafted, right = before.num_draft_tokens, before.num_accepted_tokens
-            rates[k].append(decode(llm, prompts, SamplingParams(max_tokens=64, temperature=0, ignore_eos=kind == "random")))
+            params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=kind == "random")
+            done = [decode(llm, prompts[at : at + batch], params) for at in range(0, len(prompts), batch)]
+            rates[k].append(sum(count for count, _ in done) / sum(seconds for _, seconds in done))
             after = llm.engine.snapshot()
             accepted[k][0] += after.num_draft_tokens - drafted
             accepted[k][1] += after.num_accepted_tokens - right
@@ -75,8 +81,8 @@ def measure(engines: dict[str, LLM], kind: str, batch: int, rounds: int) -> list
     return rows
 
 
-def decode(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
-    """Tokens a second after the first token of the batch."""
+def decode(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> tuple[int, float]:
+    """Tokens after the first of the batch, and seconds."""
     for prompt in prompts:
         llm.engine.add(llm._maker.make(prompt, params))
     began, count = 0.0, 0
@@ -86,7 +92,7 @@ def decode(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
             count += tokens
         elif tokens:
             began = time.perf_counter()
-    return count / (time.perf_counter() - began)
+    return count, time.perf_counter() - began
 
 
 if __name__ == "__main__":

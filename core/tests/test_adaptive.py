@@ -191,6 +191,37 @@ def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
     assert drafted[-1] > 1000
 
 
+def test_time_in_which_nobody_runs_is_no_step() -> None:
+    """Short sequences one after the other, with an hour between each two: their drafts, always right, are drafted to the end."""
+    clock = Clock()
+    policy = policy_of(StepCosts(Curve({1: 1.0, 5: 3.8, 100: 80.0})), clock)
+    for i in range(50):
+        seq, num_drafted = sequence(i), 0
+        policy.verified(seq, 0, 0)
+        for _ in range(4):
+            for due in policy.due([seq]):
+                policy.looked(due, True, 0.0)
+                (count,) = policy.share([due], [4], 1)
+                clock.now += policy.costs.with_drafts(1, count) if count else 1.0
+                policy.verified(due, count, count)
+                num_drafted += count
+        assert num_drafted > 8, f"sequence {i} had {num_drafted} drafts"
+        policy.forget(i)
+        clock.now += 3600
+        policy.due([])
+
+
+def test_where_all_steps_take_longer_than_was_measured_drafts_do_not_look_cheaper() -> None:
+    """Steps without drafts take twice as long as they should; those with any would not have paid, and do not pay now."""
+    seq, clock = sequence(0), Clock()
+    policy = policy_of(StepCosts(Curve({1: 1.0}), {1: Curve({1: 2.5, 3: 3.9, 4: 4.0})}), clock, seq)
+    for _ in range(500):
+        clock.now += 2
+        for due in policy.due([seq]):
+            policy.looked(due, True, 0.0)
+            assert policy.share([due], [2], 1) == [0]
+
+
 def test_a_slow_drafter_is_asked_less() -> None:
     """One that takes a tenth of a step to say nothing."""
     seqs, clock = [sequence(i) for i in range(8)], Clock()

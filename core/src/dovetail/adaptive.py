@@ -6,8 +6,8 @@ second of the whole step, can be computed, and the best one is taken; often that
 
 An account bounds what it costs to find out. It earns a share of the time that passes, and what accepted drafts have saved; it
 pays for looking, for steps that were longer because of drafts, and for pauses of the overlapped loop. While it is empty nobody
-is asked: where drafts do not help, the loss is that share. A sequence whose drafter finds nothing, or errs, rests for a number
-of steps that doubles each time.
+is asked but those whose last drafts were right, and new ones while most are: where drafts do not help, the loss is that share.
+A sequence whose drafter finds nothing, or errs, rests for a number of steps that doubles each time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MAX_SAVED = 16.0
 """Steps of one token: what it holds at most of what accepted drafts have saved."""
 MAX_REST = 32
 """Steps."""
-WORTH = 1.05
-"""Tokens per second that perfect drafts would have to bring, times those without, for anybody to be asked."""
+WORTH = 1.1
+"""Tokens per second that drafts must be expected to bring, times those without: the costs are not known better than that."""
 SAMPLED = 16
 """Of so many steps without drafts, one is compared with what it was expected to take; of those with drafts, every one."""
 MAX_SLOWER, LEARNS, FORGETS = 3.0, 0.05, 0.02
@@ -39,7 +39,7 @@ MAX_SLOWER, LEARNS, FORGETS = 3.0, 0.05, 0.02
 MAX_OVERRUN = 4.0
 """Times what a step was expected to take: what the account pays at most where a draft model read prompts in it."""
 MEMORY = 0.9
-"""Of a sequence's past, at each of its verifications: about the last ten count."""
+"""Of the past, at each verification: about the last ten count."""
 FADES = 0.5
 """Of a sequence's past, at each rest: it is tried again, and by then it may say something else."""
 NOBODY: list[Sequence] = []
@@ -100,6 +100,8 @@ class History:
     """Step."""
     rest: int = 0
     """Steps, of the last rest."""
+    is_right: bool = False
+    """Most of its last drafts were accepted."""
     tried: list[float] = field(default_factory=list)
     """Drafts verified at this position with all before them accepted; the past counts less."""
     accepted: list[float] = field(default_factory=list)
@@ -116,6 +118,7 @@ class History:
         return chances
 
     def note(self, num_drafted: int, num_accepted: int) -> None:
+        self.is_right = 2 * num_accepted > num_drafted
         self.fade(MEMORY)
         missing = min(num_drafted, num_accepted + 1) - len(self.tried)
         self.tried += [0.0] * missing
@@ -191,6 +194,12 @@ class Adaptive(EverySequence):
         self._histories: dict[int, History] = {}
         self._ready: dict[int, History] = {}
         """Due, and not asked yet."""
+        self._ready_and_right: dict[int, History] = {}
+        """Those that are asked whatever the account holds."""
+        self._poor_until = 0
+        """Step before which the account holds nothing."""
+        self._share_right = 0.0
+        """Of the last verifications, of all sequences: a new one is thought to be like most."""
         self._due_at: dict[int, list[int]] = {}
         """By step: sequences. One that has ended, or is due at another time by now, is left here and passed over."""
         self._step = self._num_seqs = 0
@@ -198,25 +207,36 @@ class Adaptive(EverySequence):
     def due(self, running: list[Sequence]) -> list[Sequence]:
         # Where nobody is asked, this is all that drafting costs a step: its cost must not depend on the sequences.
         self._step += 1
-        if self._expected:
+        if not running:
+            self._expected = 0.0  # it was the last step of all, and nobody knows how long ago it ended
+        elif self._expected:
             self._compare()
-        elif not self._step % SAMPLED and running:
+        elif not self._step % SAMPLED:
             self._expect(self.costs.without(len(running)), False)
         if self._step in self._due_at:
             for seq_id in self._due_at.pop(self._step):
                 history = self._histories.get(seq_id)
                 if history is not None and history.due == self._step:
-                    self._ready[seq_id] = history
-        if not self._ready or not running or not self._can_pay(len(running)):
+                    (self._ready_and_right if history.is_right else self._ready)[seq_id] = history
+        if not (self._ready_and_right or (self._ready and self._step >= self._poor_until)):
             return NOBODY
+        if not running or not self._can_pay(len(running)):
+            return NOBODY
+        due = [history.seq for history in self._ready_and_right.values()]
+        self._ready_and_right.clear()
+        if self._ready and self._step >= self._poor_until:
+            due += [self._ready.pop(seq_id).seq for seq_id in list(self._ready)[: self._num_affordable(len(running))]]
+        return due
+
+    def _num_affordable(self, num_seqs: int) -> int:
+        """How many of those that are ready can be asked."""
         now = self._clock()
         earned = min(self._max_earned, self.credit + SHARE * (now - self._earned_until))
         self._earned_until, self.credit = now, max(self.credit, earned)
         if self.credit < 0:
-            return NOBODY
-        count = len(self._ready) if self.credit > self._look * len(self._ready) else 1 + int(self.credit / self._look)
-        taken = list(self._ready)[:count]
-        return [self._ready.pop(seq_id).seq for seq_id in taken]
+            self._poor_until = self._step + int(-self.credit / (SHARE * self.costs.without(num_seqs)))
+            return 0
+        return len(self._ready) if self.credit > self._look * len(self._ready) else 1 + int(self.credit / self._look)
 
     def _compare(self) -> None:
         """The step that ends here with what it was expected to take. Prompts and pauses make some steps longer, and are few."""
@@ -242,7 +262,12 @@ class Adaptive(EverySequence):
             counts = {1, most, *(num_seqs * 2**i for i in range(self._num_draft_tokens.bit_length()))}
             gain = max((num_seqs + n) / self.costs.with_drafts(num_seqs, n) for n in counts) / without
             self._gains[num_seqs] = gain
-        return gain * self._slower[0] > WORTH * self._slower[1]
+        return gain > WORTH * self._drafts_slow_down()
+
+    def _drafts_slow_down(self) -> float:
+        """How many times more than `costs` says a step with drafts takes, beside one without. Where only the latter have been
+        seen, and are slow, those with drafts will be too."""
+        return max(1.0, self._slower[1] / self._slower[0])
 
     def looked(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
         self._look += 0.1 * (seconds - self._look)
@@ -257,8 +282,8 @@ class Adaptive(EverySequence):
         began = self._clock()
         self._num_seqs = num_seqs
         chances = [self._of(seq).chances(length) for seq, length in zip(drafted, lengths, strict=True)]
-        slower = self._slower[1] / self._slower[0]
-        counts = best_counts(chances, num_seqs, self.costs, slower)
+        slower = self._drafts_slow_down()
+        counts = best_counts(chances, num_seqs, self.costs, WORTH * slower)
         for seq, count in zip(drafted, counts, strict=True):
             if not count:
                 self._rest(self._of(seq))
@@ -278,8 +303,11 @@ class Adaptive(EverySequence):
         if history is None or not num_drafted:
             return
         history.note(num_drafted, num_accepted)
+        self._share_right += (1 - MEMORY) * (history.is_right - self._share_right)
         saved = num_accepted * self.costs.without(self._num_seqs) / self._num_seqs
         self.credit = max(self.credit, min(self._max_saved, self.credit + saved))
+        if self.credit > 0:
+            self._poor_until = 0
         if num_accepted:
             history.rest = 0
         else:
@@ -288,15 +316,17 @@ class Adaptive(EverySequence):
     def forget(self, seq_id: int) -> None:
         self._histories.pop(seq_id, None)
         self._ready.pop(seq_id, None)
+        self._ready_and_right.pop(seq_id, None)
 
     def _of(self, seq: Sequence) -> History:
         history = self._histories.get(seq.seq_id)
         if history is None:
-            history = self._histories[seq.seq_id] = History(seq)
+            history = self._histories[seq.seq_id] = History(seq, is_right=self._share_right > 0.5)
         return history
 
     def _rest(self, history: History) -> None:
         """Not in the next steps, and twice as long each time."""
+        history.is_right = False
         history.fade(FADES)
         self._wake(history, 1 + history.rest)
         history.rest = min(MAX_REST, 2 * history.rest or 1)
