@@ -1,4 +1,4 @@
-"""Checkpoints of AWQ and GPTQ, made from the formats' descriptions with nothing of the package: what its readers are held to."""
+"""Checkpoints of AWQ and GPTQ, made from the formats' descriptions with nothing of the package."""
 
 from __future__ import annotations
 

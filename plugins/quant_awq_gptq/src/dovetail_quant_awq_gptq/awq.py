@@ -37,7 +37,7 @@ class Awq(MatmulScheme):
         group = self._group or layer.in_features
         odd = [part.name for part in layer.parts if part.out_features % PER_WORD]
         if odd or layer.in_features % group:
-            what = f"{odd[0]} has outputs that are no multiple of {PER_WORD}" if odd else f"its inputs are not groups of {group}"
+            what = f"the outputs of {odd[0]} are no multiple of {PER_WORD}" if odd else f"its inputs are not groups of {group}"
             raise CheckpointError(f"{layer.name} ({layer.in_features} inputs) cannot be read as AWQ: {what}")
         words = Axis("out", features=PER_WORD)
         groups = Axis("in", features=group)

@@ -108,8 +108,8 @@ class Gptq(MatmulScheme):
         counts = torch.bincount(g_idx[0].clamp_min(0), minlength=layer.in_features // group)
         if (counts != group).any() or (g_idx < 0).any():
             raise CheckpointError(
-                f"{layer.name}.g_idx does not have {group} inputs in each of {layer.in_features // group} groups: is group_size "
-                "in quantization_config what the checkpoint was made with?"
+                f"{layer.name}.g_idx does not have {group} inputs in each of {layer.in_features // group} groups: is "
+                "group_size in quantization_config what the checkpoint was made with?"
             )
         return g_idx[0].argsort(stable=True)
 

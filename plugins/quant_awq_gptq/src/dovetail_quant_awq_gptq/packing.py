@@ -23,8 +23,9 @@ def unpack(words: Tensor, bits: int, axis: int, order: tuple[int, ...] = IN_ORDE
 def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] = IN_ORDER) -> Tensor:
     """The other way round: for making checkpoints."""
     count = 32 // bits
-    moved = codes.movedim(axis, -1).to(torch.int64).unflatten(-1, (-1, count))[..., list(order[:count])]
-    words = (moved << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
+    moved = codes.movedim(axis, -1).to(torch.int64)
+    by_word = moved.reshape(*moved.shape[:-1], -1, count)[..., list(order[:count])]
+    words = (by_word << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).movedim(-1, axis)
 
 
