@@ -20,6 +20,11 @@ Take = Callable[..., Choice]
 """(socket, what is wanted, where in the configuration, **needs) -> the choice"""
 
 ALL = "*"
+SUPPLIERS = {
+    "fp8": "dovetail-quant-fp8", "bitsandbytes": "dovetail-quant-int8", "awq": "dovetail-quant-awq-gptq",
+    "gptq": "dovetail-quant-awq-gptq", "compressed-tensors": "dovetail-quant-compressed-tensors",
+}  # fmt: skip
+"""By method: our package that reads it. For an error where none is installed, and nothing else."""
 OUTPUT = "lm_head"
 """The output projection. A scheme that quantizes the whole model on the fly leaves it as it is, because there it costs the most
 quality; rules that name it do not."""
@@ -57,9 +62,14 @@ def _check_readable(model: ModelFacts, registry: Registry) -> None:
     near = difflib.get_close_matches(method, readers, n=3, cutoff=0.4)
     hint = f" Near: {', '.join(f'{m} ({readers[m]})' for m in near)}." if near else ""
     others = ", ".join(sorted(set(readers) - {PLAIN})) or "none"
+    install = f"Install a package that offers a quantization provider for {method!r}, or use the originals"
+    if supplier := SUPPLIERS.get(method):
+        install = f"pip install {supplier} brings one"
+    elif alike := difflib.get_close_matches(method, SUPPLIERS.keys() - readers.keys(), n=1, cutoff=0.6):
+        install += f". Should it be {alike[0]!r}: pip install {SUPPLIERS[alike[0]]}"
     raise PluginError(
         f"quantization: the weights of {model.folder} are quantized with {method!r}, which no installed plugin reads.{hint} "
-        f"Installed: {others}. Install a package that offers a quantization provider for {method!r}, or use the originals"
+        f"Installed: {others}. {install}"
     )
 
 

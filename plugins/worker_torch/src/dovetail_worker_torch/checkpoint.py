@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,7 +51,7 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
             missing.discard(name)
             progress("loading weights", done, total)
     if missing:
-        raise CheckpointError(f"{folder} lacks {few(sorted(missing))}, which the model described by its config.json has")
+        _refuse_missing(folder, targets, missing)
     allowed = [*IGNORABLE, *unused]
     if unknown := [n for n in surplus if not any(fnmatchcase(n, glob) for glob in allowed)]:
         raise CheckpointError(f"{folder} holds {few(unknown)}, which the model described by its config.json does not have")
@@ -107,6 +107,15 @@ def open_shard(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {e}") from None
 
 
+def _refuse_missing(folder: Path, targets: Mapping[str, Target], missing: set[str]) -> NoReturn:
+    """Raise a `CheckpointError` about those tensors that the same thing asks for."""
+    first = targets[min(missing)].asked_by
+    alike = few(sorted(name for name in missing if targets[name].asked_by == first))
+    if first == Target._field_defaults["asked_by"]:
+        raise CheckpointError(f"{folder} lacks {alike}, which the model described by its config.json has")
+    raise CheckpointError(f"{folder} lacks {alike}, which {first} asks for")
+
+
 def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
     """Copy one tensor; return its bytes in the file."""
     try:
@@ -115,12 +124,15 @@ def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
         raise CheckpointError(f"{path}: {name} cannot be read: {e}") from None
     if tuple(tensor.shape) != target.shape:
         raise CheckpointError(
-            f"{path}: {name} has shape {list(tensor.shape)}, the model's config asks for {list(target.shape)}"
+            f"{path}: {name} has shape {list(tensor.shape)}, {target.asked_by} asks for {list(target.shape)}"
         )
     if tensor.dtype != target.dtype and not {tensor.dtype, target.dtype} <= INTERCHANGEABLE:
         stored, wanted = (str(t).removeprefix("torch.") for t in (tensor.dtype, target.dtype))
         raise CheckpointError(f"{path}: {name} is stored as {stored}, which cannot be loaded as {wanted}")
-    target.store(tensor)
+    try:
+        target.store(tensor)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e.message}", provider=e.provider) from None
     return int(tensor.nbytes)
 
 

@@ -41,10 +41,11 @@ def load_model(
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise CheckpointError(f"{path}: architectures must name the model's one architecture, found {names!r}")
-    model = architecture.model(ModelBuild(folder, config, tensor_names(folder), layers, dtype, device, progress))
+    stored = tensor_names(folder)
+    model = architecture.model(ModelBuild(folder, config, stored, layers, dtype, device, progress))
     targets, unused = model.targets(), [*model.unused()]
     if isinstance(layers, QuantizedLayers):
-        layers.check()
+        layers.check(stored)
         targets, unused = targets | layers.targets(), unused + layers.unused()
     if not loads_weights:
         load_tensors(folder, targets, progress=progress, unused=unused)

@@ -7,7 +7,7 @@ weights holds both forms of one layer at a time, not of all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -21,6 +21,7 @@ from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Targ
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
+from dovetail_worker_torch.agreement import check_scale, check_stored, described, stored_tensors
 from dovetail_worker_torch.checkpoint import few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
 
@@ -41,21 +42,20 @@ class QuantizedLayers:
         self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
         self._shadow = shadow if CANDIDATE in context.plan.choices else None
         self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
-        self._matched: set[str] = set()
-        self._names: list[str] = []
+        self._taken: dict[str, dict[str, Linear]] = {key: {} for key in self._schemes}
+        """By rule and the name of a part."""
         self._declined: dict[str, list[str]] = {}
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
         plan = self._context.plan
         layer = LinearLayer(name, tuple(parts), in_features, bias, self._dtype, plan.device)
-        self._names += [part.name for part in parts]
         key = plan.quantization_of(layer)
-        self._matched.add(key)
         made = self._made(key, self._schemes[key], layer)
         if isinstance(made, Declined):
             if not self._as(key, layer).stored:
                 self._declined.setdefault(made.reason, []).append(name)
             made = self._plain.linear(name, parts, in_features, bias)
+        self._taken[key] |= {part.name: made for part in parts}
         return made if self._shadow is None else self._shadowed(self._shadow, made, layer)
 
     def _as(self, key: str, layer: LinearLayer) -> LinearLayer:
@@ -68,7 +68,9 @@ class QuantizedLayers:
             return self._plain.linear(layer.name, layer.parts, layer.in_features, layer.bias)
         layer, provider = self._as(key, layer), self._context.plan.choices[key].provider
         declared = _ask(provider, layer, partial(scheme.parameters, layer))
-        return declared if isinstance(declared, Declined) else QuantizedLinear(provider, scheme, layer, declared)
+        if isinstance(declared, Declined):
+            return declared
+        return QuantizedLinear(provider, scheme, layer, declared, described(self._context.model))
 
     def _shadowed(self, shadow: Shadow, trusted: Linear, layer: LinearLayer) -> Linear:
         """With the candidate's beside it, unless that declines the layer, or has failed."""
@@ -92,7 +94,7 @@ class QuantizedLayers:
                 for kept, (tensor, parameter) in zip(scales, found.items(), strict=True):
                     shape = tuple(axis for axis in parameter.axes if isinstance(axis, int))
                     dtype = getattr(torch, parameter.dtype)
-                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_one, kept))
+                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_scale, tensor, kept))
                 return replace(layer, kv_scales=scales)
         return layer
 
@@ -104,14 +106,19 @@ class QuantizedLayers:
         """Tensors that the schemes do not read, as globs."""
         return [glob for scheme in (*self._schemes.values(), self._candidate) if scheme is not None for glob in scheme.unused]
 
-    def check(self) -> None:
-        """Once the model is made: raise `ConfigError` for a rule that matches none of its layers."""
-        for key in self._schemes:
+    def check(self, tensor_names: Collection[str]) -> None:
+        """Once the model is made: raise `ConfigError` for a rule that matches none of its layers, and for layers that the
+        checkpoint, which holds `tensor_names`, stores otherwise than they are to be read."""
+        names, stored = [name for layers in self._taken.values() for name in layers], stored_tensors(tensor_names)
+        for key, layers in self._taken.items():
             choice = self._context.plan.choices[key]
-            if key not in self._matched and choice.requested != "auto":
+            if not layers and choice.requested != "auto":
                 raise ConfigError(
-                    f"{key}: {choice.match!r} matches no linear layer that an earlier rule does not. Layers: {few(self._names)}"
+                    f"{key}: {choice.match!r} matches no linear layer that an earlier rule does not. Layers: {few(names)}"
                 )
+            for name, made in layers.items():
+                wanted = made.stored if isinstance(made, QuantizedLinear) else None
+                check_stored(self._context.model, key, choice, name, stored.get(name, set()), wanted)
         for reason, names in self._declined.items():
             log.warning("not quantized: %s: %s", few(names), reason)
 
@@ -119,10 +126,13 @@ class QuantizedLayers:
 class QuantizedLinear:
     """A layer of a scheme. Complete when all its targets have been stored."""
 
-    def __init__(self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter]) -> None:
+    def __init__(
+        self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter], asked_by: str
+    ) -> None:
+        """`asked_by`: what says how it is stored, for errors."""
         self.layer = layer
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._provider, self._scheme, self._parameters = provider, scheme, parameters
+        self._provider, self._scheme, self._parameters, self._asked_by = provider, scheme, parameters, asked_by
         self._tensors: dict[str, Tensor] = {}
         self._missing: set[str] = set()
         self._missing = set(self.targets())
@@ -141,6 +151,11 @@ class QuantizedLinear:
         """See `CompiledLinear`; of schemes that declare `compiled_steps`."""
         return cast(CompiledLinear, self._multiply).compile(x, y)
 
+    @property
+    def stored(self) -> list[str] | None:
+        """Names of its tensors in the checkpoint; None if that holds a plain weight."""
+        return list(self._parameters) if self.layer.stored else None
+
     def targets(self) -> dict[str, Target]:
         layer, dtype = self.layer, getattr(torch, self.layer.dtype)
         found = {}
@@ -148,7 +163,8 @@ class QuantizedLinear:
             if layer.stored:
                 for name, parameter in self._parameters.items():
                     shape, kept = parameter.part_shape(layer, i), getattr(torch, parameter.dtype)
-                    found[f"{part.name}.{name}"] = self._target(part, name, shape, kept, partial(self._put, name, parameter, i))
+                    made = self._target(part, name, shape, kept, partial(self._put_stored, name, parameter, i))
+                    found[f"{part.name}.{name}"] = made._replace(asked_by=self._asked_by)
             else:
                 shape = (part.out_features, layer.in_features)
                 found[f"{part.name}.weight"] = self._target(part, "weight", shape, dtype, partial(self._quantize, i))
@@ -168,6 +184,11 @@ class QuantizedLinear:
                 self._tensors = {}
 
         return Target(shape, dtype, store_one)
+
+    def _put_stored(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
+        if parameter.is_scale:
+            check_scale(f"{self.layer.parts[part].name}.{name}", tensor)
+        self._put(name, parameter, part, tensor)
 
     def _put(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
         if name not in self._tensors:
@@ -190,7 +211,8 @@ class QuantizedLinear:
             self._put(name, parameter, part, found)
 
 
-def _copy_one(kept: Tensor, tensor: Tensor) -> None:
+def _copy_scale(name: str, kept: Tensor, tensor: Tensor) -> None:
+    check_scale(name, tensor)
     kept.copy_(tensor.reshape(()))
 
 
