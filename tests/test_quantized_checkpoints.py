@@ -14,7 +14,7 @@ import pytest
 import torch
 from awq_gptq_packers import make_awq, make_gptq
 from ct_packers import make as make_ct
-from quantized import SIZES, Config, Make, Rounding, error, next_tokens, quantize, worst_error
+from quantized import SIZES, Config, Make, Rounding, error, errors, next_tokens, quantize
 from torch import Tensor
 
 from dovetail.config import load_config
@@ -24,8 +24,9 @@ from dovetail.testing.plugin import install
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ROUNDING = 1e-4
 """Of float32, and of sums in another order."""
-ROUNDED_INPUTS = 0.01
-"""Where inputs are rounded: one that lies between two codes may fall to either, by a difference of the last bit."""
+CROSSED = 0.05
+"""Where inputs are rounded, one that lies between two codes may fall to either by a difference of the last bit: so may one
+prompt in many."""
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {"matmul": "torch", "worker": {"use": "torch", "execution": "plain"}},
     "compiled": {"matmul": "cpu", "worker": {"use": "torch", "execution": "compiled"}, "attention": "attention-cpu"},
@@ -92,8 +93,9 @@ def everything(make: Make) -> list[tuple[str, Make | None]]:
 
 
 def check(folder: Path, config: Config, make: Make, engine: dict[str, Any], rounding: Rounding | None = None) -> None:
-    made = quantize(folder, config, everything(make), rounding)
-    assert worst_error(made, **engine) < (ROUNDED_INPUTS if rounding else ROUNDING)
+    found = errors(quantize(folder, config, everything(make), rounding), **engine)
+    assert found[len(found) // 2] < ROUNDING
+    assert found[-1] < (CROSSED if rounding else ROUNDING)
 
 
 @pytest.mark.parametrize("group", [-1, 32, 64, 128])
@@ -155,10 +157,11 @@ def test_compressed_tensors(config: Config, rounding: Rounding | None, engine: d
 
 
 def test_inputs_that_are_not_rounded_would_be_found(engine: dict[str, Any], tmp_path: Path) -> None:
-    """The reference without the rounding is farther away than `ROUNDED_INPUTS`."""
-    config = CT[0][0]
-    made = quantize(tmp_path, config, everything(lambda weight: make_ct(config, weight)))
-    assert worst_error(made, **engine) > ROUNDED_INPUTS
+    """The reference without the rounding is far away."""
+    for config in (CT[0][0], CT[5][0]):
+        made = quantize(tmp_path, config, everything(lambda weight, config=config: make_ct(config, weight)))
+        found = errors(made, **engine)
+        assert found[len(found) // 2] > 20 * ROUNDING
 
 
 # Layers that are stored in different ways.
@@ -179,7 +182,7 @@ def test_one_checkpoint_that_mixes_formats(engine: dict[str, Any], tmp_path: Pat
     assert made.tensors["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
     assert made.tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
     assert made.tensors["model.layers.1.self_attn.o_proj.weight"].dtype == torch.float32
-    assert worst_error(made, **engine) < ROUNDING
+    assert errors(made, **engine)[-1] < ROUNDING
 
 
 def test_rules_of_the_user_for_layers_that_the_checkpoint_leaves_out(
@@ -204,8 +207,8 @@ def test_rules_of_the_user_for_layers_that_the_checkpoint_leaves_out(
     ]
     made = quantize(tmp_path / "model", config, rules)
     quantization = [{"match": "*.self_attn.*", "use": "kit8"}, {"match": "lm_head", "use": "none"}]
-    assert worst_error(made, quantization=quantization, **engine) < ROUNDING
-    assert worst_error(made, **engine) > ROUNDING  # attention as it is
+    assert errors(made, quantization=quantization, **engine)[-1] < ROUNDING
+    assert errors(made, **engine)[-1] > ROUNDING  # attention as it is
 
 
 def test_scales_of_a_cache_that_is_not_rounded(engine: dict[str, Any], tmp_path: Path) -> None:
@@ -215,7 +218,7 @@ def test_scales_of_a_cache_that_is_not_rounded(engine: dict[str, Any], tmp_path:
     for layer in range(SIZES["num_hidden_layers"]):
         made.tensors |= {f"model.layers.{layer}.self_attn.{which}_scale": torch.tensor([0.5]) for which in "kv"}
     made.save()
-    assert worst_error(made, **engine) < ROUNDING
+    assert errors(made, **engine)[-1] < ROUNDING
 
 
 def test_biases_of_zeros_that_tools_wrote(engine: dict[str, Any], tmp_path: Path) -> None:
@@ -223,4 +226,4 @@ def test_biases_of_zeros_that_tools_wrote(engine: dict[str, Any], tmp_path: Path
     made = quantize(tmp_path, config, everything(lambda weight: make_gptq(config, weight)))
     made.tensors["model.layers.0.mlp.down_proj.bias"] = torch.zeros(SIZES["hidden_size"])
     made.save()
-    assert worst_error(made, **engine) < ROUNDING
+    assert errors(made, **engine)[-1] < ROUNDING
