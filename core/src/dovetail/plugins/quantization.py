@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from dovetail.config import QuantizationConfig, QuantizationRule, SocketConfig
-from dovetail.errors import PluginError
+from dovetail.errors import ConfigError, PluginError
 from dovetail.facts import ModelFacts
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plan import Choice
@@ -41,15 +41,20 @@ def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Regi
     if any(rule.use == "auto" for rule in rules):
         _check_readable(model, registry)
     is_whole = len(rules) == 1
-    chosen = [_choose(rule, "quantization" if is_whole else f"quantization.{i}", take) for i, rule in enumerate(rules)]
+    chosen = [_choose(rule, "quantization" if is_whole else f"quantization.{i}", take, model) for i, rule in enumerate(rules)]
     if is_whole and model.quantization_method not in _methods(find(registry, chosen[0]).provider.capabilities):
-        chosen.insert(0, _choose(QuantizationRule(match=OUTPUT), "quantization", take))
+        chosen.insert(0, _choose(QuantizationRule(match=OUTPUT), "quantization", take, model))
     return {f"quantization.{i}" if len(chosen) > 1 else "quantization": choice for i, choice in enumerate(chosen)}
 
 
-def _choose(rule: QuantizationRule, where: str, take: Take) -> Choice:
+def _choose(rule: QuantizationRule, where: str, take: Take, model: ModelFacts) -> Choice:
     wanted = SocketConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
-    choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
+    try:
+        choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
+    except ConfigError as e:
+        if model.quantization_method == PLAIN:
+            raise
+        raise ConfigError(f"{e.message}. The checkpoint {model.folder} says of itself: {model.quantization_said}") from None
     return msgspec.structs.replace(choice, match=rule.match)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 
 from torch import Tensor
@@ -24,13 +23,6 @@ def stored_tensors(names: Collection[str]) -> dict[str, set[str]]:
     return found
 
 
-def described(model: ModelFacts) -> str:
-    """The checkpoint's quantization_config in one line: what it says, without what says who wrote it."""
-    said = {k: v for k, v in (model.quantization_config or {}).items() if v not in (None, {}, []) and k != "meta"}
-    text = json.dumps(said)
-    return f"quantization_config {text if len(text) < 400 else text[:400] + '…'} of config.json"
-
-
 def check_stored(
     model: ModelFacts, key: str, choice: Choice, name: str, found: set[str], wanted: Collection[str] | None
 ) -> None:
@@ -38,21 +30,19 @@ def check_stored(
     None for a plain weight."""
     if model.quantization_method == PLAIN or not found:
         return
-    quantized = f"{name} is stored quantized ({', '.join(sorted(found))})"
+    quantized, said = f"{name} is stored quantized ({', '.join(sorted(found))})", model.quantization_said
     if wanted is None and not found <= PLAIN_TENSORS:
         if choice.requested != "auto":
             rule = f"{{match: {choice.match!r}, use: {choice.provider}}}"
             raise ConfigError(
-                f"{key}: the rule {rule} and the checkpoint {model.folder} disagree: {quantized}, as {described(model)} says. "
+                f"{key}: the rule {rule} and the checkpoint {model.folder} disagree: {quantized}, as {said} says. "
                 "Remove the rule, or use a checkpoint that leaves the layer out"
             )
-        raise CheckpointError(
-            f"{model.folder}: {quantized}, and {described(model)} leaves it out: is it the config that it was made with?"
-        )
+        raise CheckpointError(f"{model.folder}: {quantized}, and {said} leaves it out: is it the config that it was made with?")
     if wanted is not None and found <= PLAIN_TENSORS and not found & {*wanted} - {"bias"}:
         raise CheckpointError(
-            f"{model.folder}: {name} is stored as a plain weight, and {described(model)} asks for {', '.join(wanted)}: is it "
-            "the config that it was made with?"
+            f"{model.folder}: {name} is stored as a plain weight, and {said} asks for {', '.join(wanted)}: is it the config that "
+            "it was made with?"
         )
 
 
@@ -66,4 +56,3 @@ def check_scale(name: str, scale: Tensor) -> None:
             f"{name} holds {float(values[first])} at {list(first)}, and {int(bad.sum())} of its {bad.numel()} scales are zero, "
             "infinite or NaN: the checkpoint is damaged, or its quantization failed there; get it again, or quantize it again"
         )
-

@@ -23,6 +23,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INTERCHANGEABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types that are converted into each other on the way. Any other must be stored as the model wants it."""
 
+BY_CONFIG = Target._field_defaults["asked_by"]
+
 IGNORABLE = ("*.rotary_emb.inv_freq",)
 """Tensors that old checkpoints hold and that follow from the config."""
 
@@ -111,7 +113,7 @@ def _refuse_missing(folder: Path, targets: Mapping[str, Target], missing: set[st
     """Raise a `CheckpointError` about those tensors that the same thing asks for."""
     first = targets[min(missing)].asked_by
     alike = few(sorted(name for name in missing if targets[name].asked_by == first))
-    if first == Target._field_defaults["asked_by"]:
+    if first == BY_CONFIG:
         raise CheckpointError(f"{folder} lacks {alike}, which the model described by its config.json has")
     raise CheckpointError(f"{folder} lacks {alike}, which {first} asks for")
 
@@ -123,8 +125,9 @@ def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: {name} cannot be read: {e}") from None
     if tuple(tensor.shape) != target.shape:
+        advice = "" if target.asked_by == BY_CONFIG else ": is it the config that it was made with, and is the file whole?"
         raise CheckpointError(
-            f"{path}: {name} has shape {list(tensor.shape)}, {target.asked_by} asks for {list(target.shape)}"
+            f"{path}: {name} has shape {list(tensor.shape)}, {target.asked_by} asks for {list(target.shape)}{advice}"
         )
     if tensor.dtype != target.dtype and not {tensor.dtype, target.dtype} <= INTERCHANGEABLE:
         stored, wanted = (str(t).removeprefix("torch.") for t in (tensor.dtype, target.dtype))

@@ -21,7 +21,7 @@ from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Targ
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
-from dovetail_worker_torch.agreement import check_scale, check_stored, described, stored_tensors
+from dovetail_worker_torch.agreement import check_scale, check_stored, stored_tensors
 from dovetail_worker_torch.checkpoint import few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
 
@@ -70,7 +70,7 @@ class QuantizedLayers:
         declared = _ask(provider, layer, partial(scheme.parameters, layer))
         if isinstance(declared, Declined):
             return declared
-        return QuantizedLinear(provider, scheme, layer, declared, described(self._context.model))
+        return QuantizedLinear(provider, scheme, layer, declared, self._context.model.quantization_said)
 
     def _shadowed(self, shadow: Shadow, trusted: Linear, layer: LinearLayer) -> Linear:
         """With the candidate's beside it, unless that declines the layer, or has failed."""
