@@ -24,7 +24,7 @@ from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, TieringWorker, Worker
+from dovetail.interfaces.worker import DescribingWorker, Progress, TieringWorker, Worker, WorkerCapabilities
 from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
@@ -33,6 +33,7 @@ from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
 from dovetail.step_costs import measure
 from dovetail.types import KVGroup
+from dovetail.weights import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,23 @@ def _speculation(context: BuildContext, engine: Engine, vocab_size: int) -> Spec
         )  # fmt: skip
         policy = Adaptive(costs, num_draft_tokens)
     return Speculation(drafter, num_draft_tokens, policy)
+
+
+def weights_of(plan: Plan, registry: Registry | None = None) -> list[LayerWeights]:
+    """How the engine of a plan would keep the weights of its linear layers; reads none. Empty if its worker does not say.
+
+    Raises `CheckpointError` or `ConfigError` where the checkpoint and the rules for its layers do not fit.
+    """
+    registry = load_registry() if registry is None else registry
+    context = BuildContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
+    can = context.capabilities("worker")
+    if not isinstance(can, WorkerCapabilities) or not can.describes_weights:
+        return []
+    worker: DescribingWorker = context.build("worker")
+    try:
+        return worker.weights()
+    finally:
+        worker.close()
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:

@@ -41,8 +41,8 @@ def check_stored(
         raise CheckpointError(f"{model.folder}: {quantized}, and {said} leaves it out: is it the config that it was made with?")
     if wanted is not None and found <= PLAIN_TENSORS and not found & {*wanted} - {"bias"}:
         raise CheckpointError(
-            f"{model.folder}: {name} is stored as a plain weight, and {said} asks for {', '.join(wanted)}: is it the config that "
-            "it was made with?"
+            f"{model.folder}: {name} is stored as a plain weight, and {said} asks for {', '.join(wanted)}: is it the config "
+            "that it was made with?"
         )
 
 

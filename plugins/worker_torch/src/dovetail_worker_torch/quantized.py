@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
+from dovetail.interfaces.matmul import MatmulScheme
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
+from dovetail.weights import LayerWeights
 from dovetail_worker_torch.agreement import check_scale, check_stored, stored_tensors
 from dovetail_worker_torch.checkpoint import few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
@@ -42,20 +44,20 @@ class QuantizedLayers:
         self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
         self._shadow = shadow if CANDIDATE in context.plan.choices else None
         self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
-        self._taken: dict[str, dict[str, Linear]] = {key: {} for key in self._schemes}
-        """By rule and the name of a part."""
+        self._taken: list[Taken] = []
         self._declined: dict[str, list[str]] = {}
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
         plan = self._context.plan
         layer = LinearLayer(name, tuple(parts), in_features, bias, self._dtype, plan.device)
         key = plan.quantization_of(layer)
-        made = self._made(key, self._schemes[key], layer)
+        made, declined = self._made(key, self._schemes[key], layer), ""
         if isinstance(made, Declined):
+            declined = made.reason
             if not self._as(key, layer).stored:
                 self._declined.setdefault(made.reason, []).append(name)
             made = self._plain.linear(name, parts, in_features, bias)
-        self._taken[key] |= {part.name: made for part in parts}
+        self._taken.append(Taken(key, layer, made, declined))
         return made if self._shadow is None else self._shadowed(self._shadow, made, layer)
 
     def _as(self, key: str, layer: LinearLayer) -> LinearLayer:
@@ -109,18 +111,48 @@ class QuantizedLayers:
     def check(self, tensor_names: Collection[str]) -> None:
         """Once the model is made: raise `ConfigError` for a rule that matches none of its layers, and for layers that the
         checkpoint, which holds `tensor_names`, stores otherwise than they are to be read."""
-        names, stored = [name for layers in self._taken.values() for name in layers], stored_tensors(tensor_names)
-        for key, layers in self._taken.items():
-            choice = self._context.plan.choices[key]
-            if not layers and choice.requested != "auto":
-                raise ConfigError(
-                    f"{key}: {choice.match!r} matches no linear layer that an earlier rule does not. Layers: {few(names)}"
-                )
-            for name, made in layers.items():
-                wanted = made.stored if isinstance(made, QuantizedLinear) else None
-                check_stored(self._context.model, key, choice, name, stored.get(name, set()), wanted)
+        choices, stored = self._context.plan.choices, stored_tensors(tensor_names)
+        for key in self._schemes:
+            if choices[key].requested != "auto" and all(taken.key != key for taken in self._taken):
+                layers = few([part.name for taken in self._taken for part in taken.layer.parts])
+                rule = choices[key].match
+                raise ConfigError(f"{key}: {rule!r} matches no linear layer that an earlier rule does not. Layers: {layers}")
+        for taken in self._taken:
+            wanted = taken.made.stored if isinstance(taken.made, QuantizedLinear) else None
+            for part in taken.layer.parts:
+                found = stored.get(part.name, set())
+                check_stored(self._context.model, taken.key, choices[taken.key], part.name, found, wanted)
         for reason, names in self._declined.items():
             log.warning("not quantized: %s: %s", few(names), reason)
+
+
+    def weights(self, plain: str) -> list[LayerWeights]:
+        """What was made of each layer. `plain`: the kind of those that no scheme makes."""
+        return [self._weights(taken, plain) for taken in self._taken]
+
+    def _weights(self, taken: Taken, plain: str) -> LayerWeights:
+        key, layer, context = taken.key, taken.layer, self._context
+        sizes = (layer.name, layer.in_features, layer.out_features, key)
+        if not isinstance(taken.made, QuantizedLinear):
+            nbytes = layer.in_features * layer.out_features * getattr(torch, layer.dtype).itemsize
+            return LayerWeights(*sizes, "none", layer.dtype, plain, nbytes, taken.declined)
+        scheme, layer, provider = taken.made.scheme, taken.made.layer, context.plan.choices[key].provider
+        nbytes = _ask(provider, layer, partial(scheme.nbytes, layer))
+        form = str(_ask(provider, layer, partial(scheme.format, layer))) if isinstance(scheme, MatmulScheme) else ""
+        shared = context.capabilities(key).codes
+        by = f"matmul: {context.plan.choices['matmul'].provider}" if shared else f"quantization: {provider}"
+        return LayerWeights(*sizes, provider, form, by, nbytes)
+
+
+class Taken(NamedTuple):
+    """A layer as a rule's scheme, or the plain maker, has made it."""
+
+    key: str
+    """Of the rule."""
+    layer: LinearLayer
+    made: Any
+    declined: str
+    """Why the rule's scheme did not."""
 
 
 class QuantizedLinear:
@@ -132,7 +164,8 @@ class QuantizedLinear:
         """`asked_by`: what says how it is stored, for errors."""
         self.layer = layer
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._provider, self._scheme, self._parameters, self._asked_by = provider, scheme, parameters, asked_by
+        self.scheme = scheme
+        self._provider, self._parameters, self._asked_by = provider, parameters, asked_by
         self._tensors: dict[str, Tensor] = {}
         self._missing: set[str] = set()
         self._missing = set(self.targets())
@@ -180,7 +213,7 @@ class QuantizedLinear:
             store(tensor)
             self._missing.discard(f"{part.name}.{name}")
             if not self._missing:
-                self._multiply = _ask(self._provider, self.layer, lambda: self._scheme.linear(self.layer, self._tensors))
+                self._multiply = _ask(self._provider, self.layer, lambda: self.scheme.linear(self.layer, self._tensors))
                 self._tensors = {}
 
         return Target(shape, dtype, store_one)
@@ -198,7 +231,7 @@ class QuantizedLinear:
 
     def _quantize(self, part: int, weight: Tensor) -> None:
         layer = self.layer.part(part)
-        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight.contiguous()))
+        made = _ask(self._provider, layer, lambda: self.scheme.quantize(layer, weight.contiguous()))
         for name, parameter in self._parameters.items():
             found, expected = made.get(name), parameter.part_shape(self.layer, part)
             if found is None or tuple(found.shape) != expected or str(found.dtype) != f"torch.{parameter.dtype}":

@@ -18,6 +18,7 @@ from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
 from dovetail.interfaces.worker import Progress
 from dovetail.shadow import PREFIX, ShadowReport
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+from dovetail.weights import LayerWeights
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.compiled import CompiledDecoder
@@ -27,7 +28,7 @@ from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import kv_memory
-from dovetail_worker_torch.model import load_model
+from dovetail_worker_torch.model import Unread, describe_weights, load_model
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.quantized import QuantizedLayers
@@ -78,6 +79,13 @@ class TorchWorker:
             folder = Path(plan.draft.folder)
             of_draft = replace(self._context, model=model_facts(folder))
             self._draft = self._load(folder, of_draft, "architecture.draft", plain, progress)
+
+    def weights(self) -> list[LayerWeights]:
+        if not self._made.quantization or self._made.loads_weights:
+            return []  # the model's code makes its layers itself
+        layers = QuantizedLayers(self._context, Unread(), self._context.plan.dtype, self._kv_dtype)
+        plain = "worker: packed" if self._kernels else "worker: torch"
+        return describe_weights(Path(self._context.plan.folder), self._context.build("architecture"), layers, plain)
 
     def _load(self, folder: Path, context: BuildContext, key: str, layers: LayerMaker, progress: Progress) -> Model:
         made: ArchitectureCapabilities = context.capabilities(key)
