@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from awq_gptq_packers import make_gptq
 from quantized import SIZES, quantize
@@ -17,6 +19,9 @@ from dovetail.compose import weights_of
 from dovetail.config import load_config
 from dovetail.errors import CheckpointError
 from dovetail.resolution import resolve
+from dovetail.serving import AsyncEngine
+from dovetail_server_openai import ServerOptions
+from dovetail_server_openai.app import make_app
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}
@@ -60,6 +65,29 @@ def test_before_and_after_the_weights_are_read(name: str, matmul: str) -> None:
         engine: Any = llm.engine
         assert engine.worker.weights() == said
         assert said[0].multiplied_by == f"matmul: {llm.plan.choices['matmul'].provider}"
+
+
+def test_a_server_says_it_with_its_plan() -> None:
+    async def ask(name: str) -> dict[str, Any]:
+        engine = AsyncEngine(load_config(model=name, device="cpu"), server=True)
+        try:
+            await engine.start()
+            async with asyncio.timeout(30):
+                while not engine.invoked:  # noqa: ASYNC110 - what is waited for has no event
+                    await asyncio.sleep(0.01)
+            transport = httpx.ASGITransport(make_app(engine, ServerOptions()))
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                answer: dict[str, Any] = (await client.get("/v1/dovetail/plan")).json()
+                return answer
+        finally:
+            await engine.close()
+
+    said = asyncio.run(ask(str(CHECKPOINTS / "awq_w4_g128_gemm")))
+    assert [(group["names"], group["count"], group["one"]["scheme"]) for group in said["weights"]][-2:] == [
+        ("model.layers.{0..1}.mlp.down_proj", 2, "awq"), ("lm_head", 1, "none"),
+    ]  # fmt: skip
+    assert said["attested"]["quantization"]["invoked"]
+    assert "weights" not in asyncio.run(ask("demo"))
 
 
 def test_bytes_by_hand() -> None:

@@ -23,6 +23,7 @@ from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.server import Server
 from dovetail.interfaces.worker import DescribingWorker, Progress, TieringWorker, Worker, WorkerCapabilities
 from dovetail.kv_sizes import size_cache, size_host_tier
@@ -162,21 +163,24 @@ def _speculation(context: BuildContext, engine: Engine, vocab_size: int) -> Spec
     return Speculation(drafter, num_draft_tokens, policy)
 
 
-def weights_of(plan: Plan, registry: Registry | None = None) -> list[LayerWeights]:
-    """How the engine of a plan would keep the weights of its linear layers; reads none. Empty if its worker does not say.
+def weights_of(plan: Plan, registry: Registry | None = None, running: Worker | None = None) -> list[LayerWeights]:
+    """How the engine of a plan keeps the weights of its linear layers. Empty if none is quantized, or its worker does not say.
 
-    Raises `CheckpointError` or `ConfigError` where the checkpoint and the rules for its layers do not fit.
+    `running`: the plan's worker; by default one is built, and reads no weight. Raises `CheckpointError` or `ConfigError` where
+    the checkpoint and the rules for its layers do not fit.
     """
     registry = load_registry() if registry is None else registry
     context = BuildContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
-    can = context.capabilities("worker")
-    if not isinstance(can, WorkerCapabilities) or not can.describes_weights:
+    can, schemes = context.capabilities("worker"), [context.capabilities(key) for key in plan.quantization_rules]
+    says = isinstance(can, WorkerCapabilities) and can.describes_weights
+    if not says or not any(isinstance(s, QuantizationCapabilities) and PLAIN not in s.methods for s in schemes):
         return []
-    worker: DescribingWorker = context.build("worker")
+    worker: DescribingWorker = context.build("worker") if running is None else cast(DescribingWorker, running)
     try:
         return worker.weights()
     finally:
-        worker.close()
+        if running is None:
+            worker.close()
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:

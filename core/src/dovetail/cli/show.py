@@ -14,10 +14,8 @@ from dovetail.compose import weights_of
 from dovetail.config import load_config
 from dovetail.console import wide_console
 from dovetail.contracts import deprecation, served
-from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Offer, Registry, load_registry
-from dovetail.plugins.selection import find
 from dovetail.provider import Reason
 from dovetail.resolution import resolve
 from dovetail.weights import LayerWeights, alike
@@ -83,9 +81,7 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
     """Print the plan: per socket what is taken, what is not, and why."""
     registry = load_registry()
     plan = resolve(load_config(config_file, **values), registry, server=True)
-    schemes = [find(registry, choice).provider.capabilities for choice in plan.quantization_rules.values()]
-    is_quantized = any(isinstance(can, QuantizationCapabilities) and PLAIN not in can.methods for can in schemes)
-    layers = weights_of(plan, registry) if is_quantized else []  # which loads the worker's library
+    layers = weights_of(plan, registry)
     if as_json:
         more = {"weights": msgspec.to_builtins(layers)} if layers else {}
         print(json.dumps({**msgspec.to_builtins(plan), "fingerprint": plan.fingerprint, **more}, indent=2))

@@ -24,7 +24,7 @@ from dovetail.interfaces.matmul import MatmulScheme
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
 from dovetail.weights import LayerWeights
 from dovetail_worker_torch.agreement import check_scale, check_stored, stored_tensors
-from dovetail_worker_torch.checkpoint import few
+from dovetail_worker_torch.checkpoint import BY_CONFIG, few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
 
 CANDIDATE = "shadow.quantization"
@@ -159,7 +159,7 @@ class QuantizedLinear:
     """A layer of a scheme. Complete when all its targets have been stored."""
 
     def __init__(
-        self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter], asked_by: str
+        self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter], asked_by: str = BY_CONFIG
     ) -> None:
         """`asked_by`: what says how it is stored, for errors."""
         self.layer = layer

@@ -62,6 +62,8 @@ class TorchWorker:
             check_compile(plan.device)
         names = {key: context.name(key) for key in plan.choices if key.startswith(PREFIX)}
         self._shadow = Shadow(plan.shadow_share, names, self._device) if names else None
+        self._plain = "worker: packed" if self._kernels else "worker: torch"
+        self._weights: list[LayerWeights] | None = None
         self._model: Model | None = None
         self._draft: Model | None = None
         self._runner: Runner | None = None
@@ -73,6 +75,7 @@ class TorchWorker:
         plain: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
         layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
         self._model = self._load(Path(plan.folder), self._context, "architecture", layers, progress)
+        self._weights = layers.weights(self._plain)
         if self._torch_compile:
             cast(Any, self._model).compile()
         if plan.draft is not None:
@@ -81,11 +84,12 @@ class TorchWorker:
             self._draft = self._load(folder, of_draft, "architecture.draft", plain, progress)
 
     def weights(self) -> list[LayerWeights]:
+        if self._weights is not None:
+            return self._weights
         if not self._made.quantization or self._made.loads_weights:
             return []  # the model's code makes its layers itself
         layers = QuantizedLayers(self._context, Unread(), self._context.plan.dtype, self._kv_dtype)
-        plain = "worker: packed" if self._kernels else "worker: torch"
-        return describe_weights(Path(self._context.plan.folder), self._context.build("architecture"), layers, plain)
+        return describe_weights(Path(self._context.plan.folder), self._context.build("architecture"), layers, self._plain)
 
     def _load(self, folder: Path, context: BuildContext, key: str, layers: LayerMaker, progress: Progress) -> Model:
         made: ArchitectureCapabilities = context.capabilities(key)
