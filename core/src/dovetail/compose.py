@@ -23,8 +23,9 @@ from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, TieringWorker, Worker
+from dovetail.interfaces.worker import DescribingWorker, Progress, TieringWorker, Worker, WorkerCapabilities
 from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
@@ -33,6 +34,7 @@ from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
 from dovetail.step_costs import measure
 from dovetail.types import KVGroup
+from dovetail.weights import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,26 @@ def _speculation(context: BuildContext, engine: Engine, vocab_size: int) -> Spec
         )  # fmt: skip
         policy = Adaptive(costs, num_draft_tokens)
     return Speculation(drafter, num_draft_tokens, policy)
+
+
+def weights_of(plan: Plan, registry: Registry | None = None, running: Worker | None = None) -> list[LayerWeights]:
+    """How the engine of a plan keeps the weights of its linear layers. Empty if none is quantized, or its worker does not say.
+
+    `running`: the plan's worker; by default one is built, and reads no weight. Raises `CheckpointError` or `ConfigError` where
+    the checkpoint and the rules for its layers do not fit.
+    """
+    registry = load_registry() if registry is None else registry
+    context = BuildContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
+    can, schemes = context.capabilities("worker"), [context.capabilities(key) for key in plan.quantization_rules]
+    says = isinstance(can, WorkerCapabilities) and can.describes_weights
+    if not says or not any(isinstance(s, QuantizationCapabilities) and PLAIN not in s.methods for s in schemes):
+        return []
+    worker: DescribingWorker = context.build("worker") if running is None else cast(DescribingWorker, running)
+    try:
+        return worker.weights()
+    finally:
+        if running is None:
+            worker.close()
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:

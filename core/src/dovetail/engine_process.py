@@ -24,7 +24,7 @@ import msgspec
 from dovetail import wire
 from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
-from dovetail.compose import build_engine, shadow_report_of
+from dovetail.compose import build_engine, shadow_report_of, weights_of
 from dovetail.engine import Engine
 from dovetail.errors import DovetailError, PluginError
 from dovetail.plan import Plan
@@ -125,10 +125,10 @@ def main() -> None:
         # later, when it would take tens of milliseconds with a tensor library in memory.
         gc.disable()
         attestation = Attestation()
-        engine, fingerprint = _start(link, attestation)
+        engine, ready = _start(link, attestation)
         gc.freeze()
         gc.enable()
-        link.send(wire.Ready(fingerprint, engine.snapshot()))
+        link.send(ready)
         try:
             _loop(engine, link, attestation)
         except DovetailError:
@@ -146,7 +146,7 @@ def main() -> None:
         link.close()
 
 
-def _start(link: Link, attestation: Attestation) -> tuple[Engine, str]:
+def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
     first = link.inbox.get()
     assert isinstance(first, wire.Start)
     plan = Plan.decode(first.plan)
@@ -160,7 +160,7 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, str]:
     engine = build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry, attestation)
     if isinstance(engine.culprit, Attribution):
         link.where = engine.culprit.running
-    return engine, plan.fingerprint
+    return engine, wire.Ready(plan.fingerprint, engine.snapshot(), weights_of(plan, registry, engine.worker))
 
 
 def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:

@@ -92,6 +92,13 @@ class ModelFacts:
         """`quant_method` of the checkpoint; "none" if it is not quantized."""
         return "none" if self.quantization_config is None else str(self.quantization_config["quant_method"])
 
+    @property
+    def quantization_said(self) -> str:
+        """The checkpoint's quantization_config in a line, for errors: what it says, without what says who wrote it."""
+        said = {k: v for k, v in (self.quantization_config or {}).items() if v not in (None, {}, []) and k != "meta"}
+        text = json.dumps(said)
+        return f"quantization_config {text if len(text) < 400 else text[:400] + '…'} of config.json"
+
 
 def model_facts(folder: Path) -> ModelFacts:
     """Read a model folder's config. Raises `CheckpointError` naming the file and the key."""

@@ -40,6 +40,7 @@ from dovetail.plan import Plan
 from dovetail.resolution import resolve
 from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
+from dovetail.weights import LayerWeights
 
 log = logging.getLogger("dovetail")
 
@@ -79,6 +80,8 @@ class AsyncEngine:
         """Of a shadow run: what it has shown since the process began."""
         self.invoked: dict[str, bool] = {}
         """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
+        self.weights: list[LayerWeights] = []
+        """Of the linear layers, once they are loaded, if some are quantized. See `compose.weights_of`."""
         self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
@@ -348,7 +351,7 @@ class AsyncEngine:
             case wire.Ready():
                 if message.fingerprint != self.plan.fingerprint:
                     raise PluginError("the engine built another plan than the front-end resolved; restart the server")
-                self.stats = message.stats
+                self.stats, self.weights = message.stats, message.weights
                 if self.state in ("loading", "restarting"):
                     self.state = "ready"
                 if self._started is not None and not self._started.done():

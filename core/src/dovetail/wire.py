@@ -9,6 +9,7 @@ import msgspec
 
 from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SequenceOutput
+from dovetail.weights import LayerWeights
 
 MAX_FRAME = 256 * 2**20
 
@@ -49,6 +50,8 @@ class Ready(msgspec.Struct, tag=True):
 
     fingerprint: str
     stats: EngineStats
+    weights: list[LayerWeights] = []
+    """See `compose.weights_of`."""
 
 
 class Failed(msgspec.Struct, tag=True):

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from dovetail.compose import weights_of
 from dovetail.config import load_config
 from dovetail.console import wide_console
 from dovetail.contracts import deprecation, served
@@ -17,6 +18,7 @@ from dovetail.plan import Choice, Plan
 from dovetail.plugins.discovery import Offer, Registry, load_registry
 from dovetail.provider import Reason
 from dovetail.resolution import resolve
+from dovetail.weights import LayerWeights, alike
 
 
 def show_plugins(*, as_json: bool) -> int:
@@ -77,12 +79,44 @@ def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
 
 def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool) -> int:
     """Print the plan: per socket what is taken, what is not, and why."""
-    plan = resolve(load_config(config_file, **values), server=True)
+    registry = load_registry()
+    plan = resolve(load_config(config_file, **values), registry, server=True)
+    layers = weights_of(plan, registry)
     if as_json:
-        print(json.dumps({**msgspec.to_builtins(plan), "fingerprint": plan.fingerprint}, indent=2))
+        more = {"weights": msgspec.to_builtins(layers)} if layers else {}
+        print(json.dumps({**msgspec.to_builtins(plan), "fingerprint": plan.fingerprint, **more}, indent=2))
         return 0
-    wide_console().print(plan_tree(plan))
+    console = wide_console()
+    console.print(plan_tree(plan))
+    if layers:
+        console.print(weights_table(layers, plan.dtype))
     return 0
+
+
+def weights_table(layers: list[LayerWeights], dtype: str) -> Table:
+    """A line for layers that are alike. `dtype`: of the plan."""
+    total, plain = sum(layer.nbytes for layer in layers), sum(plain_bytes(layer, dtype) for layer in layers)
+    title = f"weights of linear layers: {size(total)}, {total / plain:.0%} of {size(plain)} in {dtype}"
+    columns = ("layers", "outputs × inputs", "scheme", "kept as", "multiplied by", "bytes each", "in all")
+    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for group in alike(layers):
+        one = group.one
+        shape, form = f"{one.out_features} × {one.in_features}", f"{one.form}: {one.remark}" if one.remark else one.form
+        cells = (Text(group.names), shape, one.scheme, Text(form), one.multiplied_by, size(one.nbytes), size(group.nbytes))
+        table.add_row(*cells)
+    return table
+
+
+def plain_bytes(layer: LayerWeights, dtype: str) -> int:
+    return layer.in_features * layer.out_features * (4 if dtype == "float32" else 2)
+
+
+def size(nbytes: int) -> str:
+    """For people."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:.0f} {unit}"
+    return f"{nbytes} B"
 
 
 def plan_tree(plan: Plan) -> Tree:

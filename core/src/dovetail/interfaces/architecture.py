@@ -46,7 +46,10 @@ class Target(NamedTuple):
     dtype: Any
     """Of what is kept. Floating types are converted; any other must be stored as it is wanted."""
     store: Callable[[Array], object]
-    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call."""
+    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call. Raises `CheckpointError`
+    for values that cannot be: who reads the file says where."""
+    asked_by: str = "the model's config"
+    """What says that the tensor is there, in this shape: for errors."""
 
     @staticmethod
     def into(tensor: Array, shape: tuple[int, ...] | None = None) -> Target:
@@ -55,7 +58,7 @@ class Target(NamedTuple):
 
     def transposed(self) -> Target:
         """For a checkpoint that holds the matrix the other way round, `[in, out]`."""
-        return Target(self.shape[::-1], self.dtype, lambda tensor: self.store(tensor.T))
+        return self._replace(shape=self.shape[::-1], store=lambda tensor: self.store(tensor.T))
 
 
 class Linear(Protocol):

@@ -45,6 +45,12 @@ class WeightFormat:
     448 (float8), unless the format has an input_scale."""
     input_scale: bool = False
 
+    def __str__(self) -> str:
+        per = "one scale an output" if self.group_size is None else f"groups of {self.group_size}"
+        more = ", zeros" * self.zeros + ", in an order" * self.order
+        rounded = "" if self.inputs is None else f", inputs {self.inputs}{' by a fixed scale' * self.input_scale}"
+        return f"{self.codes}, {per}{more}{rounded}"
+
     def num_groups(self, in_features: int) -> int:
         return 1 if self.group_size is None else -(-in_features // self.group_size)
 

@@ -140,6 +140,8 @@ class Parameter:
     axes: tuple[Axis | int, ...]
     """A number is an axis of that length in every part and shard."""
     dtype: str
+    is_scale: bool = False
+    """Weights or inputs are multiplied by it: where it is read from a checkpoint, a zero, an infinity or NaN is an error."""
 
     def part_shape(self, layer: LinearLayer, part: int) -> tuple[int, ...]:
         """In the checkpoint (of a layer that is not sharded)."""

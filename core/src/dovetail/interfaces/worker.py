@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from dovetail.shadow import ShadowReport
 from dovetail.types import KVGroup, StepPlan, StepResult
+from dovetail.weights import LayerWeights
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, done so far, of how many)"""
@@ -29,6 +30,8 @@ class WorkerCapabilities:
     """It drafts with the plan's draft model where a plan asks for that (`DRAFTED_BY_WORKER`)."""
     host_tier: bool = False
     """It keeps KV blocks in host memory and does a plan's `block_ops` of kinds out and in: it is a `TieringWorker`."""
+    describes_weights: bool = False
+    """It says how it keeps the weights before it reads any: it is a `DescribingWorker`."""
 
 
 class Worker(Protocol):
@@ -72,6 +75,15 @@ class ShadowingWorker(Worker, Protocol):
 
     def shadow_report(self) -> ShadowReport | None:
         """What the candidates have shown so far; None without a shadow run. The object may change with every step."""
+
+
+class DescribingWorker(Worker, Protocol):
+    """A worker that declares `describes_weights`."""
+
+    def weights(self) -> list[LayerWeights]:
+        """The model's linear layers, in their order, before or after `load`. Reads names and no weight.
+
+        Raises `CheckpointError` or `ConfigError` where the checkpoint and the rules for its layers do not fit."""
 
 
 class TieringWorker(Worker, Protocol):

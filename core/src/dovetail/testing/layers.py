@@ -90,6 +90,18 @@ def fill(layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[
     return tensors
 
 
+def as_read(parameters: dict[str, Parameter], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors as a worker reads them: floating types of 16 bits and more are converted into each other."""
+    import torch
+
+    floating = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    wanted = {name: getattr(torch, parameters[name].dtype) for name in found.keys() & parameters.keys()}
+    return {
+        name: tensor.to(wanted[name]) if {tensor.dtype, wanted.get(name)} <= floating else tensor
+        for name, tensor in found.items()
+    }
+
+
 def fill_shard(
     layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[str, Tensor]], side: Side, rank: int, size: int
 ) -> tuple[LinearLayer, dict[str, Tensor]]:

@@ -33,6 +33,7 @@ from dovetail.testing.layers import (
     ACTIVATIONS,
     PRECISION,
     Case,
+    as_read,
     bias_of,
     compare,
     fill,
@@ -246,11 +247,11 @@ class QuantizationContract(Contract):
         parameters = self.declared(scheme, layer)
         if not isinstance(parameters, dict):
             return None
-        pack = type(self).pack
-        parts = [
-            pack(case.config, layer.part(i), weight) if pack and case.config else scheme.quantize(layer.part(i), weight)
-            for i, weight in enumerate(weights)
-        ]
+        parts, pack = [], type(self).pack
+        for i, weight in enumerate(weights):
+            part = layer.part(i)
+            stored = pack and case.config and as_read(parameters, pack(case.config, part, weight))
+            parts.append(stored or scheme.quantize(part, weight))
         return scheme, layer, parameters, fill(layer, parameters, parts), parts
 
     def limit(self, case: Case) -> float:

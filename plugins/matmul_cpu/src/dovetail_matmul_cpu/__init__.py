@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CAPABILITIES = MatmulCapabilities(
     codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), compiled_steps=True
 )
-NEEDED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_vbmi", "avx512_bf16")
+NEEDED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_bf16")
 
 
 def why_not(context: Context) -> list[Reason]:

@@ -16,28 +16,30 @@ if TYPE_CHECKING:
     from dovetail_quant_awq_gptq.awq import Awq
     from dovetail_quant_awq_gptq.gptq import Gptq
 
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}
 AWQ_EXAMPLES = (
-    {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True},
-    {"quant_method": "awq", "bits": 4, "group_size": -1, "version": "gemm", "zero_point": True, "modules_to_not_convert": ["kit_out"]},
-)  # fmt: skip
+    AWQ_CONFIG | {"group_size": 64},
+    AWQ_CONFIG | {"group_size": -1, "modules_to_not_convert": ["kit_out"]},
+)
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False}
 GPTQ_EXAMPLES = (
-    {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": False},
-    {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False, "checkpoint_format": "gptq_v2"},
-    {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "desc_act": True},
-    {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False, "desc_act": False},
+    GPTQ_CONFIG,
+    GPTQ_CONFIG | {"group_size": 32, "sym": False, "checkpoint_format": "gptq_v2"},
+    GPTQ_CONFIG | {"desc_act": True},
+    GPTQ_CONFIG | {"bits": 8, "group_size": -1, "sym": False},
 )
 
 
 def _awq(context: BuildContext, options: Options) -> Awq:
     from dovetail_quant_awq_gptq.awq import Awq
 
-    return Awq(context.build("matmul"), context.model.quantization_config or {})
+    return Awq(context.build("matmul"), context.model.quantization_config or {}, f"{context.model.folder / 'config.json'}")
 
 
 def _gptq(context: BuildContext, options: Options) -> Gptq:
     from dovetail_quant_awq_gptq.gptq import Gptq
 
-    return Gptq(context.build("matmul"), context.model.quantization_config or {})
+    return Gptq(context.build("matmul"), context.model.quantization_config or {}, f"{context.model.folder / 'config.json'}")
 
 
 def _can(method: str, codes: tuple[str, ...], examples: tuple[dict[str, Any], ...]) -> QuantizationCapabilities:

@@ -7,7 +7,6 @@ weight = (code - zero) * scale.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -15,21 +14,20 @@ from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
 from dovetail.interfaces.quantization import IN, OUT, Axis, Declined, LinearLayer, Parameter
 from dovetail_quant_awq_gptq.packing import INTERLEAVED, canonical_codes, unpack
+from dovetail_quant_awq_gptq.settings import Config, group_size, one_of
 
 BITS, PER_WORD = 4, 8
 
 
 class Awq(MatmulScheme):
-    """Layers of an AWQ checkpoint."""
+    """Layers of an AWQ checkpoint. `where` is the file of the config, for errors."""
 
-    def __init__(self, matmul: Matmul, config: Mapping[str, Any]) -> None:
+    def __init__(self, matmul: Matmul, config: Config, where: str) -> None:
         super().__init__(matmul)
-        for name, given, known in (("bits", config.get("bits", config.get("w_bit", 4)), (4,)),
-                                   ("version", str(config.get("version", "gemm")).lower(), ("gemm",))):  # fmt: skip
-            if given not in known:
-                raise CheckpointError(f"quantization_config: AWQ with {name} {given!r} is not supported; {known[0]!r} is")
-        group = config.get("group_size", config.get("q_group_size", 128))
-        self._group: int | None = None if group in (-1, None) else int(group)
+        one_of(where, config, ("bits", "w_bit"), (4,), BITS)
+        one_of(where, config, ("version", "checkpoint_format"), ("gemm",), "gemm")
+        one_of(where, config, ("pack_dtype",), ("int32",), "int32")
+        self._group = group_size(where, config, ("group_size", "q_group_size"))
         self._has_zeros: bool = config.get("zero_point", True)
         self._left_out: list[str] = config.get("modules_to_not_convert") or []
 
@@ -39,20 +37,24 @@ class Awq(MatmulScheme):
         group = self._group or layer.in_features
         odd = [part.name for part in layer.parts if part.out_features % PER_WORD]
         if odd or layer.in_features % group:
-            what = f"{odd[0]} has outputs that are no multiple of {PER_WORD}" if odd else f"its inputs are not groups of {group}"
-            raise CheckpointError(f"{layer.name} cannot be read as AWQ: {what}")
+            what = f"the outputs of {odd[0]} are no multiple of {PER_WORD}" if odd else f"its inputs are not groups of {group}"
+            raise CheckpointError(f"{layer.name} ({layer.in_features} inputs) cannot be read as AWQ: {what}")
         words = Axis("out", features=PER_WORD)
         groups = Axis("in", features=group)
-        found = {"qweight": Parameter((IN, words), "int32"), "scales": Parameter((groups, OUT), "float32")}
+        found = {
+            "qweight": Parameter((IN, words), "int32"),
+            "scales": Parameter((groups, OUT), "float32", is_scale=True),
+        }
         return found | ({"qzeros": Parameter((groups, words), "int32")} if self._has_zeros else {})
 
     def format(self, layer: LinearLayer) -> WeightFormat:
-        return WeightFormat("uint4", self._group, zeros=True)
+        return WeightFormat("uint4", self._group, zeros=self._has_zeros)
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         codes, scales = unpack(tensors["qweight"], BITS, 1, INTERLEAVED).T, tensors["scales"].T
-        zeros = unpack(tensors["qzeros"], BITS, 1, INTERLEAVED).T if self._has_zeros else scales * 0 + 8
-        return {"scales": scales, **canonical_codes(codes, zeros, BITS)}
+        if not self._has_zeros:
+            return {"scales": scales, "codes": canonical_codes(codes, codes[:, :0], BITS)["codes"]}
+        return {"scales": scales, **canonical_codes(codes, unpack(tensors["qzeros"], BITS, 1, INTERLEAVED).T, BITS)}
 
     def _is_left_out(self, name: str) -> bool:
         return name == "lm_head" or any(part in name for part in self._left_out)

@@ -21,16 +21,17 @@ def unpack(words: Tensor, bits: int, axis: int, order: tuple[int, ...] = IN_ORDE
 
 
 def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] = IN_ORDER) -> Tensor:
-    """The other way round: for tests and for making checkpoints."""
+    """The other way round: for making checkpoints."""
     count = 32 // bits
-    moved = codes.movedim(axis, -1).to(torch.int64).unflatten(-1, (-1, count))[..., list(order[:count])]
-    words = (moved << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
+    moved = codes.movedim(axis, -1).to(torch.int64)
+    by_word = moved.reshape(*moved.shape[:-1], -1, count)[..., list(order[:count])]
+    words = (by_word << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).movedim(-1, axis)
 
 
 def canonical_codes(codes: Tensor, zeros: Tensor, bits: int) -> dict[str, Tensor]:
-    """`codes u8[out, in]` and `zeros [out, num_groups]` (of any integer type, up to 2 ** bits) in the matmul socket's form."""
+    """`codes u8[out, in]` and `zeros u8[out, num_groups]` in the matmul socket's form."""
     if bits == 4:
         padded = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-        return {"codes": padded[:, 0::2] | padded[:, 1::2] << 4, "zeros": zeros.to(torch.uint8)}
+        return {"codes": padded[:, 0::2] | padded[:, 1::2] << 4, "zeros": zeros}
     return {"codes": (codes.to(torch.int16) - 128).to(torch.int8), "zeros": (zeros.to(torch.int16) - 128).to(torch.int8)}

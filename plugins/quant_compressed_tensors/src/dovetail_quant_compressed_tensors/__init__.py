@@ -32,16 +32,20 @@ EXAMPLES = (
     example("float-quantized", FLOAT | {"strategy": "tensor"}, FLOAT | {"strategy": "tensor", "dynamic": False}),
     example("float-quantized", FLOAT | {"strategy": "block", "block_structure": [128, 128]}),
     example("int-quantized", INT | {"strategy": "channel"}, INT | BY_TOKEN),
+    example("int-quantized", INT | {"strategy": "channel", "symmetric": False}, INT | BY_TOKEN),
     example("pack-quantized", INT | {"strategy": "channel"}),
+    example("pack-quantized", NIBBLE | {"strategy": "channel", "symmetric": False}),
     example("pack-quantized", NIBBLE | {"strategy": "group", "group_size": 64, "symmetric": True}),
     example("pack-quantized", NIBBLE | {"strategy": "group", "group_size": 32, "symmetric": False}),
+    example("pack-quantized", NIBBLE | {"strategy": "group", "group_size": 64, "symmetric": True, "actorder": "group"}),
 )
 
 
 def _build(context: BuildContext, options: Options) -> CompressedTensors:
     from dovetail_quant_compressed_tensors.scheme import CompressedTensors
 
-    return CompressedTensors(context.build("matmul"), context.model.quantization_config or {})
+    where = f"{context.model.folder / 'config.json'}"
+    return CompressedTensors(context.build("matmul"), context.model.quantization_config or {}, where)
 
 
 PROVIDER = Provider(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
@@ -19,6 +20,7 @@ from dovetail import __version__
 from dovetail.attribution import Attribution
 from dovetail.errors import InvalidRequest, ModelNotFound, PluginError
 from dovetail.serving import AsyncEngine
+from dovetail.weights import alike
 from dovetail_server_openai import ServerOptions, failures
 from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -89,7 +91,8 @@ def make_app(
 
     @app.get("/v1/dovetail/plan")
     async def plan() -> dict[str, Any]:
-        return engine.plan.report(engine.invoked | {"server": True})
+        weights = {"weights": msgspec.to_builtins(alike(engine.weights))} if engine.weights else {}
+        return engine.plan.report(engine.invoked | {"server": True}) | weights
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:

@@ -100,7 +100,8 @@ def dovetail_workers() -> list[Provider[TorchWorker]]:
     return [
         Provider(
             "torch", "PyTorch, one device in this process", _worker, WorkerOptions,
-            capabilities=WorkerCapabilities(shadow=True, drafts=True, host_tier=True), why_not=_why_no_worker, settle=settle,
+            capabilities=WorkerCapabilities(shadow=True, drafts=True, host_tier=True, describes_weights=True),
+            why_not=_why_no_worker, settle=settle,
             priority=50,
         )
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 INTERCHANGEABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types that are converted into each other on the way. Any other must be stored as the model wants it."""
+
+BY_CONFIG = Target._field_defaults["asked_by"]
 
 IGNORABLE = ("*.rotary_emb.inv_freq",)
 """Tensors that old checkpoints hold and that follow from the config."""
@@ -51,7 +53,7 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
             missing.discard(name)
             progress("loading weights", done, total)
     if missing:
-        raise CheckpointError(f"{folder} lacks {few(sorted(missing))}, which the model described by its config.json has")
+        _refuse_missing(folder, targets, missing)
     allowed = [*IGNORABLE, *unused]
     if unknown := [n for n in surplus if not any(fnmatchcase(n, glob) for glob in allowed)]:
         raise CheckpointError(f"{folder} holds {few(unknown)}, which the model described by its config.json does not have")
@@ -107,6 +109,15 @@ def open_shard(path: Path) -> Any:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {e}") from None
 
 
+def _refuse_missing(folder: Path, targets: Mapping[str, Target], missing: set[str]) -> NoReturn:
+    """Raise a `CheckpointError` about those tensors that the same thing asks for."""
+    first = targets[min(missing)].asked_by
+    alike = few(sorted(name for name in missing if targets[name].asked_by == first))
+    if first == BY_CONFIG:
+        raise CheckpointError(f"{folder} lacks {alike}, which the model described by its config.json has")
+    raise CheckpointError(f"{folder} lacks {alike}, which {first} asks for")
+
+
 def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
     """Copy one tensor; return its bytes in the file."""
     try:
@@ -114,13 +125,17 @@ def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: {name} cannot be read: {e}") from None
     if tuple(tensor.shape) != target.shape:
+        advice = "" if target.asked_by == BY_CONFIG else ": is it the config that it was made with, and is the file whole?"
         raise CheckpointError(
-            f"{path}: {name} has shape {list(tensor.shape)}, the model's config asks for {list(target.shape)}"
+            f"{path}: {name} has shape {list(tensor.shape)}, {target.asked_by} asks for {list(target.shape)}{advice}"
         )
     if tensor.dtype != target.dtype and not {tensor.dtype, target.dtype} <= INTERCHANGEABLE:
         stored, wanted = (str(t).removeprefix("torch.") for t in (tensor.dtype, target.dtype))
         raise CheckpointError(f"{path}: {name} is stored as {stored}, which cannot be loaded as {wanted}")
-    target.store(tensor)
+    try:
+        target.store(tensor)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e.message}", provider=e.provider) from None
     return int(tensor.nbytes)
 
 

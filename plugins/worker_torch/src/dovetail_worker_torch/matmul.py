@@ -1,4 +1,4 @@
-"""Products by quantized weights in plain torch, on any device: a weight is expanded for every product. Slow, obviously right."""
+"""Products by quantized weights in plain torch, on any device: a weight is expanded for each. Slow, obviously right."""
 
 from __future__ import annotations
 

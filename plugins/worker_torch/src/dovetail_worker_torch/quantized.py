@@ -7,10 +7,10 @@ weights holds both forms of one layer at a time, not of all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
+from dovetail.interfaces.matmul import MatmulScheme
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
-from dovetail_worker_torch.checkpoint import few
+from dovetail.weights import LayerWeights
+from dovetail_worker_torch.agreement import check_scale, check_stored, stored_tensors
+from dovetail_worker_torch.checkpoint import BY_CONFIG, few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
 
 CANDIDATE = "shadow.quantization"
@@ -41,21 +44,20 @@ class QuantizedLayers:
         self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
         self._shadow = shadow if CANDIDATE in context.plan.choices else None
         self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
-        self._matched: set[str] = set()
-        self._names: list[str] = []
+        self._taken: list[Taken] = []
         self._declined: dict[str, list[str]] = {}
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
         plan = self._context.plan
         layer = LinearLayer(name, tuple(parts), in_features, bias, self._dtype, plan.device)
-        self._names += [part.name for part in parts]
         key = plan.quantization_of(layer)
-        self._matched.add(key)
-        made = self._made(key, self._schemes[key], layer)
+        made, declined = self._made(key, self._schemes[key], layer), ""
         if isinstance(made, Declined):
+            declined = made.reason
             if not self._as(key, layer).stored:
                 self._declined.setdefault(made.reason, []).append(name)
             made = self._plain.linear(name, parts, in_features, bias)
+        self._taken.append(Taken(key, layer, made, declined))
         return made if self._shadow is None else self._shadowed(self._shadow, made, layer)
 
     def _as(self, key: str, layer: LinearLayer) -> LinearLayer:
@@ -68,7 +70,9 @@ class QuantizedLayers:
             return self._plain.linear(layer.name, layer.parts, layer.in_features, layer.bias)
         layer, provider = self._as(key, layer), self._context.plan.choices[key].provider
         declared = _ask(provider, layer, partial(scheme.parameters, layer))
-        return declared if isinstance(declared, Declined) else QuantizedLinear(provider, scheme, layer, declared)
+        if isinstance(declared, Declined):
+            return declared
+        return QuantizedLinear(provider, scheme, layer, declared, self._context.model.quantization_said)
 
     def _shadowed(self, shadow: Shadow, trusted: Linear, layer: LinearLayer) -> Linear:
         """With the candidate's beside it, unless that declines the layer, or has failed."""
@@ -92,7 +96,7 @@ class QuantizedLayers:
                 for kept, (tensor, parameter) in zip(scales, found.items(), strict=True):
                     shape = tuple(axis for axis in parameter.axes if isinstance(axis, int))
                     dtype = getattr(torch, parameter.dtype)
-                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_one, kept))
+                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_scale, tensor, kept))
                 return replace(layer, kv_scales=scales)
         return layer
 
@@ -104,25 +108,64 @@ class QuantizedLayers:
         """Tensors that the schemes do not read, as globs."""
         return [glob for scheme in (*self._schemes.values(), self._candidate) if scheme is not None for glob in scheme.unused]
 
-    def check(self) -> None:
-        """Once the model is made: raise `ConfigError` for a rule that matches none of its layers."""
+    def check(self, tensor_names: Collection[str]) -> None:
+        """Once the model is made: raise `ConfigError` for a rule that matches none of its layers, and for layers that the
+        checkpoint, which holds `tensor_names`, stores otherwise than they are to be read."""
+        choices, stored = self._context.plan.choices, stored_tensors(tensor_names)
         for key in self._schemes:
-            choice = self._context.plan.choices[key]
-            if key not in self._matched and choice.requested != "auto":
-                raise ConfigError(
-                    f"{key}: {choice.match!r} matches no linear layer that an earlier rule does not. Layers: {few(self._names)}"
-                )
+            if choices[key].requested != "auto" and all(taken.key != key for taken in self._taken):
+                layers = few([part.name for taken in self._taken for part in taken.layer.parts])
+                rule = choices[key].match
+                raise ConfigError(f"{key}: {rule!r} matches no linear layer that an earlier rule does not. Layers: {layers}")
+        for taken in self._taken:
+            wanted = taken.made.stored if isinstance(taken.made, QuantizedLinear) else None
+            for part in taken.layer.parts:
+                found = stored.get(part.name, set())
+                check_stored(self._context.model, taken.key, choices[taken.key], part.name, found, wanted)
         for reason, names in self._declined.items():
             log.warning("not quantized: %s: %s", few(names), reason)
+
+
+    def weights(self, plain: str) -> list[LayerWeights]:
+        """What was made of each layer. `plain`: the kind of those that no scheme makes."""
+        return [self._weights(taken, plain) for taken in self._taken]
+
+    def _weights(self, taken: Taken, plain: str) -> LayerWeights:
+        key, layer, context = taken.key, taken.layer, self._context
+        sizes = (layer.name, layer.in_features, layer.out_features, key)
+        if not isinstance(taken.made, QuantizedLinear):
+            nbytes = layer.in_features * layer.out_features * getattr(torch, layer.dtype).itemsize
+            return LayerWeights(*sizes, "none", layer.dtype, plain, nbytes, taken.declined)
+        scheme, layer, provider = taken.made.scheme, taken.made.layer, context.plan.choices[key].provider
+        nbytes = _ask(provider, layer, partial(scheme.nbytes, layer))
+        form = str(_ask(provider, layer, partial(scheme.format, layer))) if isinstance(scheme, MatmulScheme) else ""
+        shared = context.capabilities(key).codes
+        by = f"matmul: {context.plan.choices['matmul'].provider}" if shared else f"quantization: {provider}"
+        return LayerWeights(*sizes, provider, form, by, nbytes)
+
+
+class Taken(NamedTuple):
+    """A layer as a rule's scheme, or the plain maker, has made it."""
+
+    key: str
+    """Of the rule."""
+    layer: LinearLayer
+    made: Any
+    declined: str
+    """Why the rule's scheme did not."""
 
 
 class QuantizedLinear:
     """A layer of a scheme. Complete when all its targets have been stored."""
 
-    def __init__(self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter]) -> None:
+    def __init__(
+        self, provider: str, scheme: Scheme, layer: LinearLayer, parameters: dict[str, Parameter], asked_by: str = BY_CONFIG
+    ) -> None:
+        """`asked_by`: what says how it is stored, for errors."""
         self.layer = layer
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._provider, self._scheme, self._parameters = provider, scheme, parameters
+        self.scheme = scheme
+        self._provider, self._parameters, self._asked_by = provider, parameters, asked_by
         self._tensors: dict[str, Tensor] = {}
         self._missing: set[str] = set()
         self._missing = set(self.targets())
@@ -141,6 +184,11 @@ class QuantizedLinear:
         """See `CompiledLinear`; of schemes that declare `compiled_steps`."""
         return cast(CompiledLinear, self._multiply).compile(x, y)
 
+    @property
+    def stored(self) -> list[str] | None:
+        """Names of its tensors in the checkpoint; None if that holds a plain weight."""
+        return list(self._parameters) if self.layer.stored else None
+
     def targets(self) -> dict[str, Target]:
         layer, dtype = self.layer, getattr(torch, self.layer.dtype)
         found = {}
@@ -148,7 +196,8 @@ class QuantizedLinear:
             if layer.stored:
                 for name, parameter in self._parameters.items():
                     shape, kept = parameter.part_shape(layer, i), getattr(torch, parameter.dtype)
-                    found[f"{part.name}.{name}"] = self._target(part, name, shape, kept, partial(self._put, name, parameter, i))
+                    made = self._target(part, name, shape, kept, partial(self._put_stored, name, parameter, i))
+                    found[f"{part.name}.{name}"] = made._replace(asked_by=self._asked_by)
             else:
                 shape = (part.out_features, layer.in_features)
                 found[f"{part.name}.weight"] = self._target(part, "weight", shape, dtype, partial(self._quantize, i))
@@ -164,10 +213,15 @@ class QuantizedLinear:
             store(tensor)
             self._missing.discard(f"{part.name}.{name}")
             if not self._missing:
-                self._multiply = _ask(self._provider, self.layer, lambda: self._scheme.linear(self.layer, self._tensors))
+                self._multiply = _ask(self._provider, self.layer, lambda: self.scheme.linear(self.layer, self._tensors))
                 self._tensors = {}
 
         return Target(shape, dtype, store_one)
+
+    def _put_stored(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
+        if parameter.is_scale:
+            check_scale(f"{self.layer.parts[part].name}.{name}", tensor)
+        self._put(name, parameter, part, tensor)
 
     def _put(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
         if name not in self._tensors:
@@ -177,7 +231,7 @@ class QuantizedLinear:
 
     def _quantize(self, part: int, weight: Tensor) -> None:
         layer = self.layer.part(part)
-        made = _ask(self._provider, layer, lambda: self._scheme.quantize(layer, weight.contiguous()))
+        made = _ask(self._provider, layer, lambda: self.scheme.quantize(layer, weight.contiguous()))
         for name, parameter in self._parameters.items():
             found, expected = made.get(name), parameter.part_shape(self.layer, part)
             if found is None or tuple(found.shape) != expected or str(found.dtype) != f"torch.{parameter.dtype}":
@@ -190,7 +244,8 @@ class QuantizedLinear:
             self._put(name, parameter, part, found)
 
 
-def _copy_one(kept: Tensor, tensor: Tensor) -> None:
+def _copy_scale(name: str, kept: Tensor, tensor: Tensor) -> None:
+    check_scale(name, tensor)
     kept.copy_(tensor.reshape(()))
 
 

@@ -18,6 +18,7 @@ from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
 from dovetail.interfaces.worker import Progress
 from dovetail.shadow import PREFIX, ShadowReport
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+from dovetail.weights import LayerWeights
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.compiled import CompiledDecoder
@@ -27,7 +28,7 @@ from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import kv_memory
-from dovetail_worker_torch.model import load_model
+from dovetail_worker_torch.model import Unread, describe_weights, load_model
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.quantized import QuantizedLayers
@@ -61,6 +62,8 @@ class TorchWorker:
             check_compile(plan.device)
         names = {key: context.name(key) for key in plan.choices if key.startswith(PREFIX)}
         self._shadow = Shadow(plan.shadow_share, names, self._device) if names else None
+        self._plain = "worker: packed" if self._kernels else "worker: torch"
+        self._weights: list[LayerWeights] | None = None
         self._model: Model | None = None
         self._draft: Model | None = None
         self._runner: Runner | None = None
@@ -72,12 +75,21 @@ class TorchWorker:
         plain: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
         layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
         self._model = self._load(Path(plan.folder), self._context, "architecture", layers, progress)
+        self._weights = layers.weights(self._plain)
         if self._torch_compile:
             cast(Any, self._model).compile()
         if plan.draft is not None:
             folder = Path(plan.draft.folder)
             of_draft = replace(self._context, model=model_facts(folder))
             self._draft = self._load(folder, of_draft, "architecture.draft", plain, progress)
+
+    def weights(self) -> list[LayerWeights]:
+        if self._weights is not None:
+            return self._weights
+        if not self._made.quantization or self._made.loads_weights:
+            return []  # the model's code makes its layers itself
+        layers = QuantizedLayers(self._context, Unread(), self._context.plan.dtype, self._kv_dtype)
+        return describe_weights(Path(self._context.plan.folder), self._context.build("architecture"), layers, self._plain)
 
     def _load(self, folder: Path, context: BuildContext, key: str, layers: LayerMaker, progress: Progress) -> Model:
         made: ArchitectureCapabilities = context.capabilities(key)

@@ -1,0 +1,18 @@
+"""Every format keeps the contract; the checkpoints are made from the format's description (ct_packers.py)."""
+
+from ct_packers import Config, make
+from torch import Tensor
+
+from dovetail.interfaces.quantization import LinearLayer
+from dovetail.testing.quantization import QuantizationContract
+from dovetail_quant_compressed_tensors import PROVIDER
+
+
+def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
+    return make(config, weight)[0]
+
+
+class TestCompressedTensors(QuantizationContract):
+    provider = PROVIDER
+    pack = pack
+    declined = ("lm_head",)
