@@ -16,7 +16,7 @@ from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.attention import open_block_size
 from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.model import ModelSource
-from dovetail.interfaces.quantization import PLAIN
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plan import Choice, DraftModel, Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.quantization import choose_schemes
@@ -120,9 +120,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     shadow = config.shadow
     if shadow is not None and shadow.quantization is not None:
         quantized.append(shadow.quantization.use)
-    if codes := {code: None for can in weights.values() for code in can.codes}:
-        inputs = {can.activations: None for can in weights.values() if can.codes and can.activations}
-        r.take("matmul", config.matmul, codes=list(codes), inputs=list(inputs))
+    _take_matmul(r, config.matmul, [*weights.values(), *_take_candidate_scheme(r, shadow)])
     # Where nobody offers model code, workers need none: a simulated one, for example.
     if config.architecture.use != "auto" or registry.of("architecture"):
         r.take("architecture", config.architecture, quantized=quantized)
@@ -202,15 +200,33 @@ def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool
     return DraftModel(name, str(source.folder), facts.architecture), facts
 
 
+def _take_matmul(r: Resolution, wanted: SocketConfig, schemes: list[Any]) -> None:
+    """What multiplies, where one of the schemes leaves that to others. `schemes`: their capabilities."""
+    asking = [can for can in schemes if isinstance(can, QuantizationCapabilities) and can.codes]
+    if asking:
+        codes = {code: None for can in asking for code in can.codes}
+        inputs = {can.activations: None for can in asking if can.activations}
+        r.take("matmul", wanted, codes=list(codes), inputs=list(inputs))
+
+
+# Candidates of a shadow run are nobody's neighbours: what they go with is what answers, not each other.
+
+
+def _take_candidate_scheme(r: Resolution, shadow: ShadowConfig | None) -> list[Any]:
+    """Its capabilities, if there is one."""
+    if shadow is None or shadow.quantization is None:
+        return []
+    key = f"{PREFIX}quantization"
+    r.choices[key] = r.ask("quantization", shadow.quantization, key, by_name=True, some_layers=False)
+    return [find(r.registry, r.choices[key]).provider.capabilities]
+
+
 def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:
-    """Those of a shadow run. They are nobody's neighbours: what they go with is what answers, not each other."""
+    """Those of attention."""
     if shadow.attention is not None:
         for kind, needs in attention_needs.items():
             key = f"{PREFIX}attention.{kind}"
             r.choices[key] = r.ask("attention", shadow.attention.of(kind), key, **needs)
-    if shadow.quantization is not None:
-        key = f"{PREFIX}quantization"
-        r.choices[key] = r.ask("quantization", shadow.quantization, key, by_name=True, some_layers=False)
 
 
 def _agreed_block_size(sizes: dict[str, int]) -> int:
