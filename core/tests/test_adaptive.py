@@ -192,7 +192,7 @@ def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
 
 
 def test_time_in_which_nobody_runs_is_no_step() -> None:
-    """Short sequences one after the other, with an hour between each two: their drafts, always right, are drafted to the end."""
+    """Short sequences, one after the other, an hour between each two: their drafts, always right, are drafted to the end."""
     clock = Clock()
     policy = policy_of(StepCosts(Curve({1: 1.0, 5: 3.8, 100: 80.0})), clock)
     for i in range(50):
