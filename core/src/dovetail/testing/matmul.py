@@ -242,5 +242,6 @@ def rounded_inputs(x: Tensor, to: Inputs, tensors: dict[str, Tensor]) -> Tensor:
     import torch
 
     scale = tensors["input_scale"].double() if "input_scale" in tensors else x.abs().amax(1, keepdim=True) / LARGEST[to]
+    scale = torch.where(scale == 0, 1.0, scale)
     limited = (x / scale).clamp(-LARGEST[to], LARGEST[to])
     return (limited.round() if to == "int8" else limited.float().to(torch.float8_e4m3fn).double()) * scale
