@@ -23,9 +23,9 @@ Config = dict[str, Any]
 
 
 def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
-    largest = [max(map(abs, row)) for row in weight.tolist()]
-    codes = [[round(w / (big or 1) * 127) for w in row] for row, big in zip(weight.tolist(), largest, strict=True)]
-    return {"weight": torch.tensor(codes, dtype=torch.int8), "SCB": torch.tensor(largest)}
+    largest = weight.abs().max(1).values
+    codes = torch.round(weight * 127 / torch.where(largest == 0, 1, largest)[:, None])
+    return {"weight": codes.to(torch.int8), "SCB": largest}
 
 
 class TestInt8(QuantizationContract):
