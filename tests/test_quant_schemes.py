@@ -34,7 +34,8 @@ def assert_logprobs(folder: Path, model: Any, limit: float, **values: Any) -> No
         (out,) = llm.generate([PROMPT], params)
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
-    assert out.prompt_logprobs and out.logprobs
+    assert out.prompt_logprobs
+    assert out.logprobs
     found = [*(position for position in out.prompt_logprobs if position), *out.logprobs]
     assert len(found) == len(PROMPT)
     worst = 0.0
