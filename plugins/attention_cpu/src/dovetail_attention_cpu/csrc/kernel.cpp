@@ -47,7 +47,12 @@ class Worker {
   Worker(const Step& step, const LayerArgs& layer, const Rows& q, const Cache& cache, const Rows& out, char* memory,
          float* partials)
       : step_(step), g_(step.geometry), layer_(layer), q_(q), out_(out), cache_(static_cast<store_t*>(cache.data)),
-        partials_(partials), s_(memory, step.max_rows, step.geometry.head_size) {}
+        partials_(partials), s_(memory, step.max_rows, step.geometry.head_size) {
+    if constexpr (is_byte<E>) {
+      layer_.scale *= E::unit * (layer.kv_scales ? layer.kv_scales[0] : 1.f);
+      value_unit_ = E::unit * (layer.kv_scales ? layer.kv_scales[1] : 1.f);
+    }
+  }
 
   void attend(const Item& item) {
     const int rows = item.num_queries * g_.group();
@@ -108,7 +113,7 @@ class Worker {
       for (int h = 0; h < g_.group(); ++h, ++r) {
         const int head = item.head * g_.group() + h;
         write_out(sums + static_cast<int64_t>(r) * g_.head_size, state[r], layer_.sinks ? layer_.sinks + head : nullptr,
-                  g_.head_size, out_, (item.token + i) * out_.token_stride + head * out_.head_stride);
+                  value_unit_, g_.head_size, out_, (item.token + i) * out_.token_stride + head * out_.head_stride);
       }
   }
 
@@ -207,7 +212,8 @@ class Worker {
 
   const Step& step_;
   const Geometry g_;
-  const LayerArgs& layer_;
+  LayerArgs layer_;
+  float value_unit_ = 1.f;
   const Rows &q_, &out_;
   const store_t* cache_;
   float* partials_;
@@ -232,7 +238,8 @@ int num_pieces(const Step& step, Phase phase) {
 void do_piece(const Step& step, const Layer& layer, Phase phase, int piece, int thread) {
   if (phase == Phase::write) {
     const int64_t n = step.num_tokens, pieces = num_pieces(step, phase);
-    write_tokens(step.geometry, layer.cache, step.slots, layer.k, layer.v, n * piece / pieces, n * (piece + 1) / pieces);
+    quantize_tokens(step.geometry, layer.cache, step.slots, layer.k, layer.v, layer.args.kv_scales, n * piece / pieces,
+                    n * (piece + 1) / pieces);
     return;
   }
   auto* partials = reinterpret_cast<float*>(step.workspace + step.num_threads * scratch_bytes(step));
