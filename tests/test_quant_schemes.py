@@ -175,6 +175,27 @@ def test_checkpoints_of_one_scale(config: Any, shape: tuple[int, ...], llama: Ch
     assert_logprobs(folder, model, 2e-4, quantization={"use": "fp8", "activations": "none"})
 
 
+@pytest.mark.parametrize("attention", ["attention-cpu", "torch-reference"])
+def test_scales_of_the_kv_cache(attention: str, llama: Checkpoint, tmp_path: Path) -> None:
+    """A checkpoint's scales are those of a float8 cache, and nothing to another one."""
+
+    def with_scales(scale: float) -> Path:
+        config = {**BLOCKS, "kv_cache_scheme": "static"}
+        folder = stored(llama, tmp_path / f"{scale}", config, pack_blocks)
+        tensors = load_file(folder / "model.safetensors")
+        layers = [name.removesuffix(".weight") for name in tensors if name.endswith(("k_proj.weight", "v_proj.weight"))]
+        save_file(tensors | {f"{n}.output_scale": torch.tensor(scale) for n in layers}, folder / "model.safetensors")
+        return folder
+
+    model = changed(llama, lambda name: by_block)
+    fitting, too_small = with_scales(0.03), with_scales(1e-4)
+    assert_logprobs(fitting, model, 0.8, attention=attention, kv_cache={"dtype": "fp8"})
+    assert_logprobs(too_small, model, 2e-4, attention=attention)
+    assert_logprobs(too_small, model, 0.8, attention=attention, kv_cache={"dtype": "int8"})
+    with pytest.raises(AssertionError, match="off by"):  # what is above 448 * 1e-4 was cut off
+        assert_logprobs(too_small, model, 0.8, attention=attention, kv_cache={"dtype": "fp8"})
+
+
 BNB = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 0.001}
 
 

@@ -62,8 +62,8 @@ class ReferenceAttention:
                 positions = range(first_position + i - start, first_position + j - start)
                 visible = _visible(positions, layer.window)
                 where = _slots(batch.block_table[b], visible, plan.block_size)
-                seen = [read(cached[where], scale) for cached, scale in zip((keys, values), scales, strict=True)]
-                out[i:j] = attend(layer, q[i:j], *seen, positions, visible)
+                seen_keys, seen_values = read(keys[where], scales[0]), read(values[where], scales[1])
+                out[i:j] = attend(layer, q[i:j], seen_keys, seen_values, positions, visible)
 
     def export_kv(
         self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None

@@ -1,8 +1,8 @@
 """Scales for a KV cache of int8: by the largest keys and values that a model's own layers give for random tokens.
 
-int8 holds 255 numbers at even distances, so it needs to know how large a layer's keys and values get. Checkpoints do not say: the
-scales that some hold are for float8, whose range is another. (float8 itself does without: its numbers are as dense around the
-small ones as around the large ones, and reach 448.)
+int8 holds 255 numbers at even distances, so it needs to know how large a layer's keys and values get. Checkpoints do not say:
+the scales that some hold are for float8, whose range is another. (float8 itself does without: it is as exact, in proportion,
+for small numbers as for large ones, and reaches 448.)
 """
 
 from __future__ import annotations
