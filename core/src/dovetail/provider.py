@@ -26,9 +26,16 @@ class KVCacheOptions(Options):
     """What every KV-cache provider's options have: workers read them, to size and lay out the cache."""
 
     block_size: int | Literal["auto"] = Field("auto", description="tokens in a block, 1 to 256; auto is attention's: mostly 16")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the model's")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8_e4m3fn", "int8"] = Field(
+        "auto", description="auto is the model's; fp8 (float8_e4m3fn) and int8 take half the memory of 16 bits"
+    )
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the free memory that the engine may take")
     memory_gb: float | None = Field(None, gt=0, description="GiB for the cache, instead of a share of the memory")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _in_full(cls, value: object) -> object:
+        return "float8_e4m3fn" if value in ("fp8", "fp8_e4m3") else value
 
     @field_validator("block_size")
     @classmethod

@@ -13,6 +13,7 @@ from dovetail.interfaces.attention import KVCacheSpec
 from dovetail.native import openmp_of
 from dovetail.testing.attention import AttentionContract
 from dovetail.testing.attention_steps import Row, Step, StepSpec, plain
+from dovetail.testing.attention_trial import same
 from dovetail_attention_cpu import CAPABILITIES, PROVIDER, load_kernel
 from dovetail_attention_cpu.backend import CpuAttention
 
@@ -45,15 +46,30 @@ def run(backend, step):
 
 
 @pytest.mark.parametrize("rows", [(Row(5000, 1),), (Row(3000, 1), Row(300, 40), Row(0, 9)), (Row(0, 700),)])
-@pytest.mark.parametrize("dtype", CAPABILITIES.dtypes)
-def test_the_number_of_threads_changes_no_bit(backend, threads, rows, dtype):
+@pytest.mark.parametrize("kv_dtype", CAPABILITIES.kv_dtypes)
+def test_the_number_of_threads_changes_no_bit(backend, threads, rows, kv_dtype):
     """Keys are split over threads at fixed positions and merged in order."""
-    spec = plain(CAPABILITIES, *rows, dtype=dtype, kv_dtype=dtype, num_heads=8, num_kv_heads=1, head_size=128, seed=1)
+    dtype = kv_dtype if kv_dtype in CAPABILITIES.dtypes else "bfloat16"
+    spec = plain(CAPABILITIES, *rows, dtype=dtype, kv_dtype=kv_dtype, num_heads=8, num_kv_heads=1, head_size=128, seed=1)
     outs = []
     for n in (1, 2, 3, 16):
         threads(n)
         outs.append(run(backend, Step(spec, "cpu")))
     assert all(torch.equal(out, outs[0]) for out in outs[1:])
+
+
+@pytest.mark.parametrize("num_heads", [1, 16])
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
+def test_one_byte_in_batches_of_any_size(backend, kv_dtype, num_heads):
+    """Many rows have it widened once, few as they go: the bits are the same."""
+    spec = plain(CAPABILITIES, Row(0, 300), dtype="bfloat16", kv_dtype=kv_dtype, num_heads=num_heads, num_kv_heads=1, seed=9)
+    whole = Step(spec, "cpu")
+    contract = TestAttentionCpu()
+    contract.backend = backend
+    out = run(backend, whole)
+    for begin, end in ((0, 1), (17, 20), (255, 258), (299, 300)):
+        part = contract.transplant(whole, replace(spec, rows=(Row(begin, end - begin),)), 0)
+        assert torch.equal(run(backend, part), out[begin:end])
 
 
 def test_nan_in_the_input_is_not_hidden(backend):
@@ -62,6 +78,34 @@ def test_nan_in_the_input_is_not_hidden(backend):
     out = run(backend, step)
     assert out[7, 0].isnan().all()
     assert not out[6].isnan().any()
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_nan_goes_through_a_cache_of_float8(backend, which):
+    step = Step(plain(CAPABILITIES, Row(0, 20), kv_dtype="float8_e4m3fn", seed=2), "cpu")
+    getattr(step, which)[7, 0, 3] = float("nan")
+    out = run(backend, step)
+    assert out[7:, :2, 3].isnan().all()
+    assert not out[:, 2:].isnan().any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01, 3.0])
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
+def test_every_number_is_stored_as_the_reference_stores_it(backend, kv_dtype, scale):
+    """All bfloat16 numbers: subnormal ones, ties, those in the middle of two, those too large."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()].float()
+    rows = torch.nn.functional.pad(every, (0, -len(every) % 256)).view(-1, 1, 256)
+    spec = plain(CAPABILITIES, Row(0, len(rows)), kv_dtype=kv_dtype, num_heads=1, num_kv_heads=1, head_size=256, seed=3)
+    step = Step(spec, "cpu")
+    step.keys, step.values = [rows], [-rows]
+    step.layer = replace(step.layer, kv_scales=torch.tensor([scale, 2 * scale]))
+    step.rebuilt()
+    contract = TestAttentionCpu()
+    contract.backend = backend
+    _, cache = contract.run(step)
+    for got, expected in zip(backend.export_kv(cache, list(range(step.num_blocks))), step.after, strict=True):
+        assert same(got, expected)
 
 
 def test_large_group_of_heads(backend):
@@ -88,6 +132,7 @@ def test_the_workspace_only_grows(backend):
         (lambda s: setattr(s, "v", s.v.half()), "one dtype"),
         (lambda s: setattr(s, "k", s.k.transpose(1, 2).contiguous().transpose(1, 2)), "contiguous heads"),
         (lambda s: setattr(s, "layer", replace(s.layer, sinks=torch.zeros(4).half())), r"f32\[Hq\]"),
+        (lambda s: setattr(s, "layer", replace(s.layer, kv_scales=torch.ones(2).double())), r"kv_scales are f32\[2\]"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(backend, change, message):

@@ -135,6 +135,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--max-num-seqs", "scheduler.max_num_seqs", int, "sequences that run at a time"),
     ("--max-num-batched-tokens", "scheduler.max_num_batched_tokens", int, "tokens in a step"),
     ("--block-size", "kv_cache.block_size", int, "tokens in a KV block"),
+    ("--kv-cache-dtype", "kv_cache.dtype", str, "auto, float32, bfloat16, float16, fp8, int8"),
     ("--gpu-memory-utilization", "kv_cache.memory_fraction", float, "share of the memory that the engine may take"),
     ("--kv-cache-memory-gb", "kv_cache.memory_gb", float, "GiB for the KV cache"),
     ("--max-num-waiting", "max_num_waiting", int, "sequences that may wait"),

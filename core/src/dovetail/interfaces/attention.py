@@ -21,7 +21,8 @@ class AttentionCapabilities:
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     kv_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """KV storage types; the type of q, k, v and the output is one of `dtypes`."""
+    """KV storage types; the type of q, k, v and the output is one of `dtypes`. Those of one byte are "float8_e4m3fn" and "int8"
+    (see `AttentionLayer.kv_scales`)."""
     head_sizes: tuple[int, ...] | None = None
     """None is any."""
     block_sizes: tuple[int, ...] | None = None
@@ -67,7 +68,9 @@ class AttentionLayer:
     """f32[Hq]: a logit a head that takes part in the softmax and carries no value."""
     kv_scales: Array | None = field(default=None, compare=False)
     """f32[2]: what keys and what values are divided by when they are stored, and multiplied by when they are read, in a KV
-    type of one byte. None: 1."""
+    type of one byte. None: 1. What is stored is the nearest (even, if two are) of what the type holds, from -448 to 448 for
+    "float8_e4m3fn" and from -127 to 127 for "int8"; NaN, which int8 does not hold, is then 0. Exported and imported is what is
+    stored."""
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,8 @@ class Scheme(Protocol):
 
     def kv_scales(self, name: str) -> dict[str, Parameter] | None:
         """The checkpoint's scales of an attention layer's keys and values ("model.layers.3.self_attn"): tensors of one
-        element, by full name, the keys' first. None: it has none. Read where the KV cache is of one byte, else passed over.
+        element, by full name, the keys' first. None: it has none. Read where the KV cache is of "float8_e4m3fn", else passed
+        over.
         """
 
     def nbytes(self, layer: LinearLayer) -> int:

@@ -16,6 +16,8 @@ from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities,
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST = {"float8_e4m3fn": 448, "int8": 127}
+"""KV types of one byte, and what they hold."""
 ANY_HEAD_SIZE = (16, 40, 64, 80, 128, 256)
 """Tried where a provider declares any."""
 ANY_BLOCK_SIZE = (1, 8, 16, 24, 32, 128)
@@ -182,8 +184,9 @@ class Step:
         sinks = normal(spec.num_heads, dtype="float32").to(device) if spec.sinks else None
         scale = spec.head_size**-0.5 if spec.scale is None else spec.scale
         self.layer = AttentionLayer(
-            0, spec.num_heads, spec.num_kv_heads, spec.head_size, scale, spec.window, spec.logit_soft_cap, sinks
-        )
+            0, spec.num_heads, spec.num_kv_heads, spec.head_size, scale, spec.window, spec.logit_soft_cap, sinks,
+            _kv_scales(spec, device),
+        )  # fmt: skip
         self._place_blocks()
         self.rebuilt()
 
@@ -229,25 +232,44 @@ class Step:
         size = self.spec.block_size
         return self.blocks[b][position // size] * size + position % size
 
+    def _stored(self, x: Tensor, which: int) -> Tensor:
+        """Keys (0) or values (1) as the cache holds them."""
+        import torch
+
+        dtype, largest = getattr(torch, self.spec.kv_dtype), LARGEST.get(self.spec.kv_dtype)
+        if largest is None:
+            return x.to(dtype)
+        scales = self.layer.kv_scales
+        limited = (x.float() / (1.0 if scales is None else scales[which].cpu())).clamp(-largest, largest)
+        return (limited.round() if dtype is torch.int8 else limited).to(dtype)
+
+    def _read(self, x: Tensor, which: int) -> Tensor:
+        """What stored keys or values stand for, in float64."""
+        scales = self.layer.kv_scales
+        return x.double() * (1.0 if scales is None else scales[which].double().cpu())
+
     def _fill_cache(self) -> None:
-        """`before`: NaN but in what the rows see of earlier steps. `after`: the same, with this step's tokens."""
+        """`before`: NaN but in what the rows see of earlier steps. `after`: the same, with this step's tokens. In int8, which
+        has no NaN, -128 takes its place: a number that is never stored."""
         import torch
 
         s = self.spec
         dtype = getattr(torch, s.kv_dtype)
         shape = (2, self.num_blocks * s.block_size, s.num_kv_heads, s.head_size)
-        before = torch.full(shape, float("nan"), dtype=dtype)
+        before = torch.full(shape, -128, dtype=dtype) if s.kv_dtype == "int8" else torch.full(shape, float("nan")).to(dtype)
         if s.canary:  # large enough to show in any sum, exact in every type
-            before[:] = (1024 + 8 * (torch.arange(shape[1]) % 100)).to(dtype)[:, None, None]
+            own = torch.arange(shape[1]) % 100
+            numbers = (own + 20).to(torch.uint8).view(dtype) if s.kv_dtype in LARGEST else (1024 + 8 * own).to(dtype)
+            before[:] = numbers[:, None, None]
         self.slots = [self.slot(b, p) for b, r in enumerate(s.rows) for p in range(r.num_computed, r.seq_len)]
         written = set(self.slots)
         for b, row in enumerate(s.rows):
             for p in range(self._visible_from(row), row.num_computed):
                 if (slot := self.slot(b, p)) not in written:
-                    before[0, slot], before[1, slot] = self.keys[b][p].to(dtype), self.values[b][p].to(dtype)
+                    before[0, slot], before[1, slot] = self._stored(self.keys[b][p], 0), self._stored(self.values[b][p], 1)
         after = before.clone()
-        after[0, self.slots] = torch.cat(self._new(self.keys)).to(dtype)
-        after[1, self.slots] = torch.cat(self._new(self.values)).to(dtype)
+        for which, tensors in enumerate((self.keys, self.values)):
+            after[which, self.slots] = self._stored(torch.cat(self._new(tensors)), which)
         blocked = (2, self.num_blocks, s.block_size, s.num_kv_heads, s.head_size)
         self.before, self.after = before.view(blocked), after.view(blocked)
 
@@ -291,10 +313,10 @@ class Step:
         import torch
 
         s, row, layer = self.spec, self.spec.rows[b], self.layer
-        kv_dtype = getattr(torch, s.kv_dtype)
         group = s.num_heads // s.num_kv_heads
         q = self.queries[b].double().transpose(0, 1)  # [Hq, n, D]
-        k, v = (x[b].to(kv_dtype).double().repeat_interleave(group, 1).transpose(0, 1) for x in (self.keys, self.values))
+        stored = [self._stored(x[b], which) for which, x in enumerate((self.keys, self.values))]
+        k, v = (self._read(x, which).repeat_interleave(group, 1).transpose(0, 1) for which, x in enumerate(stored))
         logits = q @ k.transpose(1, 2) * layer.scale  # [Hq, n, S]
         if s.logit_soft_cap is not None:
             logits = s.logit_soft_cap * torch.tanh(logits / s.logit_soft_cap)
@@ -311,8 +333,20 @@ class Step:
         return out.transpose(0, 1), error.transpose(0, 1)
 
 
-ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-"""Half of the distance from 1 to the next number."""
+def _kv_scales(spec: StepSpec, device: str) -> Tensor | None:
+    """Of a KV type of one byte: now and then some numbers are too large for it."""
+    import torch
+
+    rng = random.Random(spec.seed)
+    if spec.kv_dtype not in LARGEST or (spec.kv_dtype == "float8_e4m3fn" and rng.random() < 0.3):
+        return None
+    largest = [rng.uniform(2.5, 6.0) for _ in range(2)]
+    return torch.tensor([n / LARGEST[spec.kv_dtype] for n in largest], dtype=torch.float32, device=device)
+
+
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float8_e4m3fn": 2.0**-8, "int8": 2.0**-8}
+"""Half of the distance from 1 to the next number. Types of one byte: of bfloat16, which holds all their numbers and is what a
+kernel may multiply them in."""
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
 """What a result next to zero may be off by: float16's smallest step; others may flush what is below a normal number."""
 

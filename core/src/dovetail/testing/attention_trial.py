@@ -16,7 +16,7 @@ from dovetail.testing.contract import Broken, Contract
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 FEATURES = ("sliding_window", "logit_soft_cap", "sinks", "batch_invariant")
 
 
@@ -142,10 +142,14 @@ class AttentionTrial(Contract):
 
 def same(a: Tensor, b: Tensor) -> bool:
     """The same numbers, with NaN equal to itself."""
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    return a.dtype == b.dtype and a.shape == b.shape and not bool(_differ(a, b).any())
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.double(), b.double()  # torch compares no float8
+    return ~((a == b) | ((a != a) & (b != b)))
 
 
 def differing_slots(a: Tensor, b: Tensor) -> list[int]:
-    differ = ~((a == b) | ((a != a) & (b != b)))
-    slots: list[int] = differ.flatten(0, 1).flatten(1).any(-1).nonzero().flatten().tolist()
+    slots: list[int] = _differ(a, b).flatten(0, 1).flatten(1).any(-1).nonzero().flatten().tolist()
     return slots

@@ -138,20 +138,21 @@ class Contract:
 
     # Building the provider under test.
 
-    def settled_options(self) -> Options:
+    def settled_options(self, model: ModelFacts | None = None) -> Options:
         """The options under test, with what they leave open decided as a plan would."""
         given = self.provider.options.model_validate(self.options)
-        return self.provider.settle(self.selection_context(), given)[0]
+        return self.provider.settle(replace(self.selection_context(), model=model or KIT_MODEL), given)[0]
 
     def build(self, context: BuildContext | None = None) -> Any:
-        built = self.provider.build(context or self.build_context(), self.settled_options())
+        context = context or self.build_context()
+        built = self.provider.build(context, self.settled_options(context.model))
         return adapted(self.registry().sockets[self.socket], self.version, built)
 
     def build_context(self, **changes: Any) -> BuildContext:
         """What the core gives to `build`, for a tiny made-up model. `changes` are fields of `BuildContext` but `plan`."""
         defaults: dict[str, type[Options]] = {"kv_cache": KVCacheOptions, "scheduler": SchedulerOptions}
         options = {key: kind.model_validate({}) for key, kind in defaults.items()}
-        options[self.socket] = self.settled_options()
+        options[self.socket] = self.settled_options(changes.get("model"))
         options |= {name: provider.options() for name, provider in self.inner.items()}
         names = {name: provider.name for name, provider in self.inner.items()}
         choices = {

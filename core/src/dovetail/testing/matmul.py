@@ -220,7 +220,7 @@ class KitMatmul:
 
         def multiply(x: Tensor) -> Tensor:
             given = x.double() if format.inputs is None else rounded_inputs(x.double(), format.inputs, kept)
-            out = given @ dequantized(format, layer.in_features, kept).double().T
+            out: Tensor = given @ dequantized(format, layer.in_features, kept).double().T
             return (out + kept["bias"].double() if layer.bias else out).to(x.dtype)
 
         return multiply
@@ -242,5 +242,7 @@ def rounded_inputs(x: Tensor, to: Inputs, tensors: dict[str, Tensor]) -> Tensor:
     import torch
 
     scale = tensors["input_scale"].double() if "input_scale" in tensors else x.abs().amax(1, keepdim=True) / LARGEST[to]
+    scale = torch.where(scale == 0, 1.0, scale)
     limited = (x / scale).clamp(-LARGEST[to], LARGEST[to])
-    return (limited.round() if to == "int8" else limited.float().to(torch.float8_e4m3fn).double()) * scale
+    rounded: Tensor = limited.round() if to == "int8" else limited.float().to(torch.float8_e4m3fn).double()
+    return rounded * scale

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CAPABILITIES = AttentionCapabilities(
     head_sizes=tuple(range(16, 257, 16)),
     block_sizes=tuple(range(16, 257, 16)),
+    kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"),
     sliding_window=True,
     logit_soft_cap=True,
     sinks=True,

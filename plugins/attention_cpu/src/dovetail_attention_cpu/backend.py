@@ -16,7 +16,7 @@ from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCach
 from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
 from dovetail.native import zeros
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 LONG_COST = 5e6
 """Multiply-adds (about 100 µs) above which Python's lock is let go of. Getting it back may take milliseconds when other
 threads are busy, which short calls must not pay once a layer."""
@@ -28,8 +28,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_workspace_bytes": (_n, [_p]),
     "dovetail_cost": (ctypes.c_double, [_p]),
     "dovetail_set_workspace": (None, [_p, _p]),
-    "dovetail_run": (None, [_p, _f, _f, _p, _i, *[_p, _n, _n] * 3, _i, _p, _p, _n, _n]),
-    "dovetail_compile": (_p, [_i, _i, _f, _f, _p, _p, _i, _p, _p]),
+    "dovetail_run": (None, [_p, _f, _f, _p, _p, _i, *[_p, _n, _n] * 3, _i, _p, _p, _n, _n]),
+    "dovetail_compile": (_p, [_i, _i, _f, _f, _p, _p, _p, _i, _p, _p]),
     "dovetail_free_layer": (None, [_p]),
     "dovetail_copy_tokens": (None, [_i, _i, _p, _i, _i, _i, _p, _n, _p, _p]),
     "dovetail_instruction_set": (ctypes.c_char_p, []),
@@ -157,24 +157,20 @@ class CpuAttention:
             raise PluginError(
                 "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned"
             )
-        sinks = layer.sinks
-        if sinks is not None and (sinks.dtype is not torch.float32 or not sinks.is_contiguous()):
-            raise PluginError("attention: sinks are f32[Hq], contiguous")
         step.run(
-            step.pointer, layer.scale, layer.logit_soft_cap or 0.0, None if sinks is None else sinks.data_ptr(), TYPES[dtype],
+            step.pointer, layer.scale, layer.logit_soft_cap or 0.0, *_pointers(layer), TYPES[dtype],
             q.data_ptr(), qt, qh, k.data_ptr(), kt, kh, v.data_ptr(), vt, vh,
             TYPES[cache.dtype], cache.data_ptr(), out.data_ptr(), ot, oh,
         )  # fmt: skip
 
     def compile(self, layer: AttentionLayer, cache: Tensor, call: AttentionCall) -> Compiled:
         _check(layer.num_heads, layer.num_kv_heads, layer.head_size, cache.shape[3])
-        sinks = layer.sinks
         ops = (Op * 3)()
         pointer = self._functions.compile(
-            layer.index, layer.head_size, layer.scale, layer.logit_soft_cap or 0.0, None if sinks is None else sinks.data_ptr(),
+            layer.index, layer.head_size, layer.scale, layer.logit_soft_cap or 0.0, *_pointers(layer),
             ctypes.addressof(call), TYPES[cache.dtype], cache.data_ptr(), ctypes.addressof(ops),
         )  # fmt: skip
-        return Compiled(list(ops), CompiledLayer(self._functions, pointer, (cache, sinks)))
+        return Compiled(list(ops), CompiledLayer(self._functions, pointer, (cache, layer)))
 
     def address(self, layer: AttentionLayer, plan: Plan) -> int:
         return plan[layer.index].pointer
@@ -203,6 +199,15 @@ class CpuAttention:
     def _grow(self, num_bytes: int) -> None:
         if num_bytes > self._workspace.numel():
             self._workspace = torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _pointers(layer: AttentionLayer) -> tuple[int | None, int | None]:
+    """Of the sinks and of the scales of keys and values."""
+    for tensor, what in ((layer.sinks, "sinks are f32[Hq]"), (layer.kv_scales, "kv_scales are f32[2]")):
+        if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_contiguous()):
+            raise PluginError(f"attention: {what}, contiguous")
+    sinks, scales = layer.sinks, layer.kv_scales
+    return None if sinks is None else sinks.data_ptr(), None if scales is None else scales.data_ptr()
 
 
 def _check(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:

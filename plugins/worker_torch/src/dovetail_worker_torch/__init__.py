@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from dovetail_worker_torch.worker import TorchWorker
 
 REFERENCE_CAPABILITIES = AttentionCapabilities(
-    devices=("cpu", "cuda"), sliding_window=True, logit_soft_cap=True, sinks=True
+    devices=("cpu", "cuda"), kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"), sliding_window=True,
+    logit_soft_cap=True, sinks=True,
 )  # fmt: skip
 
 MATMUL_CAPABILITIES = MatmulCapabilities(

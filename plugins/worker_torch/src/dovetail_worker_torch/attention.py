@@ -51,8 +51,9 @@ class ReferenceAttention:
         batch, num_tokens = plan.batch, plan.batch.num_tokens
         keys, values = (c.flatten(0, 1) for c in cache)  # [slots, Hkv, D]
         slots = batch.slot_mapping[:num_tokens]
-        keys[slots] = k[:num_tokens].to(keys.dtype)
-        values[slots] = v[:num_tokens].to(values.dtype)
+        scales = (None, None) if layer.kv_scales is None else layer.kv_scales.unbind()
+        for cached, new, scale in zip((keys, values), (k, v), scales, strict=True):
+            cached[slots] = stored(new[:num_tokens], cached.dtype, scale)
         for b in range(batch.num_seqs):
             start, end = batch.host_query_start[b], batch.host_query_start[b + 1]
             first_position = batch.host_seq_lens[b] - (end - start)  # of the row's first query
@@ -61,7 +62,8 @@ class ReferenceAttention:
                 positions = range(first_position + i - start, first_position + j - start)
                 visible = _visible(positions, layer.window)
                 where = _slots(batch.block_table[b], visible, plan.block_size)
-                out[i:j] = attend(layer, q[i:j], keys[where], values[where], positions, visible)
+                seen_keys, seen_values = read(keys[where], scales[0]), read(values[where], scales[1])
+                out[i:j] = attend(layer, q[i:j], seen_keys, seen_values, positions, visible)
 
     def export_kv(
         self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
@@ -74,6 +76,21 @@ class ReferenceAttention:
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         for own, given in zip(cache, (keys, values), strict=True):
             own[index] = given.to(device=self.device, dtype=own.dtype)
+
+
+def stored(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """Keys or values as a cache of `dtype` holds them (`AttentionLayer.kv_scales`)."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    scaled = x.float() if scale is None else x.float() / scale
+    if dtype == torch.int8:
+        return scaled.nan_to_num(nan=0.0).round().clamp(-127, 127).to(dtype)
+    return scaled.clamp(-448, 448).to(dtype)
+
+
+def read(x: Tensor, scale: Tensor | None) -> Tensor:
+    """What stored keys or values stand for, in float32."""
+    return x.float() if scale is None else x.float() * scale
 
 
 def attend(layer: AttentionLayer, q: Tensor, keys: Tensor, values: Tensor, positions: range, visible: range) -> Tensor:

@@ -5,6 +5,7 @@ The files are `model.safetensors`, or several with `model.safetensors.index.json
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -124,6 +125,8 @@ def _copy(path: Path, shard: Any, name: str, target: Target) -> int:
         tensor = shard.get_tensor(name)  # a view of the mapped file: what stores it makes the only copy
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{path}: {name} cannot be read: {e}") from None
+    if tensor.numel() == 1 == math.prod(target.shape):  # a scale, by some tools stored with an axis, by others without
+        tensor = tensor.reshape(target.shape)
     if tuple(tensor.shape) != target.shape:
         advice = "" if target.asked_by == BY_CONFIG else ": is it the config that it was made with, and is the file whole?"
         raise CheckpointError(

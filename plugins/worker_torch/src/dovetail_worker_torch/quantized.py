@@ -39,8 +39,9 @@ class QuantizedLayers:
         self, context: BuildContext, plain: LayerMaker, dtype: str, kv_dtype: str, shadow: Shadow | None = None
     ) -> None:
         self._context, self._plain, self._dtype = context, plain, dtype
-        self._has_kv_scales = getattr(torch, kv_dtype).itemsize == 1
+        self._has_kv_scales = kv_dtype == "float8_e4m3fn"
         self._kv_scales: dict[str, Target] = {}
+        self._passed_over: list[str] = []
         self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
         self._shadow = shadow if CANDIDATE in context.plan.choices else None
         self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
@@ -90,8 +91,11 @@ class QuantizedLayers:
         return self._plain.embedding(name, vocab_size, size)
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
-        for scheme in self._schemes.values() if self._has_kv_scales else ():
+        for scheme in self._schemes.values():
             if scheme is not None and (found := scheme.kv_scales(name)):
+                if not self._has_kv_scales:
+                    self._passed_over += found
+                    return layer
                 scales = torch.ones(2, device=self._context.plan.device)
                 for kept, (tensor, parameter) in zip(scales, found.items(), strict=True):
                     shape = tuple(axis for axis in parameter.axes if isinstance(axis, int))
@@ -105,8 +109,9 @@ class QuantizedLayers:
         return self._kv_scales
 
     def unused(self) -> list[str]:
-        """Tensors that the schemes do not read, as globs."""
-        return [glob for scheme in (*self._schemes.values(), self._candidate) if scheme is not None for glob in scheme.unused]
+        """Tensors that the schemes do not read, as globs, and scales that the KV cache has no use for."""
+        schemes = (*self._schemes.values(), self._candidate)
+        return self._passed_over + [glob for scheme in schemes if scheme is not None for glob in scheme.unused]
 
     def check(self, tensor_names: Collection[str]) -> None:
         """Once the model is made: raise `ConfigError` for a rule that matches none of its layers, and for layers that the

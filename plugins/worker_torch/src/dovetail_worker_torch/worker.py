@@ -21,6 +21,7 @@ from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceS
 from dovetail.weights import LayerWeights
 from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.batch import SequenceTable
+from dovetail_worker_torch.calibration import calibrate
 from dovetail_worker_torch.compiled import CompiledDecoder
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
@@ -36,6 +37,7 @@ from dovetail_worker_torch.runner import Computed, Runner
 from dovetail_worker_torch.shadow import Shadow, ShadowAttention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class TorchWorker:
@@ -97,6 +99,8 @@ class TorchWorker:
             folder, context.build(key), layers, dtype=self._dtype, device=self._device, progress=progress,
             loads_weights=made.loads_weights,
         )  # fmt: skip
+        if self._kv_dtype == "int8":
+            calibrate(model, context.plan.max_model_len, self._device, progress)
         # A draft model too is compiled only where the plan has looked whether the model can be.
         if self._compiled and made.compiled == self._made.compiled == OPERATIONS:
             model = model.compiled(self._kernels, context.option("scheduler", "max_num_batched_tokens"))
@@ -105,7 +109,7 @@ class TorchWorker:
     def kv_groups(self) -> list[KVGroup]:
         assert self._model is not None
         layers = self._model.attention_layers
-        size = DTYPES[self._kv_dtype].itemsize
+        size = KV_DTYPES[self._kv_dtype].itemsize
         groups = []
         for window in dict.fromkeys(layer.window for layer in layers):
             members = [layer for layer in layers if layer.window == window]
@@ -173,7 +177,7 @@ class TorchWorker:
         return [backends[group.kind] for group in groups], caches
 
     def allocate_host(self, num_blocks: list[int]) -> None:
-        dtype = DTYPES[self._kv_dtype]
+        dtype = KV_DTYPES[self._kv_dtype]
         self._require_runner().host_tier = HostTier(self.kv_groups(), num_blocks, self._cached, dtype, self._device)
 
     def _shadow_attention(self, groups: list[KVGroup]) -> ShadowAttention | None:

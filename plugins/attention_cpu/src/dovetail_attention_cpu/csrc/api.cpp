@@ -25,7 +25,7 @@ dovetail_op operation(const Layer* layer) {
 
 extern "C" {
 
-// Types travel as 0: float32, 1: bfloat16, 2: float16.
+// Types travel as 0: float32, 1: bfloat16, 2: float16, 3: int8, 4: float8_e4m3fn.
 
 Step* dovetail_plan(const int32_t* query_start, const int32_t* seq_lens, int num_seqs, int num_heads, int num_kv_heads,
                     int head_size, int block_size, int window, const int32_t* block_table, int64_t block_table_stride,
@@ -49,20 +49,20 @@ double dovetail_cost(const Step* step) { return step->cost; }
 
 void dovetail_set_workspace(Step* step, char* workspace) { step->workspace = workspace; }
 
-void dovetail_run(const Step* step, float scale, float soft_cap, const float* sinks, int type, void* q, int64_t q_token,
-                  int64_t q_head, void* k, int64_t k_token, int64_t k_head, void* v, int64_t v_token, int64_t v_head,
+void dovetail_run(const Step* step, float scale, float soft_cap, const float* sinks, const float* kv_scales, int type, void* q,
+                  int64_t q_token, int64_t q_head, void* k, int64_t k_token, int64_t k_head, void* v, int64_t v_token, int64_t v_head,
                   int cache_type, void* cache, void* out, int64_t out_token, int64_t out_head) {
   const auto t = static_cast<Type>(type);
-  run(*step, {{scale, soft_cap, sinks}, {q, q_token, q_head, t}, {k, k_token, k_head, t}, {v, v_token, v_head, t},
+  run(*step, {{scale, soft_cap, sinks, kv_scales}, {q, q_token, q_head, t}, {k, k_token, k_head, t}, {v, v_token, v_head, t},
               {out, out_token, out_head, t}, {cache, static_cast<Type>(cache_type)}});
 }
 
 // One layer's three operations, for compiled steps; freed by dovetail_free_layer.
-Layer* dovetail_compile(int index, int head_size, float scale, float soft_cap, const float* sinks,
+Layer* dovetail_compile(int index, int head_size, float scale, float soft_cap, const float* sinks, const float* kv_scales,
                         const dovetail_attention_call* call, int cache_type, void* cache, dovetail_op* ops) {
   const auto t = static_cast<Type>(call->type);
   auto rows = [&](const void* data, int64_t stride) { return Rows{const_cast<void*>(data), stride, head_size, t}; };
-  auto* layer = new Layer{{scale, soft_cap, sinks}, rows(call->q, call->q_stride), rows(call->k, call->k_stride),
+  auto* layer = new Layer{{scale, soft_cap, sinks, kv_scales}, rows(call->q, call->q_stride), rows(call->k, call->k_stride),
                           rows(call->v, call->v_stride), rows(call->out, call->out_stride),
                           {cache, static_cast<Type>(cache_type)}, index};
   ops[0] = operation<Phase::write>(layer);

@@ -30,13 +30,13 @@ struct Place {  // of one token's key and value of one head
   // A whole pair, or a vector of pairs of which one half is written, in one store.
   void put_key(const typename E::store_t* row, int head_size) const {
     if constexpr (E::pair == 2)
-      for (int d = 0; d < head_size; d += 2) std::memcpy(&key_at(d), row + d, 4);
+      for (int d = 0; d < head_size; d += 2) std::memcpy(&key_at(d), row + d, 2 * sizeof *row);
     else
       for (int d = 0; d < head_size; ++d) key_at(d) = row[d];
   }
   void put_value(const typename E::store_t* row, int head_size) const {
 #if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
-    if constexpr (E::pair == 2) {
+    if constexpr (E::pair == 2 && !is_byte<E>) {
       const bool odd = lane % 2;
       for (int d = 0; d < head_size; d += kLanes) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + d)));
@@ -50,17 +50,18 @@ struct Place {  // of one token's key and value of one head
   }
 };
 
-template <class E>
-void write(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {
+// `prepare(x, which)`: keys (0) or values (1) as they are to be narrowed.
+template <class E, class F>
+void write(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end, F&& prepare) {
   typename E::store_t row[256];
   for (int64_t t = begin; t < end; ++t)
     for (int h = 0; h < g.num_kv_heads; ++h) {
       const Place<E> at(g, cache, slots[t], h);
       for (int d = 0; d < g.head_size; d += kLanes)
-        E::narrow16(row + d, load_as(k.type, k.data, t * k.token_stride + h * k.head_stride + d));
+        E::narrow16(row + d, prepare(load_as(k.type, k.data, t * k.token_stride + h * k.head_stride + d), 0));
       at.put_key(row, g.head_size);
       for (int d = 0; d < g.head_size; d += kLanes)
-        E::narrow16(row + d, load_as(v.type, v.data, t * v.token_stride + h * v.head_stride + d));
+        E::narrow16(row + d, prepare(load_as(v.type, v.data, t * v.token_stride + h * v.head_stride + d), 1));
       at.put_value(row, g.head_size);
     }
 }
@@ -83,7 +84,24 @@ void read(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, R
 }  // namespace
 
 void write_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {
-  with_element(cache.type, [&](auto e) { write<decltype(e)>(g, cache, slots, k, v, begin, end); });
+  with_element(cache.type,
+               [&](auto e) { write<decltype(e)>(g, cache, slots, k, v, begin, end, [](Vec x, int) { return x; }); });
+}
+
+void quantize_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, const float* kv_scales, int64_t begin,
+                     int64_t end) {
+  with_element(cache.type, [&](auto e) {
+    using E = decltype(e);
+    if constexpr (is_byte<E>) {
+      const Vec scales[2] = {splat(kv_scales ? kv_scales[0] : 1.f), splat(kv_scales ? kv_scales[1] : 1.f)};
+      const Vec low = splat(-E::largest), high = splat(E::largest);
+      // NaN is the second operand, so it comes through.
+      auto limited = [&](Vec x, int which) { return max(low, min(high, div(x, scales[which]))); };
+      write<E>(g, cache, slots, k, v, begin, end, limited);
+    } else {
+      write<E>(g, cache, slots, k, v, begin, end, [](Vec x, int) { return x; });
+    }
+  });
 }
 
 void read_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end) {

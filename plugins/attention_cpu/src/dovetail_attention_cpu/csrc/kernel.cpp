@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include <dovetail/pieces.h>
@@ -24,6 +25,7 @@ struct Scratch {
   Softmax *state, *tile;         // [rows]
   Factors* factors;              // [rows]
   typename E::store_t* edges;    // [2, 16 * D]
+  uint16_t* wide;                // [kTile * D]
 
   Scratch(char* memory, int rows, int head_size) {
     auto take = [&](int64_t bytes) { return std::exchange(memory, memory + (bytes + 63) / 64 * 64); };
@@ -36,6 +38,7 @@ struct Scratch {
     tile = reinterpret_cast<Softmax*>(take(sizeof(Softmax) * rows));
     factors = reinterpret_cast<Factors*>(take(sizeof(Factors) * rows));
     edges = reinterpret_cast<typename E::store_t*>(take(8LL * kGroup * head_size));
+    wide = reinterpret_cast<uint16_t*>(take(2LL * kTile * head_size));
   }
 };
 
@@ -43,11 +46,18 @@ template <class E>
 class Worker {
  public:
   using store_t = typename E::store_t;
+  using Wide = std::conditional_t<is_byte<E>, BF16, E>;
+  using wide_t = typename Wide::store_t;
 
   Worker(const Step& step, const LayerArgs& layer, const Rows& q, const Cache& cache, const Rows& out, char* memory,
          float* partials)
       : step_(step), g_(step.geometry), layer_(layer), q_(q), out_(out), cache_(static_cast<store_t*>(cache.data)),
-        partials_(partials), s_(memory, step.max_rows, step.geometry.head_size) {}
+        partials_(partials), s_(memory, step.max_rows, step.geometry.head_size) {
+    if constexpr (is_byte<E>) {
+      layer_.scale *= E::unit * (layer.kv_scales ? layer.kv_scales[0] : 1.f);
+      value_unit_ = E::unit * (layer.kv_scales ? layer.kv_scales[1] : 1.f);
+    }
+  }
 
   void attend(const Item& item) {
     const int rows = item.num_queries * g_.group();
@@ -108,7 +118,7 @@ class Worker {
       for (int h = 0; h < g_.group(); ++h, ++r) {
         const int head = item.head * g_.group() + h;
         write_out(sums + static_cast<int64_t>(r) * g_.head_size, state[r], layer_.sinks ? layer_.sinks + head : nullptr,
-                  g_.head_size, out_, (item.token + i) * out_.token_stride + head * out_.head_stride);
+                  value_unit_, g_.head_size, out_, (item.token + i) * out_.token_stride + head * out_.head_stride);
       }
   }
 
@@ -128,6 +138,24 @@ class Worker {
           copy[at] = t + i >= lo && t + i < hi ? values[at] : store_t{0};
         }
     return copy;
+  }
+
+  // Groups of one byte a number, for many rows: widened once, to what BF16 loads, and no longer for each block of rows.
+  void widen(const store_t* const* groups, int begin, int end, const wide_t** wide) const {
+    if constexpr (is_byte<E>) {
+      const int count = kGroup * g_.head_size;
+      for (int j = begin; j < end; ++j) {
+        uint16_t* to = s_.wide + static_cast<int64_t>(j - begin) * count;
+        wide[j] = to;
+        for (int i = 0; i < count; i += kLanes * E::pair) {
+          const auto x = E::load(groups[j] + i);
+          if constexpr (E::pair == 1)
+            store_bf16(to + i, x);
+          else
+            std::memcpy(to + i, &x, sizeof x);
+        }
+      }
+    }
   }
 
   void attend_tile(const Item& item, int rows, int tile, float* part) {
@@ -164,15 +192,28 @@ class Worker {
                   std::make_integer_sequence<int, kMaxRows>{});
     };
 
+    const bool widens = is_byte<E> && num_blocks > 1;
+    const wide_t *wide_keys[kGroupsPerTile + 8], *wide_values[kGroupsPerTile];
     constexpr int kChunk = 8;  // key groups that stay in L1 while all rows pass over them
-    for (int c = begin; c < end; c += kChunk)
+    for (int c = begin; c < end; c += kChunk) {
+      const int chunk_end = std::min(c + kChunk, end);
+      if (widens) {
+        widen(keys, c, chunk_end, wide_keys);
+        std::fill_n(wide_keys + chunk_end, 8, wide_keys[c]);
+      }
       for_blocks([&](int b, int r, auto m) {
         constexpr int M = decltype(m)::value, N = wide(M);
         const auto [from, to] = groups_of(b);
-        const int stop = std::min({c + kChunk, end, to});
-        for (int j = std::max(c, from); j < stop; j += N)
-          dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, stop - j, s_.logits + r * kLogitStride + j * kGroup);
+        const int stop = std::min(chunk_end, to);
+        for (int j = std::max(c, from); j < stop; j += N) {
+          float* logits = s_.logits + r * kLogitStride + j * kGroup;
+          if (widens)
+            dot_keys<Wide, M, N>(s_.q + r * steps, steps, wide_keys + j, steps, stop - j, logits);
+          else
+            dot_keys<E, M, N>(s_.q + r * steps, steps, keys + j, steps, stop - j, logits);
+        }
       });
+    }
 
     for (int r = 0; r < rows; ++r) {
       const auto [from, to] = visible(item.position + r / group, tile);
@@ -183,6 +224,7 @@ class Worker {
     else
       for (int r = 0; r < rows; ++r) s_.factors[r] = merge(s_.state[r], s_.tile[r]);
 
+    if (widens) widen(values, begin, end, wide_values);
     float* sums = part ? part : s_.sums;
     const int vectors = head_size / kLanes;
     for (int d = 0; d < vectors; d += kChunk)
@@ -191,8 +233,15 @@ class Worker {
         const auto [from, to] = groups_of(b);
         const Factors* factors = part ? nullptr : s_.factors + r;
         auto weigh = [&](auto n, int at) {
-          weigh_values<E, M, decltype(n)::value>(s_.p + r * (kLogitStride / E::pair), values, std::max(from, begin),
-                                                 std::min(to, end), head_size, at * kLanes, sums + r * head_size, factors);
+          const auto* weights = s_.p + r * (kLogitStride / E::pair);
+          constexpr int vectors_at_once = decltype(n)::value;
+          const int first = std::max(from, begin), last = std::min(to, end);
+          if (widens)
+            weigh_values<Wide, M, vectors_at_once>(weights, wide_values, first, last, head_size, at * kLanes,
+                                                   sums + r * head_size, factors);
+          else
+            weigh_values<E, M, vectors_at_once>(weights, values, first, last, head_size, at * kLanes, sums + r * head_size,
+                                                factors);
         };
         int at = d;
         const int stop = std::min(vectors, d + kChunk);
@@ -207,7 +256,8 @@ class Worker {
 
   const Step& step_;
   const Geometry g_;
-  const LayerArgs& layer_;
+  LayerArgs layer_;
+  float value_unit_ = 1.f;
   const Rows &q_, &out_;
   const store_t* cache_;
   float* partials_;
@@ -218,7 +268,8 @@ class Worker {
 
 int64_t scratch_bytes(const Step& step) {
   const int64_t rows = step.max_rows, head_size = step.geometry.head_size;
-  return (rows * (8 * head_size + 6 * kLogitStride + 24) + 8 * kGroup * head_size + 16 * 64 + 4095) / 4096 * 4096;
+  const int64_t bytes = rows * (8 * head_size + 6 * kLogitStride + 24) + (8 * kGroup + 2 * kTile) * head_size + 16 * 64;
+  return (bytes + 4095) / 4096 * 4096;
 }
 
 int num_pieces(const Step& step, Phase phase) {
@@ -232,7 +283,8 @@ int num_pieces(const Step& step, Phase phase) {
 void do_piece(const Step& step, const Layer& layer, Phase phase, int piece, int thread) {
   if (phase == Phase::write) {
     const int64_t n = step.num_tokens, pieces = num_pieces(step, phase);
-    write_tokens(step.geometry, layer.cache, step.slots, layer.k, layer.v, n * piece / pieces, n * (piece + 1) / pieces);
+    quantize_tokens(step.geometry, layer.cache, step.slots, layer.k, layer.v, layer.args.kv_scales, n * piece / pieces,
+                    n * (piece + 1) / pieces);
     return;
   }
   auto* partials = reinterpret_cast<float*>(step.workspace + step.num_threads * scratch_bytes(step));

@@ -67,6 +67,7 @@ struct Cache {
 struct LayerArgs {
   float scale, soft_cap;  // soft_cap 0: none
   const float* sinks;     // [Hq] or null
+  const float* kv_scales;  // of keys and of values, in a cache of one byte; null: 1
 };
 
 // Divide a step's work. `query_start` has num_seqs + 1 entries.
@@ -92,7 +93,10 @@ void do_piece(const Step& step, const Layer& layer, Phase phase, int piece, int 
 void run(const Step& step, const Layer& layer);
 
 // Tokens to and from the cache: what `run` does first, and import and export of blocks.
+// Keys and values that `run` writes to a cache of one byte are divided by their scales, and held within what it can hold.
 void write_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end);
+void quantize_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, const float* kv_scales, int64_t begin,
+                     int64_t end);
 void read_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end);
 
 const char* instruction_set();

@@ -146,7 +146,9 @@ Softmax exponentials(float* logits, typename E::operand_t* p, int lo, int hi, in
   return s;
 }
 
-inline void write_out(const float* sums, Softmax s, const float* sink, int head_size, const Rows& out, int64_t offset) {
+// `unit`: what sums of values are multiplied by.
+inline void write_out(const float* sums, Softmax s, const float* sink, float unit, int head_size, const Rows& out,
+                      int64_t offset) {
   float factor;
   if (sink) {
     const float logit = *sink * kLog2E, top = std::max(s.max, logit), weight = exp2(s.max - top);
@@ -154,6 +156,7 @@ inline void write_out(const float* sums, Softmax s, const float* sink, int head_
   } else {
     factor = 1.f / s.sum;
   }
+  factor *= unit;
   for (int d = 0; d < head_size; d += kLanes) store_as(out.type, out.data, offset + d, mul(load(sums + d), splat(factor)));
 }
 

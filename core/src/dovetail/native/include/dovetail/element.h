@@ -6,9 +6,11 @@
 
 #include <dovetail/vec.h>
 
+#include <algorithm>
+
 namespace dovetail {
 
-enum class Type : int { f32, bf16, f16 };
+enum class Type : int { f32, bf16, f16, i8, f8 };
 
 struct F32 {
   static constexpr int pair = 1;
@@ -52,9 +54,95 @@ struct BF16 : F32 {
 };
 #endif
 
+// Types of one byte. `unit` is what loaded operands are to be multiplied by, once they are summed up; what is stored is limited
+// to ±`largest`.
+struct I8 : BF16 {
+  static constexpr float unit = 1.f, largest = 127.f;
+  using store_t = int8_t;
+  static Vec widen16(const store_t* p) {
+    float x[kLanes];
+    for (int i = 0; i < kLanes; ++i) x[i] = p[i];
+    return dovetail::load(x);
+  }
+  static void narrow16(store_t* p, Vec a) {
+    int32_t x[kLanes];
+    a = round_even(a);
+    float rounded[kLanes];
+    store(rounded, a);
+    for (int i = 0; i < kLanes; ++i) x[i] = rounded[i] == rounded[i] ? static_cast<int32_t>(rounded[i]) : 0;
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<store_t>(x[i]);
+  }
+#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
+  static vec_t load(const store_t* p) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    auto half = [](__m256i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x)); };
+    return reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(half(_mm512_extracti64x4_epi64(wide, 1)), half(_mm512_castsi512_si256(wide))));
+  }
+#else
+  static vec_t load(const store_t* p) { return widen16(p); }
+#endif
+};
+
+// E4M3: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, all ones are NaN. With its exponent in a float16's place a
+// number is 2^-8 of itself, subnormal ones included.
+struct F8 : BF16 {
+  static constexpr float unit = 256.f, largest = 448.f;
+  using store_t = uint8_t;
+  static void as_f16(const store_t* p, uint16_t* x) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint16_t bits = static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7);
+      x[i] = (p[i] & 0x7F) == 0x7F ? static_cast<uint16_t>(0x7E00) : bits;
+    }
+  }
+  static Vec widen16(const store_t* p) {
+    uint16_t x[kLanes];
+    as_f16(p, x);
+    return mul(load_f16(x), dovetail::splat(unit));
+  }
+  static void narrow16(store_t* p, Vec a) {
+    float x[kLanes];
+    store(x, a);
+    for (int i = 0; i < kLanes; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &x[i], sizeof bits);
+      const uint32_t size = bits & 0x7FFFFFFFu;
+      const float steps = std::min(__builtin_fabsf(x[i]), 1.f) * 512.f + 8388608.f;  // of a subnormal's 2^-9; the sum rounds
+      uint32_t small;
+      std::memcpy(&small, &steps, sizeof small);
+      const uint32_t normal = (size + 0x7FFFFu + (size >> 20 & 1)) / (1u << 20) - (120u << 3);
+      const uint32_t code = size > 0x7F800000u ? 0x7Fu : size < (121u << 23) ? small & 0xFFu : normal;
+      p[i] = static_cast<store_t>(code | bits >> 31 << 7);
+    }
+  }
+#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
+  static vec_t load(const store_t* p) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7F));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F));
+    const __m512i sign = _mm512_slli_epi16(_mm512_andnot_si512(_mm512_set1_epi16(0x7F), wide), 8);
+    const __m512i bits = _mm512_or_si512(sign, _mm512_slli_epi16(size, 7));
+    const __m512i halves = _mm512_mask_blend_epi16(nan, bits, _mm512_set1_epi16(0x7E00));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)),
+                                                         _mm512_cvtph_ps(_mm512_castsi512_si256(halves))));
+  }
+#else
+  static vec_t load(const store_t* p) {
+    uint16_t x[kLanes];
+    as_f16(p, x);
+    return load_f16(x);
+  }
+#endif
+};
+
+template <class E>
+constexpr bool is_byte = sizeof(typename E::store_t) == 1;
+
 // Sixteen values of any of the types, as float32.
 inline Vec load_as(Type type, const void* base, int64_t offset) {
   switch (type) {
+    case Type::i8: return I8::widen16(static_cast<const int8_t*>(base) + offset);
+    case Type::f8: return F8::widen16(static_cast<const uint8_t*>(base) + offset);
     case Type::f32: return load(static_cast<const float*>(base) + offset);
     case Type::bf16: return load_bf16(static_cast<const uint16_t*>(base) + offset);
     default: return load_f16(static_cast<const uint16_t*>(base) + offset);
@@ -63,6 +151,8 @@ inline Vec load_as(Type type, const void* base, int64_t offset) {
 
 inline void store_as(Type type, void* base, int64_t offset, Vec a) {
   switch (type) {
+    case Type::i8: return I8::narrow16(static_cast<int8_t*>(base) + offset, a);
+    case Type::f8: return F8::narrow16(static_cast<uint8_t*>(base) + offset, a);
     case Type::f32: return store(static_cast<float*>(base) + offset, a);
     case Type::bf16: return store_bf16(static_cast<uint16_t*>(base) + offset, a);
     default: return store_f16(static_cast<uint16_t*>(base) + offset, a);
@@ -75,6 +165,8 @@ void with_element(Type type, F&& f) {
   switch (type) {
     case Type::f32: return f(F32{});
     case Type::bf16: return f(BF16{});
+    case Type::i8: return f(I8{});
+    case Type::f8: return f(F8{});
     default: return f(F16{});
   }
 }

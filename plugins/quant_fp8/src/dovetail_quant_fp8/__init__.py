@@ -1,0 +1,97 @@
+"""FP8 (E4M3) weights and inputs: checkpoints of the method `fp8`, and plain weights quantized while they are read.
+
+This module is the light root: it offers the provider and imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from dovetail.errors import ConfigError
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.quantization import QuantizationCapabilities
+from dovetail.provider import Context, Options, Provider, Reason
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_quant_fp8.scheme import Fp8
+
+METHOD = "fp8"
+EXAMPLES: tuple[dict[str, Any], ...] = (
+    {"quant_method": METHOD, "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    {"quant_method": METHOD, "activation_scheme": "dynamic", "weight_block_size": [64, 32], "modules_to_not_convert": ["kit"]},
+    {"quant_method": METHOD, "activation_scheme": "dynamic", "weight_block_size": None},
+    {"quant_method": METHOD, "activation_scheme": "static", "weight_block_size": None},
+    {"quant_method": METHOD, "activation_scheme": "static", "ignored_layers": ["lm_head"]},
+)
+"""The last is as AutoFP8 writes it, the others as transformers does."""
+
+
+class Fp8Options(Options):
+    granularity: Literal["auto", "tensor", "channel", "block"] = Field(
+        "auto", description="which weights share a scale: a whole layer's, an output's, or 128 × 128 of them; auto: as the "
+        "checkpoint has it, or channel",
+    )  # fmt: skip
+    activations: Literal["auto", "static", "dynamic", "none"] = Field(
+        "auto", description="how a layer's inputs are rounded to FP8: by the checkpoint's scale, each row by its own, or not; "
+        "auto: as the checkpoint says, or dynamic, and with a scale for each block: none",
+    )  # fmt: skip
+
+
+def why_not(context: Context) -> list[Reason]:
+    config = _own_config(context.model.quantization_config if context.model else None)
+    if config is None:
+        return []
+    block = config.get("weight_block_size")
+    is_block = block is None or (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block))
+    known = {"activation_scheme": ("dynamic", "static"), "scale_fmt": ("float", "ue8m0"), "fmt": ("e4m3", "float8_e4m3fn")}
+    wrong = {key: " or ".join(values) for key, values in known.items() if config.get(key, values[0]) not in values}
+    if not is_block:
+        wrong["weight_block_size"] = "two sizes, or null"
+    return [Reason(f"the checkpoint's {key} is {config[key]!r}", f"reads {values}") for key, values in wrong.items()]
+
+
+def settle(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
+    """Decide what is left open: by the checkpoint, if it is in FP8."""
+    config = _own_config(context.model.quantization_config if context.model else None)
+    stored = None if config is None else "tensor" if config.get("weight_block_size") is None else "block"
+    granularity = (stored or "channel") if options.granularity == "auto" else options.granularity
+    if granularity != (stored or granularity):
+        raise ConfigError(
+            f"quantization.granularity: {granularity!r} is asked for, and the checkpoint has a scale for each {stored}: "
+            "leave it out, or quantize the original weights"
+        )
+    has_scale = config is not None and config.get("activation_scheme") == "static"
+    if options.activations == "static" and not has_scale:
+        raise ConfigError("quantization.activations: 'static' is asked for, and the checkpoint has no scales of the inputs")
+    activations: str = options.activations
+    if activations == "auto":
+        # The method rounds the inputs of blocks 128 at a time: not rounding them is nearer to that than one scale a row.
+        activations = "static" if has_scale else "none" if granularity == "block" else "dynamic"
+    return options.model_copy(update={"granularity": granularity, "activations": activations}), []
+
+
+def _own_config(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    return config if config is not None and config["quant_method"] == METHOD else None
+
+
+def _build(context: BuildContext, options: Fp8Options) -> Fp8:
+    from dovetail_quant_fp8.scheme import Fp8
+
+    return Fp8(context.build("matmul"), _own_config(context.model.quantization_config), options)
+
+
+PROVIDER = Provider(
+    METHOD, "FP8 (E4M3) weights and inputs: checkpoints, and plain weights quantized while they are read", _build, Fp8Options,
+    QuantizationCapabilities(
+        (METHOD,), on_the_fly=True, devices=None, activations="float8_e4m3fn", examples=EXAMPLES, codes=("float8_e4m3fn",),
+        compiled_steps=True,
+    ), why_not, settle, priority=50,
+)  # fmt: skip
+
+
+@hookimpl
+def dovetail_quantization() -> list[Provider[Fp8]]:
+    return [PROVIDER]

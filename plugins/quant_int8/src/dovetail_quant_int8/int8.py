@@ -1,0 +1,49 @@
+"""Weights in INT8, a scale for each output: `weight i8[out, in]`, `weight_scale f32[out]`; weight = code * scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import CheckpointError
+from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
+from dovetail.interfaces.quantization import IN, OUT, LinearLayer, Parameter
+
+LARGEST = 127.0
+
+
+class Int8(MatmulScheme):
+    """Layers that are quantized on the fly, to the nearest."""
+
+    def __init__(self, matmul: Matmul, *, rounds_inputs: bool) -> None:
+        super().__init__(matmul)
+        self._format = WeightFormat("int8", inputs="int8" if rounds_inputs else None)
+
+    def parameters(self, layer: LinearLayer) -> dict[str, Parameter]:
+        return {"weight": Parameter((OUT, IN), "int8"), "weight_scale": Parameter((OUT,), "float32")}
+
+    def format(self, layer: LinearLayer) -> WeightFormat:
+        return self._format
+
+    def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_scales(layer, "weight", tensors["weight_scale"])
+        return {"codes": tensors["weight"], "scales": tensors["weight_scale"][:, None]}
+
+    def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
+        codes, largest = rounded(weight.float())
+        return {"weight": codes, "weight_scale": largest / LARGEST}
+
+
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """f32[N, K] → i8[N, K], and f32[N]: the largest absolute value of each row, for which 127 stands."""
+    largest = rows.abs().amax(1)
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    return (rows / scale[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), largest
+
+
+def check_scales(layer: LinearLayer, name: str, scales: Tensor) -> None:
+    """Raise `CheckpointError` for what no weight is scaled by. `name`: the tensor that is to blame."""
+    if not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise CheckpointError(f"{layer.name}: {name} holds numbers that are negative or not finite")
