@@ -3,13 +3,14 @@
 Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han: AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration, arXiv 2306.00978. The scales s = mean|x| ** alpha are searched for, one alpha for all layers that have one input;
 what comes before these (a norm, or a linear layer) is divided by s, which changes nothing but the rounding. Then each group's
-range is clipped to where the error is least. Errors of outputs are exact over all tokens: tr(D X Xᵀ Dᵀ), D the error of the
-weights.
+range is clipped to where the error is least. Errors are those of outputs over all tokens: tr(D X Xᵀ Dᵀ), D the error of the
+weights. Beyond the paper, both ends of a range are clipped by themselves, those of queries and keys too; and values whose heads
+are shared are divided as well, by one scale for all that share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from dovetail_quantize.inputs import Inputs
 from dovetail_quantize.rounding import Grid
 
 NUM_ALPHAS = 20
-CLIPS = tuple(1 - 0.05 * i for i in range(11))
 FOLDS = (
     (("input_layernorm",), ("self_attn.q_proj", "self_attn.qkv_proj")),
     (("self_attn.v_proj",), ("self_attn.o_proj",)),
@@ -27,8 +27,6 @@ FOLDS = (
     (("mlp.up_proj",), ("mlp.down_proj",)),
 )
 """What may be divided, the first that the layer has, and for which linear layer (with it, all that have the same input)."""
-NOT_CLIPPED = ("q_proj", "k_proj", "qkv_proj")
-"""Their product is exponentiated: the paper's authors leave them out."""
 
 
 def fold_scales(layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], grid: Grid) -> dict[str, Inputs]:
@@ -41,13 +39,13 @@ def fold_scales(layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapp
         found = [s for s in sources if target is not None and _module(layer, s) is not None]
         if target is None or not found:
             continue
-        source, sharing = _module(layer, found[0]), inputs[target].shared_by
-        if isinstance(source, nn.Linear) and source.out_features != linears[target].in_features:
-            continue  # heads that share keys and values: one channel before is several after
+        source, sharing = layer.get_submodule(found[0]), inputs[target].shared_by
+        channels = _channels(layer, source, linears[target])
+        if channels is None:
+            continue
         weights = [linears[name].weight.data for name in sharing]
-        scales = _search(torch.cat(weights), inputs[target], grid)
-        assert source is not None
-        scales = _divide(source, scales, inputs[target].dtype)
+        scales = _search(torch.cat(weights), inputs[target], grid, channels)
+        scales = _divide(source, scales, inputs[target].dtype)[channels]
         for name in sharing:
             linears[name].weight.data *= scales
             changed[name] = inputs[target].divided(scales)
@@ -58,14 +56,27 @@ def fold_scales(layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapp
     return changed
 
 
-def _search(weight: Tensor, inputs: Inputs, grid: Grid) -> Tensor:
-    """f32[in]: of all alphas, the scales with the least error."""
-    best, least = torch.ones_like(inputs.mean_abs), float("inf")
-    size = inputs.mean_abs.clamp_min(1e-4)
+def _channels(layer: nn.Module, source: nn.Module, target: nn.Linear) -> Tensor | None:
+    """i64[in]: by input of a layer, the channel before that it comes from; None if that is not known."""
+    num_in, num_out = target.in_features, source.out_features if isinstance(source, nn.Linear) else target.in_features
+    if num_in == num_out:
+        return torch.arange(num_in)
+    size = getattr(getattr(layer, "self_attn", None), "head_dim", None)  # query heads that share a value head follow each other
+    if not isinstance(size, int) or num_in % num_out or num_out % size:
+        return None
+    return torch.arange(num_out).view(-1, 1, size).expand(-1, num_in // num_out, -1).flatten()
+
+
+def _search(weight: Tensor, inputs: Inputs, grid: Grid, channels: Tensor) -> Tensor:
+    """f32[num_channels]: of all alphas, the scales with the least error."""
+    count = int(channels.max()) + 1
+    size = (torch.zeros(count).index_add_(0, channels, inputs.mean_abs) * count / len(channels)).clamp_min(1e-4)
+    best, least = torch.ones(count), float("inf")
     for i in range(NUM_ALPHAS):
         scales = size ** (i / NUM_ALPHAS)
         scales = scales / (scales.max() * scales.min()).sqrt()
-        error = inputs.output_error(grid.round(weight * scales).weight() / scales - weight)
+        spread = scales[channels]
+        error = inputs.output_error(grid.round(weight * spread).weight() / spread - weight)
         if error < least:
             best, least = scales, error
     return best
@@ -95,21 +106,10 @@ def _divide(source: nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
     raise ConfigError(f"awq: {type(source).__name__} is no norm whose outputs can be divided by changing its weight: use gptq")
 
 
-def clips(name: str, weight: Tensor, inputs: Inputs, grid: Grid) -> Tensor | float:
-    """f32[out, num_groups]: how much of each group's range to keep."""
-    if name.rpartition(".")[2] in NOT_CLIPPED:
-        return 1.0
-    size = grid.size(weight.shape[1])
-    blocks = torch.stack([inputs.gram[i : i + size, i : i + size] for i in range(0, weight.shape[1], size)])
-    split = weight.unflatten(1, (-1, size))
-    best = torch.ones(split.shape[:2])
-    least = torch.full(split.shape[:2], float("inf"))
-    for clip in CLIPS:
-        error = grid.round(weight, clip).weight().unflatten(1, (-1, size)) - split
-        by_group = (torch.einsum("ogi,gij->ogj", error, blocks) * error).sum(-1)
-        better = by_group < least
-        best[better], least[better] = clip, by_group[better]
-    return best
+def group_error(inputs: Inputs, size: int) -> Callable[[Tensor], Tensor]:
+    """Of the outputs, by group of inputs: for differences of weights f32[out, num_groups, size]."""
+    blocks = torch.stack([inputs.gram[i : i + size, i : i + size] for i in range(0, len(inputs.gram), size)])
+    return lambda difference: (torch.einsum("ogi,gij->ogj", difference, blocks) * difference).sum(-1)
 
 
 def _module(layer: nn.Module, name: str) -> nn.Module | None:

@@ -81,7 +81,7 @@ class OutputFolder:
 
     def size(self) -> int:
         """Bytes of the weights that are there."""
-        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+        return sum(file.stat().st_size for file in self.path.glob("model-*.safetensors"))
 
     @property
     def _has_state(self) -> bool:
@@ -130,8 +130,16 @@ class OutputFolder:
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         partial = path.with_name(f"{path.stem}{PARTIAL}{path.suffix}")
+
+        def write_whole() -> None:
+            partial.touch()
+            mode = partial.stat().st_mode  # that of new files here; safetensors has its own idea
+            write(partial)
+            partial.chmod(mode)
+            partial.replace(path)
+
         try:
-            self._attempt(lambda: (write(partial), partial.replace(path)), path)
+            self._attempt(write_whole, path)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -71,7 +71,7 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
         with skeleton.loaded(index) as layer:
             tensors, row = _make_layer(skeleton, scheme, index, layer, streams, lambda step, i=index: tell(i, step))  # type: ignore[misc]
         folder.finish_layer(file_of.layer(index), tensors, row, streams)
-    tell(num_layers, 0)
+        tell(index + 1, 0)
     perplexity = _perplexities(skeleton, texts, streams) if len(texts.evaluation) else None
     _finish(skeleton, scheme, folder, file_of)
     tell(num_layers, STEPS)
@@ -113,7 +113,6 @@ def _make_layer(
     row: dict[str, Any] = {"layer": index, "errors": rounded.errors}
     if "plain" in streams:
         row["drift"] = _ratio(streams["rounded"] - streams["plain"], streams["plain"])
-    tell(4)
     if not all(math.isfinite(e) for e in rounded.errors.values()):
         raise ConfigError(f"{prefix}*: the rounded weights are not finite: does the checkpoint hold NaN or infinite weights?")
     kept = _kept(skeleton, index, layer, linears)

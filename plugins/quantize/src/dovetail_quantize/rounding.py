@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 SMALLEST = 1e-8
 """Of a scale: weights that are all zero have one too."""
+SMALLEST_HALF = 2**-20
+"""The same in float16."""
+CLIPS = tuple(1 - 0.07 * i for i in range(6))
+"""Of an end of a range: how much of it to keep."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,6 @@ class Grid:
     """The zero point is in the middle, whatever the weights."""
     smallest_zero: int = 0
     """Formats that store zero points less one do not agree on what 0 is."""
-    dtype: torch.dtype = torch.float16
-    """Of the scales in the checkpoint."""
 
     @property
     def codes(self) -> torch.dtype:
@@ -64,13 +67,17 @@ class Grid:
         """Inputs in a group."""
         return in_features if self.group_size == -1 else self.group_size
 
-    def fit(self, weight: Tensor, clip: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-        """Scales and zero points f32[...] that span the last axis of `weight` [..., size], shrunk by `clip` [...]."""
-        low, high = weight.amin(-1).clamp_max(0) * clip, weight.amax(-1).clamp_min(0) * clip
+    def clips(self) -> list[tuple[float, float]]:
+        """What to try of a range: how much of its low and of its high end to keep."""
+        return [(c, c) for c in CLIPS] if self.symmetric else [(low, high) for low in CLIPS for high in CLIPS]
+
+    def fit(self, weight: Tensor, clip: tuple[float, float] = (1.0, 1.0)) -> tuple[Tensor, Tensor]:
+        """Scales and zero points f32[...] that span the last axis of `weight` [..., size], or a part of that range."""
+        low, high = weight.amin(-1).clamp_max(0) * clip[0], weight.amax(-1).clamp_min(0) * clip[1]
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        scales = ((high - low) / self.largest).to(self.dtype).float().clamp_min(torch.finfo(self.dtype).tiny)
+        scales = ((high - low) / self.largest).half().float().clamp_min(SMALLEST_HALF)
         middle = torch.full_like(scales, (self.largest + 1) // 2)
         return scales, middle if self.symmetric else (-low / scales).round().clamp(self.smallest_zero, self.largest)
 
@@ -78,14 +85,30 @@ class Grid:
         """Codes, as f32; scales and zero points are broadcast."""
         return (weight / scales + zeros).round().clamp(0, self.largest)
 
-    def round(self, weight: Tensor, clip: Tensor | float = 1.0) -> Rounded:
-        """Every weight to its nearest code. `clip` f32[out, num_groups]."""
-        size = self.size(weight.shape[1])
-        split = weight.unflatten(1, (-1, size))
-        scales, zeros = self.fit(split, clip)
+    def round(self, weight: Tensor, error: Callable[[Tensor], Tensor] | None = None) -> Rounded:
+        """Every weight to its nearest code. `error`: of differences f32[out, num_groups, size], a number for each group; if
+        given, each group's range is clipped to where it is least."""
+        split = weight.unflatten(1, (-1, self.size(weight.shape[1])))
+        scales, zeros = self.fit(split) if error is None else self.fit_least(split, error)
         codes = self.nearest(split, scales[..., None], zeros[..., None]).to(torch.uint8).flatten(1)
-        groups = torch.arange(weight.shape[1], dtype=torch.int32) // size
+        groups = torch.arange(weight.shape[1], dtype=torch.int32) // split.shape[-1]
         return Rounded(codes, scales, zeros.int(), groups)
+
+    def fit_least(self, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """As `fit`, clipped to where the `error` of the difference that rounding makes is least."""
+        best: tuple[Tensor, Tensor] | None = None
+        for clip in self.clips():
+            scales, zeros = self.fit(weight, clip)
+            spread = scales[..., None], zeros[..., None]
+            found = error((self.nearest(weight, *spread) - spread[1]) * spread[0] - weight)
+            if best is None:
+                best, least = (scales, zeros), found
+            else:
+                better = found < least
+                best = (torch.where(better, scales, best[0]), torch.where(better, zeros, best[1]))
+                least = torch.where(better, found, least)
+        assert best is not None
+        return best
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,10 @@ class RowGrid:
 
     def size(self, in_features: int) -> int:
         return in_features
+
+    def fit_least(self, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """As `Grid.fit_least`, and never clipped: eight bits reach far enough."""
+        return self.fit(weight)
 
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As `Grid.fit`; zero points are 0."""

@@ -125,7 +125,7 @@ class InGroups:
         if self.name == "awq":
             given = awq.fold_scales(layer, linears, inputs, self.grid)
             return _each(linears, given, lambda name, weight: self.grid.round(
-                weight, awq.clips(name, weight, given[name], self.grid)), to_file)  # fmt: skip
+                weight, awq.group_error(given[name], self.grid.size(weight.shape[1]))), to_file)  # fmt: skip
         rounded = _in_sequence(linears, inputs, self.grid, self.desc_act, self.damp)
         return _each(linears, inputs, lambda name, weight: rounded[name], to_file)
 
