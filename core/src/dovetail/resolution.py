@@ -44,6 +44,12 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             excluded[culprits[-1]] = Reason(f"left no choice: {e.message.splitlines()[0]}", code="conflicts")
 
 
+def find_model(name: str, *, trust_remote_code: bool = False) -> ModelSource:
+    """The files of a plugin's model, a local folder or a hub id, which is then downloaded. Raises `ConfigError`."""
+    registry, facts = load_registry(), device_facts()
+    return _find_model(name, "model", trust_remote_code, registry, Context(facts, None, facts.devices[0], ""))[0]
+
+
 @dataclass
 class Resolution:
     """A plan in the making: the choices so far, and what they are asked with."""

@@ -12,8 +12,9 @@ from dovetail.errors import DovetailError
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. An error that we foresaw is one line, not a traceback."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args = _parser(argv).parse_args(argv)
         status: int = args.run(args)
         return status
     except DovetailError as e:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("dovetail", description="An LLM inference engine in which everything is a plugin.")
     parser.add_argument("--version", action="version", version=f"dovetail {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -108,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         if kind == "serve":
             sub.add_argument("--url", default="http://127.0.0.1:8000")
         _engine_flags(sub)
+    if not argv or argv[0] not in commands.choices:
+        from dovetail.cli.added import add_installed
+
+        add_installed(command, list(commands.choices))
     return parser
 
 

@@ -1,0 +1,83 @@
+"""How codes lie in a checkpoint, and what its config.json says of them.
+
+| format | tensors of a layer |
+|---|---|
+| compressed-tensors | `weight i8 or f8_e4m3[out, in]`, `weight_scale [out, 1]` |
+| gptq | `qweight i32[in * bits / 32, out]`, `qzeros i32[groups, out * bits / 32]` less one, `scales f16[groups, out]`, `g_idx i32[in]` |
+| awq (gemm) | `qweight i32[in, out / 8]`, `qzeros i32[groups, out / 8]`, `scales f16[groups, out]`; columns of a word interleaved |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail_quantize.rounding import Grid, Rounded
+
+INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Column of a word's i-th four bits in AWQ's gemm packing."""
+WRITER = "dovetail"
+
+
+def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """Codes below 2 ** bits into 32-bit words along `axis`, the lowest bits first."""
+    per_word = 32 // bits
+    words = codes.movedim(axis, -1).to(torch.int64).unflatten(-1, (-1, per_word))
+    if order is not None:
+        words = words[..., list(order)]
+    packed = (words << torch.arange(0, 32, bits)).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).movedim(-1, axis).contiguous()
+
+
+def compressed_tensors(rounded: Rounded, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"weight": rounded.codes.contiguous(), "weight_scale": rounded.scales.to(dtype).contiguous()}
+
+
+def gptq(rounded: Rounded, bits: int) -> dict[str, Tensor]:
+    """Of the first version (`checkpoint_format: gptq`): zero points are stored less one."""
+    stored = (rounded.zeros.T - 1) & (2**bits - 1)
+    return {
+        "qweight": pack(rounded.codes.T, bits, 0), "qzeros": pack(stored, bits, 1),
+        "scales": rounded.scales.T.to(torch.float16).contiguous(), "g_idx": rounded.groups.clone(),
+    }  # fmt: skip
+
+
+def awq(rounded: Rounded) -> dict[str, Tensor]:
+    return {
+        "qweight": pack(rounded.codes.T, 4, 1, INTERLEAVED), "qzeros": pack(rounded.zeros.T, 4, 1, INTERLEAVED),
+        "scales": rounded.scales.T.to(torch.float16).contiguous(),
+    }  # fmt: skip
+
+
+def compressed_tensors_config(codes: torch.dtype, ignore: list[str]) -> dict[str, Any]:
+    """Weights by channel, inputs by token, while the model runs."""
+    kind = "int" if codes == torch.int8 else "float"
+    shared = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**shared, "strategy": "channel", "dynamic": False},
+        "input_activations": {**shared, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+        "format": f"{kind}-quantized",
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": f"{kind}-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ignore, "kv_cache_scheme": None,
+    }  # fmt: skip
+
+
+def gptq_config(grid: Grid, desc_act: bool, damp: float, version: str) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric,
+        "desc_act": desc_act, "damp_percent": damp, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32",
+        "meta": {"quantizer": [f"{WRITER}:{version}"]},
+    }  # fmt: skip
+
+
+def awq_config(grid: Grid, version: str) -> dict[str, Any]:
+    return {
+        "quant_method": "awq", "bits": grid.bits, "group_size": grid.group_size, "zero_point": not grid.symmetric,
+        "version": "gemm", "modules_to_not_convert": None, "meta": {"quantizer": [f"{WRITER}:{version}"]},
+    }  # fmt: skip

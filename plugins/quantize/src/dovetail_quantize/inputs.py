@@ -1,0 +1,74 @@
+"""What linear layers are given: measured while calibration text runs through a decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of one linear layer, over all tokens."""
+
+    gram: Tensor
+    """f32[in, in]: the mean of x xᵀ."""
+    mean_abs: Tensor
+    """f32[in]"""
+    shared_by: tuple[str, ...]
+    """The layers that are given the same, in their order."""
+    dtype: torch.dtype
+    """Of the checkpoint."""
+
+    def output_error(self, difference: Tensor) -> float:
+        """Mean squared norm of `difference @ x`, for a difference of weights [out, in]."""
+        return float(((difference @ self.gram) * difference).sum())
+
+    def divided(self, scales: Tensor) -> Inputs:
+        """When each channel is divided by its scale."""
+        return replace(self, gram=self.gram / (scales[:, None] * scales), mean_abs=self.mean_abs / scales)
+
+
+def measure(
+    linears: Mapping[str, nn.Linear], dtype: torch.dtype, runs: Iterable[Callable[[], Any]]
+) -> dict[str, Inputs]:  # fmt: skip
+    """Call each of `runs`, in which the layers are used. Layers that are given one and the same tensor are measured once."""
+    first: dict[str, str] = {}
+    grams: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    num_tokens: dict[str, int] = {}
+    seen: list[tuple[str, Tensor]] = []  # of the run in progress; keeps the tensors, so that none takes another's place
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def measured(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            owner = next((other for other, y in seen if y is x), name)
+            if first.setdefault(name, owner) != owner:
+                raise RuntimeError(f"{name} shares its input with {owner} only at times")
+            seen.append((name, x))
+            if owner == name:
+                rows = x.reshape(-1, x.shape[-1]).float()
+                grams[name] = grams.get(name, 0) + rows.T @ rows
+                sums[name] = sums.get(name, 0) + rows.abs().sum(0)
+                num_tokens[name] = num_tokens.get(name, 0) + len(rows)
+
+        return measured
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
+    try:
+        for run in runs:
+            run()
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for owner in grams:
+        sharing = tuple(name for name in linears if first.get(name) == owner)
+        n = num_tokens[owner]
+        shared = Inputs(grams[owner] / n, sums[owner] / n, sharing, dtype)
+        found.update(dict.fromkeys(sharing, shared))
+    return {name: found[name] for name in linears if name in found}

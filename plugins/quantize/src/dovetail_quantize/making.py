@@ -1,0 +1,188 @@
+"""Layer by layer: a decoder layer is read, measured, rounded, written and forgotten before the next one is read.
+
+Three streams of hidden states go through the layers: the calibration text's, through rounded layers, so that a layer is fitted
+to what it will be given; and the evaluation text's twice, through the layers as they were and as they become.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dovetail.errors import ConfigError
+from dovetail.interfaces.worker import Progress
+from dovetail_quantize.checkpoint import INDEX, as_float
+from dovetail_quantize.folder import OutputFolder
+from dovetail_quantize.inputs import measure
+from dovetail_quantize.report import Report
+from dovetail_quantize.schemes import Scheme
+from dovetail_quantize.skeleton import Skeleton
+from dovetail_quantize.texts import Texts
+
+Streams = dict[str, Tensor]
+STEPS = 4
+"""Of progress, in each layer."""
+
+
+def check(skeleton: Skeleton, scheme: Scheme) -> None:
+    """Raise `ConfigError` for a model that the scheme cannot take, before anything is written."""
+    for index in range(len(skeleton.layers)):
+        for name, linear in skeleton.linears(index).items():
+            scheme.check(skeleton.prefix(index) + name, linear)
+
+
+def bytes_needed(skeleton: Skeleton, scheme: Scheme, texts: Texts) -> int:
+    """Of the finished weights, and of the hidden states that are kept meanwhile (twice, while new ones are written)."""
+    sizes = skeleton.checkpoint.sizes()
+    total = sum(sizes.values())
+    for index in range(len(skeleton.layers)):
+        for name, linear in skeleton.linears(index).items():
+            total += scheme.nbytes(linear) - sizes.get(f"{skeleton.prefix(index)}{name}.weight", 0)
+    windows = len(texts.calibration) + 2 * len(texts.evaluation)
+    return total + 2 * 4 * windows * texts.calibration.shape[1] * int(skeleton.text.hidden_size)
+
+
+@torch.inference_mode()
+def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder, progress: Progress) -> Report:
+    """Fill the folder, from where it is. Returns what there is to say about it."""
+    num_layers = len(skeleton.layers)
+    what = f"quantizing {num_layers} layers"
+
+    def tell(index: int, step: int) -> None:
+        progress(what, index * STEPS + step, (num_layers + 1) * STEPS)
+
+    tell(len(folder.rows), 0)
+    with skeleton.ends_loaded() as ends:
+        samples = torch.cat([texts.calibration, texts.evaluation])
+        embedded = [ends.embed(ids[None]) for ids in samples]
+    streams = folder.streams() if folder.rows else _begin(embedded, len(texts.calibration))
+    if not folder.rows:
+        folder.begin(streams)
+    del embedded
+    file_of = _Files(num_layers + 1)
+    for index in range(len(folder.rows), num_layers):
+        with skeleton.loaded(index) as layer:
+            tensors, row = _make_layer(skeleton, scheme, index, layer, streams, lambda step, i=index: tell(i, step))  # type: ignore[misc]
+        folder.finish_layer(file_of.layer(index), tensors, row, streams)
+        tell(index + 1, 0)
+    perplexity = _perplexities(skeleton, texts, streams) if len(texts.evaluation) else None
+    _finish(skeleton, scheme, folder, file_of)
+    tell(num_layers, STEPS)
+    before = sum(skeleton.checkpoint.sizes().values())
+    return Report(folder.rows, before, folder.size(), perplexity, texts.remark)
+
+
+def _begin(embedded: list[Tensor], num_calibration: int) -> Streams:
+    if not embedded:
+        return {}
+    hidden = torch.cat(embedded)
+    kept = {"calibration": hidden[:num_calibration], "plain": hidden[num_calibration:], "rounded": hidden[num_calibration:]}
+    return {name: stream.clone() for name, stream in kept.items() if len(stream)}
+
+
+def _make_layer(
+    skeleton: Skeleton, scheme: Scheme, index: int, layer: nn.Module, streams: Streams, tell: Callable[[int], None]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A layer's tensors, by full name, and the report's row. The streams are then what the next layer is given."""
+
+    def through(name: str) -> None:
+        stream = streams.get(name, ())
+        for i in range(len(stream)):
+            stream[i : i + 1] = skeleton.run_layer(index, stream[i : i + 1])  # type: ignore[index]
+
+    linears, prefix = skeleton.linears(index), skeleton.prefix(index)
+    through("plain")
+    tell(1)
+    calibration = streams.get("calibration", ())
+    inputs = measure(
+        linears, skeleton.dtype, (lambda i=i: skeleton.run_layer(index, calibration[i : i + 1]) for i in range(len(calibration)))
+    )  # type: ignore[misc]
+    tell(2)
+    rounded = scheme.round(layer, linears, inputs, skeleton.dtype)
+    tell(3)
+    through("calibration")
+    with _rounding_inputs(linears, scheme.round_inputs):
+        through("rounded")
+    row: dict[str, Any] = {"layer": index, "errors": rounded.errors}
+    if "plain" in streams:
+        row["drift"] = _ratio(streams["rounded"] - streams["plain"], streams["plain"])
+    if not all(math.isfinite(e) for e in rounded.errors.values()):
+        raise ConfigError(f"{prefix}*: the rounded weights are not finite: does the checkpoint hold NaN or infinite weights?")
+    kept = _kept(skeleton, index, layer, linears)
+    return {f"{prefix}{name}": tensor for name, tensor in rounded.tensors.items()} | kept, row
+
+
+def _kept(skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """The layer's other tensors: as they are in the checkpoint, but for those that the scheme has changed."""
+    prefix = skeleton.prefix(index)
+    names = [n for n in skeleton.of_layer(index) if n.removeprefix(prefix).removesuffix(".weight") not in linears]
+    stored, now = skeleton.checkpoint.read(names), dict(layer.named_parameters())
+    found = {}
+    for name, tensor in stored.items():
+        present = now.get(name.removeprefix(prefix))
+        same = present is None or torch.equal(present, as_float(tensor))
+        found[name] = tensor if same or present is None else present.to(tensor.dtype)
+    return found
+
+
+@contextmanager
+def _rounding_inputs(linears: Mapping[str, nn.Linear], round_inputs: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Linear layers multiply as the scheme has them multiply while a model runs."""
+    handles = []
+    if round_inputs is not None:
+        round_one = round_inputs
+        for linear in linears.values():
+            handles.append(linear.register_forward_pre_hook(lambda module, args: (round_one(args[0]), *args[1:])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _ratio(difference: Tensor, of: Tensor) -> float:
+    return float(difference.norm() / of.norm().clamp_min(1e-30))
+
+
+def _perplexities(skeleton: Skeleton, texts: Texts, streams: Streams) -> tuple[float, float]:
+    """Before and after."""
+    losses = {"plain": 0.0, "rounded": 0.0}
+    with skeleton.ends_loaded() as ends:
+        for i, ids in enumerate(texts.evaluation):
+            for name in losses:
+                logits = ends.logits(ids[None], streams[name][i : i + 1])[0]
+                losses[name] += float(nn.functional.cross_entropy(logits[:-1], ids[1:]))
+    before, after = (math.exp(losses[name] / len(texts.evaluation)) for name in ("plain", "rounded"))
+    return before, after
+
+
+class _Files:
+    """Names of the weight files: one for each layer, and the last for all that lies outside."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def layer(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self.count:05d}.safetensors"
+
+    @property
+    def outside(self) -> str:
+        return self.layer(self.count - 1)
+
+
+def _finish(skeleton: Skeleton, scheme: Scheme, folder: OutputFolder, file_of: _Files) -> None:
+    folder.write_tensors(file_of.outside, skeleton.checkpoint.read(skeleton.outside()))
+    weight_map = {}
+    for i in range(file_of.count):
+        with safe_open(folder.path / file_of.layer(i), framework="pt") as file:
+            weight_map.update(dict.fromkeys(file.keys(), file_of.layer(i)))
+    index = {"metadata": {"total_size": folder.size()}, "weight_map": dict(sorted(weight_map.items()))}
+    folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+    folder.copy_from(skeleton.folder)
