@@ -18,6 +18,7 @@ from dovetail.config import EngineConfig
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.interfaces.drafter import DrafterCapabilities
+from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.interfaces.scheduler import SchedulerCapabilities
 from dovetail.plugins.discovery import Offer, Registry, load_registry
@@ -29,7 +30,7 @@ DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
 CAPABILITIES: dict[str, type] = {
     "quantization": QuantizationCapabilities, "architecture": ArchitectureCapabilities, "attention": AttentionCapabilities,
-    "scheduler": SchedulerCapabilities, "speculation": DrafterCapabilities,
+    "matmul": MatmulCapabilities, "scheduler": SchedulerCapabilities, "speculation": DrafterCapabilities,
 }  # fmt: skip
 NOTE = "<!-- Written by docs/make.py from the code: do not edit. -->\n"
 
@@ -137,7 +138,7 @@ def plugins() -> str:
         p = o.provider
         out += [f"| {o.socket} | `{p.name}` | {o.plugin.distribution} | {p.priority} | {p.summary} |"]
     out += _declared("attention", AttentionCapabilities) + _declared("quantization", QuantizationCapabilities)
-    out += _declared("architecture", ArchitectureCapabilities)
+    out += _declared("matmul", MatmulCapabilities) + _declared("architecture", ArchitectureCapabilities)
     return "\n".join(out) + "\n"
 
 

@@ -24,8 +24,8 @@ SOCKETS = list(REGISTRY.sockets)
 MOST_LINES = 200
 """Of a file that is to be read before it is changed."""
 GENERATED = ["generate", "import os", "--max-tokens", "8", "--dtype", "float32", "--device", "cpu"]
-OWN_TEXT = ("model", "quantization")
-"""Packages with which the text is another one: they change the weights."""
+OWN_TEXT = ("model", "quantization", "matmul")
+"""Packages with which the text is another one: they change the weights, or ask for some that are quantized."""
 
 
 def name_of(socket: str) -> str:
@@ -61,7 +61,7 @@ def test_all_are_found_and_none_takes_over(installed: Environment) -> None:
     taken = {key: c["provider"] for key, c in choices.items() if c["socket"] != "routes"}  # routes are all taken
     assert taken == {key: c.provider for key, c in resolve(EngineConfig(), server=True).choices.items()}
     rejected = {c["socket"] for c in choices.values() for r in c["rejected"] if r["provider"].startswith("stranger")}
-    assert rejected == set(SOCKETS) - {"routes"}
+    assert rejected == set(SOCKETS) - {"routes", "matmul"}  # plain weights need nobody who multiplies by quantized ones
 
 
 def test_their_own_tests_pass(packages: dict[str, Path], installed: Environment) -> None:

@@ -24,8 +24,8 @@ FIXED_SEED = 20_260_101
 NUM_SEEDS = int(os.environ.get("DOVETAIL_SOAK_SEEDS", "0"))
 PAGE = Path(__file__).parents[1] / "docs/sabotage.md"
 ENOUGH = {
-    ("attention",): 25, ("quantization",): 20, ("architecture",): 20, ("scheduler", "kv_cache"): 12, ("worker",): 12,
-    ("speculation",): 6, ("prefix_cache",): 6, ("eviction",): 4, ("routes",): 4, ("model",): 4, ("server",): 4,
+    ("attention",): 25, ("quantization",): 20, ("matmul",): 20, ("architecture",): 20, ("scheduler", "kv_cache"): 12,
+    ("worker",): 12, ("speculation",): 6, ("prefix_cache",): 6, ("eviction",): 4, ("routes",): 4, ("model",): 4, ("server",): 4,
 }  # fmt: skip
 SLICE = list({(s.socket, s.caught_by[0]): s for s in reversed(SABOTAGES) if "patience" not in s.attributes}.values())
 """One for each check."""

@@ -83,6 +83,7 @@ def _modules() -> list[Any]:
         drafters,
         eviction,
         kv_caches,
+        matmuls,
         models,
         prefix_caches,
         quantization,
@@ -93,6 +94,6 @@ def _modules() -> list[Any]:
     )
 
     return [
-        attention, quantization, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers, models,
-        servers, routes,
+        attention, quantization, matmuls, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers,
+        models, servers, routes,
     ]  # fmt: skip

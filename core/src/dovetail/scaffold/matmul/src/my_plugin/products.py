@@ -1,0 +1,62 @@
+"""The products: for each layer a callable that holds its codes and scales. How checkpoints store a weight is the schemes'
+business; here all of them come in one form, which `WeightFormat` describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from dovetail.interfaces.matmul import WeightFormat
+from dovetail.interfaces.quantization import LinearLayer
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+
+
+class MyPluginMatmul:
+    """A `Matmul`: one object an engine."""
+
+    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """`x [T, in]` → `x @ weight.T + bias`. The place to bring the codes into a kernel's order, once."""
+        kept, size = dict(tensors), format.group_size or layer.in_features
+
+        def multiply(x: Tensor) -> Tensor:
+            given = x.float() if format.inputs is None else rounded(x.float(), format, kept)
+            if format.order:
+                given = given[:, kept["order"]]
+            codes = expanded(format, kept["codes"], layer.in_features)
+            out = torch.zeros(len(x), layer.out_features, device=x.device)
+            for group, begin in enumerate(range(0, layer.in_features, size)):
+                own = codes[:, begin : begin + size]
+                if format.zeros:
+                    own = own - kept["zeros"][:, group, None].float()
+                elif format.codes == "uint4":
+                    own = own - 8
+                out += given[:, begin : begin + size] @ own.T * kept["scales"][:, group]
+            return (out + kept["bias"].float() if layer.bias else out).to(x.dtype)
+
+        return multiply
+
+    def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
+        """What the weights take in memory."""
+        codes = (layer.in_features + 1) // 2 if format.bits == 4 else layer.in_features
+        groups = format.num_groups(layer.in_features) * (5 if format.zeros else 4)
+        return layer.out_features * (codes + groups) + (8 * layer.in_features if format.order else 0)
+
+
+def expanded(format: WeightFormat, codes: Tensor, in_features: int) -> Tensor:
+    """Codes as numbers, `f32[out, in]`."""
+    if format.codes != "uint4":
+        return codes.float()
+    return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :in_features].float()
+
+
+def rounded(x: Tensor, format: WeightFormat, tensors: Mapping[str, Tensor]) -> Tensor:
+    """x as the format wants it rounded: by a scale of each row, or by the format's."""
+    assert format.inputs is not None
+    largest = LARGEST[format.inputs]
+    scale = tensors["input_scale"] if format.input_scale else x.abs().amax(1, keepdim=True) / largest
+    limited = (x / scale.clamp_min(1e-30)).clamp(-largest, largest)
+    return (limited.round() if format.inputs == "int8" else limited.to(torch.float8_e4m3fn).float()) * scale
