@@ -19,10 +19,12 @@ def pack_gptq(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, T
 class TestAwq(QuantizationContract):
     provider = AWQ
     pack = pack_awq
+    weight_error = 0.2  # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
     declined = ("lm_head",)
 
 
 class TestGptq(QuantizationContract):
     provider = GPTQ
     pack = pack_gptq
+    weight_error = 0.2
     declined = ("lm_head",)

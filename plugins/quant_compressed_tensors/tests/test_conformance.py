@@ -15,4 +15,5 @@ def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor
 class TestCompressedTensors(QuantizationContract):
     provider = PROVIDER
     pack = pack
+    weight_error = 0.2  # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
     declined = ("lm_head",)

@@ -76,6 +76,7 @@ LIBRARY = [
     ("naive-quantized", FLOAT | CHANNELS, None),
     ("naive-quantized", INT | CHANNELS, None),
     ("int-quantized", INT | CHANNELS, INT | BY_TOKEN),
+    ("int-quantized", NIBBLE | GROUPS | {"symmetric": True}, INT | BY_TOKEN),
     ("int-quantized", INT | {"strategy": "tensor"}, INT | STATIC),
     ("int-quantized", INT | GROUPS, INT | BY_TOKEN),
     ("int-quantized", INT | CHANNELS | {"symmetric": False}, INT | BY_TOKEN),

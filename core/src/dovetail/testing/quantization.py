@@ -63,7 +63,8 @@ class QuantizationContract(Contract):
     """quantization_configs of checkpoints to try, in place of the `examples` that the provider declares."""
     pack: ClassVar[Callable[[dict[str, Any], LinearLayer, Tensor], dict[str, Tensor]] | None] = None
     """(quantization_config, layer of one part, plain weight) → what a tool that writes such checkpoints would store for the
-    part. By default the scheme's own `quantize`: then its checkpoints are as it quantizes on the fly."""
+    part, in the tool's own floating types. By default the scheme's own `quantize`: then its checkpoints are as it quantizes on
+    the fly."""
     weight_error: ClassVar[float] = 0.15
     """How far weights may be from the plain ones, relative to their norm."""
     declined: ClassVar[tuple[str, ...]] = ()

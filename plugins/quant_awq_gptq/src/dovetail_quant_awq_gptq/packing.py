@@ -12,12 +12,13 @@ INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def unpack(words: Tensor, bits: int, axis: int, order: tuple[int, ...] = IN_ORDER) -> Tensor:
     """i32 words, each of 32 / `bits` codes along `axis` → u8, that many times as long there. The lowest bits come first."""
-    count = 32 // bits
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     moved = words.movedim(axis, -1)
-    codes = (moved[..., None] >> shifts & (1 << bits) - 1).to(torch.uint8)
-    places = [order[:count].index(i) for i in range(count)]
-    return codes[..., places].flatten(-2).movedim(-1, axis)
+    octets = moved.reshape(-1).view(torch.uint8).reshape(*moved.shape[:-1], -1)  # little-endian, as the files are
+    codes = octets if bits == 8 else torch.stack([octets & 15, octets >> 4], -1).flatten(-2)
+    if order != IN_ORDER:
+        places = [order.index(i) for i in range(len(order))]
+        codes = codes.reshape(*codes.shape[:-1], -1, len(order))[..., places].flatten(-2)
+    return codes.movedim(-1, axis)
 
 
 def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] = IN_ORDER) -> Tensor:

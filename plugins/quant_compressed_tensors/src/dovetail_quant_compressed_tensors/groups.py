@@ -13,8 +13,8 @@ from dovetail.interfaces.matmul import Codes, Inputs
 Config = Mapping[str, Any]
 
 FLOAT, INT, PACKED, NAIVE = "float-quantized", "int-quantized", "pack-quantized", "naive-quantized"
-KINDS = {FLOAT: ("float", (8,)), INT: ("int", (8,)), PACKED: ("int", (4, 8))}
-"""By format: the type of the weights, and of how many bits."""
+KINDS = {FLOAT: ("float", (8,)), INT: ("int", (4, 8)), PACKED: ("int", (4, 8))}
+"""By format: the type of the weights, and of how many bits. Not packed, each has a byte of its own."""
 STRATEGIES = ("tensor", "channel", "group", "block")
 ALL = "Linear"
 """As a target: every linear layer."""
@@ -40,7 +40,7 @@ class Group:
 
     @property
     def codes(self) -> Codes:
-        return "float8_e4m3fn" if self.format == FLOAT else "int8" if self.bits == 8 else "uint4"
+        return "float8_e4m3fn" if self.format == FLOAT else "uint4" if self.format == PACKED and self.bits == 4 else "int8"
 
     @classmethod
     def of(cls, where: str, name: str, entry: Config, default: str) -> Group:

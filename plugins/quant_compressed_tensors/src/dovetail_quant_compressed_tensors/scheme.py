@@ -160,9 +160,10 @@ def _order(group: Group, layer: LinearLayer, g_idx: Tensor) -> Tensor:
 
 def unpack(words: Tensor, bits: int, axis: int) -> Tensor:
     """i32 → u8, 32 / `bits` times as long along `axis`. The lowest bits come first."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     moved = words.movedim(axis, -1)
-    return (moved[..., None] >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2).movedim(-1, axis)
+    octets = moved.reshape(-1).view(torch.uint8).reshape(*moved.shape[:-1], -1)  # little-endian, as the files are
+    codes = octets if bits == 8 else torch.stack([octets & 15, octets >> 4], -1).flatten(-2)
+    return codes.movedim(-1, axis)
 
 
 def _canonical(codes: Tensor, bits: int) -> Tensor:
