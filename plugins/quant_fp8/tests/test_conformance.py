@@ -84,7 +84,8 @@ def context(config: Config | None) -> Context:
     [
         (None, {}, ("channel", "dynamic")), (None, {"granularity": "block"}, ("block", "none")),
         (None, {"activations": "none"}, ("channel", "none")), (BLOCK, {}, ("block", "none")),
-        (TENSOR, {}, ("tensor", "dynamic")), (STATIC, {}, ("tensor", "static")), (STATIC, {"activations": "dynamic"}, ("tensor", "dynamic")),
+        (TENSOR, {}, ("tensor", "dynamic")), (STATIC, {}, ("tensor", "static")),
+        (STATIC, {"activations": "dynamic"}, ("tensor", "dynamic")),
     ],
 )  # fmt: skip
 def test_what_is_left_open(config: Config | None, asked: Config, settled: tuple[str, str]) -> None:
@@ -124,10 +125,10 @@ def test_what_is_not_read(changes: Config, reason: str) -> None:
     ("name", "wrong", "message"),
     [
         *(
-            ("weight_scale_inv", wrong, "holds numbers that are negative or not finite")
+            ("weight_scale_inv", wrong, "negative or not finite")
             for wrong in (torch.nan, torch.inf, -1.0)
         ),
-        *(("activation_scale", wrong, "which is no scale") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
+        *(("activation_scale", wrong, "no scale") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
     ],
 )
 def test_scales_that_are_none(name: str, wrong: float, message: str) -> None:

@@ -74,7 +74,7 @@ class Fp8(MatmulScheme):
             found["input_scale"] = tensors[self._input_scale].amax().reshape(1)
             if not bool(found["input_scale"] > 0) or bool(found["input_scale"].isinf()):
                 raise CheckpointError(
-                    f"{layer.name}: {self._input_scale} is {float(found['input_scale']):g}, which is no scale"
+                    f"{layer.name}: {self._input_scale} is {float(found['input_scale']):g}, no scale"
                 )
         if not bool((found["scales"].isfinite() & (found["scales"] >= 0)).all()):
             name = self._scale if layer.stored else "weight"
