@@ -124,10 +124,7 @@ def test_what_is_not_read(changes: Config, reason: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        *(
-            ("weight_scale_inv", wrong, "negative or not finite")
-            for wrong in (torch.nan, torch.inf, -1.0)
-        ),
+        *(("weight_scale_inv", wrong, "negative or not finite") for wrong in (torch.nan, torch.inf, -1.0)),
         *(("activation_scale", wrong, "no scale") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
     ],
 )

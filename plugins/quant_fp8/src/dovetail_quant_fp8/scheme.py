@@ -73,9 +73,7 @@ class Fp8(MatmulScheme):
         if self._activations == "static":  # the parts have one input: the widest scale holds what each of them saw
             found["input_scale"] = tensors[self._input_scale].amax().reshape(1)
             if not bool(found["input_scale"] > 0) or bool(found["input_scale"].isinf()):
-                raise CheckpointError(
-                    f"{layer.name}: {self._input_scale} is {float(found['input_scale']):g}, no scale"
-                )
+                raise CheckpointError(f"{layer.name}: {self._input_scale} is {float(found['input_scale']):g}, no scale")
         if not bool((found["scales"].isfinite() & (found["scales"] >= 0)).all()):
             name = self._scale if layer.stored else "weight"
             raise CheckpointError(f"{layer.name}: {name} holds numbers that are negative or not finite")
