@@ -1,13 +1,21 @@
 """The scheme keeps the contract; checkpoints are made here from the format's description, one block at a time."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
-from dovetail.interfaces.quantization import LinearLayer
+from dovetail.errors import CheckpointError, ConfigError
+from dovetail.facts import device_facts
+from dovetail.interfaces.quantization import LinearLayer, Part
+from dovetail.provider import Context
+from dovetail.testing.contract import KIT_MODEL
+from dovetail.testing.matmul import KitMatmul
 from dovetail.testing.quantization import QuantizationContract
-from dovetail_quant_fp8 import PROVIDER
+from dovetail_quant_fp8 import PROVIDER, Fp8Options
+from dovetail_quant_fp8.scheme import Fp8
 
 Config = dict[str, Any]
 
@@ -28,6 +36,10 @@ def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor
             for j, column in enumerate(columns):
                 where = slice(row, row + block[0]), slice(column, column + block[1])
                 codes[where], scale[i, j] = rounded(weight[where])
+    if config.get("scale_fmt") == "ue8m0":
+        exponents = scale.clamp_min(2.0**-126).log2().ceil()
+        spread = (2.0**exponents).repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+        codes, scale = (weight / spread).to(torch.float8_e4m3fn), (2.0**exponents).to(torch.float8_e8m0fnu)
     static = {theirs: torch.tensor(0.01)} if config["activation_scheme"] == "static" else {}
     return {"weight": codes, f"weight_scale{ours}": scale, **static}
 
@@ -40,13 +52,85 @@ class TestFp8(QuantizationContract):
     declined = ("lm_head",)
 
 
+class TestPowersOfTwo(QuantizationContract):
+    """Scales of one byte, as newer checkpoints have them."""
+
+    provider = PROVIDER
+    pack = pack
+    configs: ClassVar = (PROVIDER.capabilities.examples[0] | {"scale_fmt": "ue8m0"},)
+
+
 class TestBlocks(QuantizationContract):
     provider = PROVIDER
-    configs = TestFp8.provider.capabilities.examples[:1]
+    configs = PROVIDER.capabilities.examples[:1]
     options: ClassVar = {"granularity": "block", "activations": "dynamic"}
 
 
 class TestTensor(QuantizationContract):
     provider = PROVIDER
-    configs = TestFp8.provider.capabilities.examples[2:3]
+    configs = PROVIDER.capabilities.examples[2:3]
     options: ClassVar = {"granularity": "tensor", "activations": "none"}
+
+
+BLOCK, _, TENSOR, STATIC, _ = PROVIDER.capabilities.examples
+
+
+def context(config: Config | None) -> Context:
+    return Context(device_facts(), replace(KIT_MODEL, quantization_config=config), "cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "settled"),
+    [
+        (None, {}, ("channel", "dynamic")), (None, {"granularity": "block"}, ("block", "none")),
+        (None, {"activations": "none"}, ("channel", "none")), (BLOCK, {}, ("block", "none")),
+        (TENSOR, {}, ("tensor", "dynamic")), (STATIC, {}, ("tensor", "static")),
+        (STATIC, {"activations": "dynamic"}, ("tensor", "dynamic")),
+    ],
+)  # fmt: skip
+def test_what_is_left_open(config: Config | None, asked: Config, settled: tuple[str, str]) -> None:
+    options, _ = PROVIDER.settle(context(config), Fp8Options(**asked))
+    assert options.model_dump() == dict(zip(("granularity", "activations"), settled, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "message"),
+    [
+        (BLOCK, {"granularity": "channel"}, "'channel' is asked for, and the checkpoint has a scale for each block"),
+        (TENSOR, {"granularity": "block"}, "'block' is asked for, and the checkpoint has a scale for each tensor"),
+        (TENSOR, {"activations": "static"}, "the checkpoint has no scales of the inputs"),
+        (None, {"activations": "static"}, "the checkpoint has no scales of the inputs"),
+    ],
+)
+def test_what_does_not_go_with_the_checkpoint(config: Config | None, asked: Config, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PROVIDER.settle(context(config), Fp8Options(**asked))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weight_block_size": [128]}, r"weight_block_size is [128] (reads two sizes, or null)"),
+        ({"weight_block_size": [0, 128]}, r"weight_block_size is [0, 128] (reads two sizes, or null)"),
+        ({"activation_scheme": "token"}, "activation_scheme is 'token' (reads dynamic or static)"),
+        ({"scale_fmt": "ue5m3"}, "scale_fmt is 'ue5m3' (reads float or ue8m0)"),
+    ],
+)
+def test_what_is_not_read(changes: Config, reason: str) -> None:
+    (found,) = PROVIDER.why_not(context(BLOCK | changes))
+    assert reason in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        *(("weight_scale_inv", wrong, "negative or not finite") for wrong in (torch.nan, torch.inf, -1.0)),
+        *(("activation_scale", wrong, "no scale") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
+    ],
+)
+def test_scales_that_are_none(name: str, wrong: float, message: str) -> None:
+    layer = LinearLayer("kit", (Part("kit", 2),), 4, False, "float32")
+    scheme = Fp8(KitMatmul(), STATIC, Fp8Options(granularity="tensor", activations="static"))
+    scales = {"weight_scale_inv": torch.ones(1), "activation_scale": torch.ones(1)} | {name: torch.tensor([wrong])}
+    with pytest.raises(CheckpointError, match=f"kit: {name} .*{message}"):
+        scheme.linear(layer, {"weight": torch.zeros(2, 4).to(torch.float8_e4m3fn), **scales})

@@ -340,7 +340,7 @@ def _kv_scales(spec: StepSpec, device: str) -> Tensor | None:
     rng = random.Random(spec.seed)
     if spec.kv_dtype not in LARGEST or (spec.kv_dtype == "float8_e4m3fn" and rng.random() < 0.3):
         return None
-    largest = [rng.uniform(2.5, 6.0) for _ in range(2)]
+    largest = [rng.uniform(1.5, 4.0) for _ in range(2)]
     return torch.tensor([n / LARGEST[spec.kv_dtype] for n in largest], dtype=torch.float32, device=device)
 
 

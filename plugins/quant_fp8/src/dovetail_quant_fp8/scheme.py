@@ -72,10 +72,11 @@ class Fp8(MatmulScheme):
         found = {"codes": tensors["weight"], "scales": self._scales(layer, tensors[self._scale].float())}
         if self._activations == "static":  # the parts have one input: the widest scale holds what each of them saw
             found["input_scale"] = tensors[self._input_scale].amax().reshape(1)
-        for name, scale in found.items():
-            if name != "codes" and not bool((scale.isfinite() & (scale >= 0)).all()):
-                what = self._input_scale if name == "input_scale" else self._scale if layer.stored else "weight"
-                raise CheckpointError(f"{layer.name}: {what} holds numbers that are negative or not finite")
+            if not bool(found["input_scale"] > 0) or bool(found["input_scale"].isinf()):
+                raise CheckpointError(f"{layer.name}: {self._input_scale} is {float(found['input_scale']):g}, no scale")
+        if not bool((found["scales"].isfinite() & (found["scales"] >= 0)).all()):
+            name = self._scale if layer.stored else "weight"
+            raise CheckpointError(f"{layer.name}: {name} holds numbers that are negative or not finite")
         return found
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:

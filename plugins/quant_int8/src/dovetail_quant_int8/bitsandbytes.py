@@ -60,11 +60,12 @@ class BitsAndBytes(MatmulScheme):
 
 
 class OutlierLinear:
-    """An INT8 product in which a row's outliers take part as two INT8 digits: as they are rounded, and what that left over.
+    """An INT8 product in which a row with outliers is two rows: the outliers alone, rounded in steps of their own, and the
+    other inputs with, in the outliers' places, what that rounding left over.
 
-    That is 15 bits and no second copy of the weight. Rows with outliers are three rows of one product. What is an outlier is
-    asked of each input alone, so a row's output does not depend on the others; bitsandbytes takes every input that is an
-    outlier in any row of the batch.
+    So outliers are as exact, in absolute terms, as what is beside them, and no second form of the weight is kept. What is an
+    outlier is asked of each row alone, so that its output does not depend on the others; bitsandbytes takes for one every input
+    that is one in any row of the batch.
     """
 
     def __init__(self, multiply: Callable[[Tensor], Tensor], bias: Tensor | None, threshold: float) -> None:
@@ -78,10 +79,11 @@ class OutlierLinear:
             return y if self._bias is None else y + self._bias
         large = torch.where(is_outlier[rows], x[rows], 0)
         codes, largest = rounded(large.float())
-        left_over = (large - codes * (largest / LARGEST)[:, None]).to(x.dtype)
-        products = self._multiply(torch.cat([x.masked_fill(is_outlier, 0), large, left_over])).float()
+        rest = x.clone()
+        rest[rows] = torch.where(is_outlier[rows], large - codes * (largest / LARGEST)[:, None], x[rows]).to(x.dtype)
+        products = self._multiply(torch.cat([rest, large])).float()
         y = products[: len(x)]
-        y[rows] += products[len(x) :].view(2, len(rows), -1).sum(0)
+        y[rows] += products[len(x) :]
         return (y if self._bias is None else y + self._bias).to(x.dtype)
 
 

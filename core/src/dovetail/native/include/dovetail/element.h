@@ -54,6 +54,47 @@ struct BF16 : F32 {
 };
 #endif
 
+#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define DOVETAIL_BYTE_TABLES 1
+
+// Sign and size of a byte to bfloat16: by tables of the 128 sizes, their low bytes, then their high ones.
+struct ByteTable {
+  alignas(64) uint8_t at[256] = {};
+  template <class F>
+  constexpr explicit ByteTable(F&& bits_of) {
+    for (int i = 0; i < 128; ++i) at[i] = bits_of(i) & 0xFF, at[128 + i] = bits_of(i) >> 8;
+  }
+};
+
+// bfloat16's bits of `number` * 2^exponent.
+constexpr int bf16_bits(int number, int exponent) {
+  if (number == 0) return 0;
+  int top = 0;
+  while (number >> (top + 1)) ++top;
+  return (127 + exponent + top) << 7 | (number - (1 << top)) << (7 - top);
+}
+
+struct BytePairs {
+  alignas(64) uint8_t at[64] = {};
+  constexpr BytePairs() {
+    for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i / 2);
+  }
+};
+inline constexpr BytePairs kBytePairs;
+
+// 32 bytes to as many bfloat16. `has_two_complement`: of int8; else the first bit is the sign.
+template <bool has_two_complement>
+__m512i load_bytes(const void* p, const ByteTable& table) {
+  auto row = [&](int i) { return _mm512_load_si512(table.at + 64 * i); };
+  const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  const __m512i pairs = _mm512_permutexvar_epi8(_mm512_load_si512(kBytePairs.at), bytes);
+  const __m512i size = has_two_complement ? _mm512_abs_epi8(pairs) : pairs;  // of which 7 bits count
+  const __m512i low = _mm512_permutex2var_epi8(row(0), size, row(1)), high = _mm512_permutex2var_epi8(row(2), size, row(3));
+  const __m512i both = _mm512_mask_mov_epi8(low, 0xAAAAAAAAAAAAAAAAull, high);
+  return _mm512_ternarylogic_epi32(both, pairs, _mm512_set1_epi16(static_cast<short>(0x8000)), 0xF8);  // both | pairs & sign
+}
+#endif
+
 // Types of one byte. `unit` is what loaded operands are to be multiplied by, once they are summed up; what is stored is limited
 // to ±`largest`.
 struct I8 : BF16 {
@@ -72,7 +113,10 @@ struct I8 : BF16 {
     for (int i = 0; i < kLanes; ++i) x[i] = rounded[i] == rounded[i] ? static_cast<int32_t>(rounded[i]) : 0;
     for (int i = 0; i < kLanes; ++i) p[i] = static_cast<store_t>(x[i]);
   }
-#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
+#if defined(DOVETAIL_BYTE_TABLES)
+  static constexpr ByteTable table{[](int size) { return bf16_bits(size, 0); }};
+  static vec_t load(const store_t* p) { return load_bytes<true>(p, table); }
+#elif defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
   static vec_t load(const store_t* p) {
     const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     auto half = [](__m256i x) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(x)); };
@@ -115,7 +159,12 @@ struct F8 : BF16 {
       p[i] = static_cast<store_t>(code | bits >> 31 << 7);
     }
   }
-#if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
+#if defined(DOVETAIL_BYTE_TABLES)
+  static constexpr ByteTable table{[](int size) {
+    return size == 0x7F ? 0x7FC0 : size < 8 ? bf16_bits(size, -17) : bf16_bits(8 + size % 8, size / 8 - 18);
+  }};
+  static vec_t load(const store_t* p) { return load_bytes<false>(p, table); }
+#elif defined(DOVETAIL_AVX512) && defined(__AVX512BF16__)
   static vec_t load(const store_t* p) {
     const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7F));
