@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/demo_model
+PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/quantize plugins/server_openai plugins/demo_model
 # Not in the default set: installed for the tests alone, through the root's extra `dev`.
 TEST_PROJECTS := plugins/attention_pallas
 MODEL ?= demo

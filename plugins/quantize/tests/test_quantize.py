@@ -59,7 +59,9 @@ def quantize(model: Path, out: Path, *args: str, text: Path | None = None) -> in
     return main(["quantize", str(model), "--out", str(out), *sizes, *given, *args])
 
 
-def perplexity(model: Path, weights: dict[str, Tensor], windows: Tensor, round_inputs: Callable[[Tensor], Tensor] | None) -> float:
+def perplexity(
+    model: Path, weights: dict[str, Tensor], windows: Tensor, round_inputs: Callable[[Tensor], Tensor] | None
+) -> float:
     """By transformers, of the model with other weights."""
     with torch.inference_mode():
         whole: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -100,7 +102,8 @@ def test_the_checkpoint_is_what_the_report_says(scheme: str, model: Path, text: 
 
 
 OPTIONS: dict[str, Any] = {
-    "has_text": True, "bits": 4, "group_size": 128, "nearest": False, "desc_act": False, "asymmetric": False, "damp": 0.01,
+    "has_text": True, "weight_only": False, "bits": 4, "group_size": 128, "nearest": False, "desc_act": False,
+    "asymmetric": False, "damp": 0.01,
 }  # fmt: skip
 
 
@@ -191,6 +194,7 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
         (["--scheme", "gptq", "--calibration", "TEXT", "--group-size", "0"], "--group-size 0: it is at least 1, or -1"),
         (["--scheme", "awq", "--calibration", "TEXT", "--bits", "8"], "--bits 8: awq has 4"),
         (["--scheme", "awq", "--calibration", "TEXT", "--desc-act"], "--desc-act is for gptq, not for awq"),
+        (["--scheme", "int8", "--weight-only"], "--weight-only is for fp8, not for int8"),
         (["--scheme", "int8", "--group-size", "64"], "--group-size is for awq and gptq, not for int8"),
         (["--scheme", "gptq", "--desc-act", "--nearest"], "--desc-act orders what is rounded in sequence"),
         (["--scheme", "gptq", "--damp", "2"], "--damp 2.0 is no share between 0 and 1"),

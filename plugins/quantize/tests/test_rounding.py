@@ -69,7 +69,7 @@ def test_compressed_files_hold_the_weights(codes: torch.dtype, error: float) -> 
 
 
 def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float) -> Tensor:
-    """The paper's equations 2 and 3 as they stand: after each column the inverse Hessian of those that are left is made anew."""
+    """The paper's equations 2 and 3 as they stand: after each column the inverse Hessian of those left is made anew."""
     w, h = weight.double().clone(), hessian.double().clone()
     h += damp * h.diagonal().mean() * torch.eye(len(h))
     out = torch.empty_like(w)
@@ -190,7 +190,7 @@ def test_awq_says_what_it_does_not_know() -> None:
     layer = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
     linears = {"1": layer[1]}
     inputs = measure(linears, torch.float32, [lambda: layer(torch.randn(4, 32))])  # type: ignore[dict-item]
-    with pytest.raises(ConfigError, match="knows no norm before the linear layers.*use gptq"):
+    with pytest.raises(ConfigError, match=r"knows no norm before the linear layers.*use gptq"):
         awq.fold_scales(layer, linears, inputs, Grid(4, 16, False))  # type: ignore[arg-type]
 
 

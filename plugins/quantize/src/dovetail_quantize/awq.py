@@ -29,7 +29,9 @@ FOLDS = (
 """What may be divided, the first that the layer has, and for which linear layer (with it, all that have the same input)."""
 
 
-def fold_scales(layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], grid: Grid) -> dict[str, Inputs]:
+def fold_scales(
+    layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], grid: Grid
+) -> dict[str, Inputs]:
     """Scale a decoder layer's channels, in place; returns the inputs as they then are. Raises `ConfigError` if it knows no
     operation of the layer that could be divided."""
     changed = dict(inputs)
@@ -117,5 +119,3 @@ def _module(layer: nn.Module, name: str) -> nn.Module | None:
         return layer.get_submodule(name)
     except AttributeError:
         return None
-
-

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,17 +94,14 @@ def _make_layer(
     """A layer's tensors, by full name, and the report's row. The streams are then what the next layer is given."""
 
     def through(name: str) -> None:
-        stream = streams.get(name, ())
-        for i in range(len(stream)):
-            stream[i : i + 1] = skeleton.run_layer(index, stream[i : i + 1])  # type: ignore[index]
+        for sample in torch.split(streams[name], 1) if name in streams else ():
+            sample.copy_(skeleton.run_layer(index, sample))
 
     linears, prefix = skeleton.linears(index), skeleton.prefix(index)
     through("plain")
     tell(1)
-    calibration = streams.get("calibration", ())
-    inputs = measure(
-        linears, skeleton.dtype, (lambda i=i: skeleton.run_layer(index, calibration[i : i + 1]) for i in range(len(calibration)))
-    )  # type: ignore[misc]
+    samples = torch.split(streams["calibration"], 1) if "calibration" in streams else ()
+    inputs = measure(linears, skeleton.dtype, (partial(skeleton.run_layer, index, sample) for sample in samples))
     tell(2)
     rounded = scheme.round(layer, linears, inputs, skeleton.dtype)
     tell(3)
@@ -135,11 +133,11 @@ def _kept(skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str
 @contextmanager
 def _rounding_inputs(linears: Mapping[str, nn.Linear], round_inputs: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
     """Linear layers multiply as the scheme has them multiply while a model runs."""
-    handles = []
-    if round_inputs is not None:
-        round_one = round_inputs
-        for linear in linears.values():
-            handles.append(linear.register_forward_pre_hook(lambda module, args: (round_one(args[0]), *args[1:])))
+
+    def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args if round_inputs is None else (round_inputs(args[0]), *args[1:])
+
+    handles = [linear.register_forward_pre_hook(rounded) for linear in linears.values()]
     try:
         yield
     finally:

@@ -43,7 +43,8 @@ def read_texts(
             if len(rest) < num_samples:
                 tokens = f"{len(rest)} windows of {sample_len} tokens, and --num-samples is {num_samples}"
                 less = f", --num-samples {len(rest)}" if len(rest) else ""
-                raise ConfigError(f"--calibration {calibration}: too short: {tokens}. Give more text{less} or a smaller --sample-len")
+                hint = f"Give more text{less} or a smaller --sample-len"
+                raise ConfigError(f"--calibration {calibration}: too short: {tokens}. {hint}")
             places = _spread(len(rest), num_samples)
             chosen = rest[places]
             rest = rest[[i for i in range(len(rest)) if i not in set(places)]]
