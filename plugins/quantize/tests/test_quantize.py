@@ -24,6 +24,7 @@ from torch import Tensor
 from dovetail.cli.main import main
 from dovetail.errors import ConfigError
 from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.testing.plugin import make_model
 from dovetail.testing.tiny_model import LAYERS, TinyModel
 from dovetail_quantize import QUANTIZE, folder, making
 from dovetail_quantize.command import run
@@ -234,6 +235,21 @@ def test_models_that_cannot_be_taken_are_refused(
         assert quantize(source, tmp_path / "out", "--scheme", "fp8") == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_awq_refuses_layers_that_its_scales_would_change(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OLMo 2 has norms of the usual names, after its layers instead of before."""
+    source = make_model(tmp_path / "olmo")
+    config = transformers.Olmo2Config(
+        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Olmo2ForCausalLM(config).save_pretrained(source)
+    assert quantize(source, tmp_path / "awq", "--scheme", "awq", "--group-size", "16", text=text) == 2
+    assert "norms do not come before the linear layers in the usual way: use gptq" in capsys.readouterr().err
+    assert quantize(source, tmp_path / "gptq", "--scheme", "gptq", "--group-size", "16", text=text) == 0
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

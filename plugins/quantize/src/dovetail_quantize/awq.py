@@ -58,6 +58,13 @@ def fold_scales(
     return changed
 
 
+def check_fold(before: Tensor, after: Tensor) -> None:
+    """Raise `ConfigError` if a layer computes something else than before its channels were scaled: what was divided does not
+    come before what was multiplied, in this architecture."""
+    if ((after - before).norm(dim=-1) > 1e-2 * before.norm(dim=-1)).any():
+        raise ConfigError("awq: in this architecture the norms do not come before the linear layers in the usual way: use gptq")
+
+
 def _channels(layer: nn.Module, source: nn.Module, target: nn.Linear) -> Tensor | None:
     """i64[in]: by input of a layer, the channel before that it comes from; None if that is not known."""
     num_in, num_out = target.in_features, source.out_features if isinstance(source, nn.Linear) else target.in_features

@@ -94,7 +94,8 @@ class OutputFolder:
             raise ConfigError(f"--out {self.path} is a file: name a folder")
         if not self._has_state:
             found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-            if found:
+            # A run that was killed before anything else leaves no more than its state, half-written.
+            if found and found != [Path(STATE).stem + PARTIAL + Path(STATE).suffix]:
                 raise ConfigError(f"--out {self.path} is not empty ({', '.join(found[:3])}, …): name a new folder")
             return
         state = read_json(self.path / STATE)

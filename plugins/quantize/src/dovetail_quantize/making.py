@@ -62,9 +62,13 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
     tell(len(folder.rows), 0)
     with skeleton.ends_loaded() as ends:
         samples = torch.cat([texts.calibration, texts.evaluation])
+        if folder.rows:
+            samples = samples[:1]  # to see the layers' arguments
         embedded = [ends.embed(ids[None]) for ids in samples]
-    streams = folder.streams() if folder.rows else _begin(embedded, len(texts.calibration))
-    if not folder.rows:
+    if folder.rows:
+        streams = folder.streams()
+    else:
+        streams = _begin(embedded, len(texts.calibration))
         folder.begin(streams)
     del embedded
     file_of = _Files(num_layers + 1)
@@ -81,11 +85,9 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
 
 
 def _begin(embedded: list[Tensor], num_calibration: int) -> Streams:
-    if not embedded:
-        return {}
-    hidden = torch.cat(embedded)
-    kept = {"calibration": hidden[:num_calibration], "plain": hidden[num_calibration:], "rounded": hidden[num_calibration:]}
-    return {name: stream.clone() for name, stream in kept.items() if len(stream)}
+    measured, evaluated = embedded[:num_calibration], embedded[num_calibration:]
+    kept = {"calibration": measured, "plain": evaluated, "rounded": evaluated}
+    return {name: torch.cat(stream) for name, stream in kept.items() if stream}
 
 
 def _make_layer(
@@ -103,7 +105,8 @@ def _make_layer(
     samples = torch.split(streams["calibration"], 1) if "calibration" in streams else ()
     inputs = measure(linears, skeleton.dtype, (partial(skeleton.run_layer, index, sample) for sample in samples))
     tell(2)
-    rounded = scheme.round(layer, linears, inputs, skeleton.dtype)
+    probe = partial(skeleton.run_layer, index, samples[0]) if samples else None
+    rounded = scheme.round(layer, linears, inputs, skeleton.dtype, probe)
     tell(3)
     through("calibration")
     with _rounding_inputs(linears, scheme.round_inputs):

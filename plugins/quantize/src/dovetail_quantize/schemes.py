@@ -49,10 +49,15 @@ class Scheme(Protocol):
         """Of a linear layer's tensors in the checkpoint, its bias aside."""
 
     def round(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Mapping[str, Inputs],
+        dtype: torch.dtype,
+        probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         """Round a decoder layer's linear layers, in place. `inputs` is empty if nothing was measured; `dtype` is the
-        checkpoint's."""
+        checkpoint's; `probe` runs the layer, as it then is, on some of the text."""
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
         """quantization_config of the model's config.json. `ignore`: linear layers that stay as they are."""
@@ -82,7 +87,12 @@ class ByRow:
         return linear.out_features * (linear.in_features + 2)
 
     def round(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Mapping[str, Inputs],
+        dtype: torch.dtype,
+        probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         grid = RowGrid(self.codes, dtype)
         found = _in_sequence(linears, inputs, grid, False, self.damp) if inputs else None
@@ -123,13 +133,21 @@ class InGroups:
         return codes * self.grid.bits // 8 + 2 * groups * linear.out_features + (4 * linear.in_features)
 
     def round(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Mapping[str, Inputs],
+        dtype: torch.dtype,
+        probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         to_file = formats.awq if self.name == "awq" else partial(formats.gptq, bits=self.grid.bits)
         if self.nearest:
             return _each(linears, inputs, lambda name, weight: self.grid.round(weight), to_file)
         if self.name == "awq":
+            before = probe() if probe is not None else None
             given = awq.fold_scales(layer, linears, inputs, self.grid)
+            if before is not None and probe is not None:
+                awq.check_fold(before, probe())
             return _each(linears, given, lambda name, weight: self.grid.round(
                 weight, awq.group_error(given[name], self.grid.size(weight.shape[1]))), to_file)  # fmt: skip
         rounded = _in_sequence(linears, inputs, self.grid, self.desc_act, self.damp)

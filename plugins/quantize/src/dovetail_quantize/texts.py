@@ -38,7 +38,7 @@ def read_texts(
     tokenizer = Tokenizer(folder) if calibration or evaluation else None
     if calibration is not None and tokenizer is not None:
         rest = _windows(tokenizer, calibration, sample_len, "--calibration")
-        remark = f"{calibration.name}, which was measured on nothing else"
+        remark = f"{calibration.name}, on which nothing was calibrated"
         if needed:
             if len(rest) < num_samples:
                 tokens = f"{len(rest)} windows of {sample_len} tokens, and --num-samples is {num_samples}"
