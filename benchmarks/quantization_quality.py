@@ -61,7 +61,8 @@ def main() -> None:
     rows = {name: row(results[PLAIN], result) for name, result in results.items()}
     print(table(rows))
     if args.json:
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python benchmarks/quantization_quality.py"}
+        command = "python benchmarks/quantization_quality.py"
+        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": command}
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 

@@ -60,11 +60,7 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
         progress(what, index * STEPS + step, (num_layers + 1) * STEPS)
 
     tell(len(folder.rows), 0)
-    with skeleton.ends_loaded() as ends:
-        samples = torch.cat([texts.calibration, texts.evaluation])
-        if folder.rows:
-            samples = samples[:1]  # to see the layers' arguments
-        embedded = [ends.embed(ids[None]) for ids in samples]
+    embedded = _embedded(skeleton, texts, only_one=bool(folder.rows))
     if folder.rows:
         streams = folder.streams()
     else:
@@ -82,6 +78,16 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
     tell(num_layers, STEPS)
     before = sum(skeleton.checkpoint.sizes().values())
     return Report(folder.rows, before, folder.size(), perplexity, texts.remark)
+
+
+def _embedded(skeleton: Skeleton, texts: Texts, *, only_one: bool) -> list[Tensor]:
+    """What the first layer is given, for each window; the skeleton then knows the arguments of all layers, for which one will
+    do."""
+    samples = torch.cat([texts.calibration, texts.evaluation])
+    if not len(samples):
+        return []
+    with skeleton.ends_loaded() as ends:
+        return [ends.embed(ids[None]) for ids in (samples[:1] if only_one else samples)]
 
 
 def _begin(embedded: list[Tensor], num_calibration: int) -> Streams:
