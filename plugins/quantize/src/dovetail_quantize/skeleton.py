@@ -6,7 +6,9 @@ arguments of each (rotary tables, masks); with these a layer runs by itself on h
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,3 +178,7 @@ def _forget(module: nn.Module) -> None:
     for inner in module.modules():
         for name, parameter in inner.named_parameters(recurse=False):
             inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    # glibc keeps what was freed, in pieces that the next layer's tensors do not fit into: memory would grow with every layer.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
