@@ -42,6 +42,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/bridge_compile.py
 	$(BIN)/python benchmarks/speculation.py
+	$(BIN)/python benchmarks/quantization_quality.py
 
 # What the engine needs, from the projects' own files; torch is the CPU build that constraints.txt pins.
 $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)

@@ -6,11 +6,13 @@ the shape of Pythia-160M; e: a small Gemma 2.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 from pathlib import Path
 
+GROUP = 128
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dovetail" / "bench-models"
 
 SHAPES = {
@@ -64,6 +66,36 @@ def folder_of(key: str) -> Path:
         getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder)
     finally:
         torch.set_default_dtype(torch.float32)
+    return folder
+
+
+def gptq_folder_of(key: str) -> Path:
+    """The same shape with random 4-bit weights in groups of 128, as GPTQ stores them; its embedding is the model's own."""
+    folder, plain = CACHE / f"{key}-gptq", folder_of(key)
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in plain.glob("*.json"):
+        shutil.copy(path, folder)
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "checkpoint_format": "gptq",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        layer, (outs, ins) = name.removesuffix(".weight"), tensor.shape
+        tensors[f"{layer}.qweight"] = torch.randint(-(2**31), 2**31, (ins // 8, outs)).to(torch.int32)
+        tensors[f"{layer}.qzeros"] = torch.full((ins // GROUP, outs // 8), 0x77777777, dtype=torch.int32)  # 8, less one
+        tensors[f"{layer}.scales"] = torch.full((ins // GROUP, outs), 0.02 / 4.6, dtype=torch.float16)
+        tensors[f"{layer}.g_idx"] = (torch.arange(ins) // GROUP).to(torch.int32)
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

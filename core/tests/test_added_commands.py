@@ -54,7 +54,9 @@ def test_a_package_adds_a_command(installed: Any, capsys: pytest.CaptureFixture[
     assert "say something" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("value", "why"), [("no_such_module:X", "ModuleNotFoundError"), ("some_package:WRONG", "not a Command")])
+@pytest.mark.parametrize(
+    ("value", "why"), [("no_such_module:X", "ModuleNotFoundError"), ("some_package:WRONG", "not a Command")]
+)
 def test_a_broken_command_is_listed_and_refused(
     value: str, why: str, installed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,8 +24,10 @@ def main(corpus, questions, out):
         start = page.find("\n", rng.randrange(len(page) - PAGE_CHARS)) + 1
         parts.append(page[start : start + PAGE_CHARS])
     entries = [e for e in data["qa"] if f"What does {e['name']} do?" not in asked]
-    for entry in rng.sample(entries, NUM_DIALOGUES):
-        parts.append(f"<|user|>What does {entry['name']} do?<|end|><|assistant|>{entry['doc']}<|end|>")
+    parts += [
+        f"<|user|>What does {entry['name']} do?<|end|><|assistant|>{entry['doc']}<|end|>"
+        for entry in rng.sample(entries, NUM_DIALOGUES)
+    ]
     rng.shuffle(parts)
     pathlib.Path(out).write_text("\n\n".join(parts) + "\n")
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from dovetail.cli.main import main
 from dovetail.errors import ConfigError
 from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.testing.plugin import make_model
 from dovetail.testing.tiny_model import LAYERS, TinyModel
 from dovetail_quantize import QUANTIZE, folder, making
 from dovetail_quantize.command import run
@@ -59,7 +60,9 @@ def quantize(model: Path, out: Path, *args: str, text: Path | None = None) -> in
     return main(["quantize", str(model), "--out", str(out), *sizes, *given, *args])
 
 
-def perplexity(model: Path, weights: dict[str, Tensor], windows: Tensor, round_inputs: Callable[[Tensor], Tensor] | None) -> float:
+def perplexity(
+    model: Path, weights: dict[str, Tensor], windows: Tensor, round_inputs: Callable[[Tensor], Tensor] | None
+) -> float:
     """By transformers, of the model with other weights."""
     with torch.inference_mode():
         whole: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -100,7 +103,8 @@ def test_the_checkpoint_is_what_the_report_says(scheme: str, model: Path, text: 
 
 
 OPTIONS: dict[str, Any] = {
-    "has_text": True, "bits": 4, "group_size": 128, "nearest": False, "desc_act": False, "asymmetric": False, "damp": 0.01,
+    "has_text": True, "weight_only": False, "bits": 4, "group_size": 128, "nearest": False, "desc_act": False,
+    "asymmetric": False, "damp": 0.01,
 }  # fmt: skip
 
 
@@ -191,6 +195,7 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
         (["--scheme", "gptq", "--calibration", "TEXT", "--group-size", "0"], "--group-size 0: it is at least 1, or -1"),
         (["--scheme", "awq", "--calibration", "TEXT", "--bits", "8"], "--bits 8: awq has 4"),
         (["--scheme", "awq", "--calibration", "TEXT", "--desc-act"], "--desc-act is for gptq, not for awq"),
+        (["--scheme", "int8", "--weight-only"], "--weight-only is for fp8, not for int8"),
         (["--scheme", "int8", "--group-size", "64"], "--group-size is for awq and gptq, not for int8"),
         (["--scheme", "gptq", "--desc-act", "--nearest"], "--desc-act orders what is rounded in sequence"),
         (["--scheme", "gptq", "--damp", "2"], "--damp 2.0 is no share between 0 and 1"),
@@ -230,6 +235,21 @@ def test_models_that_cannot_be_taken_are_refused(
         assert quantize(source, tmp_path / "out", "--scheme", "fp8") == 2
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+
+def test_awq_refuses_layers_that_its_scales_would_change(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OLMo 2 has norms of the usual names, after its layers instead of before."""
+    source = make_model(tmp_path / "olmo")
+    config = transformers.Olmo2Config(
+        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Olmo2ForCausalLM(config).save_pretrained(source)
+    assert quantize(source, tmp_path / "awq", "--scheme", "awq", "--group-size", "16", text=text) == 2
+    assert "norms do not come before the linear layers in the usual way: use gptq" in capsys.readouterr().err
+    assert quantize(source, tmp_path / "gptq", "--scheme", "gptq", "--group-size", "16", text=text) == 0
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(

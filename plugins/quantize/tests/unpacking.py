@@ -18,7 +18,7 @@ def bits_of(word: int, index: int, bits: int) -> int:
 
 
 def gptq(tensors: dict[str, Tensor], bits: int) -> Tensor:
-    """AutoGPTQ's first version: rows of a column share words, zero points are stored less one, g_idx says each input's group."""
+    """AutoGPTQ's first version: rows of a column share words, zero points are stored less one, g_idx has each input's group."""
     qweight, qzeros = tensors["qweight"].tolist(), tensors["qzeros"].tolist()
     scales, g_idx, per_word = tensors["scales"].float(), tensors["g_idx"].tolist(), 32 // bits
     num_in, num_out = len(g_idx), scales.shape[1]

@@ -142,8 +142,12 @@ class CpuLinear:
 
 
 def _chunk(format: WeightFormat, layer: LinearLayer) -> int:
-    """Inputs that are added up before their sum is scaled. A long chunk costs less, a short one stays in the first cache."""
-    return min(format.group_size or (512 if format.inputs == "int8" else 256), layer.in_features)
+    """Inputs that are added up before their sum is scaled. A long chunk costs less; what is expanded stays in the first cache,
+    and integers do not overflow."""
+    if format.group_size is not None:
+        return min(format.group_size, layer.in_features)
+    count = -(-layer.in_features // (2048 if format.inputs == "int8" else 256))
+    return min(-(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features)  # all of about one size: the last is filled up
 
 
 def _aligned(address: int) -> int:

@@ -29,7 +29,9 @@ FOLDS = (
 """What may be divided, the first that the layer has, and for which linear layer (with it, all that have the same input)."""
 
 
-def fold_scales(layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], grid: Grid) -> dict[str, Inputs]:
+def fold_scales(
+    layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], grid: Grid
+) -> dict[str, Inputs]:
     """Scale a decoder layer's channels, in place; returns the inputs as they then are. Raises `ConfigError` if it knows no
     operation of the layer that could be divided."""
     changed = dict(inputs)
@@ -54,6 +56,13 @@ def fold_scales(layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapp
         names = ", ".join(n for n, _ in layer.named_children())
         raise ConfigError(f"awq: knows no norm before the linear layers of a decoder layer made of {names}: use gptq")
     return changed
+
+
+def check_fold(before: Tensor, after: Tensor) -> None:
+    """Raise `ConfigError` if a layer computes something else than before its channels were scaled: what was divided does not
+    come before what was multiplied, in this architecture."""
+    if ((after - before).norm(dim=-1) > 1e-2 * before.norm(dim=-1)).any():
+        raise ConfigError("awq: in this architecture the norms do not come before the linear layers in the usual way: use gptq")
 
 
 def _channels(layer: nn.Module, source: nn.Module, target: nn.Linear) -> Tensor | None:
@@ -117,5 +126,3 @@ def _module(layer: nn.Module, name: str) -> nn.Module | None:
         return layer.get_submodule(name)
     except AttributeError:
         return None
-
-

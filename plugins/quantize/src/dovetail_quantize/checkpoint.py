@@ -79,7 +79,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / file} is missing, truncated or not a safetensors file: {e}") from None
 
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+_BYTES = {"F64": 8, "I64": 8, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+"""By safetensors' names of types; the others have 4."""
 
 
 def as_float(tensor: Tensor) -> Tensor:

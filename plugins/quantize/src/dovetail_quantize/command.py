@@ -18,12 +18,14 @@ from dovetail_quantize.schemes import VERSION, make_scheme
 from dovetail_quantize.skeleton import Skeleton
 from dovetail_quantize.texts import read_texts
 
+OPTIONS = ("scheme", "weight_only", "bits", "group_size", "nearest", "desc_act", "asymmetric", "damp")
+
 
 def run(args: Namespace, progress: Progress) -> int:
     """Everything is checked before the folder is made."""
     scheme = make_scheme(
-        args.scheme, has_text=args.calibration is not None, bits=args.bits, group_size=args.group_size, nearest=args.nearest, desc_act=args.desc_act,
-        asymmetric=args.asymmetric, damp=args.damp,
+        args.scheme, has_text=args.calibration is not None, weight_only=args.weight_only, bits=args.bits,
+        group_size=args.group_size, nearest=args.nearest, desc_act=args.desc_act, asymmetric=args.asymmetric, damp=args.damp,
     )  # fmt: skip
     source = find_model(args.model).folder
     facts = model_facts(source)
@@ -40,10 +42,8 @@ def run(args: Namespace, progress: Progress) -> int:
         raise CheckpointError(f"{source}: its tokenizer has more tokens than the model, whose vocabulary is {facts.vocab_size}")
     skeleton = Skeleton(source)
     making.check(skeleton, scheme)
-    options = {"bits": args.bits, "group_size": args.group_size, "nearest": args.nearest, "desc_act": args.desc_act,
-               "asymmetric": args.asymmetric, "damp": args.damp}  # fmt: skip
     settings: dict[str, Any] = {
-        "scheme": args.scheme, **(options if args.scheme in ("awq", "gptq") else {}), "model": skeleton.checkpoint.identity(),
+        **{name: getattr(args, name) for name in OPTIONS}, "model": skeleton.checkpoint.identity(),
         "texts": texts.fingerprint, "dovetail-quantize": VERSION, "torch": str(torch.__version__),
         "transformers": transformers.__version__, "threads": torch.get_num_threads(),
     }  # fmt: skip

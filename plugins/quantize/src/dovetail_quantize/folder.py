@@ -46,7 +46,9 @@ class OutputFolder:
         """Before the first layer."""
         self._write_tensors(self._streams(0), streams)
 
-    def finish_layer(self, file: str, tensors: Mapping[str, Tensor], row: dict[str, Any], streams: Mapping[str, Tensor]) -> None:
+    def finish_layer(
+        self, file: str, tensors: Mapping[str, Tensor], row: dict[str, Any], streams: Mapping[str, Tensor]
+    ) -> None:
         self.write_tensors(file, tensors)
         done = len(self.rows) + 1
         self._write_tensors(self._streams(done), streams)
@@ -92,7 +94,8 @@ class OutputFolder:
             raise ConfigError(f"--out {self.path} is a file: name a folder")
         if not self._has_state:
             found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-            if found:
+            # A run that was killed before anything else leaves no more than its state, half-written.
+            if found and found != [Path(STATE).stem + PARTIAL + Path(STATE).suffix]:
                 raise ConfigError(f"--out {self.path} is not empty ({', '.join(found[:3])}, …): name a new folder")
             return
         state = read_json(self.path / STATE)
@@ -152,11 +155,10 @@ class OutputFolder:
                 raise ConfigError(f"--out: {path} cannot be written: {e}") from None
             missing = max(0, self._num_bytes - self._written())
             raise ConfigError(
-                f"--out {self.path}: the disk is full, and {_mb(missing)} are still needed. {len(self.rows)} layers are finished "
-                "and kept: make room and repeat the command to go on"
+                f"--out {self.path}: the disk is full, and {_mb(missing)} are still needed. {len(self.rows)} layers are "
+                "finished and kept: make room and repeat the command to go on"
             ) from None
 
 
 def _mb(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
-

@@ -3,8 +3,10 @@
 | format | tensors of a layer |
 |---|---|
 | compressed-tensors | `weight i8 or f8_e4m3[out, in]`, `weight_scale [out, 1]` |
-| gptq | `qweight i32[in * bits / 32, out]`, `qzeros i32[groups, out * bits / 32]` less one, `scales f16[groups, out]`, `g_idx i32[in]` |
-| awq (gemm) | `qweight i32[in, out / 8]`, `qzeros i32[groups, out / 8]`, `scales f16[groups, out]`; columns of a word interleaved |
+| gptq | `qweight i32[in * bits / 32, out]`, `qzeros i32[groups, out * bits / 32]`, `scales f16[groups, out]`, `g_idx i32[in]` |
+| awq (gemm) | `qweight i32[in, out / 8]`, `qzeros i32[groups, out / 8]`, `scales f16[groups, out]` |
+
+GPTQ's zero points are stored less one; the columns of a word of AWQ are interleaved.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ WRITER = "dovetail"
 def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
     """Codes below 2 ** bits into 32-bit words along `axis`, the lowest bits first."""
     per_word = 32 // bits
-    words = codes.movedim(axis, -1).to(torch.int64).unflatten(-1, (-1, per_word))
+    last = codes.movedim(axis, -1).to(torch.int64)
+    words = last.reshape(*last.shape[:-1], -1, per_word)
     if order is not None:
         words = words[..., list(order)]
     packed = (words << torch.arange(0, 32, bits)).sum(-1)
@@ -51,14 +54,14 @@ def awq(rounded: Rounded) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def compressed_tensors_config(codes: torch.dtype, ignore: list[str]) -> dict[str, Any]:
-    """Weights by channel, inputs by token, while the model runs."""
+def compressed_tensors_config(codes: torch.dtype, weight_only: bool, ignore: list[str]) -> dict[str, Any]:
+    """Weights by channel; inputs by token, while the model runs, or not at all."""
     kind = "int" if codes == torch.int8 else "float"
     shared = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {
         "targets": ["Linear"],
         "weights": {**shared, "strategy": "channel", "dynamic": False},
-        "input_activations": {**shared, "strategy": "token", "dynamic": True},
+        "input_activations": None if weight_only else {**shared, "strategy": "token", "dynamic": True},
         "output_activations": None,
         "format": f"{kind}-quantized",
     }

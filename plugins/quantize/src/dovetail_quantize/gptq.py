@@ -7,6 +7,8 @@ Beyond the paper, a group's range is clipped to where the errors of its own colu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,7 @@ def round_in_sequence(weight: Tensor, gram: Tensor, grid: Grid | RowGrid, *, des
                 late = slice(end - i, size)  # columns of later blocks, which have not seen this block's errors yet
                 if end - i < size:
                     group[:, late] -= errors @ upper[begin:end, end : i + size]
-                importance = upper.diagonal()[i : i + size] ** -2
-                scale, zero = grid.fit_least(group, lambda d, by=importance: (d.square() * by).sum(-1))
+                scale, zero = grid.fit_least(group, _cost(upper.diagonal()[i : i + size]))
                 scales.append(scale)
                 zeros.append(zero)
             column = w[:, i]
@@ -50,6 +51,11 @@ def round_in_sequence(weight: Tensor, gram: Tensor, grid: Grid | RowGrid, *, des
     groups[order] = torch.arange(num_inputs, dtype=torch.int32) // size
     back = order.argsort()
     return Rounded(codes[:, back].to(grid.codes), torch.stack(scales, 1), torch.stack(zeros, 1).int(), groups)
+
+
+def _cost(diagonal: Tensor) -> Callable[[Tensor], Tensor]:
+    """Of differences [out, size] in columns whose diagonal of U is given: the paper's equation 2, summed over columns."""
+    return lambda difference: (difference / diagonal).square().sum(-1)
 
 
 def _inverse_root(gram: Tensor, damp: float) -> Tensor:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
         progress(what, index * STEPS + step, (num_layers + 1) * STEPS)
 
     tell(len(folder.rows), 0)
-    with skeleton.ends_loaded() as ends:
-        samples = torch.cat([texts.calibration, texts.evaluation])
-        embedded = [ends.embed(ids[None]) for ids in samples]
-    streams = folder.streams() if folder.rows else _begin(embedded, len(texts.calibration))
-    if not folder.rows:
+    embedded = _embedded(skeleton, texts, only_one=bool(folder.rows))
+    if folder.rows:
+        streams = folder.streams()
+    else:
+        streams = _begin(embedded, len(texts.calibration))
         folder.begin(streams)
     del embedded
     file_of = _Files(num_layers + 1)
@@ -79,12 +80,20 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
     return Report(folder.rows, before, folder.size(), perplexity, texts.remark)
 
 
+def _embedded(skeleton: Skeleton, texts: Texts, *, only_one: bool) -> list[Tensor]:
+    """What the first layer is given, for each window; the skeleton then knows the arguments of all layers, for which one will
+    do."""
+    samples = torch.cat([texts.calibration, texts.evaluation])
+    if not len(samples):
+        return []
+    with skeleton.ends_loaded() as ends:
+        return [ends.embed(ids[None]) for ids in (samples[:1] if only_one else samples)]
+
+
 def _begin(embedded: list[Tensor], num_calibration: int) -> Streams:
-    if not embedded:
-        return {}
-    hidden = torch.cat(embedded)
-    kept = {"calibration": hidden[:num_calibration], "plain": hidden[num_calibration:], "rounded": hidden[num_calibration:]}
-    return {name: stream.clone() for name, stream in kept.items() if len(stream)}
+    measured, evaluated = embedded[:num_calibration], embedded[num_calibration:]
+    kept = {"calibration": measured, "plain": evaluated, "rounded": evaluated}
+    return {name: torch.cat(stream) for name, stream in kept.items() if stream}
 
 
 def _make_layer(
@@ -93,19 +102,17 @@ def _make_layer(
     """A layer's tensors, by full name, and the report's row. The streams are then what the next layer is given."""
 
     def through(name: str) -> None:
-        stream = streams.get(name, ())
-        for i in range(len(stream)):
-            stream[i : i + 1] = skeleton.run_layer(index, stream[i : i + 1])  # type: ignore[index]
+        for sample in torch.split(streams[name], 1) if name in streams else ():
+            sample.copy_(skeleton.run_layer(index, sample))
 
     linears, prefix = skeleton.linears(index), skeleton.prefix(index)
     through("plain")
     tell(1)
-    calibration = streams.get("calibration", ())
-    inputs = measure(
-        linears, skeleton.dtype, (lambda i=i: skeleton.run_layer(index, calibration[i : i + 1]) for i in range(len(calibration)))
-    )  # type: ignore[misc]
+    samples = torch.split(streams["calibration"], 1) if "calibration" in streams else ()
+    inputs = measure(linears, skeleton.dtype, (partial(skeleton.run_layer, index, sample) for sample in samples))
     tell(2)
-    rounded = scheme.round(layer, linears, inputs, skeleton.dtype)
+    probe = partial(skeleton.run_layer, index, samples[0]) if samples else None
+    rounded = scheme.round(layer, linears, inputs, skeleton.dtype, probe)
     tell(3)
     through("calibration")
     with _rounding_inputs(linears, scheme.round_inputs):
@@ -135,11 +142,11 @@ def _kept(skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str
 @contextmanager
 def _rounding_inputs(linears: Mapping[str, nn.Linear], round_inputs: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
     """Linear layers multiply as the scheme has them multiply while a model runs."""
-    handles = []
-    if round_inputs is not None:
-        round_one = round_inputs
-        for linear in linears.values():
-            handles.append(linear.register_forward_pre_hook(lambda module, args: (round_one(args[0]), *args[1:])))
+
+    def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args if round_inputs is None else (round_inputs(args[0]), *args[1:])
+
+    handles = [linear.register_forward_pre_hook(rounded) for linear in linears.values()]
     try:
         yield
     finally:

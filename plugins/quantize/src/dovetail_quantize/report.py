@@ -58,7 +58,8 @@ class Report:
     def _markdown(self, title: str) -> str:
         names = list(self.layers[0]["errors"])
         has_drift = "drift" in self.layers[0]
-        lines = [f"# {title}", "", *(f"- {line}" for line in self.summary().splitlines()), "", f"![errors by layer]({NAME}.svg)", ""]
+        lines = [f"# {title}", "", *(f"- {line}" for line in self.summary().splitlines())]
+        lines += ["", f"![errors by layer]({NAME}.svg)", ""]
         lines += ["Relative errors of each linear layer's outputs (of its weights, where no text was measured)"
                   + ("; drift is that of the hidden states after the layer." if has_drift else "."), ""]  # fmt: skip
         lines.append(f"| layer | {' | '.join(names)} |{' drift |' if has_drift else ''}")
@@ -79,7 +80,8 @@ class Report:
             errors, sizes = figure.subplots(1, 2, width_ratios=(3, 1))
             x = [row["layer"] for row in self.layers]
             for name in self.layers[0]["errors"]:
-                errors.plot(x, [100 * row["errors"].get(name, float("nan")) for row in self.layers], "o-", label=name, markersize=3)
+                y = [100 * row["errors"].get(name, float("nan")) for row in self.layers]
+                errors.plot(x, y, "o-", label=name, markersize=3)
             if "drift" in self.layers[0]:
                 errors.plot(x, [100 * row["drift"] for row in self.layers], "k--", label="hidden states after the layer")
             errors.set_ylim(bottom=0)

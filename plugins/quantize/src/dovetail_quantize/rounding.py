@@ -1,6 +1,6 @@
 """From weights to codes: grids of integers and of floats, by row or by group of inputs, and rounding to nearest.
 
-    weight[o, i] = scales[o, groups[i]] * (codes[o, i] - zeros[o, groups[i]])
+weight[o, i] = scales[o, groups[i]] * (codes[o, i] - zeros[o, groups[i]])
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Grid:
 
     @property
     def largest(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def size(self, in_features: int) -> int:
         """Inputs in a group."""
@@ -88,10 +88,11 @@ class Grid:
     def round(self, weight: Tensor, error: Callable[[Tensor], Tensor] | None = None) -> Rounded:
         """Every weight to its nearest code. `error`: of differences f32[out, num_groups, size], a number for each group; if
         given, each group's range is clipped to where it is least."""
-        split = weight.unflatten(1, (-1, self.size(weight.shape[1])))
+        size = self.size(weight.shape[1])
+        split = weight.view(len(weight), -1, size)
         scales, zeros = self.fit(split) if error is None else self.fit_least(split, error)
         codes = self.nearest(split, scales[..., None], zeros[..., None]).to(torch.uint8).flatten(1)
-        groups = torch.arange(weight.shape[1], dtype=torch.int32) // split.shape[-1]
+        groups = torch.arange(weight.shape[1], dtype=torch.int32) // size
         return Rounded(codes, scales, zeros.int(), groups)
 
     def fit_least(self, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,10 +34,13 @@ class RoundedLayer:
 class Scheme(Protocol):
     """What `--scheme` names."""
 
-    calibrates: bool
-    """It measures activations."""
-    round_inputs: Callable[[Tensor], Tensor] | None
-    """What a linear layer of this scheme does to its inputs before it multiplies, x [..., in]; None: nothing."""
+    @property
+    def calibrates(self) -> bool:
+        """It measures activations."""
+
+    @property
+    def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
+        """What a linear layer of this scheme does to its inputs before it multiplies, x [..., in]; None: nothing."""
 
     def check(self, name: str, linear: nn.Linear) -> None:
         """Raise `ConfigError` for a layer that the format cannot hold. Weights may be on the meta device."""
@@ -45,10 +49,15 @@ class Scheme(Protocol):
         """Of a linear layer's tensors in the checkpoint, its bias aside."""
 
     def round(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Mapping[str, Inputs],
+        dtype: torch.dtype,
+        probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         """Round a decoder layer's linear layers, in place. `inputs` is empty if nothing was measured; `dtype` is the
-        checkpoint's."""
+        checkpoint's; `probe` runs the layer, as it then is, on some of the text."""
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
         """quantization_config of the model's config.json. `ignore`: linear layers that stay as they are."""
@@ -63,11 +72,13 @@ class ByRow:
 
     codes: torch.dtype
     calibrates: bool
+    weight_only: bool
+    """Inputs are taken as they are."""
     damp: float = 0.01
 
     @property
-    def round_inputs(self) -> Callable[[Tensor], Tensor]:
-        return partial(inputs_by_token, codes=self.codes)
+    def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
+        return None if self.weight_only else partial(inputs_by_token, codes=self.codes)
 
     def check(self, name: str, linear: nn.Linear) -> None:
         """Every shape will do."""
@@ -76,7 +87,12 @@ class ByRow:
         return linear.out_features * (linear.in_features + 2)
 
     def round(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Mapping[str, Inputs],
+        dtype: torch.dtype,
+        probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         grid = RowGrid(self.codes, dtype)
         found = _in_sequence(linears, inputs, grid, False, self.damp) if inputs else None
@@ -84,7 +100,7 @@ class ByRow:
                      lambda rounded: formats.compressed_tensors(rounded, dtype))  # fmt: skip
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
-        return formats.compressed_tensors_config(self.codes, ignore)
+        return formats.compressed_tensors_config(self.codes, self.weight_only, ignore)
 
 
 @dataclass(frozen=True)
@@ -117,13 +133,21 @@ class InGroups:
         return codes * self.grid.bits // 8 + 2 * groups * linear.out_features + (4 * linear.in_features)
 
     def round(
-        self, layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        inputs: Mapping[str, Inputs],
+        dtype: torch.dtype,
+        probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         to_file = formats.awq if self.name == "awq" else partial(formats.gptq, bits=self.grid.bits)
         if self.nearest:
             return _each(linears, inputs, lambda name, weight: self.grid.round(weight), to_file)
         if self.name == "awq":
+            before = probe() if probe is not None else None
             given = awq.fold_scales(layer, linears, inputs, self.grid)
+            if before is not None and probe is not None:
+                awq.check_fold(before, probe())
             return _each(linears, given, lambda name, weight: self.grid.round(
                 weight, awq.group_error(given[name], self.grid.size(weight.shape[1]))), to_file)  # fmt: skip
         rounded = _in_sequence(linears, inputs, self.grid, self.desc_act, self.damp)
@@ -170,11 +194,12 @@ def _each(
 def _relative_error(difference: Tensor, weight: Tensor, inputs: Inputs | None) -> float:
     if inputs is None:
         return float(difference.norm() / weight.norm().clamp_min(1e-30))
-    return (max(inputs.output_error(difference), 0.0) / max(inputs.output_error(weight), 1e-30)) ** 0.5
+    return math.sqrt(max(inputs.output_error(difference), 0.0) / max(inputs.output_error(weight), 1e-30))
 
 
 def make_scheme(
-    name: str, *, has_text: bool, bits: int, group_size: int, nearest: bool, desc_act: bool, asymmetric: bool, damp: float
+    name: str, *, has_text: bool, weight_only: bool, bits: int, group_size: int, nearest: bool, desc_act: bool,
+    asymmetric: bool, damp: float,
 ) -> Scheme:  # fmt: skip
     """Raises `ConfigError` for a name that is unknown, and for options that the scheme does not have."""
     known = ("fp8", "int8", "awq", "gptq")
@@ -187,7 +212,8 @@ def make_scheme(
         raise ConfigError(f"--bits {bits}: {name} has {' and '.join(map(str, takes_bits))}")
     for option, given, takers in (
         ("--desc-act", desc_act, ("gptq",)), ("--asymmetric", asymmetric, ("gptq",)),
-        ("--group-size", group_size != 128, ("awq", "gptq")), ("--bits", bits != 4, ("gptq",)),
+        ("--group-size", group_size != 128, ("awq", "gptq")), ("--weight-only", weight_only, ("fp8",)),
+        ("--bits", bits != 4, ("gptq",)),
     ):  # fmt: skip
         if given and name not in takers:
             raise ConfigError(f"{option} is for {' and '.join(takers)}, not for {name}")
@@ -196,7 +222,7 @@ def make_scheme(
     if not 0 < damp < 1:
         raise ConfigError(f"--damp {damp} is no share between 0 and 1")
     if name in ("fp8", "int8"):
-        return ByRow(FP8 if name == "fp8" else torch.int8, has_text and not nearest, damp)
+        return ByRow(FP8 if name == "fp8" else torch.int8, has_text and not nearest, weight_only, damp)
     if desc_act and nearest:
         raise ConfigError("--desc-act orders what is rounded in sequence: it does not go with --nearest")
     grid = Grid(bits, group_size, symmetric=name == "gptq" and not asymmetric, smallest_zero=1 if name == "gptq" else 0)

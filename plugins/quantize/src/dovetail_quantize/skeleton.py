@@ -6,7 +6,9 @@ arguments of each (rotary tables, masks); with these a layer runs by itself on h
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,8 @@ class Skeleton:
             self.text: Any = self.config.get_text_config(decoder=True)
             self.dtype = self._dtype()
             with _NoMemory():
-                self.model: Any = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+                auto: Any = transformers.AutoModelForCausalLM
+                self.model: Any = auto.from_config(self.config, dtype=torch.float32)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
             raise CheckpointError(f"{folder}: transformers cannot build the model: {e}") from e
         self.model.eval().requires_grad_(False)
@@ -50,7 +53,8 @@ class Skeleton:
     def _dtype(self) -> torch.dtype:
         """Of the checkpoint's weights."""
         found = getattr(self.text, "dtype", None) or getattr(self.config, "dtype", None) or torch.float32
-        return found if isinstance(found, torch.dtype) else getattr(torch, str(found).removeprefix("torch."))  # type: ignore[no-any-return]
+        dtype: torch.dtype = found if isinstance(found, torch.dtype) else getattr(torch, str(found).removeprefix("torch."))
+        return dtype
 
     def refusal(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.folder}: {type(self.model).__name__} cannot be quantized layer by layer: {reason}")
@@ -174,3 +178,7 @@ def _forget(module: nn.Module) -> None:
     for inner in module.modules():
         for name, parameter in inner.named_parameters(recurse=False):
             inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    # glibc keeps what was freed, in pieces that the next layer's tensors do not fit into: memory would grow with every layer.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

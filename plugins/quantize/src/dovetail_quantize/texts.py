@@ -38,12 +38,13 @@ def read_texts(
     tokenizer = Tokenizer(folder) if calibration or evaluation else None
     if calibration is not None and tokenizer is not None:
         rest = _windows(tokenizer, calibration, sample_len, "--calibration")
-        remark = f"{calibration.name}, which was measured on nothing else"
+        remark = f"{calibration.name}, on which nothing was calibrated"
         if needed:
             if len(rest) < num_samples:
                 tokens = f"{len(rest)} windows of {sample_len} tokens, and --num-samples is {num_samples}"
                 less = f", --num-samples {len(rest)}" if len(rest) else ""
-                raise ConfigError(f"--calibration {calibration}: too short: {tokens}. Give more text{less} or a smaller --sample-len")
+                hint = f"Give more text{less} or a smaller --sample-len"
+                raise ConfigError(f"--calibration {calibration}: too short: {tokens}. {hint}")
             places = _spread(len(rest), num_samples)
             chosen = rest[places]
             rest = rest[[i for i in range(len(rest)) if i not in set(places)]]

@@ -62,13 +62,29 @@ struct Fetch {
   const uint8_t* next;
   int64_t rate, due = 0;  // lines a step, 16 bits after the point
 
-  Fetch(const uint8_t* end, int64_t bytes, int block, int num_blocks, int64_t steps) {
-    const int64_t lines = bytes / 64, from = lines * block / num_blocks;
-    next = end + from * 64;
-    rate = ((lines * (block + 1) / num_blocks - from) << 16) / steps;
-  }
   void step() {
     for (due += rate; due >= 1 << 16; due -= 1 << 16, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+  }
+};
+
+// Rows in blocks of at most B, and each one's share of the `bytes` to be fetched in `steps`. The same for all chunks: divisions
+// take as long as many products.
+template <int B>
+struct Blocks {
+  struct Block {
+    int row, rows;
+    int64_t from, rate;
+  };
+  Block blocks[(kMaxRows + B - 1) / B];
+  int count;
+
+  Blocks(int num_rows, int64_t bytes, int64_t steps) : count((num_rows + B - 1) / B) {
+    const int64_t lines = bytes / 64;
+    for (int b = 0; b < count; ++b) {
+      const int row = num_rows * b / count;
+      const int64_t from = lines * b / count;
+      blocks[b] = {row, num_rows * (b + 1) / count - row, from * 64, ((lines * (b + 1) / count - from) << 16) / steps};
+    }
   }
 };
 
@@ -258,31 +274,38 @@ void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
   (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
 }
 
-// Calls f(first row, number of rows, fetch) for blocks of at most B rows, with the number as a constant. `bytes` behind `codes` are
-// what comes next.
+// Calls f(first row, number of rows, fetch) for each block, with the number as a constant. `next` is what is to be fetched.
 template <int B, class F>
-void for_blocks(int num_rows, const uint8_t* next, int64_t bytes, int64_t steps, F&& f) {
-  const int count = (num_rows + B - 1) / B;
-  for (int b = 0; b < count; ++b) {
-    const int row = num_rows * b / count, end = num_rows * (b + 1) / count;
-    with_rows(end - row, [&](auto m) { f(row, m, Fetch(next, bytes, b, count, steps)); }, std::make_integer_sequence<int, B>{});
+void for_blocks(const Blocks<B>& blocks, const uint8_t* next, F&& f) {
+  for (int b = 0; b < blocks.count; ++b) {
+    const auto& one = blocks.blocks[b];
+    with_rows(one.rows, [&](auto m) { f(one.row, m, Fetch{next + one.from, one.rate}); }, std::make_integer_sequence<int, B>{});
   }
 }
 
 template <Codes C, int P>
 void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
-  alignas(64) uint8_t buffer[kMaxUnits * kUnit * kPanel * 2];
   const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? w.width() : 0, steps = chunk.units * kUnit / 2;
-  // S chunks, decoded on the way.
-  const auto direct = [&]<int B, int S>() {
-    for_blocks<B>(num_rows, chunk.codes + S * bytes, S * bytes, steps, [&](int row, auto m, Fetch fetch) {
-      multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows + row * layout.bytes, chunk, chunk.codes, Decoder<C>{},
-                                                            sums + row * kPanel, fetch);
-    });
-    return S;
+  const auto go_on = [&](int done) {
+    chunk.index += done, chunk.codes += done * bytes, chunk.scales += done * group;
+    if (chunk.zeros) chunk.zeros += done * group;
   };
-  const auto expanded = [&] {
-    for_blocks<kBlock>(num_rows, chunk.codes + bytes, bytes, steps, [&](int row, auto m, Fetch fetch) {
+  // S chunks at a time, as long as there are so many, decoded on the way.
+  const auto direct = [&]<int B, int S>() {
+    const Blocks<B> blocks(num_rows, S * bytes, steps);
+    for (; chunk.index + S <= end; go_on(S))
+      for_blocks(blocks, chunk.codes + S * bytes, [&](int row, auto m, Fetch fetch) {
+        multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows + row * layout.bytes, chunk, chunk.codes, Decoder<C>{},
+                                                              sums + row * kPanel, fetch);
+      });
+  };
+  if (num_rows == 1) direct.template operator()<1, 4>();
+  if (num_rows <= 3) direct.template operator()<3, 2>();
+  if (num_rows <= kBlock || chunk.units > kMaxUnits) return direct.template operator()<kBlock, 1>();
+  alignas(64) uint8_t buffer[kMaxUnits * kUnit * kPanel * 2];
+  const Blocks<kBlock> blocks(num_rows, bytes, steps);
+  for (; chunk.index < end; go_on(1))
+    for_blocks(blocks, chunk.codes + bytes, [&](int row, auto m, Fetch fetch) {
       constexpr int M = decltype(m)::value;
       const char* from = rows + row * layout.bytes;
       if (row == 0)
@@ -290,24 +313,14 @@ void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_r
       else
         multiply_floats<Expanded, P, M, 1>(w, layout, from, chunk, buffer, Expanded{}, sums + row * kPanel, fetch);
     });
-    return 1;
-  };
-  while (chunk.index < end) {
-    const int64_t left = end - chunk.index;
-    const int done = num_rows == 1 && left >= 4                        ? direct.template operator()<1, 4>()
-                     : num_rows <= 3 && left >= 2                      ? direct.template operator()<3, 2>()
-                     : num_rows <= kBlock || chunk.units > kMaxUnits ? direct.template operator()<kBlock, 1>()
-                                                                       : expanded();
-    chunk.index += done, chunk.codes += done * bytes, chunk.scales += done * group;
-    if (chunk.zeros) chunk.zeros += done * group;
-  }
 }
 
 template <Codes C>
 void add_integers(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
   const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? w.width() : 0;
+  const Blocks<kBlock> blocks(num_rows, bytes, chunk.units);
   for (; chunk.index < end; ++chunk.index, chunk.codes += bytes, chunk.scales += group) {
-    for_blocks<kBlock>(num_rows, chunk.codes + bytes, bytes, chunk.units, [&](int row, auto m, Fetch fetch) {
+    for_blocks(blocks, chunk.codes + bytes, [&](int row, auto m, Fetch fetch) {
       multiply_integers<C, decltype(m)::value>(w, layout, rows + row * layout.bytes, chunk, sums + row * kPanel, fetch);
     });
     if (chunk.zeros) chunk.zeros += group;
