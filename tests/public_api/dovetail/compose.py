@@ -15,8 +15,9 @@ from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.server import Server
-from dovetail.interfaces.worker import Progress, TieringWorker, Worker
+from dovetail.interfaces.worker import DescribingWorker, Progress, TieringWorker, Worker, WorkerCapabilities
 from dovetail.kv_sizes import size_cache, size_host_tier
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
@@ -25,6 +26,7 @@ from dovetail.shadow import ShadowReport
 from dovetail.speculation import Speculation
 from dovetail.step_costs import measure
 from dovetail.types import KVGroup
+from dovetail.weights import LayerWeights
 
 @dataclass(frozen=True)
 class BuildContext:
@@ -56,6 +58,9 @@ class BuildContext:
         ...
 
 def build_engine(plan: Plan, progress: Progress, registry: Registry | None=None, attestation: Attestation | None=None) -> Engine:
+    ...
+
+def weights_of(plan: Plan, registry: Registry | None=None, running: Worker | None=None) -> list[LayerWeights]:
     ...
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:

@@ -42,6 +42,7 @@ class EngineConfig(BaseModel):
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description="auto is the checkpoint's")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
     quantization: QuantizationConfig = Field(QuantizationConfig(), description='a socket: for the whole model, or rules for some layers; auto: as the checkpoint is')
+    matmul: SocketConfig = Field(SocketConfig(), description='a socket: products by quantized weights, if there are any')
     architecture: SocketConfig = Field(SocketConfig(), description='a socket: model code')
     worker: SocketConfig = Field(SocketConfig(), description='a socket: what computes: see `dovetail plugins`')
     attention: AttentionConfig = Field(AttentionConfig(), description='a socket: for all layers, or by kind')

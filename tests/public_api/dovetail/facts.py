@@ -59,6 +59,10 @@ class ModelFacts:
     def quantization_method(self) -> str:
         ...
 
+    @property
+    def quantization_said(self) -> str:
+        ...
+
 def model_facts(folder: Path) -> ModelFacts:
     ...
 

@@ -17,6 +17,10 @@ def dovetail_quantization() -> list[Provider[Any]]:
     ...
 
 @hookspec
+def dovetail_matmuls() -> list[Provider[Any]]:
+    ...
+
+@hookspec
 def dovetail_architectures() -> list[Provider[Any]]:
     ...
 

@@ -22,6 +22,7 @@ from dovetail.plan import Plan
 from dovetail.resolution import resolve
 from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
+from dovetail.weights import LayerWeights
 log = logging.getLogger('dovetail')
 State = Literal['loading', 'ready', 'restarting', 'draining', 'closed']
 MAX_BACKOFF = 30.0

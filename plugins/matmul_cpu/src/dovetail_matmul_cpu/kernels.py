@@ -147,7 +147,7 @@ def _chunk(format: WeightFormat, layer: LinearLayer) -> int:
     if format.group_size is not None:
         return min(format.group_size, layer.in_features)
     count = -(-layer.in_features // (2048 if format.inputs == "int8" else 256))
-    return min(-(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features)  # all of about one size: the last is filled up
+    return min(-(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features)  # all of about one size
 
 
 def _aligned(address: int) -> int:

@@ -22,6 +22,7 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     store: Callable[[Array], object]
+    asked_by: str = "the model's config"
 
     @staticmethod
     def into(tensor: Array, shape: tuple[int, ...] | None=None) -> Target:

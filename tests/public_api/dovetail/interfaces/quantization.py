@@ -18,6 +18,7 @@ class QuantizationCapabilities:
     dtypes: tuple[str, ...] | None = ('float32', 'bfloat16', 'float16')
     activations: str | None = None
     examples: tuple[dict[str, Any], ...] = ()
+    codes: tuple[str, ...] = ()
     compiled_steps: bool = False
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ Index = tuple[int | slice, ...]
 class Parameter:
     axes: tuple[Axis | int, ...]
     dtype: str
+    is_scale: bool = False
 
     def part_shape(self, layer: LinearLayer, part: int) -> tuple[int, ...]:
         ...

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from dovetail.shadow import ShadowReport
 from dovetail.types import KVGroup, StepPlan, StepResult
+from dovetail.weights import LayerWeights
 Progress = Callable[[str, int, int], None]
 Handle = Any
 
@@ -12,6 +13,7 @@ class WorkerCapabilities:
     shadow: bool = False
     drafts: bool = False
     host_tier: bool = False
+    describes_weights: bool = False
 
 class Worker(Protocol):
 
@@ -42,6 +44,11 @@ class Worker(Protocol):
 class ShadowingWorker(Worker, Protocol):
 
     def shadow_report(self) -> ShadowReport | None:
+        ...
+
+class DescribingWorker(Worker, Protocol):
+
+    def weights(self) -> list[LayerWeights]:
         ...
 
 class TieringWorker(Worker, Protocol):

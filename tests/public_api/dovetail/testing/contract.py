@@ -51,7 +51,7 @@ class Contract:
     def prepare(self) -> None:
         ...
 
-    def settled_options(self) -> Options:
+    def settled_options(self, model: ModelFacts | None=None) -> Options:
         ...
 
     def build(self, context: BuildContext | None=None) -> Any:

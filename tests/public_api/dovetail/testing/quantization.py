@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.interfaces.quantization import PLAIN, Declined, LinearLayer, Parameter, Part, QuantizationCapabilities, Scheme, Side
+from dovetail.provider import Provider
 from dovetail.testing.contract import KIT_MODEL, Broken, Contract, common_causes
-from dovetail.testing.layers import ACTIVATIONS, PRECISION, Case, bias_of, compare, fill, fill_shard, held_bytes, make_input, make_weights, rows_of
+from dovetail.testing.layers import ACTIVATIONS, PRECISION, Case, as_read, bias_of, compare, fill, fill_shard, held_bytes, make_input, make_weights, rows_of
+from dovetail.testing.matmul import KIT_MATMUL
 if TYPE_CHECKING:
     from torch import Tensor
 SHAPES = (((256,), 256), ((512,), 128), ((128, 64, 64), 256), ((192, 192), 512), ((64,), 1024), ((320,), 320))
@@ -15,6 +17,7 @@ ROWS = (1, 2, 7, 33, 130)
 
 class QuantizationContract(Contract):
     socket = 'quantization'
+    inner: ClassVar[dict[str, Provider[Any]]] = {'matmul': KIT_MATMUL}
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
     pack: ClassVar[Callable[[dict[str, Any], LinearLayer, Tensor], dict[str, Tensor]] | None] = None
     weight_error: ClassVar[float] = 0.15
