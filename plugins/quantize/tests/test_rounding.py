@@ -208,6 +208,7 @@ def test_awq_changes_no_model(family: str, tmp_path: Path) -> None:
         hidden = hidden * torch.rand(64).mul(4).exp()
         with skeleton.loaded(0) as layer:
             linears = skeleton.linears(0)
+            linears["self_attn.v_proj"].weight.data *= torch.rand(32, 1).mul(4).exp()  # values that differ much in size
             before = skeleton.run_layer(0, hidden)
             inputs = measure(linears, torch.float32, [lambda: skeleton.run_layer(0, hidden)])
             kept = linears["self_attn.o_proj"].weight.clone()
