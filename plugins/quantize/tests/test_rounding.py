@@ -172,18 +172,21 @@ def test_awq_errs_less_than_rounding_to_nearest() -> None:
 
 
 def test_ranges_are_clipped_to_where_the_error_is_least() -> None:
-    """One large weight of an input that is hardly ever used: its group's range leaves it out."""
-    weight, x = torch.rand(1, 16) - 0.5, torch.randn(100, 16)
-    weight[0, 5] = 1.5
+    """One large weight of an input that is hardly ever used: its group's range leaves it out, in nearly all rows."""
+    weight, x = torch.rand(64, 16) - 0.5, torch.randn(100, 16)
+    weight[:, 5] = 1.5
     x[:, 5] *= 1e-3
     inputs = Inputs(gram(x), x.abs().mean(0), ("a",), torch.float32)
+
+    def errors(difference: Tensor) -> Tensor:
+        return ((difference @ inputs.gram) * difference).sum(1)
+
     for grid in (Grid(4, 16, symmetric=True), Grid(4, 16, symmetric=False)):
         rounded = grid.round(weight, awq.group_error(inputs, 16))
-        assert (rounded.scales < grid.round(weight).scales).all()
-        error = inputs.output_error(rounded.weight() - weight)
-        trials = [grid.fit(weight[:, None], clip) for clip in grid.clips()]
-        errors = [inputs.output_error((grid.nearest(weight, s, z) - z) * s - weight) for s, z in trials]
-        assert error == pytest.approx(min(errors), rel=1e-3)
+        assert (rounded.scales < grid.round(weight).scales).float().mean() > 0.7
+        fits = [[t[:, None] for t in grid.fit(weight, clip)] for clip in grid.clips()]
+        trials = torch.stack([errors((grid.nearest(weight, s, z) - z) * s - weight) for s, z in fits])
+        torch.testing.assert_close(errors(rounded.weight() - weight), trials.min(0).values, rtol=1e-3, atol=1e-6)
 
 
 def test_awq_says_what_it_does_not_know() -> None:
@@ -208,6 +211,7 @@ def test_awq_changes_no_model(family: str, tmp_path: Path) -> None:
         hidden = hidden * torch.rand(64).mul(4).exp()
         with skeleton.loaded(0) as layer:
             linears = skeleton.linears(0)
+            linears["self_attn.v_proj"].weight.data *= torch.rand(32, 1).mul(4).exp()  # values that differ much in size
             before = skeleton.run_layer(0, hidden)
             inputs = measure(linears, torch.float32, [lambda: skeleton.run_layer(0, hidden)])
             kept = linears["self_attn.o_proj"].weight.clone()
