@@ -56,6 +56,15 @@ class Target(NamedTuple):
         """Copy into `tensor`, which may be a part of another. `shape` in the file, where it is broadcast to tensor's."""
         return Target(tuple(tensor.shape) if shape is None else shape, tensor.dtype, tensor.copy_)
 
+    def and_into(self, other: Target) -> Target:
+        """One tensor of the file for both."""
+
+        def store(tensor: Array) -> None:
+            self.store(tensor)
+            other.store(tensor)
+
+        return self._replace(store=store)
+
     def transposed(self) -> Target:
         """For a checkpoint that holds the matrix the other way round, `[in, out]`."""
         return self._replace(shape=self.shape[::-1], store=lambda tensor: self.store(tensor.T))
@@ -87,6 +96,10 @@ class LayerMaker(Protocol):
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         """Never quantized."""
+
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
+        """The output projection `name` ("lm_head") of a model whose weight for it is that of `embedding`, named `of`: the
+        embedding itself, or a layer of its own, which wants the embedding's tensor too, where a rule says so."""
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
         """The layer as it is to be, with the scales of its keys and values where the checkpoint has some. `name` is that of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dovetail.interfaces.architecture import Model, Target
+from dovetail.interfaces.architecture import Embedding, Linear, Model, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.testing.contract import Broken
@@ -71,6 +71,9 @@ class PlainLayers:
     def embedding(self, name: str, vocab_size: int, size: int) -> PlainLinear:
         self.embeddings.append(name)
         return PlainLinear(self, name, [Part(name, vocab_size)], size, False)
+
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
+        return embedding
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
         self.attention_layers.append(replace(layer))

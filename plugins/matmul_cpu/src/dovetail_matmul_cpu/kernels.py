@@ -119,10 +119,10 @@ class CpuLinear:
         self._row_bytes: int = self._functions.dovetail_row_bytes(self._address)
 
     def _wide(self, rows: Tensor) -> Tensor:
-        """Outputs filled up to whole panels."""
+        """`[n, out]` → `[panels, n, PANEL]`, filled up with zeros: what a panel needs lies together."""
         wide = torch.zeros(len(rows), -(-self.out_features // PANEL) * PANEL, dtype=rows.dtype)
         wide[:, : self.out_features] = rows
-        return wide
+        return wide.view(len(rows), -1, PANEL).transpose(0, 1).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.stride(1) != 1:

@@ -228,15 +228,20 @@ class Decoder:
         self.embedding = maker.embedding("model.embed_tokens", c.vocab_size, c.hidden_size)
         self.layers = [DecoderLayer(f"model.layers.{i}", i, c, maker, dtype, device) for i in range(c.num_layers)]
         self.norm = torch.empty(c.hidden_size, dtype=dtype, device=device)
-        head = [Part("lm_head", c.vocab_size)]
-        self.lm_head = self.embedding if c.tied else maker.linear("lm_head", head, c.hidden_size, False)
+        if c.tied:
+            self.lm_head = maker.tied("lm_head", self.embedding, "model.embed_tokens", c.vocab_size, c.hidden_size)
+        else:
+            self.lm_head = maker.linear("lm_head", [Part("lm_head", c.vocab_size)], c.hidden_size, False)
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that the checkpoint must hold, by name."""
         found = {"model.norm.weight": Target.into(self.norm)} | self.embedding.targets()
         for layer in self.layers:
             found |= layer.targets()
-        return found if self.config.tied else found | self.lm_head.targets()
+        head = {} if self.lm_head is self.embedding else self.lm_head.targets()
+        for name, target in head.items():
+            found[name] = found[name].and_into(target) if name in found else target
+        return found
 
     def unused(self) -> list[str]:
         return ["lm_head.weight"] if self.config.tied else []

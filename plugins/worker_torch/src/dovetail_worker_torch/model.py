@@ -10,7 +10,7 @@ import torch
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
-from dovetail.interfaces.architecture import Architecture, Attend, LayerMaker, Model, ModelBuild
+from dovetail.interfaces.architecture import Architecture, Attend, Embedding, LayerMaker, Model, ModelBuild
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.interfaces.worker import Progress
@@ -33,6 +33,9 @@ class Unread:
         return None
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Any:
+        return None
+
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Any:
         return None
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:

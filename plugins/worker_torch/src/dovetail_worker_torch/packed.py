@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.interfaces.architecture import Target
+from dovetail.interfaces.architecture import Embedding, Linear, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled
 from dovetail.interfaces.quantization import Part
@@ -104,6 +104,9 @@ class PackedLinears:
 
     def embedding(self, name: str, vocab_size: int, size: int) -> PackedLinear:
         return self.linear(name, [Part(name, vocab_size)], size, False)
+
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
+        return embedding
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
         return layer

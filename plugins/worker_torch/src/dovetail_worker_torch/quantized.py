@@ -90,6 +90,23 @@ class QuantizedLayers:
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         return self._plain.embedding(name, vocab_size, size)
 
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
+        """Quantized where a rule names it, beside the embedding, which stays as it is: rows of it are looked up."""
+        plan = self._context.plan
+        layer = LinearLayer(name, (Part(name, vocab_size),), size, False, self._dtype, plan.device)
+        key = plan.quantization_of(layer)
+        scheme, is_named = self._schemes[key], plan.choices[key].match not in ("", "*")
+        # What a checkpoint holds once, and as an embedding, is plain, whatever its method.
+        if scheme is None or not is_named or self._as(key, layer).stored:
+            return self._plain.tied(name, embedding, of, vocab_size, size)
+        layer = replace(layer, parts=(Part(of, vocab_size),))
+        made = self._made(key, scheme, layer)
+        if isinstance(made, Declined):
+            self._declined.setdefault(made.reason, []).append(name)
+            return self._plain.tied(name, embedding, of, vocab_size, size)
+        self._taken.append(Taken(key, layer, made, ""))
+        return made
+
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
         for scheme in self._schemes.values():
             if scheme is not None and (found := scheme.kv_scales(name)):

@@ -62,8 +62,26 @@ struct Fetch {
   const uint8_t* next;
   int64_t rate, due = 0;  // lines a step, 16 bits after the point
 
-  void step() {
+  void step(const uint8_t*, int64_t) {
     for (due += rate; due >= 1 << 16; due -= 1 << 16, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+  }
+};
+
+// With few rows what counts is memory alone: of each of S chunks that are read side by side, what comes kAhead / S bytes later,
+// and towards their ends what the S chunks after them begin with.
+constexpr int64_t kAhead = 4096;
+template <int S, int kBytes>
+struct Ahead {
+  int64_t steps, offset = kAhead / S, jump;
+
+  explicit Ahead(int64_t chunk_bytes) : steps(std::max<int64_t>(0, chunk_bytes - offset) / kBytes), jump((S - 1) * chunk_bytes) {}
+  void step(const uint8_t* codes, int64_t next) {
+    if (steps-- == 0) offset += jump;
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+      for (int line = 0; line < kBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(codes + s * next + offset + line), _MM_HINT_T0);
   }
 };
 
@@ -97,8 +115,8 @@ int32_t four(const char* p) {
 }
 
 // sums[M][64] += the chunk's product.
-template <Codes C, int M>
-void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums, Fetch fetch) {
+template <Codes C, int M, class F>
+void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums, F fetch) {
   __m512i acc[M][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
@@ -111,7 +129,7 @@ void multiply_integers(const Weight& w, const Rows& layout, const char* rows, co
   const uint8_t* codes = chunk.codes;
   const __m512i half = _mm512_set1_epi8(15);
   for (int64_t u = 0; u < chunk.units; ++u, x += kUnit, codes += C == Codes::uint4 ? 4 * kPanel : 8 * kPanel) {
-    fetch.step();
+    fetch.step(codes, 0);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {  // four inputs at a time
       __m512i weight[kVectors];
@@ -223,11 +241,11 @@ struct Expanding {
 
 // sums[M][64] += the products of S chunks, which lie one after the other. One chunk's sums are a chain in which each waits for
 // the one before: with few rows several chunks go side by side, and are added in their order all the same.
-template <class D, int P, int M, int S>
+template <class D, int P, int M, int S, class F>
 void multiply_floats(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, const uint8_t* codes, D decode,
-                     float* sums, Fetch fetch) {
+                     float* sums, F fetch) {
   __m512 acc[S][M][kVectors];
-  const int64_t group = w.has_groups ? w.width() : 0;
+  const int64_t group = w.has_groups ? kPanel : 0;
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 8
@@ -242,7 +260,7 @@ void multiply_floats(const Weight& w, const Rows& layout, const char* rows, cons
   const int64_t pairs = chunk.units * kUnit / 2, next = pairs * D::kBytes;
   const char* x = rows + chunk.index * w.chunk_width() * 2;
   for (int64_t pair = 0; pair < pairs; ++pair, x += 4, codes += D::kBytes) {
-    fetch.step();
+    fetch.step(codes, next);
 #pragma GCC unroll 8
     for (int s = 0; s < S; ++s) {
       __m512i weight[kVectors];
@@ -285,44 +303,52 @@ void for_blocks(const Blocks<B>& blocks, const uint8_t* next, F&& f) {
 
 template <Codes C, int P>
 void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
-  const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? w.width() : 0, steps = chunk.units * kUnit / 2;
+  const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? kPanel : 0, steps = chunk.units * kUnit / 2;
   const auto go_on = [&](int done) {
     chunk.index += done, chunk.codes += done * bytes, chunk.scales += done * group;
     if (chunk.zeros) chunk.zeros += done * group;
   };
   // S chunks at a time, as long as there are so many, decoded on the way.
   const auto direct = [&]<int B, int S>() {
-    const Blocks<B> blocks(num_rows, S * bytes, steps);
+    const Ahead<S, Decoder<C>::kBytes> ahead(bytes);
     for (; chunk.index + S <= end; go_on(S))
-      for_blocks(blocks, chunk.codes + S * bytes, [&](int row, auto m, Fetch fetch) {
-        multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows + row * layout.bytes, chunk, chunk.codes, Decoder<C>{},
-                                                              sums + row * kPanel, fetch);
-      });
+      with_rows(num_rows, [&](auto m) {
+        multiply_floats<Decoder<C>, P, decltype(m)::value, S>(w, layout, rows, chunk, chunk.codes, Decoder<C>{}, sums, ahead);
+      }, std::make_integer_sequence<int, B>{});
   };
   if (num_rows == 1) direct.template operator()<1, 4>();
   if (num_rows <= 3) direct.template operator()<3, 2>();
-  if (num_rows <= kBlock || chunk.units > kMaxUnits) return direct.template operator()<kBlock, 1>();
+  if (num_rows <= kBlock) return direct.template operator()<kBlock, 1>();
   alignas(64) uint8_t buffer[kMaxUnits * kUnit * kPanel * 2];
+  const bool expand = chunk.units <= kMaxUnits;
   const Blocks<kBlock> blocks(num_rows, bytes, steps);
   for (; chunk.index < end; go_on(1))
     for_blocks(blocks, chunk.codes + bytes, [&](int row, auto m, Fetch fetch) {
       constexpr int M = decltype(m)::value;
       const char* from = rows + row * layout.bytes;
-      if (row == 0)
-        multiply_floats<Expanding<C>, P, M, 1>(w, layout, from, chunk, chunk.codes, Expanding<C>{{}, buffer}, sums, fetch);
+      float* to = sums + row * kPanel;
+      if (!expand)
+        multiply_floats<Decoder<C>, P, M, 1>(w, layout, from, chunk, chunk.codes, Decoder<C>{}, to, fetch);
+      else if (row == 0)
+        multiply_floats<Expanding<C>, P, M, 1>(w, layout, from, chunk, chunk.codes, Expanding<C>{{}, buffer}, to, fetch);
       else
-        multiply_floats<Expanded, P, M, 1>(w, layout, from, chunk, buffer, Expanded{}, sums + row * kPanel, fetch);
+        multiply_floats<Expanded, P, M, 1>(w, layout, from, chunk, buffer, Expanded{}, to, fetch);
     });
 }
 
 template <Codes C>
 void add_integers(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
-  const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? w.width() : 0;
+  const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? kPanel : 0;
+  const auto multiply = [&](int row, auto m, auto fetch) {
+    multiply_integers<C, decltype(m)::value>(w, layout, rows + row * layout.bytes, chunk, sums + row * kPanel, fetch);
+  };
   const Blocks<kBlock> blocks(num_rows, bytes, chunk.units);
+  const Ahead<1, kUnit * kPanel / (C == Codes::uint4 ? 2 : 1)> ahead(bytes);
   for (; chunk.index < end; ++chunk.index, chunk.codes += bytes, chunk.scales += group) {
-    for_blocks(blocks, chunk.codes + bytes, [&](int row, auto m, Fetch fetch) {
-      multiply_integers<C, decltype(m)::value>(w, layout, rows + row * layout.bytes, chunk, sums + row * kPanel, fetch);
-    });
+    if (num_rows <= kBlock)
+      with_rows(num_rows, [&](auto m) { multiply(0, m, ahead); }, std::make_integer_sequence<int, kBlock>{});
+    else
+      for_blocks(blocks, chunk.codes + bytes, multiply);
     if (chunk.zeros) chunk.zeros += group;
   }
 }
@@ -331,7 +357,7 @@ void add_integers(const Weight& w, const Rows& layout, const char* rows, int num
 template <Codes C>
 void panel_sums(const Weight& w, const char* rows, int num_rows, int64_t panel, float* sums) {
   const Rows layout(w);
-  const int64_t place = panel * kPanel, end = w.num_chunks();
+  const int64_t end = w.num_chunks(), place = panel * kPanel * (w.has_groups ? end : 1);
   const Chunk first{w.packed + panel * w.panel_bytes(), w.scales + place, w.zeros ? w.zeros + place : nullptr, 0, w.chunk_width() / kUnit};
   std::fill(sums, sums + num_rows * kPanel, 0.f);
   if constexpr (C != Codes::float8)

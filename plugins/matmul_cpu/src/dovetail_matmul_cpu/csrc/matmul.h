@@ -33,7 +33,7 @@ struct Weight {
   int32_t has_groups;
   int64_t num_outputs, depth, chunk;
   uint8_t* packed;       // [panels][padded depth][kPanel], see pack.cpp
-  const float* scales;   // [chunks or 1][outputs filled up to panels]
+  const float* scales;   // [panels][chunks or 1][kPanel]
   const uint8_t* zeros;  // likewise, or null: then all are `zero`
   const float* bias;     // [outputs filled up] or null
   const int64_t* order;  // [depth] or null

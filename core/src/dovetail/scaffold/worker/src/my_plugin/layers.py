@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
-from dovetail.interfaces.architecture import Architecture, Model, ModelBuild, Target
+from dovetail.interfaces.architecture import Architecture, Embedding, Linear, Model, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.interfaces.worker import Progress
@@ -57,6 +57,9 @@ class PlainLayers:
 
     def embedding(self, name: str, vocab_size: int, size: int) -> PlainLinear:
         return PlainLinear([Part(name, vocab_size)], size, False, self.dtype)
+
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
+        return embedding
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
         return layer
