@@ -75,15 +75,16 @@ class TestTensor(QuantizationContract):
 BLOCK, _, TENSOR, STATIC, _ = PROVIDER.capabilities.examples
 
 
-def context(config: Config | None) -> Context:
-    return Context(device_facts(), replace(KIT_MODEL, quantization_config=config), "cpu", "float32")
+def context(config: Config | None, device: str = "cpu") -> Context:
+    return Context(device_facts(), replace(KIT_MODEL, quantization_config=config), device, "float32")
 
 
 @pytest.mark.parametrize(
     ("config", "asked", "settled"),
     [
-        (None, {}, ("channel", "dynamic")), (None, {"granularity": "block"}, ("block", "none")),
-        (None, {"activations": "none"}, ("channel", "none")), (BLOCK, {}, ("block", "none")),
+        (None, {}, ("channel", "none")), (None, {"granularity": "block"}, ("block", "none")),
+        (None, {"activations": "dynamic"}, ("channel", "dynamic")),
+        (BLOCK, {}, ("block", "none")),
         (TENSOR, {}, ("tensor", "dynamic")), (STATIC, {}, ("tensor", "static")),
         (STATIC, {"activations": "dynamic"}, ("tensor", "dynamic")),
     ],
@@ -91,6 +92,11 @@ def context(config: Config | None) -> Context:
 def test_what_is_left_open(config: Config | None, asked: Config, settled: tuple[str, str]) -> None:
     options, _ = PROVIDER.settle(context(config), Fp8Options(**asked))
     assert options.model_dump() == dict(zip(("granularity", "activations"), settled, strict=True))
+
+
+def test_inputs_are_rounded_where_that_may_pay() -> None:
+    options, _ = PROVIDER.settle(context(None, "cuda:0"), Fp8Options())
+    assert options.activations == "dynamic"
 
 
 @pytest.mark.parametrize(

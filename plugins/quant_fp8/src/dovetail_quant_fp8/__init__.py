@@ -36,7 +36,7 @@ class Fp8Options(Options):
     )  # fmt: skip
     activations: Literal["auto", "static", "dynamic", "none"] = Field(
         "auto", description="how a layer's inputs are rounded to FP8: by the checkpoint's scale, each row by its own, or not; "
-        "auto: as the checkpoint says, or dynamic, and with a scale for each block: none",
+        "auto: as the checkpoint says; of plain weights dynamic, but none on a CPU; and with a scale for each block: none",
     )  # fmt: skip
 
 
@@ -69,7 +69,9 @@ def settle(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
     activations: str = options.activations
     if activations == "auto":
         # The method rounds the inputs of blocks 128 at a time: not rounding them is nearer to that than one scale a row.
-        activations = "static" if has_scale else "none" if granularity == "block" else "dynamic"
+        # Nor does rounding pay where all products are in 16 bits anyway, unless a checkpoint was made for it.
+        is_left = granularity == "block" or (config is None and context.device_name == "cpu")
+        activations = "static" if has_scale else "none" if is_left else "dynamic"
     return options.model_copy(update={"granularity": granularity, "activations": activations}), []
 
 
