@@ -115,6 +115,21 @@ def test_rules_mix_schemes(llama: Checkpoint) -> None:
     assert_logprobs(llama.folder, changed(llama, weight), 2e-4, quantization=rules)
 
 
+@pytest.mark.parametrize("execution", ["plain", "compiled"])
+def test_a_tied_output_projection_is_quantized_where_a_rule_names_it(execution: str, llama: Checkpoint, tmp_path: Path) -> None:
+    """The embedding, whose weight it shares, stays as it is."""
+    tied = Checkpoint(shutil.copytree(llama.folder, tmp_path / "tied"), None)
+    tensors = load_file(llama.folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tied.folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((llama.folder / "config.json").read_text())
+    (tied.folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    model = changed(tied, lambda name: int8)
+    model.lm_head.weight = torch.nn.Parameter(int8(model.get_input_embeddings().weight.data))
+    rules = [{"match": "lm_head", "use": "int8", "activations": "none"}, {"match": "*", "use": "int8", "activations": "none"}]
+    assert_logprobs(tied.folder, model, 2e-4, quantization=rules, worker={"use": "torch", "execution": execution})
+
+
 def stored(source: Checkpoint, folder: Path, config: dict[str, Any], pack: Callable[[Tensor], dict[str, Tensor]]) -> Path:
     """A checkpoint of a method: `pack` gives a weight's tensors."""
     shutil.copytree(source.folder, folder)
