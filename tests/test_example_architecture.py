@@ -36,6 +36,13 @@ def tokens_of(folder: Path, file: Path, **values: Any) -> list[list[int]]:
         return [o.token_ids for o in outputs]
 
 
+def logprobs_of(folder: Path, file: Path, **values: Any) -> list[float]:
+    """Of the first tokens: the weights show in them, where a random model's tokens may well be the same."""
+    with LLM(folder, config=file, dtype="float32", device="cpu", **values) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=1, temperature=0, logprobs=1))
+        return [max(o.logprobs[0].values()) for o in outputs if o.logprobs]
+
+
 def assert_same(found: list[list[int]], reference: Checkpoint) -> None:
     expected = [reference.greedy(prompt, 16) for prompt in PROMPTS]
     assert sum(map(len, expected)) > 16, "nearly every step is too close to call: the test says nothing"
@@ -88,6 +95,7 @@ def test_it_can_be_quantized_by_another_stranger(gpt2: Checkpoint, tmp_path: Pat
     monkeypatch.syspath_prepend(site_of("quant_nf4", wheel))
     file = tmp_path / "engine.yaml"
     file.write_text('quantization: [{match: "*.mlp.*", use: nf4}]\n')
-    found = tokens_of(gpt2.folder, file)
-    assert found != tokens_of(gpt2.folder, file, quantization="none")
-    assert all(len(tokens) == 16 for tokens in found)
+    assert all(len(tokens) == 16 for tokens in tokens_of(gpt2.folder, file))
+    plain, nf4 = logprobs_of(gpt2.folder, file, quantization="none"), logprobs_of(gpt2.folder, file)
+    assert len(nf4) == len(PROMPTS)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(plain, nf4, strict=True))
