@@ -7,8 +7,6 @@ namespace dovetail {
 namespace {
 
 constexpr int kBlock = 6;      // rows, times 4 vectors of sums: 24 of the 32 registers
-constexpr int kFewRows = 32;   // up to here a layer's time is that of reading its weights, more or less
-constexpr int kMaxRows = 192;  // of a piece
 constexpr int kMaxUnits = 256 / kUnit;  // of a chunk that is expanded: 32 KiB, which stay in L1
 
 constexpr uint16_t bf16_of(int whole) {  // from 0 to 255
@@ -93,7 +91,7 @@ struct Blocks {
     int row, rows;
     int64_t from, rate;
   };
-  Block blocks[(kMaxRows + B - 1) / B];
+  Block blocks[(kMaxChunk + B - 1) / B];
   int count;
 
   Blocks(int num_rows, int64_t bytes, int64_t steps) : count((num_rows + B - 1) / B) {
@@ -287,11 +285,6 @@ void multiply_floats(const Weight& w, const Rows& layout, const char* rows, cons
       }
 }
 
-template <class F, int... I>
-void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
-  (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
-}
-
 // Calls f(first row, number of rows, fetch) for each block, with the number as a constant. `next` is what is to be fetched.
 template <int B, class F>
 void for_blocks(const Blocks<B>& blocks, const uint8_t* next, F&& f) {
@@ -369,7 +362,7 @@ void panel_sums(const Weight& w, const char* rows, int num_rows, int64_t panel, 
 }
 
 void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel) {
-  alignas(64) float sums[kMaxRows * kPanel];
+  alignas(64) float sums[kMaxChunk * kPanel];
   const Rows layout(w);
   const char* prepared = static_cast<const char*>(call.rows) + row * layout.bytes;
   switch (w.codes) {
@@ -378,57 +371,23 @@ void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel
     case Codes::float8: panel_sums<Codes::float8>(w, prepared, rows, panel, sums); break;
   }
   const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, w.num_outputs - first);
+  const float* bias = w.bias ? w.bias + first : nullptr;
   for (int r = 0; r < rows; ++r) {
     float* s = sums + r * kPanel;
     if (w.inputs != Inputs::plain) {
       const Vec scale = splat(*reinterpret_cast<const float*>(prepared + r * layout.bytes + layout.scale));
       for (int j = 0; j < kPanel; j += kLanes) store(s + j, mul(load(s + j), scale));
     }
-    if (w.bias)
-      for (int j = 0; j < kPanel; j += kLanes) store(s + j, add(load(s + j), load(w.bias + first + j)));
-    const int64_t to = (row + r) * call.y_stride + first;
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) store_as(w.type, call.y, to + j, load(s + j));
-    if (j < count) {  // what lies behind a row's last output is not ours
-      alignas(64) char last[kLanes * 4];
-      store_as(w.type, last, 0, load(s + j));
-      const int64_t size = w.type == Type::f32 ? 4 : 2;
-      std::memcpy(static_cast<char*>(call.y) + (to + j) * size, last, (count - j) * size);
-    }
+    store_panel(w.type, call.y, (row + r) * call.y_stride + first, s, bias, count);
   }
 }
-
-int chunk_rows(int num_rows) {
-  const int chunks = std::max(1, (num_rows + kMaxRows - 1) / kMaxRows);
-  return std::max(1, (num_rows + chunks - 1) / chunks);
-}
-
-// With few rows each thread first takes one long stretch of panels, which streams at the memory's speed; the rest evens out.
-struct Hand {
-  int64_t panels, stretch = 0;
-  int num_stretches = 0;
-
-  Hand(const Weight& w, int num_rows, int num_threads) : panels(w.num_panels()) {
-    if (num_rows > kFewRows) return;
-    stretch = panels * 3 / 4 / num_threads;
-    num_stretches = stretch > 1 ? num_threads : 0;
-  }
-  int pieces() const { return static_cast<int>(num_stretches + panels - num_stretches * stretch); }
-  int64_t begin(int piece) const {
-    return piece < num_stretches ? piece * stretch : num_stretches * stretch + piece - num_stretches;
-  }
-  int64_t end(int piece) const { return begin(piece) + (piece < num_stretches ? stretch : 1); }
-};
 
 }  // namespace
 
-int num_pieces(const Weight& w, int num_rows, int num_threads) {
-  const int chunk = chunk_rows(num_rows);
-  return Hand(w, num_rows, num_threads).pieces() * ((num_rows + chunk - 1) / chunk);
-}
+int num_pieces(const Weight& w, int num_rows, int num_threads) { return panel_pieces(w.num_panels(), num_rows, num_threads); }
 
 void do_piece(const Weight& w, const Call& call, int num_rows, int piece, int num_threads) {
-  const Hand hand(w, num_rows, num_threads);
+  const Hand hand(w.num_panels(), num_rows, num_threads);
   const int chunk = chunk_rows(num_rows), pieces = hand.pieces(), part = piece % pieces;
   const int row = piece / pieces * chunk, rows = std::min(chunk, num_rows - row);
   for (int64_t panel = hand.begin(part), end = hand.end(part); panel < end; ++panel) compute(w, call, row, rows, panel);

@@ -12,15 +12,13 @@
 // The order of all sums is fixed, whatever the number of rows: batch invariant.
 #pragma once
 
-#include <dovetail/element.h>
+#include <dovetail/panels.h>
 
 #include <cstdint>
 
 namespace dovetail {
 
-constexpr int kPanel = 64;  // outputs
-constexpr int kVectors = kPanel / kLanes;
-constexpr int kUnit = 8;    // inputs
+constexpr int kUnit = 8;  // inputs
 
 enum class Codes : int32_t { int8, uint4, float8 };
 enum class Inputs : int32_t { plain, int8, float8 };

@@ -12,8 +12,6 @@ constexpr int kMaxRows = 6;  // 6 rows × 4 vectors of sums, 4 operands and a br
 constexpr int kMaxRows = 1;
 #endif
 
-constexpr int kFewRows = 32;  // up to here a layer's time is, more or less, that of reading its weights
-
 // Inputs between two visits of the same rows. With few rows that part of a panel stays in L1, with many in L2, and the sums
 // are visited less often.
 constexpr int kShallow = 128, kDeep = 512;
@@ -62,11 +60,6 @@ void multiply(const typename E::store_t* x, int64_t x_stride, const typename E::
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) store(sums + i * kPanel + j * kLanes, s[i][j]);
-}
-
-template <class F, int... I>
-void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
-  (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
 }
 
 // The sums [rows, 64] of one panel. Depth outermost: a panel is read once from memory, and while rows are computed with a
@@ -123,11 +116,6 @@ void panel_sums_amx(const uint16_t* x, int64_t x_stride, int rows, const uint16_
 }
 #endif
 
-int chunk_rows(int num_rows) {
-  const int chunks = std::max(1, (num_rows + kMaxChunk - 1) / kMaxChunk);
-  return std::max(1, (num_rows + chunks - 1) / chunks);
-}
-
 template <class E>
 void compute(const Linear& linear, const LinearCall& call, int row, int rows, int64_t panel, int64_t next_panel) {
   using store_t = typename E::store_t;
@@ -142,20 +130,8 @@ void compute(const Linear& linear, const LinearCall& call, int row, int rows, in
 #endif
   if (!done) panel_sums<E>(x, call.x_stride, rows, weight, next, linear.padded_depth(), sums);
   const int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, linear.num_outputs - first);
-  for (int r = 0; r < rows; ++r) {
-    float* s = sums + r * kPanel;
-    if (linear.bias)
-      for (int j = 0; j < kPanel; j += kLanes) store(s + j, add(load(s + j), load(linear.bias + first + j)));
-    const int64_t to = (row + r) * call.y_stride + first;
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) store_as(call.y_type, call.y, to + j, load(s + j));
-    if (j < count) {  // what lies behind a row's last output is not ours
-      alignas(64) char last[kLanes * 4];
-      store_as(call.y_type, last, 0, load(s + j));
-      const int64_t size = call.y_type == Type::f32 ? 4 : 2;
-      std::memcpy(static_cast<char*>(call.y) + (to + j) * size, last, (count - j) * size);
-    }
-  }
+  const float* bias = linear.bias ? linear.bias + first : nullptr;
+  for (int r = 0; r < rows; ++r) store_panel(call.y_type, call.y, (row + r) * call.y_stride + first, sums + r * kPanel, bias, count);
 }
 
 }  // namespace
@@ -192,36 +168,12 @@ void unpack_row(const Linear& linear, int64_t row, void* out) {
   });
 }
 
-namespace {
-
-// How the panels of some rows are handed out. With few rows, each thread first takes one long stretch, which streams at the
-// memory's speed; the rest evens out, panel by panel.
-struct Hand {
-  int64_t panels, stretch = 0;
-  int num_stretches = 0;
-
-  Hand(const Linear& linear, int num_rows, int num_threads) : panels(linear.num_panels()) {
-    if (num_rows > kFewRows) return;
-    stretch = panels * 3 / 4 / num_threads;
-    num_stretches = stretch > 1 ? num_threads : 0;
-  }
-  int pieces() const { return static_cast<int>(num_stretches + panels - num_stretches * stretch); }
-  int64_t begin(int piece) const {
-    return piece < num_stretches ? piece * stretch : num_stretches * stretch + piece - num_stretches;
-  }
-  int64_t end(int piece) const { return begin(piece) + (piece < num_stretches ? stretch : 1); }
-};
-
-}  // namespace
-
 int num_pieces(const Linear& linear, int num_rows, int num_threads) {
-  const int chunk = chunk_rows(num_rows);
-  return Hand(linear, num_rows, num_threads).pieces() * ((num_rows + chunk - 1) / chunk);
+  return panel_pieces(linear.num_panels(), num_rows, num_threads);
 }
 
 void do_piece(const Linear& linear, const LinearCall& call, int num_rows, int piece, int num_threads) {
-  // All panels of some rows, then the next rows: neighbouring pieces read neighbouring weights.
-  const Hand hand(linear, num_rows, num_threads);
+  const Hand hand(linear.num_panels(), num_rows, num_threads);
   const int chunk = chunk_rows(num_rows), pieces = hand.pieces(), part = piece % pieces;
   const int row = piece / pieces * chunk, rows = std::min(chunk, num_rows - row);
   const int likely = part < hand.num_stretches ? hand.num_stretches + part : part + num_threads;

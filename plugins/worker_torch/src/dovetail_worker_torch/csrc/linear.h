@@ -5,7 +5,7 @@
 // whatever the number of rows: that makes the layer batch invariant.
 #pragma once
 
-#include <dovetail/element.h>
+#include <dovetail/panels.h>
 
 #include <cstdint>
 
@@ -13,10 +13,7 @@
 
 namespace dovetail {
 
-constexpr int kPanel = 64;      // outputs
-constexpr int kUnitK = 32;      // K is filled up to a multiple of it: an AMX tile's depth
-constexpr int kVectors = kPanel / kLanes;
-constexpr int kMaxChunk = 192;  // rows of a piece: with a panel's part and the sums they stay in L2
+constexpr int kUnitK = 32;  // K is filled up to a multiple of it: an AMX tile's depth
 
 struct Linear {
   Type type;                  // float32 or bfloat16: of weights and inputs
