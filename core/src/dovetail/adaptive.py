@@ -281,17 +281,18 @@ class Adaptive(EverySequence):
     def share(self, drafted: list[Sequence], lengths: list[int], num_seqs: int) -> list[int]:
         began = self._clock()
         self._num_seqs = num_seqs
-        chances = [self._of(seq).chances(length) for seq, length in zip(drafted, lengths, strict=True)]
+        histories = [self._of(seq) for seq in drafted]
+        chances = [history.chances(length) for history, length in zip(histories, lengths, strict=True)]
         slower = self._drafts_slow_down()
         counts = best_counts(chances, num_seqs, self.costs, WORTH * slower)
-        for seq, count in zip(drafted, counts, strict=True):
+        for history, count in zip(histories, counts, strict=True):
             if not count:
-                self._rest(self._of(seq))
+                self._rest(history)
         self.credit -= self._clock() - began
         if any(counts):
             seconds = self.costs.with_drafts(num_seqs, sum(counts))
             # A draft model reads a sequence's prompt when it is first asked: that says nothing of the steps to come.
-            is_first = any(count and not self._of(seq).tried for seq, count in zip(drafted, counts, strict=True))
+            is_first = any(count and not history.tried for history, count in zip(histories, counts, strict=True))
             self._expect(seconds, True, is_first)
             self.credit -= seconds * slower - self.costs.without(num_seqs)
         return counts

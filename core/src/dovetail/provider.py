@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -119,6 +119,21 @@ class Relation:
 
     def meets(self, socket: str, *names: str) -> bool:
         return self.socket == socket and ("*" in self.providers or not set(names).isdisjoint(self.providers))
+
+
+NO_COMPILER = Reason("no C++ compiler was found", "install g++ or clang++, or set CXX")
+
+
+def why_not_built(device: DeviceFacts, needed_flags: Sequence[str]) -> list[Reason]:
+    """Why C++ for x86-64 and Linux (dovetail.native) cannot be built and run here; `needed_flags` are the CPU's."""
+    if device.machine not in ("x86_64", "AMD64"):
+        return [Reason(f"runs on x86-64, and this machine is {device.machine}")]
+    reasons = []
+    if device.system != "Linux":
+        reasons.append(Reason(f"is built for Linux, and this is {device.system}"))
+    if missing := [f for f in needed_flags if f not in device.cpu_flags]:
+        reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
+    return reasons if device.compiler is not None else [*reasons, NO_COMPILER]
 
 
 @dataclass(frozen=True)

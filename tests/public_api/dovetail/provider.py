@@ -1,5 +1,5 @@
 from __future__ import annotations
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -50,6 +50,10 @@ class Relation:
 
     def meets(self, socket: str, *names: str) -> bool:
         ...
+NO_COMPILER = Reason('no C++ compiler was found', 'install g++ or clang++, or set CXX')
+
+def why_not_built(device: DeviceFacts, needed_flags: Sequence[str]) -> list[Reason]:
+    ...
 
 @dataclass(frozen=True)
 class Context:

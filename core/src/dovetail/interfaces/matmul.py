@@ -58,6 +58,12 @@ class WeightFormat:
     def bits(self) -> int:
         return 4 if self.codes == "uint4" else 8
 
+    def nbytes(self, layer: LinearLayer) -> int:
+        """Of these tensors, the bias aside."""
+        codes = -(-layer.in_features // 2) if self.bits == 4 else layer.in_features
+        groups = self.num_groups(layer.in_features) * (5 if self.zeros else 4)
+        return layer.out_features * (codes + groups) + (layer.in_features * 8 if self.order else 0)
+
 
 @dataclass(frozen=True)
 class MatmulCapabilities:

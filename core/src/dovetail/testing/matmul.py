@@ -226,9 +226,7 @@ class KitMatmul:
         return multiply
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
-        codes = -(-layer.in_features // 2) if format.bits == 4 else layer.in_features
-        groups = format.num_groups(layer.in_features) * (5 if format.zeros else 4)
-        return layer.out_features * (codes + groups) + (layer.in_features * 8 if format.order else 0)
+        return format.nbytes(layer)
 
 
 KIT_MATMUL = Provider(

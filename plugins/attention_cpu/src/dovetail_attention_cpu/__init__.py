@@ -14,7 +14,7 @@ from dovetail.facts import DeviceFacts
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.native import Target, build_library, openmp_of
-from dovetail.provider import Context, Options, Provider, Reason
+from dovetail.provider import Context, Options, Provider, Reason, why_not_built
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
@@ -42,17 +42,7 @@ class CpuOptions(Options):
 
 
 def why_not(context: Context) -> list[Reason]:
-    device = context.device
-    if device.machine not in ("x86_64", "AMD64"):
-        return [Reason(f"runs on x86-64, and this machine is {device.machine}")]
-    reasons = []
-    if device.system != "Linux":
-        reasons.append(Reason(f"is built for Linux, and this is {device.system}"))
-    if missing := [f for f in NEEDED_FLAGS if f not in device.cpu_flags]:
-        reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
-    if device.compiler is None:
-        reasons.append(Reason("no C++ compiler was found", "install g++ or clang++, or set CXX"))
-    return reasons
+    return why_not_built(context.device, NEEDED_FLAGS)
 
 
 def load_kernel(facts: DeviceFacts, target: Target = "native") -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dovetail.errors import ConfigError
 from dovetail.interfaces.architecture import ArchitectureCapabilities
-from dovetail.provider import Context, Reason
+from dovetail.provider import NO_COMPILER, Context, Reason
 
 if TYPE_CHECKING:
     from dovetail_worker_torch import WorkerOptions
@@ -73,7 +73,7 @@ def _why_not_compiled(
         return [Reason("a shadow run compares layers one by one", "remove shadow")]
     name = context.model.architecture if context.model else "the model"
     if made.compiled == TORCH_COMPILE:
-        return [_NO_COMPILER] if context.device_name == "cpu" and context.device.compiler is None else []
+        return [NO_COMPILER] if context.device_name == "cpu" and context.device.compiler is None else []
     if made.compiled != OPERATIONS:
         return [Reason(f"the code of {name} does not offer it")]
     reasons = list(no_kernels)
@@ -97,13 +97,10 @@ def _why_no_kernels(context: Context) -> list[Reason]:
     elif missing := [f for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq") if f not in device.cpu_flags]:
         reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
     if device.compiler is None:
-        reasons.append(_NO_COMPILER)
+        reasons.append(NO_COMPILER)
     if context.dtype not in ("float32", "bfloat16"):
         reasons.append(Reason(f"the kernels compute in float32 or bfloat16, not {context.dtype}"))
     return reasons
-
-
-_NO_COMPILER = Reason("no C++ compiler was found", "install g++ or clang++, or set CXX")
 
 
 MEASURED = {"AVX-512 with BF16": {1: 1.5, 16: 1.9, 32: 1.7, 128: 1.2, 512: 1.05, 2048: 1.0}}

@@ -30,10 +30,7 @@ class TorchMatmul:
         return multiply
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
-        codes = -(-layer.in_features // 2) if format.bits == 4 else layer.in_features
-        per_group = 5 if format.zeros else 4
-        order = layer.in_features * 8 if format.order else 0
-        return layer.out_features * (codes + format.num_groups(layer.in_features) * per_group) + order
+        return format.nbytes(layer)
 
 
 def round_inputs(x: Tensor, to: Inputs, scale: Tensor | None = None) -> Tensor:

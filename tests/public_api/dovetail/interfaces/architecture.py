@@ -28,6 +28,9 @@ class Target(NamedTuple):
     def into(tensor: Array, shape: tuple[int, ...] | None=None) -> Target:
         ...
 
+    def and_into(self, other: Target) -> Target:
+        ...
+
     def transposed(self) -> Target:
         ...
 
@@ -47,6 +50,9 @@ class LayerMaker(Protocol):
         ...
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
+        ...
+
+    def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
         ...
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:

@@ -24,6 +24,9 @@ class WeightFormat:
     def bits(self) -> int:
         ...
 
+    def nbytes(self, layer: LinearLayer) -> int:
+        ...
+
 @dataclass(frozen=True)
 class MatmulCapabilities:
     codes: tuple[Codes, ...] = ()

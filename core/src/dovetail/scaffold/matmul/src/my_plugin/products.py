@@ -40,10 +40,8 @@ class MyPluginMatmul:
         return multiply
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
-        """What the weights take in memory."""
-        codes = (layer.in_features + 1) // 2 if format.bits == 4 else layer.in_features
-        groups = format.num_groups(layer.in_features) * (5 if format.zeros else 4)
-        return layer.out_features * (codes + groups) + (8 * layer.in_features if format.order else 0)
+        """What the weights take in memory: they are kept as they come."""
+        return format.nbytes(layer)
 
 
 def expanded(format: WeightFormat, codes: Tensor, in_features: int) -> Tensor:
