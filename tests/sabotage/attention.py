@@ -289,6 +289,25 @@ class AnotherDevice(PlainAttention):
     """The device it is run on is not declared."""
 
 
+OLD_PLAN = "test_an_old_plan_does_the_new_step"
+
+
+@sabotage(OLD_PLAN)
+class LengthsOfTheHost(PlainAttention):
+    """What is captured has the host's lengths in it."""
+
+    def lengths(self, plan):
+        return plan.batch.host_seq_lens
+
+
+@sabotage(OLD_PLAN)
+class CopiedTable(PlainAttention):
+    """`plan` copies the block table to a place of its own, a new one each time."""
+
+    def plan(self, batch, layers, block_size):
+        return super().plan(replace(batch, block_table=batch.block_table.clone()), layers, block_size)
+
+
 @sabotage("test_rows_of_a_step_share_blocks")
 class RowByRow(PlainAttention):
     """A row's keys and values are written when its turn comes."""

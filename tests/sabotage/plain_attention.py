@@ -10,7 +10,7 @@ import torch
 from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities
 from dovetail.provider import Options, Provider
 
-CAPABILITIES = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True)
+CAPABILITIES = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True, graph_capture=True)
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,16 @@ class PlainAttention:
 
     def run(self, layer, q, k, v, cache, plan, out):
         self.write(cache, plan, k, v)
+        starts = self.starts(plan)
         for b in self.rows(plan):
-            start, end = plan.batch.host_query_start[b : b + 2]
+            start, end = starts[b : b + 2]
             out[start:end] = self.row(layer, q[start:end], cache, plan, b)
+
+    def starts(self, plan):
+        return plan.batch.query_start.tolist()
+
+    def lengths(self, plan):
+        return plan.batch.seq_lens.tolist()
 
     def rows(self, plan):
         return range(plan.batch.num_seqs)
@@ -42,7 +49,7 @@ class PlainAttention:
             own.flatten(0, 1)[plan.batch.slot_mapping] = new.to(own.dtype)
 
     def row(self, layer, q, cache, plan, b):
-        length = plan.batch.host_seq_lens[b]
+        length = self.lengths(plan)[b]
         query_at = torch.arange(length - len(q), length)
         key_at = torch.arange(self.first_seen(layer, length - len(q)), length)
         slots = self.slots(plan, b, key_at)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.errors import CheckpointError
+from dovetail.gpus import GpuFacts, find_gpus
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,16 @@ class DeviceFacts:
     num_cores: int
     memory_bytes: int
     cpu_flags: frozenset[str]
-    num_gpus: int
     compiler: str | None
     """Path of a C++ compiler."""
+    gpus: tuple[GpuFacts, ...] = ()
+    """NVIDIA's; `cuda:i` is `gpus[i]`."""
+    gpu_trouble: str = ""
+    """Why there may be fewer of them than the machine has."""
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.gpus)
 
     @property
     def devices(self) -> list[str]:
@@ -40,15 +48,16 @@ def device_facts() -> DeviceFacts:
             flags = next((frozenset(line.split(":")[1].split()) for line in f if line.startswith(("flags", "Features"))), flags)
     except OSError:
         pass
-    gpus = Path("/proc/driver/nvidia/gpus")
+    gpus, gpu_trouble = find_gpus()
     return DeviceFacts(
         system=platform.system(),
         machine=platform.machine(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cpu_flags=flags,
-        num_gpus=len(list(gpus.iterdir())) if gpus.is_dir() else 0,
         compiler=shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++"),
+        gpus=gpus,
+        gpu_trouble=gpu_trouble,
     )
 
 

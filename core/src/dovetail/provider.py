@@ -104,6 +104,7 @@ REASONS = {
     "priority": "another usable one has a higher priority",
     "not-asked": "the configuration names another one, or none",
     "faulty": "its `why_not` failed",
+    "device": "the device chosen is too old for it, or its driver is",
 }
 """Codes of reasons, and what they mean."""
 
@@ -136,6 +137,22 @@ def why_not_built(device: DeviceFacts, needed_flags: Sequence[str]) -> list[Reas
     return reasons if device.compiler is not None else [*reasons, NO_COMPILER]
 
 
+def why_not_gpu(context: Context, architecture: tuple[int, int] = (8, 0), cuda: tuple[int, int] = (12, 0)) -> list[Reason]:
+    """Why kernels for NVIDIA GPUs cannot run on the device chosen, if that is one: they ask for a compute capability and for a
+    driver of a CUDA version, of at least these."""
+    kind, _, index = context.device_name.partition(":")
+    if kind != "cuda":
+        return []
+    gpu, reasons = context.device.gpus[int(index or 0)], []
+    if gpu.capability < architecture:
+        need = f"needs sm_{architecture[0]}{architecture[1]} or newer"
+        reasons.append(Reason(f"{need}, and {context.device_name} ({gpu.name}) is {gpu.architecture}", code="device"))
+    if gpu.cuda < cuda:
+        has = f"the driver of {context.device_name} runs CUDA {gpu.cuda[0]}.{gpu.cuda[1]} at most"
+        reasons.append(Reason(f"{has}, and {cuda[0]}.{cuda[1]} is needed", "install a newer driver", code="device"))
+    return reasons
+
+
 @dataclass(frozen=True)
 class Context:
     """What a provider is asked about: facts, gathered once, and what the composition needs of the socket."""
@@ -147,7 +164,8 @@ class Context:
     dtype: str
     needs: dict[str, Any] = field(default_factory=dict)
     """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
-    max_model_len, kv_dtype. For a worker: compiled_attention, whether all attention chosen declares `compiled_steps`;
+    max_model_len, kv_dtype. For a worker: compiled_attention and graph_capture, whether all attention chosen declares
+    `compiled_steps` and `graph_capture`;
     architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run;
     drafts, whether a draft model does. For speculation: by_name, whether the drafter was asked for by name.
     host_tier, whether the prefix cache is to have one.

@@ -144,7 +144,8 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         kv["block_size"] = _agreed_block_size({key: open_block_size(can, length) for key, can in attention.items()})
     made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
     r.take(
-        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()), architecture=made,
+        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()),
+        graph_capture=all(a.graph_capture for a in attention.values()), architecture=made,
         quantization=list(weights.values()), shadow=shadow is not None, drafts=draft is not None,
         matmul=r.capabilities(r.choices.keys() & {"matmul"}),
         host_tier=bool(config.prefix_cache.options.get(HOST_MEMORY)),
@@ -248,7 +249,8 @@ def _device(wanted: str, facts: DeviceFacts) -> str:
         return facts.devices[0]
     name = "cuda:0" if wanted == "cuda" else wanted
     if name not in facts.devices:
-        raise ConfigError(f"device: {wanted!r} is not here; this machine has {', '.join(facts.devices)}")
+        why = f". {facts.gpu_trouble}" if name.startswith("cuda") and facts.gpu_trouble else ""
+        raise ConfigError(f"device: {wanted!r} is not here; this machine has {', '.join(facts.devices)}{why}")
     return name
 
 

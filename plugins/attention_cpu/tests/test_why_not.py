@@ -10,7 +10,7 @@ from dovetail.facts import DeviceFacts
 from dovetail.provider import Context
 from dovetail_attention_cpu import why_not
 
-GOOD = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset({"avx2", "fma", "f16c"}), 0, "/usr/bin/c++")
+GOOD = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset({"avx2", "fma", "f16c"}), "/usr/bin/c++")
 
 
 def reasons(**changes):

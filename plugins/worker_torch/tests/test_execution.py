@@ -19,7 +19,7 @@ from dovetail_worker_torch.decoder import ARCHITECTURES
 from dovetail_worker_torch.execution import OWN_ARCHITECTURES, settle
 
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
-DEVICE = DeviceFacts("Linux", "x86_64", 4, 2**33, AVX512, 0, "/usr/bin/c++")
+DEVICE = DeviceFacts("Linux", "x86_64", 4, 2**33, AVX512, "/usr/bin/c++")
 STRANGER = ArchitectureCapabilities(("StrangeForCausalLM",))
 
 

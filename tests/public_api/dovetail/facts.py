@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from dovetail.errors import CheckpointError
+from dovetail.gpus import GpuFacts, find_gpus
 
 @dataclass(frozen=True)
 class DeviceFacts:
@@ -16,8 +17,13 @@ class DeviceFacts:
     num_cores: int
     memory_bytes: int
     cpu_flags: frozenset[str]
-    num_gpus: int
     compiler: str | None
+    gpus: tuple[GpuFacts, ...] = ()
+    gpu_trouble: str = ''
+
+    @property
+    def num_gpus(self) -> int:
+        ...
 
     @property
     def devices(self) -> list[str]:

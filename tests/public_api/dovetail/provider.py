@@ -40,7 +40,7 @@ class Reason:
     text: str
     hint: str = ''
     code: str = 'unusable'
-REASONS = {'unusable': 'its own `why_not` says so', 'undeclared': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another socket, or another socket's choice needs another one here", 'conflicts': 'it does not go with what another socket takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed'}
+REASONS = {'unusable': 'its own `why_not` says so', 'undeclared': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another socket, or another socket's choice needs another one here", 'conflicts': 'it does not go with what another socket takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed', 'device': 'the device chosen is too old for it, or its driver is'}
 
 @dataclass(frozen=True)
 class Relation:
@@ -53,6 +53,9 @@ class Relation:
 NO_COMPILER = Reason('no C++ compiler was found', 'install g++ or clang++, or set CXX')
 
 def why_not_built(device: DeviceFacts, needed_flags: Sequence[str]) -> list[Reason]:
+    ...
+
+def why_not_gpu(context: Context, architecture: tuple[int, int]=(8, 0), cuda: tuple[int, int]=(12, 0)) -> list[Reason]:
     ...
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class AttentionCapabilities:
     logit_soft_cap: bool = False
     sinks: bool = False
     graph_capture: bool = False
+    """Launches of `run` can be captured (a CUDA graph) and replayed. For a step whose rows have one token each, all that
+    differs between steps of equal `num_seqs` lies in buffers whose addresses stay, those of the batch included; the next `plan`
+    of as many rows writes them, so that what was captured with an older plan then does the new step. The batch may hold rows of
+    padding: one token at slot 0, `seq_lens` 1, whose output is nobody's."""
     batch_invariant: bool = False
     """Bitwise the same output for a token whatever else is in the batch and however its prompt was cut."""
     compiled_steps: bool = False

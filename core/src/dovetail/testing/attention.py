@@ -17,7 +17,7 @@ from functools import partial
 import pytest
 
 from dovetail.provider import Context
-from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, plain, random_spec, simpler
+from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, padded, plain, random_spec, simpler
 from dovetail.testing.attention_trial import AttentionTrial, same
 from dovetail.testing.contract import common_causes
 
@@ -267,6 +267,36 @@ class AttentionContract(AttentionTrial):
         if not self.can.compiled_steps:
             pytest.skip(f"{self.provider.name} does not declare compiled_steps")
         self.attempt(random_spec(self.can, self.seed + 3000 + index), self.compiled_once, partial(simpler, self.can))
+
+    @pytest.mark.parametrize("index", range(6))
+    @common_causes("lengths, splits or a grid taken from the host's numbers", "buffers made anew by each `plan`")
+    def test_an_old_plan_does_the_new_step(self, index: int) -> None:
+        """With graph capture, a decode step's `plan` writes what launches captured with the plan before it read, rows of
+        padding included: `run` with the old plan is then the new step."""
+        import torch
+
+        if not self.can.graph_capture:
+            pytest.skip(f"{self.provider.name} does not declare graph_capture")
+        rng = random.Random(self.seed + index)
+        num_rows, num_padding = rng.randint(1, 9), rng.randint(0, 3)
+        like = replace(random_spec(self.can, self.seed + 5000 + index), fused=False)
+
+        def decode(seed: int) -> Step:
+            rows = tuple(Row(rng.choice((0, 30, 300, 2000)) + rng.randint(0, 20), 1) for _ in range(num_rows))
+            return Step(replace(like, rows=rows, seed=seed), self.device)
+
+        old, new = decode(like.seed), decode(like.seed + 1)
+        width = max(old.table_width, new.table_width)
+        buffers = padded(old.batch(width), num_padding)
+        plan = self.backend.plan(buffers, [old.layer], like.block_size)
+        batch = padded(new.batch(width), num_padding)
+        for name in ("query_start", "seq_lens", "block_table", "slot_mapping"):
+            getattr(buffers, name).copy_(getattr(batch, name))
+        self.backend.plan(replace(buffers, **{n: getattr(batch, n) for n in HOST_FIELDS}), [new.layer], like.block_size)
+        cache, (q, k, v) = self.fill(new), (torch.cat([x, x[:1].expand(num_padding, -1, -1)]) for x in (new.q, new.k, new.v))
+        out = q.new_full(q.shape, float("nan"))
+        self.backend.run(new.layer, q, k, v, cache, plan, out)
+        self.compare(new, out[:num_rows], f"with the plan of a step before, and {num_padding} rows of padding")
 
     # The cache.
 

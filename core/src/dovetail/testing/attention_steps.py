@@ -363,3 +363,18 @@ def relative_error(dtype: str, kv_dtype: str, largest_logit: float) -> float:
     if coarsest == ROUNDING["float32"]:
         return float32
     return float32 + coarsest * (1.0 if dtype == kv_dtype else 1.0 + 0.5 * largest_logit)
+
+
+def padded(batch: AttentionBatch, count: int) -> AttentionBatch:
+    """A decode step with `count` rows of padding behind its own (`AttentionCapabilities.graph_capture`)."""
+    import torch
+
+    start, table = batch.host_query_start[-1], batch.block_table
+    more = torch.arange(start + 1, start + count + 1, dtype=torch.int32, device=table.device)
+    ones = torch.ones_like(more)
+    return AttentionBatch(
+        torch.cat([batch.query_start, more]), torch.cat([batch.seq_lens, ones]),
+        torch.cat([table, table.new_zeros(count, table.shape[1])]), torch.cat([batch.slot_mapping, ones.long() * 0]),
+        batch.host_query_start + more.tolist(), batch.host_seq_lens + ones.tolist(),
+        batch.num_seqs + count, batch.num_tokens + count, 1, batch.max_seq_len,
+    )  # fmt: skip

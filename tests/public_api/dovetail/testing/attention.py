@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 import pytest
 from dovetail.provider import Context
-from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, plain, random_spec, simpler
+from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, padded, plain, random_spec, simpler
 from dovetail.testing.attention_trial import AttentionTrial, same
 from dovetail.testing.contract import common_causes
 NUM_RANDOM_STEPS = 40
@@ -111,6 +111,11 @@ class AttentionContract(AttentionTrial):
     @pytest.mark.parametrize('index', range(8))
     @common_causes('pieces that depend on the order of pieces', 'the strides of AttentionCall taken for contiguous ones')
     def test_compiled_steps_do_what_run_does(self, index: int) -> None:
+        ...
+
+    @pytest.mark.parametrize('index', range(6))
+    @common_causes("lengths, splits or a grid taken from the host's numbers", 'buffers made anew by each `plan`')
+    def test_an_old_plan_does_the_new_step(self, index: int) -> None:
         ...
 
     @common_causes("the own layout's order of heads and slots left in what is exported", 'blocks sorted before they are copied')
