@@ -1,0 +1,12 @@
+"""The Triton kernels, interpreted, keep the contract."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dovetail.testing.attention import AttentionContract
+from dovetail_attention_cuda import TRITON, TRITON_CAPABILITIES
+
+
+class TestTriton(AttentionContract):
+    provider = replace(TRITON, capabilities=replace(TRITON_CAPABILITIES, devices=("cpu",)))
