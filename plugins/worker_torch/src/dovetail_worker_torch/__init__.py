@@ -14,11 +14,13 @@ from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.provider import Context, Options, Provider, Reason
 from dovetail_worker_torch.execution import (
+    CAPTURE_FAILURE,
     EXECUTION,
     LINEAR,
     OPERATIONS,
     OWN_ARCHITECTURES,
     TORCH_COMPILE,
+    CaptureFailure,
     Execution,
     LinearKind,
     settle,
@@ -47,6 +49,7 @@ BRIDGE_CAPABILITIES = ArchitectureCapabilities(None, quantization=False, loads_w
 
 class WorkerOptions(Options):
     execution: Execution = Field("auto", description=EXECUTION)
+    on_capture_failure: CaptureFailure = Field("error", description=CAPTURE_FAILURE)
     linear: LinearKind = Field("auto", description=LINEAR)
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a step; default: torch's own choice")
 

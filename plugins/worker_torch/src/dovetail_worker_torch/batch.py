@@ -23,6 +23,8 @@ class StepInputs:
 
     seats: I64
     """[B]"""
+    seat_of_token: I64
+    """[T]"""
     token_ids: I64
     """[T]"""
     positions: I64
@@ -87,7 +89,11 @@ class SequenceTable:
                     self._append(group, self.seat_of[seq_id], blocks)
         for row, draft in enumerate(plan.draft_token_ids):
             end = plan.num_computed[row] + plan.num_tokens[row]
-            self.token_ids[self.seat_of[plan.seq_ids[row]], end - len(draft) : end] = draft
+            self.write_drafts(self.seat_of[plan.seq_ids[row]], end - len(draft), draft)
+
+    def write_drafts(self, seat: int, start: int, token_ids: list[int]) -> None:
+        """Put tokens that are not verified behind a sequence's first `start` ones."""
+        self.token_ids[seat, start : start + len(token_ids)] = token_ids
 
     def _append(self, group: int, seat: int, blocks: list[int]) -> None:
         count = self._num_blocks[group][seat]
@@ -101,7 +107,7 @@ class SequenceTable:
 
         Between two steps the caches are cold, and every array operation costs microseconds: they are few.
         """
-        seats = self._seats(plan)
+        seats = self.seats(plan)
         num_computed = np.array(plan.num_computed, np.int64)
         num_rows = len(plan.seq_ids)
         if sum(plan.num_tokens) == num_rows:  # decode only: one token a row
@@ -117,7 +123,7 @@ class SequenceTable:
             seq_lens = (num_computed + num_tokens).tolist()
         longest, groups = max(seq_lens), range(self._num_model_groups)
         return StepInputs(
-            seats, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
+            seats, seat_of_token, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
             np.array(seq_lens, np.int32), query_start.tolist(), seq_lens,
             [self.slots(g, seat_of_token, positions) for g in groups], [self.blocks(g, seats, longest) for g in groups],
         )  # fmt: skip
@@ -144,8 +150,8 @@ class SequenceTable:
         blocks: I32 = self._block_table[group][seat]
         return blocks
 
-    def _seats(self, plan: StepPlan) -> I64:
-        """[B]. Most steps have the rows of the step before."""
+    def seats(self, plan: StepPlan) -> I64:
+        """[B], of a plan that was taken in. Most steps have the rows of the step before."""
         if plan.seq_ids != self._row_seq_ids or plan.starts:
             self._row_seq_ids = plan.seq_ids
             self._row_seats = np.array([self.seat_of[i] for i in plan.seq_ids], np.int64)

@@ -112,7 +112,7 @@ class DraftRunner:
         if counts[0] > 1:
             self._go_on(drafted, at, lengths, known, counts, is_plain)
         for seat, length, draft in zip(seats, known, drafted, strict=True):
-            table.token_ids[seat, length : length + len(draft)] = draft
+            table.write_drafts(seat, length, draft)
             self._num_computed[seat] = length + len(draft) - 1
         return drafted
 

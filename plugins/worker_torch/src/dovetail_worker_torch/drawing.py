@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dovetail_worker_torch.accelerator import put
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.noise import U64, perturb_
 
@@ -27,12 +28,18 @@ class Drawing(Protocol):
         """Mask what the row's top_k (0: all) and then its top_p (1: all; arXiv 1904.09751) leave out."""
 
 
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`Drawing.best`, left on the device: i64[R], bool[R]."""
+    values, tokens = logits.max(dim=-1)  # NaN counts as the maximum, so it shows
+    return tokens, ~values.isnan()
+
+
 class TorchDrawing:
-    """Plain torch, on any device: the reference."""
+    """Plain torch, on any device: the reference. Only `best` waits for the device."""
 
     def best(self, logits: Tensor) -> tuple[list[int], list[bool]]:
-        values, tokens = logits.max(dim=-1)  # NaN counts as the maximum, so it shows
-        return tokens.tolist(), (~values.isnan()).tolist()
+        tokens, usable = best(logits)
+        return tokens.tolist(), usable.tolist()
 
     def perturb_(self, logits: Tensor, keys: U64) -> None:
         perturb_(logits, keys)
@@ -40,17 +47,17 @@ class TorchDrawing:
     def cut_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
         vocab, device = logits.shape[1], logits.device
         if few := [i for i, k in enumerate(top_k) if 0 < k < vocab]:
-            index = torch.tensor(few, device=device)
-            k = torch.tensor([top_k[i] for i in few], device=device)
+            kept = [top_k[i] for i in few]
+            index, last = put(few, torch.int64, device), put([k - 1 for k in kept], torch.int64, device)
             part = logits[index]
-            best = part.topk(int(k.max()), dim=-1).values
-            logits[index] = part.masked_fill(part < best.gather(1, (k - 1)[:, None]), MASKED)
+            largest = part.topk(max(kept), dim=-1).values
+            logits[index] = part.masked_fill(part < largest.gather(1, last[:, None]), MASKED)
         if cut := [i for i, p in enumerate(top_p) if p < 1]:
-            index = torch.tensor(cut, device=device)
+            index = put(cut, torch.int64, device)
             ordered, order = logits[index].sort(dim=-1, descending=True, stable=True)
             probs = ordered.softmax(dim=-1)
             before = probs.cumsum(dim=-1) - probs
-            limit = torch.tensor([top_p[i] for i in cut], dtype=torch.float32, device=device)[:, None]
+            limit = put([top_p[i] for i in cut], torch.float32, device)[:, None]
             ordered.masked_fill_(before >= limit, MASKED)
             logits[index] = torch.empty_like(ordered).scatter_(1, order, ordered)
 

@@ -22,7 +22,8 @@ OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
 OWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures of our own decoder."""
 
-Execution = Literal["auto", "plain", "compiled"]
+Execution = Literal["auto", "plain", "compiled", "graphs"]
+CaptureFailure = Literal["error", "plain"]
 LinearKind = Literal["auto", "torch", "packed"]
 LINEAR = (
     "linear layers that are not quantized. packed: C++ kernels (CPU). auto: packed where they can be had, unless execution is "
@@ -31,7 +32,12 @@ LINEAR = (
 EXECUTION = (
     "how a model's forward pass runs. plain: torch, operation by operation. compiled: C++ kernels with packed weights, one "
     "call a step (CPU); for a model that runs through transformers, torch.compile, whose first start takes a minute or so and "
-    "later ones use a cache. auto: C++ kernels where they can be had, else plain"
+    "later ones use a cache. graphs: CUDA graphs for decode steps (GPU). auto: C++ kernels or CUDA graphs where they can be "
+    "had, else plain"
+)
+CAPTURE_FAILURE = (
+    "what to do where execution is graphs, also by auto, and a graph cannot be captured: error ends the start; plain runs "
+    "without graphs, and says so"
 )
 
 
@@ -44,8 +50,10 @@ def settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, lis
         raise ConfigError(f"worker.linear: packed cannot be had here: {_listed(no_kernels)}. Set it to auto or torch")
     if linear == "auto":
         linear = "torch" if no_kernels or options.execution == "plain" or not made.quantization else "packed"
-    execution, remarks = options.execution, []
-    if execution != "plain":
+    execution, remarks = options.execution, list[str]()
+    if context.device_name.startswith("cuda") or execution == "graphs":
+        execution, remarks = _graphs(context, execution)
+    elif execution != "plain":
         reasons = _why_not_compiled(context, made, options.linear, no_kernels)
         if reasons and execution == "compiled":
             raise ConfigError(f"worker.execution: compiled cannot be had here: {_listed(reasons)}. Set it to auto or plain")
@@ -60,6 +68,27 @@ def settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, lis
     if linear == "packed":
         remarks.append(_kernel(context))
     return options.model_copy(update={"execution": execution, "linear": linear}), remarks
+
+
+def _graphs(context: Context, wanted: Execution) -> tuple[Execution, list[str]]:
+    """On a GPU, or where graphs are asked for. torch.compile is what "compiled" means there, for models that it serves."""
+    made: ArchitectureCapabilities = context.needs["architecture"]
+    if wanted == "plain" or (wanted == "compiled" and made.compiled == TORCH_COMPILE):
+        return wanted, []
+    if wanted == "compiled":
+        raise ConfigError("worker.execution: compiled steps are for CPUs. Set it to auto, graphs or plain")
+    reasons: list[Reason] = []
+    if not context.device_name.startswith("cuda"):
+        reasons.append(Reason(f"graphs are CUDA's, and the device is {context.device_name}"))
+    if not context.needs.get("graph_capture", False):
+        reasons.append(Reason("the attention chosen does not declare graph_capture"))
+    if context.needs.get("shadow"):
+        reasons.append(Reason("a shadow run compares layers one by one", "remove shadow"))
+    if reasons and wanted == "graphs":
+        raise ConfigError(f"worker.execution: graphs cannot be had here: {_listed(reasons)}. Set it to auto or plain")
+    if reasons:
+        return "plain", [f"decode steps are not captured: {_listed(reasons)}"]
+    return "graphs", ["decode steps are CUDA graphs"]
 
 
 def _listed(reasons: list[Reason]) -> str:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dovetail_worker_torch.accelerator import put
+
 U64 = npt.NDArray[np.uint64]
 _CHUNK = 1 << 16  # elements: the working set stays in the L2 cache
 
@@ -45,9 +47,8 @@ def _splitmix(x: U64) -> U64:
 def perturb_(logits: Tensor, keys: U64) -> Tensor:
     """Subtract log(e) in place, e exponential noise keyed by row and token id. `logits` f32[R, V] → itself."""
     num_rows, vocab = logits.shape
-    low = torch.from_numpy((keys & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)).to(logits.device)[:, None]
-    high = torch.from_numpy((keys >> np.uint64(32)).astype(np.uint32).view(np.int32)).to(logits.device)[:, None]
-    width = max(1, _CHUNK // num_rows)
+    low, high = put(keys.view(np.int32).reshape(num_rows, 2).T, torch.int32, logits.device)[:, :, None]
+    width = max(1, _CHUNK // num_rows) if logits.device.type == "cpu" else vocab
     for start in range(0, vocab, width):
         part = logits[:, start : start + width]
         h = torch.arange(start, start + part.shape[1], dtype=torch.int32, device=logits.device) * _GOLDEN

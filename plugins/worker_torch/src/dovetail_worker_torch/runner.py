@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import compress, pairwise, repeat
 from typing import Any, NoReturn
@@ -78,13 +78,8 @@ class Runner:
         self._attend = StepAttention(model.attention_layers, groups, backends, caches, made_by, shadow)
 
     def forward(self, plan: StepPlan) -> Computed:
-        """Run the model over a step's tokens. The sequence table is brought up to date before anything can fail."""
-        self.table.update(plan)
-        if plan.block_ops:
-            if self.host_tier is None:
-                raise ValueError("the plan moves blocks, and there is no host tier")
-            self.host_tier.move(plan.block_ops)
-        drafts = self._drafts(plan)
+        """Run the model over a step's tokens."""
+        drafts = self.begin(plan)
         inputs = self.table.inputs(plan)
         if self._shadow is not None:
             self._shadow.begin_step(plan.step_id)
@@ -93,7 +88,7 @@ class Runner:
             self._attend.plans[i] = backend.plan(batch, self._layers[i], group.block_size)
             if self._shadow is not None:
                 self._shadow.plan(i, batch, self._layers[i])
-        hidden = self.model.forward(self._to_device(inputs.token_ids), self._to_device(inputs.positions), self._attend)
+        hidden = self.model.forward(self._token_ids(inputs), self._to_device(inputs.positions), self._attend)
         if hidden.ndim != 2 or len(hidden) != len(inputs.token_ids):
             self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.token_ids)} tokens")
         is_plain = self.table.is_plain(inputs.seats)
@@ -108,6 +103,16 @@ class Runner:
             at = inputs.query_start[1:][rows].astype(np.int64) - 1
             logits = self._logits(hidden[self._to_device(at - behind if behind else at)])
         return Computed(plan, drafts, inputs, rows, behind, is_plain, logits, prompt_logprobs)
+
+    def begin(self, plan: StepPlan) -> list[list[int]]:
+        """Take a plan in, and move the blocks that it moves; the sequence table is brought up to date before anything can fail.
+        Returns the plan's drafts, with what the worker drafted itself."""
+        self.table.update(plan)
+        if plan.block_ops:
+            if self.host_tier is None:
+                raise ValueError("the plan moves blocks, and there is no host tier")
+            self.host_tier.move(plan.block_ops)
+        return self._drafts(plan)
 
     def _drafts(self, plan: StepPlan) -> list[list[int]]:
         """The plan's, none of them left to the worker."""
@@ -151,19 +156,21 @@ class Runner:
             return result
         result.token_ids = [[] for _ in plan.seq_ids]
         accepted = _accepted(step, drawn) if step.behind else repeat(True, len(rows))
-        for row, token, good, counts in zip(rows, drawn, usable, accepted, strict=True):
-            if not counts:
-                continue
-            if good:
-                result.token_ids[row].append(token)
-            else:
-                computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._made_by.items()))
-                result.failed[plan.seq_ids[row]] = f"the model's logits are not numbers (NaN); computed by {computed}"
+        self.take(result, plan, compress(zip(rows, drawn, usable, strict=True), accepted))
         if step.behind and self._drafting is not None:
             self._drafting.verified(plan, result.token_ids)
         if step.behind and result.logprobs:
             result.logprobs = [of[: len(new)] for of, new in zip(result.logprobs, result.token_ids, strict=True)]
         return result
+
+    def take(self, result: StepResult, plan: StepPlan, drawn: Iterable[tuple[int, int, bool]]) -> None:
+        """Put what was drawn, (row, token, whether it is usable), into the result."""
+        for row, token, is_usable in drawn:
+            if is_usable:
+                result.token_ids[row].append(token)
+            else:
+                computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._made_by.items()))
+                result.failed[plan.seq_ids[row]] = f"the model's logits are not numbers (NaN); computed by {computed}"
 
     def _draw_with_params(
         self, step: Computed, seats: I64, lengths: I64, masks: dict[int, bytes] | None, result: StepResult
@@ -217,6 +224,9 @@ class Runner:
                 logits = self._logits(hidden[begin + at : begin + at + len(piece)])
                 out[row] += token_logprobs(logits, piece, [start.params.prompt_logprobs] * len(piece))
         return out
+
+    def _token_ids(self, inputs: StepInputs) -> Tensor:
+        return self._to_device(inputs.token_ids)
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dovetail.types import SamplingParams, SequenceStart, TokenLogprobs
+from dovetail_worker_torch.accelerator import put
 from dovetail_worker_torch.drawing import MASKED, Drawing, TorchDrawing
 from dovetail_worker_torch.noise import row_keys
 
@@ -39,6 +40,13 @@ def sample(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -> tupl
 
     A row whose logits hold NaN is not usable.
     """
+    shape_logits(logits, rows, drawing)
+    return drawing.best(logits)
+
+
+def shape_logits(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -> None:
+    """Change `logits` f32[R, V] so that the best token of each row is the one to draw. Waits for no device, unless there are
+    masks or penalties, which read `rows.token_ids`."""
     params = [s.params for s in rows.starts]
     _apply_masks(logits, rows)
     _add_biases(logits, params)
@@ -48,12 +56,11 @@ def sample(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -> tupl
     if len(drawn) == len(params):
         _prepare_draw(logits, params, rows, drawing)
     elif drawn:
-        index = torch.tensor(drawn, device=logits.device)
+        index = put(drawn, torch.int64, logits.device)
         part = logits[index]
         picked = SamplingRows([rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn])
         _prepare_draw(part, [params[i] for i in drawn], picked, drawing)
         logits[index] = part
-    return drawing.best(logits)
 
 
 def _prepare_draw(logits: Tensor, params: list[SamplingParams], rows: SamplingRows, drawing: Drawing) -> None:
@@ -67,7 +74,7 @@ def _prepare_draw(logits: Tensor, params: list[SamplingParams], rows: SamplingRo
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+    return put(values, torch.float32, like.device)[:, None]
 
 
 def _apply_masks(logits: Tensor, rows: SamplingRows) -> None:
@@ -81,8 +88,8 @@ def _add_biases(logits: Tensor, params: list[SamplingParams]) -> None:
     flat = [(i, token, bias) for i, p in enumerate(params) for token, bias in p.logit_bias.items()]
     if flat:
         row, token, bias = zip(*flat, strict=True)
-        place = (torch.tensor(row, device=logits.device), torch.tensor(token, device=logits.device))
-        logits.index_put_(place, torch.tensor(bias, dtype=torch.float32, device=logits.device), accumulate=True)
+        place = (put(row, torch.int64, logits.device), put(token, torch.int64, logits.device))
+        logits.index_put_(place, put(bias, torch.float32, logits.device), accumulate=True)
 
 
 def _apply_penalties(logits: Tensor, params: list[SamplingParams], rows: SamplingRows) -> None:
@@ -108,7 +115,7 @@ def _hold_back_ends(logits: Tensor, params: list[SamplingParams], rows: Sampling
         if p.min_tokens and rows.lengths[i] - rows.starts[i].num_prompt_tokens < p.min_tokens:
             ends = [*rows.starts[i].eos_token_ids, *p.stop_token_ids]
             if ends:
-                logits[i, torch.tensor(ends, device=logits.device)] = MASKED
+                logits[i, put(ends, torch.int64, logits.device)] = MASKED
 
 
 def _cut_min_p(logits: Tensor, params: list[SamplingParams]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import torch
 
 from dovetail.compose import BuildContext
-from dovetail.errors import OutOfMemory
+from dovetail.errors import OutOfMemory, PluginError
 from dovetail.facts import model_facts
 from dovetail.interfaces.architecture import ArchitectureCapabilities, LayerMaker, Model
 from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
@@ -20,9 +21,12 @@ from dovetail.shadow import PREFIX, ShadowReport
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
 from dovetail.weights import LayerWeights
 from dovetail_worker_torch import WorkerOptions
+from dovetail_worker_torch.accelerator import Accelerator, Cuda
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.calibration import calibrate
 from dovetail_worker_torch.compiled import CompiledDecoder
+from dovetail_worker_torch.device_runner import DeviceRunner, Queued
+from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE
@@ -36,12 +40,13 @@ from dovetail_worker_torch.quantized import QuantizedLayers
 from dovetail_worker_torch.runner import Computed, Runner
 from dovetail_worker_torch.shadow import Shadow, ShadowAttention
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = {**DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class TorchWorker:
-    """One device in this process. With an overlapped loop, steps run on a thread of their own."""
+    """One device in this process. With an overlapped loop on a CPU, steps run on a thread of their own."""
 
     def __init__(self, context: BuildContext, options: WorkerOptions) -> None:
         plan = context.plan
@@ -53,7 +58,10 @@ class TorchWorker:
         self._block_size: int = context.option("kv_cache", "block_size")
         if options.num_threads:
             torch.set_num_threads(options.num_threads)
-        self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap else None
+        self._accelerator = self.make_accelerator()
+        # What an accelerator is given is queued: it needs no thread to run beside the host.
+        self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap and self._accelerator is None else None
+        self._captures, self._on_capture_failure = options.execution == "graphs", options.on_capture_failure
         self._made: ArchitectureCapabilities = context.capabilities("architecture")
         self._kernels = Kernels.load(context.device) if options.linear == "packed" else None
         self._compiled = options.execution == "compiled"
@@ -71,6 +79,9 @@ class TorchWorker:
         self._runner: Runner | None = None
         self._cached: list[list[CachedLayer]] = []
         """By KV group."""
+
+    def make_accelerator(self) -> Accelerator | None:
+        return Cuda(self._device) if self._device.type == "cuda" else None
 
     def load(self, progress: Progress) -> None:
         plan, kernels = self._context.plan, self._kernels
@@ -134,7 +145,7 @@ class TorchWorker:
         max_num_seqs, max_num_tokens = (
             self._context.option("scheduler", name) for name in ("max_num_seqs", "max_num_batched_tokens")
         )  # fmt: skip
-        table = SequenceTable(max_num_seqs, self._context.plan.max_model_len, groups, last)
+        table = self._table(max_num_seqs, groups, last)
         drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
         sockets = ("attention", "architecture", "quantization")
         made_by = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in sockets}
@@ -145,10 +156,17 @@ class TorchWorker:
             drafting = DraftRunner(
                 self._draft, own, num_blocks[-1], backend, draft_caches, table, self._device, drawing, made_by, max_num_tokens
             )  # fmt: skip
-        self._runner = Runner(
+        parts = (
             self._model, groups, backends, caches, table, self._device, drawing, made_by, self._shadow_attention(groups),
             drafting,
         )  # fmt: skip
+        self._runner = Runner(*parts) if self._accelerator is None else DeviceRunner(*parts, accelerator=self._accelerator)
+
+    def _table(self, max_num_seqs: int, groups: list[KVGroup], draft_group: KVGroup | None) -> SequenceTable:
+        max_len = self._context.plan.max_model_len
+        if self._accelerator is None:
+            return SequenceTable(max_num_seqs, max_len, groups, draft_group)
+        return DeviceTable(self._accelerator, max_num_seqs, max_len, groups, draft_group)
 
     def _make_caches(
         self, model: Model, groups: list[KVGroup], num_blocks: list[int]
@@ -212,9 +230,29 @@ class TorchWorker:
             self.sample(self.submit(decode))
             self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
         progress(what, 2, 2)
+        if self._captures and isinstance(self._runner, DeviceRunner):
+            self._capture(self._runner, progress)
+
+    def _capture(self, runner: DeviceRunner, progress: Progress) -> None:
+        max_num_seqs: int = self._context.option("scheduler", "max_num_seqs")
+        try:
+            with torch.inference_mode():
+                runner.capture(max_num_seqs, lambda done, total: progress("capturing CUDA graphs", done, total))
+        except Exception as e:
+            if self._on_capture_failure == "plain":
+                log.warning("decode steps could not be captured, and run without graphs: %s: %s", type(e).__name__, e)
+                return
+            what = f"CUDA graphs for up to {max_num_seqs} sequences could not be captured: {type(e).__name__}: {e}"
+            hint = "set worker.on_capture_failure or worker.execution to plain"
+            if isinstance(e, torch.OutOfMemoryError):
+                raise OutOfMemory(f"{what}. Lower kv_cache.memory_fraction or scheduler.max_num_seqs, or {hint}") from e
+            raise PluginError(f"{what}. To run without them, {hint}") from e
 
     def submit(self, plan: StepPlan) -> Any:
         runner = self._require_runner()
+        if isinstance(runner, DeviceRunner):
+            with torch.inference_mode():
+                return runner.submit(plan)
 
         def run() -> Computed | StepResult:
             with torch.inference_mode():
@@ -224,15 +262,19 @@ class TorchWorker:
         return run() if self._thread is None else self._thread.submit(run)
 
     def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
-        done: Computed | StepResult = handle.result() if isinstance(handle, Future) else handle
+        done: Computed | Queued | StepResult = handle.result() if isinstance(handle, Future) else handle
         if isinstance(done, StepResult):
             return done
+        if isinstance(done, Queued):
+            return cast(DeviceRunner, self._require_runner()).land(done)
         with torch.inference_mode():  # a masked plan is not overlapped, so nothing else runs now
             return self._require_runner().draw(done, masks)
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._accelerator is not None and self._runner is not None:
+            self._accelerator.synchronize()
         self._runner = None
         self._model = self._draft = None
         self._cached = []

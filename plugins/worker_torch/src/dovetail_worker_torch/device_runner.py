@@ -1,0 +1,135 @@
+"""A runner for devices that run behind the host: steps are queued, their tokens drawn there, and looked at one step later.
+
+What needs the host's word in between (drafts to verify, masks, penalties, log-probabilities, a shadow run) waits for all that
+is queued, and then runs as `Runner` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.errors import OutOfMemory
+from dovetail.types import SamplingParams, StepPlan, StepResult
+from dovetail_worker_torch.accelerator import Accelerator, Fetched
+from dovetail_worker_torch.batch import I64, StepInputs
+from dovetail_worker_torch.device_table import DeviceTable
+from dovetail_worker_torch.drawing import best
+from dovetail_worker_torch.graphs import GraphLadder, ladder
+from dovetail_worker_torch.runner import Computed, Runner
+from dovetail_worker_torch.sampler import SamplingRows, shape_logits
+
+
+@dataclass(eq=False)
+class Queued:
+    """A step whose tokens are drawn on the device; `result` once the host has looked at them."""
+
+    plan: StepPlan
+    rows: list[int]
+    seats: I64
+    lengths: I64
+    drawn: Fetched | None
+    """i64[2, rows]: the tokens, and whether they are usable; None if no row samples."""
+    result: StepResult | None = None
+
+
+def waits_for_host(p: SamplingParams) -> bool:
+    """What is asked needs the tokens before it on the host, or more of the logits than a token."""
+    return p.penalized or p.logprobs is not None or p.prompt_logprobs is not None
+
+
+class DeviceRunner(Runner):
+    """Steps run in the order of the calls; not thread-safe. `submit` and `land` are called in torch's inference mode."""
+
+    table: DeviceTable
+
+    def __init__(self, *arguments: Any, accelerator: Accelerator) -> None:
+        super().__init__(*arguments)
+        self._accelerator = accelerator
+        self.graphs: GraphLadder | None = None
+        self._queued: list[Queued] = []
+        self._waiting: set[int] = set()
+        """Sequences that wait for the host, by id."""
+
+    def submit(self, plan: StepPlan) -> Queued | Computed | StepResult:
+        """Queue a step, or run it if it waits for the host. Raises `OutOfMemory` if the device has no room for it."""
+        self._waiting.difference_update(plan.released)
+        self._waiting.update(start.seq_id for start in plan.starts if waits_for_host(start.params))
+        try:
+            if (
+                plan.masked or plan.draft_token_ids or self._shadow is not None or not self._waiting.isdisjoint(plan.seq_ids)
+            ):  # fmt: skip
+                for step in [*self._queued]:
+                    self.land(step)
+                computed = self.forward(plan)
+                return computed if plan.masked else self.draw(computed)
+            return self._queue(plan)
+        except torch.OutOfMemoryError as e:
+            raise OutOfMemory(
+                f"a step of {len(plan.seq_ids)} sequences and {sum(plan.num_tokens)} tokens found no memory on "
+                f"{self.device}: lower scheduler.max_num_batched_tokens or kv_cache.memory_fraction ({e})"
+            ) from None
+
+    def capture(self, max_num_seqs: int, progress: Callable[[int, int], None]) -> None:
+        """Capture decode steps of up to so many sequences."""
+        graphs = GraphLadder(
+            self._accelerator, self.model, self.table, self._groups, self._backends, self._layers, self._attend,
+            ladder(max_num_seqs),
+        )  # fmt: skip
+        graphs.capture(progress)
+        self.graphs = graphs
+
+    def land(self, step: Queued) -> StepResult:
+        """Wait for a queued step's tokens."""
+        if step.result is None:
+            step.result = self._result_of(step)
+            self._queued.remove(step)
+        return step.result
+
+    def _result_of(self, step: Queued) -> StepResult:
+        result = StepResult(step.plan.step_id, [[] for _ in step.plan.seq_ids])
+        if step.drawn is None:
+            return result
+        tokens, usable = step.drawn.wait().tolist()
+        self.table.landed(step.seats, step.lengths, tokens)
+        self.take(result, step.plan, zip(step.rows, tokens, usable, strict=True))
+        return result
+
+    def _queue(self, plan: StepPlan) -> Queued:
+        rows = list(compress(range(len(plan.samples)), plan.samples))
+        is_decode = len(rows) == len(plan.seq_ids) == sum(plan.num_tokens)
+        size = self.graphs.size_for(len(rows)) if is_decode and self.graphs is not None else None
+        if size is None or self.graphs is None:
+            step = self.forward(plan)
+            seats, lengths = step.inputs.seats[rows], step.inputs.seq_lens[rows].astype(np.int64)
+            logits, is_plain = step.logits, step.is_plain
+        else:
+            self.begin(plan)
+            seats, num_computed = self.table.seats(plan), np.array(plan.num_computed, np.int64)
+            logits, is_plain = self.graphs.run(seats, num_computed, size), self.table.is_plain(seats)
+            lengths = num_computed + 1
+        queued = Queued(plan, rows, seats, lengths, self._drawn(logits, seats, lengths, is_plain) if rows else None)
+        self._queued.append(queued)
+        return queued
+
+    def _drawn(self, logits: Tensor, seats: I64, lengths: I64, is_plain: bool) -> Fetched:
+        if not is_plain:
+            starts = [self.table.start_of[seat] for seat in seats.tolist()]
+            nobody = np.zeros((len(seats), 0), np.int32)
+            shape_logits(logits, SamplingRows(starts, nobody, lengths), self._drawing)
+        tokens, usable = best(logits)
+        self.table.append_on_device(seats, lengths, tokens)
+        return self._accelerator.fetch(torch.stack([tokens, usable.to(tokens.dtype)]))
+
+    def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return self._accelerator.upload(array)
+
+    def _token_ids(self, inputs: StepInputs) -> Tensor:
+        """From the device's own table: the host may not know the last ones yet."""
+        return self.table.tokens_at(inputs.seat_of_token, inputs.positions)

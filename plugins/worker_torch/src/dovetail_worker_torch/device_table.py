@@ -1,0 +1,98 @@
+"""The sequence table with a copy on the device, so that a step's inputs need not wait for the host to learn the last tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dovetail.types import KVGroup, StepPlan
+from dovetail_worker_torch.accelerator import Accelerator
+from dovetail_worker_torch.batch import I64, SequenceTable
+
+
+class DeviceTable(SequenceTable):
+    """On the device: every seat's tokens, drawn ones included as soon as they are drawn, and its blocks.
+
+    There is one seat more than on the host, of padding: one token, in block 0.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, max_num_seqs: int, max_len: int, groups: list[KVGroup],
+        draft_group: KVGroup | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(max_num_seqs, max_len, groups, draft_group)
+        self._accelerator = accelerator
+        self.padding_seat = max_num_seqs
+
+        def zeros(width: int) -> Tensor:
+            return torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=accelerator.device)
+
+        self.tokens_on_device = zeros(max_len + 1)
+        self.blocks_on_device = [zeros(table.shape[1]) for table in self._block_table[: len(groups)]]
+        """Per KV group of the model."""
+        targets = [self.tokens_on_device, *self.blocks_on_device]
+        self._changes: list[tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]] = [([], []) for _ in targets]
+        """Places in the flat tensors, and what they are to hold; not on the device yet."""
+        self._targets = targets
+
+    def update(self, plan: StepPlan) -> None:
+        super().update(plan)
+        for start in plan.starts:
+            self._write(0, self.seat_of[start.seq_id], 0, start.token_ids)
+        self._flush()
+
+    def write_drafts(self, seat: int, start: int, token_ids: list[int]) -> None:
+        super().write_drafts(seat, start, token_ids)
+        self._write(0, seat, start, token_ids)
+
+    def _flush(self) -> None:
+        for target, (places, values) in zip(self._targets, self._changes, strict=True):
+            if places:
+                self._scatter(target, np.concatenate(places), np.concatenate(values))
+                places.clear()
+                values.clear()
+
+    def _append(self, group: int, seat: int, blocks: list[int]) -> None:
+        if group < len(self.blocks_on_device):
+            self._write(1 + group, seat, int(self._num_blocks[group][seat]), blocks)
+        super()._append(group, seat, blocks)
+
+    def _write(self, target: int, seat: int, start: int, values: list[int]) -> None:
+        if values:
+            places, written = self._changes[target]
+            begin = seat * self._targets[target].shape[1] + start
+            places.append(np.arange(begin, begin + len(values)))
+            written.append(np.array(values, np.int32))
+
+    def _scatter(self, target: Tensor, places: I64, values: npt.NDArray[np.int32]) -> None:
+        # One copy to the device: values behind places.
+        packed = self._accelerator.upload(np.concatenate([places.view(np.int32), values]))
+        at = packed[: 2 * len(places)].view(torch.int64)
+        target.view(-1).index_put_((at,), packed[2 * len(places) :])
+
+    def tokens_at(self, seat_of_token: I64, positions: I64) -> Tensor:
+        """i64[T], on the device."""
+        self._flush()
+        places = self._accelerator.upload(seat_of_token * self.tokens_on_device.shape[1] + positions)
+        return self.tokens_on_device.view(-1)[places].to(torch.int64)
+
+    def append(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+        """Tokens that the host drew, or was told of, on both sides."""
+        super().append(seats, lengths, token_ids)
+        if token_ids:
+            places = seats * self.tokens_on_device.shape[1] + lengths
+            self._flush()
+            self._scatter(self.tokens_on_device, places.astype(np.int64), np.array(token_ids, np.int32))
+
+    def append_on_device(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: Tensor) -> None:
+        """The tokens drawn for these seats, which the host does not know yet: `landed` tells it. `token_ids` i64[R]."""
+        places = self._accelerator.upload((seats * self.tokens_on_device.shape[1] + lengths).astype(np.int64))
+        self.tokens_on_device.view(-1).index_put_((places,), token_ids.to(torch.int32))
+
+    def landed(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+        """Tell the host what `append_on_device` added."""
+        super().append(seats, lengths, token_ids)

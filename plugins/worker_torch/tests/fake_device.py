@@ -1,0 +1,154 @@
+"""A device that runs behind the host, played on the CPU: what is queued is computed at once, and seen only when it is waited for.
+
+A graph is what a CUDA graph is: the operations of one run with the tensors that they had. Replaying it does them again on those
+tensors, so that whatever the host decided in between, or kept in a new tensor, does not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dovetail.compose import BuildContext
+from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.provider import Options, Provider
+from dovetail_worker_torch.attention import Cache, ReferenceAttention, ReferencePlan, read, stored
+from dovetail_worker_torch.worker import TorchWorker
+
+WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+class Recorded(TorchDispatchMode):
+    """The operations done under it, to be done again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in WAITS:
+            raise RuntimeError(f"what is captured may not wait for the device ({function})")
+        result = function(*args, **(kwargs or {}))
+        self._calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, result in self._calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Fetched:
+    def __init__(self, device, tensor):
+        self._device, self._tensor = device, tensor.clone()
+        device.outstanding += 1
+
+    def wait(self):
+        self._device.outstanding -= 1
+        return self._tensor
+
+
+class FakeAccelerator:
+    def __init__(self):
+        self.device, self.num_captured, self.num_replayed = torch.device("cpu"), 0, 0
+        self.outstanding = self.most_outstanding = 0
+
+    def upload(self, numbers):
+        return torch.from_numpy(numbers.copy())
+
+    def fetch(self, tensor):
+        fetched = Fetched(self, tensor)
+        self.most_outstanding = max(self.most_outstanding, self.outstanding)
+        return fetched
+
+    def capture(self, run):
+        run()
+        recorded = Recorded()
+        with recorded:
+            run()
+        self.num_captured += 1
+        return CountedGraph(self, recorded)
+
+    def synchronize(self):
+        pass
+
+
+class CountedGraph:
+    def __init__(self, device, recorded):
+        self._device, self._recorded = device, recorded
+
+    def replay(self):
+        self._device.num_replayed += 1
+        self._recorded.replay()
+
+
+class CapturableAttention(ReferenceAttention):
+    """Decode steps over the whole block table, in operations that look at no number on the host."""
+
+    def run(self, layer, q, k, v, cache: Cache, plan: ReferencePlan, out):
+        batch = plan.batch
+        if batch.num_tokens != batch.num_seqs:
+            return super().run(layer, q, k, v, cache, plan, out)
+        scales = (None, None) if layer.kv_scales is None else layer.kv_scales.unbind()
+        for own, new, scale in zip(cache, (k, v), scales, strict=True):
+            own.flatten(0, 1).index_put_((batch.slot_mapping,), stored(new, own.dtype, scale))
+        # An entry past a sequence may be any number: not every one is a block.
+        table = batch.block_table.long()
+        key_at = torch.arange(table.shape[1] * plan.block_size, device=q.device)
+        seen = key_at < batch.seq_lens[:, None]
+        if layer.window is not None:
+            seen &= key_at >= batch.seq_lens[:, None] - layer.window
+        slots = table[:, key_at // plan.block_size] * plan.block_size + key_at % plan.block_size
+        slots = torch.where(seen, slots, 0)
+        keys, values = (
+            torch.where(seen[:, :, None, None], read(own.flatten(0, 1)[slots], scale), 0.0)
+            for own, scale in zip(cache, scales, strict=True)
+        )
+        group = layer.num_heads // layer.num_kv_heads
+        keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (keys, values))  # [B, Hq, S, D]
+        logits = (keys @ q.float()[..., None])[..., 0] * layer.scale  # [B, Hq, S]
+        if layer.logit_soft_cap is not None:
+            logits = layer.logit_soft_cap * torch.tanh(logits / layer.logit_soft_cap)
+        logits = logits.masked_fill(~seen[:, None], float("-inf"))
+        if layer.sinks is not None:
+            sinks = layer.sinks.float()[None, :, None].expand(len(q), -1, 1)
+            logits = torch.cat([logits, sinks], -1)
+        weights = logits.softmax(-1)[..., : key_at.shape[0]]
+        out.copy_((weights[:, :, None] @ values)[:, :, 0])
+
+
+CAPTURABLE = Provider(
+    "capturable", "for tests", lambda context, options: CapturableAttention(), Options,
+    AttentionCapabilities(
+        kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"), sliding_window=True, logit_soft_cap=True,
+        sinks=True, graph_capture=True,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WithCapturableAttention(BuildContext):
+    """Builds this attention, whichever was chosen."""
+
+    def build(self, key):
+        return CapturableAttention() if key.startswith("attention.") else super().build(key)
+
+
+class FakeDeviceWorker(TorchWorker):
+    """The worker as it is on a GPU, graphs included."""
+
+    def __init__(self, context, options):
+        super().__init__(WithCapturableAttention(**vars(context)), options.model_copy(update={"execution": "graphs"}))
+
+    def make_accelerator(self):
+        return FakeAccelerator()
+
+    @property
+    def accelerator(self):
+        return self._accelerator
