@@ -26,8 +26,8 @@ from dovetail_worker_torch.step_attention import StepAttention
 
 def ladder(max_num_seqs: int) -> list[int]:
     """Sizes in which few rows of padding are computed: 1, 2, 4, 8, then steps of 8 to 256, and of 32 after that."""
-    small = [1, 2, 4, *range(8, 257, 8), *range(288, 513, 32)]
-    return [n for n in small if n < max_num_seqs] + [min(max_num_seqs, 512)]
+    largest = min(max_num_seqs, 512)
+    return [n for n in (1, 2, 4, *range(8, 257, 8), *range(288, 512, 32)) if n < largest] + [largest]
 
 
 @dataclass
