@@ -1,4 +1,5 @@
-"""A device that runs behind the host, played on the CPU: what is queued is computed at once, and seen only when it is waited for.
+"""A device that runs behind the host, played on the CPU: what is queued is computed at once, and seen only when it is waited
+for.
 
 A graph is what a CUDA graph is: the operations of one run with the tensors that they had. Replaying it does them again on those
 tensors, so that whatever the host decided in between, or kept in a new tensor, does not count.

@@ -1,4 +1,4 @@
-"""Steps on a device that runs behind the host, played on the CPU: the contracts hold, and nothing is waited for that need not be."""
+"""Steps on a device that runs behind the host, played on the CPU: the contracts hold, and nothing is waited for in vain."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_queued_steps_say_what_plain_ones_say(folder):
 
 
 def test_nothing_is_waited_for(folder):
-    """Where tokens are all that is asked, a step is queued while the tokens of the one before are not looked at; those that can be
-    are replayed."""
+    """Where tokens are all that is asked, a step is queued while the tokens of the one before are not looked at; those that
+    can be are replayed."""
     engine, params = new_engine(folder), SamplingParams(max_tokens=20)
     device = device_of(engine)
     device.num_replayed = device.most_outstanding = 0

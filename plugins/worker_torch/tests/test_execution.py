@@ -46,7 +46,6 @@ def test_auto_compiles_where_it_can() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": "cuda:0"}, "the device is cuda:0"),
         ({"machine": "aarch64"}, "Linux on aarch64"),
         ({"cpu_flags": AVX512 - {"avx512bw"}}, "no avx512bw"),
         ({"compiler": None}, "no C++ compiler"),
@@ -62,6 +61,39 @@ def test_why_not(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=r"worker\.linear: packed cannot be had here: .*Set it to auto or torch"):
         settled(context(**changes), linear="packed")
     assert settled(context(**changes), execution="plain") == ("plain", "torch", "")
+
+
+def on_gpu(**needs: Any) -> Context:
+    gpu = context(name="cuda:0", compiler=None)
+    return replace(gpu, needs={**gpu.needs, "graph_capture": True, **needs})
+
+
+def test_on_a_gpu_decode_steps_are_graphs() -> None:
+    assert settled(on_gpu())[:2] == settled(on_gpu(), execution="graphs")[:2] == ("graphs", "torch")
+    assert "CUDA graphs" in settled(on_gpu())[2]
+    assert settled(on_gpu(architecture=BRIDGE_CAPABILITIES))[0] == "graphs"
+    assert settled(on_gpu(), execution="plain") == ("plain", "torch", "")
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [({"graph_capture": False}, "does not declare graph_capture"), ({"shadow": True}, "a shadow run compares layers")],
+)
+def test_what_is_not_captured(needs: dict[str, Any], words: str) -> None:
+    execution, _, remarks = settled(on_gpu(**needs))
+    assert execution == "plain"
+    assert words in remarks
+    with pytest.raises(ConfigError, match=r"execution: graphs cannot be had here: .*" + words):
+        settled(on_gpu(**needs), execution="graphs")
+
+
+def test_what_is_for_the_other_device() -> None:
+    with pytest.raises(ConfigError, match="graphs cannot be had here: graphs are CUDA's, and the device is cpu"):
+        settled(context(), execution="graphs")
+    with pytest.raises(ConfigError, match="compiled steps are for CPUs"):
+        settled(on_gpu(), execution="compiled")
+    with pytest.raises(ConfigError, match="the device is cuda:0"):
+        settled(on_gpu(), linear="packed")
 
 
 @pytest.mark.parametrize(

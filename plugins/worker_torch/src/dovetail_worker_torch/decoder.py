@@ -1,19 +1,19 @@
 """One decoder for the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3 differ in the switches below, not in code.
 
 Per layer: norm, fused qkv, (per-head norm,) rotation of q and k in one go, attention, output projection; norm, fused
-gate and up, SiLU, down projection. Residuals are added in place. Plain objects rather than `nn.Module`s: at one token a
-step the interpreter is a good part of the time.
+gate and up, SiLU, down projection. Residuals are added in place, together with the
+norm that follows (operations.py). Plain objects rather than `nn.Module`s: at one token a step the interpreter is a good part
+of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.errors import CheckpointError
@@ -21,7 +21,8 @@ from dovetail.facts import window_of_layers
 from dovetail.interfaces.architecture import Attend, LayerMaker, Linear, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
-from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters, rotate
+from dovetail_worker_torch.operations import ACTIVATIONS, Operations, TorchOperations
+from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.compiled import CompiledDecoder
@@ -47,16 +48,6 @@ ARCHITECTURES: dict[str, Switches] = {
     "Qwen2ForCausalLM": Switches(qkv_bias=True, sliding_window=True),
     "Qwen3ForCausalLM": Switches(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True),
 }
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -143,11 +134,6 @@ class DecoderArchitecture:
         return Decoder(sizes, build.layers, build.dtype, build.device)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x²) + eps)` over the last dimension, in float32 and rounded, then times weight (arXiv:1910.07467)."""
-    return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
-
-
 class DecoderLayer:
     """Attention and MLP, each around a residual. `name` is the checkpoint's ("model.layers.3")."""
 
@@ -155,11 +141,10 @@ class DecoderLayer:
         self, name: str, index: int, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.name, self.index = name, index
-        self.num_heads, self.head_size, self.eps = c.num_heads, c.head_size, c.norm_eps
+        self.num_heads, self.num_kv_heads, self.head_size, self.eps = c.num_heads, c.num_kv_heads, c.head_size, c.norm_eps
         self.num_qk_heads = c.num_heads + c.num_kv_heads
         self.num_qkv_heads = c.num_heads + 2 * c.num_kv_heads
-        self.activation = ACTIVATIONS[c.activation]
-        self.intermediate_size = c.intermediate_size
+        self.activation = c.activation
         q_size, kv_size = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
 
         def linear(fused: str, in_features: int, bias: bool, **parts: int) -> Linear:
@@ -191,24 +176,18 @@ class DecoderLayer:
             found |= layer.targets()
         return found
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> None:
-        """Add the layer's two contributions to `hidden: [T, H]`, in place."""
+    def forward(
+        self, hidden: Tensor, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, ops: Operations, next_norm: Tensor
+    ) -> Tensor:
+        """Add the layer's two contributions to `hidden: [T, H]`, in place. `x` is `hidden` under the layer's first norm;
+        returns the new `hidden` under `next_norm`."""
         num_tokens = hidden.shape[0]
-        x = rms_norm(hidden, self.input_norm, self.eps)
         qkv = self.qkv_proj(x).view(num_tokens, self.num_qkv_heads, self.head_size)
-        qk = qkv[:, : self.num_qk_heads]
-        if self.qk_norm is not None:
-            qk = rms_norm(qk, self.qk_norm, self.eps)
-        qk = rotate(qk, cos, sin)
-        # Contiguous is free for one token; with more, three small copies save every backend from strides.
-        q, k = qk[:, : self.num_heads].contiguous(), qk[:, self.num_heads :].contiguous()
-        seen = attend(self.index, q, k, qkv[:, self.num_qk_heads :].contiguous())
-        hidden.add_(self.o_proj(seen.view(num_tokens, -1)))
-
-        x = rms_norm(hidden, self.post_attention_norm, self.eps)
-        gate_up = self.gate_up_proj(x)
-        gate = self.activation(gate_up[:, : self.intermediate_size])
-        hidden.add_(self.down_proj(gate.mul_(gate_up[:, self.intermediate_size :])))
+        q, k, v = ops.rotated(qkv, self.num_heads, self.num_kv_heads, self.qk_norm, self.eps, cos, sin)
+        seen = attend(self.index, q, k, v)
+        x = ops.add_rms_norm(hidden, self.o_proj(seen.view(num_tokens, -1)), self.post_attention_norm, self.eps)
+        gated = ops.gated(self.gate_up_proj(x), self.activation)
+        return ops.add_rms_norm(hidden, self.down_proj(gated), next_norm, self.eps)
 
 
 class Decoder:
@@ -216,6 +195,7 @@ class Decoder:
 
     def __init__(self, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device) -> None:
         self.config = c
+        self.operations: Operations = TorchOperations()
         self.vocab_size = c.vocab_size
         self.attention_layers = [
             maker.attention(
@@ -253,11 +233,12 @@ class Decoder:
         return CompiledDecoder(self, kernels, max_num_tokens)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        hidden = self.embedding.rows(token_ids)
+        hidden, ops = self.embedding.rows(token_ids), self.operations
         cos, sin = self.rotary(positions)
-        for layer in self.layers:
-            layer.forward(hidden, cos, sin, attend)
-        return rms_norm(hidden, self.norm, self.config.norm_eps)
+        x = ops.rms_norm(hidden, self.layers[0].input_norm, self.config.norm_eps)
+        for layer, next_norm in zip(self.layers, [*(layer.input_norm for layer in self.layers[1:]), self.norm], strict=True):
+            x = layer.forward(hidden, x, cos, sin, attend, ops, next_norm)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(hidden, torch.float32)

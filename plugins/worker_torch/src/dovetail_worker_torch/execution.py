@@ -7,6 +7,7 @@ Linear layers that no scheme supplies are packed for the C++ kernels wherever th
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Literal
 
 from dovetail.errors import ConfigError
@@ -53,6 +54,9 @@ def settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, lis
     execution, remarks = options.execution, list[str]()
     if context.device_name.startswith("cuda") or execution == "graphs":
         execution, remarks = _graphs(context, execution)
+        if made.compiled == OPERATIONS and execution != "plain":
+            whose = "Triton's" if has_triton() else "torch's, because Triton is not installed"
+            remarks.append(f"norms, rotations and activations are {whose}")
     elif execution != "plain":
         reasons = _why_not_compiled(context, made, options.linear, no_kernels)
         if reasons and execution == "compiled":
@@ -87,8 +91,17 @@ def _graphs(context: Context, wanted: Execution) -> tuple[Execution, list[str]]:
     if reasons and wanted == "graphs":
         raise ConfigError(f"worker.execution: graphs cannot be had here: {_listed(reasons)}. Set it to auto or plain")
     if reasons:
-        return "plain", [f"decode steps are not captured: {_listed(reasons)}"]
+        return "plain", [f"steps are not captured and run in plain torch: {_listed(reasons)}"]
     return "graphs", ["decode steps are CUDA graphs"]
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def fuses(execution: Execution, device: str, made: ArchitectureCapabilities) -> bool:
+    """Whether a decoder's operations between products are Triton's: on a GPU, unless plain torch was asked for."""
+    return device.startswith("cuda") and execution != "plain" and made.compiled == OPERATIONS and has_triton()
 
 
 def _listed(reasons: list[Reason]) -> str:

@@ -122,8 +122,3 @@ class RotaryEmbedding:
         if self._scale != 1.0:
             cos, sin = cos.mul_(self._scale), sin.mul_(self._scale)
         return cos.to(self._dtype), sin.to(self._dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads `x: [T, heads, D]` by `cos, sin: [T, 1, D]` of `RotaryEmbedding`; pairs are (i, i + D/2)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

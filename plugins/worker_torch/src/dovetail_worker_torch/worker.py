@@ -28,8 +28,8 @@ from dovetail_worker_torch.compiled import CompiledDecoder
 from dovetail_worker_torch.device_runner import DeviceRunner, Queued
 from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
-from dovetail_worker_torch.drawing import CompiledDrawing, TorchDrawing
-from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE
+from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
+from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE, fuses
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import kv_memory
@@ -63,6 +63,7 @@ class TorchWorker:
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap and self._accelerator is None else None
         self._captures, self._on_capture_failure = options.execution == "graphs", options.on_capture_failure
         self._made: ArchitectureCapabilities = context.capabilities("architecture")
+        self._fuses = fuses(options.execution, plan.device, self._made)
         self._kernels = Kernels.load(context.device) if options.linear == "packed" else None
         self._compiled = options.execution == "compiled"
         self._torch_compile = self._compiled and self._made.compiled == TORCH_COMPILE
@@ -113,6 +114,10 @@ class TorchWorker:
         if self._kv_dtype == "int8":
             calibrate(model, context.plan.max_model_len, self._device, progress)
         # A draft model too is compiled only where the plan has looked whether the model can be.
+        if self._fuses and made.compiled == OPERATIONS:
+            from dovetail_worker_torch.fused import TritonOperations  # Triton is not always there
+
+            model.operations = TritonOperations()
         if self._compiled and made.compiled == self._made.compiled == OPERATIONS:
             model = model.compiled(self._kernels, context.option("scheduler", "max_num_batched_tokens"))
         return cast(Model, model)
@@ -146,7 +151,7 @@ class TorchWorker:
             self._context.option("scheduler", name) for name in ("max_num_seqs", "max_num_batched_tokens")
         )  # fmt: skip
         table = self._table(max_num_seqs, groups, last)
-        drawing = CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
+        drawing = self._drawing()
         sockets = ("attention", "architecture", "quantization")
         made_by = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in sockets}
         drafting = None
@@ -161,6 +166,13 @@ class TorchWorker:
             drafting,
         )  # fmt: skip
         self._runner = Runner(*parts) if self._accelerator is None else DeviceRunner(*parts, accelerator=self._accelerator)
+
+    def _drawing(self) -> Drawing:
+        if self._fuses:
+            from dovetail_worker_torch.fused import TritonDrawing
+
+            return TritonDrawing()
+        return CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
 
     def _table(self, max_num_seqs: int, groups: list[KVGroup], draft_group: KVGroup | None) -> SequenceTable:
         max_len = self._context.plan.max_model_len
