@@ -30,9 +30,10 @@ from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE, fuses
+from dovetail_worker_torch.graphs import ladder
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
-from dovetail_worker_torch.memory import kv_memory
+from dovetail_worker_torch.memory import cpu_memory, gpu_memory
 from dovetail_worker_torch.model import Unread, describe_weights, load_model
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears
@@ -138,7 +139,16 @@ class TorchWorker:
 
     def kv_memory(self) -> int:
         option = self._context.option
-        return kv_memory(self._device, option("kv_cache", "memory_fraction"), option("kv_cache", "memory_gb"))
+        fraction, gigabytes = option("kv_cache", "memory_fraction"), option("kv_cache", "memory_gb")
+        if gigabytes is not None:
+            return int(gigabytes * 2**30)
+        if self._device.type != "cuda":
+            return cpu_memory(fraction)
+        assert self._model is not None
+        num_rows, num_tokens = option("scheduler", "max_num_seqs"), option("scheduler", "max_num_batched_tokens")
+        captured = ladder(num_rows)[-1] if self._captures else 0
+        found = gpu_memory(self._model, self._drawing(), self._device, num_tokens, min(num_rows, num_tokens), captured)
+        return found.for_cache(fraction, num_tokens, num_rows)
 
     def allocate(self, num_blocks: list[int]) -> None:
         assert self._model is not None
