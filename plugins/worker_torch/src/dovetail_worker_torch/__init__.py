@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -51,6 +51,9 @@ class WorkerOptions(Options):
     execution: Execution = Field("auto", description=EXECUTION)
     on_capture_failure: CaptureFailure = Field("error", description=CAPTURE_FAILURE)
     linear: LinearKind = Field("auto", description=LINEAR)
+    weights: Literal["checkpoint", "random"] = Field(
+        "checkpoint", description="random: no file but config.json is read, and weights are made up, to measure a shape"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of a step; default: torch's own choice")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from dovetail.errors import CheckpointError
+from dovetail.errors import CheckpointError, ConfigError
 from dovetail.facts import read_json
-from dovetail.interfaces.architecture import Architecture, Attend, Embedding, LayerMaker, Model, ModelBuild
+from dovetail.interfaces.architecture import Architecture, Attend, Embedding, LayerMaker, Model, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.interfaces.worker import Progress
@@ -51,6 +51,18 @@ def describe_weights(folder: Path, architecture: Architecture, layers: Quantized
     return layers.weights(plain)
 
 
+def fill_randomly(targets: Mapping[str, Target], device: torch.device, progress: Progress) -> None:
+    """Vectors become ones, matrices normal numbers that keep the size of what they multiply. The same for every load."""
+    generator = torch.Generator(device).manual_seed(0)
+    for done, target in enumerate(targets.values()):
+        if len(target.shape) < 2:
+            target.store(torch.ones(target.shape, dtype=target.dtype, device=device))
+        else:
+            numbers = torch.randn(target.shape, dtype=target.dtype, device=device, generator=generator)
+            target.store(numbers.mul_(target.shape[-1] ** -0.5))
+        progress("making weights", done + 1, len(targets))
+
+
 def load_model(
     folder: Path,
     architecture: Architecture,
@@ -60,8 +72,10 @@ def load_model(
     device: torch.device,
     progress: Progress,
     loads_weights: bool = False,
+    is_random: bool = False,
 ) -> Model:
-    """Make the folder's model in `dtype` on `device` and read its weights, unless `architecture` `loads_weights` itself.
+    """Make the folder's model in `dtype` on `device` and read its weights, unless `architecture` `loads_weights` itself, or
+    they are to be random numbers.
 
     Raises `CheckpointError`, naming the file and why.
     """
@@ -70,8 +84,13 @@ def load_model(
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise CheckpointError(f"{path}: architectures must name the model's one architecture, found {names!r}")
-    stored = tensor_names(folder)
+    if is_random and (loads_weights or config.get("quantization_config") is not None):
+        raise ConfigError("worker.weights: random weights are for plain checkpoints, of models that the worker reads")
+    stored = frozenset() if is_random else tensor_names(folder)
     model = architecture.model(ModelBuild(folder, config, stored, layers, dtype, device, progress))
+    if is_random:
+        fill_randomly(model.targets(), device, progress)
+        return model
     targets, unused = model.targets(), [*model.unused()]
     if isinstance(layers, QuantizedLayers):
         layers.check(stored)

@@ -62,6 +62,7 @@ class TorchWorker:
         self._accelerator = self.make_accelerator()
         # What an accelerator is given is queued: it needs no thread to run beside the host.
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap and self._accelerator is None else None
+        self._is_random = options.weights == "random"
         self._captures, self._on_capture_failure = options.execution == "graphs", options.on_capture_failure
         self._made: ArchitectureCapabilities = context.capabilities("architecture")
         self._fuses = fuses(options.execution, plan.device, self._made)
@@ -110,7 +111,7 @@ class TorchWorker:
         made: ArchitectureCapabilities = context.capabilities(key)
         model: Any = load_model(
             folder, context.build(key), layers, dtype=self._dtype, device=self._device, progress=progress,
-            loads_weights=made.loads_weights,
+            loads_weights=made.loads_weights, is_random=self._is_random,
         )  # fmt: skip
         if self._kv_dtype == "int8":
             calibrate(model, context.plan.max_model_len, self._device, progress)
