@@ -8,7 +8,7 @@ TEST_PROJECTS := plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
-.PHONY: serve test lint soak bench clean
+.PHONY: serve test lint soak bench gpu-wheels gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    lint, types, architecture and all tests"
 	@echo "make lint    the first three of these"
 	@echo "make soak    the long tests; results go to benchmarks/results"
+	@echo "make gpu-check   checks and benchmarks on a machine with a GPU (gpu/README.md)"
 	@echo "make bench   the benchmarks of the README"
 
 serve: $(VENV)/.serve
@@ -55,6 +56,18 @@ $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)
 $(VENV)/.test: $(VENV)/.serve $(TEST_PROJECTS:%=%/pyproject.toml)
 	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt $(TEST_PROJECTS:%=-e %) -e '.[dev]'
 	@touch $@
+
+# Where packages can be had: all that a machine with a GPU and no network needs. See gpu/README.md.
+gpu-wheels: $(VENV)/.test
+	rm -rf .gpu/wheels
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .gpu/wheels $(PROJECTS:%=./%)
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 -d .gpu/wheels -r gpu/requirements.txt
+
+# There. Needs nothing but the wheels and that machine's python3.
+gpu-check:
+	$(PYTHON) gpu/check.py $(PART) $(if $(AGAIN),--again)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

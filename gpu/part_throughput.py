@@ -1,0 +1,89 @@
+"""1000 requests of mixed lengths on the 8B Llama shape, beside transformers on the same ones: one batch after the other by
+`generate`, and its continuous batching where it has some."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import torch
+from rows import DEVICE, DRY, Row, Rows
+from shapes import CONFIG, engine
+
+from dovetail.types import Request, SamplingParams
+
+COUNT = 4 if DRY else 1000
+PEER_COUNT = 2 if DRY else 64
+"""Of the same requests: transformers takes long."""
+
+
+def run(rows: Rows) -> None:
+    rng = random.Random(0)
+    requests = [
+        ([rng.randrange(3, 400) for _ in range(rng.randint(4, 30) if DRY else rng.randint(32, 1024))], rng.randint(4, 8 if DRY
+        else 512)) for _ in range(COUNT)
+    ]  # fmt: skip
+    ours = ours_per_second(requests)
+    rows.add(Row(f"{COUNT} requests, tokens generated", ours, "tok/s"))
+    for name, run_peer, goal in (("generate", generate, 23.0), ("continuous batching", continuous, 3.0)):
+        try:
+            theirs = run_peer(requests[:PEER_COUNT])
+        except Exception as e:
+            rows.about[f"transformers {name}"] = f"{type(e).__name__}: {e}"[:500]
+            continue
+        rows.add(Row(f"transformers {name}, {PEER_COUNT} of them", theirs, "tok/s"))
+        rows.add(Row(f"beside transformers {name}", ours, "tok/s", "times as many", ours / theirs, goal))
+
+
+def ours_per_second(requests: list[tuple[list[int], int]]) -> float:
+    built = engine(4 if DRY else 256, 64 if DRY else 2048)
+    try:
+        for i, (prompt, count) in enumerate(requests):
+            built.add(Request(str(i), prompt, SamplingParams(max_tokens=count), count, 0, []))
+        start, said = time.perf_counter(), 0
+        while built.has_work:
+            for output in built.step():
+                assert output.error is None, output.error
+                said += len(output.token_ids)
+        taken = time.perf_counter() - start
+    finally:
+        built.worker.close()
+    assert said == sum(count for _, count in requests)
+    return said / taken
+
+
+def model() -> torch.nn.Module:
+    import transformers
+
+    config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k not in ("architectures", "torch_dtype", "model_type")})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            return transformers.LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def generate(requests: list[tuple[list[int], int]]) -> float:
+    """One request after the other, as `generate` is mostly called."""
+    peer, said, start = model(), 0, 0.0
+    some = requests[: max(1, PEER_COUNT // 8)]
+    for i, (prompt, count) in enumerate([some[0], *some]):
+        if i == 1:
+            start = time.perf_counter()  # the first one is to warm up
+        ids = torch.tensor([prompt], device=DEVICE)
+        out = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        said += (out.shape[1] - len(prompt)) * (i > 0)
+    return said / (time.perf_counter() - start)
+
+
+def continuous(requests: list[tuple[list[int], int]]) -> float:
+    import transformers
+
+    peer = model()
+    longest = max(count for _, count in requests)
+    config = transformers.GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    start = time.perf_counter()
+    out = peer.generate_batch(inputs=[prompt for prompt, _ in requests], generation_config=config)
+    taken = time.perf_counter() - start
+    return sum(len(o.generated_tokens) for o in out.values()) / taken

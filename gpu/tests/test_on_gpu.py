@@ -1,0 +1,43 @@
+"""The contracts of all that is for GPUs, on one. In a dry run, a few checks of each, interpreted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from dovetail.facts import device_facts
+from dovetail.plugins.discovery import load_registry
+from dovetail.provider import Context
+from dovetail.testing.contracts import contract_of
+
+DRY = os.environ.get("DOVETAIL_GPU_DRY") == "1"
+DEVICE = "cpu" if DRY else "cuda:0"
+SOCKETS = ("attention", "matmul", "quantization", "worker")
+
+
+def classes():
+    """A contract for each provider that declares GPUs and is usable on this one, as pytest wants it: a class."""
+    registry, found = load_registry(), {}
+    for offer in registry.offers:
+        provider, can = offer.provider, offer.provider.capabilities
+        devices = getattr(can, "devices", None)
+        if offer.socket not in SOCKETS or (offer.socket != "worker" and devices is not None and "cuda" not in devices):
+            continue
+        if offer.socket != "worker" and provider.why_not(Context(device_facts(), None, DEVICE, "bfloat16")):
+            continue
+        if DRY and devices is not None:
+            provider = replace(provider, capabilities=replace(can, devices=("cpu", "cuda")))
+        base = contract_of(registry.sockets[offer.socket])
+        name = "Test" + "".join(part.title() for part in (offer.socket, *provider.name.replace("_", "-").split("-")))
+        found[name] = type(name, (base,), {"provider": provider, "device": DEVICE, "__module__": __name__})
+    return found
+
+
+if DRY or device_facts().gpus:
+    globals().update(classes())
+else:
+
+    def test_there_is_a_gpu():
+        pytest.skip("there is no GPU")
