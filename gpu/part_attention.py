@@ -17,6 +17,9 @@ from dovetail.provider import Context
 
 BLOCK = 16
 HQ, HKV, D = (4, 2, 64) if DRY else (32, 8, 128)
+DECODE = ((2, 50),) if DRY else ((1, 32768), (8, 8192), (32, 4096), (32, 32768), (64, 8192), (256, 1024), (256, 4096))
+"""Rows, and tokens of each."""
+PREFILL = (40,) if DRY else (4096, 8192, 16384)
 SIZES = {"float8_e4m3fn": 1, "int8": 1, "bfloat16": 2}
 
 
@@ -47,10 +50,9 @@ def run(rows: Rows) -> None:
     rows.add(Row("device copy, read and written", bandwidth / 1e9, "GB/s"))
     rows.add(Row("bfloat16 matrix product", rate / 1e12, "TFLOP/s"))
     backends = usable()
-    for rows_, context in ((2, 50),) if DRY else ((1, 32768), (8, 8192), (32, 4096), (32, 32768), (64, 8192), (256, 1024),
-    (256, 4096)):
-        decode(rows, backends, rows_, context, bandwidth)
-    for length in (40,) if DRY else (4096, 8192, 16384):
+    for batch, context in DECODE:
+        decode(rows, backends, batch, context, bandwidth)
+    for length in PREFILL:
         prefill(rows, backends, length, rate)
 
 
@@ -111,7 +113,8 @@ def decode(rows: Rows, backends: dict[str, Any], batch: int, context: int, bandw
             if kv_dtype == "bfloat16":
                 times[name] = taken
             elif name in times:
-                rows.add(Row(f"{what}: {name}, {kv_dtype} to bfloat16", taken * 1e6, "µs", "time", taken / times[name], 0.58, True))
+                ratio = taken / times[name]
+                rows.add(Row(f"{what}: {name}, {kv_dtype} to bfloat16", taken * 1e6, "µs", "time", ratio, 0.58, is_most=True))
             del step
     q = torch.randn(batch, HQ, 1, D, device=DEVICE).to(torch.bfloat16)
     k, v = (torch.randn(batch, HKV, context, D, device=DEVICE).to(torch.bfloat16) for _ in range(2))

@@ -21,7 +21,8 @@ def run(rows: Rows) -> None:
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
     rows.about["failed"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
     for what in ("passed", "failed", "error", "skipped"):
-        rows.add(Row(f"checks {what}", counts.get(what, 0), "", "", float(counts.get(what, 0)), 0 if what in ("failed", "error") else None, True))
+        count, goal = counts.get(what, 0), 0.0 if what in ("failed", "error") else None
+        rows.add(Row(f"checks {what}", count, "", "", float(count), goal, is_most=True))
     print(done.stdout[-6000:])
     if not counts.get("passed"):
         raise SystemExit("no check passed")

@@ -80,6 +80,7 @@ def idle(rows: Rows, built: Engine, count: int) -> None:
         busy += max(0.0, ended - max(begun, end))
         end = max(end, ended)
     total = end - spans[0][0]
-    rows.add(Row(f"GPU idle in decode steps of {count} requests", 100 * (1 - busy / total), "%", "profiler", 1 - busy / total, 0.02, True))
+    share = 1 - busy / total
+    rows.add(Row(f"GPU idle in decode steps of {count} requests", 100 * share, "%", "profiler", share, 0.02, is_most=True))
     while built.has_work:
         built.step()

@@ -55,7 +55,8 @@ def ours_per_second(requests: list[tuple[list[int], int]]) -> float:
 def model() -> torch.nn.Module:
     import transformers
 
-    config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k not in ("architectures", "torch_dtype", "model_type")})
+    not_its = ("architectures", "torch_dtype", "model_type")
+    config = transformers.LlamaConfig(**{k: v for k, v in CONFIG.items() if k not in not_its})
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(DEVICE):
@@ -72,7 +73,8 @@ def generate(requests: list[tuple[list[int], int]]) -> float:
         if i == 1:
             start = time.perf_counter()  # the first one is to warm up
         ids = torch.tensor([prompt], device=DEVICE)
-        out = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        lengths = {"max_new_tokens": count, "min_new_tokens": count}
+        out = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths)
         said += (out.shape[1] - len(prompt)) * (i > 0)
     return said / (time.perf_counter() - start)
 

@@ -48,8 +48,8 @@ def kv_bytes(num_tokens: int) -> int:
 def engine(max_num_seqs: int, max_model_len: int, **more: Any) -> Engine:
     """The overlapped engine, as `device: cuda:0` composes it; nothing of a front-end."""
     config = {
-        "model": str(folder()), "device": str(DEVICE), "dtype": "bfloat16", "max_model_len": max_model_len, "prefix_cache": "none",
-        "worker": {"use": "torch", "weights": "random"}, "overlap": True,
+        "model": str(folder()), "device": str(DEVICE), "dtype": "bfloat16", "max_model_len": max_model_len,
+        "prefix_cache": "none", "worker": {"use": "torch", "weights": "random"}, "overlap": True,
         "scheduler": {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": 64 if DRY else 8192}, **more,
     }  # fmt: skip
     if DRY:
