@@ -10,7 +10,7 @@ threads) is there. Then, for the model itself:
 - `resident`: by how much anonymous memory grew when the engine was ready and had answered a request. The KV cache is touched as
   it is used, and the request is short.
 - `mapped`: by how much resident pages of files grew. They can be taken back at any time.
-- `peak`: the most anonymous memory while it was loading, sampled every 2 ms. `forms`: both forms of the largest layer.
+- `peak`: the most anonymous memory while it was loading, sampled every 2 ms.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--here", action="store_true", help="measure the first of both once, in this process, and print JSON")
+    parser.add_argument("--here", nargs=2, type=Path, metavar=("TINY", "MODEL"), help="folders: measure once, in this process")
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measured(*(folder(key, args.schemes[0]) for key in (TINY, args.models[0])), args.schemes[0])))
+        print(json.dumps(measured(*args.here, args.schemes[0])))
         return
     rows = [row(key, scheme, args.rounds) for key in args.models for scheme in args.schemes]
     if args.json:
@@ -61,15 +61,18 @@ def main() -> None:
 
 
 def row(key: str, scheme: str, num_rounds: int) -> dict[str, Any]:
-    for each in (TINY, key):
-        folder(each, scheme)  # not made in the process that is measured
-    command = [sys.executable, __file__, "--here", "--models", key, "--schemes", scheme]
-    rounds = [json.loads(subprocess.check_output(command, text=True).splitlines()[-1]) for _ in range(num_rounds)]
+    rounds = [in_a_process(folder(TINY, scheme), folder(key, scheme), scheme) for _ in range(num_rounds)]
     found = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     off = found["resident"] / found["promised"] - 1
     words = f"{SHAPES[key][1]:20s} {scheme:10s} " + "  ".join(f"{name} {value / MIB:6.0f}" for name, value in found.items())
     print(f"{words} MiB  resident {off:+.1%}", flush=True)
     return {"model": SHAPES[key][1], "scheme": scheme, **{name: value / MIB for name, value in found.items()}, "off": off}
+
+
+def in_a_process(tiny: Path, model: Path, scheme: str) -> dict[str, int]:
+    command = [sys.executable, __file__, "--schemes", scheme, "--here", str(tiny), str(model)]
+    found: dict[str, int] = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    return found
 
 
 def folder(key: str, scheme: str) -> Path:
@@ -92,20 +95,18 @@ def measured(tiny: Path, model: Path, scheme: str) -> dict[str, int]:
         llm.generate([prompt(4, 0)], SamplingParams(max_tokens=2))
         gc.collect()
         after = pages()
-    promised, forms = promise(model, values)
     return {
-        "promised": promised, "resident": after["RssAnon"] - before["RssAnon"], "mapped": after["RssFile"] - before["RssFile"],
-        "peak": peak.most - before["RssAnon"], "forms": forms,
+        "promised": promise(model, values), "resident": after["RssAnon"] - before["RssAnon"], "mapped": after["RssFile"] - before["RssFile"],
+        "peak": peak.most - before["RssAnon"],
     }  # fmt: skip
 
 
-def promise(model: Path, values: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of a model's weights, from headers alone; and of the largest layer in both forms: as stored, and as kept."""
+def promise(model: Path, values: dict[str, Any]) -> int:
+    """Bytes of a model's weights, from headers alone."""
     stored = header(model)
     layers = weights_of(resolve(load_config(model=str(model), **values)))
     rest = [nbytes for name, nbytes in stored.items() if not layers or "norm" in name or "embed" in name]
-    item = max((layer.nbytes + 2 * layer.in_features * layer.out_features for layer in layers), default=0)
-    return sum(layer.nbytes for layer in layers) + sum(rest), item
+    return sum(layer.nbytes for layer in layers) + sum(rest)
 
 
 def header(model: Path) -> dict[str, int]:

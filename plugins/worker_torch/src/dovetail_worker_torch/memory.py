@@ -1,6 +1,9 @@
-"""How much memory the KV cache may take."""
+"""How much memory the KV cache may take, and giving back what reading the weights has left over."""
 
 from __future__ import annotations
+
+import contextlib
+import ctypes
 
 import torch
 
@@ -27,3 +30,12 @@ def available_memory() -> int:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return CPU_DEFAULT
+
+
+def give_back() -> None:
+    """Main memory that is free, and that the C library keeps for what comes next, goes back to the system.
+
+    While layers are brought into another form, tensors of many sizes come and go: a third of the weights' size may be left over.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
