@@ -182,6 +182,7 @@ class WeightChecks(WorkerTrial):
         stored = self.folder / "described"
         write_quantized(self.model, stored)
         for folder, more in ((stored, {}), (self.folder / "model", {"quantization": METHOD})):
+            self.or_refused(folder, **more)
             worker: Any = self.new_worker(folder, schemes=(SCHEME,), **more)
             before = worker.weights()
             worker.load(no_progress)
