@@ -35,7 +35,7 @@ def available_memory() -> int:
 def give_back() -> None:
     """Main memory that is free, and that the C library keeps for what comes next, goes back to the system.
 
-    While layers are brought into another form, tensors of many sizes come and go: a third of the weights' size may be left over.
+    While layers are brought into another form, tensors of many sizes come and go: a third of the weights' size may stay.
     """
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
