@@ -7,8 +7,8 @@ threads) is there. Then, for the model itself:
 
 - `promised`: bytes of the linear layers, as `dovetail explain` says them before a weight is read, and of what is no linear
   layer, as it is stored.
-- `resident`: by how much anonymous memory grew when the engine was ready and had answered a request; a KV cache of 10 MiB and
-  the buffers of a step are in it.
+- `resident`: by how much anonymous memory grew when the engine was ready and had answered a request; a KV cache of 128
+  tokens and the buffers of a step are in it.
 - `mapped`: by how much resident pages of files grew. They can be taken back at any time.
 - `peak`: the most anonymous memory while it was loading, sampled every 2 ms.
 """
@@ -40,6 +40,7 @@ SCHEMES: dict[str, Any] = {
     "int8+head": [{"match": "lm_head", "use": "int8"}, {"match": "*", "use": "int8"}],
 }  # fmt: skip
 TINY = "c"
+LENGTH = 128
 MIB = 2**20
 
 
@@ -82,15 +83,14 @@ def folder(key: str, scheme: str) -> Path:
 def measured(tiny: Path, model: Path, scheme: str) -> dict[str, int]:
     """In bytes. For a process that has done nothing else."""
     values: dict[str, Any] = {
-        "device": "cpu", "quantization": SCHEMES[scheme], "max_model_len": 256, "prefix_cache": "none",
-        "kv_cache": {"memory_gb": 0.01},
+        "device": "cpu", "quantization": SCHEMES[scheme], "max_model_len": LENGTH // 2, "prefix_cache": "none",
     }  # fmt: skip
-    with LLM(str(tiny), **values) as llm:
+    with LLM(str(tiny), **values, kv_cache=cache(tiny)) as llm:
         llm.generate([prompt(4, 0)], SamplingParams(max_tokens=2))
     del llm
     gc.collect()
     before = pages()
-    with Peak() as peak, LLM(str(model), **values) as llm:
+    with Peak() as peak, LLM(str(model), **values, kv_cache=cache(model)) as llm:
         peak.stop()
         llm.generate([prompt(4, 0)], SamplingParams(max_tokens=2))
         gc.collect()
@@ -99,6 +99,13 @@ def measured(tiny: Path, model: Path, scheme: str) -> dict[str, int]:
         "promised": promise(model, values), "resident": after["RssAnon"] - before["RssAnon"],
         "mapped": after["RssFile"] - before["RssFile"], "peak": peak.most - before["RssAnon"],
     }  # fmt: skip
+
+
+def cache(model: Path) -> dict[str, float]:
+    """As small as it can be: `LENGTH` tokens."""
+    config = json.loads((model / "config.json").read_text())
+    per_token = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    return {"memory_gb": LENGTH * per_token / 2**30}
 
 
 def promise(model: Path, values: dict[str, Any]) -> int:
