@@ -92,8 +92,8 @@ def gptq_folder_of(key: str) -> Path:
             continue
         layer, (outs, ins) = name.removesuffix(".weight"), tensor.shape
         tensors[f"{layer}.qweight"] = torch.randint(-(2**31), 2**31, (ins // 8, outs)).to(torch.int32)
-        tensors[f"{layer}.qzeros"] = torch.full((ins // GROUP, outs // 8), 0x77777777, dtype=torch.int32)  # 8, less one
-        tensors[f"{layer}.scales"] = torch.full((ins // GROUP, outs), 0.02 / 4.6, dtype=torch.float16)
+        tensors[f"{layer}.qzeros"] = torch.full((-(-ins // GROUP), outs // 8), 0x77777777, dtype=torch.int32)  # 8, less one
+        tensors[f"{layer}.scales"] = torch.full((-(-ins // GROUP), outs), 0.02 / 4.6, dtype=torch.float16)
         tensors[f"{layer}.g_idx"] = (torch.arange(ins) // GROUP).to(torch.int32)
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -1,6 +1,7 @@
-"""Dovetail beside the other engines that run here: same models, prompts, 16 bits, threads, greedy; rounds taken in turn.
+"""Dovetail beside the other engines that run here: same models, prompts, bits, threads, greedy; rounds taken in turn.
 
     python benchmarks/peers.py --peers-dir DIR [--peers llama.cpp,vllm] [--models c,a] [--cases A,B,D,E] [--json FILE]
+    python benchmarks/peers.py --peers-dir DIR --bits 8 --models a --cases A,B
 
 DIR/venvs/{lcpp,vllm,ov} are the peers' own environments (benchmarks/README.md says how they are made); transformers is
 the one of this environment. A peer that is not there is said to be so. Cases: A one request; B a batch; D process start
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from models import SHAPES, folder_of
-from peers.engines import ENGINES, OURS, Driver, Engine, PeerFailed, Server
+from peers.engines import OURS, Driver, Engine, PeerFailed, Server
+from peers.quantized import BY_BITS
 from peers.ratios import Round, markdown, rows
 from rich.console import Console
 
@@ -154,8 +156,10 @@ def in_turn(engines: list[T], number: int) -> list[T]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-dir", type=Path, required=True, metavar="DIR", help="the folder with venvs/")
-    others = [name for name in ENGINES if name != OURS]
-    parser.add_argument("--peers", type=_some_of(others), default=others, metavar="P,P", help=f"of {', '.join(others)}")
+    named = {bits: [name for name in engines if name != OURS] for bits, engines in BY_BITS.items()}
+    listed = "; ".join(f"{bits} bits: {', '.join(names)}" for bits, names in named.items())
+    parser.add_argument("--bits", type=int, choices=BY_BITS, default=16, help="of the weights")
+    parser.add_argument("--peers", type=_some_of({n for names in named.values() for n in names}), metavar="P,P", help=listed)
     parser.add_argument("--models", type=_some_of(SHAPES), default=["c", "a", "b"], metavar="M,M", help="of a, b, c")
     parser.add_argument("--cases", type=_some_of(CASES), default=list(CASES), metavar="C,C", help="of A, B, D, E")
     parser.add_argument("--rounds", type=int, default=5)
@@ -163,11 +167,14 @@ def main() -> int:
     parser.add_argument("--lock", type=Path, metavar="FILE", help="a lock file (flock) to hold while a round runs, not between")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    peers = args.peers_dir.resolve()
-    missing = {name: reason for name in args.peers if (reason := ENGINES[name].missing(peers)) is not None}
+    peers, known = args.peers_dir.resolve(), BY_BITS[args.bits]
+    asked = args.peers or named[args.bits]
+    if unknown := [name for name in asked if name not in known]:
+        parser.error(f"--peers: {', '.join(unknown)} has no form of {args.bits} bits; {listed}")
+    missing = {name: reason for name in asked if (reason := known[name].missing(peers)) is not None}
     for name, reason in missing.items():
-        log.print(f"{ENGINES[name].title}: {reason}")
-    engines = [ENGINES[name] for name in (OURS, *args.peers) if name not in missing]
+        log.print(f"{known[name].title}: {reason}")
+    engines = [known[name] for name in (OURS, *asked) if name not in missing]
     bench = Bench(engines, peers, args.threads, args.rounds, args.lock)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the engines, which may be standing still
     try:
@@ -185,17 +192,19 @@ def main() -> int:
 
 def _tell(bench: Bench, args: argparse.Namespace, missing: dict[str, str]) -> None:
     table, here, date = rows(bench.rounds, OURS), machine(), time.strftime("%Y-%m-%d")
-    print(f"{in_words(here)} ({', '.join(here['flags'])}), {args.threads} threads, 16 bit, {date}, {args.rounds} rounds")
-    print(", ".join(f"{ENGINES[name].title} {version}" for name, version in bench.versions.items()) + "\n")
+    how = f"{args.threads} threads, {args.bits} bit, {date}, {args.rounds} rounds"
+    print(f"{in_words(here)} ({', '.join(here['flags'])}), {how}")
+    known = BY_BITS[args.bits]
+    print(", ".join(f"{known[name].title} {version}" for name, version in bench.versions.items()) + "\n")
     print(markdown(table, {e.name: e.title for e in bench.engines}, OURS))
     for name, reason in missing.items():
-        print(f"\n{ENGINES[name].title}: {reason}")
+        print(f"\n{known[name].title}: {reason}")
     for what, reason in bench.failed.items():
         print(f"\n{what} failed: {reason}")
     if args.json:
         about: dict[str, Any] = {
-            "date": date, "machine": here, "threads": args.threads, "rounds": args.rounds, "versions": bench.versions,
-            "missing": missing, "failed": bench.failed, "first_token": bench.first_tokens,
+            "date": date, "machine": here, "threads": args.threads, "bits": args.bits, "rounds": args.rounds,
+            "versions": bench.versions, "missing": missing, "failed": bench.failed, "first_token": bench.first_tokens,
         }  # fmt: skip
         data = {"about": about, "rows": [asdict(row) for row in table], "rounds": [asdict(r) for r in bench.rounds]}
         args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")

@@ -1,8 +1,10 @@
-"""Dovetail: see protocol.py."""
+"""Dovetail: see protocol.py. MODEL is a folder, or a composition file that names one."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from protocol import MAX_MODEL_LEN, main
 
@@ -14,8 +16,9 @@ class Dovetail:
     version = dovetail.__version__
 
     def __init__(self, model: str, threads: int) -> None:
+        source: Any = {"config": model} if Path(model).is_file() else {"model": model}
         self._llm = LLM(
-            model, device="cpu", max_model_len=MAX_MODEL_LEN, scheduler={"max_num_seqs": 64}, kv_cache={"memory_gb": 2},
+            **source, device="cpu", max_model_len=MAX_MODEL_LEN, scheduler={"max_num_seqs": 64}, kv_cache={"memory_gb": 2},
             worker={"use": "torch", "num_threads": threads},
         )  # fmt: skip
 

@@ -37,11 +37,12 @@ def as_it_is(folder: Path, python: Path) -> Path:
     return folder
 
 
-def to_openvino(folder: Path, python: Path) -> Path:
-    out = CONVERTED / f"{folder.name}.ov-fp16"
+def to_openvino(folder: Path, python: Path, form: str = "fp16", more: tuple[str, ...] = ()) -> Path:
+    """`form` is of the weights; `more` are options of the export."""
+    out = CONVERTED / f"{folder.name}.ov-{form}"
     if not (out / "openvino_model.bin").exists():
         command = [python.parent / "optimum-cli", "export", "openvino", "-m", folder, "--task", "text-generation-with-past"]
-        _convert([*command, "--weight-format", "fp16", out])
+        convert([*command, "--weight-format", form, *more, out])
     return out
 
 
@@ -49,12 +50,13 @@ def to_gguf(folder: Path, python: Path) -> Path:
     out = CONVERTED / f"{folder.name}.bf16.gguf"
     if not out.exists():
         part = out.with_suffix(".part")
-        _convert([python, HERE / "convert_gguf.py", folder, part])
+        convert([python, HERE / "convert_gguf.py", folder, part])
         part.rename(out)
     return out
 
 
-def _convert(command: list[Any]) -> None:
+def convert(command: list[Any]) -> None:
+    """Run a peer's converter. Raises `PeerFailed`."""
     CONVERTED.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:

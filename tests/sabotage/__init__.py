@@ -85,15 +85,17 @@ def _modules() -> list[Any]:
         kv_caches,
         matmuls,
         models,
+        one_byte_caches,
         prefix_caches,
         quantization,
         routes,
         schedulers,
         servers,
+        worker_weights,
         workers,
     )
 
     return [
-        attention, quantization, matmuls, architectures, schedulers, kv_caches, prefix_caches, eviction, drafters, workers,
-        models, servers, routes,
+        attention, one_byte_caches, quantization, matmuls, architectures, schedulers, kv_caches, prefix_caches, eviction,
+        drafters, workers, worker_weights, models, servers, routes,
     ]  # fmt: skip

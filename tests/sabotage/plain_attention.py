@@ -11,6 +11,7 @@ from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities
 from dovetail.provider import Options, Provider
 
 CAPABILITIES = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True, graph_capture=True)
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,37 @@ class PlainAttention:
 
     def import_kv(self, cache, block_ids, keys, values):
         cache[0][block_ids], cache[1][block_ids] = keys, values
+
+
+class OneByteAttention(PlainAttention):
+    """With caches of one byte too: numbers are limited and rounded on the way in, and scaled back on the way out."""
+
+    def run(self, layer, q, k, v, cache, plan, out):
+        if cache[0].dtype in LARGEST:
+            k, v = (self.code(layer, x.float(), which, cache[0].dtype) for which, x in enumerate((k, v)))
+        super().run(layer, q, k, v, cache, plan, out)
+
+    def row(self, layer, q, cache, plan, b):
+        if cache[0].dtype in LARGEST:
+            cache = [self.meaning(layer, own.float(), which) for which, own in enumerate(cache)]
+        return super().row(layer, q, cache, plan, b)
+
+    def code(self, layer, x, which, dtype):
+        """Numbers `f32[T, Hkv, D]` that the type holds, or that its cast rounds to one: of keys (0) or values (1)."""
+        limited = self.limited(x / self.scale(layer, which), LARGEST[dtype])
+        return self.rounded(limited) if dtype == torch.int8 else limited
+
+    def meaning(self, layer, codes, which):
+        return codes * self.scale(layer, which)
+
+    def scale(self, layer, which):
+        return torch.ones(()) if layer.kv_scales is None else layer.kv_scales[which]
+
+    def limited(self, x, largest):
+        return x.clamp(-largest, largest)
+
+    def rounded(self, x):
+        return x.round()
 
 
 def provider(backend=PlainAttention, **changes):

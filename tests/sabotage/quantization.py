@@ -177,6 +177,24 @@ class DividesByZero(NF4):
         return weight / weight.abs().amax(1, keepdim=True) * weight.abs().amax(1, keepdim=True)
 
 
+@sabotage("test_damaged_scales_are_refused")
+class ScaleNotDeclared(NF4):
+    """That the scales are scales is not declared, so nobody looks at what they hold."""
+
+    def parameters(self, layer):
+        found = super().parameters(layer)
+        return found if isinstance(found, Declined) else {**found, "scales": replace(found["scales"], scale=None)}
+
+
+@sabotage("test_zeros_stay_zero")
+class ScaleNeverZero(NF4):
+    """Scales are declared as positive, and rows of zeros have the scale 0."""
+
+    def parameters(self, layer):
+        found = super().parameters(layer)
+        return found if isinstance(found, Declined) else {**found, "scales": replace(found["scales"], scale="positive")}
+
+
 @sabotage(WEIGHTS)
 class RoundsDown(NF4):
     """Weights are rounded towards one side."""

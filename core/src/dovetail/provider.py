@@ -181,6 +181,10 @@ def as_given(context: Context, options: Options) -> tuple[Options, list[str]]:
     return options, []
 
 
+def no_needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Provider(Generic[T]):
     """An offer: how it is named, what it can do, why it may not be usable here, and how to build it."""
@@ -205,3 +209,6 @@ class Provider(Generic[T]):
     """The socket takes none of these providers."""
     untested_with: tuple[Relation, ...] = ()
     """Allowed, and said in the plan."""
+    needs: Callable[[Context, Any], dict[str, dict[str, Any]]] = no_needs
+    """Called with the settled options, if the provider was chosen: what it needs of another socket here, by socket, where that
+    is less than its capabilities say: `{"matmul": {"codes": ["int8"]}}` for a model whose weights are all in 8 bits."""

@@ -99,6 +99,17 @@ class Resolution:
             raise ConfigError(f"{key}: {', '.join(inner)} is not an option of {choice.provider}")
         return choice
 
+    def needs(self, key: str) -> dict[str, dict[str, Any]]:
+        """What a choice says that it needs of others, by socket."""
+        offer, options = find(self.registry, self.choices[key]), self.choices[key].options
+        try:
+            return offer.provider.needs(self.context({}), offer.provider.options.model_validate(options))
+        except DovetailError:
+            raise
+        except Exception as e:
+            name = offer.qualified_name
+            raise PluginError(f"{key}: {name}: its needs raised {type(e).__name__}: {e}", provider=name) from e
+
     def capabilities(self, keys: Iterable[str]) -> dict[str, Any]:
         return {key: self.neighbours.taken[key].provider.capabilities for key in keys}
 
@@ -126,7 +137,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     shadow = config.shadow
     if shadow is not None and shadow.quantization is not None:
         quantized.append(shadow.quantization.use)
-    _take_matmul(r, config.matmul, [*weights.values(), *_take_candidate_scheme(r, shadow)])
+    _take_matmul(r, config.matmul, [*schemes, *_take_candidate_scheme(r, shadow)])
     # Where nobody offers model code, workers need none: a simulated one, for example.
     if config.architecture.use != "auto" or registry.of("architecture"):
         r.take("architecture", config.architecture, quantized=quantized)
@@ -207,25 +218,29 @@ def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool
     return DraftModel(name, str(source.folder), facts.architecture), facts
 
 
-def _take_matmul(r: Resolution, wanted: SocketConfig, schemes: list[Any]) -> None:
-    """What multiplies, where one of the schemes leaves that to others. `schemes`: their capabilities."""
-    asking = [can for can in schemes if isinstance(can, QuantizationCapabilities) and can.codes]
+def _take_matmul(r: Resolution, wanted: SocketConfig, schemes: list[str]) -> None:
+    """What multiplies, where one of the schemes leaves that to others. `schemes`: keys of the plan."""
+    asking = []
+    for key in schemes:
+        can = find(r.registry, r.choices[key]).provider.capabilities
+        if isinstance(can, QuantizationCapabilities) and can.codes:
+            most = {"codes": can.codes, "inputs": [can.activations] if can.activations else []}
+            asking.append(most | r.needs(key).get("matmul", {}))
     if asking:
-        codes = {code: None for can in asking for code in can.codes}
-        inputs = {can.activations: None for can in asking if can.activations}
-        r.take("matmul", wanted, codes=list(codes), inputs=list(inputs))
+        needs = {name: list(dict.fromkeys(one for asked in asking for one in asked[name])) for name in ("codes", "inputs")}
+        r.take("matmul", wanted, **needs)
 
 
 # Candidates of a shadow run are nobody's neighbours: what they go with is what answers, not each other.
 
 
-def _take_candidate_scheme(r: Resolution, shadow: ShadowConfig | None) -> list[Any]:
-    """Its capabilities, if there is one."""
+def _take_candidate_scheme(r: Resolution, shadow: ShadowConfig | None) -> list[str]:
+    """Its key of the plan, if there is one."""
     if shadow is None or shadow.quantization is None:
         return []
     key = f"{PREFIX}quantization"
     r.choices[key] = r.ask("quantization", shadow.quantization, key, by_name=True, some_layers=False)
-    return [find(r.registry, r.choices[key]).provider.capabilities]
+    return [key]
 
 
 def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:

@@ -130,13 +130,15 @@ def test_what_is_not_read(changes: Config, reason: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        *(("weight_scale_inv", wrong, "negative or not finite") for wrong in (torch.nan, torch.inf, -1.0)),
-        *(("activation_scale", wrong, "no scale") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
+        *(("weight_scale_inv", wrong, "are negative, infinite or NaN") for wrong in (torch.nan, torch.inf, -1.0)),
+        *(("activation_scale", wrong, "are zero, negative, infinite or NaN") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
     ],
 )
 def test_scales_that_are_none(name: str, wrong: float, message: str) -> None:
     layer = LinearLayer("kit", (Part("kit", 2),), 4, False, "float32")
     scheme = Fp8(KitMatmul(), STATIC, Fp8Options(granularity="tensor", activations="static"))
-    scales = {"weight_scale_inv": torch.ones(1), "activation_scale": torch.ones(1)} | {name: torch.tensor([wrong])}
-    with pytest.raises(CheckpointError, match=f"kit: {name} .*{message}"):
-        scheme.linear(layer, {"weight": torch.zeros(2, 4).to(torch.float8_e4m3fn), **scales})
+    declared = scheme.parameters(layer)
+    assert isinstance(declared, dict)
+    with pytest.raises(CheckpointError, match=rf"kit\.{name} holds {wrong} .*{message}"):
+        declared[name].check(f"kit.{name}", torch.tensor(wrong))
+    declared["weight_scale_inv"].check("of zeros", torch.tensor(0.0))

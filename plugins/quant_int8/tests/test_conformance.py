@@ -110,6 +110,8 @@ def test_tiles_for_a_gpu_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
 def test_scales_that_are_none(wrong: float) -> None:
     layer = LinearLayer("kit", (Part("kit", 2),), 4, False, "float32")
-    tensors = {"weight": torch.zeros(2, 4, dtype=torch.int8), "SCB": torch.tensor([1.0, wrong])}
-    with pytest.raises(CheckpointError, match="kit: SCB holds numbers that are negative or not finite"):
-        BitsAndBytes(KitMatmul(), {}, 6.0).linear(layer, tensors)
+    declared = BitsAndBytes(KitMatmul(), {}, 6.0).parameters(layer)
+    assert isinstance(declared, dict)
+    declared["SCB"].check("of a row of zeros", torch.tensor([1.0, 0.0]))
+    with pytest.raises(CheckpointError, match=rf"kit\.SCB holds {wrong} at \[1\], and 1 of its 2 scales are negative"):
+        declared["SCB"].check("kit.SCB", torch.tensor([1.0, wrong]))

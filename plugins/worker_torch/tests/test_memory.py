@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dovetail.errors import OutOfMemory
-from dovetail_worker_torch.memory import GpuMemory
+from dovetail_worker_torch.gpu_memory import GpuMemory
 
 GIB = 2**30
 

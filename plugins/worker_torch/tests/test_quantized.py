@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dovetail.errors import PluginError
+from dovetail.errors import CheckpointError, PluginError
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import IN, OUT, LinearLayer, Parameter, Part
 from dovetail_worker_torch.linear import TorchLinears
@@ -99,6 +99,16 @@ def test_what_a_scheme_does_wrong_names_it(fault: Any, message: str) -> None:
     with pytest.raises(PluginError, match=message) as e:
         linear.targets()["q.weight"].store(torch.randn(6, 4))
     assert e.value.provider == "kit"
+
+
+def test_a_plain_weight_that_is_no_number_is_named() -> None:
+    layer = LinearLayer("qkv", QKV.parts, 4, False, "float32", stored=False)
+    parameters = {**PARAMETERS, "scale": Parameter((), "float32", scale="not negative")}
+    linear = QuantizedLinear("kit", Scheme(), layer, parameters)  # type: ignore[arg-type]
+    weight = torch.randn(6, 4)
+    weight[2, 1] = torch.nan
+    with pytest.raises(CheckpointError, match=r"q\.weight, quantized: its scale holds nan"):
+        linear.targets()["q.weight"].store(weight)
 
 
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "bfloat16"])

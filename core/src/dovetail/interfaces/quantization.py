@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from dovetail.errors import ConfigError
+from dovetail.errors import CheckpointError, ConfigError
 
 CONTRACT = "0.1"
 Array = Any
@@ -24,6 +24,9 @@ PLAIN = "none"
 """The method of a checkpoint that is not quantized."""
 
 Side = Literal["out", "in"]
+Scale = Literal["not zero", "not negative", "positive"]
+"""What a scale may be; an infinity or NaN never. "not zero": some tools write negative ones; "not negative": where weights are
+all zero it is 0; "positive": inputs, keys or values are divided by it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class QuantizationCapabilities:
     """quantization_configs of checkpoints that it reads, one for each method at least: what conformance is tried with."""
     codes: tuple[str, ...] = ()
     """What it has multiplied by the matmul socket: its `WeightFormat.codes` (interfaces/matmul.py). Empty: it multiplies by
-    itself."""
+    itself. Where a checkpoint or options ask for less than all of `codes` and `activations`, `Provider.needs` says so."""
     compiled_steps: bool = False
     """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py), if those that the matmul
     socket makes for it are."""
@@ -140,8 +143,8 @@ class Parameter:
     axes: tuple[Axis | int, ...]
     """A number is an axis of that length in every part and shard."""
     dtype: str
-    is_scale: bool = False
-    """Weights or inputs are multiplied by it: where it is read from a checkpoint, a zero, an infinity or NaN is an error."""
+    scale: Scale | None = None
+    """Weights or inputs are multiplied by it: a number that it may not be is an error, which `check` raises for the worker."""
 
     def part_shape(self, layer: LinearLayer, part: int) -> tuple[int, ...]:
         """In the checkpoint (of a layer that is not sharded)."""
@@ -181,6 +184,22 @@ class Parameter:
                 )
             index.append(slice(axis.size(rank * share), axis.size((rank + 1) * share)))
         return tuple(index)
+
+    def check(self, name: str, tensor: Array) -> None:
+        """Raise `CheckpointError` for a scale that is none. `name` is the torch tensor's, with its layer's. Called by who reads
+        a checkpoint, for each tensor of a scheme, and by who has one quantized."""
+        if self.scale is None:
+            return
+        values = tensor.float()
+        bad = ~values.isfinite() | {"not zero": values == 0, "not negative": values < 0, "positive": values <= 0}[self.scale]
+        if bad.any():
+            first = tuple(bad.nonzero()[0].tolist())
+            wrong = {"not zero": "zero", "not negative": "negative", "positive": "zero, negative"}[self.scale]
+            raise CheckpointError(
+                f"{name} holds {float(values[first])} at {list(first)}, and {int(bad.sum())} of its {bad.numel()} scales are "
+                f"{wrong}, infinite or NaN: the checkpoint is damaged, or its quantization failed there; get it again, or "
+                "quantize it again"
+            )
 
     @property
     def _out(self) -> int | None:

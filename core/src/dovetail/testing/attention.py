@@ -17,7 +17,18 @@ from functools import partial
 import pytest
 
 from dovetail.provider import Context
-from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, padded, plain, random_spec, simpler
+from dovetail.testing.attention_steps import (
+    LARGEST,
+    Row,
+    Step,
+    StepSpec,
+    block_sizes,
+    head_sizes,
+    padded,
+    plain,
+    random_spec,
+    simpler,
+)
 from dovetail.testing.attention_trial import AttentionTrial, same
 from dovetail.testing.contract import common_causes
 
@@ -141,6 +152,16 @@ class AttentionContract(AttentionTrial):
     def test_large_logits(self) -> None:
         """Logits of some hundreds neither overflow nor lose all but infinity: the softmax subtracts its maximum."""
         self.check(plain(self.can, Row(0, 70), Row(600, 1), scale=20.0, seed=self.seed))
+
+    @pytest.mark.parametrize("largest", [(0.5, 4.0), (6.0, 0.25)])
+    @common_causes("the keys' scale used for values", "codes not limited before they are cast", "a scale for each head")
+    def test_scales_of_keys_and_values(self, largest: tuple[float, float]) -> None:
+        """In a KV type of one byte keys have a scale and values another; what is too large for it becomes its largest."""
+        kinds = [kv_dtype for kv_dtype in self.can.kv_dtypes if kv_dtype in LARGEST]
+        if not kinds:
+            pytest.skip(f"no KV dtype of one byte is declared: {', '.join(LARGEST)}")
+        for kv_dtype in kinds:
+            self.check(plain(self.can, Row(0, 37), Row(90, 1), kv_dtype=kv_dtype, kv_range=largest, seed=self.seed))
 
     # What is read and what is written.
 

@@ -60,6 +60,8 @@ class StepSpec:
     canary: bool = False
     """What the step must not touch holds a number of its own in each slot, instead of NaN."""
     seed: int = 0
+    kv_range: tuple[float, float] | None = None
+    """In a KV type of one byte: the largest keys and values that its scales provide for. None: of some, by the seed."""
 
     def __str__(self) -> str:
         rows = ", ".join(f"{r.num_computed}+{r.num_new}" + (f" sharing {r.shares}" if r.shares else "") for r in self.rows)
@@ -338,6 +340,8 @@ def _kv_scales(spec: StepSpec, device: str) -> Tensor | None:
     import torch
 
     rng = random.Random(spec.seed)
+    if spec.kv_dtype in LARGEST and spec.kv_range is not None:
+        return torch.tensor([n / LARGEST[spec.kv_dtype] for n in spec.kv_range], dtype=torch.float32, device=device)
     if spec.kv_dtype not in LARGEST or (spec.kv_dtype == "float8_e4m3fn" and rng.random() < 0.3):
         return None
     largest = [rng.uniform(1.5, 4.0) for _ in range(2)]

@@ -86,6 +86,7 @@ def fill(layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[
             expected = (parameter.part_shape(layer, i), parameter.dtype)
             if (tuple(found[name].shape), kind) != expected:
                 raise Broken(f"{name} is {list(found[name].shape)} {kind}, declared is {list(expected[0])} {expected[1]}")
+            parameter.check(f"{layer.parts[i].name}.{name}", found[name])
             tensors[name][parameter.part_index(layer, i)] = found[name].to(layer.device)
     return tensors
 
@@ -188,5 +189,3 @@ def held_bytes(root: object) -> int:
             slots = [s for cls in type(item).__mro__ for s in getattr(cls, "__slots__", ())]
             todo += [getattr(item, s) for s in slots if isinstance(s, str) and hasattr(item, s)]
     return sum(storages.values())
-
-

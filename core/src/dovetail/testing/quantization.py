@@ -184,6 +184,13 @@ class QuantizationContract(Contract):
         for config in self.kinds():
             self.attempt(Case(config), check, Case.simpler)
 
+    @common_causes("a scale that is not declared as one (Parameter.scale)", "an error about it that is none of the kit's")
+    def test_damaged_scales_are_refused(self) -> None:
+        """A tensor of numbers in 16 or 32 bits that holds NaN or an infinity is refused, by what `Parameter.scale` declares or
+        with a `CheckpointError` from `linear`; or no product shows it."""
+        for config in self.kinds():
+            self.attempt(Case(config), self.check_damage, Case.simpler)
+
     # Fused and sharded.
 
     @common_causes("one scale for the whole tensor used for all parts", "an order of the inputs taken from the first part")
@@ -295,6 +302,25 @@ class QuantizationContract(Contract):
         assert again is not None
         if not torch.equal(scheme.dequantize(layer, again[3]), found):
             raise Broken("the same weight was quantized in two ways")
+
+    def check_damage(self, case: Case) -> None:
+        if not (loaded := self.load(case, make_weights(case, self.seed))):
+            return
+        scheme, layer, parameters, _, (part, *others) = loaded
+        x = make_input(case, self.seed, self.device)
+        for name, tensor in part.items():
+            if not tensor.is_floating_point() or tensor.element_size() == 1:
+                continue
+            for wrong in (float("nan"), float("inf")):
+                damaged = tensor.clone()
+                damaged.view(-1)[0] = wrong
+                try:
+                    tensors = fill(layer, parameters, [{**part, name: damaged}, *others])
+                    product = scheme.linear(layer, tensors)(x)
+                except CheckpointError:
+                    continue
+                if not bool(product.isfinite().all()):
+                    raise Broken(f"{name} holds {wrong}, nobody says so, and products show it")
 
     def check_fused(self, case: Case) -> None:
         import torch

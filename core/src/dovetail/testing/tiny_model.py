@@ -74,15 +74,11 @@ class TinyModel:
             "bos_token_id": 0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
         }  # fmt: skip
         (folder / "config.json").write_text(json.dumps(config))
-        header, data = {}, bytearray()
+        tensors: Tensors = {}
         for name, matrix in self.weights.items():
             rows = [[math.nan] * HIDDEN] if broken and name == "model.norm.weight" else matrix.rows
-            shape = [HIDDEN] if "norm" in name else [len(rows), len(rows[0])]
-            begin = len(data)
-            data += array("f", (x for row in rows for x in row)).tobytes()
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
-        text = json.dumps(header).encode()
-        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+            tensors[name] = ("F32", [HIDDEN] if "norm" in name else [len(rows), len(rows[0])], floats(rows))
+        write_tensors(folder, tensors)
         return folder
 
     def run(self) -> Run:
@@ -127,6 +123,25 @@ class Run:
             weights = softmax(scores)
             out += [sum(p * v[d] for p, v in zip(weights, self.values[layer], strict=True)) for d in range(HEAD_SIZE)]
         return out
+
+
+Tensors = dict[str, tuple[str, list[int], bytes]]
+"""By name: dtype as safetensors calls it, shape, data."""
+
+
+def floats(rows: list[Vector]) -> bytes:
+    """As float32."""
+    return array("f", (x for row in rows for x in row)).tobytes()
+
+
+def write_tensors(folder: Path, tensors: Tensors) -> None:
+    """The folder's model.safetensors."""
+    header, data = {}, bytearray()
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 _PARTS = (

@@ -30,6 +30,7 @@ from dovetail.testing.worker_trial import (
     replace_params,
     temperature_for,
 )
+from dovetail.testing.worker_weights import WeightChecks
 from dovetail.types import StepPlan
 
 MARGIN = 1e-4
@@ -41,7 +42,7 @@ most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a samp
 probability 1/2, one percentage point too often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
 
 
-class WorkerContract(TierChecks, DraftChecks):
+class WorkerContract(TierChecks, DraftChecks, WeightChecks):
     """Subclass, set `provider`, and pytest does the rest."""
 
     socket = "worker"

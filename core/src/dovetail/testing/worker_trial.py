@@ -30,6 +30,7 @@ DRAFTER: Provider[object] = Provider(
     DrafterCapabilities(runs_in="worker"),
 )  # fmt: skip
 SEATS, BUDGET, BLOCK_SIZE, NUM_BLOCKS = 256, 1024, 16, 700
+KV_CACHE = {"block_size": BLOCK_SIZE, "memory_gb": 0.25}
 
 
 @dataclass(frozen=True)
@@ -79,31 +80,36 @@ class WorkerTrial(Contract):
             cls.built = self.new_driver()
         return cls.built
 
-    def composed(self, folder: Path, *, overlap: bool = False, drafts: bool = False) -> tuple[Plan, Registry]:
-        """With `drafts`, the model drafts for itself."""
+    def composed(
+        self, folder: Path, *, overlap: bool = False, drafts: bool = False, schemes: tuple[Provider[Any], ...] = (), **more: Any
+    ) -> tuple[Plan, Registry]:
+        """With `drafts`, the model drafts for itself. `schemes` are offered for quantization; `more` are keys of the
+        composition."""
         registry, own = load_registry(), self.registry()
         registry.plugins.extend(own.plugins)
         registry.offers.extend(own.offers)
         config = {
             "model": str(folder), "device": self.device, "dtype": "float32", "overlap": overlap,
             "worker": {"use": f"{DISTRIBUTION}:{self.provider.name}", **self.options},
-            "kv_cache": {"block_size": BLOCK_SIZE, "memory_gb": 0.25},
+            "kv_cache": KV_CACHE,
             "scheduler": {"max_num_seqs": SEATS, "max_num_batched_tokens": BUDGET}, **self.composition,
         }  # fmt: skip
+        config |= more
+        registry.offers.extend(Offer("quantization", scheme, own.plugins[0]) for scheme in schemes)
         if drafts:
             registry.offers.append(Offer("speculation", DRAFTER, own.plugins[0]))
             config["speculation"] = {"use": f"{DISTRIBUTION}:{DRAFTER.name}", "model": str(folder)}
         return resolve(EngineConfig.model_validate(config), registry), registry
 
-    def new_worker(self, folder: Path, *, overlap: bool = False, drafts: bool = False) -> Worker:
-        """Built from a plan that has travelled, as it does to the engine's process; nothing is loaded."""
-        plan, registry = self.composed(folder, overlap=overlap, drafts=drafts)
+    def new_worker(self, folder: Path, **how: Any) -> Worker:
+        """Built from a plan that has travelled, as it does to the engine's process; nothing is loaded. `how`: as `composed`."""
+        plan, registry = self.composed(folder, **how)
         plan = Plan.decode(plan.encode())
         worker: Worker = BuildContext(plan, registry, device_facts(), model_facts(folder)).build("worker")
         return worker
 
-    def new_driver(self, folder: Path | None = None, *, overlap: bool = False, drafts: bool = False) -> Driver:
-        worker = self.new_worker(folder or self.folder / "model", overlap=overlap, drafts=drafts)
+    def new_driver(self, folder: Path | None = None, **how: Any) -> Driver:
+        worker = self.new_worker(folder or self.folder / "model", **how)
         worker.load(no_progress)
         groups = worker.kv_groups()
         num_blocks = [NUM_BLOCKS] * len(groups)

@@ -52,7 +52,7 @@ class NF4:
             return Declined(reason)
         return {
             "codes": Parameter((OUT, Axis("in", features=2)), "uint8"),
-            "scales": Parameter((OUT, Axis("in", features=size)), "float16"),
+            "scales": Parameter((OUT, Axis("in", features=size)), "float16", scale="not negative"),
         }
 
     def linear(self, layer: LinearLayer, tensors: Tensors) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.provider import Options, Provider
+from dovetail.provider import Context, Options, Provider
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
@@ -42,6 +42,15 @@ def _gptq(context: BuildContext, options: Options) -> Gptq:
     return Gptq(context.build("matmul"), context.model.quantization_config or {}, f"{context.model.folder / 'config.json'}")
 
 
+def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
+    """GPTQ: of 4 and 8 bits, those that the checkpoint has; rules for layers (`dynamic`) may change them."""
+    config = (context.model.quantization_config if context.model else None) or {}
+    rules = (config.get("dynamic") or {}).values()
+    bits = [config.get("bits"), *(rule.get("bits") for rule in rules if rule)]
+    codes = ["uint4"] * (4 in bits) + ["int8"] * (8 in bits)
+    return {"matmul": {"codes": codes}} if codes else {}
+
+
 def _can(method: str, codes: tuple[str, ...], examples: tuple[dict[str, Any], ...]) -> QuantizationCapabilities:
     return QuantizationCapabilities((method,), devices=None, codes=codes, examples=examples, compiled_steps=True)
 
@@ -52,7 +61,7 @@ AWQ = Provider(
 )  # fmt: skip
 GPTQ = Provider(
     "gptq", "GPTQ checkpoints: 4-bit and 8-bit weights in groups, rounded in sequence", _gptq,
-    capabilities=_can("gptq", ("uint4", "int8"), GPTQ_EXAMPLES), priority=50,
+    capabilities=_can("gptq", ("uint4", "int8"), GPTQ_EXAMPLES), needs=needs, priority=50,
 )  # fmt: skip
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
+from dovetail.interfaces.packing import canonical_codes, canonical_zeros, unpack
 from dovetail.interfaces.quantization import IN, OUT, Axis, Declined, LinearLayer, Parameter
-from dovetail_quant_awq_gptq.packing import INTERLEAVED, canonical_codes, unpack
 from dovetail_quant_awq_gptq.settings import Config, group_size, one_of
 
 BITS, PER_WORD = 4, 8
+INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The column that a word's i-th four bits are for: the order of the "gemm" kernel."""
 
 
 class Awq(MatmulScheme):
@@ -43,7 +45,7 @@ class Awq(MatmulScheme):
         groups = Axis("in", features=group)
         found = {
             "qweight": Parameter((IN, words), "int32"),
-            "scales": Parameter((groups, OUT), "float32", is_scale=True),
+            "scales": Parameter((groups, OUT), "float32", scale="not zero"),
         }
         return found | ({"qzeros": Parameter((groups, words), "int32")} if self._has_zeros else {})
 
@@ -51,10 +53,11 @@ class Awq(MatmulScheme):
         return WeightFormat("uint4", self._group, zeros=self._has_zeros)
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        codes, scales = unpack(tensors["qweight"], BITS, 1, INTERLEAVED).T, tensors["scales"].T
-        if not self._has_zeros:
-            return {"scales": scales, "codes": canonical_codes(codes, codes[:, :0], BITS)["codes"]}
-        return {"scales": scales, **canonical_codes(codes, unpack(tensors["qzeros"], BITS, 1, INTERLEAVED).T, BITS)}
+        codes = unpack(tensors["qweight"], BITS, 1, INTERLEAVED).T
+        found = {"scales": tensors["scales"].T, "codes": canonical_codes(codes, BITS)}
+        if self._has_zeros:
+            found["zeros"] = canonical_zeros(unpack(tensors["qzeros"], BITS, 1, INTERLEAVED).T, BITS)
+        return found
 
     def _is_left_out(self, name: str) -> bool:
         return name == "lm_head" or any(part in name for part in self._left_out)

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
+from dovetail.interfaces.packing import canonical_codes, canonical_zeros, order_of_groups, plain_groups, unpack
 from dovetail.interfaces.quantization import OUT, Axis, Declined, LinearLayer, Parameter
-from dovetail_quant_awq_gptq.packing import canonical_codes, unpack
 from dovetail_quant_awq_gptq.settings import Config, group_size, one_of
 
 ONES = {4: 0x11111111, 8: 0x01010101}
@@ -78,7 +77,7 @@ class Gptq(MatmulScheme):
         return {
             "qweight": Parameter((Axis("in", features=per_word), OUT), "int32"),
             "qzeros": Parameter((groups, Axis("out", features=per_word)), "int32"),
-            "scales": Parameter((groups, OUT), "float32", is_scale=True),
+            "scales": Parameter((groups, OUT), "float32", scale="not zero"),
             "g_idx": Parameter((whole if settings.ordered else Axis("in"),), "int32"),
         }
 
@@ -93,32 +92,19 @@ class Gptq(MatmulScheme):
         words = tensors["qzeros"] + ONES[settings.bits] if self._is_first_version else tensors["qzeros"]
         found = {"scales": tensors["scales"].T}
         if settings.ordered:
-            found["order"] = self._order(settings, layer, tensors["g_idx"])
+            found["order"] = order_of_groups(layer, "g_idx", tensors["g_idx"], settings.group or layer.in_features)
             codes = codes[:, found["order"]]
         else:
             self._check_plain(settings, layer, tensors["g_idx"])
-        return found | canonical_codes(codes, unpack(words, settings.bits, 1).T, settings.bits)
-
-    def _order(self, settings: Settings, layer: LinearLayer, g_idx: Tensor) -> Tensor:
-        """i64[in]: the inputs, group by group."""
-        if (g_idx != g_idx[0]).any():
-            names = ", ".join(part.name for part in layer.parts)
-            raise CheckpointError(f"g_idx of {names} differ: layers that are computed as one need one order of their inputs")
-        group = settings.group or layer.in_features
-        counts = torch.bincount(g_idx[0].clamp_min(0), minlength=layer.in_features // group)
-        if (counts != group).any() or (g_idx < 0).any():
-            raise CheckpointError(
-                f"{layer.name}.g_idx does not have {group} inputs in each of {layer.in_features // group} groups: is "
-                "group_size in quantization_config what the checkpoint was made with?"
-            )
-        return g_idx[0].argsort(stable=True)
+        zeros = canonical_zeros(unpack(words, settings.bits, 1).T, settings.bits)
+        return {**found, "codes": canonical_codes(codes, settings.bits), "zeros": zeros}
 
     def _check_plain(self, settings: Settings, layer: LinearLayer, g_idx: Tensor) -> None:
         """Of a rank's share too, which begins with some group."""
-        own = torch.arange(layer.in_features, dtype=torch.int32, device=g_idx.device) // (settings.group or layer.in_features)
-        if (g_idx - g_idx[:, :1] != own).any():
+        group = settings.group or layer.in_features
+        if (g_idx - g_idx[:, :1] != plain_groups(layer, g_idx, group)).any():
             raise CheckpointError(
-                f"{layer.name}.g_idx is not one group of {settings.group or layer.in_features} inputs after the other, as "
+                f"{layer.name}.g_idx is not one group of {group} inputs after the other, as "
                 "quantization_config says: is its group_size wrong, or desc_act, which is false?"
             )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.provider import Options, Provider
+from dovetail.provider import Context, Options, Provider
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
@@ -48,12 +48,22 @@ def _build(context: BuildContext, options: Options) -> CompressedTensors:
     return CompressedTensors(context.build("matmul"), context.model.quantization_config or {}, where)
 
 
+def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
+    """What the groups of the checkpoint ask of what multiplies."""
+    from dovetail_quant_compressed_tensors.groups import Groups
+
+    if context.model is None or context.model.quantization_method != METHOD:
+        return {}
+    groups = [g for _, g in Groups(f"{context.model.folder / 'config.json'}", context.model.quantization_config or {}).all]
+    return {"matmul": {"codes": [g.codes for g in groups], "inputs": [g.inputs for g in groups if g.inputs]}}
+
+
 PROVIDER = Provider(
     METHOD, "checkpoints of compressed-tensors: FP8, INT8, packed 4-bit and 8-bit weights", _build,
     capabilities=QuantizationCapabilities(
         (METHOD,), devices=None, activations="float8_e4m3fn", examples=EXAMPLES, compiled_steps=True,
         codes=("int8", "uint4", "float8_e4m3fn"),
-    ), priority=50,
+    ), needs=needs, priority=50,
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
+from dovetail.interfaces.packing import canonical_codes, canonical_zeros, order_of_groups, unpack
 from dovetail.interfaces.quantization import IN, OUT, Axis, Declined, LinearLayer, Parameter
 from dovetail_quant_compressed_tensors.groups import PACKED, Config, Group, Groups
 
@@ -57,7 +58,7 @@ class CompressedTensors(MatmulScheme):
         scales: tuple[Axis | int, ...] = (1,) if group.strategy == "tensor" else (OUT, groups)
         if group.block:
             scales = (Axis("out", features=group.block[0]), Axis("in", features=group.block[1]))
-        found["weight_scale"] = Parameter(scales, "float32", is_scale=True)
+        found["weight_scale"] = Parameter(scales, "float32", scale="not zero")
         if not group.symmetric:
             packed = Parameter((Axis("out", features=per_word), groups), "int32")
             found["weight_zero_point"] = packed if group.format == PACKED else Parameter((OUT, groups), "int8")
@@ -65,7 +66,7 @@ class CompressedTensors(MatmulScheme):
             whole = Axis("in", features=layer.in_features, elements=layer.in_features)  # which a rank cannot share
             found["weight_g_idx"] = Parameter((whole,), "int32")
         if group.static:
-            found["input_scale"] = Parameter((1,), "float32", is_scale=True)
+            found["input_scale"] = Parameter((1,), "float32", scale="positive")
         return found
 
     def format(self, layer: LinearLayer) -> WeightFormat:
@@ -96,20 +97,21 @@ class CompressedTensors(MatmulScheme):
                 )
         codes, found = unpack(tensors["weight_packed"], group.bits, 1)[:, : layer.in_features], {}
         if group.ordered:
-            found["order"] = _order(group, layer, tensors["weight_g_idx"])
+            size = group.group_size or layer.in_features
+            found["order"] = order_of_groups(layer, "weight_g_idx", tensors["weight_g_idx"], size)
             codes = codes[:, found["order"]]
-        found["codes"] = _canonical(codes, group.bits)
+        found["codes"] = canonical_codes(codes, group.bits)
         if not group.symmetric:
             # Each part's words begin with the part, and its last may be filled up.
             pieces = _by_part(layer, tensors["weight_zero_point"], 32 // group.bits)
             zeros = torch.cat([unpack(piece, group.bits, 0)[:outs] for piece, outs in pieces])
-            found["zeros"] = zeros if group.bits == 4 else _canonical(zeros, 8)
+            found["zeros"] = canonical_zeros(zeros, group.bits)
         return found
 
     def kv_scales(self, name: str) -> dict[str, Parameter] | None:
         if not self._kv or self._kv.get("dynamic", False):
             return None
-        return {f"{name}.{which}_scale": Parameter((1,), "float32", is_scale=True) for which in ("k", "v")}
+        return {f"{name}.{which}_scale": Parameter((1,), "float32", scale="positive") for which in ("k", "v")}
 
     def _taken(self, layer: LinearLayer) -> Group:
         group = self._of(layer)
@@ -140,35 +142,3 @@ def _by_part(layer: LinearLayer, tensor: Tensor, features: int) -> list[tuple[Te
         pieces.append((tensor[start : start + count], part.out_features))
         start += count
     return pieces
-
-
-def _order(group: Group, layer: LinearLayer, g_idx: Tensor) -> Tensor:
-    """i64[in]: the inputs, group by group."""
-    if (g_idx != g_idx[0]).any():
-        names = ", ".join(part.name for part in layer.parts)
-        raise CheckpointError(f"weight_g_idx of {names} differ: layers that are computed as one need one order of inputs")
-    size = group.group_size or layer.in_features
-    counts = torch.bincount(g_idx[0].clamp_min(0), minlength=layer.in_features // size)
-    if (counts != size).any() or (g_idx < 0).any():
-        what = f"{size} inputs in each of {layer.in_features // size} groups"
-        raise CheckpointError(
-            f"{layer.name}.weight_g_idx does not have {what}: is group_size in quantization_config what the checkpoint was "
-            "made with?"
-        )
-    return g_idx[0].argsort(stable=True)
-
-
-def unpack(words: Tensor, bits: int, axis: int) -> Tensor:
-    """i32 → u8, 32 / `bits` times as long along `axis`. The lowest bits come first."""
-    moved = words.movedim(axis, -1)
-    octets = moved.reshape(-1).view(torch.uint8).reshape(*moved.shape[:-1], -1)  # little-endian, as the files are
-    codes = octets if bits == 8 else torch.stack([octets & 15, octets >> 4], -1).flatten(-2)
-    return codes.movedim(-1, axis)
-
-
-def _canonical(codes: Tensor, bits: int) -> Tensor:
-    """u8[out, in] as the matmul socket has it."""
-    if bits == 8:
-        return (codes.to(torch.int16) - 128).to(torch.int8)
-    padded = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return padded[:, 0::2] | padded[:, 1::2] << 4

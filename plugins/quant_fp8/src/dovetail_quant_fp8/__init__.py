@@ -75,6 +75,10 @@ def settle(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
     return options.model_copy(update={"granularity": granularity, "activations": activations}), []
 
 
+def needs(context: Context, options: Fp8Options) -> dict[str, dict[str, Any]]:
+    return {"matmul": {"inputs": [] if options.activations == "none" else ["float8_e4m3fn"]}}
+
+
 def _own_config(config: dict[str, Any] | None) -> dict[str, Any] | None:
     return config if config is not None and config["quant_method"] == METHOD else None
 
@@ -90,7 +94,7 @@ PROVIDER = Provider(
     QuantizationCapabilities(
         (METHOD,), on_the_fly=True, devices=None, activations="float8_e4m3fn", examples=EXAMPLES, codes=("float8_e4m3fn",),
         compiled_steps=True,
-    ), why_not, settle, priority=50,
+    ), why_not, settle, needs=needs, priority=50,
 )  # fmt: skip
 
 

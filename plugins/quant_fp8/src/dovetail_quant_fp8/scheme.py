@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
 from dovetail.interfaces.quantization import IN, OUT, Axis, Declined, LinearLayer, Parameter
 from dovetail_quant_fp8 import Fp8Options
@@ -54,10 +53,10 @@ class Fp8(MatmulScheme):
         axes = {"tensor": (), "channel": (OUT, 1), "block": (Axis("out", features=outputs), Axis("in", features=inputs))}
         found = {
             "weight": Parameter((OUT, IN), "float8_e4m3fn"),
-            self._scale: Parameter(axes[self._granularity], self._scale_dtype),
+            self._scale: Parameter(axes[self._granularity], self._scale_dtype, scale="not negative"),
         }
         if self._activations == "static":
-            found[self._input_scale] = Parameter((), "float32")
+            found[self._input_scale] = Parameter((), "float32", scale="positive")
         return found
 
     def format(self, layer: LinearLayer) -> WeightFormat:
@@ -72,11 +71,6 @@ class Fp8(MatmulScheme):
         found = {"codes": tensors["weight"], "scales": self._scales(layer, tensors[self._scale].float())}
         if self._activations == "static":  # the parts have one input: the widest scale holds what each of them saw
             found["input_scale"] = tensors[self._input_scale].amax().reshape(1)
-            if not bool(found["input_scale"] > 0) or bool(found["input_scale"].isinf()):
-                raise CheckpointError(f"{layer.name}: {self._input_scale} is {float(found['input_scale']):g}, no scale")
-        if not bool((found["scales"].isfinite() & (found["scales"] >= 0)).all()):
-            name = self._scale if layer.stored else "weight"
-            raise CheckpointError(f"{layer.name}: {name} holds numbers that are negative or not finite")
         return found
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
@@ -94,7 +88,7 @@ class Fp8(MatmulScheme):
         """As AutoFP8 stores them: scales of what the two projections give."""
         if not self._has_kv_scales:
             return None
-        return {f"{name}.{which}_proj.output_scale": Parameter((), "float32") for which in ("k", "v")}
+        return {f"{name}.{which}_proj.output_scale": Parameter((), "float32", scale="positive") for which in ("k", "v")}
 
     def _scales(self, layer: LinearLayer, scale: Tensor) -> Tensor:
         """f32[out, groups]"""

@@ -74,6 +74,10 @@ def settle(context: Context, options: BitsAndBytesOptions) -> tuple[Options, lis
     return BitsAndBytesOptions(threshold=config.get("llm_int8_threshold", THRESHOLD)), []
 
 
+def needs(context: Context, options: Int8Options) -> dict[str, dict[str, Any]]:
+    return {"matmul": {"inputs": [] if options.activations == "none" else ["int8"]}}
+
+
 def _build_int8(context: BuildContext, options: Int8Options) -> Int8:
     from dovetail_quant_int8.int8 import Int8
 
@@ -93,7 +97,7 @@ def _build_bitsandbytes(context: BuildContext, options: BitsAndBytesOptions) -> 
 INT8 = Provider(
     "int8", "INT8 weights and inputs, of plain weights quantized while they are read", _build_int8, Int8Options,
     QuantizationCapabilities(on_the_fly=True, devices=None, activations="int8", codes=("int8",), compiled_steps=True),
-    priority=50,
+    needs=needs, priority=50,
 )  # fmt: skip
 BITSANDBYTES = Provider(
     METHOD, "LLM.int8(): INT8 weights and inputs, but for inputs of unusual size; checkpoints, and plain weights",

@@ -18,7 +18,7 @@ from torch import Tensor
 from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
 from dovetail.interfaces.quantization import IN, OUT, Declined, LinearLayer, Parameter
-from dovetail_quant_int8.int8 import LARGEST, check_scales, rounded
+from dovetail_quant_int8.int8 import LARGEST, rounded
 
 WEIGHT_FORMAT = "weight_format"
 
@@ -36,13 +36,12 @@ class BitsAndBytes(MatmulScheme):
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
         if layer.stored and layer.alike(self._is_left_out, "llm_int8_skip_modules of the checkpoint's quantization_config"):
             return Declined("the checkpoint leaves it out (llm_int8_skip_modules)")
-        return {"weight": Parameter((OUT, IN), "int8"), "SCB": Parameter((OUT,), "float32")}
+        return {"weight": Parameter((OUT, IN), "int8"), "SCB": Parameter((OUT,), "float32", scale="not negative")}
 
     def format(self, layer: LinearLayer) -> WeightFormat:
         return WeightFormat("int8", inputs="int8")
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_scales(layer, "SCB" if layer.stored else "weight", tensors["SCB"])
         return {"codes": tensors["weight"], "scales": tensors["SCB"][:, None] / LARGEST}
 
     def linear(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
 from dovetail.interfaces.quantization import IN, OUT, LinearLayer, Parameter
 
@@ -22,13 +21,12 @@ class Int8(MatmulScheme):
         self._format = WeightFormat("int8", inputs="int8" if rounds_inputs else None)
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter]:
-        return {"weight": Parameter((OUT, IN), "int8"), "weight_scale": Parameter((OUT,), "float32")}
+        return {"weight": Parameter((OUT, IN), "int8"), "weight_scale": Parameter((OUT,), "float32", scale="not negative")}
 
     def format(self, layer: LinearLayer) -> WeightFormat:
         return self._format
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_scales(layer, "weight", tensors["weight_scale"])
         return {"codes": tensors["weight"], "scales": tensors["weight_scale"][:, None]}
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
@@ -41,9 +39,3 @@ def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     largest = rows.abs().amax(1)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     return (rows / scale[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), largest
-
-
-def check_scales(layer: LinearLayer, name: str, scales: Tensor) -> None:
-    """Raise `CheckpointError` for what no weight is scaled by. `name`: the tensor that is to blame."""
-    if not bool((scales.isfinite() & (scales >= 0)).all()):
-        raise CheckpointError(f"{layer.name}: {name} holds numbers that are negative or not finite")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor
-
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.facts import ModelFacts
 from dovetail.interfaces.quantization import PLAIN
@@ -43,16 +41,4 @@ def check_stored(
         raise CheckpointError(
             f"{model.folder}: {name} is stored as a plain weight, and {said} asks for {', '.join(wanted)}: is it the config "
             "that it was made with?"
-        )
-
-
-def check_scale(name: str, scale: Tensor) -> None:
-    """Raise `CheckpointError` for zeros, infinities and NaN."""
-    values = scale.float()
-    bad = ~values.isfinite() | (values == 0)
-    if bool(bad.any()):
-        first = tuple(bad.nonzero()[0].tolist())
-        raise CheckpointError(
-            f"{name} holds {float(values[first])} at {list(first)}, and {int(bad.sum())} of its {bad.numel()} scales are zero, "
-            "infinite or NaN: the checkpoint is damaged, or its quantization failed there; get it again, or quantize it again"
         )

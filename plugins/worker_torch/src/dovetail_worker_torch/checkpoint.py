@@ -18,6 +18,7 @@ from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
 from dovetail.interfaces.architecture import Target
 from dovetail.interfaces.worker import Progress
+from dovetail_worker_torch.memory import give_back
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -25,6 +26,9 @@ INTERCHANGEABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch
 """Types that are converted into each other on the way. Any other must be stored as the model wants it."""
 
 BY_CONFIG = Target._field_defaults["asked_by"]
+
+PORTION = 256 * 2**20
+"""Bytes of tensors that are read before memory is given back: so what is left over is bounded while weights are read."""
 
 IGNORABLE = ("*.rotary_emb.inv_freq",)
 """Tensors that old checkpoints hold and that follow from the config."""
@@ -38,7 +42,7 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
     """
     shards = [(path, names, open_shard(path)) for path, names in shard_files(folder).items()]
     total = sum(path.stat().st_size for path, _, _ in shards)
-    surplus, missing, done = [], set(targets), 0
+    surplus, missing, done, given_back = [], set(targets), 0, 0
     for path, names, shard in shards:
         stored = set(shard.keys())
         if absent := sorted((names or set()) - stored):
@@ -52,7 +56,11 @@ def load_tensors(folder: Path, targets: Mapping[str, Target], *, progress: Progr
                 continue
             done += _copy(path, shard, name, targets[name])
             missing.discard(name)
+            if done - given_back >= PORTION:
+                give_back()
+                given_back = done
             progress("loading weights", done, total)
+    give_back()
     if missing:
         _refuse_missing(folder, targets, missing)
     allowed = [*IGNORABLE, *unused]

@@ -23,7 +23,7 @@ from dovetail.interfaces.compiled import Compiled, CompiledLinear
 from dovetail.interfaces.matmul import MatmulScheme
 from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
 from dovetail.weights import LayerWeights
-from dovetail_worker_torch.agreement import check_scale, check_stored, stored_tensors
+from dovetail_worker_torch.agreement import check_stored, stored_tensors
 from dovetail_worker_torch.checkpoint import BY_CONFIG, few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
 
@@ -117,7 +117,7 @@ class QuantizedLayers:
                 for kept, (tensor, parameter) in zip(scales, found.items(), strict=True):
                     shape = tuple(axis for axis in parameter.axes if isinstance(axis, int))
                     dtype = getattr(torch, parameter.dtype)
-                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_scale, tensor, kept))
+                    self._kv_scales[tensor] = Target(shape, dtype, partial(_copy_scale, tensor, parameter, kept))
                 return replace(layer, kv_scales=scales)
         return layer
 
@@ -146,7 +146,6 @@ class QuantizedLayers:
                 check_stored(self._context.model, taken.key, choices[taken.key], part.name, found, wanted)
         for reason, names in self._declined.items():
             log.warning("not quantized: %s: %s", few(names), reason)
-
 
     def weights(self, plain: str) -> list[LayerWeights]:
         """What was made of each layer. `plain`: the kind of those that no scheme makes."""
@@ -241,8 +240,7 @@ class QuantizedLinear:
         return Target(shape, dtype, store_one)
 
     def _put_stored(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
-        if parameter.is_scale:
-            check_scale(f"{self.layer.parts[part].name}.{name}", tensor)
+        parameter.check(f"{self.layer.parts[part].name}.{name}", tensor)
         self._put(name, parameter, part, tensor)
 
     def _put(self, name: str, parameter: Parameter, part: int, tensor: Tensor) -> None:
@@ -263,11 +261,12 @@ class QuantizedLinear:
                     f"quantize gave {what}",
                     provider=self._provider,
                 )  # fmt: skip
+            parameter.check(f"{layer.name}.weight, quantized: its {name}", found)
             self._put(name, parameter, part, found)
 
 
-def _copy_scale(name: str, kept: Tensor, tensor: Tensor) -> None:
-    check_scale(name, tensor)
+def _copy_scale(name: str, parameter: Parameter, kept: Tensor, tensor: Tensor) -> None:
+    parameter.check(name, tensor)
     kept.copy_(tensor.reshape(()))
 
 

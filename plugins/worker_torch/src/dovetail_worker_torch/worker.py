@@ -30,10 +30,11 @@ from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE, fuses
+from dovetail_worker_torch.gpu_memory import gpu_memory
 from dovetail_worker_torch.graphs import ladder
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
-from dovetail_worker_torch.memory import cpu_memory, gpu_memory
+from dovetail_worker_torch.memory import cpu_memory
 from dovetail_worker_torch.model import Unread, describe_weights, load_model
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinears

@@ -25,7 +25,7 @@ class MyPluginScheme:
         """A layer's tensors, by what follows its name in the checkpoint; each axis says whose features lie along it."""
         if layer.in_features < 2:
             return Declined("a scale would be as large as what it scales")  # the layer stays as it is, and the log says why
-        return {"codes": Parameter((OUT, IN), "int8"), "scale": Parameter((OUT,), "float32")}
+        return {"codes": Parameter((OUT, IN), "int8"), "scale": Parameter((OUT,), "float32", scale="not negative")}
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
         """A plain weight `[out, in]` → the tensors declared."""
