@@ -77,7 +77,7 @@ def test_a_driver_that_fails_is_said(call):
 
 def test_too_old():
     gpus = (GpuFacts("NVIDIA H200", (9, 0), 2**37, (13, 0)), GpuFacts("Tesla T4", (7, 5), 2**34, (11, 4)))
-    facts = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset(), None, gpus)
+    facts = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset(), None, gpus=gpus)
 
     def reasons(device, **least):
         return [(r.code, str(r)) for r in why_not_gpu(Context(facts, None, device, "bfloat16"), **least)]

@@ -26,6 +26,8 @@ class DeviceFacts:
     cpu_flags: frozenset[str]
     compiler: str | None
     """Path of a C++ compiler."""
+    nvcc: str | None = None
+    """Path of CUDA's compiler."""
     gpus: tuple[GpuFacts, ...] = ()
     """NVIDIA's; `cuda:i` is `gpus[i]`."""
     gpu_trouble: str = ""
@@ -56,9 +58,17 @@ def device_facts() -> DeviceFacts:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cpu_flags=flags,
         compiler=shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++"),
+        nvcc=_nvcc(),
         gpus=gpus,
         gpu_trouble=gpu_trouble,
     )
+
+
+def _nvcc() -> str | None:
+    """That of CUDA_HOME, else of the path, else of the usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = (*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc")
+    return next((found for place in places if (found := shutil.which(place))), None)
 
 
 @dataclass(frozen=True)

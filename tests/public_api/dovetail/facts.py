@@ -18,6 +18,7 @@ class DeviceFacts:
     memory_bytes: int
     cpu_flags: frozenset[str]
     compiler: str | None
+    nvcc: str | None = None
     gpus: tuple[GpuFacts, ...] = ()
     gpu_trouble: str = ''
 

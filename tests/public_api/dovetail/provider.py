@@ -72,6 +72,9 @@ def no_reasons(context: Context) -> list[Reason]:
 def as_given(context: Context, options: Options) -> tuple[Options, list[str]]:
     ...
 
+def no_needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
+    ...
+
 @dataclass(frozen=True)
 class Provider(Generic[T]):
     name: str
@@ -85,3 +88,4 @@ class Provider(Generic[T]):
     requires: tuple[Relation, ...] = ()
     conflicts: tuple[Relation, ...] = ()
     untested_with: tuple[Relation, ...] = ()
+    needs: Callable[[Context, Any], dict[str, dict[str, Any]]] = no_needs

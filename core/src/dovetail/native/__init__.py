@@ -1,8 +1,9 @@
-"""For plugins with C++ of their own: building it once (`build`), and what its libraries share (`include/dovetail`)."""
+"""For plugins with C++ or CUDA C++ of their own: building it once (`build`), and what libraries in C++ share
+(`include/dovetail`)."""
 
 from __future__ import annotations
 
-from dovetail.native.build import INCLUDE, Target, build_library, cache_folder, openmp_of
+from dovetail.native.build import INCLUDE, Target, build_cuda_library, build_library, cache_folder, openmp_of
 from dovetail.native.memory import zeros
 
-__all__ = ["INCLUDE", "Target", "build_library", "cache_folder", "openmp_of", "zeros"]
+__all__ = ["INCLUDE", "Target", "build_cuda_library", "build_library", "cache_folder", "openmp_of", "zeros"]

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
     "avx2": ("-march=x86-64-v3",),
     "amx": ("-march=sapphirerapids",),
 }
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0", "-lineinfo")
 NUM_ERROR_LINES = 15
 
 
@@ -79,32 +81,59 @@ def build_library(
     """
     if facts.compiler is None:
         raise PluginError(f"{name} needs a C++ compiler: install g++ or clang++, or set CXX", provider=name)
-    folder = cache_folder(name) if folder is None else folder
-    flags = (*FLAGS, *TARGETS[target], *(f"-D{d}" for d in defines))
-    library = folder / f"{_digest(sources, facts, flags, openmp)}.so"
-    if _loads(name, library):
+    omp = ("-fopenmp",) if openmp is None else (str(openmp), f"-Wl,-rpath,{openmp.parent}")
+    build = Build(name, sources, "*.cpp", facts.compiler, (*FLAGS, *TARGETS[target], *(f"-D{d}" for d in defines)), omp)
+    return build.library(facts, cache_folder(name) if folder is None else folder)
+
+
+def build_cuda_library(
+    name: str, sources: Path, facts: DeviceFacts, architectures: Sequence[str], *, folder: Path | None = None
+) -> Path:
+    """The same of `sources/*.cu`, by nvcc, for GPUs of these architectures ("sm_90"). It needs no GPU, and no header of a
+    tensor library: pointers and the stream are passed as numbers."""
+    if facts.nvcc is None:
+        raise PluginError(f"{name} needs CUDA's compiler: install the CUDA toolkit, or set CUDA_HOME", provider=name)
+    targets = tuple(f"-gencode=arch=compute_{a.removeprefix('sm_')},code={a}" for a in architectures)
+    build = Build(name, sources, "*.cu", facts.nvcc, (*CUDA_FLAGS, *targets), targets)
+    return build.library(facts, cache_folder(name) if folder is None else folder)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a library is made of."""
+
+    name: str
+    sources: Path
+    pattern: str
+    compiler: str
+    flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+
+    def library(self, facts: DeviceFacts, folder: Path) -> Path:
+        name, library = self.name, folder / f"{_digest(self, facts)}.so"
+        if _loads(name, library):
+            return library
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(library.with_suffix(".lock")):
+                if not _loads(name, library):  # another process may have built it meanwhile
+                    _compile(self, library)
+        except OSError as e:
+            raise PluginError(f"{name} cannot write its kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
+        if not _loads(name, library):
+            raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
         return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(library.with_suffix(".lock")):
-            if not _loads(name, library):  # another process may have built it meanwhile
-                _compile(name, sources, facts.compiler, flags, openmp, library)
-    except OSError as e:
-        raise PluginError(f"{name} cannot write its kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
-    if not _loads(name, library):
-        raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
-    return library
 
 
-def _digest(sources: Path, facts: DeviceFacts, flags: tuple[str, ...], openmp: Path | None) -> str:
+def _digest(build: Build, facts: DeviceFacts) -> str:
     digest = hashlib.sha256()
-    for file in sorted([*sources.iterdir(), *(INCLUDE / "dovetail").iterdir()]):
+    for file in sorted([*build.sources.iterdir(), *(INCLUDE / "dovetail").iterdir()]):
         digest.update(file.name.encode() + file.read_bytes())
-    compiler = Path(str(facts.compiler)).resolve()
+    compiler = Path(build.compiler).resolve()
     stat = compiler.stat() if compiler.exists() else None
     # The compiler's file stands for its version: asking it costs more than the rest of a start with a built library.
     version = (compiler, stat and stat.st_size, stat and stat.st_mtime_ns)
-    for part in (*map(str, version), facts.machine, *sorted(facts.cpu_flags), *flags, str(openmp)):
+    for part in (*map(str, version), facts.machine, *sorted(facts.cpu_flags), *build.flags, *build.link_flags):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -129,20 +158,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(
-    name: str, sources: Path, compiler: str, flags: tuple[str, ...], openmp: Path | None, library: Path
-) -> None:
-    log.info("%s: compiling its kernels for this CPU, once (some seconds)", name)
+def _compile(build: Build, library: Path) -> None:
+    name = build.name
+    log.info("%s: compiling its kernels for this machine, once (some seconds)", name)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=library.parent) as build:
-        files = sorted(sources.glob("*.cpp"))
-        objects = [str(Path(build) / f"{s.stem}.o") for s in files]
-        commands = [[compiler, *flags, "-c", str(s), "-o", o] for s, o in zip(files, objects, strict=True)]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        files = sorted(build.sources.glob(build.pattern))
+        objects = [str(Path(folder) / f"{s.stem}.o") for s in files]
+        commands = [[build.compiler, *build.flags, "-c", str(s), "-o", o] for s, o in zip(files, objects, strict=True)]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda command: _call(name, command), commands))
-        linked = Path(build) / library.name
-        omp = ["-fopenmp"] if openmp is None else [str(openmp), f"-Wl,-rpath,{openmp.parent}"]
-        _call(name, [compiler, "-shared", *objects, "-o", str(linked), *omp])
+        linked = Path(folder) / library.name
+        _call(name, [build.compiler, "-shared", *objects, "-o", str(linked), *build.link_flags])
         linked.replace(library)  # complete or not there at all
     log.info("%s: compiled in %.0f s", name, time.perf_counter() - start)
 

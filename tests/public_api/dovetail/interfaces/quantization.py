@@ -3,11 +3,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
-from dovetail.errors import ConfigError
+from dovetail.errors import CheckpointError, ConfigError
 CONTRACT = '0.1'
 Array = Any
 PLAIN = 'none'
 Side = Literal['out', 'in']
+Scale = Literal['not zero', 'not negative', 'positive']
 
 @dataclass(frozen=True)
 class QuantizationCapabilities:
@@ -63,7 +64,7 @@ Index = tuple[int | slice, ...]
 class Parameter:
     axes: tuple[Axis | int, ...]
     dtype: str
-    is_scale: bool = False
+    scale: Scale | None = None
 
     def part_shape(self, layer: LinearLayer, part: int) -> tuple[int, ...]:
         ...
@@ -75,6 +76,9 @@ class Parameter:
         ...
 
     def shard_index(self, layer: LinearLayer, part: int, side: Side, rank: int, size: int) -> Index:
+        ...
+
+    def check(self, name: str, tensor: Array) -> None:
         ...
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
 from __future__ import annotations
-from dovetail.native.build import INCLUDE, Target, build_library, cache_folder, openmp_of
+from dovetail.native.build import INCLUDE, Target, build_cuda_library, build_library, cache_folder, openmp_of
 from dovetail.native.memory import zeros
-__all__ = ['INCLUDE', 'Target', 'build_library', 'cache_folder', 'openmp_of', 'zeros']
+__all__ = ['INCLUDE', 'Target', 'build_cuda_library', 'build_library', 'cache_folder', 'openmp_of', 'zeros']

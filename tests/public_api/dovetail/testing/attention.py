@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 import pytest
 from dovetail.provider import Context
-from dovetail.testing.attention_steps import Row, Step, StepSpec, block_sizes, head_sizes, padded, plain, random_spec, simpler
+from dovetail.testing.attention_steps import LARGEST, Row, Step, StepSpec, block_sizes, head_sizes, padded, plain, random_spec, simpler
 from dovetail.testing.attention_trial import AttentionTrial, same
 from dovetail.testing.contract import common_causes
 NUM_RANDOM_STEPS = 40
@@ -72,6 +72,11 @@ class AttentionContract(AttentionTrial):
 
     @common_causes("exp without subtracting the row's maximum", 'weights kept in float16, whose largest number is 65504')
     def test_large_logits(self) -> None:
+        ...
+
+    @pytest.mark.parametrize('largest', [(0.5, 4.0), (6.0, 0.25)])
+    @common_causes("the keys' scale used for values", 'codes not limited before they are cast', 'a scale for each head')
+    def test_scales_of_keys_and_values(self, largest: tuple[float, float]) -> None:
         ...
 
     @pytest.mark.parametrize('index', range(6))

@@ -63,6 +63,10 @@ class QuantizationContract(Contract):
     def test_zeros_stay_zero(self) -> None:
         ...
 
+    @common_causes('a scale that is not declared as one (Parameter.scale)', "an error about it that is none of the kit's")
+    def test_damaged_scales_are_refused(self) -> None:
+        ...
+
     @common_causes('one scale for the whole tensor used for all parts', 'an order of the inputs taken from the first part')
     def test_fused_is_its_parts(self) -> None:
         ...
@@ -94,6 +98,9 @@ class QuantizationContract(Contract):
         ...
 
     def check_weights(self, case: Case) -> None:
+        ...
+
+    def check_damage(self, case: Case) -> None:
         ...
 
     def check_fused(self, case: Case) -> None:

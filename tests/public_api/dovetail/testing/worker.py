@@ -11,12 +11,13 @@ from dovetail.testing.worker_drafts import DraftChecks
 from dovetail.testing.worker_driver import EOS, GREEDY, Driver
 from dovetail.testing.worker_tiers import TierChecks
 from dovetail.testing.worker_trial import BLOCK_SIZE, SEATS, Asked, error_of, no_progress, replace_params, temperature_for
+from dovetail.testing.worker_weights import WeightChecks
 from dovetail.types import StepPlan
 MARGIN = 0.0001
 NUM_DRAWS = 160000
 CRITICAL = 5.5
 
-class WorkerContract(TierChecks, DraftChecks):
+class WorkerContract(TierChecks, DraftChecks, WeightChecks):
     socket = 'worker'
 
     @common_causes('an option whose value depends on the machine or the process', 'an option that is no plain data')
