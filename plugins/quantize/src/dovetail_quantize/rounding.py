@@ -52,8 +52,6 @@ class Grid:
     """-1: all inputs."""
     symmetric: bool
     """The zero point is in the middle, whatever the weights."""
-    smallest_zero: int = 0
-    """Formats that store zero points less one do not agree on what 0 is."""
 
     @property
     def codes(self) -> torch.dtype:
@@ -79,7 +77,7 @@ class Grid:
             low = -high
         scales = ((high - low) / self.largest).half().float().clamp_min(SMALLEST_HALF)
         middle = torch.full_like(scales, (self.largest + 1) // 2)
-        return scales, middle if self.symmetric else (-low / scales).round().clamp(self.smallest_zero, self.largest)
+        return scales, middle if self.symmetric else (-low / scales).round().clamp(0, self.largest)
 
     def nearest(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes, as f32; scales and zero points are broadcast."""
