@@ -95,7 +95,8 @@ class ByRow:
         probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         grid = RowGrid(self.codes, dtype)
-        found = _in_sequence(linears, inputs, grid, False, self.damp) if inputs else None
+        # One scale a row whatever the order, so that the best one costs nothing.
+        found = _in_sequence(linears, inputs, grid, True, self.damp) if inputs else None
         return _each(linears, inputs, lambda name, weight: grid.round(weight) if found is None else found[name],
                      lambda rounded: formats.compressed_tensors(rounded, dtype))  # fmt: skip
 
