@@ -8,7 +8,7 @@ TEST_PROJECTS := plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
-.PHONY: serve test lint soak bench gpu-wheels gpu-check clean
+.PHONY: serve test lint soak interop bench gpu-wheels gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make lint    the first three of these"
 	@echo "make soak    the long tests; results go to benchmarks/results"
 	@echo "make gpu-check   checks and benchmarks on a machine with a GPU (gpu/README.md)"
+	@echo "make interop gptqmodel and transformers read what dovetail quantize writes, in an environment of their own"
 	@echo "make bench   the benchmarks of the README"
 
 serve: $(VENV)/.serve
@@ -33,6 +34,16 @@ lint: $(VENV)/.test
 
 soak: $(VENV)/.test
 	$(BIN)/python tests/soak.py
+
+# Too heavy, and too much of it built from source, for every run of the tests.
+interop: $(VENV)/.test $(VENV)-interop/.made
+	$(BIN)/python tests/interop/ours.py --theirs $(VENV)-interop/bin/python
+
+$(VENV)-interop/.made: constraints.txt tests/interop/requirements.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel numpy packaging ninja
+	@BUILD_CUDA_EXT=0 $(@D)/bin/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -r tests/interop/requirements.txt
+	@touch $@
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/transformers_side_by_side.py
@@ -70,4 +81,4 @@ gpu-check:
 	$(PYTHON) gpu/check.py $(PART) $(if $(AGAIN),--again)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-interop .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,7 +5,7 @@
 Makes the checkpoints with `dovetail quantize`, calibrated on the demo model's calibration.txt, and asks an engine of each, as
 it is served: the perplexity of the held-out text, 512 tokens at a time (of the first 64 windows, as the model's README counts;
 and of all, with the standard error of the ratio to bfloat16's over the windows), and how many of the 300 questions are answered
-word for word.
+word for word. With --variants, those alone; what the JSON file has of the others stays, with its dates.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ def main() -> None:
     rows = {name: row(results[PLAIN], result) for name, result in results.items()}
     print(table(rows))
     if args.json:
-        command = "python benchmarks/quantization_quality.py"
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": command}
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        about = {"machine": machine(), "command": "python benchmarks/quantization_quality.py"}
+        known = json.loads(args.json.read_text())["rows"] if args.json.exists() else {}
+        known |= {name: {"date": time.strftime("%Y-%m-%d"), **found} for name, found in rows.items()}
+        ordered = {name: known[name] for name in (PLAIN, *VARIANTS) if name in known}
+        args.json.write_text(json.dumps({"about": about, "rows": ordered}, indent=1) + "\n")
 
 
 def measure(model: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What `dovetail quantize` writes is read by others: transformers with compressed-tensors, and an engine."""
+"""What `dovetail quantize` writes is read by others: transformers with compressed-tensors, and an engine. (By gptqmodel, and by
+transformers with it: `make interop`.)"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 import unpacking
 from checkpoints import SIZES
+from safetensors import safe_open
 
 from dovetail import LLM, SamplingParams
 from dovetail.cli.main import main
@@ -23,7 +25,9 @@ SCHEMES = {
     "int8": (),
     "awq": ("--group-size", "32"),
     "gptq": ("--group-size", "32", "--desc-act"),
+    "gptq asymmetric": ("--group-size", "32", "--asymmetric"),
 }
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PROMPT = [5, 17, 99, 42, 7, 150, 31]
 
 
@@ -69,6 +73,43 @@ def test_transformers_loads_it_with_compressed_tensors(scheme: str, made: Callab
         theirs, ours = (m.eval()(torch.tensor([PROMPT])).logits for m in (found, plain))
     assert (theirs - ours).norm() < (1e-5 if "only" in scheme else 0.1) * ours.norm()  # they round the inputs
     assert theirs.argmax(-1).eq(ours.argmax(-1)).float().mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "left_to_defaults"),
+    [
+        ("gptq_w4_g128_sym", "gptq", {"format", "method"}),
+        ("awq_w4_g128_gemm", "awq", {"format", "method", "desc_act"}),
+    ],
+)
+def test_files_are_like_those_of_gptqmodel(name: str, scheme: str, left_to_defaults: set[str], tmp_path: Path) -> None:
+    """A model of the sizes of the one that gptqmodel quantized becomes tensors of the same names, types and shapes, under the
+    same words. That gptqmodel loads them is for `make interop`."""
+    theirs, source = CHECKPOINTS / name, make_model(tmp_path / "model")
+    config = json.loads((theirs / "config.json").read_text())
+    their_config = config.pop("quantization_config")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    model.save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text("a few words, over and over " * 40)
+    arguments = ["--calibration", str(text), "--num-samples", "8", "--sample-len", "32"]
+    assert main(["quantize", str(source), "--scheme", scheme, "--out", str(tmp_path / "out"), *arguments]) == 0
+    our_config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert our_config.pop("meta").keys() <= their_config.pop("meta").keys()
+    assert our_config.items() <= their_config.items()
+    assert their_config.keys() - our_config.keys() == left_to_defaults
+    ours = {key: kind for file in (tmp_path / "out").glob("*.safetensors") for key, kind in kinds(file).items()}
+    wanted = kinds(theirs / "model.safetensors")
+    if scheme == "awq":  # AutoAWQ's type; gptqmodel takes both, and writes the model's own
+        wanted = {key: ("F16", shape) if key.endswith(".scales") else (dtype, shape) for key, (dtype, shape) in wanted.items()}
+    assert ours == wanted
+
+
+def kinds(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Types and shapes of a file's tensors."""
+    with safe_open(file, framework="pt") as opened:
+        parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        return {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

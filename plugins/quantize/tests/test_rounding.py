@@ -14,7 +14,7 @@ from dovetail.errors import ConfigError
 from dovetail_quantize import awq, formats
 from dovetail_quantize.gptq import round_in_sequence
 from dovetail_quantize.inputs import Inputs, measure
-from dovetail_quantize.rounding import FP8, Grid, RowGrid, inputs_by_token
+from dovetail_quantize.rounding import FP8, Grid, RowGrid, fit_least, inputs_by_token
 from dovetail_quantize.skeleton import Skeleton
 
 
@@ -33,19 +33,13 @@ def gram(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("desc_act", [True, False])
 def test_gptq_files_hold_the_weights(bits: int, symmetric: bool, desc_act: bool) -> None:
     weight, x = torch.randn(24, 64), correlated(100, 64)
-    grid = Grid(bits, 16, symmetric, smallest_zero=1)
+    grid = Grid(bits, 16, symmetric)
     rounded = round_in_sequence(weight, gram(x), grid, desc_act=desc_act, damp=0.01)
-    found = unpacking.gptq(formats.gptq(rounded, bits), bits)
+    found = unpacking.gptq(formats.gptq(rounded, grid), bits, formats.gptq_version(grid))
     assert torch.equal(found, rounded.weight())
     assert (found - weight).norm() < weight.norm() * (0.3 if bits == 4 else 0.02)
     assert (rounded.groups.sort().values == torch.arange(64) // 16).all()
     assert desc_act or (rounded.groups == torch.arange(64) // 16).all()
-
-
-def test_positive_weights_of_gptq_keep_their_meaning_in_all_readers() -> None:
-    """Stored less one, a zero point of 0 would be 15, which some readers take for 16."""
-    rounded = Grid(4, 16, symmetric=False, smallest_zero=1).round(torch.rand(8, 16) + 0.1)
-    assert (rounded.zeros == 1).all()
 
 
 @pytest.mark.parametrize("group_size", [16, 64, -1])
@@ -77,7 +71,7 @@ def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float
         inverse = torch.linalg.inv(h[i:, i:])
         if i % grid.group_size == 0:
             costs = torch.linalg.cholesky(inverse, upper=True).diagonal()[: grid.group_size] ** -2
-            scale, zero = grid.fit_least(w[:, i : i + grid.group_size].float(), lambda d, by=costs: (d.square() * by).sum(-1))
+            scale, zero = fit_least(grid, w[:, i : i + grid.group_size].float(), lambda d, by=costs: (d.square() * by).sum(-1))
         code = grid.nearest(w[:, i].float(), scale, zero)
         out[:, i] = (code - zero) * scale
         w[:, i:] -= ((w[:, i] - out[:, i]) / inverse[0, 0])[:, None] * inverse[0]
@@ -101,6 +95,19 @@ def test_gptq_errs_less_than_rounding_to_nearest(desc_act: bool) -> None:
     found = round_in_sequence(weight, gram(x), grid, desc_act=desc_act, damp=0.01).weight()
     nearest = grid.round(weight).weight()
     assert ((found - weight) @ x.T).norm() < 0.8 * ((nearest - weight) @ x.T).norm()
+
+
+@pytest.mark.parametrize(("codes", "most"), [(torch.int8, 0.8), (FP8, 0.7)])
+def test_rows_of_eight_bits_err_less_in_sequence(codes: torch.dtype, most: float) -> None:
+    """Floats also by their scales: below a power of two their codes lie twice as dense."""
+    weight, x, grid = torch.randn(64, 96), correlated(400, 96), RowGrid(codes, torch.bfloat16)
+    rounded = round_in_sequence(weight, gram(x), grid, desc_act=True, damp=0.01)
+    nearest = grid.round(weight)
+    assert ((rounded.weight() - weight) @ x.T).norm() < most * ((nearest.weight() - weight) @ x.T).norm()
+    assert rounded.codes.dtype == codes
+    assert (rounded.groups == 0).all()
+    assert torch.equal(rounded.scales, nearest.scales) == (codes == torch.int8)
+    assert (rounded.scales >= nearest.scales).all(), "nothing is clipped"
 
 
 def test_gptq_takes_inputs_that_never_were_active() -> None:

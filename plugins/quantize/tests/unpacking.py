@@ -17,8 +17,9 @@ def bits_of(word: int, index: int, bits: int) -> int:
     return ((word % 2**32) >> (bits * index)) % 2**bits
 
 
-def gptq(tensors: dict[str, Tensor], bits: int) -> Tensor:
-    """AutoGPTQ's first version: rows of a column share words, zero points are stored less one, g_idx has each input's group."""
+def gptq(tensors: dict[str, Tensor], bits: int, version: str) -> Tensor:
+    """Rows of a column share words, g_idx has each input's group; the first version stores zero points less one."""
+    less = {"gptq": 1, "gptq_v2": 0}[version]
     qweight, qzeros = tensors["qweight"].tolist(), tensors["qzeros"].tolist()
     scales, g_idx, per_word = tensors["scales"].float(), tensors["g_idx"].tolist(), 32 // bits
     num_in, num_out = len(g_idx), scales.shape[1]
@@ -26,7 +27,7 @@ def gptq(tensors: dict[str, Tensor], bits: int) -> Tensor:
     for i in range(num_in):
         for o in range(num_out):
             code = bits_of(qweight[i // per_word][o], i % per_word, bits)
-            zero = bits_of(qzeros[g_idx[i]][o // per_word], o % per_word, bits) + 1
+            zero = bits_of(qzeros[g_idx[i]][o // per_word], o % per_word, bits) + less
             weight[o, i] = (code - zero) * scales[g_idx[i], o]
     return weight
 
@@ -63,8 +64,10 @@ def read(folder: Path) -> dict[str, Tensor]:
     found = {}
     for name, tensors in layers.items():
         if "qweight" in tensors:
-            is_gptq = config["quant_method"] == "gptq"
-            found[f"{name}.weight"] = gptq(tensors, config["bits"]) if is_gptq else awq(tensors, config["group_size"])
+            if config["quant_method"] == "gptq":
+                found[f"{name}.weight"] = gptq(tensors, config["bits"], config["checkpoint_format"])
+            else:
+                found[f"{name}.weight"] = awq(tensors, config["group_size"])
         elif "weight_scale" in tensors:
             found[f"{name}.weight"] = compressed(tensors)
         else:

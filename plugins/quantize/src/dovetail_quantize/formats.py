@@ -6,7 +6,9 @@
 | gptq | `qweight i32[in * bits / 32, out]`, `qzeros i32[groups, out * bits / 32]`, `scales f16[groups, out]`, `g_idx i32[in]` |
 | awq (gemm) | `qweight i32[in, out / 8]`, `qzeros i32[groups, out / 8]`, `scales f16[groups, out]` |
 
-GPTQ's zero points are stored less one; the columns of a word of AWQ are interleaved.
+GPTQ's zero points are stored less one in its first version, which is written for symmetric grids: there all readers know it.
+Asymmetric ones are written as the second version, which stores them as they are: readers differ on a first version's zero
+point of 0, and gptqmodel takes no asymmetric one that it has not written. The columns of a word of AWQ are interleaved.
 """
 
 from __future__ import annotations
@@ -38,11 +40,10 @@ def compressed_tensors(rounded: Rounded, dtype: torch.dtype) -> dict[str, Tensor
     return {"weight": rounded.codes.contiguous(), "weight_scale": rounded.scales.to(dtype).contiguous()}
 
 
-def gptq(rounded: Rounded, bits: int) -> dict[str, Tensor]:
-    """Of the first version (`checkpoint_format: gptq`): zero points are stored less one."""
-    stored = (rounded.zeros.T - 1) & (2**bits - 1)
+def gptq(rounded: Rounded, grid: Grid) -> dict[str, Tensor]:
+    stored = rounded.zeros.T - 1 if gptq_version(grid) == "gptq" else rounded.zeros.T
     return {
-        "qweight": pack(rounded.codes.T, bits, 0), "qzeros": pack(stored, bits, 1),
+        "qweight": pack(rounded.codes.T, grid.bits, 0), "qzeros": pack(stored, grid.bits, 1),
         "scales": rounded.scales.T.to(torch.float16).contiguous(), "g_idx": rounded.groups.clone(),
     }  # fmt: skip
 
@@ -71,16 +72,21 @@ def compressed_tensors_config(codes: torch.dtype, weight_only: bool, ignore: lis
     }  # fmt: skip
 
 
+def gptq_version(grid: Grid) -> str:
+    return "gptq" if grid.symmetric else "gptq_v2"
+
+
 def gptq_config(grid: Grid, desc_act: bool, damp: float, version: str) -> dict[str, Any]:
     return {
         "quant_method": "gptq", "bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric,
-        "desc_act": desc_act, "damp_percent": damp, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32",
-        "meta": {"quantizer": [f"{WRITER}:{version}"]},
+        "desc_act": desc_act, "lm_head": False, "checkpoint_format": gptq_version(grid), "pack_dtype": "int32",
+        "meta": {"quantizer": [f"{WRITER}:{version}"], "damp_percent": damp},
     }  # fmt: skip
 
 
 def awq_config(grid: Grid, version: str) -> dict[str, Any]:
     return {
         "quant_method": "awq", "bits": grid.bits, "group_size": grid.group_size, "zero_point": not grid.symmetric,
-        "version": "gemm", "modules_to_not_convert": None, "meta": {"quantizer": [f"{WRITER}:{version}"]},
+        "version": "gemm", "checkpoint_format": "gemm", "lm_head": False, "pack_dtype": "int32",
+        "meta": {"quantizer": [f"{WRITER}:{version}"]},
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
 arXiv 2210.17323, algorithm 1. H is the Hessian of the squared error of a layer's outputs, X Xᵀ (a factor does not matter).
-Beyond the paper, a group's range is clipped to where the errors of its own columns, each by what it will cost, are least.
+Beyond the paper, a group's scale is the one with which the errors of its own columns, each by what it will cost, are least.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dovetail_quantize.rounding import Grid, Rounded, RowGrid
+from dovetail_quantize.rounding import Grid, Rounded, RowGrid, fit_least
 
 BLOCK = 128
 """Columns between two updates of all that follow."""
@@ -38,7 +38,7 @@ def round_in_sequence(weight: Tensor, gram: Tensor, grid: Grid | RowGrid, *, des
                 late = slice(end - i, size)  # columns of later blocks, which have not seen this block's errors yet
                 if end - i < size:
                     group[:, late] -= errors @ upper[begin:end, end : i + size]
-                scale, zero = grid.fit_least(group, _cost(upper.diagonal()[i : i + size]))
+                scale, zero = fit_least(grid, group, _cost(upper.diagonal()[i : i + size]))
                 scales.append(scale)
                 zeros.append(zero)
             column = w[:, i]

@@ -18,6 +18,8 @@ SMALLEST_HALF = 2**-20
 """The same in float16."""
 CLIPS = tuple(1 - 0.07 * i for i in range(6))
 """Of an end of a range: how much of it to keep."""
+OCTAVE = 8
+"""Scales of floats that are tried between one power of two and the next."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,6 @@ class Grid:
     """-1: all inputs."""
     symmetric: bool
     """The zero point is in the middle, whatever the weights."""
-    smallest_zero: int = 0
-    """Formats that store zero points less one do not agree on what 0 is."""
 
     @property
     def codes(self) -> torch.dtype:
@@ -79,7 +79,7 @@ class Grid:
             low = -high
         scales = ((high - low) / self.largest).half().float().clamp_min(SMALLEST_HALF)
         middle = torch.full_like(scales, (self.largest + 1) // 2)
-        return scales, middle if self.symmetric else (-low / scales).round().clamp(self.smallest_zero, self.largest)
+        return scales, middle if self.symmetric else (-low / scales).round().clamp(0, self.largest)
 
     def nearest(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """Codes, as f32; scales and zero points are broadcast."""
@@ -90,26 +90,10 @@ class Grid:
         given, each group's range is clipped to where it is least."""
         size = self.size(weight.shape[1])
         split = weight.view(len(weight), -1, size)
-        scales, zeros = self.fit(split) if error is None else self.fit_least(split, error)
+        scales, zeros = self.fit(split) if error is None else fit_least(self, split, error)
         codes = self.nearest(split, scales[..., None], zeros[..., None]).to(torch.uint8).flatten(1)
         groups = torch.arange(weight.shape[1], dtype=torch.int32) // size
         return Rounded(codes, scales, zeros.int(), groups)
-
-    def fit_least(self, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """As `fit`, clipped to where the `error` of the difference that rounding makes is least."""
-        best: tuple[Tensor, Tensor] | None = None
-        for clip in self.clips():
-            scales, zeros = self.fit(weight, clip)
-            spread = scales[..., None], zeros[..., None]
-            found = error((self.nearest(weight, *spread) - spread[1]) * spread[0] - weight)
-            if best is None:
-                best, least = (scales, zeros), found
-            else:
-                better = found < least
-                best = (torch.where(better, scales, best[0]), torch.where(better, zeros, best[1]))
-                least = torch.where(better, found, least)
-        assert best is not None
-        return best
 
 
 @dataclass(frozen=True)
@@ -127,13 +111,14 @@ class RowGrid:
     def size(self, in_features: int) -> int:
         return in_features
 
-    def fit_least(self, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """As `Grid.fit_least`, and never clipped: eight bits reach far enough."""
-        return self.fit(weight)
+    def clips(self) -> list[float]:
+        """What to try of a scale. Nothing is clipped: eight bits reach far enough. But where a row's weights lie between the
+        powers of two, below which the codes of floats are twice as dense, matters."""
+        return [1.0] if self.codes == torch.int8 else [2 ** (i / OCTAVE) for i in range(OCTAVE)]
 
-    def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def fit(self, weight: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `Grid.fit`; zero points are 0."""
-        scales = (weight.abs().amax(-1) / self.largest).to(self.dtype).float().clamp_min(SMALLEST)
+        scales = (clip * weight.abs().amax(-1) / self.largest).to(self.dtype).float().clamp_min(SMALLEST)
         return scales, torch.zeros_like(scales)
 
     def nearest(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -145,6 +130,23 @@ class RowGrid:
         scales, zeros = (t[:, None] for t in self.fit(weight))
         groups = torch.zeros(weight.shape[1], dtype=torch.int32)
         return Rounded(self.nearest(weight, scales, zeros).to(self.codes), scales, zeros.int(), groups)
+
+
+def fit_least(grid: Grid | RowGrid, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """As the grid's `fit`, with that of its `clips` with which the `error` of the difference that rounding makes is least."""
+    best: tuple[Tensor, Tensor] | None = None
+    for clip in grid.clips():
+        scales, zeros = grid.fit(weight, clip)  # type: ignore[arg-type]
+        spread = scales[..., None], zeros[..., None]
+        found = error((grid.nearest(weight, *spread) - spread[1]) * spread[0] - weight)
+        if best is None:
+            best, least = (scales, zeros), found
+        else:
+            better = found < least
+            best = (torch.where(better, scales, best[0]), torch.where(better, zeros, best[1]))
+            least = torch.where(better, found, least)
+    assert best is not None
+    return best
 
 
 def inputs_by_token(x: Tensor, codes: torch.dtype) -> Tensor:

@@ -95,7 +95,8 @@ class ByRow:
         probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
         grid = RowGrid(self.codes, dtype)
-        found = _in_sequence(linears, inputs, grid, False, self.damp) if inputs else None
+        # One scale a row whatever the order, so that the best one costs nothing.
+        found = _in_sequence(linears, inputs, grid, True, self.damp) if inputs else None
         return _each(linears, inputs, lambda name, weight: grid.round(weight) if found is None else found[name],
                      lambda rounded: formats.compressed_tensors(rounded, dtype))  # fmt: skip
 
@@ -140,7 +141,7 @@ class InGroups:
         dtype: torch.dtype,
         probe: Callable[[], Tensor] | None = None,
     ) -> RoundedLayer:
-        to_file = formats.awq if self.name == "awq" else partial(formats.gptq, bits=self.grid.bits)
+        to_file = formats.awq if self.name == "awq" else partial(formats.gptq, grid=self.grid)
         if self.nearest:
             return _each(linears, inputs, lambda name, weight: self.grid.round(weight), to_file)
         if self.name == "awq":
@@ -225,5 +226,5 @@ def make_scheme(
         return ByRow(FP8 if name == "fp8" else torch.int8, has_text and not nearest, weight_only, damp)
     if desc_act and nearest:
         raise ConfigError("--desc-act orders what is rounded in sequence: it does not go with --nearest")
-    grid = Grid(bits, group_size, symmetric=name == "gptq" and not asymmetric, smallest_zero=1 if name == "gptq" else 0)
+    grid = Grid(bits, group_size, symmetric=name == "gptq" and not asymmetric)
     return InGroups(name, grid, nearest, desc_act, damp)
