@@ -1,5 +1,6 @@
 // Weights into panels, and rows of x into what the product takes.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -50,6 +51,58 @@ Vec round_e4m3(Vec a) {
   return mul(round_even(div(limited, step)), step);
 }
 
+// What a step is worth if `most` takes `steps`. Zeros stay zeros; what is not all numbers has no product that is.
+float step_of(float most, float steps) {
+  if (most - most != 0) return NAN;
+  return most / steps;
+}
+Vec divisor(float step) { return splat(step > 0 ? step : 1.f); }
+
+// Chunk c as digits, from its values.
+void write_digits(const Weight& w, const Rows& layout, const std::vector<float>& values, float step, int64_t c, char* row) {
+  const int64_t wide = w.chunk_width();
+  const bool two = w.num_parts() == 2;
+  const Vec by = divisor(step), times = splat(step >= FLT_MIN ? 1 / step : 0.f);
+  const __m512i half = _mm512_set1_epi32(128);
+  char* to = row + c * wide;
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < wide; k += kLanes) {
+    const Vec v = load(&values[k]);
+    // A division is what the format says. Of two digits it says nothing, and multiplying takes less time.
+    const Vec q = two ? round_even(mul(v, times)) : max(splat(-127.f), min(splat(127.f), round_even(div(v, by))));
+    const __m512i n = _mm512_cvtps_epi32(q.x);
+    sum = _mm512_add_epi32(sum, n);
+    const __m512i first = two ? _mm512_srai_epi32(_mm512_add_epi32(n, half), 8) : n;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtepi32_epi8(first));
+    if (two) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + layout.part + k), _mm512_cvtepi32_epi8(n));
+  }
+  reinterpret_cast<float*>(row + layout.scales)[c] = step;
+  const float zero = w.zeros ? 1 : static_cast<float>(w.zero);
+  reinterpret_cast<float*>(row + layout.sums)[c] = -zero * static_cast<float>(_mm512_reduce_add_epi32(sum)) * step;
+}
+
+// Chunk c as bfloat16.
+void write_floats(const Weight& w, const Rows& layout, const std::vector<float>& values, float step, int64_t c, char* row) {
+  const int64_t wide = w.chunk_width();
+  const Vec by = divisor(step);
+  Vec sum = splat(0.f);
+  for (int64_t k = 0; k < wide; k += kLanes) {
+    Vec v = load(&values[k]);
+    if (w.inputs == Inputs::float8) v = round_e4m3(div(v, by));
+    auto* to = reinterpret_cast<uint16_t*>(row) + c * wide + k;
+    store_bf16(to, v);
+    Vec stands = load_bf16(to);
+    if (w.num_parts() == 2) {
+      auto* rest = reinterpret_cast<uint16_t*>(row + layout.part) + c * wide + k;
+      store_bf16(rest, sub(v, stands));
+      stands = add(stands, load_bf16(rest));
+    }
+    sum = add(sum, stands);
+  }
+  reinterpret_cast<float*>(row + layout.scales)[c] = step;
+  reinterpret_cast<float*>(row + layout.sums)[c] = reduce_add(sum);
+}
+
 }  // namespace
 
 void pack(const Weight& w, const uint8_t* codes) {
@@ -87,59 +140,29 @@ void pack(const Weight& w, const uint8_t* codes) {
 
 void prepare_row(const Weight& w, const void* x, void* row) {
   const Rows layout(w);
-  char* base = static_cast<char*>(row);
   const int64_t wide = w.chunk_width(), chunks = w.num_chunks();
   thread_local std::vector<float> values;
   values.resize((wide + kLanes - 1) / kLanes * kLanes);
-
-  float scale = 1;
-  if (w.inputs != Inputs::plain) {
-    scale = w.input_scale;
-    if (scale == 0) {
-      float most = 0;
-      for (int64_t c = 0; c < chunks; ++c) {
-        gather(w, x, c, values);
-        const float here = largest(values);
-        most = here > most || here != here ? here : most;
-      }
-      scale = most / (w.is_integer() ? 127.f : 448.f);
+  float step = 1;
+  if (w.inputs != Inputs::plain) {  // one step for the whole row
+    float most = 0;
+    for (int64_t c = 0; c < chunks; ++c) {
+      gather(w, x, c, values);
+      const float here = largest(values);
+      most = here > most || here != here ? here : most;
     }
+    const float own = step_of(most, w.is_integer() ? 127.f : 448.f);
+    step = w.input_scale == 0 || own != own ? own : w.input_scale;
   }
-  // A row of zeros stays one; a row that is not all numbers has no product that is.
-  const bool usable = scale - scale == 0;
-  const Vec by = splat(scale > 0 && usable ? scale : 1.f);
-  Vec strange = splat(usable ? 0.f : NAN);  // NaN once a value is not a finite number, which no integer says
   for (int64_t c = 0; c < chunks; ++c) {
     gather(w, x, c, values);
     if (w.is_integer()) {
-      __m512i sum = _mm512_setzero_si512();
-      for (int64_t k = 0; k < wide; k += kLanes) {
-        const Vec v = load(&values[k]), q = max(splat(-127.f), min(splat(127.f), round_even(div(v, by))));
-        strange = fma(v, splat(0.f), strange);
-        const __m512i n = _mm512_cvtps_epi32(q.x);
-        sum = _mm512_add_epi32(sum, n);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(base + c * wide + k), _mm512_cvtsepi32_epi8(n));
-      }
-      reinterpret_cast<int32_t*>(base + layout.sums)[c] = _mm512_reduce_add_epi32(sum);
-      continue;
+      if (w.inputs == Inputs::plain) step = step_of(largest(values), w.num_steps());
+      write_digits(w, layout, values, step, c, static_cast<char*>(row));
+    } else {
+      write_floats(w, layout, values, step, c, static_cast<char*>(row));
     }
-    Vec sum = splat(0.f);
-    for (int64_t k = 0; k < wide; k += kLanes) {
-      Vec v = load(&values[k]);
-      if (w.inputs == Inputs::float8) v = round_e4m3(div(v, by));
-      auto* to = reinterpret_cast<uint16_t*>(base) + c * wide + k;
-      store_bf16(to, v);
-      Vec stands = load_bf16(to);
-      if (w.num_parts() == 2) {
-        auto* rest = reinterpret_cast<uint16_t*>(base + layout.part) + c * wide + k;
-        store_bf16(rest, sub(v, stands));
-        stands = add(stands, load_bf16(rest));
-      }
-      sum = add(sum, stands);
-    }
-    reinterpret_cast<float*>(base + layout.sums)[c] = reduce_add(sum);
   }
-  *reinterpret_cast<float*>(base + layout.scale) = scale + reduce_add(strange);
 }
 
 }  // namespace dovetail
