@@ -25,21 +25,23 @@ void gather(const Weight& w, const void* x, int64_t c, std::vector<float>& to) {
   const int64_t first = c * w.chunk, count = std::min(w.chunk, w.depth - first);
   int64_t k = 0;
   if (!w.order)
-    for (; k + kLanes <= count; k += kLanes) store(&to[k], load_as(w.type, x, first + k));
+    with_element(w.type, [&](auto e) {
+      const auto* from = static_cast<const typename decltype(e)::store_t*>(x) + first;
+      for (; k + kLanes <= count; k += kLanes) store(&to[k], e.widen16(from + k));
+    });
   for (; k < count; ++k) to[k] = element(w.type, x, w.order ? w.order[first + k] : first + k);
   std::fill(to.begin() + count, to.end(), 0.f);
 }
 
-Vec absolute(Vec a) { return {_mm512_abs_ps(a.x)}; }
-
-// NaN if there is one.
+// NaN if there is one: without their signs floats are in the order of their bits, and NaN is last.
 float largest(const std::vector<float>& values) {
-  Vec most = splat(0.f), any = splat(0.f);
-  for (size_t k = 0; k < values.size(); k += kLanes) {
-    const Vec v = load(&values[k]);
-    most = max(absolute(v), most), any = fma(v, splat(0.f), any);
-  }
-  return reduce_max(most) + reduce_add(any);
+  __m512i most = _mm512_setzero_si512();
+  for (size_t k = 0; k < values.size(); k += kLanes)
+    most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load(&values[k]).x)));
+  const int32_t bits = _mm512_reduce_max_epi32(most);
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
 }
 
 // The nearest values of E4M3 (OCP 8-bit floating point: bias 7, no infinity), of magnitude at most 448; ties to even.
@@ -62,21 +64,22 @@ Vec divisor(float step) { return splat(step > 0 ? step : 1.f); }
 void write_digits(const Weight& w, const Rows& layout, const std::vector<float>& values, float step, int64_t c, char* row) {
   const int64_t wide = w.chunk_width();
   const bool two = w.num_parts() == 2;
-  const Vec by = divisor(step), times = splat(step >= FLT_MIN ? 1 / step : 0.f);
-  const __m512i half = _mm512_set1_epi32(128);
+  const float usable = step >= FLT_MIN ? step : 1;  // below, digits are zeros
+  const Vec by = splat(usable), times = splat(1 / usable), none = splat(0.f);
+  const __m512i half = _mm512_set1_epi32(128), limit = _mm512_set1_epi32(127), lowest = _mm512_set1_epi32(-127);
   char* to = row + c * wide;
   __m512i sum = _mm512_setzero_si512();
   for (int64_t k = 0; k < wide; k += kLanes) {
     const Vec v = load(&values[k]);
-    // A division is what the format says. Of two digits it says nothing, and multiplying takes less time.
-    const Vec q = two ? round_even(mul(v, times)) : max(splat(-127.f), min(splat(127.f), round_even(div(v, by))));
-    const __m512i n = _mm512_cvtps_epi32(q.x);
+    Vec q = mul(v, times);
+    if (!two) q = fma(sub(none, fma(q, by, sub(none, v))), times, q);  // what a division gives, in less time
+    __m512i n = _mm512_cvtps_epi32(q.x);
+    if (!two) n = _mm512_max_epi32(lowest, _mm512_min_epi32(limit, n));
     sum = _mm512_add_epi32(sum, n);
     const __m512i first = two ? _mm512_srai_epi32(_mm512_add_epi32(n, half), 8) : n;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtepi32_epi8(first));
     if (two) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + layout.part + k), _mm512_cvtepi32_epi8(n));
   }
-  reinterpret_cast<float*>(row + layout.scales)[c] = step;
   const float zero = w.zeros ? 1 : static_cast<float>(w.zero);
   reinterpret_cast<float*>(row + layout.sums)[c] = -zero * static_cast<float>(_mm512_reduce_add_epi32(sum)) * step;
 }
