@@ -21,23 +21,23 @@ float element(Type type, const void* x, int64_t i) {
 }
 
 // Chunk c of a row as float32, with zeros behind it up to whole vectors.
-void gather(const Weight& w, const void* x, int64_t c, std::vector<float>& to) {
+void gather(const Weight& w, const void* x, int64_t c, float* to) {
   const int64_t first = c * w.chunk, count = std::min(w.chunk, w.depth - first);
   int64_t k = 0;
   if (!w.order)
     with_element(w.type, [&](auto e) {
       const auto* from = static_cast<const typename decltype(e)::store_t*>(x) + first;
-      for (; k + kLanes <= count; k += kLanes) store(&to[k], e.widen16(from + k));
+      for (; k + kLanes <= count; k += kLanes) store(to + k, e.widen16(from + k));
     });
   for (; k < count; ++k) to[k] = element(w.type, x, w.order ? w.order[first + k] : first + k);
-  std::fill(to.begin() + count, to.end(), 0.f);
+  std::fill(to + count, to + (w.chunk_width() + kLanes - 1) / kLanes * kLanes, 0.f);
 }
 
 // NaN if there is one: without their signs floats are in the order of their bits, and NaN is last.
-float largest(const std::vector<float>& values) {
+float largest(const float* values, int64_t count) {
   __m512i most = _mm512_setzero_si512();
-  for (size_t k = 0; k < values.size(); k += kLanes)
-    most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load(&values[k]).x)));
+  for (int64_t k = 0; k < count; k += kLanes)
+    most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load(values + k).x)));
   const int32_t bits = _mm512_reduce_max_epi32(most);
   float f;
   std::memcpy(&f, &bits, 4);
@@ -61,7 +61,7 @@ float step_of(float most, float steps) {
 Vec divisor(float step) { return splat(step > 0 ? step : 1.f); }
 
 // Chunk c as digits, from its values.
-void write_digits(const Weight& w, const Rows& layout, const std::vector<float>& values, float step, int64_t c, char* row) {
+void write_digits(const Weight& w, const Rows& layout, const float* values, float step, int64_t c, char* row) {
   const int64_t wide = w.chunk_width();
   const bool two = w.num_parts() == 2;
   const float usable = step >= FLT_MIN ? step : 1;  // below, digits are zeros
@@ -70,7 +70,7 @@ void write_digits(const Weight& w, const Rows& layout, const std::vector<float>&
   char* to = row + c * wide;
   __m512i sum = _mm512_setzero_si512();
   for (int64_t k = 0; k < wide; k += kLanes) {
-    const Vec v = load(&values[k]);
+    const Vec v = load(values + k);
     Vec q = mul(v, times);
     if (!two) q = fma(sub(none, fma(q, by, sub(none, v))), times, q);  // what a division gives, in less time
     __m512i n = _mm512_cvtps_epi32(q.x);
@@ -85,12 +85,12 @@ void write_digits(const Weight& w, const Rows& layout, const std::vector<float>&
 }
 
 // Chunk c as bfloat16.
-void write_floats(const Weight& w, const Rows& layout, const std::vector<float>& values, float step, int64_t c, char* row) {
+void write_floats(const Weight& w, const Rows& layout, const float* values, float step, int64_t c, char* row) {
   const int64_t wide = w.chunk_width();
   const Vec by = divisor(step);
   Vec sum = splat(0.f);
   for (int64_t k = 0; k < wide; k += kLanes) {
-    Vec v = load(&values[k]);
+    Vec v = load(values + k);
     if (w.inputs == Inputs::float8) v = round_e4m3(div(v, by));
     auto* to = reinterpret_cast<uint16_t*>(row) + c * wide + k;
     store_bf16(to, v);
@@ -144,14 +144,16 @@ void pack(const Weight& w, const uint8_t* codes) {
 void prepare_row(const Weight& w, const void* x, void* row) {
   const Rows layout(w);
   const int64_t wide = w.chunk_width(), chunks = w.num_chunks();
-  thread_local std::vector<float> values;
-  values.resize((wide + kLanes - 1) / kLanes * kLanes);
+  thread_local std::vector<float> buffer;
+  buffer.resize((wide + kLanes - 1) / kLanes * kLanes);
+  float* values = buffer.data();
+  const float num_steps = w.num_steps();
   float step = 1;
   if (w.inputs != Inputs::plain) {  // one step for the whole row
     float most = 0;
     for (int64_t c = 0; c < chunks; ++c) {
       gather(w, x, c, values);
-      const float here = largest(values);
+      const float here = largest(values, wide);
       most = here > most || here != here ? here : most;
     }
     const float own = step_of(most, w.is_integer() ? 127.f : 448.f);
@@ -160,7 +162,7 @@ void prepare_row(const Weight& w, const void* x, void* row) {
   for (int64_t c = 0; c < chunks; ++c) {
     gather(w, x, c, values);
     if (w.is_integer()) {
-      if (w.inputs == Inputs::plain) step = step_of(largest(values), w.num_steps());
+      if (w.inputs == Inputs::plain) step = step_of(largest(values, wide), num_steps);
       write_digits(w, layout, values, step, c, static_cast<char*>(row));
     } else {
       write_floats(w, layout, values, step, c, static_cast<char*>(row));
