@@ -80,6 +80,7 @@ void write_digits(const Weight& w, const Rows& layout, const float* values, floa
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtepi32_epi8(first));
     if (two) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + layout.part + k), _mm512_cvtepi32_epi8(n));
   }
+  reinterpret_cast<float*>(row + layout.scales)[c] = step;
   const float zero = w.zeros ? 1 : static_cast<float>(w.zero);
   reinterpret_cast<float*>(row + layout.sums)[c] = -zero * static_cast<float>(_mm512_reduce_add_epi32(sum)) * step;
 }
