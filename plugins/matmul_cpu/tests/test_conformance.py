@@ -36,3 +36,12 @@ class TestCpuMatmul(MatmulContract):
             alone[:, 7] = x[:, 7]
             off = (multiply(x).double() - multiply(alone).double() - rest).norm() / multiply(alone).double().norm()
             assert off < 0.01, f"{one}: off by {off:.2%} of what the large one gives"
+
+    def test_eight_times_the_inputs_give_eight_times_the_product(self) -> None:
+        """To the last bit: what a row is scaled by is its own, not what an earlier one left."""
+        for inputs in (None, *self.can.inputs):
+            for f in self.formats(inputs):
+                one = Product(f, 128, 512, 9, bias=False, dtype="bfloat16")
+                multiply, _, _ = self.made(one)
+                x = self.input(one)
+                assert f.input_scale or torch.equal(multiply(8 * x), 8 * multiply(x)), f"{one}: not eight times"

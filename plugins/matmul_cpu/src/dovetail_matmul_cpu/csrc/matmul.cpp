@@ -134,7 +134,8 @@ void load_codes(const uint8_t* codes, int half, __m512i* to) {
 
 // sums[M][64] += the chunk's product, by inputs of D digits.
 template <Codes C, int D, int M, class F>
-[[gnu::noinline]] void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums, F fetch) {
+[[gnu::noinline]] void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums,
+                                         F fetch) {
   __m512i acc[D * M][kVectors];  // of all rows' first digits, then of their second ones
 #pragma GCC unroll 8
   for (int i = 0; i < D * M; ++i)
@@ -360,7 +361,8 @@ void add_integers(const Weight& w, const Rows& layout, const char* rows, int num
   };
   if (num_rows <= kRows) {
     const Ahead<1, kUnit * kPanel / (C == Codes::uint4 ? 2 : 1)> ahead(bytes);
-    with_rows(num_rows, [&](auto m) { multiply(0, m, end, [&](int64_t) { return ahead; }); }, std::make_integer_sequence<int, kRows>{});
+    const auto all = [&](auto m) { multiply(0, m, end, [&](int64_t) { return ahead; }); };
+    with_rows(num_rows, all, std::make_integer_sequence<int, kRows>{});
     return;
   }
   const Blocks<kRows> blocks(num_rows, bytes, chunk.units);
