@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kBlock = 6;                 // rows, times 4 vectors of sums: 24 of the 32 registers
 constexpr int64_t kTogether = 32 << 10;  // bytes of chunks that many rows visit together: they stay in L1
-constexpr int kMaxUnits = 256 / kUnit;  // of a chunk that is expanded: 32 KiB, which stay in L1
+constexpr int kMaxUnits = 256 / kUnit;   // of a chunk that is expanded: 32 KiB, which stay in L1
 
 constexpr uint16_t bf16_of(int whole) {  // from 0 to 255
   if (whole == 0) return 0;
