@@ -1,13 +1,18 @@
+#pragma GCC optimize("no-tree-pre")  // which g++ 12 spends the registers of the sums on
+
 #include "matmul.h"
 
 #include <algorithm>
 #include <utility>
 
+#include "fetch.h"
+
 namespace dovetail {
 namespace {
 
-constexpr int kBlock = 6;      // rows, times 4 vectors of sums: 24 of the 32 registers
-constexpr int kMaxUnits = 256 / kUnit;  // of a chunk that is expanded: 32 KiB, which stay in L1
+constexpr int kBlock = 6;                 // rows, times 4 vectors of sums: 24 of the 32 registers
+constexpr int64_t kTogether = 32 << 10;  // bytes of chunks that many rows visit together: they stay in L1
+constexpr int kMaxUnits = 256 / kUnit;   // of a chunk that is expanded: 32 KiB, which stay in L1
 
 constexpr uint16_t bf16_of(int whole) {  // from 0 to 255
   if (whole == 0) return 0;
@@ -55,55 +60,6 @@ Vec zero_of(const Weight& w, const Chunk& chunk, int64_t at) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk.zeros + at))))};
 }
 
-// While a block of rows is computed, its share of what comes next is fetched, so that memory and arithmetic work at a time.
-struct Fetch {
-  const uint8_t* next;
-  int64_t rate, due = 0;  // lines a step, 16 bits after the point
-
-  void step(const uint8_t*, int64_t) {
-    for (due += rate; due >= 1 << 16; due -= 1 << 16, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
-  }
-};
-
-// With few rows what counts is memory alone: of each of S chunks that are read side by side, what comes kAhead / S bytes later,
-// and towards their ends what the S chunks after them begin with.
-constexpr int64_t kAhead = 4096;
-template <int S, int kBytes>
-struct Ahead {
-  int64_t steps, offset = kAhead / S, jump;
-
-  explicit Ahead(int64_t chunk_bytes) : steps(std::max<int64_t>(0, chunk_bytes - offset) / kBytes), jump((S - 1) * chunk_bytes) {}
-  void step(const uint8_t* codes, int64_t next) {
-    if (steps-- == 0) offset += jump;
-#pragma GCC unroll 8
-    for (int s = 0; s < S; ++s)
-#pragma GCC unroll 8
-      for (int line = 0; line < kBytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(codes + s * next + offset + line), _MM_HINT_T0);
-  }
-};
-
-// Rows in blocks of at most B, and each one's share of the `bytes` to be fetched in `steps`. The same for all chunks: divisions
-// take as long as many products.
-template <int B>
-struct Blocks {
-  struct Block {
-    int row, rows;
-    int64_t from, rate;
-  };
-  Block blocks[(kMaxChunk + B - 1) / B];
-  int count;
-
-  Blocks(int num_rows, int64_t bytes, int64_t steps) : count((num_rows + B - 1) / B) {
-    const int64_t lines = bytes / 64;
-    for (int b = 0; b < count; ++b) {
-      const int row = num_rows * b / count;
-      const int64_t from = lines * b / count;
-      blocks[b] = {row, num_rows * (b + 1) / count - row, from * 64, ((lines * (b + 1) / count - from) << 16) / steps};
-    }
-  }
-};
-
 // Integers.
 
 int32_t four(const char* p) {
@@ -112,49 +68,63 @@ int32_t four(const char* p) {
   return bits;
 }
 
-// sums[M][64] += the chunk's product.
-template <Codes C, int M, class F>
-void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums, F fetch) {
-  __m512i acc[M][kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) {
-    const __m512i x_sum = _mm512_set1_epi32(-reinterpret_cast<const int32_t*>(rows + i * layout.bytes + layout.sums)[chunk.index]);
+// The codes of four inputs as 4 vectors. Those of uint4 lie in one half of the bytes, the next four inputs' in the other.
+template <Codes C>
+void load_codes(const uint8_t* codes, int half, __m512i* to) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j)
-      acc[i][j] = _mm512_mullo_epi32(_mm512_cvtps_epi32(zero_of(w, chunk, j * kLanes).x), x_sum);
+  for (int j = 0; j < kVectors; ++j) {
+    if constexpr (C == Codes::uint4) {
+      const __m512i both = _mm512_loadu_si512(codes + j * 64);
+      to[j] = _mm512_and_si512(half ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+    } else {
+      to[j] = _mm512_loadu_si512(codes + half * 4 * kPanel + j * 64);
+    }
   }
+}
+
+// sums[M][64] += the chunk's product, by inputs of D digits.
+template <Codes C, int D, int M, class F>
+[[gnu::noinline]] void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums,
+                                         F fetch) {
+  __m512i acc[D * M][kVectors];  // of all rows' first digits, then of their second ones
+#pragma GCC unroll 8
+  for (int i = 0; i < D * M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_setzero_si512();
+  const int64_t row = layout.bytes, part = layout.part;
   const char* x = rows + chunk.index * w.chunk_width();
   const uint8_t* codes = chunk.codes;
-  const __m512i half = _mm512_set1_epi8(15);
   for (int64_t u = 0; u < chunk.units; ++u, x += kUnit, codes += C == Codes::uint4 ? 4 * kPanel : 8 * kPanel) {
-    fetch.step(codes, 0);
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {  // four inputs at a time
+    for (int half = 0; half < 2; ++half) {
       __m512i weight[kVectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        if constexpr (C == Codes::uint4) {
-          const __m512i both = _mm512_loadu_si512(codes + j * 64);
-          weight[j] = _mm512_and_si512(h ? _mm512_srli_epi16(both, 4) : both, half);
-        } else {
-          weight[j] = _mm512_loadu_si512(codes + h * 4 * kPanel + j * 64);
-        }
-      }
+      load_codes<C>(codes, half, weight);
 #pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) {
-        const __m512i inputs = _mm512_set1_epi32(four(x + i * layout.bytes + h * 4));
+      for (int i = 0; i < D * M; ++i) {
+        const __m512i inputs = _mm512_set1_epi32(four(x + i % M * row + i / M * part + half * 4));
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], weight[j], inputs);
       }
     }
+    fetch.step(codes, 0);
   }
+  Vec scales[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) scales[j] = load(chunk.scales + j * kLanes);
 #pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
+  for (int i = 0; i < M; ++i) {
+    const char* of_row = rows + i * row + chunk.index * 4;
+    const Vec step = splat(*reinterpret_cast<const float*>(of_row + layout.scales));
+    const Vec x_sum = splat(*reinterpret_cast<const float*>(of_row + layout.sums));
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
+      __m512i whole = acc[i][j];
+      if constexpr (D == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), acc[M + i][j]);
+      const Vec zeros = chunk.zeros ? mul(zero_of(w, chunk, j * kLanes), x_sum) : x_sum;
       float* sum = sums + i * kPanel + j * kLanes;
-      store(sum, fma(Vec{_mm512_cvtepi32_ps(acc[i][j])}, load(chunk.scales + j * kLanes), load(sum)));
+      store(sum, fma(fma(Vec{_mm512_cvtepi32_ps(whole)}, step, zeros), scales[j], load(sum)));
     }
+  }
 }
 
 // bfloat16. A decoder gives the weights of a pair of inputs, as 4 vectors of pairs.
@@ -329,20 +299,30 @@ void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_r
     });
 }
 
-template <Codes C>
+template <Codes C, int D>
 void add_integers(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
+  constexpr int kRows = kBlock / D;
   const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? kPanel : 0;
-  const auto multiply = [&](int row, auto m, auto fetch) {
-    multiply_integers<C, decltype(m)::value>(w, layout, rows + row * layout.bytes, chunk, sums + row * kPanel, fetch);
+  // `count` chunks, one after the other, with what is fetched meanwhile.
+  const auto multiply = [&](int row, auto m, int64_t count, auto fetch_of) {
+    Chunk one = chunk;
+    for (int64_t i = 0; i < count; ++i, ++one.index, one.codes += bytes, one.scales += group, one.zeros += one.zeros ? group : 0)
+      multiply_integers<C, D, decltype(m)::value>(w, layout, rows + row * layout.bytes, one, sums + row * kPanel, fetch_of(i));
   };
-  const Blocks<kBlock> blocks(num_rows, bytes, chunk.units);
-  const Ahead<1, kUnit * kPanel / (C == Codes::uint4 ? 2 : 1)> ahead(bytes);
-  for (; chunk.index < end; ++chunk.index, chunk.codes += bytes, chunk.scales += group) {
-    if (num_rows <= kBlock)
-      with_rows(num_rows, [&](auto m) { multiply(0, m, ahead); }, std::make_integer_sequence<int, kBlock>{});
-    else
-      for_blocks(blocks, chunk.codes + bytes, multiply);
-    if (chunk.zeros) chunk.zeros += group;
+  if (num_rows <= kRows) {
+    const Ahead<1, kUnit * kPanel / (C == Codes::uint4 ? 2 : 1)> ahead(bytes);
+    const auto all = [&](auto m) { multiply(0, m, end, [&](int64_t) { return ahead; }); };
+    with_rows(num_rows, all, std::make_integer_sequence<int, kRows>{});
+    return;
+  }
+  const Blocks<kRows> blocks(num_rows, bytes, chunk.units);
+  for (const int64_t most = std::max<int64_t>(1, kTogether / bytes); chunk.index < end;) {
+    const int64_t count = std::min(most, end - chunk.index);
+    for_blocks(blocks, chunk.codes + count * bytes, [&](int row, auto m, Fetch fetch) {
+      multiply(row, m, count, [&](int64_t i) { return Fetch{fetch.next + i * bytes, fetch.rate}; });
+    });
+    chunk.index += count, chunk.codes += count * bytes, chunk.scales += count * group;
+    if (chunk.zeros) chunk.zeros += count * group;
   }
 }
 
@@ -352,13 +332,13 @@ void panel_sums(const Weight& w, const char* rows, int num_rows, int64_t panel, 
   const Rows layout(w);
   const int64_t end = w.num_chunks(), place = panel * kPanel * (w.has_groups ? end : 1);
   const Chunk first{w.packed + panel * w.panel_bytes(), w.scales + place, w.zeros ? w.zeros + place : nullptr, 0, w.chunk_width() / kUnit};
+  const bool two = w.num_parts() == 2;
   std::fill(sums, sums + num_rows * kPanel, 0.f);
   if constexpr (C != Codes::float8)
-    if (w.is_integer()) return add_integers<C>(w, layout, rows, num_rows, first, end, sums);
-  if (w.num_parts() == 1)
-    add_floats<C, 1>(w, layout, rows, num_rows, first, end, sums);
-  else
-    add_floats<C, 2>(w, layout, rows, num_rows, first, end, sums);
+    if (w.is_integer())
+      return two ? add_integers<C, 2>(w, layout, rows, num_rows, first, end, sums)
+                 : add_integers<C, 1>(w, layout, rows, num_rows, first, end, sums);
+  two ? add_floats<C, 2>(w, layout, rows, num_rows, first, end, sums) : add_floats<C, 1>(w, layout, rows, num_rows, first, end, sums);
 }
 
 void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel) {
@@ -374,8 +354,8 @@ void compute(const Weight& w, const Call& call, int row, int rows, int64_t panel
   const float* bias = w.bias ? w.bias + first : nullptr;
   for (int r = 0; r < rows; ++r) {
     float* s = sums + r * kPanel;
-    if (w.inputs != Inputs::plain) {
-      const Vec scale = splat(*reinterpret_cast<const float*>(prepared + r * layout.bytes + layout.scale));
+    if (w.inputs == Inputs::float8) {
+      const Vec scale = splat(*reinterpret_cast<const float*>(prepared + r * layout.bytes + layout.scales));
       for (int j = 0; j < kPanel; j += kLanes) store(s + j, mul(load(s + j), scale));
     }
     store_panel(w.type, call.y, (row + r) * call.y_stride + first, s, bias, count);

@@ -1,5 +1,6 @@
 // Weights into panels, and rows of x into what the product takes.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -20,25 +21,27 @@ float element(Type type, const void* x, int64_t i) {
 }
 
 // Chunk c of a row as float32, with zeros behind it up to whole vectors.
-void gather(const Weight& w, const void* x, int64_t c, std::vector<float>& to) {
+void gather(const Weight& w, const void* x, int64_t c, float* to) {
   const int64_t first = c * w.chunk, count = std::min(w.chunk, w.depth - first);
   int64_t k = 0;
   if (!w.order)
-    for (; k + kLanes <= count; k += kLanes) store(&to[k], load_as(w.type, x, first + k));
+    with_element(w.type, [&](auto e) {
+      const auto* from = static_cast<const typename decltype(e)::store_t*>(x) + first;
+      for (; k + kLanes <= count; k += kLanes) store(to + k, e.widen16(from + k));
+    });
   for (; k < count; ++k) to[k] = element(w.type, x, w.order ? w.order[first + k] : first + k);
-  std::fill(to.begin() + count, to.end(), 0.f);
+  std::fill(to + count, to + (w.chunk_width() + kLanes - 1) / kLanes * kLanes, 0.f);
 }
 
-Vec absolute(Vec a) { return {_mm512_abs_ps(a.x)}; }
-
-// NaN if there is one.
-float largest(const std::vector<float>& values) {
-  Vec most = splat(0.f), any = splat(0.f);
-  for (size_t k = 0; k < values.size(); k += kLanes) {
-    const Vec v = load(&values[k]);
-    most = max(absolute(v), most), any = fma(v, splat(0.f), any);
-  }
-  return reduce_max(most) + reduce_add(any);
+// NaN if there is one: without their signs floats are in the order of their bits, and NaN is last.
+float largest(const float* values, int64_t count) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < count; k += kLanes)
+    most = _mm512_max_epi32(most, _mm512_castps_si512(_mm512_abs_ps(load(values + k).x)));
+  const int32_t bits = _mm512_reduce_max_epi32(most);
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
 }
 
 // The nearest values of E4M3 (OCP 8-bit floating point: bias 7, no infinity), of magnitude at most 448; ties to even.
@@ -48,6 +51,60 @@ Vec round_e4m3(Vec a) {
   const Vec exponent = max(splat(-6.f), Vec{_mm512_getexp_ps(limited.x)});
   const Vec step = power_of_two(sub(exponent, splat(3.f)));
   return mul(round_even(div(limited, step)), step);
+}
+
+// What a step is worth if `most` takes `steps`. Zeros stay zeros; what is not all numbers has no product that is.
+float step_of(float most, float steps) {
+  if (most - most != 0) return NAN;
+  return most / steps;
+}
+Vec divisor(float step) { return splat(step > 0 ? step : 1.f); }
+
+// Chunk c as digits, from its values.
+void write_digits(const Weight& w, const Rows& layout, const float* values, float step, int64_t c, char* row) {
+  const int64_t wide = w.chunk_width();
+  const bool two = w.num_parts() == 2;
+  const float usable = step >= FLT_MIN ? step : 1;  // below, digits are zeros
+  const Vec by = splat(usable), times = splat(1 / usable), none = splat(0.f);
+  const __m512i half = _mm512_set1_epi32(128), limit = _mm512_set1_epi32(127), lowest = _mm512_set1_epi32(-127);
+  char* to = row + c * wide;
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t k = 0; k < wide; k += kLanes) {
+    const Vec v = load(values + k);
+    Vec q = mul(v, times);
+    if (!two) q = fma(sub(none, fma(q, by, sub(none, v))), times, q);  // what a division gives, in less time
+    __m512i n = _mm512_cvtps_epi32(q.x);
+    if (!two) n = _mm512_max_epi32(lowest, _mm512_min_epi32(limit, n));
+    sum = _mm512_add_epi32(sum, n);
+    const __m512i first = two ? _mm512_srai_epi32(_mm512_add_epi32(n, half), 8) : n;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtepi32_epi8(first));
+    if (two) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + layout.part + k), _mm512_cvtepi32_epi8(n));
+  }
+  reinterpret_cast<float*>(row + layout.scales)[c] = step;
+  const float zero = w.zeros ? 1 : static_cast<float>(w.zero);
+  reinterpret_cast<float*>(row + layout.sums)[c] = -zero * static_cast<float>(_mm512_reduce_add_epi32(sum)) * step;
+}
+
+// Chunk c as bfloat16.
+void write_floats(const Weight& w, const Rows& layout, const float* values, float step, int64_t c, char* row) {
+  const int64_t wide = w.chunk_width();
+  const Vec by = divisor(step);
+  Vec sum = splat(0.f);
+  for (int64_t k = 0; k < wide; k += kLanes) {
+    Vec v = load(values + k);
+    if (w.inputs == Inputs::float8) v = round_e4m3(div(v, by));
+    auto* to = reinterpret_cast<uint16_t*>(row) + c * wide + k;
+    store_bf16(to, v);
+    Vec stands = load_bf16(to);
+    if (w.num_parts() == 2) {
+      auto* rest = reinterpret_cast<uint16_t*>(row + layout.part) + c * wide + k;
+      store_bf16(rest, sub(v, stands));
+      stands = add(stands, load_bf16(rest));
+    }
+    sum = add(sum, stands);
+  }
+  reinterpret_cast<float*>(row + layout.scales)[c] = step;
+  reinterpret_cast<float*>(row + layout.sums)[c] = reduce_add(sum);
 }
 
 }  // namespace
@@ -87,59 +144,31 @@ void pack(const Weight& w, const uint8_t* codes) {
 
 void prepare_row(const Weight& w, const void* x, void* row) {
   const Rows layout(w);
-  char* base = static_cast<char*>(row);
   const int64_t wide = w.chunk_width(), chunks = w.num_chunks();
-  thread_local std::vector<float> values;
-  values.resize((wide + kLanes - 1) / kLanes * kLanes);
-
-  float scale = 1;
-  if (w.inputs != Inputs::plain) {
-    scale = w.input_scale;
-    if (scale == 0) {
-      float most = 0;
-      for (int64_t c = 0; c < chunks; ++c) {
-        gather(w, x, c, values);
-        const float here = largest(values);
-        most = here > most || here != here ? here : most;
-      }
-      scale = most / (w.is_integer() ? 127.f : 448.f);
+  thread_local std::vector<float> buffer;
+  buffer.resize((wide + kLanes - 1) / kLanes * kLanes);
+  float* values = buffer.data();
+  const float num_steps = w.num_steps();
+  float step = 1;
+  if (w.inputs != Inputs::plain) {  // one step for the whole row
+    float most = 0;
+    for (int64_t c = 0; c < chunks; ++c) {
+      gather(w, x, c, values);
+      const float here = largest(values, wide);
+      most = here > most || here != here ? here : most;
     }
+    const float own = step_of(most, w.is_integer() ? 127.f : 448.f);
+    step = w.input_scale == 0 || own != own ? own : w.input_scale;
   }
-  // A row of zeros stays one; a row that is not all numbers has no product that is.
-  const bool usable = scale - scale == 0;
-  const Vec by = splat(scale > 0 && usable ? scale : 1.f);
-  Vec strange = splat(usable ? 0.f : NAN);  // NaN once a value is not a finite number, which no integer says
   for (int64_t c = 0; c < chunks; ++c) {
     gather(w, x, c, values);
     if (w.is_integer()) {
-      __m512i sum = _mm512_setzero_si512();
-      for (int64_t k = 0; k < wide; k += kLanes) {
-        const Vec v = load(&values[k]), q = max(splat(-127.f), min(splat(127.f), round_even(div(v, by))));
-        strange = fma(v, splat(0.f), strange);
-        const __m512i n = _mm512_cvtps_epi32(q.x);
-        sum = _mm512_add_epi32(sum, n);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(base + c * wide + k), _mm512_cvtsepi32_epi8(n));
-      }
-      reinterpret_cast<int32_t*>(base + layout.sums)[c] = _mm512_reduce_add_epi32(sum);
-      continue;
+      if (w.inputs == Inputs::plain) step = step_of(largest(values, wide), num_steps);
+      write_digits(w, layout, values, step, c, static_cast<char*>(row));
+    } else {
+      write_floats(w, layout, values, step, c, static_cast<char*>(row));
     }
-    Vec sum = splat(0.f);
-    for (int64_t k = 0; k < wide; k += kLanes) {
-      Vec v = load(&values[k]);
-      if (w.inputs == Inputs::float8) v = round_e4m3(div(v, by));
-      auto* to = reinterpret_cast<uint16_t*>(base) + c * wide + k;
-      store_bf16(to, v);
-      Vec stands = load_bf16(to);
-      if (w.num_parts() == 2) {
-        auto* rest = reinterpret_cast<uint16_t*>(base + layout.part) + c * wide + k;
-        store_bf16(rest, sub(v, stands));
-        stands = add(stands, load_bf16(rest));
-      }
-      sum = add(sum, stands);
-    }
-    reinterpret_cast<float*>(base + layout.sums)[c] = reduce_add(sum);
   }
-  *reinterpret_cast<float*>(base + layout.scale) = scale + reduce_add(strange);
 }
 
 }  // namespace dovetail
