@@ -42,6 +42,10 @@ RUNS = {
         "every sabotaged plugin over 5 seeds, caught by every check that is there for it; correct plugins over 50 seeds",
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
     ),
+    "attention for GPUs": (
+        "the attention contract of the kernels in Triton, interpreted, and in CUDA C++, its threads played by fibers: all of it",
+        ["plugins/attention_cuda/tests"], {"DOVETAIL_SOAK_SEEDS": 1},
+    ),
     "new plugins": (
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},

@@ -1,20 +1,24 @@
-"""PagedAttention for NVIDIA GPUs, in Triton.
+"""PagedAttention for NVIDIA GPUs, in Triton and in CUDA C++.
 
-This module is the light root: it offers the provider and imports neither Triton nor torch.
+This module is the light root: it offers the providers and imports neither Triton nor torch.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.native import build_cuda_library
 from dovetail.provider import Context, Options, Provider, Reason, why_not_gpu
 
 if TYPE_CHECKING:
     from dovetail.compose import BuildContext
     from dovetail_attention_cuda.backend import TritonAttention
+    from dovetail_attention_cuda.native import CudaAttention
 
 TRITON_CAPABILITIES = AttentionCapabilities(
     devices=("cuda",),
@@ -27,6 +31,10 @@ TRITON_CAPABILITIES = AttentionCapabilities(
     graph_capture=True,
     kv_layout="HND",
 )
+
+
+CUDA_CAPABILITIES = replace(TRITON_CAPABILITIES, head_sizes=tuple(range(16, 257, 16)), block_sizes=tuple(range(8, 257, 8)))
+SOURCES = Path(__file__).parent / "csrc"
 
 
 class TritonOptions(Options):
@@ -59,6 +67,40 @@ TRITON = Provider(
 )
 
 
+class CudaOptions(Options):
+    """This provider has no options."""
+
+
+def why_no_cuda(context: Context) -> list[Reason]:
+    reasons = why_not_gpu(context)
+    if context.device.nvcc is None:
+        reasons.append(Reason("CUDA's compiler was not found", "install the CUDA toolkit, or set CUDA_HOME"))
+    return reasons
+
+
+def build_cuda(context: BuildContext, options: CudaOptions) -> CudaAttention:
+    import torch
+
+    from dovetail_attention_cuda.native import CudaAttention
+
+    device = torch.device(context.plan.device)
+    gpu = context.device.gpus[device.index or 0]
+    library = build_cuda_library("attention-cuda", SOURCES, context.device, [gpu.architecture])
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return CudaAttention(library, context.plan.device, num_sms)
+
+
+CUDA = Provider(
+    "cuda",
+    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for where Triton is absent; prompts are slow",
+    build_cuda,
+    CudaOptions,
+    CUDA_CAPABILITIES,
+    why_no_cuda,
+    priority=20,
+)
+
+
 @hookimpl
-def dovetail_attention() -> list[Provider[TritonAttention]]:
-    return [TRITON]
+def dovetail_attention() -> list[Provider[Any]]:
+    return [TRITON, CUDA]

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail_attention_cuda import kernels
+from dovetail_attention_cuda.cache import Cache, allocate, check, export_kv, import_kv
 from dovetail_attention_cuda.schedule import I32, I64, cut_queries, is_short, most_pieces, split, whole
 from dovetail_attention_cuda.shapes import LONG_PROGRAMS, SHORT_PROGRAMS, UNIT, launch, long_rows, power_of_two, short_rows
 from dovetail_attention_cuda.upload import Upload
@@ -21,7 +21,6 @@ INTERPRETED_PROGRAMS = 3
 """Of a grid in Triton's interpreter: few, so that each takes several pieces."""
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-Cache = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,7 @@ class DecodeStep:
 
 
 class TritonAttention:
-    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream.
-
-    A layer's cache is two tensors, keys and values, each `[num_blocks, Hkv, block_size, D]`: a head's part of a block is one
-    stretch of memory.
-    """
+    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -119,9 +114,7 @@ class TritonAttention:
         """By geometry, a layer's index (which tells KV groups apart), and number of rows."""
 
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
-        shape = (spec.num_blocks, spec.num_kv_heads, spec.block_size, spec.head_size)
-        dtype = getattr(torch, spec.dtype)
-        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device)
+        return allocate(spec, self.device)
 
     def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
         starts = np.array(batch.host_query_start[: batch.num_seqs + 1], np.int64)
@@ -169,7 +162,7 @@ class TritonAttention:
 
     def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
         step = plan[Geometry.of(layer)]
-        _check(layer, step.batch, q, k, v, cache, out)
+        check(layer, step.batch, q, k, v, cache, out)
         self._write(layer, k, v, cache, step.batch)
         for work in step.works:
             self._attend(layer, q, cache, step.batch, work, out)
@@ -217,24 +210,7 @@ class TritonAttention:
     def export_kv(
         self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-        keys, values = (x[index].transpose(1, 2).contiguous() for x in cache)
-        return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
+        return export_kv(cache, block_ids, out)
 
     def import_kv(self, cache: Cache, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
-        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
-        for own, given in zip(cache, (keys, values), strict=True):
-            own[index] = given.to(device=self.device, dtype=own.dtype).transpose(1, 2)
-
-
-def _check(layer: AttentionLayer, batch: AttentionBatch, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor) -> None:
-    """What a kernel would read past the end of."""
-    n, heads, kv = batch.num_tokens, (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
-    if not (q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == 1 and k.dtype == v.dtype == out.dtype == q.dtype):
-        raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
-    if not (
-        q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0] and len(batch.slot_mapping) >= n
-        and q.shape[1:] == out.shape[1:] == heads and k.shape[1:] == v.shape[1:] == kv
-        and all((x.shape[1], x.shape[3]) == kv for x in cache)
-    ):  # fmt: skip
-        raise PluginError("attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned")
+        import_kv(cache, block_ids, keys, values)
