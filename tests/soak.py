@@ -43,7 +43,7 @@ RUNS = {
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
     ),
     "attention for GPUs": (
-        "the attention contract of the kernels in Triton, interpreted, and in CUDA C++, its threads played by fibers: all of it",
+        "the whole attention contract of the kernels in Triton, interpreted, and in CUDA C++, its threads played by fibers",
         ["plugins/attention_cuda/tests"], {"DOVETAIL_SOAK_SEEDS": 1},
     ),
     "new plugins": (
