@@ -91,7 +91,7 @@ def some_requests(seed: int) -> list[Request]:
     ]  # fmt: skip
     requests = []
     for i, kind in enumerate(kinds + rng.sample(kinds, 5)):
-        params = SamplingParams(max_tokens=rng.randint(1, 24), **kind)
+        params = SamplingParams(max_tokens=max(rng.randint(1, 24), kind.get("min_tokens", 0)), **kind)
         prompt = [rng.randrange(2, 60) for _ in range(rng.choice((1, 5, 40, 90)))]
         requests.append(Request(str(i), prompt, params, params.max_tokens, rng.randrange(2**31), [0]))
     return requests

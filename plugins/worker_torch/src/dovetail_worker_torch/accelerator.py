@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -28,6 +29,9 @@ class Accelerator(Protocol):
     """All that is queued is done in order, on one stream."""
 
     device: torch.device
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Within it, this device is the one that launches go to."""
 
     def upload(self, numbers: npt.NDArray[Any]) -> Tensor:
         """A copy on the device. The array may be changed at once."""
@@ -55,6 +59,9 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+
+    def current(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device)
 
     def upload(self, numbers: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(numbers).pin_memory().to(self.device, non_blocking=True)

@@ -51,7 +51,7 @@ class DeviceRunner(Runner):
 
     def __init__(self, *arguments: Any, accelerator: Accelerator) -> None:
         super().__init__(*arguments)
-        self._accelerator = accelerator
+        self.accelerator = accelerator
         self.graphs: GraphLadder | None = None
         self._queued: list[Queued] = []
         self._waiting: set[int] = set()
@@ -79,7 +79,7 @@ class DeviceRunner(Runner):
     def capture(self, max_num_seqs: int, progress: Callable[[int, int], None]) -> None:
         """Capture decode steps of up to so many sequences."""
         graphs = GraphLadder(
-            self._accelerator, self.model, self.table, self._groups, self._backends, self._layers, self._attend,
+            self.accelerator, self.model, self.table, self._groups, self._backends, self._layers, self._attend,
             ladder(max_num_seqs),
         )  # fmt: skip
         graphs.capture(progress)
@@ -125,10 +125,10 @@ class DeviceRunner(Runner):
             shape_logits(logits, SamplingRows(starts, nobody, lengths), self._drawing)
         tokens, usable = best(logits)
         self.table.append_on_device(seats, lengths, tokens)
-        return self._accelerator.fetch(torch.stack([tokens, usable.to(tokens.dtype)]))
+        return self.accelerator.fetch(torch.stack([tokens, usable.to(tokens.dtype)]))
 
     def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return self._accelerator.upload(array)
+        return self.accelerator.upload(array)
 
     def _token_ids(self, inputs: StepInputs) -> Tensor:
         """From the device's own table: the host may not know the last ones yet."""

@@ -149,7 +149,8 @@ class TorchWorker:
         assert self._model is not None
         num_rows, num_tokens = option("scheduler", "max_num_seqs"), option("scheduler", "max_num_batched_tokens")
         captured = ladder(num_rows)[-1] if self._captures else 0
-        found = gpu_memory(self._model, self._drawing(), self._device, num_tokens, min(num_rows, num_tokens), captured)
+        with torch.cuda.device(self._device):
+            found = gpu_memory(self._model, self._drawing(), self._device, num_tokens, min(num_rows, num_tokens), captured)
         return found.for_cache(fraction, num_tokens, num_rows)
 
     def allocate(self, num_blocks: list[int]) -> None:
@@ -260,7 +261,7 @@ class TorchWorker:
     def _capture(self, runner: DeviceRunner, progress: Progress) -> None:
         max_num_seqs: int = self._context.option("scheduler", "max_num_seqs")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), runner.accelerator.current():
                 runner.capture(max_num_seqs, lambda done, total: progress("capturing CUDA graphs", done, total))
         except Exception as e:
             if self._on_capture_failure == "plain":
@@ -275,7 +276,7 @@ class TorchWorker:
     def submit(self, plan: StepPlan) -> Any:
         runner = self._require_runner()
         if isinstance(runner, DeviceRunner):
-            with torch.inference_mode():
+            with torch.inference_mode(), runner.accelerator.current():
                 return runner.submit(plan)
 
         def run() -> Computed | StepResult:
