@@ -64,5 +64,5 @@ def test_commands_in_the_readme_exist() -> None:
     for name in set(re.findall(r"^(?:\.venv/bin/)?dovetail (\w+)", text, re.M)):
         assert name in _parser().format_help(), name
     targets = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"(?:^|`)make (\w+)", text, re.M)):
+    for target in set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)):
         assert re.search(rf"^{target}:", targets, re.M), target

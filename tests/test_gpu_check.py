@@ -26,3 +26,4 @@ def test_dry_run(part, tmp_path):
     assert found["is_done"]
     assert found["rows"]
     assert found["about"]["is_dry"]
+    assert found["about"].get("failed", []) == []
