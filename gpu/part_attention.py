@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rows import DEVICE, DRY, Row, Rows, captured, copy_bandwidth, matrix_rate, seconds
+from rows import DEVICE, DRY, INTERPRETED, Row, Rows, captured, copy_bandwidth, matrix_rate, seconds
 
 from dovetail.facts import device_facts
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
@@ -63,6 +63,8 @@ def usable() -> dict[str, Any]:
     for offer in load_registry().of("attention"):
         provider = offer.provider
         if "cuda" not in provider.capabilities.devices or provider.priority <= 0 or provider.why_not(context):
+            continue
+        if DRY and provider.name not in INTERPRETED:
             continue
         plan: Any = type("P", (), {"device": str(DEVICE)})
         build: Any = type("C", (), {"plan": plan, "device": device_facts()})

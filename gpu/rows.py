@@ -14,6 +14,8 @@ import torch
 
 DRY = os.environ.get("DOVETAIL_GPU_DRY") == "1"
 """On a CPU, tiny: to see that everything runs."""
+INTERPRETED = ("triton", "torch", "torch-reference")
+"""Providers for GPUs that run on a CPU too, where Triton is interpreted."""
 DEVICE = torch.device("cpu" if DRY else "cuda:0")
 
 

@@ -25,6 +25,8 @@ def classes():
         devices = getattr(can, "devices", None)
         if offer.socket not in SOCKETS or (offer.socket != "worker" and devices is not None and "cuda" not in devices):
             continue
+        if DRY and offer.socket in ("attention", "matmul") and provider.name not in ("triton", "torch", "torch-reference"):
+            continue  # no kernels for a CPU
         if offer.socket != "worker" and provider.why_not(Context(device_facts(), None, DEVICE, "bfloat16")):
             continue
         if DRY and devices is not None:
