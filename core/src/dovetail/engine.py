@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dovetail.errors import DovetailError, Overloaded, StepFailed
+from dovetail.errors import DovetailError, EngineDead, Overloaded, StepFailed
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
@@ -88,7 +88,8 @@ class Engine:
         return bool(self.sequences or self._news)
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step; returns the news of every sequence that has any."""
+        """Run one step; returns the news of every sequence that has any. Raises `EngineDead` if the worker has lost its
+        device."""
         plan = self.schedule(in_flight=False)
         if plan is not None:
             step = self.submit(plan)
@@ -120,6 +121,8 @@ class Engine:
         self.stats.num_steps += 1
         try:
             return Step(plan, self.worker.submit(plan))
+        except EngineDead:
+            raise
         except Exception as e:
             self._end_failed_step(plan, e)
             return None
@@ -128,6 +131,8 @@ class Engine:
         """Wait for a step's tokens and commit them."""
         try:
             result = self.worker.sample(step.handle)
+        except EngineDead:
+            raise
         except Exception as e:
             self._end_failed_step(step.plan, e)
             return

@@ -11,7 +11,7 @@ from fake_device import CAPTURABLE, FakeAccelerator, FakeDeviceWorker
 
 from dovetail.compose import build_engine
 from dovetail.config import EngineConfig
-from dovetail.errors import OutOfMemory, PluginError
+from dovetail.errors import EngineDead, OutOfMemory, PluginError
 from dovetail.plugins.discovery import load_registry
 from dovetail.resolution import resolve
 from dovetail.testing.attention import AttentionContract
@@ -137,6 +137,19 @@ def test_a_step_without_memory_fails_its_requests_alone(folder, monkeypatch):
     assert said_by(engine, [requests[1]])["large", 0] == ([], [], ["out_of_memory"])
     again = replace_id(requests[0], "again")
     assert said_by(engine, [again])["again", 0] == said["small", 0]
+
+
+def test_a_lost_device_ends_the_engine(folder, monkeypatch):
+    """Not its requests alone: whatever comes after would fail as well, and a server starts a new process."""
+    engine, runner = (built := new_engine(folder)), worker_of(built)._runner
+
+    def lost(*arguments):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner.model, "forward", lost)
+    engine.add(Request("r", [7, 8], SamplingParams(max_tokens=4), 4, 0, []))
+    with pytest.raises(EngineDead, match="cpu failed, and nothing more can be run on it by this process: CUDA error"):
+        engine.step()
 
 
 def replace_id(request, name):

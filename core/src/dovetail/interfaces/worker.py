@@ -36,7 +36,8 @@ class WorkerCapabilities:
 
 class Worker(Protocol):
     """Steps run in the order they are submitted. Any method may raise; in `submit` and `sample` only that step's
-    requests fail, elsewhere the engine does."""
+    requests fail, elsewhere the engine does. A worker whose device is lost raises `EngineDead` anywhere: a server then replaces
+    the engine's process."""
 
     def load(self, progress: Progress) -> None:
         """Read the weights. Raises `CheckpointError` that names the file."""

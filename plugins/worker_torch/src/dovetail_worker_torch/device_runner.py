@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.errors import OutOfMemory
+from dovetail.errors import EngineDead, OutOfMemory
 from dovetail.types import SamplingParams, StepPlan, StepResult
 from dovetail_worker_torch.accelerator import Accelerator, Fetched
 from dovetail_worker_torch.batch import I64, StepInputs
@@ -70,6 +70,8 @@ class DeviceRunner(Runner):
                 computed = self.forward(plan)
                 return computed if plan.masked else self.draw(computed)
             return self._queue(plan)
+        except torch.AcceleratorError as e:
+            raise self._lost(e) from e
         except torch.OutOfMemoryError as e:
             raise OutOfMemory(
                 f"a step of {len(plan.seq_ids)} sequences and {sum(plan.num_tokens)} tokens found no memory on "
@@ -88,9 +90,16 @@ class DeviceRunner(Runner):
     def land(self, step: Queued) -> StepResult:
         """Wait for a queued step's tokens."""
         if step.result is None:
-            step.result = self._result_of(step)
+            try:
+                step.result = self._result_of(step)
+            except torch.AcceleratorError as e:
+                raise self._lost(e) from e
             self._queued.remove(step)
         return step.result
+
+    def _lost(self, error: Exception) -> EngineDead:
+        """What a kernel has done wrong shows at some later call, and all calls after it fail too."""
+        return EngineDead(f"{self.device} failed, and nothing more can be run on it by this process: {error}")
 
     def _result_of(self, step: Queued) -> StepResult:
         result = StepResult(step.plan.step_id, [[] for _ in step.plan.seq_ids])
