@@ -1,0 +1,31 @@
+"""The stand-in has FlashInfer's signatures, where FlashInfer is installed."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from importlib.util import find_spec
+
+import fake_flashinfer
+import pytest
+
+USED = {
+    "append_paged_kv_cache": [],
+    "BatchDecodeWithPagedKVCacheWrapper": ["__init__", "plan", "run", "reset_workspace_buffer"],
+    "BatchPrefillWithPagedKVCacheWrapper": ["__init__", "plan", "run", "reset_workspace_buffer"],
+}
+
+
+def parameters(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer-python is not installed")
+@pytest.mark.parametrize("name", USED)
+def test_signatures(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own, where there is no GPU
+        import flashinfer
+    real, fake = getattr(flashinfer, name), getattr(fake_flashinfer, name)
+    pairs = [(getattr(real, method), getattr(fake, method)) for method in USED[name]] or [(real, fake)]
+    assert [parameters(theirs) for theirs, _ in pairs] == [parameters(ours) for _, ours in pairs]
