@@ -15,13 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT, WORK = ROOT / ".gpu/flashinfer", ROOT / ".gpu/flashinfer-build"
+OUT, WORK = ROOT / ".gpu/flashinfer", ROOT / "build/flashinfer"
+VERSION = OUT / "version"
 ARCHITECTURE = "9.0a"
-"""As FLASHINFER_CUDA_ARCH_LIST has it: also where the results are used, since FlashInfer's own names for GPUs depend on it."""
+"""As FLASHINFER_CUDA_ARCH_LIST has it."""
 FOR_THE_CHECK = ("page", "decode", "decode-fp8", "prefill", "prefill-fp8")
 """Heads of 128 in bfloat16 without windows and caps: groups of 4 and more decode by the prefill's kernels."""
 
@@ -57,7 +59,11 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", metavar="MODULE")
     args = parser.parse_args()
     environment()
-    known = modules()
+    known, installed = modules(), version("flashinfer-python")
+    if VERSION.is_file() and VERSION.read_text() != installed:
+        shutil.rmtree(OUT)
+    OUT.mkdir(parents=True, exist_ok=True)
+    VERSION.write_text(installed)
     if unknown := set(args.modules) - set(known):
         parser.error(f"no module {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     for name in args.modules or FOR_THE_CHECK:

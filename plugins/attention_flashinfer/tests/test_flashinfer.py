@@ -84,6 +84,15 @@ def test_layers_of_one_geometry_are_planned_once(rows, monkeypatch):
     assert before == 2
 
 
+def test_a_layer_that_runs_alone():
+    """As in a shadow run, which tries some layers of a plan."""
+    step = Step(StepSpec(MIXED, "bfloat16", "bfloat16"), "cpu")
+    ours, second = backend(), replace(step.layer, index=1)
+    plan, cache, out = ours.plan(step.batch(), [step.layer, second], 16), filled(ours, step), torch.empty_like(step.q)
+    ours.run(second, step.q, step.k, step.v, cache, plan, out)
+    assert is_close(step, out)
+
+
 def test_decode_steps_write_where_the_step_before_did():
     """The buffers of a batch size are those that its graph was captured with, whatever other sizes come in between."""
     ours, places = backend(), []

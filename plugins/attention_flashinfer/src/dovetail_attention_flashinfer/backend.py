@@ -24,7 +24,8 @@ class Step:
     batch: AttentionBatch
     work: Work
     first: int
-    """Index of the layer whose run gathers what the others read: what is captured must do so too, at the same place."""
+    """Index of the layer whose run gathers what the others read, each time, since it may be captured; where it is left out, the
+    first that runs does."""
 
 
 Plan = dict[Geometry, Step]
@@ -106,7 +107,7 @@ class FlashInferAttention:
         _check(layer, n, q, k, v, cache, out)
         self._types = types = Types.of(q, cache[0])
         wrapper = work.wrapper(types)
-        if layer.index == step.first:
+        if layer.index == step.first or not work.is_gathered:
             work.gather(step.batch)
         self._write(layer, k[:n], v[:n], cache, work)
         scales = self._host_scales(layer)

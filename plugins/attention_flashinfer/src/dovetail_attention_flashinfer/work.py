@@ -66,7 +66,7 @@ class Work:
         self._wrappers: dict[Types, Any] = {}
         self._types: Types | None = None
         """Of the run before."""
-        self._is_planned = False
+        self._is_planned = self.is_gathered = False
         is_cuda = self.device.type == "cuda"
         self._copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         self._pages: Pages
@@ -81,13 +81,14 @@ class Work:
         self._pages = find_pages(batch, self.page_size, self._geometry.window)
         self._room(batch)
         self._table.prepare(self._pages, batch.block_table)
-        self._types, self._is_planned = self._types or types, False
+        self._types, self._is_planned, self.is_gathered = self._types or types, False, False
         if self._types is not None:
             self._plan(self._types)
 
     def gather(self, batch: AttentionBatch) -> None:
         self._table.gather(batch.block_table[: batch.num_seqs])
         self.slots.copy_(batch.slot_mapping[: batch.num_tokens])
+        self.is_gathered = True
 
     def wrapper(self, types: Types) -> Any:
         """The one to run, planned."""
