@@ -24,6 +24,7 @@ OUT, WORK = ROOT / ".gpu/flashinfer", ROOT / "build/flashinfer"
 VERSION = OUT / "version"
 ARCHITECTURE = "9.0a"
 """As FLASHINFER_CUDA_ARCH_LIST has it."""
+USUAL_CUDA = Path("/usr/local/cuda")
 FOR_THE_CHECK = ("page", "decode", "decode-fp8", "prefill", "prefill-fp8")
 """Heads of 128 in bfloat16 without windows and caps: groups of 4 and more decode by the prefill's kernels."""
 
@@ -90,6 +91,8 @@ def environment() -> None:
         "FLASHINFER_WORKSPACE_BASE": str(WORK),
         "FLASHINFER_EXTRA_LDFLAGS": " ".join(filter(None, flags)),
     }
+    if USUAL_CUDA.is_dir():
+        os.environ.setdefault("CUDA_HOME", str(USUAL_CUDA))  # FlashInfer looks where `nvcc` is, which may be a script
     os.environ.setdefault("MAX_JOBS", "1")
     os.environ.setdefault("FLASHINFER_NVCC_THREADS", "1")
 
