@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dovetail_attention_flashinfer as plugin
+from dovetail.errors import PluginError
 from dovetail.facts import device_facts
 from dovetail.gpus import GpuFacts
 from dovetail.provider import Context, no_reasons
@@ -115,6 +116,17 @@ def test_backend_of_prefill(name):
     ours.run(step.layer, step.q, step.k, step.v, cache, plan, torch.empty_like(step.q))
     (work,) = (s.work for s in plan.values())
     assert [w.backend for w in work._wrappers.values()] == [name]
+
+
+def test_a_step_too_large_for_the_workspace(monkeypatch):
+    def overflow(*given):
+        raise RuntimeError("Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer size.")
+
+    monkeypatch.setattr(fake_flashinfer.Wrapper, "_plan", overflow)
+    ours, step = backend(), Step(StepSpec(DECODE, "bfloat16", "bfloat16"), "cpu")
+    plan, cache = ours.plan(step.batch(), [step.layer], 16), filled(ours, step)
+    with pytest.raises(PluginError, match=r"not enough workspace \(16 MiB\) for a step of 3 rows .* raise attention's workspace_mb"):
+        ours.run(step.layer, step.q, step.k, step.v, cache, plan, torch.empty_like(step.q))
 
 
 H200 = GpuFacts("NVIDIA H200", (9, 0), 150_000_000_000, (13, 0))

@@ -119,8 +119,7 @@ class FlashInferAttention:
             out[:n] = target
 
     def _write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: Cache, work: Work) -> None:
-        scales = (None, None) if layer.kv_scales is None else layer.kv_scales.unbind()
-        keys, values = (_stored(x, own.dtype, scale) for x, own, scale in zip((k, v), cache, scales, strict=True))
+        keys, values = _stored(k, v, cache[0].dtype, layer.kv_scales)
         whole = self._caches[cache[0].shape[0], cache[0].shape[1]]
         self._flashinfer.append_paged_kv_cache(
             keys, values, work.nobody, work.slots, cache, whole.indices, whole.indptr, whole.last_len, kv_layout=LAYOUT
@@ -147,12 +146,15 @@ class FlashInferAttention:
             own[index] = given.to(device=self.device, dtype=own.dtype)
 
 
-def _stored(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    """Keys or values as the cache holds them."""
+def _stored(k: Tensor, v: Tensor, dtype: torch.dtype, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values as the cache holds them."""
     if dtype.itemsize > 1:
-        return x.to(dtype)
-    scaled = x.float() if scale is None else x.float() / scale
-    return scaled.clamp(-LARGEST_FP8, LARGEST_FP8).to(dtype)
+        return k.to(dtype), v.to(dtype)
+    both = torch.stack([k, v]).float()
+    if scales is not None:
+        both /= scales.view(2, 1, 1, 1)
+    keys, values = both.clamp_(-LARGEST_FP8, LARGEST_FP8).to(dtype)
+    return keys, values
 
 
 def _check(layer: AttentionLayer, n: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor) -> None:

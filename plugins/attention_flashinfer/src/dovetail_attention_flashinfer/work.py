@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer
 from dovetail_attention_flashinfer.pages import Pages, PageTable, find_pages, to_host
 
 LAYOUT = "NHD"
+WORKSPACE_IS_FULL = "Increase the workspace buffer size"
+"""FlashInfer's words."""
 TENSOR_CORE_GROUP = 4
 """Query heads that share a KV head, from which decode runs on tensor cores, by the prefill's kernels. The other kernels have
 groups of 1, 2, 3, 4 and 8 only."""
@@ -103,12 +106,19 @@ class Work:
             self._copied.synchronize()  # of the step before: FlashInfer writes pinned memory that it is copied from
         indptr, last_len = (to_host(x, self.device) for x in (self._pages.indptr, self._pages.last_len))
         of = self._geometry
-        self._wrappers[types].plan(
-            **self._sequences(indptr, self._table.indices[: self._pages.count], last_len),
-            num_qo_heads=of.num_heads, num_kv_heads=of.num_kv_heads, page_size=self.page_size,
-            window_left=-1 if of.window is None else of.window - 1, logits_soft_cap=of.logit_soft_cap,
-            sm_scale=of.scale, q_data_type=types.q, kv_data_type=types.kv,
-        )  # fmt: skip
+        try:
+            self._wrappers[types].plan(
+                **self._sequences(indptr, self._table.indices[: self._pages.count], last_len),
+                num_qo_heads=of.num_heads, num_kv_heads=of.num_kv_heads, page_size=self.page_size,
+                window_left=-1 if of.window is None else of.window - 1, logits_soft_cap=of.logit_soft_cap,
+                sm_scale=of.scale, q_data_type=types.q, kv_data_type=types.kv,
+            )  # fmt: skip
+        except Exception as e:
+            if WORKSPACE_IS_FULL not in str(e):
+                raise
+            size = f"{self._workspace.nbytes >> 20} MiB"
+            step = f"a step of {len(self._pages.last_len)} rows and {of.num_heads} heads of {of.head_size}"
+            raise PluginError(f"FlashInfer has not enough workspace ({size}) for {step}: raise attention's workspace_mb") from e
         if self._copied is not None:
             self._copied.record()
         self._types, self._is_planned = types, True
