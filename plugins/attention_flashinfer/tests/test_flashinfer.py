@@ -109,6 +109,16 @@ def test_decode_steps_write_where_the_step_before_did():
     assert places[0] != places[1]
 
 
+def test_block_tables_of_other_shapes():
+    """As of another engine's configuration: places in one are none in the other."""
+    ours = backend()
+    for rows, width in (((Row(9, 1), Row(20, 1)), 3), ((Row(700, 1), Row(90, 1)), 50), ((Row(30, 1), Row(9, 1)), 2)):
+        step = Step(StepSpec(rows, "bfloat16", "bfloat16"), "cpu")
+        plan, cache, out = ours.plan(step.batch(width), [step.layer], 16), filled(ours, step), torch.empty_like(step.q)
+        ours.run(step.layer, step.q, step.k, step.v, cache, plan, out)
+        assert is_close(step, out)
+
+
 @pytest.mark.parametrize("name", ["auto", "fa2", "fa3"])
 def test_backend_of_prefill(name):
     ours, step = backend(backend=name), Step(StepSpec(MIXED, "bfloat16", "bfloat16"), "cpu")
