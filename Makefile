@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/attention_cuda plugins/matmul_cpu plugins/quant_fp8 plugins/quant_int8 plugins/quant_awq_gptq plugins/quant_compressed_tensors plugins/quantize plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/demo_model
 # Not in the default set: installed for the tests alone, through the root's extra `dev`.
-TEST_PROJECTS := plugins/attention_pallas
+TEST_PROJECTS := plugins/attention_flashinfer plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
-.PHONY: serve test lint soak interop bench gpu-wheels gpu-check clean
+.PHONY: serve test lint soak interop bench gpu-wheels gpu-flashinfer gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,12 +69,19 @@ $(VENV)/.test: $(VENV)/.serve $(TEST_PROJECTS:%=%/pyproject.toml)
 	@touch $@
 
 # Where packages can be had: all that a machine with a GPU and no network needs. See gpu/README.md.
-gpu-wheels: $(VENV)/.test
+gpu-wheels: $(VENV)/.test gpu-flashinfer
 	rm -rf .gpu/wheels
-	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .gpu/wheels $(PROJECTS:%=./%)
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .gpu/wheels $(PROJECTS:%=./%) ./plugins/attention_flashinfer
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux2014_x86_64 -d .gpu/wheels -r gpu/requirements.txt
+
+# FlashInfer's kernels for that machine: minutes each, once.
+gpu-flashinfer: $(VENV)/.test
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/flashinfer/site \
+		$$(grep -E '^(apache-tvm-ffi|flashinfer-python)=' gpu/requirements.txt) \
+		certifi charset-normalizer einops idna ninja requests tabulate urllib3
+	PATH=$(CURDIR)/build/flashinfer/site/bin:$$PATH PYTHONPATH=build/flashinfer/site $(BIN)/python gpu/aot_flashinfer.py
 
 # There. Needs nothing but the wheels and that machine's python3.
 gpu-check:

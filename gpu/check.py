@@ -8,10 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from aot_flashinfer import ARCHITECTURE, VERSION
+from aot_flashinfer import OUT as FLASHINFER
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -62,6 +66,10 @@ def install(environment: dict[str, str]) -> None:
         subprocess.run([*command, "--target", str(SITE), *map(str, wheels)], check=True)
         stamp.write_text(names)
         print(f"installed {len(wheels)} wheels in {time.monotonic() - start:.0f} s")
+    if (SITE / "flashinfer").is_dir() and VERSION.is_file():
+        shutil.copytree(FLASHINFER, SITE / "flashinfer/data/aot", dirs_exist_ok=True)
+        # A kernel that was not carried is an error: it would be compiled for minutes.
+        environment |= {"FLASHINFER_CUDA_ARCH_LIST": ARCHITECTURE, "FLASHINFER_DISABLE_JIT": "1"}
     if SITE.is_dir():
         environment["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [environment.get("PYTHONPATH", "")])])
 

@@ -1,0 +1,97 @@
+"""Paged attention for NVIDIA GPUs by FlashInfer.
+
+This module is the light root: it offers the provider and imports neither FlashInfer nor torch.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dovetail.hookspecs import hookimpl
+from dovetail.interfaces.attention import AttentionCapabilities
+from dovetail.provider import Context, Options, Provider, Reason, why_not_gpu
+
+if TYPE_CHECKING:
+    from dovetail.compose import BuildContext
+    from dovetail_attention_flashinfer.backend import FlashInferAttention
+
+FLASHINFER_CAPABILITIES = AttentionCapabilities(
+    devices=("cuda",),
+    dtypes=("bfloat16", "float16"),
+    kv_dtypes=("bfloat16", "float16", "float8_e4m3fn"),
+    head_sizes=(64, 128, 256),
+    block_sizes=(8, 16, 32, 64, 128),
+    sliding_window=True,
+    logit_soft_cap=True,
+    graph_capture=True,
+)
+TESTED = ((0, 6, 13), (0, 7))
+"""FlashInfer from the first version to before the second."""
+OLDEST_TORCH = (2, 6)
+
+
+class FlashInferOptions(Options):
+    workspace_mb: int = Field(
+        128, ge=16, description="MiB of device memory for partial results; steps of hundreds of rows with many heads need more"
+    )
+    backend: Literal["auto", "fa2", "fa3"] = Field(
+        "fa2",
+        description="kernels for steps with prefill: fa3 is for Hopper alone; auto takes it there where it can. FlashInfer "
+        "compiles what it has no binary of when it is first needed: fa2 for minutes, fa3 for up to an hour",
+    )
+
+
+def why_no_flashinfer(context: Context) -> list[Reason]:
+    reasons = why_not_gpu(context, (8, 0))
+    least, before = TESTED
+    wanted = f"flashinfer-python>={'.'.join(map(str, least))},<{'.'.join(map(str, before))}"
+    found = installed("flashinfer-python")
+    if found is None:
+        reasons.append(Reason("FlashInfer is not installed", f"pip install '{wanted}'"))
+    elif not least <= numbers(found) < before:
+        reasons.append(Reason(f"FlashInfer {found} is installed, and this was not tested with it", f"pip install '{wanted}'"))
+    torch = installed("torch")
+    if torch is None or numbers(torch) < OLDEST_TORCH:
+        reasons.append(Reason(f"needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, and here is {torch or 'none'}"))
+    return reasons
+
+
+def installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Those of the release: (0, 6, 13) of 0.6.13.post1+cu130."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(n) for n in found[0].split(".")) if found else ()
+
+
+def build_flashinfer(context: BuildContext, options: FlashInferOptions) -> FlashInferAttention:
+    from importlib import import_module
+
+    from dovetail_attention_flashinfer.backend import FlashInferAttention
+
+    return FlashInferAttention(context.plan.device, options, import_module("flashinfer"))
+
+
+FLASHINFER = Provider(
+    "flashinfer",
+    "paged attention by FlashInfer, for NVIDIA GPUs (sm_80 and newer)",
+    build_flashinfer,
+    FlashInferOptions,
+    FLASHINFER_CAPABILITIES,
+    why_no_flashinfer,
+    priority=30,
+)
+
+
+@hookimpl
+def dovetail_attention() -> list[Provider[FlashInferAttention]]:
+    return [FLASHINFER]

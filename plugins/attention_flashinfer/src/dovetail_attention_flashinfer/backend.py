@@ -1,0 +1,170 @@
+"""FlashInfer's wrappers behind the attention contract: plans are made once a step and geometry, runs happen once a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dovetail.errors import PluginError
+from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
+from dovetail_attention_flashinfer import FlashInferOptions
+from dovetail_attention_flashinfer.work import LAYOUT, DecodeWork, Geometry, RaggedWork, Types, Work
+
+LARGEST_FP8 = 448.0
+Cache = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Step:
+    """A step's work for the layers of one geometry."""
+
+    batch: AttentionBatch
+    work: Work
+    first: int
+    """Index of the layer whose run gathers what the others read, each time, since it may be captured; where it is left out, the
+    first that runs does."""
+
+
+Plan = dict[Geometry, Step]
+
+
+@dataclass(frozen=True)
+class WholeCache:
+    """A cache as one sequence of all its blocks, so that a slot is a position: what FlashInfer's append takes."""
+
+    indices: Tensor
+    indptr: Tensor
+    last_len: Tensor
+
+    @staticmethod
+    def of(num_blocks: int, block_size: int, device: torch.device) -> WholeCache:
+        indices = torch.arange(num_blocks, dtype=torch.int32, device=device)
+        ends = torch.tensor([0, num_blocks, block_size], dtype=torch.int32, device=device)
+        return WholeCache(indices, ends[:2], ends[2:])
+
+
+class FlashInferAttention:
+    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream; of a plan's layers with one
+    geometry, the first runs first.
+
+    A layer's cache is two tensors, keys and values, each `[num_blocks, block_size, Hkv, D]`: the canonical layout.
+    """
+
+    def __init__(self, device: str, options: FlashInferOptions, flashinfer: Any) -> None:
+        """`flashinfer` is the module."""
+        self.device, self._options, self._flashinfer = torch.device(device), options, flashinfer
+        self._workspace = torch.zeros(options.workspace_mb << 20, dtype=torch.uint8, device=self.device)
+        """Of partial results within one run; all wrappers share it, since runs follow each other on a stream."""
+        self._ragged: dict[tuple[Geometry, int, int], Work] = {}
+        """By geometry, block size, and a layer's index, which tells KV groups apart."""
+        self._decodes: dict[tuple[Geometry, int, int, torch.Size, int], Work] = {}
+        """The same, and by shape and stride of the block table."""
+        self._types: Types | None = None
+        """Of the run before."""
+        self._caches: dict[tuple[int, int], WholeCache] = {}
+        self._scales: dict[int, tuple[Tensor, float, float]] = {}
+        """By a layer's index, on the host."""
+
+    def allocate_cache(self, spec: KVCacheSpec) -> Cache:
+        shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
+        dtype, key = getattr(torch, spec.dtype), (spec.num_blocks, spec.block_size)
+        if key not in self._caches:
+            self._caches[key] = WholeCache.of(*key, self.device)
+        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
+        found: Plan = {}
+        for layer in layers if batch.num_seqs else ():
+            self._host_scales(layer)
+            geometry = Geometry.of(layer)
+            if geometry not in found:
+                work = self._work(geometry, block_size, layer.index, batch)
+                work.prepare(batch, self._types)
+                found[geometry] = Step(batch, work, layer.index)
+        return found
+
+    def _work(self, geometry: Geometry, block_size: int, index: int, batch: AttentionBatch) -> Work:
+        common = (self._flashinfer, self._workspace, geometry, block_size)
+        if batch.num_tokens > batch.num_seqs:
+            key = (geometry, block_size, index)
+            if key not in self._ragged:
+                self._ragged[key] = RaggedWork(*common, self._options.backend)
+            return self._ragged[key]
+        table = batch.block_table[: batch.num_seqs]
+        sized = (geometry, block_size, index, table.shape, table.stride(0))
+        if sized not in self._decodes:
+            self._decodes[sized] = DecodeWork(*common, *table.shape)
+        return self._decodes[sized]
+
+    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
+        if not plan:
+            return
+        step = plan[Geometry.of(layer)]
+        work, n = step.work, step.batch.num_tokens
+        _check(layer, n, q, k, v, cache, out)
+        self._types = types = Types.of(q, cache[0])
+        wrapper = work.wrapper(types)
+        if layer.index == step.first or not work.is_gathered:
+            work.gather(step.batch)
+        self._write(layer, k[:n], v[:n], cache, work)
+        scales = self._host_scales(layer)
+        is_direct = out.dtype == types.q and out.is_contiguous()
+        target = out[:n] if is_direct else torch.empty((n, *out.shape[1:]), dtype=types.q, device=out.device)
+        paged = tuple(x.view(-1, work.page_size, *x.shape[2:]) for x in cache)
+        wrapper.run(q[:n].to(types.q), paged, k_scale=scales and scales[0], v_scale=scales and scales[1], out=target)
+        if not is_direct:
+            out[:n] = target
+
+    def _write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: Cache, work: Work) -> None:
+        keys, values = _stored(k, v, cache[0].dtype, layer.kv_scales)
+        whole = self._caches[cache[0].shape[0], cache[0].shape[1]]
+        self._flashinfer.append_paged_kv_cache(
+            keys, values, work.nobody, work.slots, cache, whole.indices, whole.indptr, whole.last_len, kv_layout=LAYOUT
+        )
+
+    def _host_scales(self, layer: AttentionLayer) -> tuple[float, float] | None:
+        """Read once: FlashInfer takes numbers, not tensors."""
+        if layer.kv_scales is None:
+            return None
+        known = self._scales.get(layer.index)
+        if known is None or known[0] is not layer.kv_scales:
+            known = (layer.kv_scales, *layer.kv_scales.tolist())
+            self._scales[layer.index] = known
+        return known[1:]
+
+    def export_kv(self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        keys, values = (x[index] for x in cache)
+        return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
+
+    def import_kv(self, cache: Cache, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
+        index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        for own, given in zip(cache, (keys, values), strict=True):
+            own[index] = given.to(device=self.device, dtype=own.dtype)
+
+
+def _stored(k: Tensor, v: Tensor, dtype: torch.dtype, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values as the cache holds them."""
+    if dtype.itemsize > 1:
+        return k.to(dtype), v.to(dtype)
+    both = torch.stack([k, v]).float()
+    if scales is not None:
+        both /= scales.view(2, 1, 1, 1)
+    keys, values = both.clamp_(-LARGEST_FP8, LARGEST_FP8).to(dtype)
+    return keys, values
+
+
+def _check(layer: AttentionLayer, n: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor) -> None:
+    """What FlashInfer would read past the end of."""
+    heads, kv = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
+    if not (q.stride(2) == k.stride(2) == v.stride(2) == 1 and k.dtype == v.dtype == out.dtype == q.dtype):
+        raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
+    if not (
+        q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0]
+        and q.shape[1:] == out.shape[1:] == heads and k.shape[1:] == v.shape[1:] == kv
+        and all(tuple(x.shape[2:]) == kv for x in cache)
+    ):  # fmt: skip
+        raise PluginError("attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned")

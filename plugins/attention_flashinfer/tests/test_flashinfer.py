@@ -1,0 +1,160 @@
+"""Over a stand-in for FlashInfer, the provider keeps the contract: what FlashInfer is told and given is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fake_flashinfer
+import pytest
+import torch
+
+import dovetail_attention_flashinfer as plugin
+from dovetail.errors import PluginError
+from dovetail.facts import device_facts
+from dovetail.gpus import GpuFacts
+from dovetail.provider import Context, no_reasons
+from dovetail.testing.attention import AttentionContract
+from dovetail.testing.attention_steps import Row, Step, StepSpec
+from dovetail_attention_flashinfer import FLASHINFER, FLASHINFER_CAPABILITIES, FlashInferOptions, why_no_flashinfer
+from dovetail_attention_flashinfer.backend import FlashInferAttention
+
+FAKE = replace(
+    FLASHINFER,
+    capabilities=replace(FLASHINFER_CAPABILITIES, devices=("cpu",)),
+    why_not=no_reasons,
+    build=lambda context, options: FlashInferAttention("cpu", options, fake_flashinfer),
+)
+
+
+class TestFlashInfer(AttentionContract):
+    provider = FAKE
+    options = {"workspace_mb": 16}  # noqa: RUF012
+
+
+DECODE, MIXED = (Row(90, 1), Row(3, 1), Row(200, 1)), (Row(90, 1), Row(0, 40), Row(200, 7))
+
+
+def backend(**options):
+    return FlashInferAttention("cpu", FlashInferOptions(workspace_mb=16, **options), fake_flashinfer)
+
+
+def filled(backend, step):
+    cache = backend.allocate_cache(step.cache_spec)
+    backend.import_kv(cache, list(range(step.num_blocks)), *step.before)
+    return cache
+
+
+def is_close(step, out):
+    expected, allowed = step.expected()
+    return bool(((out.double() - expected).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("window", [None, 50])
+def test_the_batch_is_written_after_the_plan(rows, window):
+    """What is captured writes block tables and slots itself, when the plan has long been made from the host's numbers."""
+    step = Step(StepSpec(rows, "bfloat16", "bfloat16", window=window, seed=1), "cpu")
+    batch, ours = step.batch(), backend()
+    written = {name: getattr(batch, name).clone() for name in ("block_table", "slot_mapping", "seq_lens", "query_start")}
+    for name in written:
+        getattr(batch, name).zero_()
+    plan, cache, out = ours.plan(batch, [step.layer], step.spec.block_size), filled(ours, step), torch.empty_like(step.q)
+    for name, numbers in written.items():
+        getattr(batch, name).copy_(numbers)
+    ours.run(step.layer, step.q, step.k, step.v, cache, plan, out)
+    assert is_close(step, out)
+
+
+@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_layers_of_one_geometry_are_planned_once(rows, monkeypatch):
+    """And each has its own cache, and its own scales."""
+    specs = [StepSpec(rows, "bfloat16", "float8_e4m3fn", kv_range=largest) for largest in ((2.0, 4.0), (4.0, 1.0))]
+    steps = [Step(spec, "cpu") for spec in specs]
+    layers = [replace(step.layer, index=i) for i, step in enumerate(steps)]
+    ours, plans = backend(), []
+    wrapper = fake_flashinfer.Wrapper
+    counted = wrapper._plan
+    monkeypatch.setattr(wrapper, "_plan", lambda self, *given: (plans.append(self), counted(self, *given)))
+    for _ in range(2):  # types are known from the second step on
+        plan, before = ours.plan(steps[0].batch(), layers, 16), len(plans)
+        for step, layer in zip(steps, layers, strict=True):
+            out, cache = torch.empty_like(step.q), filled(ours, step)
+            ours.run(layer, step.q, step.k, step.v, cache, plan, out)
+            assert is_close(step, out)
+    assert len(plans) == 2
+    assert before == 2
+
+
+def test_a_layer_that_runs_alone():
+    """As in a shadow run, which tries some layers of a plan."""
+    step = Step(StepSpec(MIXED, "bfloat16", "bfloat16"), "cpu")
+    ours, second = backend(), replace(step.layer, index=1)
+    plan, cache, out = ours.plan(step.batch(), [step.layer, second], 16), filled(ours, step), torch.empty_like(step.q)
+    ours.run(second, step.q, step.k, step.v, cache, plan, out)
+    assert is_close(step, out)
+
+
+def test_decode_steps_write_where_the_step_before_did():
+    """The buffers of a batch size are those that its graph was captured with, whatever other sizes come in between."""
+    ours, places = backend(), []
+    for rows in (DECODE, DECODE[:2], DECODE, MIXED, DECODE):
+        step = Step(StepSpec(rows, "bfloat16", "bfloat16"), "cpu")
+        plan, cache, out = ours.plan(step.batch(40), [step.layer], 16), filled(ours, step), torch.empty_like(step.q)
+        ours.run(step.layer, step.q, step.k, step.v, cache, plan, out)
+        (work,) = (s.work for s in plan.values())
+        wrapper = next(iter(work._wrappers.values()))
+        names = ("_paged_kv_indptr_buf", "_paged_kv_indices_buf", "_paged_kv_last_page_len_buf", "_int_workspace_buffer")
+        places.append((wrapper, *(getattr(wrapper, name).data_ptr() for name in names), work.slots.data_ptr()))
+    assert places[0] == places[2] == places[4]
+    assert places[0] != places[1]
+
+
+def test_block_tables_of_other_shapes():
+    """As of another engine's configuration: places in one are none in the other."""
+    ours = backend()
+    for rows, width in (((Row(9, 1), Row(20, 1)), 3), ((Row(700, 1), Row(90, 1)), 50), ((Row(30, 1), Row(9, 1)), 2)):
+        step = Step(StepSpec(rows, "bfloat16", "bfloat16"), "cpu")
+        plan, cache, out = ours.plan(step.batch(width), [step.layer], 16), filled(ours, step), torch.empty_like(step.q)
+        ours.run(step.layer, step.q, step.k, step.v, cache, plan, out)
+        assert is_close(step, out)
+
+
+@pytest.mark.parametrize("name", ["auto", "fa2", "fa3"])
+def test_backend_of_prefill(name):
+    ours, step = backend(backend=name), Step(StepSpec(MIXED, "bfloat16", "bfloat16"), "cpu")
+    plan, cache = ours.plan(step.batch(), [step.layer], 16), filled(ours, step)
+    ours.run(step.layer, step.q, step.k, step.v, cache, plan, torch.empty_like(step.q))
+    (work,) = (s.work for s in plan.values())
+    assert [w.backend for w in work._wrappers.values()] == [name]
+
+
+def test_a_step_too_large_for_the_workspace(monkeypatch):
+    def overflow(*given):
+        raise RuntimeError("Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer size.")
+
+    monkeypatch.setattr(fake_flashinfer.Wrapper, "_plan", overflow)
+    ours, step = backend(), Step(StepSpec(DECODE, "bfloat16", "bfloat16"), "cpu")
+    plan, cache = ours.plan(step.batch(), [step.layer], 16), filled(ours, step)
+    with pytest.raises(PluginError, match=r"not enough workspace \(16 MiB\) for a step of 3 rows .* raise"):
+        ours.run(step.layer, step.q, step.k, step.v, cache, plan, torch.empty_like(step.q))
+
+
+H200 = GpuFacts("NVIDIA H200", (9, 0), 150_000_000_000, (13, 0))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flashinfer", "torch", "reasons"),
+    [
+        (H200, "0.6.13", "2.11.0+cu130", []),
+        (H200, "0.6.18.post1", "2.6.0", []),
+        (H200, None, "2.11.0", ["FlashInfer is not installed (pip install 'flashinfer-python>=0.6.13,<0.7')"]),
+        (H200, "0.6.12", "2.11.0", ["FlashInfer 0.6.12 is installed, and this was not tested with it"]),
+        (H200, "0.7.0", "2.11.0", ["FlashInfer 0.7.0 is installed, and this was not tested with it"]),
+        (H200, "0.6.13", "2.5.1", ["needs PyTorch 2.6 or newer, and here is 2.5.1"]),
+        (replace(H200, capability=(7, 5)), "0.6.13", "2.11.0", ["needs sm_80 or newer"]),
+    ],
+)
+def test_why_not(monkeypatch, gpu, flashinfer, torch, reasons):
+    monkeypatch.setattr(plugin, "installed", {"flashinfer-python": flashinfer, "torch": torch}.get)
+    found = why_no_flashinfer(Context(replace(device_facts(), gpus=(gpu,)), None, "cuda:0", "bfloat16"))
+    assert [str(r)[: len(reason)] for r, reason in zip(found, reasons, strict=True)] == reasons
