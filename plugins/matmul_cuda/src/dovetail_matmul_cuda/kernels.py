@@ -237,8 +237,10 @@ def rounded(x, scale, KIND: tl.constexpr):
     """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale."""
     number = tl.where(x == x, x / scale, 0.0)
     if KIND == "int8":
-        return ((tl.minimum(tl.maximum(number, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
-    return tl.where(x == x, float8(number), 0x7F).to(tl.uint8)
+        codes = ((tl.minimum(tl.maximum(number, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
+    else:
+        codes = tl.where(x == x, float8(number), 0x7F).to(tl.uint8)
+    return codes
 
 
 @triton.jit
