@@ -74,7 +74,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--rows", default="1,4,16,32,64,128,256,512,1024,4096", metavar="LIST", help="numbers of rows (default %(default)s)"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of inputs (default bfloat16)")
-    parser.add_argument("--out", metavar="FILE", help="the table to write or to complete (default: where this GPU's is looked for)")
+    parser.add_argument("--out", metavar="FILE", help="the table to write or to complete (default: this GPU's)")
 
 
 def _run(args: Namespace, progress: Progress) -> int:

@@ -51,9 +51,9 @@ def offset(zeros, KIND: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.con
     """What `plane` takes away, as it wants it: zero points `[BLOCK_N]` (u8, float32 numbers) and what codes are raised by."""
     if KIND != "uint4":
         less = zeros.to(tl.float32) + 8388608.0
-    elif INTERPRETED or COMPUTE == tl.float32:
+    elif INTERPRETED or tl.float32 == COMPUTE:
         less = zeros.to(tl.float32)
-    elif COMPUTE == tl.bfloat16:
+    elif tl.bfloat16 == COMPUTE:
         less = (zeros.to(tl.float32) + 128.0).to(COMPUTE)
     else:
         less = (zeros.to(tl.float32) + 1024.0).to(COMPUTE)
@@ -74,10 +74,10 @@ def plane(words, P: tl.constexpr, less, KIND: tl.constexpr, COMPUTE: tl.constexp
     elif KIND == "int8":
         raised = ((words >> (8 * P)) & 0xFF) | 0x4B000000
         weights = (raised.to(tl.float32, bitcast=True) - less[None, :]).to(TYPE)
-    elif TYPE == tl.float32:
+    elif tl.float32 == TYPE:
         weights = ((words >> (4 * (P // 2) + 16 * (P % 2))) & 15).to(tl.float32) - less[None, :]
     else:
-        ONES: tl.constexpr = 0x43004300 if COMPUTE == tl.bfloat16 else 0x64006400
+        ONES: tl.constexpr = 0x43004300 if tl.bfloat16 == COMPUTE else 0x64006400
         pair = ((words >> (4 * (P // 2))) & 0x000F000F) | ONES
         weights = (pair >> (16 * (P % 2))).to(tl.uint16).to(COMPUTE, bitcast=True) - less[None, :]
     return weights

@@ -49,7 +49,8 @@ class TritonMatmul:
     def by_rule(self, case: Case, able: tuple[str, ...], dtype: torch.dtype) -> Choice:
         """Where nothing was measured."""
         if self.is_interpreted:  # few programs: each operation takes as long as any other
-            return Choice(able[0], max(16, case.rows), 512, split_k=2 if case.rows == 4 else 1)
+            outs = min(512, triton.next_power_of_2(max(16, case.outs)))
+            return Choice(able[0], max(16, case.rows), outs, split_k=2 if case.rows == 4 else 1)
         return by_rule(case, able, self.num_sms, dtype.itemsize)
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
@@ -74,7 +75,7 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.in_features or x.dtype not in TYPES:
-            raise PluginError(f"x is {list(x.shape)} {x.dtype}, and this layer takes [T, {self.in_features}] of a floating type")
+            raise PluginError(f"x is {list(x.shape)} {x.dtype}; this layer takes [T, {self.in_features}] of a floating type")
         if not len(x):
             return x.new_empty(0, self.out_features)
         if self._order is not None:
