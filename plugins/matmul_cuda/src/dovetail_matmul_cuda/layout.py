@@ -74,7 +74,7 @@ def nbytes(format: WeightFormat, in_features: int, out_features: int) -> int:
 def packed(format: WeightFormat, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
     """Canonical codes as words, or, where codes are multiplied, `[out, places]` in their own type."""
     at, found = geometry(format, in_features), []
-    for codes in tensors["codes"].split(OUTS_AT_A_TIME):
+    for codes in torch.split(tensors["codes"], OUTS_AT_A_TIME):
         if format.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], 2).flatten(1)[:, :in_features]
         codes = codes.view(torch.uint8)
@@ -102,7 +102,7 @@ def _words(codes: Tensor, format: WeightFormat) -> Tensor:
 
 
 def _spread(codes: Tensor, at: Geometry) -> Tensor:
-    groups = F.pad(codes, (0, -at.in_features % at.group)).unflatten(1, (-1, at.group))
+    groups = F.pad(codes, (0, -at.in_features % at.group)).view(len(codes), -1, at.group)
     places = F.pad(groups, (0, at.padded - at.group)).flatten(1)
     return F.pad(places, (0, at.num_places - places.shape[1]))
 

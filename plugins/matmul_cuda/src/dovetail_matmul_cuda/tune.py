@@ -85,16 +85,16 @@ def candidates(case: Case, kernels: tuple[str, ...], num_sms: int) -> list[Choic
     if "scaled_mm" in kernels:
         found.append(Choice("scaled_mm"))
     if "dequantize" in kernels and case.rows >= 64:
-        found += [Choice("dequantize", block_n=n) for n in (1024, 2048, 4096, case.outs) if n <= case.outs]
+        found += [Choice("dequantize", block_n=n) for n in sorted({1024, 2048, 4096, case.outs}) if n <= case.outs]
     kernel = "codes" if "codes" in kernels else "words"
     block_m = min(128, max(16, case.rows))
     for m, n in product(sorted({block_m, max(16, block_m // 2)}), (32, 64, 128, 256)):
-        if m * n > 128 * 256 or (kernel == "words" and m > 64 and n > 128):
+        if (m <= 32 and n > 128) or (m > 32 and n < 64) or (kernel == "words" and m > 64 and n > 128):
             continue
         programs = -(-case.rows // m) * -(-case.outs // n)
         splits = [s for s in (1, 2, 4, 8) if s == 1 or (programs * s <= 4 * num_sms and case.in_features >= 512 * s)]
         warps = (4,) if m * n <= 64 * 64 else (8,) if m * n >= 128 * 128 else (4, 8)
-        depths = (64, 128) if kernel == "codes" else (128,)
+        depths = (64, 128) if kernel == "codes" and m > 32 else (128,)
         shapes = product(depths, splits, warps, (3, 5) if m <= 32 else (3,))
         found += [Choice(kernel, m, n, k, split, w, stages) for k, split, w, stages in shapes]
     return found
@@ -212,7 +212,7 @@ def _seconds(launch: Callable[[], object], rounds: int = 5, count: int = 20) -> 
     found = []
     for _ in range(rounds * count):
         cold.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
