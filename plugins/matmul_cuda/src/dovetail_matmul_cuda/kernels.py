@@ -77,8 +77,12 @@ def plane(words, P: tl.constexpr, less, KIND: tl.constexpr, COMPUTE: tl.constexp
     elif tl.float32 == TYPE:
         weights = ((words >> (4 * (P // 2) + 16 * (P % 2))) & 15).to(tl.float32) - less[None, :]
     else:
-        ONES: tl.constexpr = 0x43004300 if tl.bfloat16 == COMPUTE else 0x64006400
-        pair = ((words >> (4 * (P // 2))) & 0x000F000F) | ONES
+        # (words & 0x000F000F) | two numbers whose last place counts 1. As one instruction, which the compiler does not find.
+        RAISE: tl.constexpr = "0x43004300" if COMPUTE == tl.bfloat16 else "0x64006400"
+        shifted = words >> (4 * (P // 2))
+        pair = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000F000F, " + RAISE + ", 0xEA;", "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1
+        )
         weights = (pair >> (16 * (P % 2))).to(tl.uint16).to(COMPUTE, bitcast=True) - less[None, :]
     return weights
 
