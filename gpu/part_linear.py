@@ -1,0 +1,119 @@
+"""Products by quantized weights on the layers of an 8B Llama, each beside the same product in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rows import DEVICE, DRY, Row, Rows, captured, seconds
+
+from dovetail.facts import device_facts
+from dovetail.interfaces.matmul import WeightFormat
+from dovetail.interfaces.quantization import LinearLayer, Part
+from dovetail.plugins.discovery import load_registry
+from dovetail.provider import Context
+
+LAYERS = (
+    {"qkv": (48, 64), "down": (64, 128)}
+    if DRY
+    else {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+)
+"""Outputs and inputs."""
+NUM_ROWS = (1, 5) if DRY else (1, 16, 64, 512, 4096)
+COLD_BYTES = 2**16 if DRY else 2**28
+"""Weights that products take in turn, so that none is in the second cache."""
+F8 = "float8_e4m3fn"
+
+
+@dataclass(frozen=True)
+class Measured:
+    name: str
+    format: WeightFormat
+    goals: dict[int, float]
+    """Speed beside bfloat16, by number of rows."""
+
+
+FORMATS = (
+    Measured("W4A16 in groups of 128", WeightFormat("uint4", 128), {1: 3.3, 16: 2.8, 512: 0.97, 4096: 0.97}),
+    Measured("W4A16 in groups of 128, with zeros", WeightFormat("uint4", 128, zeros=True), {}),
+    Measured("FP8 W8A8", WeightFormat(F8, inputs=F8), {1: 1.8, 16: 1.8, 64: 1.8, 4096: 1.5}),
+    Measured("FP8 W8A8 in groups of 128", WeightFormat(F8, 128, inputs=F8), {}),
+    Measured("INT8 W8A8", WeightFormat("int8", inputs="int8"), {}),
+    Measured("INT8 W8A16", WeightFormat("int8"), {}),
+    Measured("FP8 W8A16", WeightFormat(F8), {}),
+)
+
+
+def run(rows: Rows) -> None:
+    """Sums over the four layers come last: what a decoder's layer takes in all."""
+    totals: dict[tuple[str, int], float] = {}
+    matmul = provided()
+    for name, (outs, ins) in LAYERS.items():
+        plain = [torch.randn(outs, ins, device=DEVICE).to(torch.bfloat16) for _ in range(copies(outs * ins * 2))]
+        times = {count: timed([lambda x, w=w: F.linear(x, w) for w in plain], ins, count) for count in NUM_ROWS}
+        del plain
+        for count, taken in times.items():
+            rows.add(Row(f"{name} [{outs}, {ins}], {count} rows: bfloat16", taken * 1e6, "µs"))
+            totals["bfloat16", count] = totals.get(("bfloat16", count), 0) + taken
+        for one in FORMATS:
+            size = outs * ins * one.format.bits // 8
+            made = [random_linear(matmul, one.format, outs, ins) for _ in range(copies(size))]
+            for count in NUM_ROWS:
+                taken = timed(made, ins, count)
+                add(rows, f"{name}, {count} rows: {one.name}", taken, times[count], one.goals.get(count))
+                totals[one.name, count] = totals.get((one.name, count), 0) + taken
+            del made
+    for one in FORMATS:
+        for count in NUM_ROWS:
+            what = f"all layers, {count} rows: {one.name}"
+            add(rows, what, totals[one.name, count], totals["bfloat16", count], one.goals.get(count))
+
+
+def add(rows: Rows, what: str, taken: float, plain: float, goal: float | None) -> None:
+    rows.add(Row(what, taken * 1e6, "µs", "speed beside bfloat16", plain / taken, goal))
+
+
+def provided() -> Any:
+    """What the engine would multiply by, as it builds it."""
+    context = Context(device_facts(), None, str(DEVICE), "bfloat16", {"inputs": ["int8", F8]})
+    able = [
+        offer.provider
+        for offer in load_registry().of("matmul")
+        if "cuda" in (offer.provider.capabilities.devices or ()) and (DRY or not offer.provider.why_not(context))
+    ]
+    provider = max(able, key=lambda p: p.priority)
+    plan: Any = type("P", (), {"device": str(DEVICE)})
+    build: Any = type("C", (), {"plan": plan, "device": device_facts()})
+    return provider.build(build, provider.options())
+
+
+def copies(size: int) -> int:
+    return 1 if DRY else max(1, min(16, COLD_BYTES // size))
+
+
+def timed(products: list[Callable[[torch.Tensor], torch.Tensor]], ins: int, count: int) -> float:
+    """Seconds of one, each on weights that no other has just read."""
+    x = torch.randn(count, ins, device=DEVICE).to(torch.bfloat16)
+
+    def all_in_turn() -> None:
+        for product in products:
+            product(x)
+
+    return seconds(captured(all_in_turn)) / len(products)
+
+
+def random_linear(matmul: Any, format: WeightFormat, outs: int, ins: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    width, groups = ins // 2 if format.bits == 4 else ins, (outs, format.num_groups(ins))
+    codes = torch.randint(0, 120, (outs, width), dtype=torch.uint8, device=DEVICE)
+    tensors = {
+        "codes": codes if format.bits == 4 else codes.view(getattr(torch, format.codes)),
+        "scales": torch.rand(groups, device=DEVICE) * 0.01 + 0.001,
+    }  # fmt: skip
+    if format.zeros:
+        tensors["zeros"] = torch.randint(0, 16, groups, dtype=torch.uint8, device=DEVICE)
+    layer = LinearLayer("measured", (Part("measured", outs),), ins, False, "bfloat16", str(DEVICE))
+    made: Callable[[torch.Tensor], torch.Tensor] = matmul.linear(format, layer, tensors)
+    return made

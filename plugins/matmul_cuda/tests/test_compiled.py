@@ -1,0 +1,127 @@
+"""The Triton kernels compile for the GPUs that they are for, keep within their memories and spill nothing where it matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dovetail.interfaces.matmul import WeightFormat
+from dovetail.testing.triton_kernels import LARGEST_SHARED, KernelCase, compile_kernels, table
+from dovetail_matmul_cuda import layout
+from dovetail_matmul_cuda.choice import Case, by_rule
+
+SMS = 132
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8", "float8_e4m3fn": "fp8e4nv"}
+KINDS = {"uint4": "uint4", "int8": "int8", "float8_e4m3fn": "float8"}
+
+
+def case(name: str, kernel: str, given: dict[str, str], constants: dict[str, Any], *how: int) -> KernelCase:
+    if " 1 rows" in name:  # which Triton makes a constant of
+        given.pop("num_rows")
+        constants["num_rows"] = 1
+    left = {k: v for k, v in constants.items() if k not in given}
+    return KernelCase(name, f"dovetail_matmul_cuda.kernels:{kernel}", given, left, *how)
+
+
+def words(format: WeightFormat, rows: int, dtype: str = "bfloat16", outs: int = 4096, ins: int = 4096) -> KernelCase:
+    at, itemsize = layout.geometry(format, ins), 4 if dtype == "float32" else 2
+    how = by_rule(Case.of(format, outs, ins, rows), ("words",), SMS, itemsize)
+    is_rounded = format.inputs is not None
+    given = {
+        "x": "*bf16" if is_rounded else f"*{TYPES[dtype]}", "words": "*i32", "scales": "*fp32", "bias": f"*{TYPES[dtype]}",
+        "out": "*fp32" if how.split_k > 1 else f"*{TYPES[dtype]}",
+        "num_rows": "i32", "num_outs": "i32:16", "x_row": "i32:16", "out_row": "i32:16",
+        **({"zeros": "*u8"} if format.zeros else {}), **({"x_scales": "*fp32"} if is_rounded else {}),
+    }  # fmt: skip
+    constants = {
+        "zeros": None, "x_scales": None, "IN": ins, "GROUP": at.group, "PADDED": at.padded, "KIND": KINDS[format.codes],
+        "NUM_CHUNKS": at.num_places // layout.ROWS // layout.planes(format), "HAS_ZEROS": format.zeros,
+        "IN_GROUPS": at.num_groups > 1, "HAS_X_SCALES": is_rounded, "HAS_BIAS": True, "BLOCK_M": how.block_m,
+        "BLOCK_N": how.block_n, "SPLIT_K": how.split_k, "COMPUTE": f"tl.{'bfloat16' if is_rounded else dtype}",
+        "INTERPRETED": False,
+    }  # fmt: skip
+    return case(f"words: {format}, {rows} rows, {dtype}", "multiply_words", given, constants, how.num_warps, how.num_stages)
+
+
+def codes(format: WeightFormat, rows: int, outs: int = 4096, ins: int = 4096) -> KernelCase:
+    at = layout.geometry(format, ins)
+    how = by_rule(Case.of(format, outs, ins, rows), ("codes",), SMS, 2)
+    given = {
+        "x": f"*{TYPES[format.codes]}", "codes": f"*{TYPES[format.codes]}", "scales": "*fp32", "x_scales": "*fp32",
+        "bias": "*bf16", "out": "*fp32" if how.split_k > 1 else "*bf16",
+        "num_rows": "i32", "num_outs": "i32:16", "x_row": "i32:16", "out_row": "i32:16",
+    }  # fmt: skip
+    constants = {
+        "IN": ins, "GROUP": at.group, "PADDED": at.padded, "NUM_PLACES": at.num_places, "IN_GROUPS": at.num_groups > 1,
+        "HAS_BIAS": True, "BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_K": min(how.block_k, at.padded),
+        "SPLIT_K": how.split_k, "INTERPRETED": False,
+    }  # fmt: skip
+    return case(f"codes: {format}, {rows} rows", "multiply_codes", given, constants, how.num_warps, how.num_stages)
+
+
+def rounding(kind: str, as_float: bool) -> KernelCase:
+    stored = "*bf16" if as_float else "*i8" if kind == "int8" else "*u8"
+    given = {"x": "*bf16", "codes": stored, "scales": "*fp32", "x_row": "i32:16"}
+    constants = {"fixed": None, "IN": 14336, "BLOCK": 16384, "KIND": kind, "HAS_FIXED": False, "AS_FLOAT": as_float}
+    return case(f"round_rows: {kind}{' as numbers' * as_float}", "round_rows", given, constants, 8, 3)
+
+
+def others() -> list[KernelCase]:
+    given = {"parts": "*fp32", "x_scales": "*fp32", "bias": "*bf16", "out": "*bf16", "num_rows": "i32", "num_outs": "i32:16"}
+    constants = {"HAS_X_SCALES": True, "HAS_BIAS": True, "SPLIT_K": 8, "BLOCK": 256, "INTERPRETED": False}
+    found = [case("add_up", "add_up", given, constants, 2, 3)]
+    given = {"words": "*i32", "scales": "*fp32", "zeros": "*u8", "out": "*bf16"}
+    given |= dict.fromkeys(("num_outs", "width", "first"), "i32:16")
+    constants = {
+        "IN": 4096, "GROUP": 128, "PADDED": 128, "KIND": "uint4", "HAS_ZEROS": True, "BLOCK_N": 128, "COMPUTE": "tl.bfloat16",
+        "INTERPRETED": False,
+    }  # fmt: skip
+    return [*found, case("expand_words", "expand_words", given, constants, 4, 3)]
+
+
+def fp8(group: int | None) -> WeightFormat:
+    return WeightFormat("float8_e4m3fn", group, inputs="float8_e4m3fn")
+
+
+GPTQ, AWQ = WeightFormat("uint4", 128), WeightFormat("uint4", 128, zeros=True)
+COMMON = [words(GPTQ, 1), words(AWQ, 64), codes(WeightFormat("int8", inputs="int8"), 4096), rounding("int8", False)]
+TUNED = [
+    words(GPTQ, 32), words(GPTQ, 128), words(AWQ, 1, "float16"), words(WeightFormat("int8"), 1),
+    words(WeightFormat("float8_e4m3fn", 128), 1), codes(WeightFormat("int8", inputs="int8"), 1), *others(),
+]  # fmt: skip
+"""What models of today have; COMMON on every architecture, for they compile a second each."""
+NEWER = [codes(fp8(128), 64), codes(fp8(128), 4096), rounding("float8", False)]
+"""With FP8 products, which came after sm_80."""
+OTHERS = [
+    words(GPTQ, 5, "float32"), words(WeightFormat("int8", 100, zeros=True), 5, "float16"), words(WeightFormat("uint4", 48), 40),
+    words(WeightFormat("uint4", inputs="float8_e4m3fn"), 5), rounding("float8", True),
+]  # fmt: skip
+
+
+def asked(architecture: int) -> tuple[list[KernelCase], list[KernelCase]]:
+    """Those that may not spill, and the rest."""
+    if architecture == 90:
+        return COMMON + TUNED + NEWER, []
+    return COMMON + (NEWER[1:2] if architecture > 80 else []), OTHERS if architecture == 80 else []
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels(architecture, capsys):
+    tuned, others = asked(architecture)
+    compiled = compile_kernels(tuned + others, [architecture])
+    with capsys.disabled():
+        print(f"\n{table(compiled)}")
+    names = {case.name for case in tuned}
+    assert [c.name for c in compiled if c.shared_bytes > LARGEST_SHARED[architecture]] == []
+    assert [c.name for c in compiled if c.name in names and c.spilled_bytes] == []
+    products = [c.products for c in compiled if c.name.startswith(("words", "codes")) and "float32" not in c.name]
+    assert set(products) <= {"mma", "wgmma", "tcgen05"}
+
+
+def test_few_rows_are_read_once(capsys):
+    """Words go from shared memory to the registers of the product as they are: what they are expanded to never lies there."""
+    one = words(GPTQ, 1)
+    found = compile_kernels([one], [90])[0]
+    words_and_inputs = 64 * 16 * 4 + 8 * 16 * 16 * 2
+    assert found.shared_bytes <= words_and_inputs * (one.num_stages - 1) + 16 * 64 * 4
