@@ -14,7 +14,7 @@ import yaml
 from dovetail.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p for p in ROOT.rglob("*.md") if not {".venv", ".pytest_cache", "node_modules"} & set(p.parts)]
+PAGES = [p for p in ROOT.rglob("*.md") if not any(n.startswith(".") or n == "node_modules" for n in p.relative_to(ROOT).parts)]
 
 
 def blocks(path: Path, language: str) -> list[str]:
