@@ -62,8 +62,9 @@ def codes(format: WeightFormat, rows: int, outs: int = 4096, ins: int = 4096) ->
 
 def rounding(kind: str, as_float: bool) -> KernelCase:
     stored = "*bf16" if as_float else "*i8" if kind == "int8" else "*u8"
-    given = {"x": "*bf16", "codes": stored, "scales": "*fp32", "x_row": "i32:16"}
-    constants = {"fixed": None, "IN": 14336, "BLOCK": 16384, "KIND": kind, "HAS_FIXED": False, "AS_FLOAT": as_float}
+    given = {"x": "*bf16", "codes": stored, "scales": "*fp32", "num_rows": "i32", "x_row": "i32:16"}
+    constants = {"fixed": None, "IN": 14336, "BLOCK_M": 1, "BLOCK": 16384, "KIND": kind, "HAS_FIXED": False}
+    constants["AS_FLOAT"] = as_float
     return case(f"round_rows: {kind}{' as numbers' * as_float}", "round_rows", given, constants, 8, 3)
 
 

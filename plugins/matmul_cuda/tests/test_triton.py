@@ -110,7 +110,6 @@ def test_how_integers_are_raised():
     assert torch.equal(difference.float(), (codes[:, None] - codes[None]).float())
 
 
-
 class ScaledMM:
     """In the place of `torch._scaled_mm`: what it asks of its arguments, and the product by its definition."""
 
@@ -137,7 +136,6 @@ class ScaledMM:
         assert bias is None or (bias.dtype == out_dtype and bias.shape == (outs,))
         out = (a.float() @ b.float()) * scale_a * scale_b
         return (out if bias is None else out + bias.float()).to(out_dtype)
-
 
 
 @pytest.mark.parametrize("input_scale", [False, True])

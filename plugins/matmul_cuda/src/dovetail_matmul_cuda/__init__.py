@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from dovetail.compose import BuildContext
     from dovetail_matmul_cuda.matmul import TritonMatmul
 
-CAPABILITIES = MatmulCapabilities(
-    codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), devices=("cuda",)
-)
+CAPABILITIES = MatmulCapabilities(codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), devices=("cuda",))
 
 
 class TritonOptions(Options):

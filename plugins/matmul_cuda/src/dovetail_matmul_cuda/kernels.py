@@ -255,33 +255,39 @@ def size_of(x, HAS_FIXED: tl.constexpr):
 
 @triton.jit
 def round_rows(
-    x, fixed, codes, scales, x_row,
-    IN: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_FIXED: tl.constexpr, AS_FLOAT: tl.constexpr,
+    x, fixed, codes, scales, num_rows, x_row,
+    IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_FIXED: tl.constexpr,
+    AS_FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: its codes (int8, or float8 as u8), contiguous, and its scale: `fixed`, or by its largest value, or NaN.
-    With AS_FLOAT, `codes` is of a floating type and gets the numbers that codes stand for."""
+    """Programs of BLOCK_M rows: their codes (int8, or float8 as u8), contiguous, and their scales: `fixed`, or by their largest
+    values, or NaN. With AS_FLOAT, `codes` is of a floating type and gets the numbers that codes stand for."""
     LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
-    row = tl.program_id(0).to(tl.int64)
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    is_m = m < num_rows
     k = tl.arange(0, BLOCK)
-    values = tl.load(x + row * x_row + k, mask=k < IN, other=0.0).to(tl.float32)
+    at = m[:, None] * x_row + k[None, :]
+    values = tl.load(x + at, mask=is_m[:, None] & (k < IN)[None, :], other=0.0).to(tl.float32)
     sizes = size_of(values, HAS_FIXED)
     for start in range(BLOCK, IN, BLOCK):
-        more = tl.load(x + row * x_row + start + k, mask=start + k < IN, other=0.0).to(tl.float32)
+        more = tl.load(x + at + start, mask=is_m[:, None] & (start + k < IN)[None, :], other=0.0).to(tl.float32)
         sizes = tl.maximum(sizes, size_of(more, HAS_FIXED))
-    top = tl.max(sizes, 0)
+    top = tl.max(sizes, 1)
     is_number = top < float("inf")
     scale = tl.load(fixed) if HAS_FIXED else top / LARGEST
-    scale = tl.where((scale > 0) & is_number, scale, 1.0)
-    tl.store(scales + row, tl.where(is_number, scale, float("nan")))
+    scale = tl.where(is_number, scale, 1.0)
+    scale = tl.where(scale > 0, scale, 1.0)
+    tl.store(scales + m, tl.where(is_number, scale, float("nan")), mask=is_m)
     for start in range(0, IN, BLOCK):
+        inside = is_m[:, None] & (start + k < IN)[None, :]
         if IN > BLOCK:
-            values = tl.load(x + row * x_row + start + k, mask=start + k < IN, other=0.0).to(tl.float32)
-        code = rounded(values, scale, KIND)
+            values = tl.load(x + at + start, mask=inside, other=0.0).to(tl.float32)
+        code = rounded(values, scale[:, None], KIND)
+        to = codes + m[:, None] * IN + start + k[None, :]
         if AS_FLOAT:
             number = from_float8(code.to(tl.int32), tl.float32) if KIND == "float8" else code.to(tl.float32)
-            tl.store(codes + row * IN + start + k, number.to(codes.dtype.element_ty), mask=start + k < IN)
+            tl.store(to, number.to(codes.dtype.element_ty), mask=inside)
         else:
-            tl.store(codes + row * IN + start + k, code, mask=start + k < IN)
+            tl.store(to, code, mask=inside)
 
 
 @triton.jit

@@ -48,9 +48,9 @@ class TritonMatmul:
 
     def by_rule(self, case: Case, able: tuple[str, ...], dtype: torch.dtype) -> Choice:
         """Where nothing was measured."""
-        if self.is_interpreted:  # few programs: each operation takes as long as any other
-            outs = min(512, triton.next_power_of_2(max(16, case.outs)))
-            return Choice(able[0], max(16, case.rows), outs, split_k=2 if case.rows == 4 else 1)
+        if self.is_interpreted:  # few programs, for each operation takes as long as any other; small for NumPy's threads
+            rows, outs = (triton.next_power_of_2(max(16, n)) for n in (case.rows, case.outs))
+            return Choice(able[0], min(64, rows), min(256, outs), split_k=2 if case.rows == 4 else 1)
         return by_rule(case, able, self.num_sms, dtype.itemsize)
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
@@ -60,9 +60,7 @@ class TritonMatmul:
 class Linear:
     """What both kinds of layers have in common."""
 
-    def __init__(
-        self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> None:
         self._matmul, self.format = matmul, format
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._at = layout.geometry(format, layer.in_features)
@@ -107,10 +105,11 @@ class Linear:
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
         scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
         block = min(ROUND_BLOCK, triton.next_power_of_2(self.in_features))
-        kernels.round_rows[(len(x),)](
-            x, self._input_scale, codes.view(torch.uint8) if dtype == torch.float8_e4m3fn else codes, scales, x.stride(0),
-            IN=self.in_features, BLOCK=block, KIND=KINDS[str(self.format.inputs)], HAS_FIXED=self._input_scale is not None,
-            AS_FLOAT=dtype == torch.bfloat16, num_warps=8 if block > 2048 else 4,
+        block_m = 16 if self._matmul.is_interpreted else 1
+        kernels.round_rows[(triton.cdiv(len(x), block_m),)](
+            x, self._input_scale, codes.view(torch.uint8) if dtype == torch.float8_e4m3fn else codes, scales,
+            len(x), x.stride(0), IN=self.in_features, BLOCK_M=block_m, BLOCK=block, KIND=KINDS[str(self.format.inputs)],
+            HAS_FIXED=self._input_scale is not None, AS_FLOAT=dtype == torch.bfloat16, num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
         return codes, scales
 
@@ -136,9 +135,7 @@ class Linear:
 class WordsLinear(Linear):
     """Weights that are expanded to the type of the inputs: in registers, or for cuBLAS where rows are many."""
 
-    def __init__(
-        self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(matmul, format, layer, tensors)
         self._zeros = None
         if format.zeros:
@@ -193,9 +190,7 @@ class WordsLinear(Linear):
 class CodesLinear(Linear):
     """Weights of 8 bits by inputs that are rounded to the same type."""
 
-    def __init__(
-        self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(matmul, format, layer, tensors)
         # What cuBLAS asks of FP8: whole units of 16, and scales by rows of both, or one for each.
         is_whole = self._at.num_places == self.in_features and self.out_features % 16 == 0
