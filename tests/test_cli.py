@@ -138,3 +138,8 @@ def test_a_hub_id_goes_to_the_hub(tmp_path: Path) -> None:
     out = run("generate", "hi", "--model", "somebody/else", **env)
     assert out.returncode == 2
     assert "the hub did not give it" in out.stderr
+
+
+def test_conform_on_a_device_that_is_not_declared(capsys):
+    assert main(["conform", "dovetail-attention-cuda"]) == 1
+    assert "it is for cuda, and the device is cpu: name another with --device" in capsys.readouterr().out

@@ -134,6 +134,9 @@ def _why_not(registry: Registry, offer: Offer, device: str) -> list[str]:
 
     if device not in device_facts().devices:
         return [f"device {device} is not here; this machine has {', '.join(device_facts().devices)}"]
+    declared = getattr(offer.provider.capabilities, "devices", None)
+    if declared is not None and device.partition(":")[0] not in declared:
+        return [f"it is for {', '.join(declared)}, and the device is {device}: name another with --device"]
     try:
         context = Context(device_facts(), KIT_MODEL, device, "float32", _needs(registry) if offer.socket == "worker" else {})
         return [str(r) for r in offer.provider.why_not(context)]
