@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dovetail.cli.main import main
+
 DOVETAIL = [sys.executable, "-m", "dovetail.cli.main"]
 
 
