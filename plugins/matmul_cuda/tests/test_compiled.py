@@ -120,9 +120,11 @@ def test_kernels(architecture, capsys):
     assert set(products) <= {"mma", "wgmma", "tcgen05"}
 
 
-def test_few_rows_are_read_once(capsys):
-    """Words go from shared memory to the registers of the product as they are: what they are expanded to never lies there."""
+def test_few_rows_are_read_once():
+    """Words and inputs are fetched ahead to shared memory, and words go from there to the registers of the product as they are:
+    what they are expanded to never lies there."""
     one = words(GPTQ, 1)
     found = compile_kernels([one], [90])[0]
     words_and_inputs = 64 * 16 * 4 + 8 * 16 * 16 * 2
-    assert found.shared_bytes <= words_and_inputs * (one.num_stages - 1) + 16 * 64 * 4
+    ahead = words_and_inputs * (one.num_stages - 1)
+    assert ahead <= found.shared_bytes <= ahead + 16 * 64 * 4

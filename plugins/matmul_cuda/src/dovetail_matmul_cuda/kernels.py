@@ -123,20 +123,24 @@ def multiply_words(
         at = words + (chunk * ROWS + j).to(tl.int64)[:, None] * num_outs + n[None, :]
         word = tl.load(at, mask=is_n[None, :], other=0)
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Of place 0 of the chunk: its group, how far into that, and its input. The rest is known when this is compiled.
+        group, into = chunk * CHUNK // PADDED, chunk * CHUNK % PADDED
+        k = chunk * CHUNK + j if IS_FULL else group * GROUP + into + j  # the compiler sees that the former is aligned
+        inputs_at, group_at = x_at + k[None, :], group * num_outs + n
         for p in tl.static_range(PLANES):
-            place = chunk * CHUNK + p * ROWS
-            if IN_GROUPS and (p == 0 or p * ROWS % PADDED == 0):
-                group_at = place // PADDED * num_outs + n
-                scale = tl.load(scales + group_at, mask=is_n, other=0.0)
+            groups_on = p * ROWS // PADDED  # none if a chunk lies in a group
+            further = p * ROWS // PADDED * GROUP + p * ROWS % PADDED
+            if IN_GROUPS and p * ROWS % PADDED == 0:
+                scale = tl.load(scales + group_at + groups_on * num_outs, mask=is_n, other=0.0)
                 if HAS_ZEROS:
-                    less = offset(tl.load(zeros + group_at, mask=is_n, other=0), KIND, COMPUTE, INTERPRETED)
-            if IS_FULL:
-                inputs = tl.load(x_at + place + j[None, :], mask=is_m[:, None], other=0.0)
-            else:
-                within = place % PADDED + j
-                k = place // PADDED * GROUP + within
-                seen = is_m[:, None] & ((within < GROUP) & (k < IN))[None, :]
-                inputs = tl.load(x_at + k[None, :], mask=seen, other=0.0)
+                    zero = tl.load(zeros + group_at + groups_on * num_outs, mask=is_n, other=0)
+                    less = offset(zero, KIND, COMPUTE, INTERPRETED)
+            seen = is_m[:, None]
+            if not IS_FULL:
+                seen = seen & (k < IN - further)[None, :]
+            if GROUP < PADDED:
+                seen = seen & (into + j < GROUP - p * ROWS % PADDED)[None, :]
+            inputs = tl.load(inputs_at + further, mask=seen, other=0.0)
             weights = plane(word, p, less, KIND, COMPUTE, INTERPRETED)
             if IN_GROUPS:
                 part = tl.dot(inputs.to(INPUT), weights, part, input_precision="ieee")
