@@ -42,6 +42,10 @@ RUNS = {
         "every sabotaged plugin over 5 seeds, caught by every check that is there for it; correct plugins over 50 seeds",
         ["tests/test_sabotage.py"], {"DOVETAIL_SOAK_SEEDS": 50},
     ),
+    "a worker on a device behind the host": (
+        "the whole worker contract on a fake device whose decode steps are recorded and replayed",
+        ["plugins/worker_torch/tests/test_device_runner.py"], {"DOVETAIL_SOAK": 1},
+    ),
     "attention for GPUs": (
         "the whole attention contract of the kernels in Triton, interpreted, and in CUDA C++, its threads played by fibers",
         ["plugins/attention_cuda/tests"], {"DOVETAIL_SOAK_SEEDS": 1},
