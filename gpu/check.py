@@ -35,6 +35,9 @@ def main() -> int:
     environment = dict(os.environ)
     if args.dry:
         environment |= {"DOVETAIL_GPU_DRY": "1", "TRITON_INTERPRET": "1"}
+    elif not sees_gpu():
+        print(f"{sys.executable} has no PyTorch that sees a GPU: run this on a machine with one, or with --dry")
+        return 1
     else:
         install(environment)
     failed = []
@@ -48,6 +51,11 @@ def main() -> int:
             failed.append(part)
     print("failed: " + ", ".join(failed) if failed else "all parts ended well")
     return len(failed)
+
+
+def sees_gpu() -> bool:
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return not subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
 
 
 def is_done(part: str) -> bool:
