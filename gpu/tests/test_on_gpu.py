@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
+from rows import DEVICE as TORCH_DEVICE
+from rows import DRY, INTERPRETED
 
 from dovetail.facts import device_facts
 from dovetail.plugins.discovery import load_registry
 from dovetail.provider import Context
 from dovetail.testing.contracts import contract_of
 
-DRY = os.environ.get("DOVETAIL_GPU_DRY") == "1"
-DEVICE = "cpu" if DRY else "cuda:0"
+DEVICE = str(TORCH_DEVICE)
 SOCKETS = ("attention", "matmul", "quantization", "worker")
 
 COMPILED = {
@@ -33,7 +33,7 @@ def classes():
         devices = getattr(can, "devices", None)
         if offer.socket not in SOCKETS or (offer.socket != "worker" and devices is not None and "cuda" not in devices):
             continue
-        if DRY and offer.socket in ("attention", "matmul") and provider.name not in ("triton", "torch", "torch-reference"):
+        if DRY and offer.socket in ("attention", "matmul") and provider.name not in INTERPRETED:
             continue  # no kernels for a CPU
         if offer.socket != "worker" and provider.why_not(Context(device_facts(), None, DEVICE, "bfloat16")):
             continue

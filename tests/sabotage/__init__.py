@@ -80,6 +80,7 @@ def _modules() -> list[Any]:
     from sabotage import (
         architectures,
         attention,
+        attention_plans,  # noqa: F401 - it adds to those of attention
         drafters,
         eviction,
         kv_caches,

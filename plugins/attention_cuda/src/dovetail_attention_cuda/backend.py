@@ -15,7 +15,6 @@ from dovetail_attention_cuda import kernels
 from dovetail_attention_cuda.cache import Cache, allocate, check, export_kv, import_kv
 from dovetail_attention_cuda.schedule import I32, I64, cut_queries, is_short, most_pieces, split, whole
 from dovetail_attention_cuda.shapes import LONG_PROGRAMS, SHORT_PROGRAMS, UNIT, launch, long_rows, power_of_two, short_rows
-from dovetail_attention_cuda.upload import Upload
 
 INTERPRETED_PROGRAMS = 3
 """Of a grid in Triton's interpreter: few, so that each takes several pieces."""
@@ -89,15 +88,15 @@ class DecodeStep:
         capacity, block_m = most_pieces(num_rows, num_programs, geometry.num_kv_heads), short_rows(geometry.group)
         # One copy to the device: the number of pieces, the tiles, the pieces.
         end = 4 + num_rows * 4
-        self._upload = Upload(end + capacity * 5, device)
-        there = self._upload.on_device
+        self._numbers = there = torch.zeros(end + capacity * 5, dtype=torch.int32, device=device)
         self.work = Work(
             block_m, num_programs, there[end:].view(-1, 5), there[:1], there[4:end].view(-1, 4),
             Partials.empty(capacity, geometry, block_m, device),
         )  # fmt: skip
 
     def write(self, pieces: I32, tiles: I32) -> Work:
-        self._upload(np.concatenate([[len(pieces), 0, 0, 0], tiles.ravel(), pieces.ravel()], dtype=np.int32))
+        numbers = np.concatenate([[len(pieces), 0, 0, 0], tiles.ravel(), pieces.ravel()], dtype=np.int32)
+        self._numbers[: len(numbers)].copy_(_staged(numbers, self._numbers.device), non_blocking=True)
         return self.work
 
 
@@ -157,8 +156,7 @@ class TritonAttention:
         return Work(block_m, programs, self._copied(pieces), self._copied(np.array([len(pieces)], np.int32)))
 
     def _copied(self, numbers: I32) -> Tensor:
-        tensor = torch.from_numpy(numbers)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return _staged(numbers, self.device).to(self.device, non_blocking=True)
 
     def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
         step = plan[Geometry.of(layer)]
@@ -214,3 +212,10 @@ class TritonAttention:
 
     def import_kv(self, cache: Cache, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
         import_kv(cache, block_ids, keys, values)
+
+
+def _staged(numbers: I32, device: torch.device) -> Tensor:
+    """Where a copy to the device does not wait for it. PyTorch keeps pinned memory that a copy still reads from being given
+    away."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -25,8 +25,6 @@ class StepInputs:
     """[B]"""
     seat_of_token: I64
     """[T]"""
-    token_ids: I64
-    """[T]"""
     positions: I64
     """[T]"""
     query_start: I32
@@ -103,7 +101,7 @@ class SequenceTable:
         self._num_blocks[group][seat] = count + len(blocks)
 
     def inputs(self, plan: StepPlan) -> StepInputs:
-        """The step's arrays. Tokens that earlier steps sampled are read from here: `append` has put them in.
+        """The step's arrays.
 
         Between two steps the caches are cold, and every array operation costs microseconds: they are few.
         """
@@ -123,10 +121,14 @@ class SequenceTable:
             seq_lens = (num_computed + num_tokens).tolist()
         longest, groups = max(seq_lens), range(self._num_model_groups)
         return StepInputs(
-            seats, seat_of_token, self.token_ids[seat_of_token, positions].astype(np.int64), positions, query_start,
+            seats, seat_of_token, positions, query_start,
             np.array(seq_lens, np.int32), query_start.tolist(), seq_lens,
             [self.slots(g, seat_of_token, positions) for g in groups], [self.blocks(g, seats, longest) for g in groups],
         )  # fmt: skip
+
+    def tokens_at(self, inputs: StepInputs) -> I64:
+        """[T]: the step's tokens. Those that earlier steps sampled are there: `append` has put them in."""
+        return self.token_ids[inputs.seat_of_token, inputs.positions].astype(np.int64)
 
     def slots(self, group: int, seats: I64, positions: I64) -> I64:
         """Of the tokens at these positions of these seats, in blocks of a group; any shape, broadcast."""

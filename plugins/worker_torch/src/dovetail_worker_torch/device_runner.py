@@ -141,4 +141,4 @@ class DeviceRunner(Runner):
 
     def _token_ids(self, inputs: StepInputs) -> Tensor:
         """From the device's own table: the host may not know the last ones yet."""
-        return self.table.tokens_at(inputs.seat_of_token, inputs.positions)
+        return self.table.device_tokens_at(inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dovetail.types import KVGroup, StepPlan
 from dovetail_worker_torch.accelerator import Accelerator
-from dovetail_worker_torch.batch import I64, SequenceTable
+from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 
 
 class DeviceTable(SequenceTable):
@@ -74,23 +74,26 @@ class DeviceTable(SequenceTable):
         at = packed[: 2 * len(places)].view(torch.int64)
         target.view(-1).index_put_((at,), packed[2 * len(places) :])
 
-    def tokens_at(self, seat_of_token: I64, positions: I64) -> Tensor:
-        """i64[T], on the device."""
+    def device_tokens_at(self, inputs: StepInputs) -> Tensor:
+        """`tokens_at`, on the device and from there."""
         self._flush()
-        places = self._accelerator.upload(seat_of_token * self.tokens_on_device.shape[1] + positions)
+        places = self._accelerator.upload(self._places(inputs.seat_of_token, inputs.positions))
         return self.tokens_on_device.view(-1)[places].to(torch.int64)
+
+    def _places(self, seats: I64, positions: npt.NDArray[np.integer[Any]]) -> I64:
+        """Of tokens, in `tokens_on_device` seen as one row."""
+        return (seats * self.tokens_on_device.shape[1] + positions).astype(np.int64)
 
     def append(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
         """Tokens that the host drew, or was told of, on both sides."""
         super().append(seats, lengths, token_ids)
         if token_ids:
-            places = seats * self.tokens_on_device.shape[1] + lengths
             self._flush()
-            self._scatter(self.tokens_on_device, places.astype(np.int64), np.array(token_ids, np.int32))
+            self._scatter(self.tokens_on_device, self._places(seats, lengths), np.array(token_ids, np.int32))
 
     def append_on_device(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: Tensor) -> None:
         """The tokens drawn for these seats, which the host does not know yet: `landed` tells it. `token_ids` i64[R]."""
-        places = self._accelerator.upload((seats * self.tokens_on_device.shape[1] + lengths).astype(np.int64))
+        places = self._accelerator.upload(self._places(seats, lengths))
         self.tokens_on_device.view(-1).index_put_((places,), token_ids.to(torch.int32))
 
     def landed(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:

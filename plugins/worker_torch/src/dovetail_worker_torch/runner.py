@@ -89,8 +89,8 @@ class Runner:
             if self._shadow is not None:
                 self._shadow.plan(i, batch, self._layers[i])
         hidden = self.model.forward(self._token_ids(inputs), self._to_device(inputs.positions), self._attend)
-        if hidden.ndim != 2 or len(hidden) != len(inputs.token_ids):
-            self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.token_ids)} tokens")
+        if hidden.ndim != 2 or len(hidden) != len(inputs.positions):
+            self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.positions)} tokens")
         is_plain = self.table.is_plain(inputs.seats)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
         rows, behind = list(compress(range(len(plan.samples)), plan.samples)), list[int]()
@@ -226,7 +226,7 @@ class Runner:
         return out
 
     def _token_ids(self, inputs: StepInputs) -> Tensor:
-        return self._to_device(inputs.token_ids)
+        return self._to_device(self.table.tokens_at(inputs))
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
