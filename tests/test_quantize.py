@@ -69,8 +69,9 @@ def test_transformers_loads_it_with_compressed_tensors(scheme: str, made: Callab
     state = expanded.state_dict()
     for name, weight in weights.items():
         torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=0)
+    tokens = torch.randint(3, 200, (16, 64))  # many: of a few, chance decides how many best ones differ
     with torch.inference_mode():
-        theirs, ours = (m.eval()(torch.tensor([PROMPT])).logits for m in (found, plain))
+        theirs, ours = (m.eval()(tokens).logits for m in (found, plain))
     assert (theirs - ours).norm() < (1e-5 if "only" in scheme else 0.1) * ours.norm()  # they round the inputs
     assert theirs.argmax(-1).eq(ours.argmax(-1)).float().mean() > 0.7
 

@@ -188,7 +188,6 @@ class QuantizedLinear:
         self.scheme = scheme
         self._provider, self._parameters, self._asked_by = provider, parameters, asked_by
         self._tensors: dict[str, Tensor] = {}
-        self._missing: set[str] = set()
         self._missing = set(self.targets())
         self._multiply: Callable[[Tensor], Tensor]
 
