@@ -1,20 +1,24 @@
-# Dovetail. The two commands: `make serve` and `make test`. Both set themselves up.
+# Dovetail. The two commands: `make serve` and `make test`. Both set themselves up, with the versions that constraints.txt pins.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := pip install -q --disable-pip-version-check
 PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/attention_cuda plugins/matmul_cpu plugins/matmul_cuda plugins/quant_fp8 plugins/quant_int8 plugins/quant_awq_gptq plugins/quant_compressed_tensors plugins/quantize plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/demo_model
 # Not in the default set: installed for the tests alone, through the root's extra `dev`.
 TEST_PROJECTS := plugins/attention_flashinfer plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
-.PHONY: serve test lint soak interop bench gpu-wheels gpu-flashinfer gpu-check clean
+.PHONY: serve test test-real test-newest lint lock soak interop bench gpu-wheels gpu-flashinfer gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve   serve the demo model on 127.0.0.1:$(PORT)   (MODEL=… PORT=…)"
-	@echo "make test    lint, types, architecture and all tests"
-	@echo "make lint    the first three of these"
+	@echo "make test    lint, types, architecture and all tests that need nothing but this repository"
+	@echo "make test-real    tests with other libraries, in environments of their own"
+	@echo "make test-newest  the tests with the newest version of every dependency: reports what breaks, fails nothing"
+	@echo "make lint    lint, types and architecture"
+	@echo "make lock    choose the newest versions of all dependencies and pin them in constraints.txt"
 	@echo "make soak    the long tests; results go to benchmarks/results"
 	@echo "make gpu-check   checks and benchmarks on a machine with a GPU (gpu/README.md)"
 	@echo "make interop gptqmodel and transformers read what dovetail quantize writes, in an environment of their own"
@@ -32,6 +36,14 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+test-real: interop
+
+test-newest: $(VENV)/.test
+	$(BIN)/python tests/newest.py
+
+lock: $(VENV)/.serve
+	$(BIN)/python tests/lock.py
+
 soak: $(VENV)/.test
 	$(BIN)/python tests/soak.py
 
@@ -39,10 +51,10 @@ soak: $(VENV)/.test
 interop: $(VENV)/.test $(VENV)-interop/.made
 	$(BIN)/python tests/interop/ours.py --theirs $(VENV)-interop/bin/python
 
-$(VENV)-interop/.made: constraints.txt tests/interop/requirements.txt
+$(VENV)-interop/.made: tests/interop/constraints.txt tests/interop/requirements.txt
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel numpy packaging ninja
-	@BUILD_CUDA_EXT=0 $(@D)/bin/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -r tests/interop/requirements.txt
+	@$(@D)/bin/$(PIP) -c $< torch setuptools wheel numpy packaging ninja
+	@BUILD_CUDA_EXT=0 $(@D)/bin/$(PIP) -c $< --no-build-isolation -r tests/interop/requirements.txt
 	@touch $@
 
 bench: $(VENV)/.test
@@ -60,12 +72,12 @@ bench: $(VENV)/.test
 $(VENV)/.serve: constraints.txt pyproject.toml $(PROJECTS:%=%/pyproject.toml)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing (the first time takes a minute or two: torch is large)"
-	@$(BIN)/pip install -q --disable-pip-version-check hatchling editables
-	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt $(PROJECTS:%=-e %) -e .
+	@$(BIN)/$(PIP) -c constraints.txt hatchling editables
+	@$(BIN)/$(PIP) -c constraints.txt --no-build-isolation $(PROJECTS:%=-e %) -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.serve $(TEST_PROJECTS:%=%/pyproject.toml)
-	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt $(TEST_PROJECTS:%=-e %) -e '.[dev]'
+	@$(BIN)/$(PIP) -c constraints.txt --no-build-isolation $(TEST_PROJECTS:%=-e %) -e '.[dev]'
 	@touch $@
 
 # Where packages can be had: all that a machine with a GPU and no network needs. See gpu/README.md.
@@ -78,7 +90,7 @@ gpu-wheels: $(VENV)/.test gpu-flashinfer
 
 # FlashInfer's kernels for that machine: minutes each, once.
 gpu-flashinfer: $(VENV)/.test
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target build/flashinfer/site \
+	$(BIN)/$(PIP) --no-deps --upgrade --target build/flashinfer/site \
 		$$(grep -E '^(apache-tvm-ffi|flashinfer-python)=' gpu/requirements.txt) \
 		certifi charset-normalizer einops idna ninja requests tabulate urllib3
 	PATH=$(CURDIR)/build/flashinfer/site/bin:$$PATH PYTHONPATH=build/flashinfer/site $(BIN)/python gpu/aot_flashinfer.py

@@ -3,13 +3,12 @@
 The table is `SOCKETS` × `FAULTS`: a fault in a request-scoped socket costs its request, one in a step-scoped socket the
 requests of the step, with a typed error that names `dovetail-chaos:chaos`; all others' outputs are what they are without it.
 What hangs or crashes costs the engine process, which is replaced. `make test` leaves out processes that import torch, and all
-crashes but one; DOVETAIL_SOAK=1 takes all.
+crashes but one; `make soak` takes all.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from dovetail.resolution import resolve
 from dovetail.testing.plugin import SIMULATED, install, make_model
 from dovetail.types import Request, SamplingParams, SequenceOutput
 
-SOAK = bool(os.environ.get("DOVETAIL_SOAK"))
 TESTS = Path(__file__).parent
 CULPRIT = "dovetail-chaos:chaos"
 SEATS = 2
@@ -57,6 +55,14 @@ SOCKETS = {
 FAULTS = ("raise", "nan", "shape", "dtype")
 """In use, and survived by the process."""
 FATAL = ("hang", "crash")
+TORCH_IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) if s.torch else name for name, s in SOCKETS.items()]
+"""What the parts of torch's worker do here, the simulated worker's show too."""
+PROCESSES = [
+    pytest.param(name, fault, marks=[pytest.mark.soak] * (s.torch or (fault == "crash" and name != "worker")))
+    for name, s in SOCKETS.items()
+    for fault in FATAL
+]
+"""In the soak: processes that import torch, and crashes that show what another one shows."""
 
 
 @pytest.fixture
@@ -160,11 +166,9 @@ def test_what_cannot_be_built_is_named(values: Callable[..., dict[str, Any]], so
     assert socket in e.value.message
 
 
-@pytest.mark.parametrize("socket", SOCKETS)
+@pytest.mark.parametrize("socket", TORCH_IN_SOAK)
 @pytest.mark.usefixtures("chaos")
 def test_what_is_slow_loses_nothing(values: Callable[..., dict[str, Any]], socket: str) -> None:
-    if SOCKETS[socket].torch and not SOAK:
-        pytest.skip("in the soak: the simulated worker's sockets show the same")
     with LLM(**values(socket, "none")) as llm:
         expected = drive(llm)
     with LLM(**values(socket, "slow", at=4)) as llm:
@@ -193,12 +197,9 @@ def drive_until_idle(llm: LLM) -> dict[str, Ended]:
     return ends
 
 
-@pytest.mark.parametrize("fault", FATAL)
-@pytest.mark.parametrize("socket", SOCKETS)
+@pytest.mark.parametrize(("socket", "fault"), PROCESSES)
 @pytest.mark.usefixtures("chaos")
 def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str, Any]], socket: str, fault: str) -> None:
-    if not SOAK and (SOCKETS[socket].torch or (fault == "crash" and socket != "worker")):
-        pytest.skip("in the soak: it takes a process that imports torch, or shows what another one shows")
     # Of a part of torch's worker, later than its warm-up.
     settings = values(socket, fault, at=60 if socket == "attention" else 8 if SOCKETS[socket].torch else 3)
     model = Path(settings.pop("model"))

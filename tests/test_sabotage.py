@@ -21,7 +21,7 @@ from dovetail.testing.running import run_contracts
 
 SABOTAGES, CONTROLS = all_sabotages(), controls()
 FIXED_SEED = 20_260_101
-NUM_SEEDS = int(os.environ.get("DOVETAIL_SOAK_SEEDS", "0"))
+NUM_SEEDS = int(os.environ.get("DOVETAIL_SOAK_SEEDS", "1"))
 PAGE = Path(__file__).parents[1] / "docs/sabotage.md"
 ENOUGH = {
     ("attention",): 25, ("quantization",): 20, ("matmul",): 20, ("architecture",): 20, ("scheduler", "kv_cache"): 12,
@@ -88,7 +88,7 @@ def test_the_page_lists_them_all() -> None:
     assert [(s.socket, s.name) for s in SABOTAGES] == [(a, b.strip()) for a, b in listed if a in load_registry().sockets]
 
 
-@pytest.mark.skipif(not NUM_SEEDS, reason="make soak")
+@pytest.mark.soak
 @pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda s: f"{s.socket}: {s.name}")
 def test_it_is_caught_whatever_the_seed(sabotage: Sabotage) -> None:
     for _ in range(max(1, NUM_SEEDS // 10)):
@@ -98,7 +98,7 @@ def test_it_is_caught_whatever_the_seed(sabotage: Sabotage) -> None:
         assert failed >= set(sabotage.caught_by), f"seed {seed}: {set(sabotage.caught_by) - failed} did not notice"
 
 
-@pytest.mark.skipif(not NUM_SEEDS, reason="make soak")
+@pytest.mark.soak
 @pytest.mark.parametrize("correct", [*CONTROLS, *OURS], ids=lambda s: f"{s.socket}: {s.name}")
 def test_no_false_alarm(correct: Sabotage) -> None:
     begin = random.randrange(2**31)
