@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from dovetail.errors import CheckpointError, InvalidRequest
 from dovetail.facts import model_facts
-from dovetail.frontend.detokenizer import Detokenizer, StopStrings
+from dovetail.frontend.detokenizer import StopStrings, detokenizer
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.frontend.requests import RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
@@ -55,9 +55,9 @@ def test_pieces_add_up_and_are_never_half_a_character(
 ) -> None:
     t = byte_fallback if fallback else tokenizer
     prompt_ids, ids = t.encode(prompt, add_special_tokens=False), t.encode(text, add_special_tokens=False)
-    detokenizer = Detokenizer(t, prompt_ids)
-    pieces = [detokenizer.push([i]) for i in ids]
-    assert detokenizer.flush() == "" or "\ufffd" in text
+    decoding = detokenizer(t, prompt_ids)
+    pieces = [decoding.push([i]) for i in ids]
+    assert decoding.flush() == "" or "\ufffd" in text
     whole, before = t.decode(prompt_ids + ids), t.decode(prompt_ids)
     assert before + "".join(pieces) == whole
     if "\ufffd" not in text:
@@ -66,8 +66,8 @@ def test_pieces_add_up_and_are_never_half_a_character(
 
 @given(st.lists(st.integers(5, 260), min_size=1, max_size=80))
 def test_any_tokens_at_all_decode_to_the_same_text(tokenizer: Tokenizer, ids: list[int]) -> None:
-    detokenizer = Detokenizer(tokenizer, [])
-    text = "".join(detokenizer.push([i]) for i in ids) + detokenizer.flush()
+    decoding = detokenizer(tokenizer, [])
+    text = "".join(decoding.push([i]) for i in ids) + decoding.flush()
     assert text == tokenizer.decode(ids)
 
 
@@ -76,7 +76,7 @@ def test_many_tokens_at_once_say_what_single_ones_say(
     tokenizer: Tokenizer, byte_fallback: Tokenizer, ids: list[int], cuts: list[int], fallback: bool
 ) -> None:
     t = byte_fallback if fallback else tokenizer
-    pieces, whole = Detokenizer(t, []), Detokenizer(t, [])
+    pieces, whole = detokenizer(t, []), detokenizer(t, [])
     expected = "".join(pieces.push([i]) for i in ids) + pieces.flush()
     text, bounds = "", sorted({0, len(ids), *(c for c in cuts if c < len(ids))})
     for start, end in pairwise(bounds):

@@ -22,6 +22,7 @@ from dovetail.errors import (
     InvalidRequest,
     Overloaded,
 )
+from dovetail.frontend.outputs import Delta
 from dovetail.llm import LLM
 from dovetail.serving import AsyncEngine
 from dovetail.testing.plugin import SIMULATED, make_model
@@ -256,3 +257,72 @@ def test_two_engines_live_side_by_side(model: Path, tmp_path: Path) -> None:
             assert (one.plan.max_model_len, two.plan.max_model_len) == (256, 64)
 
     run(test())
+
+
+# What used to go wrong between processes.
+
+
+def test_an_id_that_is_used_again_gets_nothing_of_its_former_request(model: Path) -> None:
+    async def test() -> None:
+        async with engine_of(model, overlap=True, **faulty(step_seconds=0.01)) as engine:
+            params = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)
+            expected = await complete(engine, "a", params)
+            for _ in range(10):
+                async with aclosing(engine.generate("b", LONG, request_id="mine")) as deltas:
+                    await anext(deltas)
+                again = Delta(0)
+                async for delta in engine.generate("a", params, request_id="mine"):
+                    again.extend(delta)
+                assert (again.token_ids, again.finish_reason) == (expected[0].token_ids, "length")
+            await until(quiet(engine))
+
+    run(test())
+
+
+def test_two_requests_of_one_id_at_once_are_refused(model: Path) -> None:
+    async def test() -> None:
+        async with (
+            engine_of(model, **faulty(step_seconds=0.01)) as engine,
+            aclosing(engine.generate("b", LONG, request_id="mine")) as deltas,
+        ):
+            await anext(deltas)
+            error = await outcome(anext(engine.generate("a", LONG, request_id="mine")))
+            assert isinstance(error, InvalidRequest)
+
+    run(test())
+
+
+def test_a_reader_that_leaves_during_a_restart_does_not_cost_another_one(model: Path) -> None:
+    async def test() -> None:
+        async with engine_of(model, **faulty(step_seconds=0.01)) as engine:
+            for _ in range(3):
+                readers = [engine.generate("a", LONG) for _ in range(8)]
+                for reader in readers:
+                    await anext(reader)
+                restarts = engine.num_restarts
+                assert engine.pid is not None
+                os.kill(engine.pid, 9)
+                # They leave one by one, all the while that the next process is started.
+                for reader in readers:
+                    await reader.aclose()
+                    await asyncio.sleep(0.05)
+                await until(lambda: engine.state == "ready")
+                assert engine.num_restarts <= restarts + 1
+
+    run(test())
+
+
+def test_files_of_the_working_directory_are_not_imported(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may be started in a model's folder, and its code never runs."""
+    for name in ("msgspec", "json", "dovetail_simulated", "torch"):
+        (model / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(model)
+
+    async def test() -> None:
+        async with engine_of(model) as engine:
+            await complete(engine, "a", SamplingParams(max_tokens=2))
+
+    run(test())
+    assert not (tmp_path / "ran").exists()

@@ -123,8 +123,10 @@ class Engine:
             return Step(plan, self.worker.submit(plan))
         except EngineDead:
             raise
-        except Exception as e:
+        except BaseException as e:
             self._end_failed_step(plan, e)
+            if not isinstance(e, Exception):
+                raise  # an interrupt: the step's requests have failed with it, and the engine goes on
             return None
 
     def finish_step(self, step: Step) -> None:
@@ -133,8 +135,10 @@ class Engine:
             result = self.worker.sample(step.handle)
         except EngineDead:
             raise
-        except Exception as e:
+        except BaseException as e:
             self._end_failed_step(step.plan, e)
+            if not isinstance(e, Exception):
+                raise
             return
         self.commit(step.plan, result)
 
@@ -176,14 +180,15 @@ class Engine:
             num_computed = seq.num_computed_tokens = num_computed - num_drafted + len(new) - 1
         if self.speculation is not None and new:
             self.speculation.verified(seq, num_drafted, len(new) - 1)
-        self._count(plan, row, seq, len(new))
+        self._count_prompt(plan, row, seq)
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
         output.num_cached_tokens = seq.num_cached_tokens
         if result.prompt_logprobs:
             output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
             seq.num_prompt_logprobs += len(output.prompt_logprobs)
         seq.tokens.extend(new)
-        reason = self._end_reason(seq, output)
+        reason = self._end_reason(seq, output, num_computed)
+        self.stats.num_generation_tokens += len(output.token_ids)  # without what came after a stop token
         if output.token_ids or output.prompt_logprobs or reason:
             self._news.append(output)
         if reason is not None:
@@ -218,8 +223,9 @@ class Engine:
 
     # How sequences end.
 
-    def _end_reason(self, seq: Sequence, output: SequenceOutput) -> FinishReason | None:
-        """Stop token ids and lengths; stop strings are the front-end's, which then aborts."""
+    def _end_reason(self, seq: Sequence, output: SequenceOutput, num_computed: int) -> FinishReason | None:
+        """Stop token ids and lengths; stop strings are the front-end's, which then aborts. `num_computed` leaves out steps in
+        flight: a prompt that is only scored ends when its last part has been committed."""
         r = seq.request
         first = len(seq.tokens) - len(output.token_ids)
         for i, token in enumerate(output.token_ids):
@@ -234,7 +240,7 @@ class Engine:
             if num_output >= r.max_tokens:
                 self._truncate(seq, output, i + 1)
                 return "length"
-        return "length" if seq.num_output_tokens >= r.max_tokens and not seq.num_to_compute else None
+        return "length" if r.max_tokens == 0 and num_computed >= seq.num_prompt_tokens else None
 
     @staticmethod
     def _truncate(seq: Sequence, output: SequenceOutput, count: int) -> None:
@@ -270,7 +276,7 @@ class Engine:
 
     # How they fail.
 
-    def _end_failed_step(self, plan: StepPlan, error: Exception) -> None:
+    def _end_failed_step(self, plan: StepPlan, error: BaseException) -> None:
         self.stats.num_failed_steps += 1
         for row in range(len(plan.seq_ids)):
             self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
@@ -287,7 +293,7 @@ class Engine:
             seq_id, error = self.kv.faults.pop()
             self._fail([seq_id], error, "prefix_cache")
 
-    def _fail(self, seq_ids: list[int], error: Exception, part: str) -> None:
+    def _fail(self, seq_ids: list[int], error: BaseException, part: str) -> None:
         """Fail whole requests: samples of one request may share blocks that were never written."""
         code = error.code if isinstance(error, DovetailError) else StepFailed.code
         message = f"{self.culprit(error, part)}: {type(error).__name__}: {error}"
@@ -300,8 +306,7 @@ class Engine:
                     self._news.append(output)
                     self._finish(seq, "error", output)
 
-    def _count(self, plan: StepPlan, row: int, seq: Sequence, num_sampled: int) -> None:
-        self.stats.num_generation_tokens += num_sampled
+    def _count_prompt(self, plan: StepPlan, row: int, seq: Sequence) -> None:
         if seq.num_output_tokens == 0 and seq.sample_index == 0:  # a request's prompt counts once
             done = min(plan.num_computed[row] + plan.num_tokens[row], seq.num_prompt_tokens)
             self.stats.num_prompt_tokens += max(0, done - seq.num_prompt_counted)
@@ -323,9 +328,13 @@ class OverlappedEngine(Engine):
 
     def step(self) -> list[SequenceOutput]:
         previous, self._in_flight = self._in_flight, None
-        plan = self.schedule(in_flight=previous is not None)
-        if plan is not None:
-            self._in_flight = self.submit(plan)
+        try:
+            plan = self.schedule(in_flight=previous is not None)
+            if plan is not None:
+                self._in_flight = self.submit(plan)
+        except BaseException:
+            self._in_flight = previous  # the next step finishes it
+            raise
         if previous is not None:
             self.finish_step(previous)
         return self.take_news()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,14 @@ from dovetail.engine import Engine
 from dovetail.errors import CheckpointError, EngineUnavailable, InvalidRequest
 from dovetail.facts import model_facts
 from dovetail.frontend.outputs import Delta, RequestState
-from dovetail.frontend.requests import Prompt, RequestMaker
+from dovetail.frontend.requests import Prompt, RequestMaker, sampling_defaults
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import load_registry
 from dovetail.resolution import resolve
 from dovetail.shadow import ShadowReport
-from dovetail.types import FinishReason, SamplingParams, TokenLogprobs
+from dovetail.types import FinishReason, SamplingParams, SequenceOutput, TokenLogprobs
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
-    """One `{token_id: logprob}` a position, the token drawn first."""
+    """One `{token_id: logprob}` a position, the sampled token first."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -79,7 +83,8 @@ class LLM:
             print(llm.generate(["import os"], SamplingParams(max_tokens=40))[0].text)
 
     Keywords are the keys of a composition file: `LLM("demo", scheduler={"max_num_seqs": 8}, dtype="float32")`.
-    Not for use from several threads at once.
+    Several streams may be open at once, in one thread; not for use from several threads at once. Ctrl-C takes effect at the end
+    of the step that is running (a second one, at once) and leaves an engine that can be used further.
     """
 
     def __init__(
@@ -102,6 +107,9 @@ class LLM:
                 raise
             self.tokenizer = None
         self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
+        self._defaults = sampling_defaults(folder)
+        self._outputs: dict[str, deque[SequenceOutput]] = {}
+        """By id of a request in flight, where its outputs go. Whoever runs a step files those of all requests."""
         self.attestation = Attestation()
         self._engine: Engine | None = build_engine(self.plan, progress, registry, self.attestation)
 
@@ -126,13 +134,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, each a string or a list of token ids; results in their order (a list for a single one too).
 
-        `params` is for all, or one for each. Raises `InvalidRequest` before any work if a prompt or a parameter is bad,
-        and the engine's error if it fails.
+        `params` is for all, or one for each; None is `default_params()`. Raises `InvalidRequest` before any work if a prompt
+        or a parameter is bad, and the engine's error if it fails.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         if params is None or isinstance(params, SamplingParams):
-            each = [params or SamplingParams()] * len(batch)
+            each = [params or self.default_params()] * len(batch)
         else:
             each = list(params)
         if len(each) != len(batch):
@@ -147,13 +155,17 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, giving out text as it comes."""
-        state = RequestState(self._maker.make(prompt, params or SamplingParams()), self.tokenizer)
+        state = RequestState(self._maker.make(prompt, params or self.default_params()), self.tokenizer)
         for _, delta in self._run([state]):
             yield delta
 
     def chat(self, messages: list[dict[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer a conversation: messages of `role` and `content`, through the model's chat template."""
-        return self.generate(self.chat_prompt(messages), params or SamplingParams(max_tokens=None))[0]
+        return self.generate(self.chat_prompt(messages), params or self.default_params(max_tokens=None))[0]
+
+    def default_params(self, **values: Any) -> SamplingParams:
+        """Sampling parameters as the model's generation_config.json has them, as in the server; `values` go first."""
+        return SamplingParams(**{**self._defaults, **values})
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation."""
@@ -164,14 +176,23 @@ class LLM:
     def _run(self, states: list[RequestState]) -> Iterator[tuple[str, Delta]]:
         """Step until all are finished. What is left, if the caller stops early or an error is raised, is aborted."""
         engine = self.engine
+        n, most = max((s.request.params.n for s in states), default=0), engine.max_num_waiting
+        if n > most:
+            raise InvalidRequest(f"n is {n}, and only {most} sequences may wait (max_num_waiting)", param="n")
         live = {s.request.request_id: s for s in states}
+        outputs: deque[SequenceOutput] = deque()
         pending = list(reversed(states))
         try:
             while live:
                 # Feed as many as may wait; the rest follow as these start.
                 while pending and len(engine.scheduler.waiting) + pending[-1].request.params.n <= engine.max_num_waiting:
-                    engine.add(pending.pop().request)
-                for output in engine.step():
+                    request = pending.pop().request
+                    self._outputs[request.request_id] = outputs
+                    engine.add(request)
+                if not outputs:
+                    self._step()
+                while outputs:
+                    output = outputs.popleft()
                     state = live.get(output.request_id)
                     if state is None:
                         continue
@@ -181,12 +202,27 @@ class LLM:
                     if delta is not None:
                         if state.finished:
                             del live[output.request_id]
+                            self._outputs.pop(output.request_id, None)
                         yield output.request_id, delta
         finally:
             for request_id in live:
+                self._outputs.pop(request_id, None)
                 engine.abort(request_id)
-            while engine.has_work:
-                engine.step()
+            while self._engine is not None and any(request_id in engine.requests for request_id in live):
+                self._step()  # what was in flight ends
+            self._file(engine.take_news())
+
+    def _step(self) -> None:
+        """One step for all requests."""
+        with _interrupts_held():
+            self._file(self.engine.step())
+
+    def _file(self, outputs: list[SequenceOutput]) -> None:
+        """To whoever waits for them; those of requests that were left are dropped."""
+        for output in outputs:
+            waiting = self._outputs.get(output.request_id)
+            if waiting is not None:
+                waiting.append(output)
 
     def reset_prefix_cache(self) -> None:
         """Find nothing of what has been computed so far. Loses nothing: a stream that is open goes on."""
@@ -229,3 +265,26 @@ def _extend(output: RequestOutput, delta: Delta) -> None:
 def as_dict(position: TokenLogprobs) -> dict[int, float]:
     """`{token_id: logprob}`, the token that stands there first."""
     return dict(zip(position.token_ids, position.logprobs, strict=True))
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Within it, Ctrl-C waits for the end, so that nothing is cut in the middle of a change; a second one does not wait."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # another thread is never interrupted, and what is ignored needs no holding
+        return
+    held: list[Any] = []
+
+    def hold(number: int, frame: Any) -> None:
+        if held:
+            handler(number, frame)
+        held.append(frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(signal.SIGINT, held[0])

@@ -56,10 +56,13 @@ CLOSE_PATIENCE = 5.0
 
 
 class _Live:
-    """A request in flight, as its waiting client sees it. News that nobody has fetched yet pile up and are merged."""
+    """A request in flight, as its waiting client sees it. Outputs that nobody has fetched yet pile up and are merged."""
 
-    def __init__(self, state: RequestState) -> None:
+    def __init__(self, state: RequestState, engine_id: str) -> None:
         self.state = state
+        self.engine_id = engine_id
+        """Its id in the engine: never used twice, so that outputs and aborts of a cancelled request cannot be taken for those
+        of a later one with the same id."""
         self.news: list[SequenceOutput] = []
         self.error: DovetailError | None = None
         self.changed = asyncio.Event()
@@ -85,6 +88,9 @@ class AsyncEngine:
         self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
+        """By `_Live.engine_id`."""
+        self._request_ids: set[str] = set()
+        self._num_admitted = 0
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._num_heard = 0
@@ -147,11 +153,12 @@ class AsyncEngine:
                 if live.error is not None and not live.state.finished:
                     raise live.error
         finally:
-            self._live.pop(request.request_id, None)
+            self._live.pop(live.engine_id, None)
+            self._request_ids.discard(request.request_id)
             if not self._live:
                 self._idle.set()
             if not live.state.finished and live.error is None:
-                self._send(wire.Abort(request.request_id))
+                self._send(wire.Abort(live.engine_id))
 
     def check_ready(self) -> None:
         """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
@@ -199,15 +206,17 @@ class AsyncEngine:
 
     def _admit(self, request: Request) -> _Live:
         self.check_ready()
-        if request.request_id in self._live:
+        if request.request_id in self._request_ids:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use", param="request_id")
         if request.params.n > self.config.max_num_waiting:
             raise InvalidRequest(f"n is {request.params.n}, and only {self.config.max_num_waiting} may wait", param="n")
         if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
             raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
-        live = _Live(RequestState(request, self.tokenizer))
-        self._send(wire.Add(request))
-        self._live[request.request_id] = live
+        self._num_admitted += 1
+        live = _Live(RequestState(request, self.tokenizer), f"{request.request_id}-{self._num_admitted}")
+        self._send(wire.Add(msgspec.structs.replace(request, request_id=live.engine_id)))
+        self._live[live.engine_id] = live
+        self._request_ids.add(request.request_id)
         self._idle.clear()
         return live
 
@@ -218,10 +227,10 @@ class AsyncEngine:
                 delta, abort = live.state.push(output)
             except DovetailError as e:
                 live.error = e
-                self._send(wire.Abort(output.request_id))
+                self._send(wire.Abort(live.engine_id))
                 break
             if abort:
-                self._send(wire.Abort(output.request_id, output.sample_index))
+                self._send(wire.Abort(live.engine_id, output.sample_index))
             if delta is None:
                 continue
             if delta.index in merged:
@@ -275,14 +284,17 @@ class AsyncEngine:
     async def _run_process(self) -> None:
         """Start a process and serve its messages until it ends. Raises the reason it gave, or `EngineDead`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.MAX_FRAME)
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=wire.MAX_FRAME)
+        # `Start` comes first: only then may a reader that leaves send its abort.
+        writer.write(wire.encode(wire.Start(self.plan.encode())))
+        self._writer = writer
         try:
             with theirs:
+                # -P: the working directory, which may be a model's folder, is no place to import from.
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "dovetail.engine_process", str(theirs.fileno()),
+                    sys.executable, "-P", "-m", "dovetail.engine_process", str(theirs.fileno()),
                     pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
                 )  # fmt: skip
-            self._send(wire.Start(self.plan.encode()))
             watch = asyncio.create_task(self._watch())
             reading = asyncio.create_task(self._read_until_end(reader))
             try:

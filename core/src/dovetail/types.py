@@ -19,6 +19,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_TEMPERATURE = MAX_REPETITION_PENALTY = 1e6
+"""Far beyond what makes a difference, and far from what float32 cannot hold."""
+GREEDY_BELOW = 1e-5
+"""Temperatures below this one would overflow float32 logits, and choose the best token anyway."""
 DRAFTED_BY_WORKER = -1
 """In place of a draft token: the worker drafts it."""
 _INT32, _INT64 = 2**31, 2**63
@@ -38,7 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_tokens: int = 0
     """End-of-sequence and stop tokens cannot be drawn, and stop strings do not count, before this many tokens."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0, or anything below 1e-5, is greedy."""
     top_k: int = 0
     """0 or -1: all tokens."""
     top_p: float = 1.0
@@ -72,14 +76,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS), ("seed", -_INT64, _INT64 - 1),
         ):  # fmt: skip
             check_range(name, getattr(self, name), low, high, whole=True)
-        for name, low, high in (
-            ("temperature", 0, None), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, None),
+        bounds: tuple[tuple[str, float, float | None], ...] = (
+            ("temperature", 0, MAX_TEMPERATURE), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("repetition_penalty", 0, MAX_REPETITION_PENALTY),
             ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
-        ):  # fmt: skip
-            check_range(name, getattr(self, name), low, high)
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise InvalidRequest(f"{name} must be above 0", param=name)
+        )  # fmt: skip
+        for name, least, most in bounds:
+            check_range(name, getattr(self, name), least, most)
+        for name, least in (("top_p", 0.0), ("repetition_penalty", 1 / MAX_REPETITION_PENALTY)):
+            if getattr(self, name) <= 0 or getattr(self, name) < least:
+                raise InvalidRequest(f"{name} must be {f'at least {least:g}' if least else 'above 0'}", param=name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", param="min_tokens"
@@ -99,7 +105,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def penalized(self) -> bool:

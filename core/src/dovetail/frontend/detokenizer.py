@@ -1,67 +1,135 @@
-"""From token ids to text, a few tokens at a time: never half a character, and nothing past a stop string."""
+"""From token ids to text, a few tokens at a time: never half a character, and nothing past a stop string.
+
+Two ways, chosen by the tokenizer's decoder. Where each token stands for bytes (ByteLevel, as in GPT-2, Llama 3 and Qwen), the
+bytes go through one incremental UTF-8 decoder. Where a token's text depends on its neighbors (SentencePiece with byte
+fallback, WordPiece), tokens are decoded together with the ones before them.
+"""
 
 from __future__ import annotations
+
+import codecs
+from typing import Protocol
 
 from dovetail.frontend.tokenizer import REPLACEMENT, Tokenizer
 
 MAX_HELD_TOKENS = 16
+"""Tokens without complete text after which the oldest are given out as they are: no character is that long."""
 _CHARACTER = 4
-"""Most bytes, and so most tokens, of one character."""
+"""Most bytes of a character in UTF-8, and so most tokens of one."""
+_CONTEXT = _CHARACTER + 2
+"""Tokens of the prompt that the text of the first new token may depend on."""
 
 
-class Detokenizer:
-    """Incremental decoding of one sequence.
-
-    Tokens are decoded together with the ones before them, because a tokenizer may join or space them by context: the
-    window `ids[prefix:read]` has been given out, `ids[read:]` has not. Text that ends in an incomplete character waits
-    for the next token.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._pieces = tokenizer.whole_pieces(skip_special_tokens)
-        self._ids = prompt_token_ids[-_CHARACTER - 2 :]
-        self._prefix = 0
-        self._read = len(self._ids)
-        self._known = self._decode(0, self._read)
+class Detokenizer(Protocol):
+    """Incremental decoding of one sequence. The texts of all calls add up to the same, however the tokens are cut."""
 
     def push(self, token_ids: list[int]) -> str:
         """Take more tokens, one or many; returns the text that is now certain, perhaps none."""
-        if self._pieces is None:
-            # What bytes that are no text decode to depends on how they are cut: one way, however many tokens come at once.
-            return "".join([self._extend([t]) for t in token_ids])
-        if self._read == len(self._ids):
-            # Nothing waits, and each token's text is its own: no window is needed.
-            pieces = [self._pieces[t] for t in token_ids]
-            if None not in pieces:
-                if self._read:
-                    self._ids.clear()
-                    self._prefix = self._read = 0
-                    self._known = ""
-                return "".join(pieces)  # type: ignore[arg-type]
-        return self._extend(token_ids)
 
-    def _extend(self, token_ids: list[int]) -> str:
-        self._ids += token_ids
+    def flush(self) -> str:
+        """The rest, incomplete characters included; the sequence has ended."""
+
+
+def detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], *, skip_special_tokens: bool = True) -> Detokenizer:
+    """For the tokens that follow a prompt. A character that the prompt leaves incomplete belongs to the text."""
+    token_bytes = tokenizer.token_bytes(skip_special_tokens)
+    if token_bytes is not None:
+        return _ByBytes(token_bytes, prompt_token_ids)
+    return _ByWindow(tokenizer, prompt_token_ids, skip_special_tokens)
+
+
+class _ByBytes:
+    """Each token stands for bytes, whatever is beside it."""
+
+    def __init__(self, token_bytes: dict[int, bytes], prompt_token_ids: list[int]) -> None:
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        tail = b""
+        for token in reversed(prompt_token_ids):
+            tail = token_bytes[token] + tail
+            if len(tail) >= _CHARACTER:
+                break
+        # Without the end of a character whose beginning is not in the tail.
+        self._decoder.decode(tail.lstrip(bytes(range(0x80, 0xC0))))
+        self._of_prompt = self._decoder.getstate()[0].decode("utf-8", "replace")
+        """What the prompt shows for the character that it leaves incomplete; not repeated if that is never completed."""
+
+    def push(self, token_ids: list[int]) -> str:
+        known = self._bytes
+        return self._without_prompt(self._decoder.decode(b"".join([known[token] for token in token_ids])))
+
+    def flush(self) -> str:
+        return self._without_prompt(self._decoder.decode(b"", True))
+
+    def _without_prompt(self, text: str) -> str:
+        if self._of_prompt and text:
+            text, self._of_prompt = text.removeprefix(self._of_prompt), ""
+        return text
+
+
+class _ByWindow:
+    """A window of tokens is decoded at each step: `ids[prefix:read]` has been given out, `ids[read:]` has not.
+
+    Text that ends in an incomplete character waits for the next token. Tokens that never have text (special ones that are
+    skipped, ids outside the vocabulary) do not enter the window, which therefore stays short.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._is_hidden = tokenizer.hidden_tokens(skip_special_tokens)
+        tail: list[int] = []
+        for token in reversed(prompt_token_ids):
+            if not self._is_hidden[token]:
+                tail.insert(0, token)
+                if len(tail) == _CONTEXT + _CHARACTER - 1:
+                    break
+        self._ids = tail
+        self._prefix, self._read = self._clean_window()
+        self._known = self._decode(self._prefix, self._read)
+        self._of_prompt = self._decode(self._prefix, len(tail))
+        """The window with the character that the prompt leaves incomplete, as the prompt shows it."""
+
+    def _clean_window(self) -> tuple[int, int]:
+        """(prefix, read): the shortest window that neither begins nor ends inside a character of the prompt, and leaves as few
+        tokens as possible for later."""
         num_ids = len(self._ids)
-        # An incomplete character at the end waits; with it, as few tokens as possible.
-        for end in range(num_ids, num_ids - min(len(token_ids), _CHARACTER + 1), -1):
-            text = self._decode(self._prefix, end)
-            if not text.endswith(REPLACEMENT):
-                return self._give(text, end)
-        if num_ids - self._read > MAX_HELD_TOKENS:
+        usual = max(0, num_ids - _CONTEXT)
+        for read in range(num_ids, max(-1, num_ids - _CHARACTER), -1):
+            for prefix in range(min(usual, read), max(-1, usual - _CHARACTER), -1):
+                text = self._decode(prefix, read)
+                if not (text.startswith(REPLACEMENT) or text.endswith(REPLACEMENT)):
+                    return prefix, read
+        return usual, num_ids
+
+    def push(self, token_ids: list[int]) -> str:
+        # One by one: what bytes that are no text decode to depends on how they are cut.
+        return "".join([self._push(token) for token in token_ids if not self._is_hidden[token]])
+
+    def _push(self, token: int) -> str:
+        self._ids.append(token)
+        end = len(self._ids)
+        text = self._decode(self._prefix, end)
+        if not text.endswith(REPLACEMENT):
+            return self._give(text, end)
+        if end - self._read > MAX_HELD_TOKENS:
             # A run of bytes that is no text: what is older than any character can be will not become one.
-            end = num_ids - _CHARACTER
+            end -= _CHARACTER
             return self._give(self._decode(self._prefix, end), end)
         return ""
 
     def flush(self) -> str:
-        """The rest, incomplete characters included; the sequence has ended."""
-        return self._give(self._decode(self._prefix, len(self._ids)), len(self._ids))
+        end = len(self._ids)
+        return self._give(self._decode(self._prefix, end), end)
 
     def _give(self, text: str, end: int) -> str:
-        new = text[len(self._known) :]
+        known = self._known
+        if self._of_prompt:
+            if text.startswith(self._of_prompt):
+                known = self._of_prompt
+            self._of_prompt = ""
+        # Bytes that do not continue the ones before them can change what those are decoded to: then only the new ones count.
+        new = text[len(known) :] if text.startswith(known) else self._decode(self._read, end)
         if new:
             self._prefix, self._read = self._read, end
             self._known = self._decode(self._prefix, end)
@@ -69,6 +137,8 @@ class Detokenizer:
                 del self._ids[: self._prefix]
                 self._read -= self._prefix
                 self._prefix = 0
+        elif end - self._read > MAX_HELD_TOKENS:
+            del self._ids[self._read : end]  # so many tokens without any text: the window would only grow
         return new
 
     def _decode(self, start: int, end: int) -> str:

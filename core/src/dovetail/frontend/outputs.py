@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from dovetail.errors import ERRORS, DovetailError
-from dovetail.frontend.detokenizer import Detokenizer, StopStrings
+from dovetail.frontend.detokenizer import StopStrings, detokenizer
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.types import FinishReason, Request, SequenceOutput, TokenLogprobs
 
@@ -50,7 +50,7 @@ class SampleState:
         self._params = params
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._detokenizer = (
-            Detokenizer(tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+            detokenizer(tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
             if tokenizer is not None
             else None
         )

@@ -6,18 +6,39 @@ import itertools
 import secrets
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from dovetail.errors import InvalidRequest
-from dovetail.facts import ModelFacts
+from dovetail.errors import CheckpointError, InvalidRequest
+from dovetail.facts import ModelFacts, read_json
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.types import Request, SamplingParams, check_range
 
 Prompt = str | Sequence[int]
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Fields of generation_config.json that requests take over."""
 
 MAX_SALT_CHARS = 256
 _counter = itertools.count()
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Fields of `SamplingParams` that a model's generation_config.json sets; a request overrides them.
+
+    Raises `CheckpointError`, naming file and field, for values that no request could have.
+    """
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("do_sample") is False:
+        return {}
+    found = {name: config[name] for name in SAMPLING_DEFAULTS if config.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except InvalidRequest as e:
+        raise CheckpointError(f"{path}: {e.message}") from None
+    return found
 
 
 class RequestMaker:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character (yet)."""
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that a chat template finds by these names, as in transformers."""
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_RENDERED_CHARS = 8 * 2**20
 
@@ -42,13 +44,15 @@ class Tokenizer:
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         self.chat_template = _chat_template(folder, self.config)
         self._compiled: Template | None = None
-        texts = {name: _token_text(self.config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        texts = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
         self.special_tokens = {name: text for name, text in texts.items() if text is not None}
 
-        self.is_context_free = type(self._tokenizer.decoder) is tokenizers.decoders.ByteLevel
-        """A text's bytes are its tokens' bytes laid end to end: no token changes what another one says."""
-        self._pieces = (_Pieces(self, False), _Pieces(self, True))
-        self._whole = (_WholePieces(self._pieces[0]), _WholePieces(self._pieces[1]))
+        self._pieces = _Pieces(self)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        hidden = {skip: _HiddenTokens(self, skip) for skip in (False, True)}
+        self._hidden = hidden
+        self._bytes = {skip: _TokenBytes(self, hidden[skip]) for skip in hidden} if _is_byte_level(self._tokenizer) else None
 
     @property
     def vocab_size(self) -> int:
@@ -64,12 +68,14 @@ class Tokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def whole_pieces(self, skip_special_tokens: bool) -> dict[int, str | None] | None:
-        """By token id, its text, or None for a token that is part of a character; filled as it is read.
+    def hidden_tokens(self, skip_special_tokens: bool) -> dict[int, bool]:
+        """By token id, whether it never has any text; filled as it is read."""
+        return self._hidden[skip_special_tokens]
 
-        None if what a token says depends on the ones before it.
-        """
-        return self._whole[skip_special_tokens] if self.is_context_free else None
+    def token_bytes(self, skip_special_tokens: bool) -> dict[int, bytes] | None:
+        """By token id, the bytes that it stands for; filled as it is read. None if the decoder is not byte-level: then a
+        token's text depends on the tokens beside it."""
+        return None if self._bytes is None else self._bytes[skip_special_tokens]
 
     def token_id(self, token: str) -> int | None:
         value = self._tokenizer.token_to_id(token)
@@ -77,7 +83,7 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """A single token as text, special ones included; "" for an id that stands for no token."""
-        return self._pieces[False][token_id]
+        return self._pieces[token_id]
 
     def apply_chat_template(
         self,
@@ -101,7 +107,9 @@ class Tokenizer:
         try:
             parts, size = [], 0
             names = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-            for part in self._compile(source).generate({**self.special_tokens, **(variables or {}), **names}):
+            # `tools` and `documents` are there even if nobody gives them: a template may ask whether they are none.
+            given = {"tools": None, "documents": None, **self.special_tokens, **(variables or {}), **names}
+            for part in self._compile(source).generate(given):
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:
                     raise InvalidRequest(f"the messages render to over {MAX_RENDERED_CHARS} characters", param="messages")
@@ -120,41 +128,92 @@ class Tokenizer:
 
 
 class _Pieces(dict[int, str]):
-    """By token id, what `decode` makes of it alone."""
+    """By token id, what `decode` makes of it alone, special tokens included."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
 
     def __missing__(self, token_id: int) -> str:
-        text = self[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=self._skip)
+        text = self[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
 
-class _WholePieces(dict[int, str | None]):
-    """The same, with None for parts of characters."""
+class _HiddenTokens(dict[int, bool]):
+    """See `Tokenizer.hidden_tokens`."""
 
-    def __init__(self, pieces: _Pieces) -> None:
-        self._of = pieces
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer._special_ids if skip_special_tokens else frozenset()
 
-    def __missing__(self, token_id: int) -> str | None:
-        text = self._of[token_id]
-        whole = self[token_id] = None if REPLACEMENT in text else text
-        return whole
+    def __missing__(self, token_id: int) -> bool:
+        is_hidden = self[token_id] = token_id in self._skipped or not self._tokenizer._tokenizer.id_to_token(token_id)
+        return is_hidden
+
+
+class _TokenBytes(dict[int, bytes]):
+    """See `Tokenizer.token_bytes`."""
+
+    def __init__(self, tokenizer: Tokenizer, is_hidden: dict[int, bool]) -> None:
+        self._tokenizer = tokenizer
+        self._is_hidden = is_hidden
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = "" if self._is_hidden[token_id] else str(self._tokenizer._tokenizer.id_to_token(token_id))
+        # A token with a character outside the alphabet (an added one) stands for itself.
+        values = [BYTE_OF_CHARACTER.get(character) for character in token]
+        found = self[token_id] = token.encode() if None in values else bytes(values)  # type: ignore[arg-type]
+        return found
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Which byte a character of a byte-level token stands for (GPT-2, Radford et al. 2019): printable ones of Latin-1 for
+    themselves, the others are numbered from 256."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    return [step["type"] for step in steps] == ["ByteLevel"]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    """What transformers renders chat templates with: the same filters, functions and tags."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant wrote, for training; here it is only a scope."""
+
+        tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dovetail import __version__
 from dovetail.attribution import Attribution
 from dovetail.errors import InvalidRequest, ModelNotFound, PluginError
+from dovetail.frontend.requests import sampling_defaults
 from dovetail.serving import AsyncEngine
 from dovetail.weights import alike
 from dovetail_server_openai import ServerOptions, failures
@@ -187,15 +187,3 @@ class Guard:
         if not length.isdigit() or len(length) > 18 or int(length) > self._max_body:
             return failures.error_response(self._too_large, 413)
         return None
-
-
-def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """What the model's generation_config.json says of sampling; a request overrides it."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("do_sample") is False:
-        return {}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {n: config[n] for n in names if isinstance(config.get(n), int | float)}
