@@ -11,6 +11,8 @@ import pytest
 from dovetail.facts import LayerKind, model_facts, window_of_layers
 
 W = 8
+QWEN = {"num_hidden_layers": 3, "sliding_window": W, "model_type": "qwen3"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize(
@@ -18,12 +20,18 @@ W = 8
     [
         ({"num_hidden_layers": 2}, [None, None]),
         ({"num_hidden_layers": 2, "sliding_window": None}, [None, None]),
-        ({"num_hidden_layers": 2, "sliding_window": W}, [W, W]),  # Mistral, Phi-3
+        ({"num_hidden_layers": 2, "sliding_window": W}, [W, W]),  # Phi-3
+        ({"num_hidden_layers": 2, "sliding_window": W, "model_type": "mistral", "use_sliding_window": False}, [W, W]),
+        ({"num_hidden_layers": 2, "model_type": "mistral"}, [4096, 4096]),
+        ({"num_hidden_layers": 2, "model_type": "mistral", "sliding_window": None}, [None, None]),
+        ({"num_hidden_layers": 2, "model_type": "llama", "sliding_window": W}, [None, None]),
         ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": W}, [W, None]),
         # Qwen2, Qwen3
-        ({"num_hidden_layers": 3, "sliding_window": W, "use_sliding_window": True, "max_window_layers": 1}, [None, W, W]),
-        ({"num_hidden_layers": 2, "sliding_window": W, "use_sliding_window": False, "max_window_layers": 1}, [None, None]),
-        ({"num_hidden_layers": 2, "sliding_window": W, "max_window_layers": 1}, [None, None]),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": 1}, [None, W, W]),
+        (QWEN | {"use_sliding_window": True, "num_hidden_layers": 29}, [None] * 28 + [W]),
+        (QWEN | {"use_sliding_window": False, "max_window_layers": 1}, [None] * 3),
+        (QWEN | {"max_window_layers": 1}, [None] * 3),
+        (QWEN, [None] * 3),
         # Gemma 2 and 3, Command R7B, from before layer_types
         ({"num_hidden_layers": 3, "sliding_window": W, "model_type": "gemma2"}, [W, None, W]),
         ({"num_hidden_layers": 7, "sliding_window": W, "model_type": "gemma3_text"}, [W, W, W, W, W, None, W]),
@@ -32,6 +40,23 @@ W = 8
 )
 def test_windows(config: dict[str, Any], windows: list[int | None]) -> None:
     assert window_of_layers(config) == windows
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 32),
+        ({"rope_scaling": YARN}, 128),  # as Qwen documents it
+        ({"rope_parameters": YARN}, 128),
+        ({"rope_scaling": YARN, "max_position_embeddings": 128}, 128),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, 64),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 32),
+    ],
+)
+def test_yarn_stretches_the_context(changes: dict[str, Any], length: int, tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32} | changes))
+    assert model_facts(tmp_path).max_position_embeddings == length
 
 
 def test_the_words_of_gpt2(tmp_path: Path) -> None:

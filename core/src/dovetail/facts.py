@@ -94,6 +94,7 @@ class ModelFacts:
     head_size: int
     vocab_size: int
     max_position_embeddings: int
+    """The longest context, scaling of positions included."""
     layer_kinds: tuple[LayerKind, ...]
     logit_soft_cap: float | None
     eos_token_ids: tuple[int, ...]
@@ -149,7 +150,7 @@ def model_facts(folder: Path) -> ModelFacts:
         num_kv_heads=number("num_key_value_heads", number("num_kv_heads", 1 if text.get("multi_query") else heads)),
         head_size=number("head_dim", max(1, hidden // heads)),
         vocab_size=number("vocab_size"),
-        max_position_embeddings=number("max_position_embeddings", number("n_positions", 2048)),
+        max_position_embeddings=_context_length(text, number("max_position_embeddings", number("n_positions", 2048))),
         layer_kinds=_layer_kinds(text),
         logit_soft_cap=text.get("attn_logit_softcapping"),
         eos_token_ids=_eos(folder, text),
@@ -160,26 +161,43 @@ def model_facts(folder: Path) -> ModelFacts:
 
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 """By model type: `sliding_window_pattern` where a config leaves it out."""
+_WITHOUT_WINDOWS = frozenset({"llama"})
+"""Model types whose layers see everything, whatever else their config holds."""
+_USUAL_WINDOWS = {"mistral": 4096}
+"""By model type: `sliding_window` where a config leaves it out (null is no window)."""
+_QWEN_FULL_LAYERS = 28
+"""Qwen's `max_window_layers` where a config leaves it out."""
 
 
 def window_of_layers(config: dict[str, Any]) -> list[int | None]:
     """Per layer: its sliding window, or None. `config` is the text part of a config.json."""
     num_layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
-    window = config.get("sliding_window")
-    if not isinstance(window, int) or config.get("use_sliding_window") is False:
-        return [None] * num_layers
+    kind = str(config.get("model_type"))
+    window = config.get("sliding_window", _USUAL_WINDOWS.get(kind))
     types = config.get("layer_types")
+    is_qwen = kind.startswith("qwen")  # windows only if asked for, and then from layer `max_window_layers` on
+    is_off = kind not in _USUAL_WINDOWS and config.get("use_sliding_window", not is_qwen) is False
+    if not isinstance(window, int) or kind in _WITHOUT_WINDOWS or is_off:
+        return [None] * num_layers
     if isinstance(types, list):
         return [window if t == "sliding_attention" else None for t in types]
-    if "use_sliding_window" in config:  # Qwen2 / Qwen3: full attention up to max_window_layers
-        full = config.get("max_window_layers", num_layers)
+    if is_qwen:
+        full = config.get("max_window_layers", _QWEN_FULL_LAYERS)
         return [None if i < full else window for i in range(num_layers)]
-    if "max_window_layers" in config:  # the same families: the window is off unless asked for
-        return [None] * num_layers
-    pattern = config.get("sliding_window_pattern", _PATTERNS.get(str(config.get("model_type"))))
+    pattern = config.get("sliding_window_pattern", _PATTERNS.get(kind))
     if isinstance(pattern, int) and pattern > 0:  # configs from before layer_types: every so many layers one is full
         return [None if (i + 1) % pattern == 0 else window for i in range(num_layers)]
     return [window] * num_layers
+
+
+def _context_length(config: dict[str, Any], longest: int) -> int:
+    """Tokens of a context: `max_position_embeddings`, or what YaRN stretches the original context to. Configs that follow
+    YaRN's documentation add `rope_scaling` and leave `max_position_embeddings` as it was."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) != "yarn":
+        return longest
+    original, factor = rope.get("original_max_position_embeddings") or longest, rope.get("factor")
+    return max(longest, int(original * factor)) if isinstance(factor, int | float) else longest
 
 
 def _layer_kinds(config: dict[str, Any]) -> tuple[LayerKind, ...]:

@@ -129,13 +129,17 @@ def test_floating_types_are_converted(folder: Path, tensors: dict[str, Tensor], 
 
 
 def test_tied_output_is_the_embedding(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Whether or not it was saved a second time. A different one goes before what the config says, as in transformers."""
     configure(folder, tie_word_embeddings=True)
+    embedding, hidden = tensors["model.embed_tokens.weight"], torch.randn(3, H)
     without = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
-    for present in (tensors, without):  # a tied lm_head that was saved all the same is not read
+    for present in (without, without | {"lm_head.weight": embedding.clone()}):
         write(folder, present)
         model = load(folder)
-        hidden = torch.randn(3, H)
-        assert torch.equal(model.logits(hidden), hidden @ tensors["model.embed_tokens.weight"].T)
+        assert model.lm_head is model.embedding
+        assert torch.equal(model.logits(hidden), hidden @ embedding.T)
+    write(folder, tensors)
+    assert torch.equal(load(folder).logits(hidden), hidden @ tensors["lm_head.weight"].T)
 
 
 def test_old_rotary_buffers_are_passed_over(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -110,6 +110,16 @@ def tensor_names(folder: Path) -> frozenset[str]:
     return frozenset(n for path, names in shards for n in (open_shard(path).keys() if names is None else names))
 
 
+def are_equal(folder: Path, name: str, other: str) -> bool:
+    """Whether a folder's weight files hold the same numbers under two names. False if one is not there."""
+    found: dict[str, Any] = {}
+    for path, names in shard_files(folder).items():
+        shard = open_shard(path)
+        held = set(shard.keys()) if names is None else names
+        found |= {n: shard.get_tensor(n) for n in (name, other) if n in held}
+    return len(found) == 2 and torch.equal(found[name], found[other])
+
+
 def open_shard(path: Path) -> Any:
     """Open and check a safetensors file; its tensors are read when asked for. Raises `CheckpointError`."""
     try:

@@ -9,7 +9,7 @@ of the time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from dovetail.facts import window_of_layers
 from dovetail.interfaces.architecture import Attend, LayerMaker, Linear, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
+from dovetail_worker_torch.checkpoint import are_equal
 from dovetail_worker_torch.operations import ACTIVATIONS, Operations, TorchOperations
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters
 
@@ -48,6 +49,10 @@ ARCHITECTURES: dict[str, Switches] = {
     "Qwen2ForCausalLM": Switches(qkv_bias=True, sliding_window=True),
     "Qwen3ForCausalLM": Switches(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True),
 }
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+KINDS_OF_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -97,9 +102,12 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise CheckpointError(f"{path}: hidden_act {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}")
-    windows = window_of_layers(dict(config)) if switches.sliding_window else [None] * num_layers
-    if len(windows) != num_layers:
-        raise CheckpointError(f"{path}: layer_types has {len(windows)} entries for {num_layers} layers")
+    norm_eps = config.get("rms_norm_eps", 1e-6)
+    if not isinstance(norm_eps, int | float) or isinstance(norm_eps, bool) or not norm_eps > 0:
+        raise CheckpointError(f"{path}: rms_norm_eps must be a number above 0, found {norm_eps!r}")
+    if config.get("is_causal") is False:
+        raise CheckpointError(f"{path}: is_causal is false, and only causal attention is served")
+    windows = _windows(path, config, num_layers) if switches.sliding_window else [None] * num_layers
     max_position_embeddings = number("max_position_embeddings", 2048)
     try:
         inv_freq, rope_scale = inverse_frequencies(rope_parameters(dict(config)), head_size, max_position_embeddings)
@@ -113,7 +121,7 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         vocab_size=number("vocab_size"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(norm_eps),
         activation=activation,
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=switch(switches.qkv_bias),
@@ -126,11 +134,29 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def _windows(path: Path, config: Mapping[str, Any], num_layers: int) -> list[int | None]:
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise CheckpointError(f"{path}: sliding_window must be a positive integer or null, found {window!r}")
+    if isinstance(kinds, list):
+        if len(kinds) != num_layers:
+            raise CheckpointError(f"{path}: layer_types has {len(kinds)} entries for {num_layers} layers")
+        if other := sorted({str(kind) for kind in kinds} - KINDS_OF_LAYERS):
+            raise CheckpointError(f"{path}: layer_types holds {', '.join(other)}, which this architecture does not have")
+    windows = window_of_layers(dict(config))
+    if isinstance(kinds, list) and "sliding_attention" in kinds and not any(windows):
+        raise CheckpointError(f"{path}: layer_types has sliding layers, and sliding_window is missing or switched off")
+    return windows
+
+
 class DecoderArchitecture:
     """An `Architecture`: makes a `Decoder`."""
 
     def model(self, build: ModelBuild) -> Decoder:
         sizes = read_config(build.folder / "config.json", build.config)
+        if sizes.tied and HEAD in build.tensor_names and not are_equal(build.folder, HEAD, EMBEDDING):
+            # As in transformers: what a checkpoint holds goes before what its config says of sharing.
+            sizes = replace(sizes, tied=False)
         return Decoder(sizes, build.layers, build.dtype, build.device)
 
 
@@ -224,7 +250,7 @@ class Decoder:
         return found
 
     def unused(self) -> list[str]:
-        return ["lm_head.weight"] if self.config.tied else []
+        return [HEAD] if self.config.tied else []
 
     def compiled(self, kernels: Kernels, max_num_tokens: int) -> CompiledDecoder:
         """The same model, its forward pass one call; for layers that are `CompiledLinear`s, once their weights are read."""
