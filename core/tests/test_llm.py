@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dovetail.errors import CheckpointError, InvalidRequest
+from dovetail.engine import MAX_FAILED_STEPS
+from dovetail.errors import CheckpointError, EngineDead, InvalidRequest, StepFailed
 from dovetail.frontend.outputs import Delta
 from dovetail.llm import LLM
 from dovetail.testing.plugin import SIMULATED
@@ -100,6 +101,18 @@ def test_the_handler_of_interrupts_is_put_back(llm: LLM) -> None:
     before = signal.getsignal(signal.SIGINT)
     list(llm.stream("a", LONG))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_engine_whose_every_step_fails_says_so(llm: LLM) -> None:
+    def fails(plan: Any) -> Any:
+        raise RuntimeError("no device")
+
+    llm.engine.worker.submit = fails  # type: ignore[method-assign]
+    for _ in range(MAX_FAILED_STEPS - 1):
+        with pytest.raises(StepFailed, match="no device"):
+            llm.generate("a", LONG)
+    with pytest.raises(EngineDead, match=f"{MAX_FAILED_STEPS} steps in a row have failed; the last: no device"):
+        llm.generate("a", LONG)
 
 
 # Several at once.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from async_engine import LONG, PATIENCE, complete, engine_of, faulty, outcome, quiet, run, until
 
-from dovetail import wire
+from dovetail import restarts, wire
 from dovetail.config import load_config
 from dovetail.errors import (
     CheckpointError,
@@ -77,6 +77,88 @@ def test_a_process_that_ends_or_stalls_in_a_step_is_replaced(model: Path, how: s
             assert (await complete(engine, "x", SamplingParams(max_tokens=1)))[0].finish_reason
 
     run(test())
+
+
+def test_a_stopped_process_is_found_within_seconds_by_default(model: Path) -> None:
+    async def test() -> None:
+        async with engine_of(model, **faulty(step_seconds=0.02)) as engine:
+            waiter = asyncio.create_task(outcome(complete(engine, "x", LONG)))
+            await until(lambda: engine.stats.num_requests_running > 0)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+            error = await asyncio.wait_for(waiter, 10)
+            assert "no sign of life" in error.message
+            await until(lambda: engine.state == "ready")
+
+    run(test())
+
+
+def test_a_stalled_process_shows_its_stacks(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        async with engine_of(model, stall_timeout=1, **faulty(hang_at=2)) as engine:
+            assert isinstance(await outcome(complete(engine, "x", LONG)), EngineDead)
+
+    run(test())
+    said = capfd.readouterr().err
+    assert "Current thread" in said
+    assert "simulated.py" in said
+
+
+FORKING = """
+import os, time
+from dovetail import Provider, hookimpl
+from dovetail.testing import plugin
+
+def build(context, options):
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    return plugin._worker(context, plugin.SimulatedOptions(step_seconds=0.02))
+
+@hookimpl
+def dovetail_workers():
+    return [Provider("forks", "", build, capabilities=plugin.CAN)]
+"""
+
+
+def test_the_end_of_a_process_is_noticed_though_a_child_holds_its_socket(model: Path, simulated: Path) -> None:
+    (simulated / "forks.py").write_text(FORKING)
+    install(simulated, "forks", "forks")
+
+    async def test() -> None:
+        async with engine_of(model, worker="forks") as engine:
+            waiter = asyncio.create_task(outcome(complete(engine, "x", LONG)))
+            await until(lambda: engine.stats.num_requests_running > 0)
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            error = await asyncio.wait_for(waiter, 2)
+            assert "signal 9" in error.message
+            await until(lambda: engine.state == "ready")
+
+    run(test())
+
+
+def test_an_engine_that_serves_nobody_is_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "FIRST_BACKOFF", 0.01)
+
+    async def test() -> None:
+        async with engine_of(model, **faulty(exit_at=1)) as engine:
+            for _ in range(restarts.MAX_RESTARTS + 1):
+                await until(lambda: engine.state == "ready")
+                assert isinstance(await outcome(complete(engine, "x", LONG)), EngineDead)
+            await asyncio.wait_for(engine.failed.wait(), 5)
+            with pytest.raises(EngineUnavailable, match="given up: the process ended with exit status 3"):
+                engine.check_ready()
+
+    run(test())
+
+
+def test_a_finished_request_makes_restarts_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = restarts.Restarts()
+    assert [policy.failed(0) for _ in range(6)] == [0.5, 1, 2, 4, 4, None]
+    assert policy.failed(1) == 0.5
+    assert policy.count == 6
+    assert 1 <= policy.seconds_left <= 0.5 + restarts.START_SECONDS
 
 
 def test_a_long_silence_of_the_front_end_is_not_the_engines(model: Path) -> None:

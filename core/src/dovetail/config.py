@@ -134,7 +134,11 @@ class EngineConfig(BaseModel):
         "auto", description="schedule the next step while one runs; auto: unless both would share the same cores (cpu)"
     )
     max_num_waiting: int = Field(1024, ge=1, description="sequences that may wait; more are refused as overload")
-    stall_timeout: float = Field(60, ge=1, description="seconds after which an engine process that gives no news is replaced")
+    stall_timeout: float = Field(
+        60, ge=1, description="seconds after which a step counts as stalled, unless five times its predicted time is more"
+    )
+    heartbeat_timeout: float = Field(2, ge=0.5, description="seconds of silence after which an engine process is replaced")
+    load_timeout: float = Field(600, ge=1, description="seconds without progress after which loading counts as stalled")
     trust_remote_code: bool = Field(False, description="run code that comes with a checkpoint")
 
     @field_validator("model")

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from dovetail.speculation import Speculation
 
 
+MAX_FAILED_STEPS = 20
+"""Failed steps in a row after which the engine gives up: one whose every step fails only looks alive."""
+
+
 @dataclass
 class Step:
     """A step in flight."""
@@ -54,6 +58,9 @@ class Engine:
         self.stats = EngineStats(kv_blocks_total=kv.num_total)
         self.sequences: dict[int, Sequence] = {}
         self.requests: dict[str, list[Sequence]] = {}
+        self.num_scheduled_tokens = 0
+        """Of the last step that was submitted."""
+        self._num_failed_in_row = 0
         self._next_seq_id = 0
         self._news: list[SequenceOutput] = []
         self._has_windows = any(g.window is not None for g in kv.groups)
@@ -119,6 +126,7 @@ class Engine:
     def submit(self, plan: StepPlan) -> Step | None:
         """Hand a plan to the worker. If the worker raises, the step's requests have failed and there is no step."""
         self.stats.num_steps += 1
+        self.num_scheduled_tokens = sum(plan.num_tokens)
         try:
             return Step(plan, self.worker.submit(plan))
         except EngineDead:
@@ -147,6 +155,7 @@ class Engine:
         plain = not (
             result.failed or result.logprobs or result.prompt_logprobs or plan.draft_token_ids or self._has_windows
         )  # fmt: skip
+        self._num_failed_in_row = 0
         sequences, news, num_plain = self.sequences, self._news, 0
         for row, (seq_id, computed, new) in enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)):
             seq = sequences[seq_id]
@@ -286,6 +295,10 @@ class Engine:
             self.kv.reset_prefix_cache()
             seq_ids = [*seq_ids, *(s.seq_id for s in self.scheduler.running)]
         self._fail(seq_ids, error, "worker")
+        self._num_failed_in_row += 1
+        if self._num_failed_in_row >= MAX_FAILED_STEPS:
+            self._num_failed_in_row = 0
+            raise EngineDead(f"{MAX_FAILED_STEPS} steps in a row have failed; the last: {error}") from error
 
     def _fail_faulty(self) -> None:
         """Fail the requests that the KV-cache manager could not serve."""

@@ -7,6 +7,7 @@ middle of a step.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import queue
@@ -44,7 +45,9 @@ class Link:
         self._sock = sock
         self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self.busy_since: float | None = None
-        """When the step now running began; None when idle."""
+        """When the step, or what else the loop is doing, began; while loading, when there was progress. None when idle."""
+        self.expected: Callable[[], float] = lambda: 0.0
+        """Seconds that the running step was predicted to take."""
         self.where: Callable[[], str] = lambda: ""
         """In whose code the loop is."""
         self._changed = threading.Condition()
@@ -110,7 +113,23 @@ class Link:
     def _heartbeat(self) -> wire.Heartbeat:
         since = self.busy_since
         busy = 0.0 if since is None else time.monotonic() - since
-        return wire.Heartbeat(busy, self.where() if busy > 1 else "")
+        return wire.Heartbeat(busy, self.where() if busy > 1 else "", self.expected())
+
+
+class StepTimes:
+    """Predicts how long a step takes from the one with most tokens so far: small steps cost more a token."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._seconds = 0.0
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        if num_tokens >= self._num_tokens:
+            self._num_tokens, self._seconds = num_tokens, seconds
+
+    def predicted(self, num_tokens: int) -> float:
+        """Seconds; 0 if no step has run yet."""
+        return self._seconds * max(1.0, num_tokens / self._num_tokens) if self._num_tokens else 0.0
 
 
 def main() -> None:
@@ -119,7 +138,12 @@ def main() -> None:
     # Handlers, not SIG_IGN, because that would be inherited by the programs that this one starts.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    # The front-end asks for this before it ends a process that has stalled: the stacks of all threads, on stderr.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.set_inheritable(False)  # a child that keeps it open would hide this process's end
+    link = Link(sock)
     try:
         # What is imported and built lives as long as the process: collections need not look at it, neither now nor
         # later, when it would take tens of milliseconds with a tensor library in memory.
@@ -157,7 +181,14 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
-    engine = build_engine(plan, lambda *p: link.send(wire.Loading(*p)), registry, attestation)
+
+    def progress(what: str, done: int, total: int) -> None:
+        link.busy_since = time.monotonic()
+        link.send(wire.Loading(what, done, total))
+
+    link.busy_since = time.monotonic()
+    engine = build_engine(plan, progress, registry, attestation)
+    link.busy_since = None
     if isinstance(engine.culprit, Attribution):
         link.where = engine.culprit.running
     return engine, wire.Ready(plan.fingerprint, engine.snapshot(), weights_of(plan, registry, engine.worker))
@@ -166,7 +197,8 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
 def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
     num_invoked = -1
     report = shadow_report_of(engine.worker)
-    reported = time.monotonic()
+    reported, times = time.monotonic(), StepTimes()
+    link.expected = lambda: times.predicted(engine.num_scheduled_tokens)
     while True:
         if sum(attestation.invoked.values()) != num_invoked:
             num_invoked = sum(attestation.invoked.values())
@@ -181,12 +213,15 @@ def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
                     if report is not None:
                         link.send(wire.Shadow(report))
                     return
+                link.busy_since = time.monotonic()
                 _handle(engine, link, message)
+                link.busy_since = None
         except queue.Empty:
             pass
-        link.busy_since = time.monotonic()
+        link.busy_since = began = time.monotonic()
         outputs = engine.step()
         link.busy_since = None
+        times.took(engine.num_scheduled_tokens, time.monotonic() - began)
         # Also without outputs: a step of prefill, or one that freed the last blocks, changes the stats.
         link.send(wire.News(outputs, msgspec.structs.replace(engine.snapshot())))
 

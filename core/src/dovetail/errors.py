@@ -16,11 +16,15 @@ class DovetailError(Exception):
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None, provider: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, provider: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.provider = provider
+        self.retry_after = retry_after
+        """Seconds after which trying again may help, where that is known."""
 
 
 class InvalidRequest(DovetailError):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
@@ -22,15 +22,7 @@ import msgspec
 
 from dovetail import wire
 from dovetail.config import EngineConfig
-from dovetail.errors import (
-    ERRORS,
-    DovetailError,
-    EngineDead,
-    EngineUnavailable,
-    InvalidRequest,
-    Overloaded,
-    PluginError,
-)
+from dovetail.errors import ERRORS, DovetailError, EngineDead, EngineUnavailable, InvalidRequest, Overloaded, PluginError
 from dovetail.facts import model_facts
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.frontend.requests import Prompt, RequestMaker
@@ -38,21 +30,30 @@ from dovetail.frontend.tokenizer import Tokenizer
 from dovetail.interfaces.worker import Progress
 from dovetail.plan import Plan
 from dovetail.resolution import resolve
+from dovetail.restarts import MAX_RESTARTS, Restarts
 from dovetail.shadow import ShadowReport
 from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
 from dovetail.weights import LayerWeights
 
 log = logging.getLogger("dovetail")
 
-State = Literal["loading", "ready", "restarting", "draining", "closed"]
-MAX_BACKOFF = 30.0
-"""Seconds between restarts, at most; they double from half a second."""
+State = Literal["loading", "ready", "restarting", "draining", "failed", "closed"]
 START_PATIENCE = 60.0
-"""Seconds for a new process to say its first word, whatever `stall_timeout`: the interpreter and its imports come first."""
+"""Seconds that a process may be silent until it is ready: imports hold all of its threads up."""
+STALL_FACTOR = 5
+"""A step counts as stalled after so many times its predicted time, if that is more than `stall_timeout`."""
+DUMP_SECONDS = 0.2
+"""For a stalled process to write its stacks before it is ended."""
+LAST_WORDS = 0.5
+"""Seconds to read what a process that has ended sent before."""
 SLOW = 1.0
 """Seconds of one step that are worth a line in the log; then twice as many, and so on."""
 CLOSE_PATIENCE = 5.0
 """Seconds that a process is given to end by itself."""
+
+
+class _Stalled(EngineDead):
+    """The process lives and does nothing: worth a look at its stacks."""
 
 
 class _Live:
@@ -85,7 +86,6 @@ class AsyncEngine:
         """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
         self.weights: list[LayerWeights] = []
         """Of the linear layers, once they are loaded, if some are quantized. See `compose.weights_of`."""
-        self.num_restarts = 0
         self._progress = progress
         self._live: dict[str, _Live] = {}
         """By `_Live.engine_id`."""
@@ -95,6 +95,11 @@ class AsyncEngine:
         self._writer: asyncio.StreamWriter | None = None
         self._num_heard = 0
         self._slow = SLOW
+        self.failed = asyncio.Event()
+        """Set when the engine has been given up: `failure` says why, and no request will be served any more."""
+        self.failure = ""
+        self._num_finished = 0
+        self._restarts = Restarts()
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
@@ -105,6 +110,10 @@ class AsyncEngine:
     def num_live(self) -> int:
         """Requests in flight."""
         return len(self._live)
+
+    @property
+    def num_restarts(self) -> int:
+        return self._restarts.count
 
     @property
     def pid(self) -> int | None:
@@ -153,6 +162,7 @@ class AsyncEngine:
                 if live.error is not None and not live.state.finished:
                     raise live.error
         finally:
+            self._num_finished += live.state.finished
             self._live.pop(live.engine_id, None)
             self._request_ids.discard(request.request_id)
             if not self._live:
@@ -162,8 +172,11 @@ class AsyncEngine:
 
     def check_ready(self) -> None:
         """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
+        if self.state == "failed":
+            raise EngineUnavailable(f"the engine has been given up: {self.failure}")
         if self.state != "ready":
-            raise EngineUnavailable(f"the engine is {self.state}")
+            wait = self._restarts.seconds_left if self.state in ("loading", "restarting") else None
+            raise EngineUnavailable(f"the engine is {self.state}", retry_after=wait)
 
     def reset_prefix_cache(self) -> None:
         """Find nothing of what has been computed so far, from the next request on. Requests in flight lose nothing.
@@ -252,10 +265,9 @@ class AsyncEngine:
 
     async def _supervise(self) -> None:
         """Run engine processes one after another until closed. The first one must come up."""
-        backoff = 0.5
         assert self._started is not None
         while not self._closing:
-            began = time.monotonic()
+            self._restarts.begin()
             try:
                 await self._run_process()
                 error: DovetailError = EngineDead("the engine process ended")
@@ -276,10 +288,14 @@ class AsyncEngine:
             self._fail_all(EngineDead(f"the engine died: {error.message}"))
             if self.state == "draining":
                 return
+            backoff = self._restarts.failed(self._num_finished)
+            if backoff is None:
+                self.state, self.failure = "failed", f"{error.message}; {MAX_RESTARTS} restarts, and no request finished"
+                log.error("the engine is given up: %s", self.failure)
+                self.failed.set()
+                return
             log.error("the engine died (%s); starting a new one in %.1f s", error.message, backoff)
             await asyncio.sleep(backoff)
-            backoff = 0.5 if time.monotonic() - began > 60 else min(2 * backoff, MAX_BACKOFF)
-            self.num_restarts += 1
 
     async def _run_process(self) -> None:
         """Start a process and serve its messages until it ends. Raises the reason it gave, or `EngineDead`."""
@@ -297,13 +313,22 @@ class AsyncEngine:
                 )  # fmt: skip
             watch = asyncio.create_task(self._watch())
             reading = asyncio.create_task(self._read_until_end(reader))
+            ending = asyncio.create_task(self._process.wait())  # its socket may outlive it, in a child
             try:
-                await asyncio.wait({watch, reading}, return_when=asyncio.FIRST_COMPLETED)
-                (reading if reading.done() else watch).result()
+                await asyncio.wait({watch, reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+                if ending.done():
+                    await asyncio.wait({reading}, timeout=LAST_WORDS)
+                if reading.done():
+                    reading.result()
+                elif watch.done():
+                    watch.result()
+            except _Stalled:
+                await self._dump_stacks()
+                raise
             finally:
-                watch.cancel()
-                reading.cancel()
-                await asyncio.gather(watch, reading, return_exceptions=True)
+                for task in (watch, reading, ending):
+                    task.cancel()
+                await asyncio.gather(watch, reading, ending, return_exceptions=True)
             code = await self._process.wait()
             raise EngineDead(f"the process ended with {_describe_exit(code)}")
         finally:
@@ -318,19 +343,27 @@ class AsyncEngine:
             self._num_heard += 1
             self._dispatch(wire.from_engine.decode(frame))
 
+    async def _dump_stacks(self) -> None:
+        """Have a process that has stalled write where its threads are. One that is stopped cannot."""
+        if self._process is not None and self._process.returncode is None:
+            log.error("the engine has stalled: the stacks of its threads follow")
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(DUMP_SECONDS)
+
     async def _watch(self) -> None:
-        """Give up a process that is silent for `stall_timeout`; one that is busy with a step says so itself.
+        """Give up a process that is silent for `heartbeat_timeout`; one that is busy with a step says so itself.
 
         Silence is counted in short naps of this process, so that one that was stopped or busy itself (a debugger,
         Ctrl-Z) does not take its own absence for the engine's.
         """
-        limit = self.config.stall_timeout
+        limit = self.config.heartbeat_timeout
         nap, silent, heard = limit / 20, 0.0, 0
-        while silent < (limit if heard else max(limit, START_PATIENCE)):
+        while silent < (limit if self.state in ("ready", "draining") else max(limit, START_PATIENCE)):
             await asyncio.sleep(nap)
             silent = silent + nap if heard == self._num_heard else 0.0
             heard = self._num_heard
-        raise EngineDead(f"the process gave no sign of life for {silent:.0f} s (stall_timeout)")
+        raise _Stalled(f"the process gave no sign of life for {silent:.1f} s (heartbeat_timeout)")
 
     def _dispatch(self, message: Any) -> None:
         match message:
@@ -345,9 +378,13 @@ class AsyncEngine:
                 self.shadow = message.report
             case wire.Heartbeat():
                 where = f", in {message.where}" if message.where else ""
-                if message.busy > self.config.stall_timeout and self.state in ("ready", "draining"):
-                    raise EngineDead(f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}")
-                if message.busy > self._slow:
+                is_serving = self.state in ("ready", "draining")
+                limit = max(self.config.stall_timeout, STALL_FACTOR * message.expected)
+                if is_serving and message.busy > limit:
+                    raise _Stalled(f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}")
+                if not is_serving and message.busy > self.config.load_timeout:
+                    raise _Stalled(f"loading made no progress for {message.busy:.0f} s (load_timeout){where}")
+                if is_serving and message.busy > self._slow:
                     log.warning("a step has been running for %.1f s%s", message.busy, where)
                     self._slow *= 2
             case wire.Invoked():
@@ -364,6 +401,7 @@ class AsyncEngine:
                 if message.fingerprint != self.plan.fingerprint:
                     raise PluginError("the engine built another plan than the front-end resolved; restart the server")
                 self.stats, self.weights = message.stats, message.weights
+                self._restarts.ready()
                 if self.state in ("loading", "restarting"):
                     self.state = "ready"
                 if self._started is not None and not self._started.done():

@@ -88,6 +88,8 @@ class Heartbeat(msgspec.Struct, tag=True):
     busy: float
     where: str = ""
     """In whose code, after the first second."""
+    expected: float = 0.0
+    """Seconds that the step was predicted to take; 0 if nothing is known."""
 
 
 class Shadow(msgspec.Struct, tag=True):
