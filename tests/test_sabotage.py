@@ -1,7 +1,7 @@
 """The conformance kit is tested: every plugin that is wrong on purpose is caught, and no correct one is accused.
 
-`make test` and `make test-real` run one sabotage for each check, with one fixed seed. `make soak` (DOVETAIL_SOAK_SEEDS) runs all
-of them, each with every check that is there for it and fresh seeds, and every contract on correct plugins with as many.
+`make test` and `make test-real` run one sabotage for each check, with one fixed seed. `make soak` (DOVETAIL_SOAK_SEEDS) runs
+all of them, each with every check that is there for it and fresh seeds, and every contract on correct plugins with as many.
 """
 
 from __future__ import annotations
