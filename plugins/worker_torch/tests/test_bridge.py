@@ -89,3 +89,18 @@ def test_a_broken_folder_is_not_bridged(wrong: str, tmp_path: Path) -> None:
         load(tmp_path)
     assert str(tmp_path) in str(e.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_head_that_needs_more_than_hidden_states_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)).save_pretrained(tmp_path)
+    forward = transformers.GPTNeoXForCausalLM.forward
+
+    def changed(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = forward(self, *arguments, **named)
+        if hasattr(self.gpt_neox, "layers"):  # the whole model, not its head
+            output.logits = output.logits + 1.0
+        return output
+
+    monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "forward", changed)
+    with pytest.raises(CheckpointError, match="needs more of the body's output than the hidden states"):
+        load(tmp_path)

@@ -151,7 +151,7 @@ class BridgedModel:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.dovetail_relay = self._relay
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.attention_layers: list[AttentionLayer] = self._discover(model.config.get_text_config(decoder=True))
+        self.attention_layers: list[AttentionLayer] = self._discover(model)
         self._compiled: CompiledBody | None = None
 
     def compile(self) -> None:
@@ -205,8 +205,9 @@ class BridgedModel:
         return CheckpointError(f"{self._folder}: the architecture cannot run on the engine's attention: {reason}")
 
     @torch.inference_mode()
-    def _discover(self, config: Any) -> list[AttentionLayer]:
+    def _discover(self, model: Any) -> list[AttentionLayer]:
         """Run three tokens with an attention that records its calls and returns zeros; check what they show."""
+        config = model.config.get_text_config(decoder=True)
         layers: dict[int, AttentionLayer] = {}
         seen: list[Tensor] = []
 
@@ -233,6 +234,7 @@ class BridgedModel:
             if logits.shape != (2, self.vocab_size):
                 raise self._refusal(f"its logits have shape {list(logits.shape)}, expected {[2, self.vocab_size]}")
             passes.append([hidden, *seen])
+        self._check_head(model, tokens)
         if not layers:
             raise self._refusal("it does not call attention through transformers' interface")
         if sorted(layers) != list(range(config.num_hidden_layers)):
@@ -245,6 +247,26 @@ class BridgedModel:
             windows = [layer.window for layer in found]
             raise self._refusal(f"its layers ask for the windows {windows}, its config for {expected}")
         return found
+
+    def _check_head(self, model: Any, tokens: Tensor) -> None:
+        """Refuse a model whose logits are not those that the head computes from the body's hidden states alone."""
+        positions = torch.arange(len(tokens), device=self._device)
+
+        def zeros(module: nn.Module, query: Tensor, *_: Any) -> Tensor:
+            return torch.zeros_like(query).transpose(1, 2)
+
+        ours = self.logits(self._run(tokens, positions, zeros))
+        self._relay.step = zeros
+        try:
+            whole: Tensor = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0].float()
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as e:
+            raise self._refusal(f"a pass of the whole model failed with {e!r}") from e
+        finally:
+            self._relay.step = None
+        # Equal but for kernels that add in any order. Weights that are not numbers show later, in the logits of requests.
+        tolerance = 0.01 * whole.nan_to_num(0, 0, 0).abs().max().item()
+        if not torch.allclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True):
+            raise self._refusal("its output projection needs more of the body's output than the hidden states")
 
     def _layer(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]
@@ -273,9 +295,17 @@ class BridgedModel:
 
 
 class _BodyOutput(MoeModelOutputWithPast):
-    """What any family's head looks at."""
+    """What a head receives in place of its body's output: hidden states, and None for every other field.
 
-    cross_attentions = image_hidden_states = None
+    Each family's output class has optional fields of its own (of images, audio, shared keys and values), which its head copies
+    into its own output. They are None where nothing was asked for, and so is whatever else is read here; a list of their names
+    would be out of date with each release. Whether a head computes its logits from the hidden states alone is not assumed:
+    `BridgedModel` compares them with those of the whole model.
+    """
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _Passthrough(nn.Module):
