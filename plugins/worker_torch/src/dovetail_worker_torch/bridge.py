@@ -13,6 +13,7 @@ express is refused, with the reason.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,13 @@ from dovetail.facts import window_of_layers
 from dovetail.interfaces.architecture import Attend, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
+from dovetail_worker_torch import TESTED_TRANSFORMERS
 from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.torch_compile import CompiledBody
+
+log = logging.getLogger(__name__)
 
 NAME = "dovetail"
 Step = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], Tensor]
@@ -82,6 +86,11 @@ def load_bridged(
     folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool
 ) -> BridgedModel:
     """Load a folder through transformers. Raises `CheckpointError` that says why, if it cannot be served."""
+    if transformers.__version__ not in TESTED_TRANSFORMERS:
+        log.warning(
+            "transformers %s was not tried with the bridge (tried: %s): if %s fails to load or answers wrongly, install one of "
+            "these", transformers.__version__, ", ".join(TESTED_TRANSFORMERS), folder,
+        )  # fmt: skip
     files = list(shard_files(folder))
     for path in files:
         open_shard(path)
