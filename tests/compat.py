@@ -77,7 +77,10 @@ def run(wanted: str) -> bool:
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", *TESTS]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT)
     *_, outcome = log.read_text().strip().splitlines() or ["no output"]
-    print(f"transformers {wanted}: {'passed' if done.returncode == 0 else 'FAILED'}: {outcome} ({log.relative_to(ROOT)})")
+    print(
+        f"transformers {wanted}: {'passed' if done.returncode == 0 else 'FAILED'}: {outcome} ({log.relative_to(ROOT)})",
+        flush=True,
+    )
     return done.returncode == 0
 
 
