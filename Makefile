@@ -9,7 +9,7 @@ TEST_PROJECTS := plugins/attention_flashinfer plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
-.PHONY: serve test test-real test-newest lint lock soak interop bench gpu-wheels gpu-flashinfer gpu-check clean
+.PHONY: serve test test-real test-newest lint lock soak interop compat bench gpu-wheels gpu-flashinfer gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make soak    the long tests; results go to benchmarks/results"
 	@echo "make gpu-check   checks and benchmarks on a machine with a GPU (gpu/README.md)"
 	@echo "make interop gptqmodel and transformers read what dovetail quantize writes, in an environment of their own"
+	@echo "make compat  the tests of the bridge with every version of transformers that was tried, each in an environment of its own"
 	@echo "make bench   the benchmarks of the README"
 
 serve: $(VENV)/.serve
@@ -46,6 +47,9 @@ lock: $(VENV)/.serve
 
 soak: $(VENV)/.test
 	$(BIN)/python tests/soak.py
+
+compat: $(VENV)/.test
+	$(BIN)/python tests/compat.py
 
 # Too heavy, and too much of it built from source, for every run of the tests.
 interop: $(VENV)/.test $(VENV)-interop/.made
@@ -100,4 +104,4 @@ gpu-check:
 	$(PYTHON) gpu/check.py $(PART) $(if $(AGAIN),--again)
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-interop .compat .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
