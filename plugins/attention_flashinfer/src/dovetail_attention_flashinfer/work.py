@@ -179,7 +179,7 @@ class RaggedWork(Work):
 
 
 def rounded_width(num_blocks: int) -> int:
-    """Columns of a block table, rounded up by at most an eighth: the tables of eager steps grow with every block, and all tables
+    """Columns of a block table, rounded up by at most an eighth: the tables of eager steps grow with every block, and all those
     of one rounded width share a work."""
     step = max(1, 1 << (num_blocks - 1).bit_length() >> 3)
     return -(-num_blocks // step) * step

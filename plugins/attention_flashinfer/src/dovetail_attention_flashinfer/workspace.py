@@ -15,8 +15,8 @@ PROGRAMS_PER_SM, THREADS_PER_SM, DECODE_THREADS = 2, 2048, 128
 def workspace_bytes(geometry: Geometry, num_rows: int, num_sms: int) -> int:
     """Bytes for any step of at most `num_rows` rows.
 
-    From `PrefillPlan`, `PrefillSplitQOKVIndptr` and `DecodePlan` of FlashInfer 0.6.13 (include/flashinfer/attention/scheduler.cuh).
-    A planner reserves, for each query head and each of `padded` tiles of `tile` query rows, a vector and a logarithm:
+    From `PrefillPlan`, `PrefillSplitQOKVIndptr` and `DecodePlan` of FlashInfer 0.6.13 (flashinfer/attention/scheduler.cuh). A
+    planner reserves, for each query head and each of `padded` tiles of `tile` query rows, a vector and a logarithm:
     `heads * padded * tile * (head_size + 1) * 4` bytes. With `programs = 2 * num_sms // kv_heads`:
 
     - decode on tensor cores in graph mode: `padded = max(programs, ceil(num_rows * group / tile) + num_rows - 1)`, because it

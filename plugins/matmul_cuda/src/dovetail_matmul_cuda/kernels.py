@@ -242,8 +242,8 @@ def add_up(
 
 @triton.jit
 def rounded(x, scale, KIND: tl.constexpr):
-    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale. Divisions round to the nearest
-    (`div.rn`), as PyTorch's do: `/` is within 2 ulp only, and the next code is one of them away."""
+    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale. Divisions round to the
+    nearest (`div.rn`), as PyTorch's do: `/` is within 2 ulp only, and the next code is one of them away."""
     number = tl.where(x == x, tl.div_rn(x, scale), 0.0)
     if KIND == "int8":
         codes = ((tl.minimum(tl.maximum(number, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
