@@ -50,6 +50,10 @@ RUNS = {
         "the whole attention contract of the kernels in Triton, interpreted, and in CUDA C++, its threads played by fibers",
         ["plugins/attention_cuda/tests"], {"DOVETAIL_SOAK_SEEDS": 1},
     ),
+    "triton kernels": (
+        "every case of every Triton kernel compiled for sm_80, sm_90 and sm_100 by two versions of Triton; writes their table",
+        ["tests/test_triton_kernels.py", "-m", "soak or not soak"], {},
+    ),
     "new plugins": (
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},

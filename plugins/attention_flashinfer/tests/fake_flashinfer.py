@@ -47,6 +47,11 @@ class Wrapper:
         assert int_workspace_buffer.dtype == torch.uint8
         self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
 
+    def _reserve(self, num_heads, num_rows, head_size):
+        """What the planners reserve for `num_rows` partial results of each head: a vector and a logarithm, in float32."""
+        if num_heads * num_rows * (head_size + 1) * 4 > self._float_workspace_buffer.nbytes:
+            raise RuntimeError("Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer size.")
+
     def _plan(self, given, indptr, indices, last_page_len):
         assert all(x.dtype == torch.int32 for x in (indptr, indices, last_page_len))
         assert indptr.device.type == last_page_len.device.type == "cpu", "otherwise the host waits for the device"
@@ -121,6 +126,10 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         fixed_split_size=None, disable_split_kv=False, q_len_per_req=1,
     ):  # fmt: skip
         self._plan(dict(locals()), indptr, indices, last_page_len)
+        group, num_rows = num_qo_heads // num_kv_heads, len(last_page_len)
+        if self._use_tensor_cores:  # in graph mode contexts are always split, here for a GPU with few multiprocessors
+            tile = 16 if group <= 16 else 64 if group <= 64 or head_dim >= 256 else 128
+            self._reserve(num_qo_heads, (-(-num_rows * group // tile) + num_rows - 1) * tile, head_dim)
         if len(last_page_len) != len(self._paged_kv_last_page_len_buf):
             raise ValueError("The batch size should be fixed in cudagraph mode")
         if len(indices) > len(self._paged_kv_indices_buf):

@@ -101,7 +101,7 @@ def played(context, options):
     decode.get_batch_decode_module = lambda *types: Decode()
     decode.get_batch_prefill_module = prefill.get_batch_prefill_module = lambda *types: Prefill()
     page.get_page_module = lambda: SimpleNamespace(append_paged_kv_cache=append)
-    return FlashInferAttention("cpu", options, flashinfer)
+    return FlashInferAttention("cpu", options, flashinfer, 256)
 
 
 class TestWrappers(AttentionContract):
