@@ -32,10 +32,8 @@ def environment(*, is_dry: bool) -> dict[str, str]:
     if is_dry:
         return {**found, "DOVETAIL_GPU_DRY": "1", "TRITON_INTERPRET": "1"}
     found["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [found.get("PYTHONPATH", "")])])
-    if VERSION.is_file():
-        # A kernel that was not carried is an error: to compile it takes minutes.
-        found |= {"FLASHINFER_CUDA_ARCH_LIST": ARCHITECTURE, "FLASHINFER_DISABLE_JIT": "1"}
-    return found
+    # A kernel of FlashInfer that was not carried is an error: to compile it takes minutes.
+    return {**found, "FLASHINFER_CUDA_ARCH_LIST": ARCHITECTURE, "FLASHINFER_DISABLE_JIT": "1"}
 
 
 def install() -> None:

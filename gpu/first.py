@@ -15,7 +15,7 @@ import carried
 from harness import Harness, Section
 
 GROUPS = (
-    (Section("install", "part_facts:install", 40),),
+    (Section("install", "part_facts:install", 25),),
     (Section("facts", "part_facts:run", 25),),
     (  # at the same time: what takes long is to compile, and nothing is timed
         Section("smoke-attention", "first_smoke:attention", 75),
@@ -24,7 +24,7 @@ GROUPS = (
     ),
     (Section("tiny", "first_tiny:run", 50),),
     (Section("model", "first_model:run", 120),),
-    (Section("attention", "first_attention:run", 110),),
+    (Section("attention", "first_attention:run", 105),),
     (Section("linear", "first_linear:run", 50),),
     (Section("contracts", "part_conformance:sample", 40),),
 )

@@ -76,6 +76,7 @@ def specs() -> dict[str, StepSpec]:
         "window, cap and sinks": replace(special, logit_soft_cap=30.0, sinks=True),
         "large logits": replace(base, scale=4.0),
         "q, k and v in one tensor": replace(base, fused=True),
+        "decode, 2 query heads to a KV head": replace(base, num_heads=2 * base.num_kv_heads),
     }
     for size in () if DRY else (64, 256):
         found |= {f"head size {size}, {kind}": replace(base, rows=of, head_size=size) for kind, of in

@@ -72,8 +72,11 @@ def providers(rows: Rows) -> None:
     for offer in registry.offers:
         devices = getattr(offer.provider.capabilities, "devices", None) or ()
         if offer.socket in ("attention", "matmul") and "cuda" in devices:
-            reasons = [str(reason) for reason in offer.provider.why_not(context)]
-            rows.say(f"{offer.socket} {offer.qualified_name}", {"why_not": reasons})
+            what = f"{offer.socket} {offer.qualified_name}"
+            try:
+                rows.say(what, {"why_not": [str(reason) for reason in offer.provider.why_not(context)]})
+            except Exception as e:
+                rows.failed(what, e)
 
 
 def smi(rows: Rows) -> None:

@@ -27,7 +27,9 @@ def context(**needs: Any) -> Context:
 
 def usable(socket: str, **needs: Any) -> dict[str, Provider[Any]]:
     """Providers of an extension point that can run on this GPU, by name, the preferred one first."""
-    found = {}
+    facts, found = device_facts(), {}
+    if not DRY and not facts.gpus:
+        raise RuntimeError(f"no GPU was found by NVML: {facts.gpu_trouble}")
     for offer in load_registry().of(socket):
         provider: Provider[Any] = offer.provider
         if "cuda" not in (provider.capabilities.devices or ()):
