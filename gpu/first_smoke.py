@@ -54,7 +54,7 @@ def attention(rows: Rows) -> None:
     built: dict[str, tuple[Any, Any]] = {}
     for name, provider in names.items():
         rows.attempt(
-            f"{name}: build", lambda n=name, p=provider: built.update({n: (providers.build(p), p.capabilities)}), seconds=60
+            f"{name}: build", lambda n=name, p=provider: built.update({n: (providers.build(p), p.capabilities)}), is_needed=True
         )
     for what, spec in specs().items():
         for name, (backend, can) in built.items():
@@ -147,7 +147,7 @@ def linear(rows: Rows) -> None:
     for name, provider in found.items():
         kit = type("Kit", (MatmulContract,), {"provider": provider, "device": DEVICE, "seed": 1})()
         built: list[Any] = []
-        rows.attempt(f"{name}: build", lambda p=provider, b=built: b.append(providers.build(p)))
+        rows.attempt(f"{name}: build", lambda p=provider, b=built: b.append(providers.build(p)), is_needed=True)
         for count in NUM_ROWS if built else ():
             for what, format in FORMATS.items():
                 label, product = f"{name}: {what}, {count} rows", Product(format, OUTS, INS, count, dtype="bfloat16")

@@ -280,12 +280,11 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         print(f"process {process.pid} does not end", flush=True)
 
 
-def _attempts(path: Path) -> tuple[list[str], str | None]:
+def _attempts(path: Path) -> tuple[set[str], str | None]:
     """Attempts that were begun, and the one that has not ended, if any."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    begun = [line[6:] for line in lines if line.startswith("begin ")]
-    ended = {line[4:] for line in lines if line.startswith("end ")}
-    return begun, begun[-1] if begun and begun[-1] not in ended else None
+    begun = {line[6:] for line in lines if line.startswith("begin ")}
+    return begun, lines[-1][6:] if lines and lines[-1].startswith("begin ") else None
 
 
 def _said_by(code: int) -> str:

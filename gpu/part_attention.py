@@ -18,6 +18,8 @@ HQ, HKV, D = (4, 2, 64) if DRY else (32, 8, 128)
 DECODE = ((2, 50),) if DRY else ((1, 32768), (8, 8192), (32, 4096), (32, 32768), (64, 8192), (256, 1024), (256, 4096))
 """Rows, and tokens of each."""
 PREFILL = (40,) if DRY else (4096, 8192, 16384)
+BLOCKS_AT_A_TIME = 8192
+"""That are filled with random numbers."""
 SIZES = {"float8_e4m3fn": 1, "int8": 1, "bfloat16": 2}
 
 
@@ -92,8 +94,18 @@ def step_of(case: Case, backend: Any) -> tuple[Any, ...]:
     # What is run is the second layer: the first may do work of the step.
     first, layer = (AttentionLayer(i, HQ, HKV, D, D**-0.5, kv_scales=scales) for i in range(2))
     cache = backend.allocate_cache(KVCacheSpec(1 + sum(counts), BLOCK, HKV, D, case.kv_dtype))
+    fill(backend, cache, 1 + sum(counts), getattr(torch, case.kv_dtype))
     q, k, v = (randn(starts[-1], heads, D) for heads in (HQ, HKV, HKV))
     return layer, q, k, v, cache, backend.plan(batch, [first, layer], BLOCK), torch.empty_like(q)
+
+
+def fill(backend: Any, cache: Any, num_blocks: int, dtype: torch.dtype) -> None:
+    """With random numbers: zeros would be multiplied faster."""
+    spread = 50 if dtype.itemsize == 1 else 1
+    for first in range(0, num_blocks, BLOCKS_AT_A_TIME):
+        ids = list(range(first, min(first + BLOCKS_AT_A_TIME, num_blocks)))
+        keys, values = (torch.randn(len(ids), BLOCK, HKV, D, device=DEVICE).mul_(spread).to(dtype) for _ in range(2))
+        backend.import_kv(cache, ids, keys, values)
 
 
 def decode(rows: Rows, backends: dict[str, Any], batch: int, context: int, bandwidth: float) -> None:

@@ -15,10 +15,12 @@ from rows import DRY, Row, Rows
 
 HERE = Path(__file__).parent
 SAMPLE = (
-    "test_declaration", "test_single_token", "test_scales_of_keys_and_values", "test_sinks", "test_zeros_are_zeros",
-    "test_rounded_inputs", "test_many_rows", "test_rows_of_a_step_share_blocks", "test_buffers_are_reused_between_steps",
-    "test_life", "test_captured",
+    "test_single_token", "test_scales_of_keys_and_values", "test_sinks", "test_sliding_window", "test_many_rows",
+    "test_rows_of_a_step_share_blocks", "test_buffers_are_reused_between_steps", "test_an_old_plan_does_the_new_step",
+    "test_deterministic", "test_zeros_are_zeros", "test_rounded_inputs", "test_life", "test_greedy_is_the_references",
+    "test_a_batch_is_each_alone", "test_steps_in_flight", "test_preemption_changes_nothing", "test_fused_is_its_parts",
 )  # fmt: skip
+"""Of every contract that has them."""
 IN_DRY_RUN = ("test_declaration", "test_single_token", "test_life")
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED"
 RESULT = re.compile(rf"\[gw\d+\] \[ *\d+%\] ({OUTCOMES}) (\S+)|(\S+::\S+) ({OUTCOMES})")

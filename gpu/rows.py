@@ -59,6 +59,7 @@ class Rows:
         self._start, self._end = time.monotonic(), end
         lines = attempts.read_text().splitlines() if attempts.is_file() else []
         self._tried = {line[6:] for line in lines if line.startswith("begin ")}
+        self._done = {line[5:] for line in lines if line.startswith("done ")}
 
     @property
     def seconds_left(self) -> float:
@@ -85,16 +86,22 @@ class Rows:
         self._write(row)
         print(f"FAILED {what}: {str(row['error'])[:400]}", flush=True)
 
-    def attempt(self, what: str, run: Callable[..., object], *arguments: Any, seconds: float = 60.0) -> bool:
-        """Call `run`, and write its error as a row if it raises one. An attempt that takes longer ends the process: the harness
-        starts the section again, and what was tried is skipped then. Raises `DeviceLost`; returns whether all went well."""
-        if what in self._tried:
+    def attempt(
+        self, what: str, run: Callable[..., object], *arguments: Any, seconds: float = 60.0, is_needed: bool = False
+    ) -> bool:
+        """Call `run`, and write its error as a row if it raises one; return whether it went well.
+
+        An attempt that takes longer ends the process. The harness then starts the section again, and what was tried is skipped,
+        unless it went well and the next attempts need it (`is_needed`). Raises `DeviceLost`.
+        """
+        if what in self._tried and not (is_needed and what in self._done):
             return False
         self._tried.add(what)
         self._mark("begin", what)
         self.watch(seconds)
         try:
             run(*arguments)
+            self._mark("done", what)
             return True
         except Exception as e:
             self.failed(what, e)

@@ -50,6 +50,9 @@ RUNS = {
         "the whole attention contract of the kernels in Triton, interpreted, and in CUDA C++, its threads played by fibers",
         ["plugins/attention_cuda/tests"], {"DOVETAIL_SOAK_SEEDS": 1},
     ),
+    "the check for GPUs": (
+        "its long parts on a CPU, with tiny sizes", ["tests/test_gpu_check.py", "-m", "soak"], {},
+    ),
     "new plugins": (
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},

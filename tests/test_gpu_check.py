@@ -51,6 +51,7 @@ def prints(rows):
     rows.say("after", 1)
 
 def attempts(rows):
+    rows.attempt("needed", lambda: print("NEEDED"), is_needed=True)
     rows.attempt("first", lambda: rows.say("first", 1))
     rows.attempt("raises", lambda: 1 / 0)
     rows.attempt("crashes", lambda: os.kill(os.getpid(), signal.SIGSEGV))
@@ -180,7 +181,7 @@ def test_a_section_that_prints_without_end(run, tmp_path):
     assert b"the last line" in log
 
 
-def test_attempts(run):
+def test_attempts(run, tmp_path):
     """One that raises is a row. So is one that ends the process, or hangs; a new process tries the others."""
     sections, _ = run([("attempts", 40)])
     found = rows_of(sections["attempts"])
@@ -190,6 +191,7 @@ def test_attempts(run):
     assert "did not end" in found["hangs"]
     assert sections["attempts"]["state"] == "ended"
     assert sections["attempts"]["restarts"] == 2
+    assert (tmp_path / "out/run.log").read_text().count("NEEDED") == 3
 
 
 def test_a_device_that_an_attempt_has_broken(run):
