@@ -50,7 +50,7 @@ def add_error(rows: Rows, what: str, got: Any, expected: Any, limit: float) -> N
 def attention(rows: Rows) -> None:
     names = providers.usable("attention")
     names.pop("torch-reference", None)
-    rows.say("usable", [*names])
+    rows.fact("usable", [*names])
     built: dict[str, tuple[Any, Any]] = {}
     for name, provider in names.items():
         rows.attempt(
@@ -142,7 +142,7 @@ OUTS, INS = (32, 128) if DRY else (1024, 2048)
 
 def linear(rows: Rows) -> None:
     found = providers.usable("matmul", inputs=("int8", F8))
-    rows.say("usable", [*found])
+    rows.fact("usable", [*found])
     found.pop("torch", None)
     for name, provider in found.items():
         kit = type("Kit", (MatmulContract,), {"provider": provider, "device": DEVICE, "seed": 1})()
@@ -293,7 +293,7 @@ def best(rows: Rows) -> None:
     expected = logits.cpu().double().argmax(-1).tolist()
     if usable != [True, True, False, True] or any(a != b for a, b, u in zip(tokens, expected, usable, strict=True) if u):
         raise AssertionError(f"{tokens} {usable} instead of {expected}, of which the third is not usable")
-    rows.say("best of the logits", "right")
+    rows.fact("best of the logits", "right")
 
 
 def cut(rows: Rows, top_k: int, top_p: float) -> None:

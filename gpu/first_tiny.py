@@ -5,11 +5,13 @@ All in float32, so that the order of a sum decides between two tokens very seldo
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import providers
+import torch
 from part_model import finish, memory_used, prompt_of, start, step
 from rows import DRY, Row, Rows
 from shapes import SMALL, TINY, checkpoint
@@ -21,7 +23,7 @@ NUM_TOKENS = 6 if DRY else 40
 CONFIG = TINY if DRY else SMALL
 KV_CACHE = {"memory_gb": 1}
 """Small enough for some engines at a time."""
-Said = dict[str, list[int]]
+Tokens = dict[str, list[int]]
 
 
 def request(name: str, length: int, **params: Any) -> Request:
@@ -38,6 +40,9 @@ LOGPROBS = request("log-probabilities", 15, logprobs=3, temperature=0)
 def run(rows: Rows) -> None:
     before = memory_used()
     Tiny(rows).run()
+    gc.collect()
+    if not DRY:
+        torch.cuda.empty_cache()
     rows.add(Row("GPU memory held after all engines are closed", (memory_used() - before) / 2**20, "MiB"))
 
 
@@ -48,7 +53,7 @@ class Tiny:
         self.rows = rows
         self.model = checkpoint(CONFIG)
         self.engine: Engine | None = None
-        self.said: Said = {}
+        self.expected: Tokens = {}
 
     def run(self) -> None:
         attempt = self.rows.attempt
@@ -67,7 +72,7 @@ class Tiny:
         for scheme in () if DRY else ("fp8", "int8"):
             given = {"quantization": scheme, "dtype": "bfloat16"}
             attempt(f"quantized to {scheme}", self.of_kind, f"quantized to {scheme}", given)
-        first: Said = {}
+        first: Tokens = {}
         for name in () if DRY else providers.usable("attention"):
             if name != "torch-reference":
                 attempt(f"attention {name}", self.attention_provider, name, first)
@@ -78,7 +83,7 @@ class Tiny:
 
     def graphs(self) -> None:
         self.engine = self.start("graphs", worker={} if DRY else {"execution": "graphs"})
-        self.said = generate(self.engine, [*GREEDY, *SAMPLED])
+        self.expected = generate(self.engine, [*GREEDY, *SAMPLED])
 
     def same_engine(self, what: str, requests: Sequence[Request]) -> None:
         assert self.engine is not None, "there is no engine with graphs"
@@ -100,9 +105,9 @@ class Tiny:
         """A request that asks for log-probabilities joins and leaves: the others go on with the same tokens."""
         assert self.engine is not None, "there is no engine with graphs"
         logprobs: list[Any] = []
-        said = generate(self.engine, [*GREEDY, *SAMPLED], joins=LOGPROBS, logprobs=logprobs)
-        joined = said.pop(LOGPROBS.request_id)
-        self.compare("log-probabilities join: the other requests", said)
+        generated = generate(self.engine, [*GREEDY, *SAMPLED], joins=LOGPROBS, logprobs=logprobs)
+        joined = generated.pop(LOGPROBS.request_id)
+        self.compare("log-probabilities join: the other requests", generated)
         if len(joined) != NUM_TOKENS or len(logprobs) != NUM_TOKENS:
             raise AssertionError(f"{len(joined)} tokens and {len(logprobs)} log-probabilities instead of {NUM_TOKENS}")
         for token, one in zip(joined, logprobs, strict=True):
@@ -132,26 +137,26 @@ class Tiny:
         finally:
             built.worker.close()
 
-    def attention_provider(self, name: str, first: Said) -> None:
+    def attention_provider(self, name: str, first: Tokens) -> None:
         """In bfloat16 on heads of 128, beside the provider that was tried first."""
         what = f"attention {name}"
         built = self.start(what, model=checkpoint(CONFIG | {"head_dim": 128}), dtype="bfloat16", attention=name)
         try:
-            said = generate(built, GREEDY)
-            self.compare(f"{what}, beside the first", said, first or said, least=None)
-            first.update({} if first else said)
+            generated = generate(built, GREEDY)
+            self.compare(f"{what}, beside the first", generated, first or generated, least=None)
+            first.update({} if first else generated)
         finally:
             built.worker.close()
 
-    def compare(self, what: str, said: Said, expected: Said | None = None, least: float | None = 1.0) -> None:
-        expected = {name: self.said[name] for name in said if name in self.said} if expected is None else expected
+    def compare(self, what: str, generated: Tokens, expected: Tokens | None = None, least: float | None = 1.0) -> None:
+        expected = {name: self.expected[name] for name in generated if name in self.expected} if expected is None else expected
         if not expected:
             raise AssertionError("there is nothing to compare with")
         equal = total = 0
         first: dict[str, int] = {}
         for name, tokens in expected.items():
-            differ = [i for i, (a, b) in enumerate(zip(tokens, said[name], strict=False)) if a != b]
-            at = differ[0] if differ else min(len(tokens), len(said[name]))
+            differ = [i for i, (a, b) in enumerate(zip(tokens, generated[name], strict=False)) if a != b]
+            at = differ[0] if differ else min(len(tokens), len(generated[name]))
             equal, total = equal + at, total + len(tokens)
             if at < len(tokens):
                 first[name] = at
@@ -162,16 +167,16 @@ class Tiny:
 
 def generate(
     built: Engine, requests: Sequence[Request], joins: Request | None = None, logprobs: list[Any] | None = None
-) -> Said:
+) -> Tokens:
     """Tokens of each request. After some steps one more joins, whose log-probabilities are kept."""
-    said: Said = {one.request_id: [] for one in requests}
+    generated: Tokens = {one.request_id: [] for one in requests}
     try:
         for one in requests:
             built.add(one)
         num_steps = 0
         while built.has_work:
             for output in step(built):
-                said.setdefault(output.request_id, []).extend(output.token_ids)
+                generated.setdefault(output.request_id, []).extend(output.token_ids)
                 if logprobs is not None and joins is not None and output.request_id == joins.request_id:
                     logprobs.extend(output.logprobs)
             num_steps += 1
@@ -181,6 +186,6 @@ def generate(
                 raise RuntimeError(f"{num_steps} steps have not ended {len(requests)} requests")
     finally:
         finish(built)
-    if short := [name for name, tokens in said.items() if len(tokens) != NUM_TOKENS]:
+    if short := [name for name, tokens in generated.items() if len(tokens) != NUM_TOKENS]:
         raise AssertionError(f"not {NUM_TOKENS} tokens: {', '.join(short)}")
-    return said
+    return generated

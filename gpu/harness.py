@@ -155,7 +155,7 @@ class Harness:
             elif code is None:
                 outcome.state, outcome.detail = TIMED_OUT, f"stopped at its limit of {outcome.limit:.0f} s"
             else:
-                outcome.state, outcome.detail = FAILED, _said_by(code)
+                outcome.state, outcome.detail = FAILED, _reason_of(code)
             if unfinished:
                 self.add_row(section.name, what=unfinished, error=f"did not end: {outcome.detail}")
             is_new, num_tried = len(tried) > num_tried, len(tried)
@@ -212,16 +212,20 @@ class Harness:
         fresh.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         fresh.replace(self.out / f"{self.title}.json")
 
-    def print_summary(self, names: Sequence[str], most: int = 60) -> None:
-        """States, and the errors shortened: the whole of them is in the files."""
+    def print_summary(self, names: Sequence[str], most: int = 40) -> None:
+        """States, errors (shortened: the files have the whole of them) and goals that were missed."""
         for name in names:
             one = self.outcomes[name]
             print(f"{name:18} {one.state:12} {one.seconds:6.1f} s  {len(one.rows):4} rows  {one.detail}")
-        errors = [(name, row) for name in names for row in self.outcomes[name].rows if "error" in row]
+        rows = [(name, row) for name in names for row in self.outcomes[name].rows]
+        errors = [(name, row) for name, row in rows if "error" in row]
         for name, row in errors[:most]:
             print(f"  {name}: {row.get('what', '')}: {' '.join(str(row['error']).split())[:160]}")
         if len(errors) > most:
             print(f"  and {len(errors) - most} errors more in {self.out / self.title}.json")
+        missed = [(name, row) for name, row in rows if row.get("verdict") == "MISSED"]
+        for name, row in missed[:most]:
+            print(f"  {name}: {row['what']}: {row['ratio']:.3g} instead of {row['goal']:g}")
         sys.stdout.flush()
 
     def _end_line(self) -> None:
@@ -287,7 +291,7 @@ def _attempts(path: Path) -> tuple[set[str], str | None]:
     return begun, lines[-1][6:] if lines and lines[-1].startswith("begin ") else None
 
 
-def _said_by(code: int) -> str:
+def _reason_of(code: int) -> str:
     if code == RESTART:
         return "the device can no longer be used by its process"
     if code < 0:

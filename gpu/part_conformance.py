@@ -71,7 +71,7 @@ def contracts(rows: Rows, names: tuple[str, ...], num_workers: int) -> None:
     timer.cancel()
     code = process.wait()
     for name, texts in reasons.items():
-        rows.say(f"why {name}", texts[0][:500])
+        rows.fact(f"why {name}", texts[0][:500])
     for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
         goal = 0.0 if outcome in ("FAILED", "ERROR") else None
         rows.add(Row(f"checks {outcome.lower()}", counts[outcome], "", "", float(counts[outcome]), goal, is_most=True))

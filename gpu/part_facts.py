@@ -20,7 +20,7 @@ SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used,c
 
 def install(rows: Rows) -> None:
     rows.attempt("install", carried.install)
-    rows.say("wheels", [wheel.name for wheel in sorted(carried.WHEELS.glob("*.whl"))])
+    rows.fact("wheels", [wheel.name for wheel in sorted(carried.WHEELS.glob("*.whl"))])
 
 
 def run(rows: Rows) -> None:
@@ -39,21 +39,21 @@ def versions(rows: Rows) -> None:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
-    rows.say("versions", found)
-    rows.say("programs", {name: shutil.which(name) for name in ("nvcc", "ncu", "compute-sanitizer", "g++", "ninja")})
-    rows.say("disk free, GiB", round(shutil.disk_usage(carried.ROOT).free / 2**30, 1))
+    rows.fact("versions", found)
+    rows.fact("programs", {name: shutil.which(name) for name in ("nvcc", "ncu", "compute-sanitizer", "g++", "ninja")})
+    rows.fact("disk free, GiB", round(shutil.disk_usage(carried.ROOT).free / 2**30, 1))
 
 
 def gpu(rows: Rows) -> None:
     import torch
 
-    rows.say("torch", {"version": torch.__version__, "cuda": torch.version.cuda, "git": torch.version.git_version[:12]})
+    rows.fact("torch", {"version": torch.__version__, "cuda": torch.version.cuda, "git": torch.version.git_version[:12]})
     if DRY:
-        rows.say("GPU", {"name": "none: a dry run"})
+        rows.fact("GPU", {"name": "none: a dry run"})
         return
     found = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
-    rows.say("GPU", {
+    rows.fact("GPU", {
         "name": found.name, "capability": [found.major, found.minor], "multiprocessors": found.multi_processor_count,
         "free GiB": round(free / 2**30, 2), "total GiB": round(total / 2**30, 2), "count": torch.cuda.device_count(),
     })  # fmt: skip
@@ -65,7 +65,7 @@ def providers(rows: Rows) -> None:
     from dovetail.provider import Context
 
     facts = device_facts()
-    rows.say("GPUs by NVML", [vars(gpu) for gpu in facts.gpus] or facts.gpu_trouble)
+    rows.fact("GPUs by NVML", [vars(gpu) for gpu in facts.gpus] or facts.gpu_trouble)
     registry, context = load_registry(), Context(facts, None, DEVICE, "bfloat16")
     for distribution, error in registry.broken.items():
         rows.failed(f"plugin {distribution}", error)
@@ -74,7 +74,7 @@ def providers(rows: Rows) -> None:
         if offer.socket in ("attention", "matmul") and "cuda" in devices:
             what = f"{offer.socket} {offer.qualified_name}"
             try:
-                rows.say(what, {"why_not": [str(reason) for reason in offer.provider.why_not(context)]})
+                rows.fact(what, {"why_not": [str(reason) for reason in offer.provider.why_not(context)]})
             except Exception as e:
                 rows.failed(what, e)
 
@@ -83,4 +83,4 @@ def smi(rows: Rows) -> None:
     """After the matrix products: the clocks that the GPU runs at."""
     if shutil.which(SMI[0]):
         done = subprocess.run(SMI, capture_output=True, text=True, timeout=20, check=False)
-        rows.say("nvidia-smi", done.stdout.strip() or done.stderr.strip())
+        rows.fact("nvidia-smi", done.stdout.strip() or done.stderr.strip())

@@ -70,7 +70,7 @@ class Rows:
         self._write({**filled, "value": row.value, **({"verdict": row.verdict} if row.verdict else {})})
         print(line(row), flush=True)
 
-    def say(self, what: str, text: object) -> None:
+    def fact(self, what: str, text: object) -> None:
         """A fact that is no figure."""
         self._write({"what": what, "text": text})
         print(f"{what}: {text}", flush=True)

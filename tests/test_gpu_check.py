@@ -24,21 +24,21 @@ from rows import Row
 
 def good(rows):
     rows.add(Row("a figure", 1.5, "s", "a bound", 0.5, 0.9))
-    rows.say("a fact", {"version": "1"})
+    rows.fact("a fact", {"version": "1"})
 
 def raises(rows):
-    rows.say("before", 1)
+    rows.fact("before", 1)
     raise ValueError("what went wrong")
 
 def hangs(rows):
-    rows.say("before", 1)
+    rows.fact("before", 1)
     time.sleep(60)
 
 def leaves_a_process(rows):
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
 def ends_in_half_a_row(rows):
-    rows.say("before", 1)
+    rows.fact("before", 1)
     with rows._path.open("a") as file:
         file.write('{"section": "x", "wh')
         file.flush()
@@ -48,15 +48,15 @@ def prints(rows):
     for _ in range(200):
         print("x" * 50_000)
     print("the last line")
-    rows.say("after", 1)
+    rows.fact("after", 1)
 
 def attempts(rows):
     rows.attempt("needed", lambda: print("NEEDED"), is_needed=True)
-    rows.attempt("first", lambda: rows.say("first", 1))
+    rows.attempt("first", lambda: rows.fact("first", 1))
     rows.attempt("raises", lambda: 1 / 0)
     rows.attempt("crashes", lambda: os.kill(os.getpid(), signal.SIGSEGV))
     rows.attempt("hangs", time.sleep, 60, seconds=0.5)
-    rows.attempt("last", lambda: rows.say("last", 1))
+    rows.attempt("last", lambda: rows.fact("last", 1))
 
 def breaks_the_device(rows):
     import rows as module
@@ -65,7 +65,7 @@ def breaks_the_device(rows):
     rows.attempt("breaks", lambda: 1 / 0)
     rows.attempt("breaks again", lambda: 1 / 0)
     module.is_device_lost = lambda: False
-    rows.attempt("goes on", lambda: rows.say("goes on", 1))
+    rows.attempt("goes on", lambda: rows.fact("goes on", 1))
 
 def comes(rows, name, other):
     rows._path.with_name(name).touch()
