@@ -54,6 +54,9 @@ RUNS = {
         "every case of every Triton kernel compiled for sm_80, sm_90 and sm_100 by two versions of Triton; writes their table",
         ["tests/test_triton_kernels.py", "-m", "soak or not soak"], {},
     ),
+    "the check for GPUs": (
+        "its long parts on a CPU, with tiny sizes", ["tests/test_gpu_check.py", "-m", "soak"], {},
+    ),
     "new plugins": (
         "a package from `dovetail new-plugin` for every socket: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},
