@@ -38,7 +38,11 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-real: interop
+# FlashInfer's Python part is tested over emulated kernels; the bridge, with the versions of transformers that are not installed.
+test-real: $(VENV)/.test build/flashinfer/site/.made interop
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal -m real --ignore plugins/attention_flashinfer
+	PYTHONPATH=build/flashinfer/site OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 -m real plugins/attention_flashinfer
+	$(BIN)/python tests/compat.py --others
 
 test-newest: $(VENV)/.test
 	$(BIN)/python tests/newest.py
@@ -99,11 +103,12 @@ gpu-wheels: $(VENV)/.test
 		--platform manylinux2014_x86_64 -d .gpu/wheels -r gpu/requirements.txt
 
 # FlashInfer's kernels for that machine: minutes each, once.
-gpu-flashinfer: $(VENV)/.test
-	$(BIN)/$(PIP) --no-deps --upgrade --target build/flashinfer/site \
-		$$(grep -E '^(apache-tvm-ffi|flashinfer-python)=' gpu/requirements.txt) \
-		certifi charset-normalizer einops idna ninja requests tabulate urllib3
+gpu-flashinfer: build/flashinfer/site/.made
 	PATH=$(CURDIR)/build/flashinfer/site/bin:$$PATH PYTHONPATH=build/flashinfer/site $(BIN)/python gpu/aot_flashinfer.py
+
+build/flashinfer/site/.made: gpu/flashinfer.txt $(VENV)/.test
+	$(BIN)/$(PIP) --no-deps --upgrade --target $(@D) -r gpu/flashinfer.txt
+	@touch $@
 
 # There. Need nothing but the wheels and that machine's python3.
 gpu-first:

@@ -1,6 +1,6 @@
 """Runs the tests of what depends on transformers' internals with every version of it that the bridge names as tried.
 
-Usage: python tests/compat.py [VERSION …]
+Usage: python tests/compat.py [--others | VERSION …]      # --others: those that are not installed here
 
 Each version is installed, without what it needs, into a folder of `.compat/` that is put in front of the environment's own
 packages; a version whose requirements the environment does not meet is refused. One line per version; the output of a run goes
@@ -85,5 +85,8 @@ def run(wanted: str) -> bool:
 
 
 if __name__ == "__main__":
-    results = [run(wanted) for wanted in sys.argv[1:] or TESTED_TRANSFORMERS]
+    versions = sys.argv[1:] or TESTED_TRANSFORMERS
+    if versions == ["--others"]:
+        versions = [wanted for wanted in TESTED_TRANSFORMERS if wanted != version("transformers")]
+    results = [run(wanted) for wanted in versions]
     sys.exit(not all(results))

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dovetail_attention_flashinfer import installed
-
 VERSION = "0.6.13"
-WHY_NOT_REAL = None if installed("flashinfer-python") == VERSION else f"flashinfer-python {VERSION} is not installed"
 CORES_GROUPS = (1, 2, 3, 4, 8)
 """What the kernels that decode without tensor cores are compiled for."""
 

@@ -1,4 +1,4 @@
-"""FlashInfer's own Python, where it is installed, over kernels played in PyTorch: it takes what this plugin gives it."""
+"""FlashInfer's own Python, which `make test-real` installs, over kernels emulated in PyTorch: it takes what it is given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_flashinfer import FAKE
 from dovetail.testing.attention import AttentionContract
 from dovetail_attention_flashinfer.backend import FlashInferAttention
 
-pytestmark = pytest.mark.skipif(bool(fake_flashinfer.WHY_NOT_REAL), reason=fake_flashinfer.WHY_NOT_REAL or "")
+pytestmark = pytest.mark.real
 NON_CAUSAL, CAUSAL, NHD = 0, 1, 0
 
 
