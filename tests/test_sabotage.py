@@ -30,7 +30,7 @@ ENOUGH = {
 }  # fmt: skip
 SLICE = list({(s.socket, s.caught_by[0]): s for s in reversed(SABOTAGES) if "patience" not in s.attributes}.values())
 """One for each check."""
-NUM_QUICK = 3
+NUM_QUICK = 1
 """Of a socket: so many are tried by `make test`, and the others by `make test-real`."""
 UNTESTED = ("attention", "speculation", "model")
 """The controls that are no plugin, with tests of its own."""
