@@ -9,7 +9,7 @@ TEST_PROJECTS := plugins/attention_flashinfer plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
-.PHONY: serve test test-real test-newest lint lock soak interop bench gpu-wheels gpu-flashinfer gpu-check clean
+.PHONY: serve test test-real test-newest lint lock soak interop compat bench gpu-wheels gpu-flashinfer gpu-pack gpu-first gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,8 +20,10 @@ help:
 	@echo "make lint    lint, types and architecture"
 	@echo "make lock    choose the newest versions of all dependencies and pin them in constraints.txt"
 	@echo "make soak    the long tests; results go to benchmarks/results"
-	@echo "make gpu-check   checks and benchmarks on a machine with a GPU (gpu/README.md)"
+	@echo "make gpu-pack    what a machine with a GPU and no network needs, in .gpu (gpu/README.md)"
+	@echo "make gpu-first   what is run first on a machine with a GPU; make gpu-check is the rest"
 	@echo "make interop gptqmodel and transformers read what dovetail quantize writes, in an environment of their own"
+	@echo "make compat  the tests of the bridge with every version of transformers that was tried, each in an environment of its own"
 	@echo "make bench   the benchmarks of the README"
 
 serve: $(VENV)/.serve
@@ -36,7 +38,11 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-real: interop
+# FlashInfer's Python part is tested over emulated kernels; the bridge, with the versions of transformers that are not installed.
+test-real: $(VENV)/.test build/flashinfer/site/.made interop
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal -m real --ignore plugins/attention_flashinfer
+	PYTHONPATH=build/flashinfer/site OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 -m real plugins/attention_flashinfer
+	$(BIN)/python tests/compat.py --others
 
 test-newest: $(VENV)/.test
 	$(BIN)/python tests/newest.py
@@ -46,6 +52,9 @@ lock: $(VENV)/.serve
 
 soak: $(VENV)/.test
 	$(BIN)/python tests/soak.py
+
+compat: $(VENV)/.test
+	$(BIN)/python tests/compat.py
 
 # Too heavy, and too much of it built from source, for every run of the tests.
 interop: $(VENV)/.test $(VENV)-interop/.made
@@ -80,24 +89,33 @@ $(VENV)/.test: $(VENV)/.serve $(TEST_PROJECTS:%=%/pyproject.toml)
 	@$(BIN)/$(PIP) -c constraints.txt --no-build-isolation $(TEST_PROJECTS:%=-e %) -e '.[dev]'
 	@touch $@
 
-# Where packages can be had: all that a machine with a GPU and no network needs. See gpu/README.md.
-gpu-wheels: $(VENV)/.test gpu-flashinfer
+# Where packages can be had: all that a machine with a GPU and no network needs, and its size. See gpu/README.md.
+gpu-pack: gpu-wheels
+	$(BIN)/python gpu/pack.py
+
+# The demo model stays here: its weights are the largest of all packages, and no check reads them.
+gpu-wheels: $(VENV)/.test
 	rm -rf .gpu/wheels
-	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .gpu/wheels $(PROJECTS:%=./%) ./plugins/attention_flashinfer
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .gpu/wheels \
+		$(patsubst %,./%,$(filter-out plugins/demo_model,$(PROJECTS))) ./plugins/attention_flashinfer
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux2014_x86_64 -d .gpu/wheels -r gpu/requirements.txt
 
 # FlashInfer's kernels for that machine: minutes each, once.
-gpu-flashinfer: $(VENV)/.test
-	$(BIN)/$(PIP) --no-deps --upgrade --target build/flashinfer/site \
-		$$(grep -E '^(apache-tvm-ffi|flashinfer-python)=' gpu/requirements.txt) \
-		certifi charset-normalizer einops idna ninja requests tabulate urllib3
+gpu-flashinfer: build/flashinfer/site/.made
 	PATH=$(CURDIR)/build/flashinfer/site/bin:$$PATH PYTHONPATH=build/flashinfer/site $(BIN)/python gpu/aot_flashinfer.py
 
-# There. Needs nothing but the wheels and that machine's python3.
+build/flashinfer/site/.made: gpu/flashinfer.txt $(VENV)/.test
+	$(BIN)/$(PIP) --no-deps --upgrade --target $(@D) -r gpu/flashinfer.txt
+	@touch $@
+
+# There. Need nothing but the wheels and that machine's python3.
+gpu-first:
+	$(PYTHON) gpu/first.py
+
 gpu-check:
 	$(PYTHON) gpu/check.py $(PART) $(if $(AGAIN),--again)
 
 clean:
-	rm -rf $(VENV) $(VENV)-interop .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-interop .compat .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""Attention of every provider for GPUs that is usable, on one layer: decode and prefill, in bytes and operations a second."""
+"""Attention by every usable provider for GPUs, on one layer: decode and prefill, in bytes and operations a second."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import providers
 import torch
 import torch.nn.functional as F
-from rows import DEVICE, DRY, INTERPRETED, Row, Rows, captured, copy_bandwidth, matrix_rate, seconds
+from rows import DEVICE, DRY, Row, Rows, captured, copy_bandwidth, matrix_rate, randn, seconds
 
-from dovetail.facts import device_facts
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
-from dovetail.plugins.discovery import load_registry
-from dovetail.provider import Context
 
 BLOCK = 16
 HQ, HKV, D = (4, 2, 64) if DRY else (32, 8, 128)
 DECODE = ((2, 50),) if DRY else ((1, 32768), (8, 8192), (32, 4096), (32, 32768), (64, 8192), (256, 1024), (256, 4096))
 """Rows, and tokens of each."""
 PREFILL = (40,) if DRY else (4096, 8192, 16384)
+BLOCKS_AT_A_TIME = 8192
+"""That are filled with random numbers."""
 SIZES = {"float8_e4m3fn": 1, "int8": 1, "bfloat16": 2}
 
 
@@ -49,26 +49,22 @@ def run(rows: Rows) -> None:
     bandwidth, rate = copy_bandwidth(), matrix_rate()
     rows.add(Row("device copy, read and written", bandwidth / 1e9, "GB/s"))
     rows.add(Row("bfloat16 matrix product", rate / 1e12, "TFLOP/s"))
-    backends = usable()
+    backends = usable(rows)
     for batch, context in DECODE:
-        decode(rows, backends, batch, context, bandwidth)
+        rows.attempt(f"decode of {batch} × {context}", decode, rows, backends, batch, context, bandwidth)
     for length in PREFILL:
-        prefill(rows, backends, length, rate)
+        rows.attempt(f"prefill of {length}", prefill, rows, backends, length, rate)
 
 
-def usable() -> dict[str, Any]:
-    """Backends by name, each as the engine builds it."""
-    context = Context(device_facts(), None, "cpu" if DRY else "cuda:0", "bfloat16")
-    found = {}
-    for offer in load_registry().of("attention"):
-        provider = offer.provider
-        if "cuda" not in provider.capabilities.devices or provider.priority <= 0 or provider.why_not(context):
-            continue
-        if DRY and provider.name not in INTERPRETED:
-            continue
-        plan: Any = type("P", (), {"device": str(DEVICE)})
-        build: Any = type("C", (), {"plan": plan, "device": device_facts()})
-        found[provider.name] = (provider.build(build, provider.options()), provider.capabilities)
+def usable(rows: Rows) -> dict[str, Any]:
+    """Backends by name with what their providers declare, the preferred one first."""
+    found: dict[str, Any] = {}
+    for name, provider in providers.usable("attention").items():
+        if provider.priority > 0:
+            try:
+                found[name] = (providers.build(provider), provider.capabilities)
+            except Exception as e:
+                rows.failed(f"{name}: build", e)
     return found
 
 
@@ -98,47 +94,74 @@ def step_of(case: Case, backend: Any) -> tuple[Any, ...]:
     # What is run is the second layer: the first may do work of the step.
     first, layer = (AttentionLayer(i, HQ, HKV, D, D**-0.5, kv_scales=scales) for i in range(2))
     cache = backend.allocate_cache(KVCacheSpec(1 + sum(counts), BLOCK, HKV, D, case.kv_dtype))
-    q, k, v = (torch.randn(starts[-1], h, D, device=DEVICE).to(torch.bfloat16) for h in (HQ, HKV, HKV))
+    fill(backend, cache, 1 + sum(counts), getattr(torch, case.kv_dtype))
+    q, k, v = (randn(starts[-1], heads, D) for heads in (HQ, HKV, HKV))
     return layer, q, k, v, cache, backend.plan(batch, [first, layer], BLOCK), torch.empty_like(q)
+
+
+def fill(backend: Any, cache: Any, num_blocks: int, dtype: torch.dtype) -> None:
+    """With random numbers: zeros would be multiplied faster."""
+    spread = 50 if dtype.itemsize == 1 else 1
+    for first in range(0, num_blocks, BLOCKS_AT_A_TIME):
+        ids = list(range(first, min(first + BLOCKS_AT_A_TIME, num_blocks)))
+        keys, values = (torch.randn(len(ids), BLOCK, HKV, D, device=DEVICE).mul_(spread).to(dtype) for _ in range(2))
+        backend.import_kv(cache, ids, keys, values)
 
 
 def decode(rows: Rows, backends: dict[str, Any], batch: int, context: int, bandwidth: float) -> None:
     what, times = f"decode, {batch} rows of {context}", dict[str, float]()
     for name, (backend, can) in backends.items():
         for kv_dtype in ("bfloat16", "float8_e4m3fn", "int8"):
-            if kv_dtype not in can.kv_dtypes:
-                continue
-            case = Case([context - 1] * batch, [1] * batch, kv_dtype)
-            step = step_of(case, backend)
-            taken = seconds(captured(lambda step=step, backend=backend: backend.run(*step)))
-            goal = 0.85 if kv_dtype == "bfloat16" and batch >= 32 and context >= 4096 else None
-            rows.add(Row(f"{what}: {name}, {kv_dtype}", taken * 1e6, "µs", "copy", case.kv_bytes / taken / bandwidth, goal))
-            if kv_dtype == "bfloat16":
-                times[name] = taken
-            elif name in times:
-                ratio = taken / times[name]
-                rows.add(Row(f"{what}: {name}, {kv_dtype} to bfloat16", taken * 1e6, "µs", "time", ratio, 0.58, is_most=True))
-            del step
-    q = torch.randn(batch, HQ, 1, D, device=DEVICE).to(torch.bfloat16)
-    k, v = (torch.randn(batch, HKV, context, D, device=DEVICE).to(torch.bfloat16) for _ in range(2))
-    taken = seconds(captured(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)))
+            if kv_dtype in can.kv_dtypes:
+                label = f"{what}: {name}, {kv_dtype}"
+                try:
+                    decode_of(rows, label, backend, Case([context - 1] * batch, [1] * batch, kv_dtype), bandwidth, times, name)
+                except Exception as e:
+                    rows.failed(label, e)
+    taken = torch_decode(batch, context)
     beside(rows, what, times, taken, 1.0)
+
+
+def decode_of(
+    rows: Rows, label: str, backend: Any, case: Case, bandwidth: float, times: dict[str, float], name: str
+) -> None:
+    step = step_of(case, backend)
+    taken = seconds(captured(lambda: backend.run(*step)))
+    is_plain = case.kv_dtype == "bfloat16"
+    goal = 0.85 if is_plain and len(case.new) >= 32 and case.lens[0] >= 4096 else None
+    rows.add(Row(label, taken * 1e6, "µs", "copy", case.kv_bytes / taken / bandwidth, goal))
+    if is_plain:
+        times[name] = taken
+    elif name in times:
+        rows.add(Row(f"{label} to bfloat16", taken * 1e6, "µs", "time", taken / times[name], 0.58, is_most=True))
 
 
 def prefill(rows: Rows, backends: dict[str, Any], length: int, rate: float) -> None:
     what, times, case = f"prefill of {length}", dict[str, float](), Case([0], [length])
     for name, (backend, _) in backends.items():
-        step = step_of(case, backend)
-        times[name] = taken = seconds(lambda step=step, backend=backend: backend.run(*step))
+        try:
+            step = step_of(case, backend)
+            times[name] = taken = seconds(lambda step=step, backend=backend: backend.run(*step))
+        except Exception as e:
+            rows.failed(f"{what}: {name}", e)
+            continue
         rows.add(Row(f"{what}: {name}", taken * 1e6, "µs", "bf16 GEMM", case.operations / taken / rate, 0.55))
-    q = torch.randn(1, HQ, length, D, device=DEVICE).to(torch.bfloat16)
-    k, v = (torch.randn(1, HKV, length, D, device=DEVICE).to(torch.bfloat16) for _ in range(2))
-    taken = seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
-    beside(rows, what, times, taken, 0.9)
+    beside(rows, what, times, torch_prefill(length), 0.9)
 
 
-def beside(rows: Rows, what: str, times: dict[str, float], sdpa: float, goal: float) -> None:
-    """Ours beside the best of the others: FlashInfer, PyTorch's own over contiguous keys and values."""
+def torch_decode(batch: int, context: int) -> float:
+    """Seconds of PyTorch's own attention, over contiguous keys and values."""
+    q, k, v = randn(batch, HQ, 1, D), randn(batch, HKV, context, D), randn(batch, HKV, context, D)
+    return seconds(captured(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)))
+
+
+def torch_prefill(length: int) -> float:
+    q, k, v = randn(1, HQ, length, D), randn(1, HKV, length, D), randn(1, HKV, length, D)
+    return seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+def beside(rows: Rows, what: str, times: dict[str, float], sdpa: float, goal: float | None) -> None:
+    """Ours beside the faster of FlashInfer and PyTorch's own."""
     rows.add(Row(f"{what}: torch", sdpa * 1e6, "µs", "scaled_dot_product_attention, nothing paged"))
     peers = {"torch": sdpa, **{n: t for n, t in times.items() if n == "flashinfer"}}
     best = min(peers, key=lambda n: peers[n])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import providers
 import torch
 import torch.nn.functional as F
-from rows import DEVICE, DRY, Row, Rows, captured, seconds
+from providers import F8
+from rows import DEVICE, DRY, Row, Rows, captured, randn, seconds
 
-from dovetail.facts import device_facts
 from dovetail.interfaces.matmul import WeightFormat
 from dovetail.interfaces.quantization import LinearLayer, Part
-from dovetail.plugins.discovery import load_registry
-from dovetail.provider import Context
 
 LAYERS = (
     {"qkv": (48, 64), "down": (64, 128)}
@@ -25,7 +24,6 @@ LAYERS = (
 NUM_ROWS = (1, 5) if DRY else (1, 16, 64, 512, 4096)
 COLD_BYTES = 2**16 if DRY else 2**28
 """Weights that products take in turn, so that none is in the second cache."""
-F8 = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -49,45 +47,52 @@ FORMATS = (
 
 def run(rows: Rows) -> None:
     """Sums over the four layers come last: what a decoder's layer takes in all."""
-    totals: dict[tuple[str, int], float] = {}
-    matmul = provided()
-    for name, (outs, ins) in LAYERS.items():
-        plain = [torch.randn(outs, ins, device=DEVICE).to(torch.bfloat16) for _ in range(copies(outs * ins * 2))]
-        times = {count: timed([lambda x, w=w: F.linear(x, w) for w in plain], ins, count) for count in NUM_ROWS}
-        del plain
-        for count, taken in times.items():
-            rows.add(Row(f"{name} [{outs}, {ins}], {count} rows: bfloat16", taken * 1e6, "µs"))
-            totals["bfloat16", count] = totals.get(("bfloat16", count), 0) + taken
-        for one in FORMATS:
-            size = outs * ins * one.format.bits // 8
-            made = [random_linear(matmul, one.format, outs, ins) for _ in range(copies(size))]
-            for count in NUM_ROWS:
-                taken = timed(made, ins, count)
-                add(rows, f"{name}, {count} rows: {one.name}", taken, times[count], one.goals.get(count))
-                totals[one.name, count] = totals.get((one.name, count), 0) + taken
-            del made
+    totals = measure(rows, LAYERS, FORMATS, NUM_ROWS)
     for one in FORMATS:
         for count in NUM_ROWS:
-            what = f"all layers, {count} rows: {one.name}"
-            add(rows, what, totals[one.name, count], totals["bfloat16", count], one.goals.get(count))
+            if (one.name, count) in totals and ("bfloat16", count) in totals:
+                what = f"all layers, {count} rows: {one.name}"
+                add(rows, what, totals[one.name, count], totals["bfloat16", count], one.goals.get(count))
 
 
-def add(rows: Rows, what: str, taken: float, plain: float, goal: float | None) -> None:
-    rows.add(Row(what, taken * 1e6, "µs", "speed beside bfloat16", plain / taken, goal))
+def measure(
+    rows: Rows, layers: dict[str, tuple[int, int]], formats: Sequence[Measured], num_rows: Sequence[int]
+) -> dict[tuple[str, int], float]:
+    """Seconds over all layers, by format and number of rows, without those of which a layer could not be measured."""
+    matmul, found = provided(), dict[tuple[str, int], dict[str, float]]()
+
+    def plain(name: str, outs: int, ins: int) -> None:
+        weights = [randn(outs, ins) for _ in range(copies(outs * ins * 2))]
+        for count in num_rows:
+            taken = timed([lambda x, w=w: F.linear(x, w) for w in weights], ins, count)
+            rate = 2 * outs * ins * count / taken / 1e12
+            rows.add(Row(f"{name} [{outs}, {ins}], {count} rows: bfloat16", taken * 1e6, "µs", f"{rate:.3g} TFLOP/s"))
+            found.setdefault(("bfloat16", count), {})[name] = taken
+
+    def quantized(name: str, outs: int, ins: int, one: Measured) -> None:
+        size = outs * ins * one.format.bits // 8
+        products = [random_linear(matmul, one.format, outs, ins) for _ in range(copies(size))]
+        for count in num_rows:
+            taken = timed(products, ins, count)
+            peer = found.get(("bfloat16", count), {}).get(name)
+            add(rows, f"{name}, {count} rows: {one.name}", taken, peer, one.goals.get(count))
+            found.setdefault((one.name, count), {})[name] = taken
+
+    for name, (outs, ins) in layers.items():
+        rows.attempt(f"{name}: bfloat16", plain, name, outs, ins)
+        for one in formats:
+            rows.attempt(f"{name}: {one.name}", quantized, name, outs, ins, one)
+    return {key: sum(times.values()) for key, times in found.items() if len(times) == len(layers)}
+
+
+def add(rows: Rows, what: str, taken: float, plain: float | None, goal: float | None) -> None:
+    ratio = None if plain is None else plain / taken
+    rows.add(Row(what, taken * 1e6, "µs", "speed beside bfloat16", ratio, goal))
 
 
 def provided() -> Any:
-    """What the engine would multiply by, as it builds it."""
-    context = Context(device_facts(), None, str(DEVICE), "bfloat16", {"inputs": ["int8", F8]})
-    able = [
-        offer.provider
-        for offer in load_registry().of("matmul")
-        if "cuda" in (offer.provider.capabilities.devices or ()) and (DRY or not offer.provider.why_not(context))
-    ]
-    provider = max(able, key=lambda p: p.priority)
-    plan: Any = type("P", (), {"device": str(DEVICE)})
-    build: Any = type("C", (), {"plan": plan, "device": device_facts()})
-    return provider.build(build, provider.options())
+    """What the engine would multiply by."""
+    return providers.build(next(iter(providers.usable("matmul", inputs=("int8", F8)).values())))
 
 
 def copies(size: int) -> int:
@@ -96,7 +101,7 @@ def copies(size: int) -> int:
 
 def timed(products: list[Callable[[torch.Tensor], torch.Tensor]], ins: int, count: int) -> float:
     """Seconds of one, each on weights that no other has just read."""
-    x = torch.randn(count, ins, device=DEVICE).to(torch.bfloat16)
+    x = randn(count, ins)
 
     def all_in_turn() -> None:
         for product in products:
@@ -114,6 +119,6 @@ def random_linear(matmul: Any, format: WeightFormat, outs: int, ins: int) -> Cal
     }  # fmt: skip
     if format.zeros:
         tensors["zeros"] = torch.randint(0, 16, groups, dtype=torch.uint8, device=DEVICE)
-    layer = LinearLayer("measured", (Part("measured", outs),), ins, False, "bfloat16", str(DEVICE))
+    layer = LinearLayer("measured", (Part("measured", outs),), ins, False, "bfloat16", DEVICE)
     made: Callable[[torch.Tensor], torch.Tensor] = matmul.linear(format, layer, tensors)
     return made

@@ -20,6 +20,11 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+GEMMA4 = {
+    "head_dim": 32, "global_head_dim": 64, "sliding_window": 9, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 203,
+}  # fmt: skip
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("Llama", {"num_key_value_heads": 4}),
     "llama-3.1": ("Llama", {"rope_parameters": LLAMA3}),
@@ -28,6 +33,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 64}),
     "gpt2 (bridge)": ("GPT2", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "gemma2 (bridge)": ("Gemma2", {"head_dim": 32, "sliding_window": 9, "query_pre_attn_scalar": 24}),
+    "gemma4 (bridge)": ("Gemma4", GEMMA4),
     "gpt-oss (bridge)": ("GptOss", {"head_dim": 32, "sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 MARGIN = 1e-4

@@ -4,8 +4,8 @@
 
 Takes the newest versions that the projects' ranges and CHOSEN allow. tests/test_constraints.py checks the result.
 
-pip resolves, because only pip finds the CPU build of torch where it is kept. It does so in a virtual environment of its own, for
-the Python and the platform that this script runs on, and installs nothing but the build backend there.
+pip resolves, because only pip finds the CPU build of torch where it is kept. It does so in a virtual environment of its own,
+for the Python and the platform that this script runs on, and installs nothing but what builds packages there.
 """
 
 from __future__ import annotations

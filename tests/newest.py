@@ -3,8 +3,8 @@
     python tests/newest.py [PYTEST ARGUMENT …]
 
 Installs into .venv-newest what the projects' ranges allow, newest first; only what tests/lock.py chooses stays as it is. Says
-which versions differ from constraints.txt, then what failed. Newer versions are nobody's fault: it ends with 0 all the same, and
-with 1 only if the environment could not be made.
+which versions differ from constraints.txt, then what failed. It ends with 0 whatever fails, and with 1 only if the environment
+could not be made.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main() -> int:
                 return 1
     listed = subprocess.run([*pip, "list", "--format=json"], capture_output=True, text=True, check=True).stdout
     found = {canonical(entry["name"]): entry["version"].partition("+")[0] for entry in json.loads(listed)}
-    newer = [f"{name} {pinned} -> {found[name]}" for name, pinned in pins(ROOT / "constraints.txt").items() if found.get(name, pinned) != pinned]
+    pinned = pins(ROOT / "constraints.txt")
+    newer = [f"{name} {old} -> {found[name]}" for name, old in pinned.items() if found.get(name, old) != old]
     print("\n".join(newer) or "every dependency is pinned at its newest version")
     if newer:
         command = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "--tb=line", *sys.argv[1:]]

@@ -9,6 +9,7 @@ crashes but one; `make soak` takes all.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -92,3 +92,11 @@ def test_a_line_that_pins_nothing_exactly_is_refused(line: str, said: str, tmp_p
     (tmp_path / "constraints.txt").write_text(f"# a comment\n{line}\n")
     with pytest.raises(ValueError, match=said):
         pins(tmp_path / "constraints.txt")
+
+
+def test_packages_for_gpus_have_one_version() -> None:
+    """gpu/flashinfer.txt is installed here, gpu/requirements.txt on the machine with a GPU."""
+    here, there = pins(ROOT / "gpu/flashinfer.txt"), pins(ROOT / "gpu/requirements.txt")
+    both = here.keys() & there.keys()
+    assert "flashinfer-python" in both
+    assert {name: here[name] for name in both} == {name: there[name] for name in both}

@@ -1,7 +1,7 @@
 """The conformance kit is tested: every plugin that is wrong on purpose is caught, and no correct one is accused.
 
-`make test` runs one sabotage for each check, with one fixed seed. `make soak` (DOVETAIL_SOAK_SEEDS) runs all of them, each with
-every check that is there for it and fresh seeds, and every contract on correct plugins with as many.
+`make test` and `make test-real` run one sabotage for each check, with one fixed seed. `make soak` (DOVETAIL_SOAK_SEEDS) runs
+all of them, each with every check that is there for it and fresh seeds, and every contract on correct plugins with as many.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import random
 import re
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sabotage import Sabotage, all_sabotages, controls
@@ -29,6 +30,8 @@ ENOUGH = {
 }  # fmt: skip
 SLICE = list({(s.socket, s.caught_by[0]): s for s in reversed(SABOTAGES) if "patience" not in s.attributes}.values())
 """One for each check."""
+NUM_QUICK = 1
+"""Of a socket: so many are tried by `make test`, and the others by `make test-real`."""
 UNTESTED = ("attention", "speculation", "model")
 """The controls that are no plugin, with tests of its own."""
 SLOW = {"test_random_step"}
@@ -52,7 +55,16 @@ def correct_ones() -> list[Sabotage]:
 OURS = correct_ones()
 
 
-@pytest.mark.parametrize("sabotage", SLICE, ids=lambda s: f"{s.socket}: {s.name}")
+def _slice() -> list[Any]:
+    found: list[Any] = []
+    for socket, group in groupby(sorted(SLICE, key=lambda s: s.socket), key=lambda s: s.socket):
+        for i, sabotage in enumerate(group):
+            marks = [pytest.mark.real] * (i >= NUM_QUICK)
+            found.append(pytest.param(sabotage, marks=marks, id=f"{socket}: {sabotage.name}"))
+    return found
+
+
+@pytest.mark.parametrize("sabotage", _slice())
 def test_it_is_caught(sabotage: Sabotage) -> None:
     results = run_contracts(
         {sabotage.name: sabotage.contract(FIXED_SEED)}, keyword=sabotage.caught_by[0], stop_at_first=True

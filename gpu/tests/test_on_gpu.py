@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
-from rows import DEVICE as TORCH_DEVICE
-from rows import DRY, INTERPRETED
+from providers import FLASHINFER_KERNELS
+from rows import DEVICE, DRY, INTERPRETED
 
 from dovetail.facts import device_facts
 from dovetail.plugins.discovery import load_registry
 from dovetail.provider import Context
 from dovetail.testing.contracts import contract_of
 
-DEVICE = str(TORCH_DEVICE)
 SOCKETS = ("attention", "matmul", "quantization", "worker")
-
-COMPILED = {
-    "flashinfer": {
-        "dtypes": ("bfloat16",), "kv_dtypes": ("bfloat16", "float8_e4m3fn"), "head_sizes": (128,),
-        "sliding_window": False, "logit_soft_cap": False,
-    },
-}  # fmt: skip
-"""What is tried of a provider whose kernels take minutes to compile: those of aot_flashinfer.py."""
-
 
 def classes():
     """A contract for each provider that declares GPUs and is usable on this one, as pytest wants it: a class."""
@@ -37,13 +28,27 @@ def classes():
             continue  # no kernels for a CPU
         if offer.socket != "worker" and provider.why_not(Context(device_facts(), None, DEVICE, "bfloat16")):
             continue
+        name = "Test" + "".join(part.title() for part in (offer.socket, *provider.name.replace("_", "-").split("-")))
+        base = contract_of(registry.sockets[offer.socket])
         if DRY and devices is not None:
             provider = replace(provider, capabilities=replace(can, devices=("cpu", "cuda")))
-        elif provider.name in COMPILED:
-            provider = replace(provider, capabilities=replace(can, **COMPILED[provider.name]))
-        base = contract_of(registry.sockets[offer.socket])
-        name = "Test" + "".join(part.title() for part in (offer.socket, *provider.name.replace("_", "-").split("-")))
-        found[name] = type(name, (base,), {"provider": provider, "device": DEVICE, "__module__": __name__})
+        elif provider.name == "flashinfer":
+            provider = replace(provider, capabilities=replace(can, **FLASHINFER_KERNELS))
+        for suffix, part in pieces(offer.socket, provider).items():
+            found[name + suffix] = type(name + suffix, (base,), {"provider": part, "device": DEVICE, "__module__": __name__})
+    return found
+
+
+def pieces(socket, provider):
+    """A provider of matmul once for each kind of codes and type of x: one check tries hundreds of products, and a kernel is
+    compiled for most of them, which several processes then do at the same time."""
+    can = provider.capabilities
+    if socket != "matmul" or DRY:
+        return {"": provider}
+    found = {}
+    for codes, dtype in itertools.product(can.codes, can.dtypes or ("bfloat16",)):
+        name = codes.title().replace("_", "") + dtype.title()
+        found[name] = replace(provider, capabilities=replace(can, codes=(codes,), dtypes=(dtype,)))
     return found
 
 

@@ -5,7 +5,6 @@ import os
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
-IS_SOAK = bool(os.environ.get("DOVETAIL_SOAK_SEEDS"))
 FEW = 10
 """Of random steps."""
 LONG = {"TestCuda": {"test_every_declared_size_and_type", "test_deterministic"}, "TestTriton": {"test_deterministic"}}
@@ -15,5 +14,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         where, name = getattr(item.cls, "__name__", ""), getattr(item, "originalname", "")
         is_late = name == "test_random_step" and item.callspec.params["index"] >= FEW
-        if not IS_SOAK and where in LONG and (is_late or name in LONG[where]):
-            item.add_marker(pytest.mark.skip(reason="make soak"))
+        if where in LONG and (is_late or name in LONG[where]):
+            item.add_marker(pytest.mark.soak)

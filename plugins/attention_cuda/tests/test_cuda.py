@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ EMULATION = Path(__file__).parent / "emulated/cuda_on_cpu.h"
 HEADERS = Path(triton.__file__).parent / "backends/nvidia/include"
 """CUDA's own, which Triton brings along."""
 NUM_SMS = 4
-SOAK = pytest.mark.skipif(not os.environ.get("DOVETAIL_SOAK_SEEDS"), reason="make soak")
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +35,7 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.skipif(device_facts().nvcc is None, reason="there is no nvcc here")
-@pytest.mark.parametrize("architectures", [["sm_90"], pytest.param(["sm_80", "sm_90", "sm_100"], marks=SOAK)])
+@pytest.mark.parametrize("architectures", [["sm_90"], pytest.param(["sm_80", "sm_90", "sm_100"], marks=pytest.mark.soak)])
 def test_nvcc_compiles_them(tmp_path, architectures):
     """Into a library that loads, and has what is called, without a GPU."""
     path = build_cuda_library("attention-cuda", SOURCES, device_facts(), architectures, folder=tmp_path)

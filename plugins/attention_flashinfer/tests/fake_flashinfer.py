@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dovetail_attention_flashinfer import installed
-
 VERSION = "0.6.13"
-WHY_NOT_REAL = None if installed("flashinfer-python") == VERSION else f"flashinfer-python {VERSION} is not installed"
 CORES_GROUPS = (1, 2, 3, 4, 8)
 """What the kernels that decode without tensor cores are compiled for."""
 
@@ -46,6 +43,11 @@ class Wrapper:
     def reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer):
         assert int_workspace_buffer.dtype == torch.uint8
         self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
+
+    def _reserve(self, num_heads, num_rows, head_size):
+        """What the planners reserve for `num_rows` partial results of each head: a vector and a logarithm, in float32."""
+        if num_heads * num_rows * (head_size + 1) * 4 > self._float_workspace_buffer.nbytes:
+            raise RuntimeError("Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer size.")
 
     def _plan(self, given, indptr, indices, last_page_len):
         assert all(x.dtype == torch.int32 for x in (indptr, indices, last_page_len))
@@ -121,6 +123,10 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         fixed_split_size=None, disable_split_kv=False, q_len_per_req=1,
     ):  # fmt: skip
         self._plan(dict(locals()), indptr, indices, last_page_len)
+        group, num_rows = num_qo_heads // num_kv_heads, len(last_page_len)
+        if self._use_tensor_cores:  # in graph mode contexts are always split, here for a GPU with few multiprocessors
+            tile = 16 if group <= 16 else 64 if group <= 64 or head_dim >= 256 else 128
+            self._reserve(num_qo_heads, (-(-num_rows * group // tile) + num_rows - 1) * tile, head_dim)
         if len(last_page_len) != len(self._paged_kv_last_page_len_buf):
             raise ValueError("The batch size should be fixed in cudagraph mode")
         if len(indices) > len(self._paged_kv_indices_buf):

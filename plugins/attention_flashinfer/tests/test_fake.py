@@ -1,4 +1,4 @@
-"""The stand-in has FlashInfer's signatures, where FlashInfer is installed."""
+"""The stand-in has FlashInfer's signatures: with FlashInfer's Python part, which `make test-real` installs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import warnings
 
 import fake_flashinfer
 import pytest
+
+from dovetail_attention_flashinfer import installed
 
 USED = {
     "append_paged_kv_cache": [],
@@ -19,7 +21,12 @@ def parameters(function):
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.skipif(bool(fake_flashinfer.WHY_NOT_REAL), reason=fake_flashinfer.WHY_NOT_REAL or "")
+@pytest.mark.real
+def test_it_stands_for_the_version_that_is_installed():
+    assert installed("flashinfer-python") == fake_flashinfer.VERSION
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("name", USED)
 def test_signatures(name):
     with warnings.catch_warnings():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import fake_flashinfer
@@ -16,13 +18,15 @@ from dovetail.provider import Context, no_reasons
 from dovetail.testing.attention import AttentionContract
 from dovetail.testing.attention_steps import Row, Step, StepSpec
 from dovetail_attention_flashinfer import FLASHINFER, FLASHINFER_CAPABILITIES, FlashInferOptions, why_no_flashinfer
-from dovetail_attention_flashinfer.backend import FlashInferAttention
+from dovetail_attention_flashinfer.backend import MOST_EAGER, FlashInferAttention
+from dovetail_attention_flashinfer.work import Geometry
+from dovetail_attention_flashinfer.workspace import workspace_bytes
 
 FAKE = replace(
     FLASHINFER,
     capabilities=replace(FLASHINFER_CAPABILITIES, devices=("cpu",)),
     why_not=no_reasons,
-    build=lambda context, options: FlashInferAttention("cpu", options, fake_flashinfer),
+    build=lambda context, options: FlashInferAttention("cpu", options, fake_flashinfer, 256),
 )
 
 
@@ -35,7 +39,7 @@ DECODE, MIXED = (Row(90, 1), Row(3, 1), Row(200, 1)), (Row(90, 1), Row(0, 40), R
 
 
 def backend(**options):
-    return FlashInferAttention("cpu", FlashInferOptions(workspace_mb=16, **options), fake_flashinfer)
+    return FlashInferAttention("cpu", FlashInferOptions(**{"workspace_mb": 16, **options}), fake_flashinfer, 256)
 
 
 def filled(backend, step):
@@ -117,6 +121,66 @@ def test_block_tables_of_other_shapes():
         plan, cache, out = ours.plan(step.batch(width), [step.layer], 16), filled(ours, step), torch.empty_like(step.q)
         ours.run(step.layer, step.q, step.k, step.v, cache, plan, out)
         assert is_close(step, out)
+
+
+def run(ours, step, width=None):
+    """The work that one step was planned into, after it has run right."""
+    plan, cache, out = ours.plan(step.batch(width), [step.layer], 16), filled(ours, step), torch.empty_like(step.q)
+    ours.run(step.layer, step.q, step.k, step.v, cache, plan, out)
+    assert is_close(step, out)
+    (work,) = (s.work for s in plan.values())
+    return work
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_eager_steps_share_wrappers_as_their_tables_grow(window, monkeypatch):
+    """A table grows by a column every 16 tokens, and shrinks when a long row ends; both are the same work, as long as the
+    rounded width is."""
+    made, wrapper = [], fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    init = wrapper.__init__
+    monkeypatch.setattr(wrapper, "__init__", lambda self, *given, **named: (made.append(self), init(self, *given, **named))[0])
+    ours = backend()
+    for width in (*range(58, 65), *range(64, 56, -1)):
+        run(ours, Step(StepSpec((Row(16 * width - 5, 1), Row(9, 1)), "bfloat16", "bfloat16", window=window), "cpu"), width)
+    assert len(made) == 1
+
+
+def test_eager_steps_keep_few_wrappers(monkeypatch):
+    """Of numbers of rows; what a graph has captured stays, however long ago that was."""
+    ours, steps = backend(), [Step(StepSpec((Row(20, 1),) * n, "bfloat16", "bfloat16"), "cpu") for n in range(1, 40)]
+    monkeypatch.setattr(ours, "_is_capturing", lambda: True)
+    captured = [run(ours, step) for step in steps[:3]]
+    monkeypatch.undo()
+    works = [weakref.ref(run(ours, step)) for step in steps[3:]]
+    gc.collect()
+    assert sum(work() is not None for work in works) == MOST_EAGER
+    assert [run(ours, step) for step in steps[:3]] == captured
+
+
+LARGE = StepSpec((Row(2, 1),) * 256, "bfloat16", "bfloat16", num_heads=64, num_kv_heads=8, head_size=128)
+
+
+def test_the_workspace_is_sized_for_the_largest_step():
+    """64 heads of 128, 8 KV heads, 256 rows: 383 tiles of 16 rows, each a vector and a logarithm in float32."""
+    small = Step(replace(LARGE, rows=LARGE.rows[:3]), "cpu")
+    ours = backend(workspace_mb=None)
+    first = run(ours, small)._workspace
+    assert run(ours, Step(LARGE, "cpu"))._workspace is first, "allocated once, before anything is captured"
+    assert first.nbytes >= 64 * 383 * 16 * (128 + 1) * 4
+    with pytest.raises(PluginError, match=r"not enough workspace \(128 MiB\) for a step of 256 rows"):
+        run(backend(workspace_mb=128), Step(LARGE, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "rows", "sms", "mib"),
+    [
+        (64, 8, 128, 256, 132, 193.0), (64, 8, 128, 512, 132, 386.5), (32, 8, 128, 256, 132, 80.4), (32, 32, 64, 256, 132, 8.1),
+        (16, 1, 256, 8, 132, 265.0), (64, 8, 128, 1, 132, 133.0), (40, 1, 128, 100, 132, 665.2),
+    ],
+)  # fmt: skip
+def test_workspace_bytes(heads, kv_heads, size, rows, sms, mib):
+    geometry = Geometry(heads, kv_heads, size, 1.0, None, None)
+    assert round(workspace_bytes(geometry, rows, sms) / 2**20, 1) == mib
 
 
 @pytest.mark.parametrize("name", ["auto", "fa2", "fa3"])

@@ -49,7 +49,7 @@ def steps(rows, group, window, kv_dtype):
 @pytest.mark.parametrize("group", [2, 7])
 def test_later_steps(group, window, kv_dtype, monkeypatch):
     first = steps((Row(17, 1), Row(0, 1), Row(250, 1)), group, window, kv_dtype)
-    ours = FlashInferAttention("cpu", FlashInferOptions(workspace_mb=16), fake_flashinfer)
+    ours = FlashInferAttention("cpu", FlashInferOptions(workspace_mb=16), fake_flashinfer, 256)
     later = [steps(rows, group, window, kv_dtype) for rows in ((Row(300, 1), Row(31, 1)), (Row(0, 1), Row(1, 1), Row(260, 1)))]
     layers = [replace(step.layer, index=i) for i, step in enumerate(first)]
     own, given = padded(first[0].batch(WIDTH), 1), padded(first[0].batch(WIDTH), 1)

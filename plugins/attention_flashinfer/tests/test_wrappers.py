@@ -1,4 +1,4 @@
-"""FlashInfer's own Python, where it is installed, over kernels played in PyTorch: it takes what this plugin gives it."""
+"""FlashInfer's own Python, which `make test-real` installs, over kernels emulated in PyTorch: it takes what it is given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_flashinfer import FAKE
 from dovetail.testing.attention import AttentionContract
 from dovetail_attention_flashinfer.backend import FlashInferAttention
 
-pytestmark = pytest.mark.skipif(bool(fake_flashinfer.WHY_NOT_REAL), reason=fake_flashinfer.WHY_NOT_REAL or "")
+pytestmark = pytest.mark.real
 NON_CAUSAL, CAUSAL, NHD = 0, 1, 0
 
 
@@ -101,7 +101,7 @@ def played(context, options):
     decode.get_batch_decode_module = lambda *types: Decode()
     decode.get_batch_prefill_module = prefill.get_batch_prefill_module = lambda *types: Prefill()
     page.get_page_module = lambda: SimpleNamespace(append_paged_kv_cache=append)
-    return FlashInferAttention("cpu", options, flashinfer)
+    return FlashInferAttention("cpu", options, flashinfer, 256)
 
 
 class TestWrappers(AttentionContract):

@@ -19,6 +19,13 @@ ON_CPU = replace(PROVIDER, capabilities=replace(CAPABILITIES, devices=("cpu",)))
 
 
 class TestTriton(MatmulContract):
+    """In the dtype of most models."""
+
+    provider = replace(PROVIDER, capabilities=replace(ON_CPU.capabilities, dtypes=("bfloat16",)))
+
+
+@pytest.mark.real  # the interpreter takes a minute
+class TestTritonInEveryDtype(MatmulContract):
     provider = ON_CPU
 
 

@@ -3,11 +3,15 @@ for.
 
 A graph is what a CUDA graph is: the operations of one run with the tensors that they had. Replaying it does them again on those
 tensors, so that whatever the host decided in between, or kept in a new tensor, does not count.
+
+Whatever the worker does through torch, it must do while the device is the current one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,32 +60,79 @@ class Fetched:
         return self._tensor
 
 
+class OnlyWhenCurrent(TorchDispatchMode):
+    """Refuses operations while the device is not the current one."""
+
+    def __init__(self, device: FakeAccelerator) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._device.check_current(function)
+        return function(*args, **(kwargs or {}))
+
+
 class FakeAccelerator:
     def __init__(self):
         self.device, self.num_captured, self.num_replayed = torch.device("cpu"), 0, 0
         self.outstanding = self.most_outstanding = 0
+        self.depth = 0
+        """How many `current()` it is within."""
+        self.free, self.total, self.num_graphs = 8 * 2**30, 10 * 2**30, 0
 
+    @contextlib.contextmanager
     def current(self):
-        return contextlib.nullcontext()
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def bytes_of_capture(self):
+        """Memory that the next capture takes, and its graph holds."""
+        return 0
+
+    def check_current(self, what):
+        assert self.depth, f"{what} while the device is not the current one"
 
     def upload(self, numbers):
+        self.check_current("upload")
         return torch.from_numpy(numbers.copy())
 
     def fetch(self, tensor):
+        self.check_current("fetch")
         fetched = Fetched(self, tensor)
         self.most_outstanding = max(self.most_outstanding, self.outstanding)
         return fetched
 
     def capture(self, run):
+        self.check_current("capture")
         run()
         recorded = Recorded()
         with recorded:
             run()
+        taken, graph = self.bytes_of_capture(), CountedGraph(self, recorded)
+        self._hold(1, taken)
+        weakref.finalize(graph, self._hold, -1, -taken)
         self.num_captured += 1
-        return CountedGraph(self, recorded)
+        return graph
+
+    def _hold(self, num_graphs, taken):
+        self.num_graphs += num_graphs
+        self.free -= taken
 
     def synchronize(self):
-        pass
+        self.check_current("synchronize")
+
+    def memory(self):
+        self.check_current("memory")
+        gc.collect()
+        return self.free, self.total
+
+    def peak_memory(self, run):
+        self.check_current("peak_memory")
+        run()
+        return 2**20
 
 
 class CountedGraph:
@@ -145,6 +196,16 @@ class WithCapturableAttention(BuildContext):
         return CapturableAttention() if key.startswith("attention.") else super().build(key)
 
 
+def checked(name):
+    """The worker's method of this name, whose operations the device checks."""
+
+    def method(self, *arguments):
+        with OnlyWhenCurrent(self.accelerator):
+            return getattr(TorchWorker, name)(self, *arguments)
+
+    return method
+
+
 class FakeDeviceWorker(TorchWorker):
     """The worker as it is on a GPU, graphs included."""
 
@@ -153,6 +214,10 @@ class FakeDeviceWorker(TorchWorker):
 
     def make_accelerator(self):
         return FakeAccelerator()
+
+    load, kv_memory, allocate, allocate_host, warm_up, submit, sample, close = map(
+        checked, ("load", "kv_memory", "allocate", "allocate_host", "warm_up", "submit", "sample", "close")
+    )
 
     @property
     def accelerator(self):

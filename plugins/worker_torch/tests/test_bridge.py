@@ -13,6 +13,7 @@ from dense import load
 from safetensors.torch import load_file, save_file
 
 from dovetail.errors import CheckpointError
+from dovetail_worker_torch import TESTED_TRANSFORMERS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 203,
@@ -89,3 +90,31 @@ def test_a_broken_folder_is_not_bridged(wrong: str, tmp_path: Path) -> None:
         load(tmp_path)
     assert str(tmp_path) in str(e.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_head_that_needs_more_than_hidden_states_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)).save_pretrained(tmp_path)
+    forward = transformers.GPTNeoXForCausalLM.forward
+
+    def changed(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = forward(self, *arguments, **named)
+        if hasattr(self.gpt_neox, "layers"):  # the whole model, not its head
+            output.logits = output.logits + 1.0
+        return output
+
+    monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "forward", changed)
+    with pytest.raises(CheckpointError, match="needs more of the body's output than the hidden states"):
+        load(tmp_path)
+
+
+def test_an_untried_version_of_transformers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)).save_pretrained(tmp_path)
+    load(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr("dovetail_worker_torch.bridge.transformers.__version__", "5.99.0")
+    load(tmp_path)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"transformers 5.99.0 was not tried with the bridge (tried: {', '.join(TESTED_TRANSFORMERS)})" in record.message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 from dataclasses import replace
 
@@ -17,7 +19,9 @@ from dovetail.resolution import resolve
 from dovetail.testing.attention import AttentionContract
 from dovetail.testing.tiny_model import TinyModel
 from dovetail.testing.worker import WorkerContract
-from dovetail.types import Request, SamplingParams
+from dovetail.testing.worker_driver import Driver
+from dovetail.testing.worker_trial import no_progress
+from dovetail.types import Request, SamplingParams, SequenceStart
 from dovetail_worker_torch import dovetail_workers
 from dovetail_worker_torch.graphs import ladder
 
@@ -44,7 +48,8 @@ class TestWorker(WorkerContract):
     options = {"execution": "plain"}  # noqa: RUF012
 
 
-def new_engine(folder, *, fake=True, overlap=True, **worker):
+def new_engine(folder, *, fake=True, overlap=True, more=None, **worker):
+    """`more`: keys of the engine config."""
     registry = load_registry()
     for i, offer in enumerate(registry.offers):
         if fake and offer.socket == "worker" and offer.provider.name == WORKER.name:
@@ -52,7 +57,7 @@ def new_engine(folder, *, fake=True, overlap=True, **worker):
     config = {
         "model": str(folder), "device": "cpu", "dtype": "float32", "overlap": overlap, "max_model_len": 256,
         "worker": {"use": "torch", "execution": "plain", **worker}, "attention": "torch-reference",
-        "kv_cache": {"memory_gb": 0.05}, "scheduler": {"max_num_seqs": 6, "max_num_batched_tokens": 64},
+        "kv_cache": {"memory_gb": 0.05}, "scheduler": {"max_num_seqs": 6, "max_num_batched_tokens": 64}, **(more or {}),
     }  # fmt: skip
     return build_engine(resolve(EngineConfig.model_validate(config), registry), lambda *_: None, registry)
 
@@ -175,6 +180,100 @@ def test_a_capture_that_fails(folder, monkeypatch, caplog, error, kind, says):
     assert f"decode steps could not be captured, and run without graphs: {type(error).__name__}" in caplog.text
     assert said_by(engine, [request]) == said_by(new_engine(folder, fake=False), [request])
     assert device_of(engine).num_replayed == 0
+
+
+INT8 = {"kv_cache": {"memory_gb": 0.05, "dtype": "int8"}}
+
+
+@pytest.mark.parametrize("more", [INT8, {"shadow": {"attention": "attention-cpu"}}], ids=["int8", "shadow"])
+def test_calibration_and_shadow_runs_are_on_the_workers_device(folder, more):
+    """The fake device checks it; what the worker contract does besides (masks, drafts, a host tier), it checks there."""
+    params = SamplingParams(max_tokens=5)
+    ((tokens, _, error),) = said_by(new_engine(folder, more=more), [Request("r", [3, 4], params, 5, 0, [])]).values()
+    assert len(tokens) == 5
+    assert not error
+
+
+OF_THE_DEVICE = {
+    "load": lambda worker, plan: worker.load(no_progress),
+    "kv_memory": lambda worker, plan: worker.kv_memory(),
+    "allocate": lambda worker, plan: worker.allocate([4]),
+    "allocate_host": lambda worker, plan: worker.allocate_host([4]),
+    "warm_up": lambda worker, plan: worker.warm_up(no_progress),
+    "submit": lambda worker, plan: worker.submit(plan),
+    "close": lambda worker, plan: worker.close(),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_DEVICE)
+def test_the_fake_device_sees_what_is_not_on_it(folder, monkeypatch, name):
+    """Its checks are what shows that the worker makes its device the current one: without that, each method fails."""
+    worker = worker_of(new_engine(folder, more={"kv_cache": {}}))
+    plan = Driver(worker, worker.kv_groups(), [9]).plan([])
+    plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, plan.new_block_ids = [7], [1], [0], [True], [[[1]]]
+    plan.starts = [SequenceStart(7, "r", 0, [5], 1, [[]], SamplingParams(), 0, [], 9)]
+    monkeypatch.setattr(FakeAccelerator, "current", lambda self: contextlib.nullcontext())
+    with pytest.raises((AssertionError, PluginError), match="while the device is not the current one"):
+        OF_THE_DEVICE[name](worker, plan)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fake_device_sees_sampling_that_is_not_on_it(folder, monkeypatch, masked):
+    worker = worker_of(new_engine(folder))
+    driver = Driver(worker, worker.kv_groups(), [9])
+    plan = driver.plan([(driver.add([5, 6]), 2)], masked=masked)
+    handle = worker.submit(plan)
+    monkeypatch.setattr(FakeAccelerator, "current", lambda self: contextlib.nullcontext())
+    with pytest.raises(AssertionError, match="while the device is not the current one"):
+        worker.sample(handle, {0: b"\xff" * 8} if masked else None)
+
+
+MIB = 2**20
+
+
+def test_graphs_are_measured_before_the_cache_is_sized(folder, monkeypatch, caplog):
+    """The largest takes 100 MiB, each other one 10; sizes are 1, 2, 4 and 6."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB)
+    worker = worker_of(new_engine(folder, more={"kv_cache": {"memory_fraction": 0.9}}))
+    device = worker.accelerator
+    assert ladder(6) == [1, 2, 4, 6]
+    assert "beside the KV cache: 1 MiB for a step, 0 for tables of sequences, 130 for CUDA graphs" in caplog.text
+    assert "CUDA graphs took 130 MiB of cpu (reserved were 130)" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert device.num_captured == 3 + 4
+    assert (device.num_graphs, device.free) == (4, 8 * 2**30 - 130 * MIB)
+    worker.close()
+    gc.collect()
+    assert device.num_graphs == 0
+
+
+def test_the_cache_gets_what_graphs_leave(folder, monkeypatch):
+    monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB)
+    worker = worker_of(new_engine(folder, more={"kv_cache": {"memory_fraction": 0.9}}))
+    worker._runner = None
+    taken = 2 * 2**30
+    assert worker.kv_memory() == int(10 * 2**30 * 0.9) - taken - MIB - 130 * MIB
+
+
+def test_a_capture_that_takes_more_than_was_reserved_is_reported(folder, monkeypatch, caplog):
+    monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (50 if self.num_captured >= 3 else 10) * MIB)
+    new_engine(folder, more={"kv_cache": {}})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "CUDA graphs took 200 MiB of cpu, more than the 40 reserved" in record.message
+
+
+def test_a_capture_that_fails_on_trial(folder, monkeypatch, caplog):
+    def fail(self, run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeAccelerator, "capture", fail)
+    with pytest.raises(PluginError, match=r"To run without them, set worker\.on_c"):
+        new_engine(folder, more={"kv_cache": {}})
+    new_engine(folder, more={"kv_cache": {}}, on_capture_failure="plain")
+    (record,) = caplog.records
+    assert "decode steps could not be captured, and run without graphs" in record.message
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 100, 256, 300, 4096])

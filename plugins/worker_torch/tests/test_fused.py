@@ -1,4 +1,4 @@
-"""The decoder's fused kernels do what plain torch does, in Triton's interpreter, and compile for the GPUs that they are for."""
+"""The decoder's fused kernels do what plain torch does, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from dovetail.testing.triton_kernels import KernelCase, compile_kernels, table
 from dovetail_worker_torch.drawing import TorchDrawing
 from dovetail_worker_torch.fused import TritonDrawing, TritonOperations
 from dovetail_worker_torch.noise import row_keys
@@ -73,34 +72,3 @@ def test_noise():
     TorchDrawing().perturb_(theirs, keys)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, logits)
-
-
-def cases() -> list[KernelCase]:
-    module, norm = "dovetail_worker_torch.fused", {"hidden": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32"}
-    return [
-        KernelCase(
-            f"norm of {size}", f"{module}:rms_norm_kernel", {**norm, "delta": "*bf16", "row_stride": "i32:16"},
-            {"SIZE": size, "WIDTH": size, "HAS_DELTA": True, "INTERPRETED": False}, 4 if size <= 4096 else 8,
-        ) for size in (2048, 4096, 8192)
-    ] + [
-        KernelCase(
-            "rotation", f"{module}:rotate_kernel",
-            {**dict.fromkeys(("qkv", "norm", "cos", "sin", "q", "k", "v"), "*bf16"), "eps": "fp32", "row_stride": "i32:16"},
-            {"NUM_Q": 32, "NUM_KV": 8, "HALF": 64, "WIDTH": 64, "HEADS": 8, "HAS_NORM": True, "INTERPRETED": False}, 2,
-        ),
-        KernelCase(
-            "activation", f"{module}:gated_kernel", {"gate_up": "*bf16", "out": "*bf16", "row_stride": "i32:16"},
-            {"SIZE": 14336, "BLOCK": 1024, "ACTIVATION": "silu", "INTERPRETED": False},
-        ),
-        KernelCase(
-            "noise", f"{module}:perturb_kernel", {"logits": "*fp32", "keys": "*i32", "row_stride": "i32"},
-            {"SIZE": 128256, "BLOCK": 2048},
-        ),
-    ]  # fmt: skip
-
-
-def test_they_compile(capsys):
-    compiled = compile_kernels(cases())
-    with capsys.disabled():
-        print(f"\n{table(compiled)}")
-    assert [c for c in compiled if c.spilled_bytes] == []

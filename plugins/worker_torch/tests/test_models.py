@@ -113,6 +113,15 @@ BRIDGED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-bigcode": ("GPTBigCode", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "num_key_value_heads": 1}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}),
 }
+GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW, "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 203,
+}  # fmt: skip
+BRIDGED |= {
+    "gemma4": ("Gemma4Text", {**GEMMA4, "num_kv_shared_layers": 0, "attention_k_eq_v": True}),
+    "gemma4, shared keys": ("Gemma4Text", {**GEMMA4, "num_kv_shared_layers": 2}),
+}
 # torch.compile takes some ten seconds a family: one of them by default, all in the long runs.
 TORCH_COMPILED = list(BRIDGED) if "DOVETAIL_SOAK" in os.environ else ["gpt-neox"]
 

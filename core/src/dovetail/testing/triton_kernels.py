@@ -1,21 +1,30 @@
-"""Compiling Triton kernels for NVIDIA GPUs where there is none: what each takes of registers and shared memory, and what it
-spills.
+"""Compiling Triton kernels for NVIDIA GPUs where there is none: the registers and shared memory each takes, what it spills, and
+whether its loads are pipelined.
 
-    compiled = compile_kernels([KernelCase("decode", "my_package.kernels:attend", {"q": "*bf16", "n": "i32"}, {"BLOCK": 64})])
+    case = KernelCase("decode", "my_package.kernels:attend", {"q": "*bf16", "n": "i32"}, {"BLOCK": 64})
+    compiled = compile_kernels([case])
+    problems(case, compiled[0])
 
-Compiling happens in a process of its own, without TRITON_INTERPRET, so that tests which interpret kernels can ask too.
+Compiling happens in a process of its own, without TRITON_INTERPRET, so that tests which interpret kernels can ask too. A table
+of results is kept in a file, with a hash of each kernel's source, so that a stale row is noticed without compiling.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
 import importlib
+import importlib.util
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +37,7 @@ LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel and what it is specialized for."""
+    """A kernel, what it is specialized for, and what is expected of it."""
 
     name: str
     kernel: str
@@ -40,44 +49,208 @@ class KernelCase:
     """The other arguments. A type is named: "tl.bfloat16"."""
     num_warps: int = 4
     num_stages: int = 3
+    architectures: tuple[int, ...] = ARCHITECTURES
+    """Those that the kernel is for, so specialized."""
+    max_spilled_bytes: int = 0
+    """Of a thread."""
+    products: tuple[str, ...] = ()
+    """Tensor-core instructions, one of which the kernel must have; empty: none is required."""
+    divides_exactly: bool = False
+    """Divisions of float32 must round to the nearest, as `tl.div_rn` does and `/` does not."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as ptxas made it for an architecture."""
+    """A kernel as Triton and ptxas compiled it for an architecture."""
 
     name: str
+    """Of the case."""
     architecture: int
+    triton: str
+    """Version."""
+    source: str
+    """`source_hash` of the case."""
     registers: int
     """Of a thread."""
     spilled_bytes: int
     """Of a thread: registers kept in memory for want of room."""
     shared_bytes: int
     """Of a block of threads."""
+    async_wait: list[int]
+    """The numbers of the `cp.async.wait_group` instructions, in order: how many groups of copies to shared memory may still be
+    under way. Where a loop's are all 0, or there is none, its loads are not fetched ahead."""
+    inexact_divisions: int
+    """Divisions within 2 ulp (`div.full.f32`) or approximate ones, in its code."""
     products: str
     """The tensor-core instruction that it has: "tcgen05", "wgmma", "mma", or "" for none."""
 
 
-def compile_kernels(cases: Sequence[KernelCase], architectures: Sequence[int] = ARCHITECTURES) -> list[Compiled]:
-    """Compile each case for each architecture. Raises `RuntimeError` with the compiler's words."""
-    asked = json.dumps({"cases": [asdict(case) for case in cases], "architectures": list(architectures), "path": sys.path})
+def compile_kernels(
+    cases: Sequence[KernelCase], architectures: Sequence[int] = ARCHITECTURES, triton: Path | None = None
+) -> list[Compiled]:
+    """Compile each case for those of its architectures that are among `architectures`.
+
+    Raises `RuntimeError` with the compiler's message. `triton`: a folder with another Triton than the installed one,
+    as `pip install --target` writes it.
+    """
+    path = sys.path if triton is None else [str(triton), *sys.path]
+    wanted = json.dumps({"cases": [asdict(case) for case in cases], "architectures": list(architectures), "path": path})
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", __name__], input=asked, capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", __name__], input=wanted, capture_output=True, text=True, env=environment, check=False
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"a kernel could not be compiled:\n{done.stderr[-4000:]}")
     return [Compiled(**found) for found in json.loads(done.stdout)]
 
 
+def problems(case: KernelCase, compiled: Compiled) -> list[str]:
+    """What is wrong with a case as it was compiled: too much shared memory, spilled registers, no tensor cores."""
+    found = []
+    if compiled.shared_bytes > LARGEST_SHARED[compiled.architecture]:
+        found.append(f"{compiled.shared_bytes} bytes of shared memory of {LARGEST_SHARED[compiled.architecture]}")
+    if compiled.spilled_bytes > case.max_spilled_bytes:
+        found.append(f"spills {compiled.spilled_bytes} bytes")
+    if case.products and compiled.products not in case.products:
+        found.append(f"its products are {compiled.products or 'none'}, and not {' or '.join(case.products)}")
+    if compiled.inexact_divisions and case.divides_exactly:
+        found.append(f"has {compiled.inexact_divisions} divisions that do not round to the nearest")
+    return [f"{case.name}, sm_{compiled.architecture}, Triton {compiled.triton}: {what}" for what in found]
+
+
+def read_table(path: Path) -> list[Compiled]:
+    return [Compiled(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def write_table(path: Path, rows: Sequence[Compiled]) -> None:
+    """One row a line, so that a change shows what it changed."""
+    lines = ",\n  ".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    path.write_text(f'{{"rows": [\n  {lines}\n]}}\n')
+
+
 def table(compiled: Sequence[Compiled]) -> str:
     """For people."""
     width = max(len(c.name) for c in compiled)
-    lines = [f"{'kernel':{width}}  arch    registers  spilled  shared KiB  products"]
+    lines = [f"{'kernel':{width}}  arch    Triton  registers  spilled  shared KiB  products  async_wait"]
     for c in compiled:
-        taken = f"{c.registers:9}  {c.spilled_bytes:7}  {c.shared_bytes / 1024:10.1f}"
-        lines.append(f"{c.name:{width}}  sm_{c.architecture:<4} {taken}  {c.products}")
+        numbers = f"{c.registers:9}  {c.spilled_bytes:7}  {c.shared_bytes / 1024:10.1f}"
+        where, waits = f"sm_{c.architecture:<4} {c.triton:6}", ",".join(map(str, c.async_wait))
+        lines.append(f"{c.name:{width}}  {where}  {numbers}  {c.products:8}  {waits}")
     return "\n".join(lines)
+
+
+# Kernels in source code, which is read and not imported.
+
+
+def entry_kernels(folder: Path) -> list[str]:
+    """The kernels in the packages below `folder` that Python launches, as "module:function": functions under `triton.jit` that
+    something launches (`kernel[grid](…)`), or that no other such function uses."""
+    kernels: dict[str, str] = {}
+    launched: set[str] = set()
+    used: set[str] = set()
+    for path in sorted(folder.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        launched |= set(_launched(tree))
+        marks = _jit_names(tree)
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if marks else []
+        compiled = [f for f in functions if any(_dotted(decorator) in marks for decorator in f.decorator_list)]
+        module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        kernels |= {f"{module}:{f.name}": f.name for f in compiled}
+        for function in compiled:
+            used |= {name for node in ast.walk(function) for name in _names(node)} - {function.name}
+    return [kernel for kernel, name in kernels.items() if name in launched or name not in used]
+
+
+def source_hash(case: KernelCase) -> str:
+    """Of all that a kernel is compiled from: its source and that of the functions and constants it uses, without comments and
+    docstrings, and what the case specializes it for. The same on every machine."""
+    module, _, function = case.kernel.partition(":")
+    specialized = [case.signature, case.constants, case.num_warps, case.num_stages]
+    whole = json.dumps([specialized, dict(_sources(module, function))], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _sources(module: str, name: str) -> Iterator[tuple[str, list[str]]]:
+    """By "module:name", the tokens of what `name` is made of."""
+    waiting, seen = [(module, name)], set()
+    while waiting:
+        module, name = waiting.pop()
+        if (module, name) in seen:
+            continue
+        seen.add((module, name))
+        source, defined, imported = _module(module)
+        if name in imported:
+            waiting.append((imported[name], name))
+        elif name in defined:
+            node = defined[name]
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            yield f"{module}:{name}", _tokens("\n".join(source.splitlines()[first - 1 : node.end_lineno]))
+            waiting += [(module, used) for inner in ast.walk(node) for used in _names(inner)]
+
+
+@functools.cache
+def _module(name: str) -> tuple[str, dict[str, ast.stmt], dict[str, str]]:
+    """Source, what is defined at its top level, and by name the module that a name is imported from, Triton's own aside."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"there is no module {name}")
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    defined: dict[str, ast.stmt] = {}
+    imported: dict[str, str] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {n.id: node for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] not in ("triton", "__future__"):
+            imported |= {alias.name: node.module for alias in node.names if alias.asname is None}
+    return source, defined, imported
+
+
+def _tokens(source: str) -> list[str]:
+    found: list[str] = []
+    line: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            continue
+        line.append(token)
+        if token.type == tokenize.NEWLINE:
+            words = [t for t in line if t.type not in (tokenize.INDENT, tokenize.DEDENT)]
+            is_docstring = [t.type for t in words] == [tokenize.STRING, tokenize.NEWLINE]
+            kept = [t for t in line if t not in words] if is_docstring else line
+            found += [t.string if t.string.strip() else tokenize.tok_name[t.type] for t in kept]
+            line = []
+    return found
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [node.id] if isinstance(node, ast.Name) else [node.attr] if isinstance(node, ast.Attribute) else []
+
+
+def _launched(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            yield from _names(node.func.value)
+
+
+def _jit_names(tree: ast.Module) -> set[str]:
+    """What `triton.jit` is called in a module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {f"{a.asname or a.name}.jit" for a in node.names if a.name == "triton"}
+        elif isinstance(node, ast.ImportFrom) and node.module == "triton":
+            names |= {a.asname or a.name for a in node.names if a.name == "jit"}
+    return names
+
+
+def _dotted(decorator: ast.expr) -> str:
+    """`@triton.jit` and `@triton.jit(…)` as "triton.jit"."""
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+
+# In the process that compiles.
 
 
 def _compile(case: KernelCase, architecture: int) -> Compiled:
@@ -100,12 +273,17 @@ def _compile(case: KernelCase, architecture: int) -> Compiled:
         for i, n in enumerate(names)
         if n not in case.signature
     }
-    source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    specialized = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers, spilled = _assembled(made.asm["ptx"], architecture)
-    products = next((p for p, mark in PRODUCTS.items() if mark in made.asm["ptx"]), "")
-    return Compiled(case.name, architecture, registers, spilled, made.metadata.shared, products)
+    binary = triton.compile(specialized, target=GPUTarget("cuda", architecture, 32), options=options)
+    ptx = binary.asm["ptx"]
+    registers, spilled = _assembled(ptx, architecture)
+    waits = [int(number) for number in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
+    products = next((p for p, mark in PRODUCTS.items() if mark in ptx), "")
+    shared: int = binary.metadata.shared
+    divisions = len(re.findall(r"\bdiv\.(?:full|approx)", ptx))
+    about = (case.name, architecture, triton.__version__, source_hash(case))
+    return Compiled(*about, registers, spilled, shared, waits, divisions, products)
 
 
 PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
@@ -131,10 +309,11 @@ def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
 
 
 def _main() -> None:
-    asked = json.load(sys.stdin)
-    sys.path[:] = asked["path"]
-    cases = [KernelCase(**case) for case in asked["cases"]]
-    print(json.dumps([asdict(_compile(case, a)) for case in cases for a in asked["architectures"]]))
+    wanted = json.load(sys.stdin)
+    sys.path[:] = wanted["path"]
+    cases = [KernelCase(**case) for case in wanted["cases"]]
+    pairs = [(case, a) for case in cases for a in wanted["architectures"] if a in case.architectures]
+    print(json.dumps([asdict(_compile(case, a)) for case, a in pairs]))
 
 
 if __name__ == "__main__":

@@ -42,17 +42,55 @@ class Geometry:
 
 @dataclass
 class Partials:
-    """What the pieces of rows that were split leave for `merge`; written and read within one `run`."""
+    """What the pieces of rows that were split leave for `merge`; written and read within one `run`.
+
+    `count` pieces of `Hkv` heads and `block_m` rows each take `R = count * Hkv * block_m` rows of one float32 buffer.
+    """
 
     sums: Tensor
+    """f32[R, D], D being the head size, to a power of two."""
     tops: Tensor
+    """f32[R]"""
     weights: Tensor
+    """f32[R]"""
 
     @staticmethod
-    def empty(count: int, geometry: Geometry, block_m: int, device: torch.device) -> Partials:
-        rows = count * geometry.num_kv_heads * block_m
-        sums = torch.empty(rows, power_of_two(geometry.head_size), device=device)
-        return Partials(sums, torch.empty(rows, device=device), torch.empty(rows, device=device))
+    def numbers(count: int, geometry: Geometry, block_m: int) -> int:
+        """Elements of the buffer that `count` pieces need."""
+        return count * geometry.num_kv_heads * block_m * (power_of_two(geometry.head_size) + 2)
+
+    @staticmethod
+    def within(buffer: Tensor, count: int, geometry: Geometry, block_m: int) -> Partials:
+        """Views of `buffer` f32[at least `numbers(…)`]."""
+        rows, size = count * geometry.num_kv_heads * block_m, power_of_two(geometry.head_size)
+        sums, tops, weights = buffer[: rows * (size + 2)].split([rows * size, rows, rows])
+        return Partials(sums.view(rows, size), tops, weights)
+
+
+class GrowingBuffer:
+    """Device memory that steps of all sizes share, where each use ends before the next begins on the stream.
+
+    What a captured graph uses may neither move nor be freed, and a backend is not told what is captured. So a buffer that was
+    handed out is kept for the life of this object: a larger request allocates another buffer, which serves all later
+    requests. Each is at least twice as large as the one before, so that all of them together are less than twice the
+    last. The worker captures its largest batch first, and then there is one; nothing here depends on that order.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._buffers: list[Tensor] = []
+
+    @property
+    def capacity(self) -> int:
+        """Elements that can be had without allocating."""
+        return len(self._buffers[-1]) if self._buffers else 0
+
+    def of(self, count: int) -> Tensor:
+        """At least `count` elements, whose address stays."""
+        if count > self.capacity:
+            size = max(count, 2 * self.capacity)
+            self._buffers.append(torch.zeros(size, dtype=self._dtype, device=self._device))
+        return self._buffers[-1]
 
 
 @dataclass
@@ -81,23 +119,36 @@ class Step:
 Plan = dict[Geometry, Step]
 
 
-class DecodeStep:
-    """For steps of so many rows of one token each: their work, in buffers that stay where they are."""
+class DecodeSteps:
+    """For steps of one token a row, of one geometry and KV group: their work, for each number of rows at addresses that stay.
 
-    def __init__(self, geometry: Geometry, num_rows: int, num_programs: int, device: torch.device) -> None:
-        capacity, block_m = most_pieces(num_rows, num_programs, geometry.num_kv_heads), short_rows(geometry.group)
-        # One copy to the device: the number of pieces, the tiles, the pieces.
-        end = 4 + num_rows * 4
-        self._numbers = there = torch.zeros(end + capacity * 5, dtype=torch.int32, device=device)
-        self.work = Work(
-            block_m, num_programs, there[end:].view(-1, 5), there[:1], there[4:end].view(-1, 4),
-            Partials.empty(capacity, geometry, block_m, device),
-        )  # fmt: skip
+    Steps of all sizes share one buffer of numbers, because a step's work is written by its `plan` and read before the next
+    `plan` of its group; and all geometries share one buffer of partials, because a `run` writes them before it reads them.
+    """
 
-    def write(self, pieces: I32, tiles: I32) -> Work:
+    def __init__(self, geometry: Geometry, num_programs: int, partials: GrowingBuffer, device: torch.device) -> None:
+        self._geometry, self._num_programs, self._partials = geometry, num_programs, partials
+        self._numbers = GrowingBuffer(torch.int32, device)
+        self._works: dict[int, tuple[Tensor, Work]] = {}
+        """By number of rows: the numbers of its work, and views of them. A captured graph reads there, so entries stay."""
+
+    def write(self, num_rows: int, pieces: I32, tiles: I32) -> Work:
+        if num_rows not in self._works:
+            self._works[num_rows] = self._work(num_rows)
+        there, work = self._works[num_rows]
         numbers = np.concatenate([[len(pieces), 0, 0, 0], tiles.ravel(), pieces.ravel()], dtype=np.int32)
-        self._numbers[: len(numbers)].copy_(_staged(numbers, self._numbers.device), non_blocking=True)
-        return self.work
+        there[: len(numbers)].copy_(_staged(numbers, there.device), non_blocking=True)
+        return work
+
+    def _work(self, num_rows: int) -> tuple[Tensor, Work]:
+        of, block_m = self._geometry, short_rows(self._geometry.group)
+        capacity = most_pieces(num_rows, self._num_programs, of.num_kv_heads)
+        # One copy to the device: the number of pieces, the tiles, the pieces.
+        tiles, end = 4 + num_rows * 4, 4 + num_rows * 4 + capacity * 5
+        there = self._numbers.of(end)[:end]
+        partials = Partials.within(self._partials.of(Partials.numbers(capacity, of, block_m)), capacity, of, block_m)
+        pieces = there[tiles:].view(-1, 5)
+        return there, Work(block_m, self._num_programs, pieces, there[:1], there[4:tiles].view(-1, 4), partials)
 
 
 class TritonAttention:
@@ -109,8 +160,9 @@ class TritonAttention:
         self._num_sms = INTERPRETED_PROGRAMS
         if not self._is_interpreted:
             self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._decode_steps: dict[tuple[Geometry, int, int], DecodeStep] = {}
-        """By geometry, a layer's index (which tells KV groups apart), and number of rows."""
+        self._partials = GrowingBuffer(torch.float32, self.device)
+        self._decode_steps: dict[tuple[Geometry, int], DecodeSteps] = {}
+        """By geometry and a layer's index, which tells KV groups apart."""
 
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         return allocate(spec, self.device)
@@ -134,17 +186,17 @@ class TritonAttention:
         if batch.num_tokens == batch.num_seqs:
             tiles = cut_queries(rows, query_lens, seq_lens, tokens, of.window)
             pieces, merged, _ = split(tiles, programs, of.num_kv_heads, UNIT)
-            key = (of, index, batch.num_seqs)
+            key = (of, index)
             if key not in self._decode_steps:
-                self._decode_steps[key] = DecodeStep(of, batch.num_seqs, programs, self.device)
-            return [self._decode_steps[key].write(pieces, merged)]
+                self._decode_steps[key] = DecodeSteps(of, programs, self._partials, self.device)
+            return [self._decode_steps[key].write(batch.num_seqs, pieces, merged)]
         short, works = is_short(query_lens, tokens), []
         if short.any():
             tiles = cut_queries(rows[short], query_lens, seq_lens, tokens, of.window)
             pieces, merged, num_partials = split(tiles, programs, of.num_kv_heads, UNIT)
             work = self._once(block_m, programs, pieces)
             if num_partials:
-                work.tiles, work.partials = self._copied(merged), Partials.empty(num_partials, of, block_m, self.device)
+                work.tiles, work.partials = self._copied(merged), self._once_partials(num_partials, of, block_m)
             works.append(work)
         if not short.all():
             block_m = long_rows(of.group, of.head_size)
@@ -154,6 +206,13 @@ class TritonAttention:
 
     def _once(self, block_m: int, programs: int, pieces: I32) -> Work:
         return Work(block_m, programs, self._copied(pieces), self._copied(np.array([len(pieces)], np.int32)))
+
+    def _once_partials(self, count: int, of: Geometry, block_m: int) -> Partials:
+        """For a step that is not captured: in the shared buffer if it is large enough, or else for this step alone."""
+        needed = Partials.numbers(count, of, block_m)
+        is_shared = needed <= self._partials.capacity
+        buffer = self._partials.of(needed) if is_shared else torch.empty(needed, device=self.device)
+        return Partials.within(buffer, count, of, block_m)
 
     def _copied(self, numbers: I32) -> Tensor:
         return _staged(numbers, self.device).to(self.device, non_blocking=True)

@@ -31,15 +31,21 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def stored(x, scale, KIND: tl.constexpr):
-    """What a cache of KIND holds for float32 `x` (`AttentionLayer.kv_scales`)."""
+def stored(x, scale, KIND: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Float32 `x` as a cache of KIND and TYPE holds it (`AttentionLayer.kv_scales`).
+
+    The division rounds to the nearest (`div.rn`): the contract compares caches bit by bit, and `/` is within 2 ulp only. There
+    is one return, because Triton requires all of a function's returns to have one type.
+    """
     if KIND == "int8":
-        x = x / scale
+        x = tl.div_rn(x, scale)
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -127.0), 127.0), 0.0)
-        return ((x + ROUND) - ROUND).to(tl.int8)
-    if KIND == "float8":
-        return float8(x / scale).to(tl.float8e4nv, bitcast=True)
-    return x
+        codes = ((x + ROUND) - ROUND).to(tl.int8)
+    elif KIND == "float8":
+        codes = float8(tl.div_rn(x, scale)).to(tl.float8e4nv, bitcast=True)
+    else:
+        codes = narrowed(x, TYPE, INTERPRETED)
+    return codes
 
 
 @triton.jit
@@ -73,11 +79,8 @@ def write_kv(
     keys = tl.load(k + token * k_token + head * k_head + d, mask=inside)
     values = tl.load(v + token * v_token + head * v_head + d, mask=inside)
     keys, values = keys.to(tl.float32), values.to(tl.float32)
-    if KIND == "float":
-        keys = narrowed(keys, k_cache.dtype.element_ty, INTERPRETED)
-        values = narrowed(values, v_cache.dtype.element_ty, INTERPRETED)
-    else:
-        keys, values = stored(keys, k_scale, KIND), stored(values, v_scale, KIND)
+    keys = stored(keys, k_scale, KIND, k_cache.dtype.element_ty, INTERPRETED)
+    values = stored(values, v_scale, KIND, v_cache.dtype.element_ty, INTERPRETED)
     tl.store(k_cache + to, keys, mask=inside)
     tl.store(v_cache + to, values, mask=inside)
 

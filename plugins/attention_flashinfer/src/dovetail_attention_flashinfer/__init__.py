@@ -35,8 +35,8 @@ OLDEST_TORCH = (2, 6)
 
 
 class FlashInferOptions(Options):
-    workspace_mb: int = Field(
-        128, ge=16, description="MiB of device memory for partial results; steps of hundreds of rows with many heads need more"
+    workspace_mb: int | None = Field(
+        None, ge=16, description="MiB of device memory for partial results; default: what steps of max_num_seqs rows need"
     )
     backend: Literal["auto", "fa2", "fa3"] = Field(
         "fa2",
@@ -78,7 +78,8 @@ def build_flashinfer(context: BuildContext, options: FlashInferOptions) -> Flash
 
     from dovetail_attention_flashinfer.backend import FlashInferAttention
 
-    return FlashInferAttention(context.plan.device, options, import_module("flashinfer"))
+    max_num_seqs: int = context.option("scheduler", "max_num_seqs")
+    return FlashInferAttention(context.plan.device, options, import_module("flashinfer"), max_num_seqs)
 
 
 FLASHINFER = Provider(

@@ -11,9 +11,12 @@ from torch import Tensor
 from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail_attention_flashinfer import FlashInferOptions
-from dovetail_attention_flashinfer.work import LAYOUT, DecodeWork, Geometry, RaggedWork, Types, Work
+from dovetail_attention_flashinfer.work import LAYOUT, DecodeWork, Geometry, RaggedWork, Types, Work, rounded_width
+from dovetail_attention_flashinfer.workspace import workspace_bytes
 
 LARGEST_FP8 = 448.0
+MOST_EAGER = 16
+"""Decode works kept for steps that are not captured: a work has 1 MiB of its own and its page numbers."""
 Cache = tuple[Tensor, Tensor]
 
 
@@ -53,15 +56,18 @@ class FlashInferAttention:
     A layer's cache is two tensors, keys and values, each `[num_blocks, block_size, Hkv, D]`: the canonical layout.
     """
 
-    def __init__(self, device: str, options: FlashInferOptions, flashinfer: Any) -> None:
-        """`flashinfer` is the module."""
+    def __init__(self, device: str, options: FlashInferOptions, flashinfer: Any, max_num_seqs: int) -> None:
+        """`flashinfer` is the module; `max_num_seqs` the most rows of a decode step, captured or not."""
         self.device, self._options, self._flashinfer = torch.device(device), options, flashinfer
-        self._workspace = torch.zeros(options.workspace_mb << 20, dtype=torch.uint8, device=self.device)
+        self._max_num_seqs, self._num_sms = max_num_seqs, 1
+        if self.device.type == "cuda":
+            self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._workspace: Tensor | None = None
         """Of partial results within one run; all wrappers share it, since runs follow each other on a stream."""
         self._ragged: dict[tuple[Geometry, int, int], Work] = {}
         """By geometry, block size, and a layer's index, which tells KV groups apart."""
-        self._decodes: dict[tuple[Geometry, int, int, torch.Size, int], Work] = {}
-        """The same, and by shape and stride of the block table."""
+        self._decodes: dict[tuple[Geometry, int, int, int, int], DecodeWork] = {}
+        """The same, by number of rows and `rounded_width` of the block table as well; the most recently used last."""
         self._types: Types | None = None
         """Of the run before."""
         self._caches: dict[tuple[int, int], WholeCache] = {}
@@ -77,6 +83,8 @@ class FlashInferAttention:
 
     def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
         found: Plan = {}
+        if batch.num_seqs:
+            self._make_workspace({Geometry.of(layer) for layer in layers}, batch.num_seqs)
         for layer in layers if batch.num_seqs else ():
             self._host_scales(layer)
             geometry = Geometry.of(layer)
@@ -86,18 +94,44 @@ class FlashInferAttention:
                 found[geometry] = Step(batch, work, layer.index)
         return found
 
+    def _make_workspace(self, geometries: set[Geometry], num_rows: int) -> None:
+        """Allocate what the largest step of these layers needs (workspace.py), at their first plan.
+
+        That is the first moment at which the layers are known, and before any capture: the worker plans outside of it. If
+        layers that come later need more, they get a larger workspace. Works keep the one that they began with, which has room
+        for all of their steps, so that no captured address is freed.
+        """
+        if self._options.workspace_mb is not None:
+            needed = self._options.workspace_mb << 20
+        else:
+            rows = max(self._max_num_seqs, 1 << (num_rows - 1).bit_length() if num_rows > self._max_num_seqs else 0)
+            needed = max(workspace_bytes(of, rows, self._num_sms) for of in geometries)
+        if self._workspace is None or needed > self._workspace.nbytes:
+            self._workspace = torch.zeros(needed, dtype=torch.uint8, device=self.device)
+
     def _work(self, geometry: Geometry, block_size: int, index: int, batch: AttentionBatch) -> Work:
+        assert self._workspace is not None
         common = (self._flashinfer, self._workspace, geometry, block_size)
         if batch.num_tokens > batch.num_seqs:
             key = (geometry, block_size, index)
             if key not in self._ragged:
                 self._ragged[key] = RaggedWork(*common, self._options.backend)
             return self._ragged[key]
-        table = batch.block_table[: batch.num_seqs]
-        sized = (geometry, block_size, index, table.shape, table.stride(0))
-        if sized not in self._decodes:
-            self._decodes[sized] = DecodeWork(*common, *table.shape)
-        return self._decodes[sized]
+        width = rounded_width(batch.block_table.shape[1])
+        sized = (geometry, block_size, index, batch.num_seqs, width)
+        work = self._decodes.pop(sized, None) or DecodeWork(*common, batch.num_seqs, width)
+        self._decodes[sized] = work
+        self._evict()
+        return work
+
+    def _evict(self) -> None:
+        """Drop the decode works that were used longest ago, of those that no graph has captured."""
+        eager = [key for key, work in self._decodes.items() if not work.is_captured]
+        for key in eager[: max(0, len(eager) - MOST_EAGER)]:
+            self._decodes.pop(key).close()
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
         if not plan:
@@ -105,6 +139,7 @@ class FlashInferAttention:
         step = plan[Geometry.of(layer)]
         work, n = step.work, step.batch.num_tokens
         _check(layer, n, q, k, v, cache, out)
+        work.is_captured = work.is_captured or self._is_capturing()
         self._types = types = Types.of(q, cache[0])
         wrapper = work.wrapper(types)
         if layer.index == step.first or not work.is_gathered:

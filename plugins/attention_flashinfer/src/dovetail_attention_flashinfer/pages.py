@@ -66,11 +66,13 @@ class PageTable:
         rows = torch.repeat_interleave(numbers[0], output_size=count)
         page = torch.arange(count, device=device) + numbers[1][rows]
         self._places[:count] = rows * table.stride(0) + torch.div(page, self._per_block, rounding_mode="floor")
+        self._places[count:] = 0  # those of a step before may lie beyond this table
         if self._per_block > 1:
             self._within[:count] = page % self._per_block
 
     def gather(self, table: Tensor) -> None:
-        """All places, so that it does the same work each time; those behind the step's own are of a step before."""
+        """All places, so that it does the same work each time; those behind the step's own are 0, and nobody reads what they
+        give."""
         flat = table.as_strided(((len(table) - 1) * table.stride(0) + table.shape[1],), (1,))
         torch.index_select(flat, 0, self._places, out=self.indices)
         if self._per_block > 1:

@@ -15,11 +15,13 @@ from dovetail_attention_flashinfer.pages import Pages, PageTable, find_pages, to
 LAYOUT = "NHD"
 WORKSPACE_IS_FULL = "Increase the workspace buffer size"
 """FlashInfer's words."""
+DECODE_INTEGERS = 1 << 20
+"""Bytes of a decode wrapper's plan: FlashInfer takes 8 MiB for each, and a thousand rows fill 50 KiB."""
+
+
 TENSOR_CORE_GROUP = 4
 """Query heads that share a KV head, from which decode runs on tensor cores, by the prefill's kernels. The other kernels have
 groups of 1, 2, 3, 4 and 8 only."""
-DECODE_INTEGERS = 1 << 20
-"""Bytes of a decode wrapper's plan: FlashInfer takes 8 MiB for each, and a thousand rows fill 50 KiB."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Geometry:
         return Geometry(
             layer.num_heads, layer.num_kv_heads, layer.head_size, layer.scale, layer.window, layer.logit_soft_cap
         )  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def uses_tensor_cores(self) -> bool:
+        """In decode."""
+        return self.group >= TENSOR_CORE_GROUP
 
     def page_size(self, block_size: int) -> int:
         return block_size if self.window is None else 1
@@ -70,6 +81,8 @@ class Work:
         self._types: Types | None = None
         """Of the run before."""
         self._is_planned = self.is_gathered = False
+        self.is_captured = False
+        """A graph reads this work's buffers, which then have to stay."""
         is_cuda = self.device.type == "cuda"
         self._copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         self._pages: Pages
@@ -92,6 +105,11 @@ class Work:
         self._table.gather(batch.block_table[: batch.num_seqs])
         self.slots.copy_(batch.slot_mapping[: batch.num_tokens])
         self.is_gathered = True
+
+    def close(self) -> None:
+        """Wait until nothing is copied from the wrappers' pinned memory, which PyTorch does not know of."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def wrapper(self, types: Types) -> Any:
         """The one to run, planned."""
@@ -160,6 +178,13 @@ class RaggedWork(Work):
         }  # fmt: skip
 
 
+def rounded_width(num_blocks: int) -> int:
+    """Columns of a block table, rounded up by at most an eighth: the tables of eager steps grow with every block, and all those
+    of one rounded width share a work."""
+    step = max(1, 1 << (num_blocks - 1).bit_length() >> 3)
+    return -(-num_blocks // step) * step
+
+
 class DecodeWork(Work):
     """For steps of so many rows of one token each: everything lies in buffers that stay where they are."""
 
@@ -177,9 +202,8 @@ class DecodeWork(Work):
         """It is there."""
 
     def _new_wrapper(self) -> Any:
-        of = self._geometry
         wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, LAYOUT, use_cuda_graph=True, use_tensor_cores=of.num_heads // of.num_kv_heads >= TENSOR_CORE_GROUP,
+            self._workspace, LAYOUT, use_cuda_graph=True, use_tensor_cores=self._geometry.uses_tensor_cores,
             paged_kv_indptr_buffer=self._indptr, paged_kv_indices_buffer=self._table.indices,
             paged_kv_last_page_len_buffer=self._last_len, backend="fa2",
         )  # fmt: skip

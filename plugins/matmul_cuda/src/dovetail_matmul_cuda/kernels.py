@@ -242,8 +242,9 @@ def add_up(
 
 @triton.jit
 def rounded(x, scale, KIND: tl.constexpr):
-    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale."""
-    number = tl.where(x == x, x / scale, 0.0)
+    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale. Divisions round to the
+    nearest (`div.rn`), as PyTorch's do: `/` is within 2 ulp only, and the next code is one of them away."""
+    number = tl.where(x == x, tl.div_rn(x, scale), 0.0)
     if KIND == "int8":
         codes = ((tl.minimum(tl.maximum(number, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
     else:
@@ -277,7 +278,7 @@ def round_rows(
         sizes = tl.maximum(sizes, size_of(more, HAS_FIXED))
     top = tl.max(sizes, 1)
     is_number = top < float("inf")
-    scale = tl.load(fixed) if HAS_FIXED else top / LARGEST
+    scale = tl.load(fixed) if HAS_FIXED else tl.div_rn(top, LARGEST)
     scale = tl.where(is_number, scale, 1.0)
     scale = tl.where(scale > 0, scale, 1.0)
     tl.store(scales + m, tl.where(is_number, scale, float("nan")), mask=is_m)

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from dovetail_worker_torch.matmul import TorchMatmul
     from dovetail_worker_torch.worker import TorchWorker
 
+TESTED_TRANSFORMERS = ("5.23.0", "5.24.0")
+"""Versions, in ascending order, that the bridge was tried with (`make compat`): it reaches into parts of transformers that no
+release promises to keep. With another version a warning is logged when a bridged model is loaded."""
+
 REFERENCE_CAPABILITIES = AttentionCapabilities(
     devices=("cpu", "cuda"), kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"), sliding_window=True,
     logit_soft_cap=True, sinks=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -40,11 +42,17 @@ class Accelerator(Protocol):
         """Begin to copy a tensor of the device to the host."""
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """Run once, then capture. What `run` allocates lives as long as the graph, in memory that all graphs share: one graph's
-        results are good until the next replay of any. Raises `torch.OutOfMemoryError`, and what `run` raises."""
+        """Run once, then capture. All graphs share the memory in which `run` allocates, so a result that is to outlive the next
+        capture or replay must be copied to memory allocated outside. Raises `torch.OutOfMemoryError`, and what `run` raises."""
 
     def synchronize(self) -> None:
         """Wait for all that is queued."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device: free, once PyTorch has returned what it holds unused, and in total."""
+
+    def peak_memory(self, run: Callable[[], None]) -> int:
+        """Run; return the largest number of bytes allocated meanwhile, beyond those allocated before."""
 
 
 def put(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -54,11 +62,18 @@ def put(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Cuda:
-    """An NVIDIA GPU. PyTorch keeps pinned memory that a copy still reads from being given to the next."""
+    """An NVIDIA GPU. PyTorch keeps pinned memory that a copy still reads from being given to the next.
+
+    All graphs of one object are warmed up and captured on one stream: cuBLAS keeps a workspace of 32 MiB for each stream that
+    it has worked on. Each object has its own stream and memory pool for graphs, so that engines neither share a workspace nor
+    free what another's graphs use. (PyTorch repeats its streams after 32.)
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._capture_stream: Any = None
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def current(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device)
@@ -70,21 +85,37 @@ class Cuda:
         return CudaFetched(tensor)
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        side: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        main = torch.cuda.current_stream(self.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):  # kernels are built, and workspaces made, outside of the capture
+        if self._capture_stream is None:
+            self._capture_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream, main = self._capture_stream, torch.cuda.current_stream(self.device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):  # kernels are built, and workspaces allocated, outside of the capture
             run()
-        main.wait_stream(side)
-        if self._pool is None:
+        main.wait_stream(stream)
+        if not self._graphs:  # PyTorch gives a pool up with its last graph: its handle is not to be used again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             run()
+        self._graphs.add(graph)
         return graph
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def memory(self) -> tuple[int, int]:
+        torch.cuda.synchronize(self.device)
+        gc.collect()  # tensors in reference cycles
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)
+
+    def peak_memory(self, run: Callable[[], None]) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        return int(torch.cuda.max_memory_allocated(self.device)) - before
 
 
 class CudaFetched:

@@ -13,6 +13,7 @@ express is refused, with the reason.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,13 @@ from dovetail.facts import window_of_layers
 from dovetail.interfaces.architecture import Attend, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
+from dovetail_worker_torch import TESTED_TRANSFORMERS
 from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.torch_compile import CompiledBody
+
+log = logging.getLogger(__name__)
 
 NAME = "dovetail"
 Step = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], Tensor]
@@ -82,6 +86,11 @@ def load_bridged(
     folder: Path, *, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool
 ) -> BridgedModel:
     """Load a folder through transformers. Raises `CheckpointError` that says why, if it cannot be served."""
+    if transformers.__version__ not in TESTED_TRANSFORMERS:
+        log.warning(
+            "transformers %s was not tried with the bridge (tried: %s): if %s fails to load or answers wrongly, install one of "
+            "these", transformers.__version__, ", ".join(TESTED_TRANSFORMERS), folder,
+        )  # fmt: skip
     files = list(shard_files(folder))
     for path in files:
         open_shard(path)
@@ -151,7 +160,7 @@ class BridgedModel:
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.dovetail_relay = self._relay
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.attention_layers: list[AttentionLayer] = self._discover(model.config.get_text_config(decoder=True))
+        self.attention_layers: list[AttentionLayer] = self._discover(model)
         self._compiled: CompiledBody | None = None
 
     def compile(self) -> None:
@@ -205,8 +214,9 @@ class BridgedModel:
         return CheckpointError(f"{self._folder}: the architecture cannot run on the engine's attention: {reason}")
 
     @torch.inference_mode()
-    def _discover(self, config: Any) -> list[AttentionLayer]:
+    def _discover(self, model: Any) -> list[AttentionLayer]:
         """Run three tokens with an attention that records its calls and returns zeros; check what they show."""
+        config = model.config.get_text_config(decoder=True)
         layers: dict[int, AttentionLayer] = {}
         seen: list[Tensor] = []
 
@@ -233,6 +243,7 @@ class BridgedModel:
             if logits.shape != (2, self.vocab_size):
                 raise self._refusal(f"its logits have shape {list(logits.shape)}, expected {[2, self.vocab_size]}")
             passes.append([hidden, *seen])
+        self._check_head(model, tokens)
         if not layers:
             raise self._refusal("it does not call attention through transformers' interface")
         if sorted(layers) != list(range(config.num_hidden_layers)):
@@ -245,6 +256,26 @@ class BridgedModel:
             windows = [layer.window for layer in found]
             raise self._refusal(f"its layers ask for the windows {windows}, its config for {expected}")
         return found
+
+    def _check_head(self, model: Any, tokens: Tensor) -> None:
+        """Refuse a model whose logits are not those that the head computes from the body's hidden states alone."""
+        positions = torch.arange(len(tokens), device=self._device)
+
+        def zeros(module: nn.Module, query: Tensor, *_: Any) -> Tensor:
+            return torch.zeros_like(query).transpose(1, 2)
+
+        ours = self.logits(self._run(tokens, positions, zeros))
+        self._relay.step = zeros
+        try:
+            whole: Tensor = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False).logits[0].float()
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as e:
+            raise self._refusal(f"a pass of the whole model failed with {e!r}") from e
+        finally:
+            self._relay.step = None
+        # Equal but for kernels that add in any order. Weights that are not numbers show later, in the logits of requests.
+        tolerance = 0.01 * whole.nan_to_num(0, 0, 0).abs().max().item()
+        if not torch.allclose(ours, whole, rtol=0, atol=tolerance, equal_nan=True):
+            raise self._refusal("its output projection needs more of the body's output than the hidden states")
 
     def _layer(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, arguments: dict[str, Any]
@@ -273,9 +304,17 @@ class BridgedModel:
 
 
 class _BodyOutput(MoeModelOutputWithPast):
-    """What any family's head looks at."""
+    """What a head receives in place of its body's output: hidden states, and None for every other field.
 
-    cross_attentions = image_hidden_states = None
+    Each family's output class has optional fields of its own (of images, audio, shared keys and values), which its head copies
+    into its own output. They are None where nothing was asked for, and so is whatever else is read here; a list of their names
+    would be out of date with each release. Whether a head computes its logits from the hidden states alone is not assumed:
+    `BridgedModel` compares them with those of the whole model.
+    """
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _Passthrough(nn.Module):

@@ -21,6 +21,7 @@ from dovetail_worker_torch.accelerator import Accelerator, Fetched
 from dovetail_worker_torch.batch import I64, StepInputs
 from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drawing import best
+from dovetail_worker_torch.gpu_memory import graph_memory
 from dovetail_worker_torch.graphs import GraphLadder, ladder
 from dovetail_worker_torch.runner import Computed, Runner
 from dovetail_worker_torch.sampler import SamplingRows, shape_logits
@@ -80,12 +81,19 @@ class DeviceRunner(Runner):
 
     def capture(self, max_num_seqs: int, progress: Callable[[int, int], None]) -> None:
         """Capture decode steps of up to so many sequences."""
-        graphs = GraphLadder(
+        graphs = self._new_graphs(max_num_seqs)
+        graphs.capture_all(progress)
+        self.graphs = graphs
+
+    def measure_capture(self, max_num_seqs: int) -> int:
+        """Capture some sizes on trial; return the bytes that `capture` will take. The captured graphs are not kept."""
+        return graph_memory(self.accelerator, lambda: self._new_graphs(max_num_seqs))
+
+    def _new_graphs(self, max_num_seqs: int) -> GraphLadder:
+        return GraphLadder(
             self.accelerator, self.model, self.table, self._groups, self._backends, self._layers, self._attend,
             ladder(max_num_seqs),
         )  # fmt: skip
-        graphs.capture(progress)
-        self.graphs = graphs
 
     def land(self, step: Queued) -> StepResult:
         """Wait for a queued step's tokens."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from dovetail.errors import OutOfMemory
 from dovetail.interfaces.architecture import Model
+from dovetail_worker_torch.accelerator import Accelerator
 from dovetail_worker_torch.drawing import Drawing
-
-GRAPH_OVERHEAD = 256 * 2**20
-"""Bytes for what captured graphs hold beside their results: the driver's own, and workspaces of matrix products."""
+from dovetail_worker_torch.graphs import GraphLadder
 
 
 @dataclass(frozen=True)
@@ -25,58 +25,61 @@ class GpuMemory:
     """By the weights, and by whoever else uses the GPU."""
     step: int
     """What the largest step takes beside them."""
+    tables: int
+    """The tables of sequences and the workspaces of attention."""
     graphs: int
 
     def for_cache(self, fraction: float, num_tokens: int, num_rows: int) -> int:
         """What is left of `fraction` of all. Raises `OutOfMemory` if nothing is."""
-        left = int(self.total * fraction) - self.taken - self.step - self.graphs
+        all_but_cache = self.taken + self.step + self.tables + self.graphs
+        left = int(self.total * fraction) - all_but_cache
         if left > 0:
             return left
-        needed = (self.taken + self.step + self.graphs) / self.total
-        parts = (self.total, self.total * fraction, self.taken, self.step, self.graphs)
-        total, allowed, taken, step, graphs = (f"{n / 2**30:.2f} GiB" for n in parts)
+        needed = all_but_cache / self.total
+        parts = (self.total, self.total * fraction, self.taken, self.step, self.tables, self.graphs)
+        total, allowed, taken, step, tables, graphs = (f"{n / 2**30:.2f} GiB" for n in parts)
         enough = "" if needed >= 1 else f"raise kv_cache.memory_fraction above {needed:.2f}, "
         raise OutOfMemory(
             f"nothing is left for the KV cache: the GPU has {total}, of which {allowed} may be used (kv_cache.memory_fraction "
             f"{fraction:g}); {taken} are taken by weights and others, a step of {num_tokens} tokens and {num_rows} sequences "
-            f"takes {step}, graphs {graphs}. To make room, {enough}lower scheduler.max_num_batched_tokens or "
-            "scheduler.max_num_seqs, or quantize the weights"
+            f"takes {step}, tables of sequences {tables}, graphs {graphs}. To make room, {enough}lower "
+            "scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or quantize the weights"
         )
 
 
-def largest_step(model: Model, drawing: Drawing, device: torch.device, num_tokens: int, num_rows: int) -> int:
+def largest_step(model: Model, drawing: Drawing, accelerator: Accelerator, num_tokens: int, num_rows: int) -> int:
     """Run a step of so many tokens and rows that sample, without a cache; bytes of its peak. Raises `OutOfMemory`."""
+    device = accelerator.device
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.zeros_like(q)
 
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    def step() -> None:
+        at = torch.arange(num_tokens, device=device)
+        hidden = model.forward(torch.zeros_like(at), at, attend)
+        logits = model.logits(hidden[:num_rows])
+        drawing.cut_(logits, [0] * len(logits), [0.9] * len(logits))
+        drawing.best(logits)
+
     try:
         with torch.inference_mode():
-            at = torch.arange(num_tokens, device=device)
-            hidden = model.forward(torch.zeros_like(at), at, attend)
-            logits = model.logits(hidden[:num_rows])
-            drawing.cut_(logits, [0] * len(logits), [0.9] * len(logits))
-            drawing.best(logits)
-            del hidden, logits
+            return accelerator.peak_memory(step)
     except torch.OutOfMemoryError as e:
         raise OutOfMemory(
             f"a step of {num_tokens} tokens and {num_rows} sequences does not fit on {device} beside the weights: lower "
             f"scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or quantize the weights ({e})"
         ) from None
-    peak: Any = torch.cuda.max_memory_allocated(device)
-    torch.cuda.empty_cache()
-    return int(peak) - before
 
 
-def gpu_memory(
-    model: Model, drawing: Drawing, device: torch.device, num_tokens: int, num_rows: int, num_captured: int
-) -> GpuMemory:
-    """Profile a model whose weights are loaded; `num_captured` is the largest batch of a graph, 0 without graphs."""
-    step = largest_step(model, drawing, device, num_tokens, num_rows)
-    free, total = torch.cuda.mem_get_info(device)
-    logits = 2 * num_captured * model.vocab_size * 4
-    return GpuMemory(total, total - free, step, GRAPH_OVERHEAD + logits if num_captured else 0)
+def graph_memory(accelerator: Accelerator, new_graphs: Callable[[], GraphLadder]) -> int:
+    """Bytes that capturing every size takes, from a trial of the largest, a middle and the smallest: what the largest takes is
+    shared, and each other graph adds what these two did on average. The graphs are not kept."""
+    free, _ = accelerator.memory()
+    graphs, left = new_graphs(), [free]
+    sizes = graphs.sizes
+    for size in sorted({sizes[-1], sizes[len(sizes) // 2], sizes[0]}, reverse=True):
+        graphs.capture(size)
+        left.append(accelerator.memory()[0])
+    largest, *others = (max(0, before - after) for before, after in pairwise(left))
+    each = -(-sum(others) // len(others)) if others else 0
+    return largest + each * (len(sizes) - 1)

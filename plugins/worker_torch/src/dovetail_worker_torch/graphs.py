@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,17 +29,8 @@ def ladder(max_num_seqs: int) -> list[int]:
     return [n for n in (1, 2, 4, *range(8, 257, 8), *range(288, 512, 32)) if n < largest] + [largest]
 
 
-@dataclass
-class Rung:
-    """A captured batch size."""
-
-    graph: Graph
-    logits: Tensor
-    """f32[size, V], overwritten by the next replay of any rung."""
-
-
 class GraphLadder:
-    """Decode steps of one model. `capture` once, when the caches are there; then `run`."""
+    """Decode steps of one model. `capture_all` once, when the caches are there; then `run`."""
 
     def __init__(
         self, accelerator: Accelerator, model: Model, table: DeviceTable, groups: list[KVGroup],
@@ -50,7 +40,7 @@ class GraphLadder:
         self._accelerator, self._model, self._table, self._attend = accelerator, model, table, attend
         self._groups, self._backends, self._layers = groups, backends, layers
         self.sizes = sorted(sizes)
-        self._rungs: dict[int, Rung] = {}
+        self._graphs: dict[int, Graph] = {}
         largest, device = self.sizes[-1], accelerator.device
         self._numbers = torch.zeros(2, largest, dtype=torch.int64, device=device)
         """Of each row: its seat, and how many tokens it has computed."""
@@ -58,33 +48,32 @@ class GraphLadder:
         self._seq_lens = torch.ones(largest, dtype=torch.int32, device=device)
         self._block_tables = [torch.zeros_like(t[:1].expand(largest, -1)).contiguous() for t in table.blocks_on_device]
         self._slots = [torch.zeros(largest, dtype=torch.int64, device=device) for _ in groups]
+        self._logits = torch.zeros(largest, model.vocab_size, dtype=torch.float32, device=device)
+        """Of the last step, whatever its size. Tensors allocated in a capture and kept would add up over the sizes."""
 
     def size_for(self, num_rows: int) -> int | None:
         """The captured size that a step of so many rows runs in, if there is one."""
         at = bisect_left(self.sizes, num_rows)
-        return self.sizes[at] if num_rows > 0 and at < len(self.sizes) and self.sizes[at] in self._rungs else None
+        return self.sizes[at] if num_rows > 0 and at < len(self.sizes) and self.sizes[at] in self._graphs else None
 
-    def capture(self, progress: Callable[[int, int], None]) -> None:
+    def capture_all(self, progress: Callable[[int, int], None]) -> None:
         """Capture every size, the largest first, so that the others fit into its memory."""
         for done, size in enumerate(reversed(self.sizes)):
             progress(done, len(self.sizes))
-            nobody = np.zeros(0, np.int64)
-            self._prepare(nobody, nobody, size)
-            results: list[Tensor] = []
-
-            def forward(size: int = size, results: list[Tensor] = results) -> None:
-                results[:] = [self._forward(size)]
-
-            graph = self._accelerator.capture(forward)
-            self._rungs[size] = Rung(graph, results[0])
+            self.capture(size)
         progress(len(self.sizes), len(self.sizes))
 
+    def capture(self, size: int) -> None:
+        """Capture one of the sizes."""
+        nobody = np.zeros(0, np.int64)
+        self._prepare(nobody, nobody, size)
+        self._graphs[size] = self._accelerator.capture(lambda: self._forward(size))
+
     def run(self, seats: I64, num_computed: I64, size: int) -> Tensor:
-        """Queue a step of one token a row: f32[rows, V]."""
+        """Queue a step of one token a row: f32[rows, V], overwritten by the next step."""
         self._prepare(seats, num_computed, size)
-        rung = self._rungs[size]
-        rung.graph.replay()
-        return rung.logits[: len(seats)]
+        self._graphs[size].replay()
+        return self._logits[: len(seats)]
 
     def _prepare(self, seats: I64, num_computed: I64, size: int) -> None:
         """Write what differs between steps of a size."""
@@ -99,7 +88,7 @@ class GraphLadder:
             )  # fmt: skip
             self._attend.plans[i] = backend.plan(batch, layers, group.block_size)
 
-    def _forward(self, size: int) -> Tensor:
+    def _forward(self, size: int) -> None:
         """What is captured."""
         seats, positions = self._numbers[0, :size], self._numbers[1, :size]
         self._seq_lens[:size] = positions + 1
@@ -112,5 +101,4 @@ class GraphLadder:
             slots[:size] = first + (positions - column * group.block_size)
         token_ids = self._table.tokens_on_device[seats, positions].to(torch.int64)
         hidden = self._model.forward(token_ids, positions, self._attend)
-        logits: Tensor = self._model.logits(hidden)
-        return logits
+        self._logits[:size] = self._model.logits(hidden)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +32,7 @@ from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE, fuses
-from dovetail_worker_torch.gpu_memory import gpu_memory
-from dovetail_worker_torch.graphs import ladder
+from dovetail_worker_torch.gpu_memory import GpuMemory, largest_step
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
 from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import cpu_memory
@@ -83,11 +84,21 @@ class TorchWorker:
         self._runner: Runner | None = None
         self._cached: list[list[CachedLayer]] = []
         """By KV group."""
+        self._reserved_for_graphs: int | None = None
+        """Bytes; None if nothing was measured."""
 
     def make_accelerator(self) -> Accelerator | None:
         return Cuda(self._device) if self._device.type == "cuda" else None
 
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Within it, the worker's device is the current one, to which Triton launches and for which memory is pinned."""
+        return nullcontext() if self._accelerator is None else self._accelerator.current()
+
     def load(self, progress: Progress) -> None:
+        with self._on_device():
+            self._load_models(progress)
+
+    def _load_models(self, progress: Progress) -> None:
         plan, kernels = self._context.plan, self._kernels
         plain: LayerMaker = PackedLinears(kernels, self._dtype) if kernels else TorchLinears(self._dtype, self._device)
         layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
@@ -144,16 +155,38 @@ class TorchWorker:
         fraction, gigabytes = option("kv_cache", "memory_fraction"), option("kv_cache", "memory_gb")
         if gigabytes is not None:
             return int(gigabytes * 2**30)
-        if self._device.type != "cuda":
+        if self._accelerator is None:
             return cpu_memory(fraction)
-        assert self._model is not None
         num_rows, num_tokens = option("scheduler", "max_num_seqs"), option("scheduler", "max_num_batched_tokens")
-        captured = ladder(num_rows)[-1] if self._captures else 0
-        with torch.cuda.device(self._device):
-            found = gpu_memory(self._model, self._drawing(), self._device, num_tokens, min(num_rows, num_tokens), captured)
+        with self._on_device():
+            found = self._profile(self._accelerator, num_tokens, min(num_rows, num_tokens))
+        if self._captures:
+            self._reserved_for_graphs = found.graphs
+        log.info(
+            "reserved on %s beside the KV cache: %s MiB for a step, %s for tables of sequences, %s for CUDA graphs",
+            self._device, _mib(found.step), _mib(found.tables), _mib(found.graphs),
+        )  # fmt: skip
         return found.for_cache(fraction, num_tokens, num_rows)
 
+    def _profile(self, accelerator: Accelerator, num_tokens: int, num_rows: int) -> GpuMemory:
+        """Measure what a step, the tables and the graphs take, the last two with the smallest KV cache that there can be."""
+        assert self._model is not None
+        step = largest_step(self._model, self._drawing(), accelerator, num_tokens, num_rows)
+        free, total = accelerator.memory()
+        self._allocate([2] * len(self.kv_groups()))  # block 0, of padding, and one more
+        tables = max(0, free - accelerator.memory()[0])
+        graphs = 0
+        if self._captures and isinstance(runner := self._runner, DeviceRunner):
+            max_num_seqs = self._context.option("scheduler", "max_num_seqs")
+            graphs = self._capturing(lambda: runner.measure_capture(max_num_seqs)) or 0
+        self._runner, self._cached = None, []
+        return GpuMemory(total, total - free, step, tables, graphs)
+
     def allocate(self, num_blocks: list[int]) -> None:
+        with self._on_device():
+            self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: list[int]) -> None:
         assert self._model is not None
         groups, last = self.kv_groups(), None
         if self._draft is not None:
@@ -221,7 +254,8 @@ class TorchWorker:
 
     def allocate_host(self, num_blocks: list[int]) -> None:
         dtype = KV_DTYPES[self._kv_dtype]
-        self._require_runner().host_tier = HostTier(self.kv_groups(), num_blocks, self._cached, dtype, self._device)
+        with self._on_device():
+            self._require_runner().host_tier = HostTier(self.kv_groups(), num_blocks, self._cached, dtype, self._device)
 
     def _shadow_attention(self, groups: list[KVGroup]) -> ShadowAttention | None:
         if self._shadow is None:
@@ -253,20 +287,42 @@ class TorchWorker:
             if self._draft is not None and length > 1:
                 decode = StepPlan(-1, [-1], [2], [length - 1], [True], [nothing], [[DRAFTED_BY_WORKER]])
             self.sample(self.submit(decode))
-            self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
+            with self._on_device():
+                self._require_runner().table.update(StepPlan(-1, [], [], [], [], [], released=[-1]))
         progress(what, 2, 2)
         if self._captures and isinstance(self._runner, DeviceRunner):
             self._capture(self._runner, progress)
 
     def _capture(self, runner: DeviceRunner, progress: Progress) -> None:
         max_num_seqs: int = self._context.option("scheduler", "max_num_seqs")
+
+        def capture() -> int:
+            before, _ = runner.accelerator.memory()
+            runner.capture(max_num_seqs, lambda done, total: progress("capturing CUDA graphs", done, total))
+            return max(0, before - runner.accelerator.memory()[0])
+
+        took, reserved = self._capturing(capture), self._reserved_for_graphs
+        if took is None:
+            return
+        of = "none was measured, as kv_cache.memory_gb is given" if reserved is None else f"reserved were {_mib(reserved)}"
+        log.info("CUDA graphs took %s MiB of %s (%s)", _mib(took), self._device, of)
+        if reserved is not None and took > reserved:
+            log.warning(
+                "CUDA graphs took %s MiB of %s, more than the %s reserved: large steps may find no memory. If they do, lower "
+                "kv_cache.memory_fraction", _mib(took), self._device, _mib(reserved),
+            )  # fmt: skip
+
+    def _capturing(self, work: Callable[[], int]) -> int | None:
+        """Do what captures graphs. If it fails, raises an error, or returns None where the worker then runs without graphs."""
         try:
-            with torch.inference_mode(), runner.accelerator.current():
-                runner.capture(max_num_seqs, lambda done, total: progress("capturing CUDA graphs", done, total))
+            with torch.inference_mode(), self._on_device():
+                return work()
         except Exception as e:
             if self._on_capture_failure == "plain":
                 log.warning("decode steps could not be captured, and run without graphs: %s: %s", type(e).__name__, e)
-                return
+                self._captures = False
+                return None
+            max_num_seqs = self._context.option("scheduler", "max_num_seqs")
             what = f"CUDA graphs for up to {max_num_seqs} sequences could not be captured: {type(e).__name__}: {e}"
             hint = "set worker.on_capture_failure or worker.execution to plain"
             if isinstance(e, torch.OutOfMemoryError):
@@ -276,7 +332,7 @@ class TorchWorker:
     def submit(self, plan: StepPlan) -> Any:
         runner = self._require_runner()
         if isinstance(runner, DeviceRunner):
-            with torch.inference_mode(), runner.accelerator.current():
+            with torch.inference_mode(), self._on_device():
                 return runner.submit(plan)
 
         def run() -> Computed | StepResult:
@@ -290,21 +346,26 @@ class TorchWorker:
         done: Computed | Queued | StepResult = handle.result() if isinstance(handle, Future) else handle
         if isinstance(done, StepResult):
             return done
-        if isinstance(done, Queued):
-            return cast(DeviceRunner, self._require_runner()).land(done)
-        with torch.inference_mode():  # a masked plan is not overlapped, so nothing else runs now
-            return self._require_runner().draw(done, masks)
+        with torch.inference_mode(), self._on_device():
+            if isinstance(done, Queued):
+                return cast(DeviceRunner, self._require_runner()).land(done)
+            return self._require_runner().draw(done, masks)  # a masked plan is not overlapped, so nothing else runs now
 
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._accelerator is not None and self._runner is not None:
-            self._accelerator.synchronize()
-        self._runner = None
-        self._model = self._draft = None
-        self._cached = []
+        with self._on_device():
+            if self._accelerator is not None and self._runner is not None:
+                self._accelerator.synchronize()
+            self._runner = None
+            self._model = self._draft = None
+            self._cached = []
 
     def _require_runner(self) -> Runner:
         if self._runner is None:
             raise RuntimeError("the worker has no cache: allocate comes before submit, and nothing after close")
         return self._runner
+
+
+def _mib(num_bytes: int) -> int:
+    return -(-num_bytes // 2**20)

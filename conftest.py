@@ -1,0 +1,45 @@
+"""What `make test` leaves to `make test-real` because it takes long: a slice of each stays."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+
+LONG = (
+    # Wheels of the examples in fresh environments: all are built and found, and one is run.
+    *(f"tests/test_examples.py::test_{what}?{name}]" for what in ("it_conforms", "an_engine_composed_by_a_file_runs_with_it")
+      for name in ("architecture_gpt2", "attention_numpy", "attention_sdpa", "drafter_copycat", "eviction_clock", "quant_nf4",
+                   "scheduler_srf")),
+    "tests/test_guide.py::test_the_guide_is_carried_out",
+    "tests/test_new_plugin.py::test_their_own_tests_pass",
+    "tests/test_new_plugin.py::test_they_are_documented_typed_and_tidy",
+    "tests/test_example_architecture.py::test_it_passes_the_conformance_kit",
+    "tests/test_example_quantization.py::test_it_passes_the_conformance_kit",
+    "tests/test_draft_model.py::test_wrong_books_are_noticed?[!u]*",
+    "tests/test_draft_model.py::test_a_model_that_drafts_for_itself_is_always_right?[!a]*",
+    "tests/test_quantized_checkpoints.py::test_gptq?*act*",
+    "tests/test_new_plugin.py::test_conform_and_explain_name_them",
+    "tests/test_torch_compile.py::test_output_is_the_same_when_compiled?g[!p]*",
+    "tests/test_torch_compile.py::test_output_is_the_same_when_compiled?gpt-oss*",
+    "tests/test_pallas.py::test_greedy_tokens_are_those_of_the_reference*",
+    "tests/test_quantized_memory.py::test_it_takes_what_the_format_promises?[!i]*",  # int8 stays
+    # JAX compiles for seconds, and Triton's interpreter is slow: a few random steps stay, and what is no contract.
+    "plugins/attention_pallas/tests/test_attention_pallas.py::TestPallas::test_[!r]*",
+    "plugins/attention_pallas/tests/test_attention_pallas.py::TestPallas::test_random_step?[!0-3]]",
+    "plugins/attention_pallas/tests/test_attention_pallas.py::TestPallas::test_random_step??*[0-9]]",
+    "plugins/attention_cuda/tests/test_triton.py::TestTriton::test_every_declared_size_and_type",
+    "plugins/attention_cuda/tests/test_triton.py::TestTriton::test_an_old_plan_does_the_new_step?[!0]]",
+    "plugins/attention_cuda/tests/test_triton.py::TestTriton::test_sliding_window?[!0]]",
+    "plugins/attention_cuda/tests/test_cuda.py::test_nvcc_compiles_them*",
+    "plugins/attention_cuda/tests/test_cuda.py::test_contexts_are_split_where_rows_are_few*",
+    "plugins/worker_torch/tests/test_conformance.py::TestTorchWorkerCompiled::test_draws_follow_the_distribution",
+    "plugins/worker_torch/tests/test_conformance.py::TestTorchWorker::test_draws_follow_the_distribution",
+)  # fmt: skip
+"""Patterns of test ids."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(fnmatchcase(item.nodeid, pattern) for pattern in LONG):
+            item.add_marker(pytest.mark.real)
