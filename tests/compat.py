@@ -27,6 +27,7 @@ TESTS = (
     "tests/test_compat.py",
     "plugins/worker_torch/tests/test_bridge.py",
     "plugins/worker_torch/tests/test_models.py",
+    "plugins/worker_torch/tests/test_config_fields.py",
     "plugins/worker_torch/tests/test_torch_compile.py",
     "plugins/worker_torch/tests/test_architecture_contract.py",
     "plugins/quantize/tests",
