@@ -81,7 +81,7 @@ def test_while_it_loads_it_says_so(start: Any) -> None:
     served.until(lambda: _reachable(served.url))
     for answer in (httpx.get(f"{served.url}/health"), httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a"})):
         assert answer.status_code == 503
-        assert answer.headers["retry-after"] == "1"
+        assert 1 <= int(answer.headers["retry-after"]) <= 8
         assert "loading" in answer.json()["error"]["message"]
     assert httpx.get(f"{served.url}/v1/models").status_code == 200
     served.wait_ready()
@@ -217,7 +217,7 @@ def test_overload_is_told_and_loses_nothing(slow: Any) -> None:
     refused = [a for a in answers if a.status_code == 429]
     assert refused
     for answer in refused:
-        assert answer.headers["retry-after"] == "1"
+        assert 1 <= int(answer.headers["retry-after"]) <= 8
         assert answer.json()["error"]["type"] == "RateLimitError"
     served = [a for a in answers if a.status_code == 200]
     assert len(served) + len(refused) == 24
@@ -241,7 +241,7 @@ def test_when_the_engine_dies_everybody_is_told_and_a_new_one_serves(start: Any,
     assert served.quiet()
     refused = httpx.post(f"{served.url}{COMPLETIONS}", json=LONG)
     assert refused.status_code == 503
-    assert refused.headers["retry-after"] == "1"
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
     assert httpx.get(f"{served.url}/health").status_code == 503
     served.until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
     assert httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a", "max_tokens": 2}).status_code == 200

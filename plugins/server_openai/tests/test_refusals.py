@@ -240,7 +240,7 @@ def guarded(start_any: Any) -> Iterator[Any]:
     assert served.stop() == 0
 
 
-def test_the_key_guards_v1_alone(guarded: Any) -> None:
+def test_the_key_guards_all_but_what_a_load_balancer_asks(guarded: Any) -> None:
     with guarded.client() as http:
         for headers in (
             {}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret-key"}, {"authorization": "Basic s3cret-key"},
@@ -252,8 +252,13 @@ def test_the_key_guards_v1_alone(guarded: Any) -> None:
             assert answer.headers["x-request-id"] == "7"
             refusal(http.post(COMPLETIONS, json={"prompt": "a"}, headers=headers), 401)
             refusal(http.get("/%761/models", headers=headers), 401)
-        for path in ("/health", "/metrics", "/version", "/openapi.json"):
+        for path in ("/health", "/live", "/version"):
             assert http.get(path).status_code == 200
+        for path in ("/metrics", "/openapi.json", "/docs", "/load", "/tokenizer_info", "/nowhere", "/v1/dovetail/plan"):
+            refusal(http.get(path), 401)
+        for path in ("/tokenize", "/detokenize", "/reset_prefix_cache"):
+            refusal(http.post(path, json={"prompt": "a", "tokens": [5]}), 401)
+        assert http.options("/v1/models").status_code == 405
         for scheme in ("Bearer", "bearer"):
             assert http.get("/v1/models", headers={"authorization": f"{scheme} s3cret-key"}).status_code == 200
     with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret-key", max_retries=0) as client:
@@ -268,10 +273,11 @@ def test_the_key_guards_v1_alone(guarded: Any) -> None:
 
 
 def test_the_key_is_told_nowhere(guarded: Any) -> None:
-    with guarded.client() as http:
-        for path in ("/version", "/metrics", "/openapi.json", "/tokenizer_info"):
-            assert "s3cret" not in http.get(path).text
-        assert "s3cret" not in http.get("/v1/models", headers={"authorization": "Bearer s3cret-key"}).text
+    with guarded.client(headers={"authorization": "Bearer s3cret-key"}) as http:
+        for path in ("/version", "/metrics", "/openapi.json", "/tokenizer_info", "/v1/models", "/v1/dovetail/plan"):
+            answer = http.get(path)
+            assert answer.status_code == 200
+            assert "s3cret" not in answer.text
     assert "s3cret" not in guarded.output()
 
 

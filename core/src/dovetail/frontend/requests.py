@@ -41,6 +41,14 @@ def sampling_defaults(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class RequestMaker:
     """Tokenizes and checks against one model. Holds no state that requests change."""
 
@@ -65,6 +73,9 @@ class RequestMaker:
             given = f"{len(cache_salt)} characters" if isinstance(cache_salt, str) else repr(cache_salt)[:100]
             what = f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters, not {given}"
             raise InvalidRequest(what, param="cache_salt")
+        for param, texts in (("cache_salt", [cache_salt or ""]), ("stop", params.stop), ("request_id", [request_id or ""])):
+            if not all(_is_unicode(text) for text in texts):
+                raise InvalidRequest(f"{param} is not valid Unicode: it holds a lone surrogate", param=param)
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
         room = self.max_model_len - len(token_ids)
         if room < 0 or (room == 0 and params.max_tokens != 0):

@@ -20,6 +20,8 @@ REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character (yet)."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that a chat template finds by these names, as in transformers."""
+LONG_TEXT = 10_000
+"""Characters, or tokens, from which on other threads may run meanwhile."""
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_RENDERED_CHARS = 8 * 2**20
 
@@ -61,11 +63,16 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises `InvalidRequest` for text that is no valid Unicode (lone surrogates)."""
         try:
+            if len(text) > LONG_TEXT:  # as a batch, in which the library lets other threads run
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return list(encoding.ids)
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequest("the text is not valid Unicode: it holds a lone surrogate", param="prompt") from None
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        if len(token_ids) > LONG_TEXT:
+            return str(self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def hidden_tokens(self, skip_special_tokens: bool) -> dict[int, bool]:
@@ -224,7 +231,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        # Clients can read it: a link may lead to the files of a hub's cache, and nowhere else.
+        target, allowed = path.resolve(), (folder.resolve(), folder.resolve().parent.parent / "blobs")
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise CheckpointError(f"{path} is a link that leads out of the model's folder, to {target}")
+        return target.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")

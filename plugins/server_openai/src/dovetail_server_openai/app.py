@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,23 +10,25 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
-from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail import __version__
 from dovetail.attribution import Attribution
-from dovetail.errors import InvalidRequest, ModelNotFound, PluginError
+from dovetail.errors import ModelNotFound, PluginError
 from dovetail.frontend.requests import sampling_defaults
 from dovetail.serving import AsyncEngine
 from dovetail.weights import alike
 from dovetail_server_openai import ServerOptions, failures
+from dovetail_server_openai.guard import Guard
 from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dovetail_server_openai.routes import Completions
 
-GUARDED = ("/v1", "/reset_prefix_cache")
-"""Paths that need the API key, if there is one."""
+TOKENIZER_KEYS = (
+    "tokenizer_class", "model_max_length", "add_bos_token", "add_eos_token", "clean_up_tokenization_spaces",
+    "split_special_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
+)  # fmt: skip
+"""Fields of tokenizer_config.json that clients are shown; a folder may hold anything in the others."""
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"description": failures.TYPES[code]} for code in (400, 401, 404, 413, 429, 500, 503)
@@ -85,6 +86,13 @@ def make_app(
             return Response()
         return failures.error_response(f"the engine is {engine.state}", 503)
 
+    @app.get("/live", response_model=None)
+    async def live() -> Response:
+        """Whether this process can still come to serve: also while it loads, restarts or drains."""
+        if engine.state not in ("failed", "closed"):
+            return Response()
+        return failures.error_response(f"the engine is {engine.state}", 503)
+
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__, "plan": fingerprint}
@@ -105,7 +113,8 @@ def make_app(
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         t = engine.tokenizer
-        return {**t.config, **t.special_tokens, "chat_template": t.chat_template}
+        shown = {key: t.config[key] for key in TOKENIZER_KEYS if key in t.config}
+        return {**shown, **t.special_tokens, "chat_template": t.chat_template}
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
@@ -118,14 +127,11 @@ def make_app(
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
-        completions.check_model(body.model)
-        if not all(0 <= t < engine.maker.model.vocab_size for t in body.tokens):
-            raise InvalidRequest(f"token ids are from 0 to {engine.maker.model.vocab_size - 1}", param="tokens")
-        return {"prompt": engine.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        return await completions.detokenize(body)
 
     for name, make_router in (routes or {}).items():
         _add_routes(app, name, make_router, engine)
-    app.add_middleware(Guard, options=options)
+    app.add_middleware(Guard, options=options, routes=app.routes)
     return app
 
 
@@ -141,49 +147,3 @@ def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: AsyncE
         if isinstance(route, Route) and (twice := [m for m in route.methods or () if (m, route.path) in taken]):
             raise PluginError(f"routes: {name} would take the place of {twice[0]} {route.path}", provider=name)
     app.include_router(router)
-
-
-class Guard:
-    """Before any route: the API key, the size of the body, and the request id that is echoed."""
-
-    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
-        self._app = app
-        self._key = options.api_key.get_secret_value().encode() if options.api_key is not None else None
-        self._max_body = int(options.max_body_mb * 2**20)
-        self._too_large = f"the body is larger than {self._max_body} bytes (max_body_mb)"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        request_id: bytes | None = headers.get(b"x-request-id")
-        num_received = 0
-
-        async def bounded() -> Message:
-            nonlocal num_received
-            message = await receive()
-            num_received += len(message.get("body", b""))
-            if num_received > self._max_body:  # a body that did not say how long it is
-                raise HTTPException(413, self._too_large)
-            return message
-
-        async def echoing(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", (request_id or b"")[:200])]
-            await send(message)
-
-        app = self._refusal(scope, headers) or self._app
-        await app(scope, bounded, send if request_id is None else echoing)
-
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
-        if self._key is not None and scope["path"].startswith(GUARDED) and scope["method"] != "OPTIONS":
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
-                return failures.error_response(
-                    "give the API key: Authorization: Bearer …", 401, headers={"WWW-Authenticate": "Bearer"}
-                )
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or len(length) > 18 or int(length) > self._max_body:
-            return failures.error_response(self._too_large, 413)
-        return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,10 +36,16 @@ def error_body(message: str, status: int, param: str | None = None) -> dict[str,
 
 
 def error_response(
-    message: str, status: int, param: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    own = {"Retry-After": "1"} if status in (429, 503) else {}
+    message: str, status: int, param: str | None = None, headers: Mapping[str, str] | None = None,
+    retry_after: float | None = None,
+) -> JSONResponse:  # fmt: skip
+    own = {"Retry-After": str(_spread(retry_after or 1.0))} if status in (429, 503) else {}
     return JSONResponse(error_body(message, status, param), status, {**own, **(headers or {})})
+
+
+def _spread(seconds: float) -> int:
+    """Whole seconds, up to half as many again: clients that were refused together do not come back together."""
+    return math.ceil(seconds * random.uniform(1, 1.5))
 
 
 def install(app: FastAPI, culprit: Attribution | None = None) -> None:
@@ -47,7 +55,7 @@ def install(app: FastAPI, culprit: Attribution | None = None) -> None:
     async def ours(request: Request, error: DovetailError) -> JSONResponse:
         if error.http_status == 500:  # 503 is said once, by who knows why
             log.error("%s: %s", type(error).__name__, error.message)
-        return error_response(error.message, error.http_status, error.param)
+        return error_response(error.message, error.http_status, error.param, retry_after=error.retry_after)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dovetail.errors import InvalidRequest
 from dovetail.types import SamplingParams
@@ -39,7 +39,16 @@ class StreamOptions(Body):
 class Sampled(Body):
     """What both completion routes share: OpenAI's parameters and vLLM's extra ones."""
 
-    model_config = ConfigDict(strict=True, extra="allow")  # kept only to see which of `UNSUPPORTED` are asked for
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        """Before fields are read, because unknown ones are not kept: a stream would hold them as long as it lasts."""
+        if isinstance(data, dict):
+            for name in UNSUPPORTED:
+                value = data.get(name)
+                if value is not None and value not in HARMLESS.get(name, ()):
+                    raise InvalidRequest(f"{name}: not supported by this server", param=name)
+        return data
 
     model: str | None = None
     n: int | None = None
@@ -69,10 +78,6 @@ class Sampled(Body):
 
     def check(self) -> None:
         """Raise `InvalidRequest` for what is no range of one field."""
-        for name in UNSUPPORTED:
-            value = (self.model_extra or {}).get(name)
-            if value is not None and value not in HARMLESS.get(name, ()):
-                raise InvalidRequest(f"{name}: not supported by this server", param=name)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is for streams: set stream to true", param="stream_options")
         if self.prompt_logprobs is not None and self.stream:

@@ -21,12 +21,19 @@ from dovetail.types import Request, SamplingParams
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.answers import Answer, ChatAnswer, Choice, CompletionAnswer, usage
 from dovetail_server_openai.failures import error_body
+from dovetail_server_openai.guard import SALT
 from dovetail_server_openai.metrics import Metrics
-from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, Sampled, TokenizeRequest
+from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
 from dovetail_server_openai.streams import EventStream, merged, until_gone
 
 LONG_TEXT = 20_000
 """Characters from which on a text is tokenized in a thread: other requests' streams must not wait for it."""
+LONG_ANSWER = 5_000
+"""Log-probabilities from which on an answer is put together in a thread, for the same reason."""
+NUM_TOKENIZING = 2
+"""Long texts that are tokenized at a time: clients that send many wait for each other, and not the streams for them."""
+MAX_DETOKENIZED = 2**20
+"""Token ids of one /detokenize."""
 
 
 class Completions:
@@ -39,6 +46,7 @@ class Completions:
         self._defaults = defaults
         self._model = engine.plan.served_model_name
         self._fingerprint = engine.plan.fingerprint
+        self._tokenizing = asyncio.Semaphore(NUM_TOKENIZING)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self._model:
@@ -59,7 +67,7 @@ class Completions:
                 f"{len(prompts)} prompts with n = {params.n}; there must be at least one prompt, and prompts × n can be at "
                 f"most {limit} (max_num_waiting)", param="prompt",
             )  # fmt: skip
-        requests = await self._make(prompts, params, body, special=body.add_special_tokens)
+        requests = await self._make(prompts, params, body, http, special=body.add_special_tokens)
         tokenizer = self._engine.tokenizer
         echoed = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts] if body.echo else [""] * len(prompts)
         return await self._answer(requests, body, http, CompletionAnswer(body, tokenizer, echoed, params.n))
@@ -77,7 +85,7 @@ class Completions:
             [m.as_dict() for m in body.messages], add_generation_prompt=body.add_generation_prompt,
             template=body.chat_template, variables=body.chat_template_kwargs,
         )  # fmt: skip
-        requests = await self._make([text], params, body, special=False)
+        requests = await self._make([text], params, body, http, special=False)
         return await self._answer(requests, body, http, ChatAnswer(body, tokenizer))
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
@@ -90,11 +98,23 @@ class Completions:
                 [m.as_dict() for m in body.messages], add_generation_prompt=body.add_generation_prompt
             )
         special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
-        tokens = await asyncio.to_thread(self._engine.maker.encode, text, add_special_tokens=special)
+        async with self._tokenizing:
+            tokens = await asyncio.to_thread(self._engine.maker.encode, text, add_special_tokens=special)
         strings = [tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
         return {
             "count": len(tokens), "max_model_len": self._engine.plan.max_model_len, "tokens": tokens, "token_strs": strings,
         }  # fmt: skip
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
+        self.check_model(body.model)
+        size = self._engine.maker.model.vocab_size
+        if len(body.tokens) > MAX_DETOKENIZED:
+            raise InvalidRequest(f"{len(body.tokens)} tokens; at most {MAX_DETOKENIZED} at a time", param="tokens")
+        if not all(0 <= t < size for t in body.tokens):
+            raise InvalidRequest(f"token ids are from 0 to {size - 1}", param="tokens")
+        async with self._tokenizing:
+            text = await asyncio.to_thread(self._engine.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        return {"prompt": text}
 
     def _check_logprobs(self, name: str, value: int | None) -> None:
         if value is not None and not 0 <= value <= self._options.max_logprobs:
@@ -105,16 +125,29 @@ class Completions:
         return body.sampling(self._defaults, max_tokens=max_tokens, logprobs=logprobs)
 
     async def _make(
-        self, prompts: list[str | list[int]], params: SamplingParams, body: Sampled, *, special: bool
+        self, prompts: list[str | list[int]], params: SamplingParams, body: Sampled, http: HttpRequest, *, special: bool
     ) -> list[Request]:
+        # Callers with keys of their own never find what another one's prompts left in the prefix cache.
+        salt, of_key = body.cache_salt, http.scope.get(SALT)
+        if of_key is not None:
+            salt = of_key if salt is None else f"{of_key} {salt}"
+
         def make() -> list[Request]:
-            make_one = partial(
-                self._engine.maker.make, priority=body.priority, cache_salt=body.cache_salt, add_special_tokens=special
-            )  # fmt: skip
+            make_one = partial(self._engine.maker.make, priority=body.priority, cache_salt=salt, add_special_tokens=special)
             return [make_one(p, params) for p in prompts]
 
-        long = sum(len(p) for p in prompts if isinstance(p, str)) > LONG_TEXT
-        return await asyncio.to_thread(make) if long else make()
+        if sum(len(p) for p in prompts if isinstance(p, str)) > LONG_TEXT:
+            async with self._tokenizing:
+                requests = await asyncio.to_thread(make)
+        else:
+            requests = make()
+        if num_logprobs(requests) > self._options.max_answer_logprobs:
+            raise InvalidRequest(
+                f"the answer would hold {num_logprobs(requests)} log-probabilities; at most "
+                f"{self._options.max_answer_logprobs} (max_answer_logprobs): ask for fewer alternatives, tokens or prompts",
+                param="prompt_logprobs" if params.prompt_logprobs is not None else "logprobs",
+            )
+        return requests
 
     async def _answer(self, requests: list[Request], body: Sampled, http: HttpRequest, answer: Answer) -> Response:
         choices = [Choice(i * r.params.n + k, r) for i, r in enumerate(requests) for k in range(r.params.n)]
@@ -131,9 +164,13 @@ class Completions:
                     choices[delta.index].take(delta)
 
         await until_gone(http.receive, collect())
-        whole = [answer.whole(c, c.held) for c in choices if c.held is not None]
-        data = {**head, "choices": whole, "usage": usage(choices), **answer.extra(choices)}
-        return Response(orjson.dumps(data), media_type="application/json")
+
+        def written() -> bytes:
+            whole = [answer.whole(c, c.held) for c in choices if c.held is not None]
+            return orjson.dumps({**head, "choices": whole, "usage": usage(choices), **answer.extra(choices)})
+
+        is_long = num_logprobs(requests) > LONG_ANSWER
+        return Response(await asyncio.to_thread(written) if is_long else written(), media_type="application/json")
 
     async def _events(
         self, requests: list[Request], choices: list[Choice], body: Sampled, head: dict[str, Any], answer: Answer
@@ -173,6 +210,17 @@ class Completions:
                 raise
             yield _event(error_body(e.message, e.http_status, e.param))
         yield b"data: [DONE]\n\n"
+
+
+def num_logprobs(requests: list[Request]) -> int:
+    """The most log-probabilities that the answers to these requests can hold."""
+    total = 0
+    for r in requests:
+        if r.params.prompt_logprobs is not None:
+            total += len(r.prompt_token_ids) * (r.params.prompt_logprobs + 1)
+        if r.params.logprobs is not None:
+            total += r.params.n * r.max_tokens * (r.params.logprobs + 1)
+    return total
 
 
 def _event(data: dict[str, Any]) -> bytes:

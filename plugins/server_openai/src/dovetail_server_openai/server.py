@@ -11,10 +11,11 @@ from types import FrameType
 import uvicorn
 
 from dovetail.attribution import Attribution
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, EngineDead
 from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.app import MakeRouter, make_app
+from dovetail_server_openai.connections import allow_connections, bounded_protocol
 
 CLOSE_SECONDS = 5
 """How long a client has to fetch the rest of an answer, once the engine has drained."""
@@ -34,15 +35,17 @@ class OpenAIServer:
         sock = _bind(host, port)
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
+        limits = (allow_connections(), self._options.head_timeout, self._options.body_timeout)
         config = uvicorn.Config(
             make_app(engine, self._options, self._routes, self._culprit), log_level="warning", access_log=False, lifespan="off",
-            timeout_graceful_shutdown=CLOSE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS, http=bounded_protocol(*limits), ws="none",
         )  # fmt: skip
 
         async def both() -> None:
             uvicorn_server = _Draining(config, engine, self._options.drain_seconds)
             serving = asyncio.create_task(uvicorn_server.serve(sockets=[sock]))
             starting = asyncio.create_task(engine.start())
+            failing = asyncio.create_task(_until_failed(engine, uvicorn_server))
             try:
                 await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
@@ -50,7 +53,10 @@ class OpenAIServer:
                     gc.freeze()  # what lives as long as the process need not be looked at again
                     on_ready(url)
                 await serving
+                if engine.failed.is_set():
+                    raise EngineDead(f"the engine has been given up: {engine.failure}")
             finally:
+                failing.cancel()
                 uvicorn_server.should_exit = True
                 await serving
                 await engine.close()
@@ -58,6 +64,12 @@ class OpenAIServer:
 
         with sock, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(both())
+
+
+async def _until_failed(engine: AsyncEngine, server: uvicorn.Server) -> None:
+    """An engine that is given up ends the server too: whoever supervises it can do more."""
+    await engine.failed.wait()
+    server.should_exit = True
 
 
 class _Draining(uvicorn.Server):

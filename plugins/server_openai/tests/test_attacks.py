@@ -1,0 +1,255 @@
+"""What a client without good intentions tries: each is refused within bounds, and costs nobody else anything."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+COMPLETIONS = "/v1/completions"
+QUICK = {"head_timeout": 1, "body_timeout": 1}
+
+
+@pytest.fixture(scope="module")
+def strict(start_any: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Short deadlines, and three keys, of which two are in a file."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("# of our clients\nfirst-key\n\nsecond-key\n")
+    options = {**QUICK, "api_key": "third-key", "api_key_file": str(keys), "open_metrics": True, "max_answer_logprobs": 500}
+    served = start_any(server=options, prefix_cache="hash")
+    yield served
+    assert served.stop() == 0
+    assert "Traceback" not in served.output()
+
+
+@contextmanager
+def connected(served: Any) -> Iterator[socket.socket]:
+    url = httpx.URL(served.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=20) as sock:
+        yield sock
+
+
+def until_closed(sock: socket.socket) -> bytes:
+    said = b""
+    try:
+        while part := sock.recv(65536):
+            said += part
+    except ConnectionResetError:
+        pass
+    return said
+
+
+def key(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}-key"}
+
+
+# Heads, bodies and connections.
+
+
+def test_a_connection_that_says_nothing_is_closed(strict: Any) -> None:
+    began = time.monotonic()
+    with connected(strict) as sock:
+        assert b" 408 " in until_closed(sock)
+    assert time.monotonic() - began < 5
+
+
+def test_a_head_that_never_ends_is_cut(strict: Any) -> None:
+    with connected(strict) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        began = time.monotonic()
+        try:
+            while time.monotonic() - began < 10:
+                sock.sendall(b"X-A: b\r\n")
+                time.sleep(0.1)
+            pytest.fail("it waits for ever")
+        except OSError:
+            assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("header", [b"X: " + b"a" * 1000 + b"\r\n", b"a" * 1000], ids=["many headers", "one header"])
+def test_a_head_has_a_limit(strict: Any, header: bytes) -> None:
+    with connected(strict) as sock:
+        said = b""
+        try:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+            for _ in range(4000):
+                sock.sendall(header)
+            said = until_closed(sock)
+        except OSError:
+            pass  # closed while we were writing
+        assert b" 200 " not in said
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(strict: Any) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first-key\r\nContent-Length: 100\r\n\r\n{"
+    began = time.monotonic()
+    with connected(strict) as sock:
+        sock.sendall(head)
+        assert b" 200 " not in until_closed(sock)
+    assert time.monotonic() - began < 5
+
+
+def test_a_request_that_takes_longer_than_a_deadline_is_answered(start: Any) -> None:
+    """Deadlines are for what clients send, not for what they wait for; and a kept connection serves again."""
+    served = start(server=QUICK, worker={"use": "simulated", "step_seconds": 0.05})
+    with served.client() as http:
+        for _ in range(2):
+            answer = http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 40, "ignore_eos": True})
+            assert answer.json()["usage"]["completion_tokens"] == 40
+
+
+def test_silent_connections_keep_nobody_out(start: Any) -> None:
+    served = start(server={"head_timeout": 3})
+    limit = int(subprocess.run(["sh", "-c", "ulimit -n"], capture_output=True, text=True, check=True).stdout)
+    with ExitStack() as stack:
+        for _ in range(min(300, limit // 2)):
+            stack.enter_context(connected(served))
+        assert httpx.get(f"{served.url}/health", timeout=10).status_code == 200
+    assert served.stop() == 0
+
+
+# Keys.
+
+
+def test_each_key_has_a_prefix_cache_of_its_own(strict: Any) -> None:
+    body = {"prompt": "a prefix that is long enough to fill some blocks of the cache " * 3, "max_tokens": 1}
+
+    def cached(name: str, **more: Any) -> int:
+        answer = httpx.post(f"{strict.url}{COMPLETIONS}", json={**body, **more}, headers=key(name), timeout=30)
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached("first") == 0
+    assert cached("first") > 0
+    assert cached("second") == 0
+    assert cached("second", cache_salt="mine") == 0
+    assert cached("third", cache_salt="mine") == 0
+    assert cached("second", cache_salt="mine") > 0
+
+
+def test_metrics_are_open_where_that_is_said(strict: Any) -> None:
+    assert httpx.get(f"{strict.url}/metrics").status_code == 200
+    assert httpx.get(f"{strict.url}/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"api_key": ""}, "api_key is empty"), ({"api_key": "  "}, "api_key is empty"), ({"api_key_file": "/nowhere"}, "cannot be read")],
+)
+def test_keys_that_protect_nothing_are_refused(start_any: Any, options: dict[str, Any], said: str) -> None:
+    served = start_any(server=options, wait=False)
+    assert served.process.wait(30) == 2
+    assert said in served.output()
+
+
+# Requests.
+
+
+def test_the_size_of_an_answer_has_a_limit(strict: Any) -> None:
+    with strict.client(headers=key("first")) as http:
+        for body in (
+            {"prompt": ["a" * 200] * 3, "prompt_logprobs": 1, "max_tokens": 1},
+            {"prompt": "a", "n": 4, "logprobs": 2, "max_tokens": 100},
+            {"prompt": "a" * 200, "echo": True, "logprobs": 2, "max_tokens": 0},
+        ):
+            answer = http.post(COMPLETIONS, json=body)
+            assert answer.status_code == 400
+            assert "max_answer_logprobs" in answer.json()["error"]["message"]
+        assert http.post(COMPLETIONS, json={"prompt": "a" * 200, "prompt_logprobs": 1, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["stop", "cache_salt", "prompt"])
+def test_a_lone_surrogate_is_a_bad_request(server: Any, field: str) -> None:
+    body = '{"prompt": "a", "max_tokens": 1, "%s": "\\ud800"}' % field
+    answer = httpx.post(f"{server.url}{COMPLETIONS}", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert "surrogate" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
+def test_numbers_beyond_float32_are_bad_requests(server: Any, field: str) -> None:
+    answer = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": "a", "max_tokens": 1, field: 1e308})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_long_texts_do_not_hold_up_a_stream(start: Any) -> None:
+    """Two clients tokenize and detokenize without a pause, while a stream is read."""
+    served = start(worker={"use": "simulated", "step_seconds": 0.01})
+    body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "stream": True}
+
+    def events() -> tuple[int, float]:
+        count, longest, last = 0, 0.0, time.monotonic()
+        with httpx.stream("POST", f"{served.url}{COMPLETIONS}", json=body, timeout=30) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data:"):
+                    now = time.monotonic()
+                    longest, last, count = max(longest, now - last), now, count + 1
+        return count, longest
+
+    stop = threading.Event()
+
+    def attack() -> None:
+        with served.client() as http:
+            while not stop.is_set():
+                http.post("/tokenize", json={"prompt": "attack " * 30_000})
+                http.post("/detokenize", json={"tokens": [70] * 200_000})
+
+    threads = [threading.Thread(target=attack) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    count, longest = events()
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert count == 101
+    assert longest < 5, "a text held everybody up"
+
+
+def test_more_tokens_than_any_text_has_are_refused(server: Any) -> None:
+    answer = httpx.post(f"{server.url}/detokenize", json={"tokens": [70] * (2**20 + 1)}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tokens")
+
+
+# The model's folder.
+
+
+def test_the_tokenizers_config_is_shown_in_part(start: Any, tmp_path: Path) -> None:
+    from dovetail.testing.plugin import make_model
+
+    model = make_model(tmp_path / "model")
+    config = model / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{", '{"hub_token": "hf_s3cret", ', 1))
+    served = start(model=str(model))
+    answer = httpx.get(f"{served.url}/tokenizer_info")
+    assert "s3cret" not in answer.text
+    assert answer.json()["eos_token"] == "<eos>"
+
+
+def test_a_template_that_links_out_of_the_folder_is_not_read(start_any: Any, tmp_path: Path) -> None:
+    from dovetail.testing.plugin import make_model
+
+    (tmp_path / "secret").write_text("s3cret")
+    model = make_model(tmp_path / "model")
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    served = start_any(model=str(model), wait=False)
+    assert served.process.wait(30) == 2
+    assert "leads out of the model's folder" in served.output()
+
+
+def test_files_of_the_working_directory_do_not_run(start_any: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "msgspec", "jinja2"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    site = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", site)
+    code = "import sys; sys.path[:] = [p for p in sys.path if p]; from dovetail.cli.main import main; sys.exit(main(['plugins']))"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert not (tmp_path / "ran").exists()
