@@ -134,6 +134,10 @@ class EngineConfig(BaseModel):
         "auto", description="schedule the next step while one runs; auto: unless both would share the same cores (cpu)"
     )
     max_num_waiting: int = Field(1024, ge=1, description="sequences that may wait; more are refused as overload")
+    queue_timeout: float | None = Field(
+        None, gt=0, description="seconds that a request may wait for its first step; then it is refused as overload"
+    )
+    request_timeout: float | None = Field(None, gt=0, description="seconds that a request may take in all; then it is ended")
     stall_timeout: float = Field(
         60, ge=1, description="seconds after which a step counts as stalled, unless five times its predicted time is more"
     )

@@ -7,6 +7,7 @@ tensors, text or processes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from dovetail.types import (
     EngineStats,
     FinishReason,
     Request,
+    RequestTimes,
     SequenceOutput,
     StepPlan,
     StepResult,
@@ -90,6 +92,18 @@ class Engine:
             if sample_index in (None, seq.sample_index):
                 self._finish(seq, "abort")
 
+    def expire(self, request_id: str) -> None:
+        """Fail a request that has waited too long, unless a step has taken it up meanwhile."""
+        group = list(self.requests.get(request_id, ()))
+        if any(seq.started_at for seq in group):
+            return
+        for seq in group:
+            waited = time.monotonic() - seq.added_at
+            message = f"the request has waited for {waited:.1f} s (queue_timeout); try again later"
+            output = SequenceOutput(request_id, seq.sample_index, [], error=(Overloaded.code, message))
+            self._news.append(output)
+            self._finish(seq, "error", output)
+
     @property
     def has_work(self) -> bool:
         return bool(self.sequences or self._news)
@@ -114,6 +128,11 @@ class Engine:
                 return None
         try:
             plan = self.scheduler.schedule(in_flight=in_flight)
+            if plan is not None and plan.starts:
+                now = time.monotonic()
+                for start in plan.starts:
+                    seq = self.sequences[start.seq_id]
+                    seq.started_at = seq.started_at or now
             if plan is not None and self.kv.block_ops:
                 plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
             return plan
@@ -192,6 +211,8 @@ class Engine:
         self._count_prompt(plan, row, seq)
         output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
         output.num_cached_tokens = seq.num_cached_tokens
+        if new and seq.num_output_tokens == 0:
+            output.times = RequestTimes(seq.started_at - seq.added_at, time.monotonic() - seq.started_at)
         if result.prompt_logprobs:
             output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
             seq.num_prompt_logprobs += len(output.prompt_logprobs)

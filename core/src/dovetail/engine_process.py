@@ -234,6 +234,8 @@ def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
             link.send(wire.Refused(message.request.request_id, e.code, e.message))
     elif isinstance(message, wire.Abort):
         engine.abort(message.request_id, message.sample_index)
+    elif isinstance(message, wire.Expire):
+        engine.expire(message.request_id)
     elif isinstance(message, wire.ResetPrefixCache):
         engine.kv.reset_prefix_cache()
         link.send(wire.News([], msgspec.structs.replace(engine.snapshot())))

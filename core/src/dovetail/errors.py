@@ -63,6 +63,13 @@ class EngineDead(EngineUnavailable):
     code = "engine_dead"
 
 
+class DeadlineExceeded(DovetailError):
+    """The request ran longer than the server gives one (`request_timeout`); its output so far is all there is."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+
+
 class StepFailed(DovetailError):
     """A step-scoped part (worker, attention, quantization, scheduler) raised; the step's requests failed with it."""
 
@@ -97,8 +104,8 @@ class OutOfMemory(DovetailError):
 ERRORS: dict[str, type[DovetailError]] = {
     cls.code: cls
     for cls in (
-        DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, StepFailed,
-        ConfigError, PluginError, CheckpointError, OutOfMemory,
+        DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, DeadlineExceeded,
+        StepFailed, ConfigError, PluginError, CheckpointError, OutOfMemory,
     )
 }  # fmt: skip
 """By code: how an error travels between processes."""

@@ -169,9 +169,7 @@ class LLM:
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation."""
-        if self.tokenizer is None:
-            raise InvalidRequest("chat needs a tokenizer, and this model has none", param="messages")
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        return self._maker.encode_chat(messages)
 
     def _run(self, states: list[RequestState]) -> Iterator[tuple[str, Delta]]:
         """Step until all are finished. What is left, if the caller stops early or an error is raised, is aborted."""

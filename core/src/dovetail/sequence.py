@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from dovetail.types import FinishReason, Request, SequenceStart, StepPlan
@@ -47,6 +48,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     """First tokens whose KV was found computed when it first ran."""
+    added_at: float = field(default_factory=time.monotonic)
+    started_at: float = 0.0
+    """When its first step was planned, on the same clock; 0 while it waits for that."""
 
     def __post_init__(self) -> None:
         r = self.request

@@ -24,6 +24,7 @@ from dovetail import wire
 from dovetail.config import EngineConfig
 from dovetail.errors import ERRORS, DovetailError, EngineDead, EngineUnavailable, InvalidRequest, Overloaded, PluginError
 from dovetail.facts import model_facts
+from dovetail.frontend.live import LiveRequest
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.frontend.requests import Prompt, RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from dovetail.plan import Plan
 from dovetail.resolution import resolve
 from dovetail.restarts import MAX_RESTARTS, Restarts
 from dovetail.shadow import ShadowReport
-from dovetail.types import EngineStats, Request, SamplingParams, SequenceOutput
+from dovetail.types import EngineStats, Request, SamplingParams
 from dovetail.weights import LayerWeights
 
 log = logging.getLogger("dovetail")
@@ -56,19 +57,6 @@ class _Stalled(EngineDead):
     """The process lives and does nothing: worth a look at its stacks."""
 
 
-class _Live:
-    """A request in flight, as its waiting client sees it. Outputs that nobody has fetched yet pile up and are merged."""
-
-    def __init__(self, state: RequestState, engine_id: str) -> None:
-        self.state = state
-        self.engine_id = engine_id
-        """Its id in the engine: never used twice, so that outputs and aborts of a cancelled request cannot be taken for those
-        of a later one with the same id."""
-        self.news: list[SequenceOutput] = []
-        self.error: DovetailError | None = None
-        self.changed = asyncio.Event()
-
-
 class AsyncEngine:
     """Lives in one asyncio event loop. `start`, then `generate` from any number of tasks, then `close`."""
 
@@ -87,8 +75,8 @@ class AsyncEngine:
         self.weights: list[LayerWeights] = []
         """Of the linear layers, once they are loaded, if some are quantized. See `compose.weights_of`."""
         self._progress = progress
-        self._live: dict[str, _Live] = {}
-        """By `_Live.engine_id`."""
+        self._live: dict[str, LiveRequest] = {}
+        """By `LiveRequest.engine_id`."""
         self._request_ids: set[str] = set()
         self._num_admitted = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -156,8 +144,7 @@ class AsyncEngine:
             while not live.state.finished:
                 await live.changed.wait()
                 live.changed.clear()
-                news, live.news = live.news, []
-                for delta in self._digest(live, news):
+                for delta in live.deltas():
                     yield delta
                 if live.error is not None and not live.state.finished:
                     raise live.error
@@ -167,8 +154,7 @@ class AsyncEngine:
             self._request_ids.discard(request.request_id)
             if not self._live:
                 self._idle.set()
-            if not live.state.finished and live.error is None:
-                self._send(wire.Abort(live.engine_id))
+            live.close()
 
     def check_ready(self) -> None:
         """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
@@ -177,6 +163,12 @@ class AsyncEngine:
         if self.state != "ready":
             wait = self._restarts.seconds_left if self.state in ("loading", "restarting") else None
             raise EngineUnavailable(f"the engine is {self.state}", retry_after=wait)
+
+    def check_admission(self) -> None:
+        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken now."""
+        self.check_ready()
+        if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
+            raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
 
     def reset_prefix_cache(self) -> None:
         """Find nothing of what has been computed so far, from the next request on. Requests in flight lose nothing.
@@ -217,40 +209,20 @@ class AsyncEngine:
 
     # Requests.
 
-    def _admit(self, request: Request) -> _Live:
-        self.check_ready()
+    def _admit(self, request: Request) -> LiveRequest:
+        self.check_admission()
         if request.request_id in self._request_ids:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use", param="request_id")
         if request.params.n > self.config.max_num_waiting:
             raise InvalidRequest(f"n is {request.params.n}, and only {self.config.max_num_waiting} may wait", param="n")
-        if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
-            raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
         self._num_admitted += 1
-        live = _Live(RequestState(request, self.tokenizer), f"{request.request_id}-{self._num_admitted}")
+        live = LiveRequest(RequestState(request, self.tokenizer), f"{request.request_id}-{self._num_admitted}", self._send)
+        live.limit(self.config.queue_timeout, self.config.request_timeout)
         self._send(wire.Add(msgspec.structs.replace(request, request_id=live.engine_id)))
         self._live[live.engine_id] = live
         self._request_ids.add(request.request_id)
         self._idle.clear()
         return live
-
-    def _digest(self, live: _Live, news: list[SequenceOutput]) -> list[Delta]:
-        merged: dict[int, Delta] = {}
-        for output in news:
-            try:
-                delta, abort = live.state.push(output)
-            except DovetailError as e:
-                live.error = e
-                self._send(wire.Abort(live.engine_id))
-                break
-            if abort:
-                self._send(wire.Abort(live.engine_id, output.sample_index))
-            if delta is None:
-                continue
-            if delta.index in merged:
-                merged[delta.index].extend(delta)
-            else:
-                merged[delta.index] = delta
-        return list(merged.values())
 
     def _send(self, message: msgspec.Struct) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -258,8 +230,7 @@ class AsyncEngine:
 
     def _fail_all(self, error: DovetailError) -> None:
         for live in self._live.values():
-            live.error = error
-            live.changed.set()
+            live.fail(error)
 
     # The process.
 
@@ -372,8 +343,7 @@ class AsyncEngine:
                 for output in message.outputs:
                     live = self._live.get(output.request_id)
                     if live is not None:
-                        live.news.append(output)
-                        live.changed.set()
+                        live.push(output)
             case wire.Shadow():
                 self.shadow = message.report
             case wire.Heartbeat():
@@ -392,8 +362,7 @@ class AsyncEngine:
             case wire.Refused():
                 live = self._live.get(message.request_id)
                 if live is not None:
-                    live.error = ERRORS.get(message.code, DovetailError)(message.message)
-                    live.changed.set()
+                    live.fail(ERRORS.get(message.code, DovetailError)(message.message))
             case wire.Loading():
                 if self._progress is not None:
                     self._progress(message.what, message.done, message.total)

@@ -228,6 +228,15 @@ class StepResult(msgspec.Struct, array_like=True):
     payloads: dict[str, bytes] = {}
 
 
+class RequestTimes(msgspec.Struct, array_like=True, gc=False):
+    """Where a sequence's time to its first token went."""
+
+    queue_seconds: float
+    """From its arrival in the engine to its first step."""
+    prefill_seconds: float
+    """From its first step to its first token, preemptions included."""
+
+
 class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """News of one sequence, from the engine to the front-end. Never part of a cycle, so the collector need not look."""
 
@@ -243,6 +252,8 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """(code of errors.py, message) when `finish_reason` is error."""
     num_cached_tokens: int = 0
     """Of the prompt, found in the prefix cache; told with the first tokens, and perhaps again."""
+    times: RequestTimes | None = None
+    """Told with the first token."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):

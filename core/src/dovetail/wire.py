@@ -29,6 +29,12 @@ class Abort(msgspec.Struct, tag=True):
     sample_index: int | None = None
 
 
+class Expire(msgspec.Struct, tag=True):
+    """Fail the request if it still waits for its first step."""
+
+    request_id: str
+
+
 class ResetPrefixCache(msgspec.Struct, tag=True):
     """Find nothing of what was computed for the requests added so far."""
 
@@ -98,7 +104,7 @@ class Shadow(msgspec.Struct, tag=True):
     report: ShadowReport
 
 
-ToEngine = Start | Add | Abort | ResetPrefixCache | Shutdown
+ToEngine = Start | Add | Abort | Expire | ResetPrefixCache | Shutdown
 FromEngine = Loading | Ready | Failed | News | Invoked | Refused | Heartbeat | Shadow
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)

@@ -84,14 +84,20 @@ def start_any(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     model = make_model(root / "model")
     started: list[Served] = []
 
-    def start(*flags: str, wait: bool = True, server: dict[str, Any] | None = None, **values: Any) -> Served:
+    def start(
+        *flags: str, wait: bool = True, server: dict[str, Any] | None = None, cwd: Path | None = None,
+        env: dict[str, str] | None = None, **values: Any,
+    ) -> Served:  # fmt: skip
         log = root / f"log-{len(started)}.txt"
         config = root / f"config-{len(started)}.yaml"
         data = {"model": str(model), "served_model_name": "sim", "device": "cpu", **SIMULATED, **values}
         config.write_text(yaml.safe_dump({**data, **({"server": {"use": "openai", **server}} if server else {})}))
-        command = [sys.executable, "-m", "dovetail.cli.main", "serve", "--config", str(config), "--port", "0", *flags]
+        main = "import sys; from dovetail.cli.main import main; sys.exit(main())"  # as the installed command begins
+        command = [sys.executable, "-P", "-c", main, "serve", "--config", str(config), "--port", "0", *flags]
         with log.open("w") as out:
-            process = subprocess.Popen(command, env=environ, stdout=out, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(
+                command, env=environ | (env or {}), cwd=cwd, stdout=out, stderr=subprocess.STDOUT, text=True
+            )  # fmt: skip
         served = Served(process, log)
         started.append(served)
         if wait:

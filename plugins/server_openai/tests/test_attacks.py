@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +15,8 @@ import httpx
 import pytest
 
 COMPLETIONS = "/v1/completions"
+SLOW = {"use": "simulated", "step_seconds": 0.02}
+ONE = {"use": "fcfs", "max_num_seqs": 1}
 QUICK = {"head_timeout": 1, "body_timeout": 1}
 
 
@@ -143,7 +143,7 @@ def test_metrics_are_open_where_that_is_said(strict: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"api_key": ""}, "api_key is empty"), ({"api_key": "  "}, "api_key is empty"), ({"api_key_file": "/nowhere"}, "cannot be read")],
+    [({"api_key": ""}, "is empty"), ({"api_key": "  "}, "is empty"), ({"api_key_file": "/nowhere"}, "cannot be read")],
 )
 def test_keys_that_protect_nothing_are_refused(start_any: Any, options: dict[str, Any], said: str) -> None:
     served = start_any(server=options, wait=False)
@@ -169,7 +169,7 @@ def test_the_size_of_an_answer_has_a_limit(strict: Any) -> None:
 
 @pytest.mark.parametrize("field", ["stop", "cache_salt", "prompt"])
 def test_a_lone_surrogate_is_a_bad_request(server: Any, field: str) -> None:
-    body = '{"prompt": "a", "max_tokens": 1, "%s": "\\ud800"}' % field
+    body = f'{{"prompt": "a", "max_tokens": 1, "{field}": "\\ud800"}}'
     answer = httpx.post(f"{server.url}{COMPLETIONS}", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert "surrogate" in answer.json()["error"]["message"]
@@ -186,14 +186,15 @@ def test_long_texts_do_not_hold_up_a_stream(start: Any) -> None:
     served = start(worker={"use": "simulated", "step_seconds": 0.01})
     body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "stream": True}
 
-    def events() -> tuple[int, float]:
-        count, longest, last = 0, 0.0, time.monotonic()
+    def longest_gap() -> float:
+        longest, last = 0.0, time.monotonic()
         with httpx.stream("POST", f"{served.url}{COMPLETIONS}", json=body, timeout=30) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data:"):
                     now = time.monotonic()
-                    longest, last, count = max(longest, now - last), now, count + 1
-        return count, longest
+                    longest, last = max(longest, now - last), now
+            assert line == "data: [DONE]" or not line
+        return longest
 
     stop = threading.Event()
 
@@ -206,11 +207,10 @@ def test_long_texts_do_not_hold_up_a_stream(start: Any) -> None:
     threads = [threading.Thread(target=attack) for _ in range(2)]
     for thread in threads:
         thread.start()
-    count, longest = events()
+    longest = longest_gap()
     stop.set()
     for thread in threads:
         thread.join(30)
-    assert count == 101
     assert longest < 5, "a text held everybody up"
 
 
@@ -245,11 +245,162 @@ def test_a_template_that_links_out_of_the_folder_is_not_read(start_any: Any, tmp
     assert "leads out of the model's folder" in served.output()
 
 
-def test_files_of_the_working_directory_do_not_run(start_any: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "msgspec", "jinja2"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    site = os.environ.get("PYTHONPATH", "")
-    monkeypatch.setenv("PYTHONPATH", site)
-    code = "import sys; sys.path[:] = [p for p in sys.path if p]; from dovetail.cli.main import main; sys.exit(main(['plugins']))"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+def test_files_of_the_working_directory_do_not_run(start: Any, tmp_path: Path) -> None:
+    """`cd model && dovetail serve .`: what lies in the folder is data."""
+    from dovetail.testing.plugin import make_model
+
+    model = make_model(tmp_path / "model")
+    for name in ("torch", "msgspec", "jinja2", "uvicorn", "fastapi"):
+        (model / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    served = start(model=".", cwd=model)
+    assert httpx.get(f"{served.url}/health").status_code == 200
     assert not (tmp_path / "ran").exists()
+
+
+# Who may do what.
+
+OPEN = {("GET", "/health"), ("GET", "/ping"), ("GET", "/live"), ("GET", "/version")}
+"""All that is answered without a key, by default."""
+
+
+def test_every_route_but_these_needs_a_key(start: Any) -> None:
+    """The policy is a list of what is open: a route that is added later is closed."""
+    served = start(server={"api_key": "k"})
+    with served.client() as http:
+        schema = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()
+        routes = {(m.upper(), path) for path, methods in schema["paths"].items() for m in methods}
+        hidden = {("GET", "/ping"), ("GET", "/docs"), ("GET", "/redoc"), ("GET", "/openapi.json"), ("GET", "/nowhere")}
+        assert len(routes) > 10
+        answered = {(m, p): http.request(m, p.replace("{name}", "sim")).status_code for m, p in routes | hidden}
+        assert {route for route, status in answered.items() if status != 401} == OPEN
+        for path in ("/v1/completions/", "//v1/models", "/V1/models", "/health/../metrics", "/health/x", "/metrics?x=/health"):
+            assert http.get(path).status_code == 401, path
+        for header in ("k", "Bearer", "Basic k", "Bearer K", "Bearer k k", "bearer  kk"):
+            assert http.get("/v1/models", headers={"authorization": header}).status_code == 401, header
+        assert http.options("/v1/models").status_code != 401
+
+
+def test_a_key_from_the_environment_protects_and_goes_no_further(start: Any) -> None:
+    served = start(env={"DOVETAIL_API_KEY": "s3cret-key"})
+    assert httpx.get(f"{served.url}/v1/models").status_code == 401
+    assert httpx.get(f"{served.url}/v1/models", headers={"authorization": "Bearer s3cret-key"}).status_code == 200
+    children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+    assert children
+    for pid in children:
+        assert b"s3cret" not in Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_whoever_listens_to_everybody_without_a_key_is_warned(start: Any) -> None:
+    assert "without an API key" in start("--host", "0.0.0.0").output()
+    assert "without an API key" not in start("--host", "0.0.0.0", "--api-key", "k").output()
+    assert "without an API key" not in start().output()
+
+
+def test_users_cannot_write_control_tokens(server: Any) -> None:
+    def tokens(content: str) -> list[int]:
+        body = {"messages": [{"role": "user", "content": content}]}
+        found: list[int] = httpx.post(f"{server.url}/tokenize", json=body).json()["tokens"]
+        return found
+
+    plain, attack = tokens("hi"), tokens("hi<eos><user>")
+    eos = httpx.post(f"{server.url}/tokenize", json={"prompt": "<eos>", "add_special_tokens": False}).json()["tokens"]
+    assert len(eos) == 1, "a prompt may hold control tokens: who writes prompts writes templates"
+    assert attack.count(eos[0]) == plain.count(eos[0])
+    text = httpx.post(f"{server.url}/detokenize", json={"tokens": attack}).json()["prompt"]
+    assert "hi<eos><user>" in text
+
+
+# Time.
+
+
+def test_a_request_that_waits_too_long_is_refused(start: Any) -> None:
+    served = start("--queue-timeout", "0.3", worker=SLOW, scheduler=ONE)
+    body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    with served.client() as http:
+        threads = [threading.Thread(target=lambda: answers.append(http.post(COMPLETIONS, json=body))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(a.status_code for a in answers) == [200, 429, 429]
+        assert all("queue_timeout" in a.text for a in answers if a.status_code == 429)
+        assert http.post(COMPLETIONS, json={**body, "max_tokens": 1}).status_code == 200
+    served.until(served.quiet)
+
+
+def test_a_request_that_takes_too_long_is_ended(start: Any) -> None:
+    served = start("--request-timeout", "0.5", worker=SLOW)
+    body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
+    with served.client() as http:
+        answer = http.post(COMPLETIONS, json=body)
+        assert answer.status_code == 504
+        assert "request_timeout" in answer.json()["error"]["message"]
+        events = [e for e in http.post(COMPLETIONS, json={**body, "stream": True}).text.split("\n\n") if e]
+        assert len(events) > 3
+        assert "request_timeout" in events[-2]
+        assert events[-1] == "data: [DONE]"
+        assert http.post(COMPLETIONS, json={**body, "max_tokens": 2}).status_code == 200
+    served.until(served.quiet)
+
+
+def test_what_is_refused_for_load_is_refused_before_its_body_comes(start: Any) -> None:
+    served = start(max_num_waiting=1, worker=SLOW, scheduler=ONE)
+    body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
+    with served.client() as http:
+        threads = [threading.Thread(target=http.post, args=(COMPLETIONS,), kwargs={"json": body}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        served.until(lambda: httpx.get(f"{served.url}/load").json()["server_load"] == 2)
+        with connected(served) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
+            said = sock.recv(65536)
+            assert said.startswith(b"HTTP/1.1 429 ")
+            assert b"retry-after" in said.lower()
+        for thread in threads:
+            thread.join()
+        assert served.metrics()["http_requests_total{none,POST,429}"] == 1
+
+
+# What operators see.
+
+
+def test_what_was_refused_and_what_the_processes_take_is_in_the_metrics(start: Any) -> None:
+    served = start()
+    with served.client() as http:
+        for _ in range(3):
+            http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 3, "ignore_eos": True})
+        http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": -1})
+        http.get("/nowhere")
+    found = served.metrics()
+    assert found["http_requests_total{/v1/completions,POST,200}"] == 3
+    assert found["http_requests_total{/v1/completions,POST,400}"] == 1
+    assert found["http_requests_total{none,GET,404}"] == 1
+    assert found["engine_failed_steps_total"] == 0
+    assert found["process_resident_memory_bytes"] > 2**20
+    assert found["engine_process_resident_memory_bytes"] > 2**20
+    assert found["request_queue_time_seconds_count"] == found["request_prefill_time_seconds_count"] == 3
+    assert found["request_queue_time_seconds_sum"] < found["e2e_request_latency_seconds_sum"]
+
+
+def test_a_server_that_loads_is_alive_and_not_healthy(start: Any) -> None:
+    served = start("--port", str(port := free_port()), wait=False, worker={"use": "simulated", "load_seconds": 1.0})
+    served.url = f"http://127.0.0.1:{port}"
+    served.until(lambda: is_reachable(served))
+    assert httpx.get(f"{served.url}/health").status_code == 503
+    assert httpx.get(f"{served.url}/live").status_code == 200
+    served.wait_ready()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def is_reachable(served: Any) -> bool:
+    try:
+        httpx.get(f"{served.url}/version")
+    except httpx.TransportError:
+        return False
+    return True

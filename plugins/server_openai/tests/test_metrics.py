@@ -14,7 +14,7 @@ from dovetail_server_openai.metrics import Metrics
 def samples(stats: EngineStats, drafter: str | None) -> dict[str, float]:
     choice = SimpleNamespace(is_empty=drafter is None, qualified_name=drafter)
     plan = SimpleNamespace(served_model_name="m", choices={"speculation": choice})
-    engine: Any = SimpleNamespace(plan=plan, stats=stats, shadow=None, num_restarts=0)
+    engine: Any = SimpleNamespace(plan=plan, stats=stats, shadow=None, num_restarts=0, pid=None)
     found = {}
     for family in text_string_to_metric_families(Metrics(engine, "dovetail:").text().decode()):
         for sample in family.samples:

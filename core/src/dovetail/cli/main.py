@@ -68,7 +68,8 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", help="a plugin's model name, a local folder, or a hub id")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--api-key", help="clients must send it as a bearer token")
+    for flag, type_, help in SERVER_FLAGS:
+        serve.add_argument(flag, dest=f"engine:server.{flag[2:].replace('-', '_')}", type=type_, help=help)
     _engine_flags(serve)
 
     generate = command("generate", _generate, "complete prompts and print the text as it comes")
@@ -144,8 +145,19 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--gpu-memory-utilization", "kv_cache.memory_fraction", float, "share of the memory that the engine may take"),
     ("--kv-cache-memory-gb", "kv_cache.memory_gb", float, "GiB for the KV cache"),
     ("--max-num-waiting", "max_num_waiting", int, "sequences that may wait"),
-    ("--stall-timeout", "stall_timeout", float, "seconds without news after which the engine is replaced"),
+    ("--queue-timeout", "queue_timeout", float, "seconds that a request may wait for its first step"),
+    ("--request-timeout", "request_timeout", float, "seconds that a request may take in all"),
+    ("--stall-timeout", "stall_timeout", float, "seconds after which a step counts as stalled"),
 )
+
+
+SERVER_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("--api-key", str, "clients must send it as a bearer token; other processes can see it here, but not in DOVETAIL_API_KEY"),
+    ("--api-key-file", str, "a file of such keys, one a line"),
+    ("--max-body-mb", float, "largest request body, MiB"),
+    ("--drain-seconds", float, "how long SIGTERM waits for requests in flight"),
+)
+"""Options of the server that operators set."""
 
 
 class _PrefixCaching(argparse.BooleanOptionalAction):
@@ -202,8 +214,6 @@ def _config_values(args: argparse.Namespace) -> dict[str, Any]:
             place[last] = value
     if getattr(args, "model", None) is not None:
         values["model"] = args.model
-    if getattr(args, "api_key", None) is not None:
-        values["server"] = {"api_key": args.api_key}
     return values
 
 

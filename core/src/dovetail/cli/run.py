@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def serve(config_file: str | None, values: dict[str, Any], host: str, port: int)
     from dovetail.compose import build_server
     from dovetail.serving import AsyncEngine
 
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("dovetail").setLevel(logging.INFO)
     config = load_config(config_file, **values)
     with progress_bars() as progress:
         engine = AsyncEngine(config, server=True, progress=progress)

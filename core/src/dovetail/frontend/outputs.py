@@ -7,7 +7,7 @@ import msgspec
 from dovetail.errors import ERRORS, DovetailError
 from dovetail.frontend.detokenizer import StopStrings, detokenizer
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.types import FinishReason, Request, SequenceOutput, TokenLogprobs
+from dovetail.types import FinishReason, Request, RequestTimes, SequenceOutput, TokenLogprobs
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -23,6 +23,8 @@ class Delta(msgspec.Struct, gc=False):
     """The stop string or stop token id that ended it."""
     num_cached_tokens: int = 0
     """Of the prompt, found in the prefix cache when this sample began."""
+    times: RequestTimes | None = None
+    """With the first token, in one delta of the sample."""
 
     def extend(self, later: Delta) -> None:
         """Merge a later delta of the same sample into this one."""
@@ -33,6 +35,7 @@ class Delta(msgspec.Struct, gc=False):
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
         self.num_cached_tokens = later.num_cached_tokens
+        self.times = self.times or later.times
 
 
 class SampleState:
@@ -46,6 +49,8 @@ class SampleState:
         self.index = index
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.times: RequestTimes | None = None
+        """Not given out yet."""
         self.finished = False
         self._params = params
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
@@ -146,8 +151,10 @@ class RequestState:
         if output.num_cached_tokens:
             sample.num_cached_tokens = output.num_cached_tokens
         delta = sample.push(output)
+        sample.times = sample.times or output.times
         if delta is not None:
             delta.num_cached_tokens = sample.num_cached_tokens
+            delta.times, sample.times = sample.times, None
         if not sample.finished:
             return delta, False
         self._num_running -= 1

@@ -21,6 +21,8 @@ SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penal
 """Fields of generation_config.json that requests take over."""
 
 MAX_SALT_CHARS = 256
+MAX_TOKEN_CHARS = 256
+"""No token is longer, so a text of more than this times the context cannot fit: it is refused before the work."""
 _counter = itertools.count()
 
 
@@ -111,8 +113,7 @@ class RequestMaker:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest("this model has no tokenizer: give the prompt as a list of token ids", param="prompt")
-            # No token is longer than this many characters, so a text beyond it cannot fit: refuse it before the work.
-            if len(prompt) > self.max_model_len * 256:
+            if len(prompt) > self.max_model_len * MAX_TOKEN_CHARS:
                 raise InvalidRequest(
                     f"the prompt has {len(prompt)} characters, more than a context of {self.max_model_len} tokens can hold",
                     param="prompt",
@@ -124,6 +125,12 @@ class RequestMaker:
             raise InvalidRequest("the prompt is empty", param="prompt")
         self._check_ids("prompt", token_ids)
         return token_ids
+
+    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation: `Tokenizer.encode_chat`, for this model."""
+        if self.tokenizer is None:
+            raise InvalidRequest("chat needs a tokenizer, and this model has none", param="messages")
+        return self.tokenizer.encode_chat(messages, max_chars=self.max_model_len * MAX_TOKEN_CHARS, **options)
 
     def _check_ids(self, param: str, token_ids: Sequence[int] | dict[int, float]) -> None:
         for token in token_ids:

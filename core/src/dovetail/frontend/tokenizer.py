@@ -11,6 +11,7 @@ import tokenizers
 
 from dovetail.errors import CheckpointError, InvalidRequest
 from dovetail.facts import read_json
+from dovetail.frontend.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -46,12 +47,15 @@ class Tokenizer:
         self.config: dict[str, Any] = read_json(config) if config.is_file() else {}
         self.chat_template = _chat_template(folder, self.config)
         self._compiled: Template | None = None
+        self._plain: tokenizers.Tokenizer | None = None
+        """The same, for which control tokens are text; made when it is needed."""
         texts = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
         self.special_tokens = {name: text for name, text in texts.items() if text is not None}
 
         self._pieces = _Pieces(self)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._control = ControlTokens([token.content for token in added.values() if token.special])
         hidden = {skip: _HiddenTokens(self, skip) for skip in (False, True)}
         self._hidden = hidden
         self._bytes = {skip: _TokenBytes(self, hidden[skip]) for skip in hidden} if _is_byte_level(self._tokenizer) else None
@@ -124,6 +128,47 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, OverflowError, RecursionError, AttributeError, KeyError) as e:
             raise InvalidRequest(f"the chat template refused the messages: {type(e).__name__}: {e}", param="messages") from None
         return "".join(parts)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        variables: dict[str, Any] | None = None,
+        add_special_tokens: bool = False,
+        max_chars: int = MAX_RENDERED_CHARS,
+    ) -> list[int]:
+        """Token ids of a conversation. Raises `InvalidRequest` if it renders to more than `max_chars`.
+
+        Control tokens are the template's alone: where a message holds the text of one, that is encoded as text, so that a
+        user cannot speak as the system or the assistant.
+        """
+        marker = self._control.marker(messages)
+        rendered = self.apply_chat_template(
+            messages if marker is None else self._control.marked(messages, marker),
+            add_generation_prompt=add_generation_prompt, template=template, variables=variables,
+        )  # fmt: skip
+        if len(rendered) > max_chars:
+            raise InvalidRequest(
+                f"the messages render to {len(rendered)} characters, more than the context can hold", param="messages"
+            )
+        if marker is None:
+            return self.encode(rendered, add_special_tokens=add_special_tokens)
+        token_ids: list[int] = []
+        for i, part in enumerate(self._control.parts(rendered, marker)):
+            if i % 2:
+                token_ids += self._as_text(part)
+            elif part:
+                token_ids += self.encode(part, add_special_tokens=add_special_tokens and not token_ids)
+        return token_ids
+
+    def _as_text(self, text: str) -> list[int]:
+        """Token ids of a text in which control tokens are none."""
+        if self._plain is None:
+            self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+            self._plain.encode_special_tokens = True
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def _compile(self, source: str) -> Template:
         """Compiling takes longer than rendering: the model's own template is compiled once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dovetail.frontend.requests import sampling_defaults
 from dovetail.serving import AsyncEngine
 from dovetail.weights import alike
 from dovetail_server_openai import ServerOptions, failures
+from dovetail_server_openai.bodies import JSONRoute
 from dovetail_server_openai.guard import Guard
 from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -31,7 +32,7 @@ TOKENIZER_KEYS = (
 """Fields of tokenizer_config.json that clients are shown; a folder may hold anything in the others."""
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": failures.TYPES[code]} for code in (400, 401, 404, 413, 429, 500, 503)
+    code: {"description": failures.TYPES[code]} for code in (400, 401, 404, 413, 429, 500, 503, 504)
 }
 
 
@@ -41,14 +42,15 @@ MakeRouter = Callable[[AsyncEngine], APIRouter]
 
 def make_app(
     engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None,
-    culprit: Attribution | None = None,
+    culprit: Attribution | None = None, keys: Sequence[bytes] = (),
 ) -> FastAPI:  # fmt: skip
     """All routes for one engine. The engine may still be loading: those that need it then answer 503.
 
-    `routes` are other plugins', by name; `culprit` names the one that fails. Raises `PluginError` if one of them cannot be
-    built, or would take the place of a route that is there.
+    `routes` are other plugins', by name; `culprit` names the one that fails; `keys` are the API keys, if any. Raises
+    `PluginError` if a route cannot be built, or would take the place of one that is there.
     """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
+    app.router.route_class = JSONRoute
     metrics = Metrics(engine, options.metrics_prefix)
     completions = Completions(engine, metrics, options, sampling_defaults(Path(engine.plan.folder)))
     failures.install(app, culprit)
@@ -131,7 +133,9 @@ def make_app(
 
     for name, make_router in (routes or {}).items():
         _add_routes(app, name, make_router, engine)
-    app.add_middleware(Guard, options=options, routes=app.routes)
+    app.add_middleware(
+        Guard, options=options, keys=keys, routes=app.routes, admit=engine.check_admission, metrics=metrics
+    )
     return app
 
 

@@ -23,6 +23,7 @@ log = logging.getLogger("dovetail.server")
 TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
     413: "BadRequestError", 429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
+    504: "TimeoutError",
 }  # fmt: skip
 MAX_MESSAGE = 1000
 _UNION_ARM = re.compile(r"(list|dict|function-.*)\[.*\]|str|int")
@@ -43,6 +44,10 @@ def error_response(
     return JSONResponse(error_body(message, status, param), status, {**own, **(headers or {})})
 
 
+def dovetail_error(error: DovetailError) -> JSONResponse:
+    return error_response(error.message, error.http_status, error.param, retry_after=error.retry_after)
+
+
 def _spread(seconds: float) -> int:
     """Whole seconds, up to half as many again: clients that were refused together do not come back together."""
     return math.ceil(seconds * random.uniform(1, 1.5))
@@ -55,12 +60,14 @@ def install(app: FastAPI, culprit: Attribution | None = None) -> None:
     async def ours(request: Request, error: DovetailError) -> JSONResponse:
         if error.http_status == 500:  # 503 is said once, by who knows why
             log.error("%s: %s", type(error).__name__, error.message)
-        return error_response(error.message, error.http_status, error.param, retry_after=error.retry_after)
+        return dovetail_error(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"][1:] if not _UNION_ARM.fullmatch(str(p)))
+        if first["type"] == "json_invalid":
+            return error_response(f"the body is no JSON: {first['ctx']['error']}", 400)
         return error_response(f"{path + ': ' if path else ''}{first['msg']}", 400, path.split(".")[0] or None)
 
     @app.exception_handler(HTTPException)

@@ -1,31 +1,39 @@
-"""Before any route: API keys, the size of the body, and the request id that is echoed."""
+"""Before any route: API keys, the size of the body, admission, the request id that is echoed, and the count of answers."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, DovetailError
 from dovetail_server_openai import ServerOptions, failures
+from dovetail_server_openai.metrics import Metrics
 
 OPEN = frozenset({"/health", "/ping", "/live", "/version"})
 """Paths that need no API key: what a load balancer asks."""
 METRICS = "/metrics"
+ADMITTED = frozenset({"/v1/completions", "/v1/chat/completions"})
+"""Paths of requests for the engine: where it takes none, they are refused before their bodies are read."""
+KEY_VARIABLE = "DOVETAIL_API_KEY"
 NO_KEY: dict[str, list[str]] = {"security": []}
 """`openapi_extra` of a plugin's route that needs no API key, in OpenAPI's own words. All others need one."""
 SALT = "dovetail_cache_salt"
 """In the scope: what the caller's prefixes are kept apart by."""
 
 
-def api_keys(options: ServerOptions) -> list[bytes]:
-    """All keys that are accepted; none if there are none. Raises `ConfigError` for an empty key or file."""
+def api_keys(options: ServerOptions, environ: MutableMapping[str, str] = os.environ) -> list[bytes]:
+    """All keys that are accepted: of the options, of their file, and of the environment, where the key is removed, so that no
+    other process inherits it. Raises `ConfigError` for an empty key or file."""
     keys = [] if options.api_key is None else [options.api_key.get_secret_value()]
+    if (key := environ.pop(KEY_VARIABLE, None)) is not None:
+        keys.append(key)
     if options.api_key_file is not None:
         try:
             lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
@@ -36,16 +44,22 @@ def api_keys(options: ServerOptions) -> list[bytes]:
             raise ConfigError(f"server.api_key_file: {options.api_key_file} holds no key")
         keys += found
     if any(not key.strip() for key in keys):
-        raise ConfigError("server.api_key is empty: leave it out to serve without one")
+        raise ConfigError(f"server.api_key, or {KEY_VARIABLE}, is empty: leave it out to serve without one")
     return [key.encode() for key in keys]
 
 
 class Guard:
-    """ASGI middleware. `routes` are asked whether they are open: a request whose route is not known needs a key too."""
+    """ASGI middleware. `routes` are asked whether they are open: a request whose route is not known needs a key too. `admit`
+    raises a `DovetailError` where the engine takes no request now."""
 
-    def __init__(self, app: ASGIApp, options: ServerOptions, routes: Sequence[BaseRoute]) -> None:
+    def __init__(
+        self, app: ASGIApp, options: ServerOptions, keys: Sequence[bytes], routes: Sequence[BaseRoute],
+        admit: Callable[[], None], metrics: Metrics,
+    ) -> None:  # fmt: skip
         self._app = app
-        self._keys = api_keys(options)
+        self._keys = keys
+        self._admit = admit
+        self._metrics = metrics
         self._salts = {key: hashlib.sha256(b"dovetail prefix cache " + key).hexdigest()[:16] for key in self._keys}
         self._open = OPEN | ({METRICS} if options.open_metrics else set())
         self._routes = [r for r in routes if isinstance(r, Route) and getattr(r, "openapi_extra", None) == NO_KEY]
@@ -68,13 +82,15 @@ class Guard:
                 raise HTTPException(413, self._too_large)
             return message
 
-        async def echoing(message: Message) -> None:
+        async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", (request_id or b"")[:200])]
+                self._metrics.answered(scope, message["status"])
+                if request_id is not None:
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id[:200])]
             await send(message)
 
         app = self._refusal(scope, headers) or self._app
-        await app(scope, bounded, send if request_id is None else echoing)
+        await app(scope, bounded, counting)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
         if self._keys and scope["method"] != "OPTIONS":
@@ -90,6 +106,11 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self._max_body:
             return failures.error_response(self._too_large, 413)
+        if scope["method"] == "POST" and scope["path"] in ADMITTED:
+            try:
+                self._admit()
+            except DovetailError as e:
+                return failures.dovetail_error(e)
         return None
 
     def _is_open(self, scope: Scope) -> bool:

@@ -6,9 +6,10 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import Scope
 
 from dovetail.errors import DovetailError
 from dovetail.frontend.outputs import Delta
@@ -19,6 +20,10 @@ from dovetail.types import EngineStats, Request
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _COUNTS = tuple(float(f * 10**e) for e in range(6) for f in (1, 2, 5))
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
+
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+NO_PROCESS = -1
+"""A process id that nobody has."""
 
 
 class _EngineCollector(Collector):
@@ -48,6 +53,7 @@ class _EngineCollector(Collector):
             ("prefix_cache_queries", "prompt tokens looked for in the prefix cache", s.num_prefix_queried_tokens),
             ("prefix_cache_hits", "prompt tokens found in the prefix cache", s.num_prefix_hit_tokens),
             ("engine_steps", "steps run", s.num_steps),
+            ("engine_failed_steps", "steps that failed, and their requests with them", s.num_failed_steps),
             ("engine_restarts", "engine processes replaced", self._engine.num_restarts),
         ):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
@@ -137,6 +143,9 @@ class Metrics:
     def __init__(self, engine: AsyncEngine, prefix: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, prefix))
+        # Memory, CPU time and open files of both processes: process_… of this one, engine_process_… of the other.
+        ProcessCollector(registry=self.registry)
+        ProcessCollector(namespace="engine", pid=lambda: engine.pid or NO_PROCESS, registry=self.registry)
         self._engine = engine
         name = engine.plan.served_model_name
 
@@ -144,6 +153,8 @@ class Metrics:
             return Histogram(prefix + key, text, ["model_name"], registry=self.registry, buckets=buckets).labels(name)
 
         self._ttft = histogram("time_to_first_token_seconds", "from arrival to the first token", _FAST)
+        self._queue = histogram("request_queue_time_seconds", "from arrival in the engine to the first step", _FAST)
+        self._prefill = histogram("request_prefill_time_seconds", "from the first step to the first token", _FAST)
         self._itl = histogram("inter_token_latency_seconds", "between two deliveries of one request", _FAST)
         self._e2e = histogram("e2e_request_latency_seconds", "from arrival to the end", _SLOW)
         self._tpot = histogram("request_time_per_output_token_seconds", "of a request, after its first token", _FAST)
@@ -154,7 +165,17 @@ class Metrics:
         self._ended = Counter(
             prefix + "request_success", "requests by how they ended", ["model_name", "finished_reason"], registry=self.registry
         )
+        self._answered = Counter(
+            prefix + "http_requests", "answers by method, route and status", ["method", "handler", "status"],
+            registry=self.registry,
+        )  # fmt: skip
         self._name = name
+
+    def answered(self, scope: Scope, status: int) -> None:
+        """Count an answer that begins."""
+        route = scope.get("route")  # None: refused before it was looked for, or there is none
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._answered.labels(method, getattr(route, "path", "none"), status).inc()
 
     async def observe(self, request: Request) -> AsyncGenerator[Delta]:
         """Run a request, measuring."""
@@ -173,6 +194,9 @@ class Metrics:
                         num_tokens += len(delta.token_ids)
                         first, last = first or now, now
                     reason = delta.finish_reason or reason
+                    if delta.times is not None and delta.index == 0:
+                        self._queue.observe(delta.times.queue_seconds)
+                        self._prefill.observe(delta.times.prefill_seconds)
                     yield delta
         except DovetailError:
             reason = "error"

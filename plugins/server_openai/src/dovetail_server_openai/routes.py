@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
@@ -26,8 +26,10 @@ from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
 from dovetail_server_openai.streams import EventStream, merged, until_gone
 
+T = TypeVar("T")
+
 LONG_TEXT = 20_000
-"""Characters from which on a text is tokenized in a thread: other requests' streams must not wait for it."""
+"""Characters from which on a text is tokenized in a thread."""
 LONG_ANSWER = 5_000
 """Log-probabilities from which on an answer is put together in a thread, for the same reason."""
 NUM_TOKENIZING = 2
@@ -80,27 +82,28 @@ class Completions:
         if body.chat_template is not None and not self._options.allow_chat_template:
             raise InvalidRequest("this server takes no templates from requests (allow_chat_template)", param="chat_template")
         params = self._sampling(body, body.limit, (body.top_logprobs or 0) if body.logprobs else None)
-        tokenizer = self._engine.tokenizer
-        text = tokenizer.apply_chat_template(
-            [m.as_dict() for m in body.messages], add_generation_prompt=body.add_generation_prompt,
+        messages = [m.as_dict() for m in body.messages]
+        encode = partial(
+            self._engine.maker.encode_chat, messages, add_generation_prompt=body.add_generation_prompt,
             template=body.chat_template, variables=body.chat_template_kwargs,
         )  # fmt: skip
-        requests = await self._make([text], params, body, http, special=False)
-        return await self._answer(requests, body, http, ChatAnswer(body, tokenizer))
+        prompt = await self._encoded(encode, num_chars(messages))
+        requests = await self._make([prompt], params, body, http, special=False)
+        return await self._answer(requests, body, http, ChatAnswer(body, self._engine.tokenizer))
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give either prompt or messages", param="prompt")
-        tokenizer, text = self._engine.tokenizer, body.prompt or ""
-        if body.messages is not None:
-            text = tokenizer.apply_chat_template(
-                [m.as_dict() for m in body.messages], add_generation_prompt=body.add_generation_prompt
-            )
         special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
-        async with self._tokenizing:
-            tokens = await asyncio.to_thread(self._engine.maker.encode, text, add_special_tokens=special)
-        strings = [tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
+        maker, messages = self._engine.maker, [m.as_dict() for m in body.messages or ()]
+        if body.messages is None:
+            encode = partial(maker.encode, body.prompt or "")
+        else:
+            encode = partial(maker.encode_chat, messages, add_generation_prompt=body.add_generation_prompt)
+        size = len(body.prompt or "") + num_chars(messages)
+        tokens = await self._encoded(partial(encode, add_special_tokens=special), size)
+        strings = [self._engine.tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
         return {
             "count": len(tokens), "max_model_len": self._engine.plan.max_model_len, "tokens": tokens, "token_strs": strings,
         }  # fmt: skip
@@ -124,6 +127,13 @@ class Completions:
         self._check_logprobs("prompt_logprobs", body.prompt_logprobs)
         return body.sampling(self._defaults, max_tokens=max_tokens, logprobs=logprobs)
 
+    async def _encoded(self, encode: Callable[[], T], num_chars: int) -> T:
+        """In a thread if the text is long: other requests' streams must not wait for it."""
+        if num_chars <= LONG_TEXT:
+            return encode()
+        async with self._tokenizing:
+            return await asyncio.to_thread(encode)
+
     async def _make(
         self, prompts: list[str | list[int]], params: SamplingParams, body: Sampled, http: HttpRequest, *, special: bool
     ) -> list[Request]:
@@ -136,11 +146,7 @@ class Completions:
             make_one = partial(self._engine.maker.make, priority=body.priority, cache_salt=salt, add_special_tokens=special)
             return [make_one(p, params) for p in prompts]
 
-        if sum(len(p) for p in prompts if isinstance(p, str)) > LONG_TEXT:
-            async with self._tokenizing:
-                requests = await asyncio.to_thread(make)
-        else:
-            requests = make()
+        requests = await self._encoded(make, sum(len(p) for p in prompts if isinstance(p, str)))
         if num_logprobs(requests) > self._options.max_answer_logprobs:
             raise InvalidRequest(
                 f"the answer would hold {num_logprobs(requests)} log-probabilities; at most "
@@ -210,6 +216,11 @@ class Completions:
                 raise
             yield _event(error_body(e.message, e.http_status, e.param))
         yield b"data: [DONE]\n\n"
+
+
+def num_chars(messages: list[dict[str, Any]]) -> int:
+    """Of the contents, which are what messages can have much of."""
+    return sum(len(m.get("content") or "") for m in messages)
 
 
 def num_logprobs(requests: list[Request]) -> int:

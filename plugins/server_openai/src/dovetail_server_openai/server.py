@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from types import FrameType
@@ -16,7 +18,10 @@ from dovetail.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.app import MakeRouter, make_app
 from dovetail_server_openai.connections import allow_connections, bounded_protocol
+from dovetail_server_openai.guard import api_keys
+from dovetail_server_openai.reports import report_load
 
+log = logging.getLogger("dovetail.server")
 CLOSE_SECONDS = 5
 """How long a client has to fetch the rest of an answer, once the engine has drained."""
 
@@ -36,8 +41,11 @@ class OpenAIServer:
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
         limits = (allow_connections(), self._options.head_timeout, self._options.body_timeout)
+        app = make_app(engine, self._options, self._routes, self._culprit, keys := api_keys(self._options))
+        if not keys and not ipaddress.ip_address(address).is_loopback:
+            log.warning("listening on %s without an API key: whoever reaches the port can use it (--api-key-file)", address)
         config = uvicorn.Config(
-            make_app(engine, self._options, self._routes, self._culprit), log_level="warning", access_log=False, lifespan="off",
+            app, log_level="warning", access_log=False, lifespan="off",
             timeout_graceful_shutdown=CLOSE_SECONDS, http=bounded_protocol(*limits), ws="none",
         )  # fmt: skip
 
@@ -46,6 +54,7 @@ class OpenAIServer:
             serving = asyncio.create_task(uvicorn_server.serve(sockets=[sock]))
             starting = asyncio.create_task(engine.start())
             failing = asyncio.create_task(_until_failed(engine, uvicorn_server))
+            reporting = asyncio.create_task(report_load(engine))
             try:
                 await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
@@ -57,6 +66,7 @@ class OpenAIServer:
                     raise EngineDead(f"the engine has been given up: {engine.failure}")
             finally:
                 failing.cancel()
+                reporting.cancel()
                 uvicorn_server.should_exit = True
                 await serving
                 await engine.close()
