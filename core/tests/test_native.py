@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import stat
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -100,6 +102,119 @@ def test_two_processes_build_once(compiler, tmp_path):
     assert [p.exitcode for p in both] == [0, 0]
     calls = (tmp_path / "calls").read_text().count("call")
     assert calls == 2 + 1, "one compiles two sources and links"
+
+
+def test_the_folder_is_its_owners(compiler, tmp_path):
+    library = build_library("kernels", sources(tmp_path), compiler(TINY), folder=tmp_path / "new" / "cache")
+    for made in (tmp_path / "new", library.parent, library, library.with_suffix(".lock")):
+        assert made.stat().st_mode & 0o077 == 0, made
+
+
+def mark(library, text):
+    """A library that says so when it is loaded."""
+    body = f'__attribute__((constructor)) static void f(void) {{ FILE* x = fopen("{text}", "w"); if (x) fclose(x); }}'
+    command = ["cc", "-x", "c", "-shared", "-fPIC", "-", "-o", str(library)]
+    subprocess.run(command, input=f"#include <stdio.h>\n{body}\n", text=True, check=True)
+
+
+@pytest.fixture
+def planted(compiler, tmp_path):
+    """Facts, the library that `build` wants in a fresh cache, made by somebody else, and the file that it writes if loaded."""
+    facts = compiler(TINY)
+    library = tmp_path / "cache" / build(facts, tmp_path / "first").name
+    library.parent.mkdir(mode=0o700)
+    mark(library, tmp_path / "loaded")
+    return facts, library, tmp_path / "loaded"
+
+
+def test_a_sound_library_is_loaded_as_it_stands(planted):
+    facts, library, loaded = planted
+    library.chmod(0o755)
+    build(facts, library.parent)
+    assert loaded.exists(), "the next tests would say nothing"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o702, pytest.param(0o720, marks=needs_root)])
+def test_a_library_that_others_can_write_is_built_again(planted, mode, caplog):
+    facts, library, loaded = planted
+    library.chmod(mode)
+    if mode == 0o720:
+        os.chown(library, -1, 12345)
+    assert build(facts, library.parent) == library
+    assert not loaded.exists()
+    assert library.stat().st_mode & 0o777 == 0o700
+    assert "can be written by" in caplog.text
+    assert "built again" in caplog.text
+
+
+def test_a_library_behind_a_link_is_built_again(planted, tmp_path, caplog):
+    facts, library, loaded = planted
+    elsewhere = library.rename(tmp_path / "elsewhere.so")
+    library.symlink_to(elsewhere)
+    build(facts, library.parent)
+    assert not loaded.exists()
+    assert not library.is_symlink()
+    assert elsewhere.is_file()
+    assert "is a link" in caplog.text
+
+
+@needs_root
+def test_somebody_elses_library_is_built_again(planted, caplog):
+    facts, library, loaded = planted
+    os.chown(library, 12345, -1)
+    build(facts, library.parent)
+    assert not loaded.exists()
+    assert "belongs to user 12345" in caplog.text
+
+
+@needs_root
+def test_somebody_elses_folder_is_refused(planted):
+    facts, library, loaded = planted
+    os.chown(library.parent, 12345, -1)
+    with pytest.raises(PluginError, match=r"does not load code from .* belongs to user 12345.*set XDG_CACHE_HOME"):
+        build(facts, library.parent)
+    assert not loaded.exists()
+
+
+def test_a_folder_that_others_can_write_to_is_refused(planted):
+    facts, library, loaded = planted
+    library.parent.chmod(0o1777)  # of a sticky folder too: others can add a library there
+    with pytest.raises(PluginError, match=r"does not load code from .* by everybody .* `chmod go-w"):
+        build(facts, library.parent)
+    assert not loaded.exists()
+
+
+def test_nor_may_others_replace_the_folder(planted, tmp_path):
+    facts, library, loaded = planted
+    folder = (tmp_path / "shared").mkdir() or tmp_path / "shared" / "mine"
+    library.parent.rename(folder)
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(PluginError, match=r"which lies in .*/shared,"):
+        build(facts, folder)
+    assert not loaded.exists()
+    (tmp_path / "shared").chmod(0o1777)  # sticky, as /tmp is: others cannot rename what is ours
+    os.chmod(folder / library.name, 0o755)
+    build(facts, folder)
+    assert loaded.exists()
+
+
+def test_a_linked_lock_empties_nothing(compiler, tmp_path):
+    facts = compiler(TINY)
+    library = tmp_path / "cache" / build(facts, tmp_path / "first").name
+    library.parent.mkdir(mode=0o700)
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    library.with_suffix(".lock").symlink_to(precious)
+    with pytest.raises(PluginError, match=r"\.lock is a link: remove it"):
+        build(facts, library.parent)
+    assert precious.read_text() == "kept"
+    library.with_suffix(".lock").unlink()
+    library.with_suffix(".lock").write_text("whatever")
+    build(facts, library.parent)
+    assert library.with_suffix(".lock").read_text() == "whatever"
 
 
 def test_zeros_can_be_written():

@@ -111,6 +111,7 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("demo", description="a plugin's model name, a local folder, or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub; default: its main branch")
     served_model_name: str | None = Field(None, description="the name clients use; default: `model`")
     device: str = Field("auto", description="auto, cpu, cuda:0, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the checkpoint's")

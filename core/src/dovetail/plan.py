@@ -83,6 +83,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Of the steps, on which the candidates run: the choices `shadow.attention.full`, … and `shadow.quantization`."""
     draft: DraftModel | None = None
     """Where the drafter runs in the worker."""
+    revision: str | None = None
+    """Commit of the model, where it was downloaded from the hub."""
 
     @property
     def fingerprint(self) -> str:

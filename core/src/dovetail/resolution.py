@@ -13,6 +13,7 @@ from dovetail.config import EngineConfig, ShadowConfig, SocketConfig
 from dovetail.draft_model import check_draft
 from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.hub import commit_of, download
 from dovetail.interfaces.attention import open_block_size
 from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.model import ModelSource
@@ -44,10 +45,12 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             excluded[culprits[-1]] = Reason(f"left no choice: {e.message.splitlines()[0]}", code="conflicts")
 
 
-def find_model(name: str, *, trust_remote_code: bool = False) -> ModelSource:
-    """The files of a plugin's model, a local folder or a hub id, which is then downloaded. Raises `ConfigError`."""
+def find_model(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelSource:
+    """The files of a plugin's model, a local folder or a hub id, which is then downloaded: at `revision` (a branch, a tag or
+    a commit), and with its code only if that is trusted. Raises `ConfigError`."""
     registry, facts = load_registry(), device_facts()
-    return _find_model(name, "model", trust_remote_code, registry, Context(facts, None, facts.devices[0], ""))[0]
+    nothing_known = Context(facts, None, facts.devices[0], "")
+    return _find_model(name, "model", trust_remote_code, registry, nothing_known, revision)[0]
 
 
 @dataclass
@@ -118,7 +121,9 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     facts = device_facts()
     device = _device(config.device, facts)
     nothing_known = Context(facts, None, device, "")
-    source, model_choice = _find_model(config.model, "model", config.trust_remote_code, registry, nothing_known)
+    source, model_choice = _find_model(
+        config.model, "model", config.trust_remote_code, registry, nothing_known, config.revision
+    )
     model = model_facts(source.folder)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     length = config.max_model_len or model.max_position_embeddings
@@ -178,6 +183,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         overlap=device != "cpu" if config.overlap == "auto" else config.overlap,
         max_num_waiting=config.max_num_waiting,
         trust_remote_code=config.trust_remote_code,
+        revision=source.revision,
         architecture=model.architecture,
         shadow_share=shadow.share if shadow is not None else 0.0,
         draft=draft[0] if draft else None,
@@ -281,11 +287,16 @@ def _socket_config(given: Any, where: str) -> SocketConfig:
 
 
 def _find_model(
-    name: str, where: str, with_code: bool, registry: Registry, context: Context
+    name: str, where: str, with_code: bool, registry: Registry, context: Context, revision: str | None = None
 ) -> tuple[ModelSource, Choice | None]:
     """A provider's name, else a local folder, else a hub id. `where` names the setting in errors."""
     offers = registry.of("model")
-    if any(name in (o.provider.name, o.qualified_name) for o in offers):
+    folder = Path(name).expanduser()
+    is_offered = any(name in (o.provider.name, o.qualified_name) for o in offers)
+    if revision is not None and (is_offered or folder.is_dir()):
+        kind = "comes with a plugin" if is_offered else "is a folder"
+        raise ConfigError(f"revision: {revision!r} is of a model on the hub, and {name!r} {kind}: leave it out")
+    if is_offered:
         choice = choose(registry, "model", SocketConfig(use=name), context, where)
         offer = find(registry, choice)
         try:
@@ -298,23 +309,10 @@ def _find_model(
         if not isinstance(source, ModelSource):
             raise PluginError(f"{where}: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
         return source, choice
-    folder = Path(name).expanduser()
     if folder.is_dir():
         return ModelSource(folder.resolve()), None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return ModelSource(_from_hub(name, where, with_code)), None
+        folder = download(name, where, with_code=with_code, revision=revision)
+        return ModelSource(folder, revision=commit_of(folder) or revision), None
     names = ", ".join(o.provider.name for o in offers) or "none"
     raise ConfigError(f"{where}: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
-
-
-def _from_hub(name: str, where: str, with_code: bool) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError(f"{where}: {name!r} is a hub id, and huggingface_hub is not installed") from None
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", *(["*.py"] if with_code else [])]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:
-        why = f"{type(e).__name__}: {e}"
-        raise ConfigError(f"{where}: {name!r} is no folder here, and the hub did not give it: {why}") from None

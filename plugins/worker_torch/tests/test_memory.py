@@ -1,4 +1,4 @@
-"""What is left for the KV cache of a GPU, and what is said where nothing is."""
+"""What is left for the KV cache of a GPU, and what is said where nothing is; what a container leaves of a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 
 from dovetail.errors import OutOfMemory
 from dovetail_worker_torch.gpu_memory import GpuMemory, largest_step
+from dovetail_worker_torch.memory import cpu_memory
+from dovetail_worker_torch.threads import set_num_threads
 
 GIB = 2**30
 
@@ -32,3 +34,24 @@ def test_a_step_that_does_not_fit():
 
     with pytest.raises(OutOfMemory, match="a step of 2048 tokens and 256 sequences does not fit on cpu beside the weights"):
         largest_step(None, None, Full(), 2048, 256)
+
+
+@pytest.mark.parametrize(("available", "taken"), [(100 * GIB, 4 * GIB), (GIB, GIB // 2), (None, 2 * GIB)])
+def test_the_cache_on_a_cpu(available, taken, monkeypatch):
+    monkeypatch.setattr("dovetail_worker_torch.memory.available_memory", lambda: available)
+    assert cpu_memory(0.5) == taken
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted", "by_user", "threads"),
+    [(None, 8, {}, 3), (None, 2, {}, 2), (4, 2, {}, 4), (None, 2, {"OMP_NUM_THREADS": "3"}, 3)],
+)
+def test_threads_of_a_step(asked, granted, by_user, threads, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in by_user.items():
+        monkeypatch.setenv(name, value)
+    set_num_threads(asked, granted)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)

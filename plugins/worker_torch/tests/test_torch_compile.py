@@ -100,3 +100,16 @@ def test_what_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^worker\.execution: .*Python's headers are not in /nowhere"):
         check_compile("cpu")
     check_compile("cuda:0")
+
+
+def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    check_compile("cpu")
+    shared = torch_compile.cache_folder()
+    assert shared.stat().st_mode & 0o777 == 0o700
+    shared.chmod(0o777)
+    with pytest.raises(PluginError, match=r"can be written by everybody .*set XDG_CACHE_HOME"):
+        check_compile("cpu")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "theirs"))  # torch's affair, and the user's
+    check_compile("cpu")

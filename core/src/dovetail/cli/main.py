@@ -129,6 +129,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--device", "device", str, "auto, cpu, cuda:0"),
     ("--dtype", "dtype", str, "auto, float32, bfloat16, float16"),
     ("--max-model-len", "max_model_len", int, "longest sequence, in tokens"),
+    ("--revision", "revision", str, "branch, tag or commit of a model on the hub"),
     ("--served-model-name", "served_model_name", str, "the name clients use"),
     ("--quantization", "quantization", str, "auto, none, or a scheme for the whole model"),
     ("--architecture", "architecture.use", str, "architecture provider"),

@@ -122,6 +122,8 @@ def size(nbytes: int) -> str:
 def plan_tree(plan: Plan) -> Tree:
     """For each socket who was taken, with what was decided for it; and who was not, with the reason and what would help."""
     model = Text.assemble((plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}")
+    if plan.revision is not None:
+        model.append(f" at {plan.revision}", "dim")
     model.append(f", up to {plan.max_model_len} tokens a sequence   plan {plan.fingerprint}", "dim")
     if plan.draft is not None:
         model.append(f"\ndrafted for by {plan.draft.model}  {plan.draft.architecture}")

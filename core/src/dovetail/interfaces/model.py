@@ -14,3 +14,5 @@ class ModelSource:
     licence: str = ""
     draft: str | None = None
     """Name of the model that drafts for it, where one comes with it."""
+    revision: str | None = None
+    """Commit, where the folder is a download from the hub."""

@@ -1,5 +1,7 @@
 """Compiling a plugin's C++: once a machine, at first use, into the user's cache folder.
 
+Code is loaded only from a folder and a file that nobody else can write to (`private`): a cache may lie in a shared place.
+
 The result is a plain C library: it needs a compiler, and neither Python's nor a tensor library's headers. It is named by a
 digest of everything that it depends on, so that a new version, compiler or CPU (a shared home folder) finds no stale one.
 """
@@ -7,6 +9,7 @@ digest of everything that it depends on, so that a new version, compiler or CPU 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -24,6 +27,7 @@ from typing import Literal
 
 from dovetail.errors import PluginError
 from dovetail.facts import DeviceFacts
+from dovetail.native.private import private_folder, why_not_ours
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ TARGETS: dict[Target, tuple[str, ...]] = {
 }
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0", "-lineinfo")
 NUM_ERROR_LINES = 15
+FILE_MODE = 0o700
 
 
 def cache_folder(name: str) -> Path:
@@ -111,14 +116,16 @@ class Build:
 
     def library(self, facts: DeviceFacts, folder: Path) -> Path:
         name, library = self.name, folder / f"{_digest(self, facts)}.so"
-        if _loads(name, library):
-            return library
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            private_folder(name, folder)
+            if _loads(name, library):
+                return library
             with _locked(library.with_suffix(".lock")):
                 if not _loads(name, library):  # another process may have built it meanwhile
                     _compile(self, library)
         except OSError as e:
+            if e.errno == errno.ELOOP:
+                raise PluginError(f"{name}: {e.filename} is a link: remove it", provider=name) from None
             raise PluginError(f"{name} cannot write its kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
         if not _loads(name, library):
             raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
@@ -139,8 +146,11 @@ def _digest(build: Build, facts: DeviceFacts) -> str:
 
 
 def _loads(name: str, library: Path) -> bool:
-    """A library that another system left here, or that a full disk cut short, is built again."""
-    if not library.is_file():
+    """A library that others may have put here, that another system left, or that a full disk cut short, is built again."""
+    if not os.path.lexists(library):
+        return False
+    if why := why_not_ours(library):
+        log.warning("%s: %s %s; it is not loaded, and built again", name, library, why)
         return False
     try:
         ctypes.CDLL(str(library))
@@ -152,10 +162,13 @@ def _loads(name: str, library: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when a process dies."""
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Held by one process at a time; the system lets go of it when a process dies. Nothing is written, no link followed."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _compile(build: Build, library: Path) -> None:
@@ -170,6 +183,7 @@ def _compile(build: Build, library: Path) -> None:
             list(pool.map(lambda command: _call(name, command), commands))
         linked = Path(folder) / library.name
         _call(name, [build.compiler, "-shared", *objects, "-o", str(linked), *build.link_flags])
+        linked.chmod(FILE_MODE)  # whatever the umask: see why_not_ours
         linked.replace(library)  # complete or not there at all
     log.info("%s: compiled in %.0f s", name, time.perf_counter() - start)
 

@@ -16,6 +16,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a plugin's model name, a local folder, or a hub id")
     parser.add_argument("--scheme", required=True, metavar="NAME", help="fp8, int8, awq, gptq")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make, or to finish")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the hub")
     text = parser.add_argument_group("text")
     text.add_argument("--calibration", type=Path, metavar="FILE", help="text that awq and gptq measure activations on")
     text.add_argument(

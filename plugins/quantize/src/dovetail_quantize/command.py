@@ -13,7 +13,7 @@ from dovetail.facts import model_facts, read_json
 from dovetail.interfaces.worker import Progress
 from dovetail.resolution import find_model
 from dovetail_quantize import making
-from dovetail_quantize.folder import OutputFolder
+from dovetail_quantize.folder import OutputFolder, files_to_copy
 from dovetail_quantize.schemes import VERSION, make_scheme
 from dovetail_quantize.skeleton import Skeleton
 from dovetail_quantize.texts import read_texts
@@ -27,8 +27,9 @@ def run(args: Namespace, progress: Progress) -> int:
         args.scheme, has_text=args.calibration is not None, weight_only=args.weight_only, bits=args.bits,
         group_size=args.group_size, nearest=args.nearest, desc_act=args.desc_act, asymmetric=args.asymmetric, damp=args.damp,
     )  # fmt: skip
-    source = find_model(args.model).folder
+    source = find_model(args.model, trust_remote_code=False, revision=args.revision).folder
     facts = model_facts(source)
+    files_to_copy(source)
     if facts.quantization_config is not None:
         method = facts.quantization_method
         raise ConfigError(f"{source} is quantized already ({method}): quantize the checkpoint that it was made from")

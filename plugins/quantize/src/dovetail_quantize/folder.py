@@ -25,6 +25,22 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "additional_chat_
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
+def files_to_copy(source: Path) -> list[Path]:
+    """Of a model folder, what `OutputFolder.copy_from` takes. Raises `ConfigError` for a link to what is no part of a model:
+    the copy, which may be published, would hold it. Snapshots in the hub's cache consist of links, to blobs in there."""
+    home = source.resolve()
+    homes = [home]
+    if home.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/COMMIT; blobs lie in CACHE/…/blobs or CACHE/blobs
+        homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
+    matches = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
+    found = [file for file in matches if file.name not in NOT_COPIED and file.is_file()]
+    for file in found:
+        target = file.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise ConfigError(f"{file} is a link to {target}, outside the model: if it is meant, put a copy there instead")
+    return found
+
+
 class OutputFolder:
     """Raises `ConfigError` for a folder that holds something else, and when the disk is too small or full."""
 
@@ -74,12 +90,10 @@ class OutputFolder:
 
     def copy_from(self, source: Path) -> None:
         """Tokenizer, chat templates, generation_config, licence."""
-        for pattern in COPIED:
-            for file in sorted(source.glob(pattern)):
-                if file.name not in NOT_COPIED and file.is_file():
-                    target = self.path / file.relative_to(source)
-                    self._attempt(lambda t=target: t.parent.mkdir(exist_ok=True), target)  # type: ignore[misc]
-                    self._write(target, lambda partial, f=file: shutil.copyfile(f, partial))  # type: ignore[misc]
+        for file in files_to_copy(source):
+            target = self.path / file.relative_to(source)
+            self._attempt(lambda t=target: t.parent.mkdir(exist_ok=True), target)  # type: ignore[misc]
+            self._write(target, lambda partial, f=file: shutil.copyfile(f, partial))  # type: ignore[misc]
 
     def size(self) -> int:
         """Bytes of the weights that are there."""

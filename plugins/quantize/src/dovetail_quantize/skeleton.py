@@ -31,12 +31,13 @@ class Skeleton:
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoint = folder, Checkpoint(folder)
         try:
-            self.config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            # Said outright: left open, transformers asks on the terminal whether to run the code of a model folder.
+            self.config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self.text: Any = self.config.get_text_config(decoder=True)
             self.dtype = self._dtype()
             with _NoMemory():
                 auto: Any = transformers.AutoModelForCausalLM
-                self.model: Any = auto.from_config(self.config, dtype=torch.float32)
+                self.model: Any = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
             raise CheckpointError(f"{folder}: transformers cannot build the model: {e}") from e
         self.model.eval().requires_grad_(False)

@@ -58,7 +58,9 @@ class WorkerOptions(Options):
     weights: Literal["checkpoint", "random"] = Field(
         "checkpoint", description="random: no file but config.json is read, and weights are made up, to measure a shape"
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of a step; default: torch's own choice")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of a step; default: torch's choice, within a container's CPU quota"
+    )
 
 
 def _needs_torch(context: Context) -> list[Reason]:

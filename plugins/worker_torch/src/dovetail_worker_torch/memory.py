@@ -5,22 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
+from dovetail.facts import available_memory
+
 CPU_DEFAULT = 4 * 2**30
 
 
 def cpu_memory(fraction: float) -> int:
-    """Bytes: of what is available, up to 4 GiB. A CPU's memory is shared with everything else, so more is taken only when
-    `kv_cache.memory_gb` asks for it."""
-    return min(CPU_DEFAULT, int(available_memory() * fraction))
-
-
-def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return CPU_DEFAULT
+    """Bytes: of what is available (in a container: within its limit), up to 4 GiB. A CPU's memory is shared with everything
+    else, so more is taken only when `kv_cache.memory_gb` asks for it."""
+    available = available_memory()
+    return min(CPU_DEFAULT, int((CPU_DEFAULT if available is None else available) * fraction))
 
 
 def give_back() -> None:

@@ -41,7 +41,8 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def check_compile(device: str) -> None:
-    """Raise `ConfigError` if torch cannot compile here, before any weight is read."""
+    """Raise `ConfigError` if torch cannot compile here, before any weight is read; `PluginError` if somebody else could put
+    kernels where torch is to look for them."""
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         raise ConfigError(
             f"worker.execution: compiled: torch {torch.__version__} is too old: install 2.13 or later, or set it to plain"
@@ -51,6 +52,19 @@ def check_compile(device: str) -> None:
         raise ConfigError(
             f"worker.execution: compiled: Python's headers are not in {headers}: install them (python3-dev), or set it to plain"
         )
+    if _takes_our_cache():
+        folder = cache_folder()
+        try:
+            native.private_folder("torch (execution: compiled)", folder)
+        except OSError as e:
+            raise ConfigError(f"worker.execution: compiled: cannot write kernels to {folder}: {e}; set XDG_CACHE_HOME") from e
+
+
+def _takes_our_cache() -> bool:
+    """Unless the user has set another. The default is what torch itself writes to the environment."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir())
 
 
 def cache_folder() -> Path:
@@ -137,12 +151,10 @@ def _of_inputs(entries: Sequence[Any]) -> list[bool]:
 def _cache_variable() -> Iterator[None]:
     """torch reads its cache's place from the environment: ours while we compile, unless the user has set one. Compilations
     of a process take turns (a lock of torch's)."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    before = os.environ.get(CACHE_VARIABLE)
-    if before not in (None, default_cache_dir()):  # the default is what torch itself writes there
+    if not _takes_our_cache():
         yield
         return
+    before = os.environ.get(CACHE_VARIABLE)
     os.environ[CACHE_VARIABLE] = str(cache_folder())
     try:
         yield

@@ -42,6 +42,7 @@ from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.quantized import QuantizedLayers
 from dovetail_worker_torch.runner import Computed, Runner
 from dovetail_worker_torch.shadow import Shadow, ShadowAttention
+from dovetail_worker_torch.threads import set_num_threads
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,8 +60,7 @@ class TorchWorker:
         kv_dtype = context.option("kv_cache", "dtype")
         self._kv_dtype = plan.dtype if kv_dtype == "auto" else kv_dtype
         self._block_size: int = context.option("kv_cache", "block_size")
-        if options.num_threads:
-            torch.set_num_threads(options.num_threads)
+        set_num_threads(options.num_threads, context.device.num_cores)
         self._accelerator = self.make_accelerator()
         # What an accelerator is given is queued: it needs no thread to run beside the host.
         self._thread = ThreadPoolExecutor(1, "dovetail-steps") if plan.overlap and self._accelerator is None else None
