@@ -333,7 +333,17 @@ def test_the_published_schema_lists_streams_and_errors(http: httpx.Client) -> No
     for route in (COMPLETIONS, CHAT):
         responses = paths[route]["post"]["responses"]
         assert responses["200"]["content"].keys() == {"application/json", "text/event-stream"}
-        assert {"400", "401", "404", "413", "429", "500", "503"} <= responses.keys()
+        assert {"400", "401", "404", "413", "429", "500", "503", "504"} <= responses.keys()
+        assert "422" not in responses
+
+
+def test_the_published_schema_says_what_small_routes_answer(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    for method, path in (("get", "/health"), ("get", "/live"), ("get", "/metrics"), ("post", "/reset_prefix_cache")):
+        answer = http.request(method, path)
+        published = paths[path][method]["responses"]["200"].get("content", {})
+        assert answer.status_code == 200
+        assert list(published) == ([answer.headers["content-type"].split(";")[0]] if answer.content else [])
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/health", "/nowhere"])

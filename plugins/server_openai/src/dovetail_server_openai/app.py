@@ -32,8 +32,9 @@ TOKENIZER_KEYS = (
 """Fields of tokenizer_config.json that clients are shown; a folder may hold anything in the others."""
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": failures.TYPES[code]} for code in (400, 401, 404, 413, 429, 500, 503, 504)
+    code: {"description": text, "model": failures.ErrorBody} for code, text in failures.TYPES.items()
 }
+EMPTY: dict[int | str, dict[str, Any]] = {200: {"description": "No content"}}
 
 
 MakeRouter = Callable[[AsyncEngine], APIRouter]
@@ -51,6 +52,7 @@ def make_app(
     """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
     app.router.route_class = JSONRoute
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     metrics = Metrics(engine, options.metrics_prefix)
     completions = Completions(engine, metrics, options, sampling_defaults(Path(engine.plan.folder)))
     failures.install(app, culprit)
@@ -81,14 +83,14 @@ def make_app(
             raise ModelNotFound(f"the model {name!r} is not served here; {engine.plan.served_model_name!r} is")
         return card()
 
-    @app.get("/health", response_model=None)
-    @app.get("/ping", include_in_schema=False, response_model=None)
+    @app.get("/health", response_class=Response, responses=EMPTY)
+    @app.get("/ping", include_in_schema=False, response_class=Response)
     async def health() -> Response:
         if engine.state == "ready":
             return Response()
         return failures.error_response(f"the engine is {engine.state}", 503)
 
-    @app.get("/live", response_model=None)
+    @app.get("/live", response_class=Response, responses=EMPTY)
     async def live() -> Response:
         """Whether this process can still come to serve: also while it loads, restarts or drains."""
         if engine.state not in ("failed", "closed"):
@@ -104,8 +106,8 @@ def make_app(
         weights = {"weights": msgspec.to_builtins(alike(engine.weights))} if engine.weights else {}
         return engine.plan.report(engine.invoked | {"server": True}) | weights
 
-    @app.get("/metrics")
-    async def prometheus() -> PlainTextResponse:
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/load")
@@ -118,7 +120,7 @@ def make_app(
         shown = {key: t.config[key] for key in TOKENIZER_KEYS if key in t.config}
         return {**shown, **t.special_tokens, "chat_template": t.chat_template}
 
-    @app.post("/reset_prefix_cache")
+    @app.post("/reset_prefix_cache", response_class=Response, responses=EMPTY)
     async def reset_prefix_cache() -> Response:
         engine.reset_prefix_cache()
         return Response()
@@ -137,6 +139,17 @@ def make_app(
         Guard, options=options, keys=keys, routes=app.routes, admit=engine.check_admission, metrics=metrics
     )
     return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema, without the status that it gives for bad bodies: ours are 400, in the shape of all errors."""
+    schema = FastAPI.openapi(app)
+    for methods in schema["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(unused, None)
+    return schema
 
 
 def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: AsyncEngine) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dovetail.attribution import Attribution
@@ -25,6 +26,21 @@ TYPES = {
     413: "BadRequestError", 429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
     504: "TimeoutError",
 }  # fmt: skip
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """What every error's body is, in the published schema."""
+
+    error: ErrorInfo
+
+
 MAX_MESSAGE = 1000
 _UNION_ARM = re.compile(r"(list|dict|function-.*)\[.*\]|str|int")
 """A part of an error's path that names a type, not a field."""
