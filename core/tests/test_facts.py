@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dovetail.errors import CheckpointError
 from dovetail.facts import LayerKind, model_facts, window_of_layers
 
 W = 8
@@ -66,3 +67,19 @@ def test_the_words_of_gpt2(tmp_path: Path) -> None:
     assert (facts.num_layers, facts.hidden_size, facts.max_position_embeddings) == (3, 64, 32)
     assert (facts.num_heads, facts.num_kv_heads, facts.head_size) == (4, 1, 16)
     assert facts.layer_kinds == (LayerKind("full", None),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, "recursion"),
+        ('{"num_hidden_layers": 1000000000, "vocab_size": 5, "hidden_size": 4, "n_head": 1}', "layers is above"),
+        ('{"vocab_size": 1%s, "hidden_size": 4, "num_attention_heads": 1, "n_layer": 1}' % ("0" * 400), "vocab_size is above"),
+        ('{"text_config": [1]}', "text_config must be an object"),
+    ],
+    ids=["deep", "a billion layers", "a huge number", "no object"],
+)
+def test_a_config_that_means_no_good_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        model_facts(tmp_path)

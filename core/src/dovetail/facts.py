@@ -155,11 +155,17 @@ def model_facts(folder: Path) -> ModelFacts:
     text = config.get("text_config", config)
     path = folder / "config.json"
 
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{path}: text_config must be an object, found {type(text).__name__}")
+
     def number(key: str, default: int | None = None) -> int:
         value = text.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"{path}: {key} must be a positive integer, found {value!r}")
+        most = MAX_LAYERS if "layer" in key else MAX_SIZE
+        if value > most:
+            raise CheckpointError(f"{path}: {key} is above {most}")
         return value
 
     def first(*keys: str) -> int:
@@ -188,6 +194,8 @@ def model_facts(folder: Path) -> ModelFacts:
     )
 
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+"""Far beyond any model: a config with more is broken, or meant to take all memory."""
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 """By model type: `sliding_window_pattern` where a config leaves it out."""
 _WITHOUT_WINDOWS = frozenset({"llama"})
@@ -256,7 +264,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: a model folder has config.json, *.safetensors and a tokenizer") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected an object, found {type(data).__name__}")
