@@ -153,6 +153,14 @@ def test_a_stream_that_is_left_does_not_run_the_others_to_their_end(llm: LLM) ->
     assert is_unused(llm)
 
 
+def test_what_has_ended_holds_nothing(llm: LLM) -> None:
+    """Under the overlapped loop a stop token comes with the next step already in flight."""
+    params = SamplingParams(max_tokens=60, stop_token_ids=tuple(range(0, 256, 4)), seed=3)
+    for _ in range(5):
+        assert llm.generate("a", params)[0].finish_reason == "stop"
+        assert is_unused(llm)
+
+
 # Scoring.
 
 

@@ -208,8 +208,9 @@ class LLM:
             for request_id in live:
                 self._outputs.pop(request_id, None)
                 engine.abort(request_id)
-            while self._engine is not None and any(request_id in engine.requests for request_id in live):
-                self._step()  # what was in flight ends
+            # The overlapped loop may have a step in flight for what has ended, and until then its blocks.
+            while self._engine is not None and any(s.request.request_id in engine.requests for s in states):
+                self._step()
             self._file(engine.take_news())
 
     def _step(self) -> None:
