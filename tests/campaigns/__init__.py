@@ -1,0 +1,8 @@
+"""Campaigns of the fault hunt: many random trials of one kind, each made from a seed. `tests/hunt.py` runs them by name."""
+
+from __future__ import annotations
+
+from campaigns.base import Campaign
+from campaigns.workloads import WORKLOADS
+
+CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS,)}
