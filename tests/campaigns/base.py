@@ -70,18 +70,25 @@ def run(
 ) -> Report:
     """`count` trials, of seeds that follow each other, within about `seconds`."""
     report, began = Report(at_length=at_length), time.monotonic()
-    with campaign.open(report) as trial:
-        for seed in range(first_seed, first_seed + count):
-            if time.monotonic() > began + seconds or len(report.faults) >= MAX_FAULTS:
-                break
-            report.counts["trials"] += 1
-            try:
-                trial(seed)
-            except Exception as e:
-                what = f"{type(e).__name__}: {e}"
-                print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count 1"
-                report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
+
+    def fault(seed: int, count: int, error: Exception) -> None:
+        what = f"{type(error).__name__}: {error}"
+        print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count {count}"
+        report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
+
+    try:
+        with campaign.open(report) as trial:
+            for seed in range(first_seed, first_seed + count):
+                if time.monotonic() > began + seconds or len(report.faults) >= MAX_FAULTS:
+                    break
+                report.counts["trials"] += 1
+                try:
+                    trial(seed)
+                except Exception as e:
+                    fault(seed, 1, e)
+    except Exception as e:  # when all had been tried
+        fault(first_seed, report.counts["trials"], e)
     report.figures["seconds"] = time.monotonic() - began
     return report
 
