@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dovetail.hookspecs import hookimpl
@@ -30,8 +31,9 @@ class Chaotic:
     """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on if it is slow."""
 
     def __init__(self, options: Any, inner: Any, method: str, wrong: Wrong | None = None, *, only_victim: bool = False) -> None:
-        self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, method
-        self._wrong, self._only_victim, self._calls = wrong, only_victim, 0
+        self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, options.method or method
+        self._wrong, self._only_victim, self._calls = wrong, only_victim and not options.method, 0
+        self._once = options.once
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -47,7 +49,7 @@ class Chaotic:
             time.sleep(0.05)
         elif due and self._fault == "raise":
             raise RuntimeError("chaos")
-        elif due and self._fault == "hang":
+        elif due and self._fault == "hang" and is_first(self._once):
             time.sleep(3600)
         elif due and self._fault == "crash":
             os.abort()
@@ -61,30 +63,44 @@ class Chaotic:
         return result
 
 
+def is_first(marker: str) -> bool:
+    """Whether nobody, in any process, has asked before with this file; always without one."""
+    if not marker:
+        return True
+    try:
+        Path(marker).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 class Fault(Options):
     fault: str = "none"
     at: int = 8
+    method: str = ""
+    """That goes wrong, in place of the usual one."""
+    once: str = ""
+    """A file, made by the first process that hangs: the others do not."""
 
 
-class KVCacheFault(KVCacheOptions):
-    fault: str = "none"
-    at: int = 8
+class KVCacheFault(KVCacheOptions, Fault):
+    pass
 
 
-class SchedulerFault(SchedulerOptions):
-    fault: str = "none"
-    at: int = 8
+class SchedulerFault(SchedulerOptions, Fault):
+    pass
 
 
-class DrafterFault(DrafterOptions):
-    fault: str = "none"
-    at: int = 8
+class DrafterFault(DrafterOptions, Fault):
+    pass
 
 
 def building(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def build(context: Any, options: Any) -> Any:
         if options.fault == "build":
             raise RuntimeError("chaos")
+        if options.fault == "hang" and options.method == "build" and is_first(options.once):
+            time.sleep(3600)
         return object() if options.fault == "build-wrong" else make(context, options)
 
     return build

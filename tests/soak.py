@@ -1,7 +1,7 @@
 """The long runs: what `make test` takes a slice of, at length.  Usage: python tests/soak.py [--scale 1.0] [NAME …]
 
-Writes benchmarks/results/soak.json: for each run its size, seconds and outcome, the commit and the date. With names, those runs
-alone; what is known of the others stays.
+Writes benchmarks/results/soak.json: for each run its size, seconds and outcome, the commit and the date; for campaigns of the
+fault hunt also what they counted, measured and found. With names, those runs alone; what is known of the others stays.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from campaigns import CAMPAIGNS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/soak.json"
@@ -73,6 +76,10 @@ RUNS = {
         "the demo model with its draft and without, 2,002 prompts × prefix cache on and off, both loops, greedy and sampled",
         ["tests/test_draft_model.py", "-k", "drafts_change_nothing"], {"DOVETAIL_SOAK": 91},
     ),
+    **{
+        name: (c.what, [f"tests/test_hunt.py::test_it_finds_nothing[{name}]"], {"DOVETAIL_SOAK_COUNT": c.full})
+        for name, c in CAMPAIGNS.items()
+    },
 }  # fmt: skip
 
 
@@ -90,6 +97,8 @@ def main() -> int:
         what, arguments, sizes = RUNS[name]
         env = {**os.environ, **{k: str(max(1, int(v * args.scale))) for k, v in sizes.items()}}
         print(f"{name}: {what} …", flush=True)
+        report = Path(tempfile.mkdtemp()) / "report.json"
+        env["DOVETAIL_SOAK_REPORT"] = str(report)
         began = time.time()
         command = [sys.executable, "-m", "pytest", "--timeout=14400", "-m", "not gpu", *arguments]
         out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -100,6 +109,8 @@ def main() -> int:
         if not passed:
             print(out.stdout[-5000:])
         about = {"what": what, "sizes": sizes, "scale": args.scale, "seconds": seconds, "passed": passed}
+        if report.exists():
+            about["report"] = json.loads(report.read_text())
         known[name] = {"name": name, "commit": commit, "date": time.strftime("%Y-%m-%d"), **about}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({"runs": [known[n] for n in RUNS if n in known]}, indent=1) + "\n")
