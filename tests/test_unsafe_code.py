@@ -47,12 +47,13 @@ BREACHES: dict[str, tuple[str, ...]] = {
     ),
     "eval, exec, compile": (
         "eval('1')", "exec(text)", "compile(text, 'f', 'exec')", "import builtins\nbuiltins.eval(text)",
-        "from builtins import exec as run\nrun(text)",
+        "from builtins import exec as run\nrun(text)", "list(map(eval, texts))", "import builtins\nrun = builtins.exec",
     ),
     "a shell": (
         "import os\nos.system('ls')", "from os import system as s\ns('ls')", "import os\nos.popen('ls')",
         "import subprocess\nsubprocess.run('ls', shell=True)", "from subprocess import Popen\nPopen('ls', shell=flag)",
         "import subprocess as sp\nsp.getoutput('ls')", "import asyncio\nasyncio.create_subprocess_shell('ls')",
+        "import os\nlist(map(os.system, commands))",
     ),
     "torch.load without weights_only=True": (
         "import torch\ntorch.load('f')", "import torch as t\nt.load('f', weights_only=False)",
@@ -65,6 +66,7 @@ BREACHES: dict[str, tuple[str, ...]] = {
     ),
     "allow_pickle": (
         "import numpy as np\nnp.load('f', allow_pickle=True)", "from numpy import load\nload('f', allow_pickle=flag)",
+        "import numpy as np\nnp.load('f', None, True)",
         "import numpy\nnumpy.lib.format.read_array(f, allow_pickle=True)",
     ),
     "trust_remote_code=True": (
@@ -76,6 +78,7 @@ BREACHES: dict[str, tuple[str, ...]] = {
         "import jinja2\njinja2.Environment()", "from jinja2 import Template\nTemplate(text)",
         "from jinja2 import Environment as E\nE(trim_blocks=True)",
         "from jinja2.nativetypes import NativeEnvironment\nNativeEnvironment()",
+        "import jinja2\nclass E(jinja2.Environment): ...",
     ),
 }  # fmt: skip
 
@@ -103,6 +106,7 @@ def test_a_breach_is_found(rule: str, source: str, tmp_path: Path, monkeypatch: 
         "import numpy as np\nnp.load('f', allow_pickle=False)", "AutoModel.from_pretrained(f, trust_remote_code=False)",
         "tmp_path_factory.mktemp('x')", "import subprocess\nsubprocess.run(['ls'], shell=False)",
         "from jinja2.sandbox import ImmutableSandboxedEnvironment\nImmutableSandboxedEnvironment()",
+        "from jinja2.sandbox import SandboxedEnvironment\nclass E(SandboxedEnvironment): ...", "exec = 1", "self.eval = x.eval",
         "from somewhere import Environment\nEnvironment()", "import importlib\nimportlib.import_module('json')",
         "import triton.language as tl\ntl.load(x)", "from .pickle import x", "def compile(self): ...",
     ],

@@ -33,6 +33,9 @@ def findings(source: str) -> list[Finding]:
     """Every breach in a module's source, in its order. Raises `SyntaxError`."""
     tree = ast.parse(source)
     names = _imported(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            node.func.is_called = True  # type: ignore[attr-defined]
     found = [
         Finding(rule, node.lineno, ast.unparse(node).splitlines()[0])
         for node in ast.walk(tree)
@@ -95,10 +98,20 @@ def _unpickles(node: ast.AST, names: dict[str, str]) -> bool:
 
 def _evaluates(node: ast.AST, names: dict[str, str]) -> bool:
     # The builtin by its name: methods that are called so, such as model.eval() and re.compile(), are attributes of something.
+    # Handed on, as in map(eval, texts), it counts too; only "compile" is also a name that people give to things of their own.
+    if isinstance(node, ast.Name | ast.Attribute) and _is_handed_on(node):
+        return _dotted(node, names).removeprefix("builtins.") in {"eval", "exec"}
     return _called(node, names).removeprefix("builtins.") in {"eval", "exec", "compile"}
 
 
+def _is_handed_on(node: ast.Name | ast.Attribute) -> bool:
+    """A name that is read, and not to call it there: `findings` has marked those."""
+    return isinstance(node.ctx, ast.Load) and not getattr(node, "is_called", False)
+
+
 def _shell(node: ast.AST, names: dict[str, str]) -> bool:
+    if isinstance(node, ast.Name | ast.Attribute) and _is_handed_on(node):
+        return _dotted(node, names) in SHELLS
     given = _keyword(node, "shell")
     return _called(node, names) in SHELLS or (given is not None and not _is(given, False))
 
@@ -117,6 +130,8 @@ def _yaml_load(node: ast.AST, names: dict[str, str]) -> bool:
 
 def _allow_pickle(node: ast.AST, names: dict[str, str]) -> bool:
     given = _keyword(node, "allow_pickle")
+    if isinstance(node, ast.Call) and _called(node, names) == "numpy.load" and len(node.args) > 2:
+        given = node.args[2]
     return given is not None and not _is(given, False)
 
 
@@ -135,7 +150,8 @@ def _mktemp(node: ast.AST, names: dict[str, str]) -> bool:
 
 
 def _template(node: ast.AST, names: dict[str, str]) -> bool:
-    return _called(node, names) in TEMPLATES
+    bases = [_dotted(base, names) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+    return not TEMPLATES.isdisjoint([_called(node, names), *bases])
 
 
 RULES: dict[str, Callable[[ast.AST, dict[str, str]], bool]] = {

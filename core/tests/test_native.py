@@ -201,6 +201,38 @@ def test_nor_may_others_replace_the_folder(planted, tmp_path):
     assert loaded.exists()
 
 
+@needs_root
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_nor_may_the_owner_of_what_it_lies_in(planted, tmp_path, mode):
+    facts, library, loaded = planted
+    folder = (tmp_path / "theirs").mkdir() or tmp_path / "theirs" / "mine"
+    library.parent.rename(folder)
+    (tmp_path / "theirs").chmod(mode)
+    os.chown(tmp_path / "theirs", 12345, -1)
+    with pytest.raises(PluginError, match=r"which lies in .*/theirs, because it belongs to user 12345.*of your own$"):
+        build(facts, folder)
+    assert not loaded.exists()
+    os.chown(tmp_path / "theirs", 65534, -1)  # in a user namespace: the host's
+    build(facts, folder)
+    assert loaded.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("linked", ["folder", "above"])
+def test_nor_may_the_owner_of_a_link(planted, tmp_path, linked):
+    facts, library, loaded = planted
+    link, target = tmp_path / "link", library.parent if linked == "folder" else tmp_path
+    link.symlink_to(target)
+    folder = link if linked == "folder" else link / library.parent.name
+    os.lchown(link, 12345, -1)
+    with pytest.raises(PluginError, match=r"/link.* because it is a link that belongs to user 12345"):
+        build(facts, folder)
+    assert not loaded.exists()
+    os.lchown(link, 0, -1)
+    build(facts, folder)
+    assert loaded.exists()
+
+
 def test_a_linked_lock_empties_nothing(compiler, tmp_path):
     facts = compiler(TINY)
     library = tmp_path / "cache" / build(facts, tmp_path / "first").name

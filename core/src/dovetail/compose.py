@@ -27,6 +27,7 @@ from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.server import Server
 from dovetail.interfaces.worker import DescribingWorker, Progress, TieringWorker, Worker, WorkerCapabilities
 from dovetail.kv_sizes import size_cache, size_host_tier
+from dovetail.native import bounded_spinning
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import Registry, load_registry
 from dovetail.plugins.selection import find
@@ -113,7 +114,8 @@ def build_engine(
     facts, model = device_facts(), model_facts(Path(plan.folder))
     context = BuildContext(plan, registry, facts, model, attestation=attestation)
     culprit = Attribution(plan, registry, context.built)
-    worker: Worker = context.build("worker")
+    with bounded_spinning():  # before anybody imports torch
+        worker: Worker = context.build("worker")
     try:
         worker.load(progress)
         groups = worker.kv_groups()
