@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dovetail.hookspecs import hookimpl
@@ -26,12 +27,27 @@ Wrong = Callable[[str, Any, tuple[Any, ...]], Any]
 """(fault, what the sound method returned, its arguments) -> what is returned instead"""
 
 
+def hang(mark: str) -> None:
+    """For ever. With a mark, a file, only the first to come here: it notes the time there, and later processes go on."""
+    if mark:
+        try:
+            with Path(mark).open("x") as file:
+                file.write(str(time.monotonic()))
+        except FileExistsError:
+            return
+    time.sleep(3600)
+
+
 class Chaotic:
-    """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on if it is slow."""
+    """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on if it is slow.
+
+    The options may name another method, which can hang.
+    """
 
     def __init__(self, options: Any, inner: Any, method: str, wrong: Wrong | None = None, *, only_victim: bool = False) -> None:
-        self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, method
-        self._wrong, self._only_victim, self._calls = wrong, only_victim, 0
+        self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, options.method or method
+        self._wrong, self._only_victim, self._calls = wrong, only_victim and not options.method, 0
+        self._mark = options.mark
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -48,7 +64,7 @@ class Chaotic:
         elif due and self._fault == "raise":
             raise RuntimeError("chaos")
         elif due and self._fault == "hang":
-            time.sleep(3600)
+            hang(self._mark)
         elif due and self._fault == "crash":
             os.abort()
         elif self._fault == "starve" and self._calls >= self._at:
@@ -64,27 +80,30 @@ class Chaotic:
 class Fault(Options):
     fault: str = "none"
     at: int = 8
+    method: str = ""
+    """That hangs, instead of the one that goes wrong otherwise."""
+    mark: str = ""
+    """See `hang`."""
 
 
-class KVCacheFault(KVCacheOptions):
-    fault: str = "none"
-    at: int = 8
+class KVCacheFault(KVCacheOptions, Fault):
+    pass
 
 
-class SchedulerFault(SchedulerOptions):
-    fault: str = "none"
-    at: int = 8
+class SchedulerFault(SchedulerOptions, Fault):
+    pass
 
 
-class DrafterFault(DrafterOptions):
-    fault: str = "none"
-    at: int = 8
+class DrafterFault(DrafterOptions, Fault):
+    pass
 
 
 def building(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def build(context: Any, options: Any) -> Any:
         if options.fault == "build":
             raise RuntimeError("chaos")
+        if options.fault == "hang" and options.method == "build":
+            hang(options.mark)
         return object() if options.fault == "build-wrong" else make(context, options)
 
     return build

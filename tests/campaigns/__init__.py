@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from campaigns.base import Campaign
+from campaigns.hangs import HANGS
 from campaigns.workloads import WORKLOADS
 
-CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS,)}
+CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, HANGS)}

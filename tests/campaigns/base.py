@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,8 @@ class Campaign:
     """Trials in the soak."""
     slice: int
     """Trials in `make test`: a few seconds."""
+    parallel: int = 1
+    """Trials at a time, in the soak: more than one where they mostly wait."""
 
 
 def run(
@@ -70,18 +73,27 @@ def run(
 ) -> Report:
     """`count` trials, of seeds that follow each other, within about `seconds`."""
     report, began = Report(at_length=at_length), time.monotonic()
+
+    def one(seed: int, trial: Trial) -> None:
+        if time.monotonic() > began + seconds or len(report.faults) >= MAX_FAULTS:
+            return
+        report.counts["trials"] += 1
+        try:
+            trial(seed)
+        except Exception as e:
+            what = f"{type(e).__name__}: {e}"
+            print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count 1"
+            report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
+
     with campaign.open(report) as trial:
-        for seed in range(first_seed, first_seed + count):
-            if time.monotonic() > began + seconds or len(report.faults) >= MAX_FAULTS:
-                break
-            report.counts["trials"] += 1
-            try:
-                trial(seed)
-            except Exception as e:
-                what = f"{type(e).__name__}: {e}"
-                print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-                replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count 1"
-                report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
+        seeds = range(first_seed, first_seed + count)
+        if campaign.parallel > 1 and at_length:
+            with ThreadPoolExecutor(campaign.parallel) as pool:
+                list(pool.map(lambda seed: one(seed, trial), seeds))
+        else:
+            for seed in seeds:
+                one(seed, trial)
     report.figures["seconds"] = time.monotonic() - began
     return report
 
