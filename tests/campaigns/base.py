@@ -68,9 +68,7 @@ class Campaign:
     """Trials at a time, in the soak: more than one where they mostly wait."""
 
 
-def run(
-    campaign: Campaign, count: int, first_seed: int, *, seconds: float = math.inf, at_length: bool = True
-) -> Report:
+def run(campaign: Campaign, count: int, first_seed: int, *, seconds: float = math.inf, at_length: bool = True) -> Report:
     """`count` trials, of seeds that follow each other, within about `seconds`."""
     report, began = Report(at_length=at_length), time.monotonic()
 
@@ -121,6 +119,10 @@ def plugins(site: Path, *names: str) -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def is_process(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def batches(count: int, size: int) -> Iterator[range]:
