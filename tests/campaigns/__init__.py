@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from campaigns.base import Campaign
 from campaigns.endings import DRAINS, KILLS
+from campaigns.fuzz import FUZZ
 from campaigns.hangs import HANGS
 from campaigns.workloads import WORKLOADS
 
-CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, HANGS, KILLS, DRAINS)}
+CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, HANGS, KILLS, DRAINS, FUZZ)}

@@ -34,7 +34,7 @@ TIMEOUT = 1.0
 """Of a step: the least that can be configured."""
 LOAD_TIMEOUT = 2.0
 """Of what hangs in it; others are given more, for a busy machine."""
-SLACK = 1.7
+SLACK = 4.0
 """Until a heartbeat tells, the stacks are written, and a busy machine comes to it."""
 PATIENCE = 30.0
 PROBE = SamplingParams(max_tokens=20, seed=5, ignore_eos=True)
