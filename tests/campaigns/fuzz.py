@@ -131,7 +131,8 @@ class Fuzzer:
 
     def wrong_route(self, rng: random.Random) -> None:
         method = rng.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "FOO"])
-        path = rng.choice([r.path for r in self.routes] + ["/", "/v1", "/v1/", "//", "/v1/engines", "/%2e%2e/etc", "/v1/models/"])
+        others = ["/", "/v1", "/v1/", "//", "/v1/engines", "/%2e%2e/etc", "/v1/models/"]
+        path = rng.choice([*(r.path for r in self.routes), *others])
         reply = self.send(method, path.replace("{name}", "x"), b"{}" if method in ("POST", "PUT", "PATCH") else None,
                           {"X-Request-Id": rng.choice(["", "a", "é", "x" * 1000]), "Authorization": "Bearer \xff"})  # fmt: skip
         self.report.counts[f"wrong route: {reply.status}"] += 1
