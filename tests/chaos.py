@@ -47,7 +47,7 @@ class Chaotic:
     def __init__(self, options: Any, inner: Any, method: str, wrong: Wrong | None = None, *, only_victim: bool = False) -> None:
         self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, options.method or method
         self._wrong, self._only_victim, self._calls = wrong, only_victim and not options.method, 0
-        self._mark = options.mark
+        self._once = options.once
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -63,8 +63,8 @@ class Chaotic:
             time.sleep(0.05)
         elif due and self._fault == "raise":
             raise RuntimeError("chaos")
-        elif due and self._fault == "hang":
-            hang(self._mark)
+        elif due and self._fault == "hang" and is_first(self._once):
+            time.sleep(3600)
         elif due and self._fault == "crash":
             os.abort()
         elif self._fault == "starve" and self._calls >= self._at:
@@ -77,13 +77,24 @@ class Chaotic:
         return result
 
 
+def is_first(marker: str) -> bool:
+    """Whether nobody, in any process, has asked before with this file; always without one."""
+    if not marker:
+        return True
+    try:
+        Path(marker).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 class Fault(Options):
     fault: str = "none"
     at: int = 8
     method: str = ""
-    """That hangs, instead of the one that goes wrong otherwise."""
-    mark: str = ""
-    """See `hang`."""
+    """That goes wrong, in place of the usual one."""
+    once: str = ""
+    """A file, made by the first process that hangs: the others do not."""
 
 
 class KVCacheFault(KVCacheOptions, Fault):
@@ -102,8 +113,8 @@ def building(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def build(context: Any, options: Any) -> Any:
         if options.fault == "build":
             raise RuntimeError("chaos")
-        if options.fault == "hang" and options.method == "build":
-            hang(options.mark)
+        if options.fault == "hang" and options.method == "build" and is_first(options.once):
+            time.sleep(3600)
         return object() if options.fault == "build-wrong" else make(context, options)
 
     return build

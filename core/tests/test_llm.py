@@ -16,6 +16,7 @@ from dovetail.engine import MAX_FAILED_STEPS
 from dovetail.errors import CheckpointError, EngineDead, InvalidRequest, StepFailed
 from dovetail.frontend.outputs import Delta
 from dovetail.llm import LLM
+from dovetail.sequence import Sequence
 from dovetail.testing.plugin import SIMULATED
 from dovetail.types import SamplingParams
 
@@ -151,6 +152,22 @@ def test_a_stream_that_is_left_does_not_run_the_others_to_their_end(llm: LLM) ->
     assert llm.engine.requests[request_id][0].num_output_tokens < 10
     kept.close()  # type: ignore[attr-defined]
     assert is_unused(llm)
+
+
+def test_ctrl_c_while_a_request_is_added_leaves_nothing_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate("a", LONG)[0].token_ids
+
+    def pressed(seq_id: int, request: Any, index: int, *rest: Any) -> Sequence:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Sequence(seq_id, request, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dovetail.engine.Sequence", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("b", SamplingParams(n=2))
+    assert is_unused(llm)
+    assert llm.generate("a", LONG)[0].token_ids == expected
 
 
 def test_what_has_ended_holds_nothing(llm: LLM) -> None:

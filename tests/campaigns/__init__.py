@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from campaigns.base import Campaign
-from campaigns.endings import DRAINS, KILLS
 from campaigns.fuzz import FUZZ
-from campaigns.hangs import HANGS
-from campaigns.overload import OVERLOAD
+from campaigns.interrupts import INTERRUPTS
+from campaigns.processes import HANGS_CAMPAIGN, IDS
 from campaigns.workloads import WORKLOADS
 
-CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, HANGS, KILLS, DRAINS, OVERLOAD, FUZZ)}
+CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, INTERRUPTS, HANGS_CAMPAIGN, IDS, FUZZ)}

@@ -72,26 +72,24 @@ def run(campaign: Campaign, count: int, first_seed: int, *, seconds: float = mat
     """`count` trials, of seeds that follow each other, within about `seconds`."""
     report, began = Report(at_length=at_length), time.monotonic()
 
-    def one(seed: int, trial: Trial) -> None:
-        if time.monotonic() > began + seconds or len(report.faults) >= MAX_FAULTS:
-            return
-        report.counts["trials"] += 1
-        try:
-            trial(seed)
-        except Exception as e:
-            what = f"{type(e).__name__}: {e}"
-            print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-            replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count 1"
-            report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
+    def fault(seed: int, count: int, error: Exception) -> None:
+        what = f"{type(error).__name__}: {error}"
+        print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count {count}"
+        report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
 
-    with campaign.open(report) as trial:
-        seeds = range(first_seed, first_seed + count)
-        if campaign.parallel > 1 and at_length:
-            with ThreadPoolExecutor(campaign.parallel) as pool:
-                list(pool.map(lambda seed: one(seed, trial), seeds))
-        else:
-            for seed in seeds:
-                one(seed, trial)
+    try:
+        with campaign.open(report) as trial:
+            for seed in range(first_seed, first_seed + count):
+                if time.monotonic() > began + seconds or len(report.faults) >= MAX_FAULTS:
+                    break
+                report.counts["trials"] += 1
+                try:
+                    trial(seed)
+                except Exception as e:
+                    fault(seed, 1, e)
+    except Exception as e:  # when all had been tried
+        fault(first_seed, report.counts["trials"], e)
     report.figures["seconds"] = time.monotonic() - began
     return report
 

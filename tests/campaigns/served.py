@@ -1,13 +1,11 @@
-"""`dovetail serve` in a process of its own, over the simulated worker, and clients that speak HTTP over bare sockets.
-
-The clients cost so little that hundreds of them do not slow down what they measure.
-"""
+"""`dovetail serve` over the simulated worker in a process of its own, and clients of raw sockets that see what really comes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,173 +22,169 @@ import yaml
 from campaigns.base import plugins
 from dovetail.testing.plugin import SIMULATED, make_model
 
-PATIENCE = 60.0
-"""Seconds after which a client counts as hung, and a server too."""
+PATIENCE = 60
+"""Seconds after which waiting is a failure: a hang."""
 COMPLETIONS = "/v1/completions"
+HOST = "127.0.0.1"
+NAME = "sim"
 
 
 @dataclass
-class Answer:
-    """What came back on one connection; times are of the monotonic clock."""
-
-    sent: float
-    """When the head had been sent."""
-    first: float = 0.0
-    """Of the answer's bytes; 0 if none came."""
-    ended: float = 0.0
-    status: int = 0
-    headers: str = ""
-    body: bytes = b""
-    is_whole: bool = False
-    """All came that the head promised."""
-    error: str = ""
-    """Why the connection ended, where the server did not end it."""
-
-    def parse(self, raw: bytes) -> None:
-        head, found, rest = raw.partition(b"\r\n\r\n")
-        if not found:
-            return
-        self.headers = head.decode("latin-1").lower()
-        self.status = int(head.split(b" ", 2)[1])
-        if "transfer-encoding: chunked" in self.headers:
-            self.body, self.is_whole = _unchunked(rest)
-        else:
-            length = re.search(r"content-length: (\d+)", self.headers)
-            self.body, self.is_whole = rest, length is not None and len(rest) == int(length[1])
-
-    def events(self) -> list[Any]:
-        """Of a stream: its data, `[DONE]` as a string."""
-        parts = [p.removeprefix("data: ") for p in self.body.decode().split("\n\n") if p]
-        return [p if p == "[DONE]" else json.loads(p) for p in parts]
-
-    def num_tokens(self) -> int:
-        """Completion tokens of an answer that is whole, its usage asked for; -1 of one that failed or is not whole."""
-        if self.status != 200 or not self.is_whole:
-            return -1
-        if "text/event-stream" not in self.headers:
-            return int(json.loads(self.body)["usage"]["completion_tokens"])
-        *events, done = self.events()
-        if done != "[DONE]" or not events or not events[-1].get("usage"):
-            return -1
-        return int(events[-1]["usage"]["completion_tokens"])
-
-
-def _unchunked(rest: bytes) -> tuple[bytes, bool]:
-    body = b""
-    while True:
-        size, found, rest = rest.partition(b"\r\n")
-        if not found or len(rest) < int(size, 16) + 2:
-            return body, False
-        if int(size, 16) == 0:
-            return body, True
-        body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
-
-
-async def ask(port: int, body: dict[str, Any], *, path: str = COMPLETIONS, leave_after: float | None = None) -> Answer:
-    """POST and read to the end. A client that leaves closes its connection after some seconds."""
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    answer, raw, writer = Answer(time.monotonic()), b"", None
-    try:
-        async with asyncio.timeout(leave_after or PATIENCE):
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
-            await writer.drain()
-            answer.sent = time.monotonic()
-            while piece := await reader.read(1 << 16):
-                answer.first = answer.first or time.monotonic()
-                raw += piece
-    except TimeoutError:
-        answer.error = "left" if leave_after is not None else "hung"
-    except OSError as e:
-        answer.error = type(e).__name__
-    finally:
-        if writer is not None:
-            writer.close()
-    answer.ended = time.monotonic()
-    answer.parse(raw)
-    return answer
-
-
-@dataclass
-class Served:
-    """A running server."""
-
+class Server:
     process: subprocess.Popen[str]
     log: Path
     port: int = 0
 
     def wait_ready(self) -> None:
-        self.until(lambda: "\nReady: http" in self.output(), "the server is ready")
-        match = re.search(r"Ready: \S+:(\d+)", self.output())
-        assert match is not None, self.output()
-        self.port = int(match[1])
+        self.until(lambda: "\nReady: http" in self.output())
+        found = re.search(r"Ready: http://[^:]+:(\d+)", self.output())
+        assert found is not None
+        self.port = int(found[1])
 
     def output(self) -> str:
         return self.log.read_text()
 
-    def engine_pids(self) -> list[int]:
-        pid = self.process.pid
-        try:
-            return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        except (FileNotFoundError, ProcessLookupError):
-            return []
-
-    def until(self, condition: Callable[[], bool], what: str) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
         limit = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < limit, f"waited in vain until {what}; the server said:\n{self.output()[-2000:]}"
-            assert self.process.poll() is None, f"the server ended:\n{self.output()[-2000:]}"
-            time.sleep(0.01)
+            assert time.monotonic() < limit, f"waited in vain; the server said:\n{self.output()[-3000:]}"
+            assert self.process.poll() is None, f"the server ended:\n{self.output()[-3000:]}"
+            time.sleep(0.02)
+
+    def engine_pid(self) -> int:
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert len(children) == 1, f"the server has {len(children)} child processes"
+        return int(children[0])
+
+    def resident_mib(self) -> float:
+        """Of the front-end, without the engine."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        assert found is not None
+        return int(found[1]) / 1024
 
     def stop(self) -> int:
-        """Ask it to stop, and wait; returns its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE)
 
-    def metrics(self) -> dict[str, float]:
-        """Samples by name, without their labels."""
-        import urllib.request
-
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE) as found:
-            lines = [line for line in found.read().decode().splitlines() if not line.startswith("#")]
-        return {re.sub(r"\{.*\}", "", line).split()[0].removeprefix("dovetail:"): float(line.split()[-1]) for line in lines}
-
-    def is_quiet(self) -> bool:
-        m = self.metrics()
-        return m["num_requests_running"] == m["num_requests_waiting"] == m["kv_cache_usage_perc"] == 0
-
-    def check_log(self) -> None:
-        """Nothing that nobody expected has been raised."""
-        assert "Traceback" not in self.output(), self.output()[-3000:]
+    def assert_no_traceback(self) -> None:
+        said = self.output()
+        assert "Traceback" not in said, f"a traceback in the log:\n{said[-3000:]}"
 
 
-Serve = Callable[..., Served]
+Serve = Callable[..., Server]
 
 
 @contextlib.contextmanager
 def servers() -> Iterator[Serve]:
-    """Starts servers by the settings of their engines; what is left of them at the end is killed."""
-    with tempfile.TemporaryDirectory() as name, plugins(Path(name) / "site"):
-        folder, started = Path(name), list[Served]()
-        model = make_model(folder / "model")
+    """Start servers by their settings; whatever is left at the end is killed."""
+    started: list[Server] = []
+    with tempfile.TemporaryDirectory() as folder, plugins(Path(folder) / "site"):
+        model = make_model(Path(folder) / "model")
 
-        def serve(**values: Any) -> Served:
-            config, log = folder / f"config-{len(started)}.yaml", folder / f"log-{len(started)}.txt"
-            settings = {"model": str(model), "served_model_name": "sim", "device": "cpu", **SIMULATED, **values}
+        def serve(*flags: str, **values: Any) -> Server:
+            log, config = (Path(folder) / f"{len(started)}.{kind}" for kind in ("log", "yaml"))
+            settings = {"model": str(model), "served_model_name": NAME, "device": "cpu", **SIMULATED, **values}
             config.write_text(yaml.safe_dump(settings))
-            command = [sys.executable, "-m", "dovetail.cli.main", "serve", "--config", str(config), "--port", "0"]
+            command = [sys.executable, "-m", "dovetail.cli.main", "serve", "--config", str(config), "--port", "0", *flags]
             with log.open("w") as out:
-                served = Served(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True), log)
-            started.append(served)
-            served.wait_ready()
-            return served
+                process = subprocess.Popen(command, env=os.environ, stdout=out, stderr=subprocess.STDOUT, text=True)
+            started.append(Server(process, log))
+            started[-1].wait_ready()
+            return started[-1]
 
         try:
             yield serve
         finally:
-            for served in started:
-                if served.process.poll() is None:
-                    served.process.kill()
-                    served.process.wait()
+            for server in started:
+                if server.process.poll() is None:
+                    server.process.kill()
+                    server.process.wait()
+
+
+@dataclass
+class Answer:
+    """What a client saw; times of `time.perf_counter`."""
+
+    status: int = 0
+    """0: no answer at all."""
+    body: bytes = b""
+    whole: bool = False
+    """The end of the body came."""
+    sent: float = 0.0
+    first_byte: float = 0.0
+    end: float = 0.0
+    events: list[Any] = field(default_factory=list)
+    """Of a stream, without the last, `[DONE]`."""
+
+    @property
+    def error_code(self) -> int:
+        """Of an error that came in a stream, or as a status; 0 if none did."""
+        told = [e["error"]["code"] for e in self.events if "error" in e]
+        return told[0] if told else 0 if self.status == 200 else self.status
+
+    @property
+    def text(self) -> str:
+        events = self.events or [json.loads(self.body)]
+        return "".join(choice["text"] for e in events if "error" not in e for choice in e["choices"])
+
+    @property
+    def finish_reason(self) -> str | None:
+        events = self.events or [json.loads(self.body)]
+        return next((c["finish_reason"] for e in reversed(events) for c in e.get("choices", ()) if c["finish_reason"]), None)
+
+
+def encode(body: dict[str, Any], path: str = COMPLETIONS) -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+async def ask(port: int, body: dict[str, Any], *, begun: Callable[[], None] = lambda: None) -> Answer:
+    """Send a completion and read all that comes. `begun` is called with the first byte."""
+    answer = Answer()
+    try:
+        reader, writer = await asyncio.open_connection(HOST, port)
+    except OSError:
+        return answer
+    received = bytearray()
+    try:
+        answer.sent = time.perf_counter()
+        writer.write(encode(body))
+        while data := await reader.read(1 << 16):
+            if not received:
+                answer.first_byte = time.perf_counter()
+                begun()
+            received += data
+    except OSError:
+        pass
+    finally:
+        answer.end = time.perf_counter()
+        writer.close()
+    _parse(bytes(received), answer)
+    return answer
+
+
+def _parse(received: bytes, answer: Answer) -> None:
+    head, found, body = received.partition(b"\r\n\r\n")
+    if not found:
+        return
+    answer.status = int(head.split(b" ", 2)[1])
+    if b"transfer-encoding: chunked" in head.lower():
+        answer.whole = body.endswith(b"0\r\n\r\n")
+        parts = []
+        while body:
+            size, _, rest = body.partition(b"\r\n")
+            parts.append(rest[: int(size or b"0", 16)])
+            body = rest[int(size or b"0", 16) + 2 :]
+        body = b"".join(parts)
+    else:
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        answer.whole = length is not None and len(body) == int(length[1])
+    answer.body = body
+    if b"text/event-stream" in head:
+        *lines, end = body.split(b"\n\n")  # what follows the last empty line is no whole event
+        events = [line.removeprefix(b"data: ") for line in lines]
+        answer.whole &= not end and events[-1:] == [b"[DONE]"]
+        answer.events = [json.loads(e) for e in events if e != b"[DONE]"]

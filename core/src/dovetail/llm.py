@@ -185,10 +185,8 @@ class LLM:
         try:
             while live:
                 # Feed as many as may wait; the rest follow as these start.
-                while pending and len(engine.scheduler.waiting) + pending[-1].request.params.n <= engine.max_num_waiting:
-                    request = pending.pop().request
-                    self._outputs[request.request_id] = outputs
-                    engine.add(request)
+                if pending:
+                    self._feed(pending, outputs)
                 if not outputs:
                     self._step()
                 while outputs:
@@ -198,20 +196,31 @@ class LLM:
                         continue
                     delta, abort = state.push(output)
                     if abort:
-                        engine.abort(output.request_id, output.sample_index)
+                        with _interrupts_held():
+                            engine.abort(output.request_id, output.sample_index)
                     if delta is not None:
                         if state.finished:
                             del live[output.request_id]
                             self._outputs.pop(output.request_id, None)
                         yield output.request_id, delta
         finally:
-            for request_id in live:
-                self._outputs.pop(request_id, None)
-                engine.abort(request_id)
+            with _interrupts_held():
+                for s in states:
+                    self._outputs.pop(s.request.request_id, None)
+                    engine.abort(s.request.request_id)
             # The overlapped loop may have a step in flight for what has ended, and until then its blocks.
             while self._engine is not None and any(s.request.request_id in engine.requests for s in states):
                 self._step()
             self._file(engine.take_news())
+
+    def _feed(self, pending: list[RequestState], outputs: deque[SequenceOutput]) -> None:
+        """Hand over as many as may wait, from the end."""
+        engine = self.engine
+        with _interrupts_held():
+            while pending and len(engine.scheduler.waiting) + pending[-1].request.params.n <= engine.max_num_waiting:
+                request = pending.pop().request
+                self._outputs[request.request_id] = outputs
+                engine.add(request)
 
     def _step(self) -> None:
         """One step for all requests."""
