@@ -27,22 +27,8 @@ Wrong = Callable[[str, Any, tuple[Any, ...]], Any]
 """(fault, what the sound method returned, its arguments) -> what is returned instead"""
 
 
-def hang(mark: str) -> None:
-    """For ever. With a mark, a file, only the first to come here: it notes the time there, and later processes go on."""
-    if mark:
-        try:
-            with Path(mark).open("x") as file:
-                file.write(str(time.monotonic()))
-        except FileExistsError:
-            return
-    time.sleep(3600)
-
-
 class Chaotic:
-    """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on if it is slow.
-
-    The options may name another method, which can hang.
-    """
+    """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on if it is slow."""
 
     def __init__(self, options: Any, inner: Any, method: str, wrong: Wrong | None = None, *, only_victim: bool = False) -> None:
         self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, options.method or method

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from campaigns.answers import ANSWERS
 from campaigns.base import Campaign
 from campaigns.fuzz import FUZZ
 from campaigns.interrupts import INTERRUPTS
 from campaigns.processes import HANGS_CAMPAIGN, IDS
 from campaigns.workloads import WORKLOADS
 
-CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, INTERRUPTS, HANGS_CAMPAIGN, IDS, FUZZ)}
+CAMPAIGNS: dict[str, Campaign] = {c.name: c for c in (WORKLOADS, INTERRUPTS, HANGS_CAMPAIGN, IDS, FUZZ, ANSWERS)}

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,11 +63,11 @@ class Campaign:
     """Trials in the soak."""
     slice: int
     """Trials in `make test`: a few seconds."""
-    parallel: int = 1
-    """Trials at a time, in the soak: more than one where they mostly wait."""
 
 
-def run(campaign: Campaign, count: int, first_seed: int, *, seconds: float = math.inf, at_length: bool = True) -> Report:
+def run(
+    campaign: Campaign, count: int, first_seed: int, *, seconds: float = math.inf, at_length: bool = True
+) -> Report:
     """`count` trials, of seeds that follow each other, within about `seconds`."""
     report, began = Report(at_length=at_length), time.monotonic()
 
@@ -117,10 +116,6 @@ def plugins(site: Path, *names: str) -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-def is_process(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def batches(count: int, size: int) -> Iterator[range]:
