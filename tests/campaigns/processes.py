@@ -30,7 +30,7 @@ STALL_TIMEOUT = 1.0
 LOAD_TIMEOUT = 3.0
 GRACE = 4.0
 """Seconds beyond the time-out within which a hang is noticed and all are told, on a machine that does other work as well."""
-HANGS = {
+METHODS = {
     # By phase, who hangs in which method.
     "build": [(socket, "build") for socket in ("worker", "scheduler", "kv_cache", "prefix_cache", "speculation")]
     + [("worker", "load"), ("worker", "allocate"), ("worker", "warm_up")],
@@ -102,8 +102,8 @@ def hangs_opened(report: Report) -> Iterator[Trial]:
 
         def trial(seed: int) -> None:
             rng = random.Random(seed)
-            phase = list(HANGS)[seed % len(HANGS)]
-            socket, method = rng.choice(HANGS[phase])
+            phase = list(METHODS)[seed % len(METHODS)]
+            socket, method = rng.choice(METHODS[phase])
             with tempfile.TemporaryDirectory() as folder:
                 marker = Path(folder) / "has-hung"
                 at = 1 if phase in AT_FIRST else rng.randint(1, 3)
@@ -170,7 +170,7 @@ async def _hang(
         assert await tokens_of(engine, "after", LONG) == alone.tokens("after", LONG), "the new engine says something else"
 
 
-HANGS_CAMPAIGN = Campaign(
+HANGS = Campaign(
     "hangs", "a plugin that hangs in any hook: noticed within the time-out, clients told, the engine replaced", hangs_opened,
     full=200, slice=2,
 )  # fmt: skip
