@@ -11,8 +11,8 @@ import math
 import random
 import sys
 
-from campaigns import CAMPAIGNS
 from campaigns.base import run
+from campaigns.table import CAMPAIGNS
 
 
 def main() -> int:

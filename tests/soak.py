@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from campaigns import CAMPAIGNS
+from campaigns.table import CAMPAIGNS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/soak.json"

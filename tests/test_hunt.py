@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 
 import pytest
-from campaigns import CAMPAIGNS
 from campaigns.base import run
+from campaigns.table import CAMPAIGNS
 
 COUNT = int(os.environ.get("DOVETAIL_SOAK_COUNT", "0"))
 """Trials in the soak, which also says where to leave the report."""

@@ -31,6 +31,8 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     times_ms: dict[str, list[float]] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    """`{what, value, at_most or at_least, met}`: what depends on the machine is no fault when it is missed."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     """`{seed, replay, what}`."""
     at_length: bool = True
@@ -39,13 +41,18 @@ class Report:
     def took(self, what: str, seconds: float) -> None:
         self.times_ms.setdefault(what, []).append(seconds * 1e3)
 
+    def goal(self, what: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf) -> None:
+        limit = {"at_most": at_most} if at_most < math.inf else {"at_least": at_least}
+        self.goals.append({"what": what, "value": round(value, 3), **limit, "met": at_least <= value <= at_most})
+
     def as_json(self) -> dict[str, Any]:
         times = {
             what: {"count": len(all_ms), **{name: round(quantile(all_ms, q), 1) for name, q in PERCENTILES.items()}}
             for what, all_ms in self.times_ms.items()
         }
         figures = {what: round(value, 3) for what, value in self.figures.items()}
-        return {"counts": dict(sorted(self.counts.items())), "times_ms": times, "figures": figures, "faults": self.faults}
+        counts = dict(sorted(self.counts.items()))
+        return {"counts": counts, "times_ms": times, "figures": figures, "goals": self.goals, "faults": self.faults}
 
 
 Trial = Callable[[int], None]

@@ -21,7 +21,7 @@ from campaigns.base import Campaign, Report, Trial, plugins
 from dovetail import LLM, SamplingParams
 from dovetail.config import load_config
 from dovetail.errors import DovetailError, EngineDead, InvalidRequest
-from dovetail.serving import AsyncEngine
+from dovetail.serving import CLOSE_PATIENCE, AsyncEngine
 from dovetail.testing.plugin import SIMULATED, make_model
 
 PATIENCE = 60
@@ -30,7 +30,7 @@ STALL_TIMEOUT = 1.0
 LOAD_TIMEOUT = 3.0
 GRACE = 4.0
 """Seconds beyond the time-out within which a hang is noticed and all are told, on a machine that does other work as well."""
-HANGS = {
+METHODS = {
     # By phase, who hangs in which method.
     "build": [(socket, "build") for socket in ("worker", "scheduler", "kv_cache", "prefix_cache", "speculation")]
     + [("worker", "load"), ("worker", "allocate"), ("worker", "warm_up")],
@@ -41,10 +41,18 @@ HANGS = {
     ],
     "abort": [("scheduler", "remove"), ("kv_cache", "free"), ("speculation", "forget")],
     "finish": [("scheduler", "remove"), ("kv_cache", "free"), ("speculation", "forget"), ("prefix_cache", "insert")],
-    "reset": [("kv_cache", "reset_prefix_cache"), ("prefix_cache", "reset")],
+    "reset": [("kv_cache", "reset_prefix_cache"), ("prefix_cache", "reset"), ("eviction", "clear")],
+    "caching": [
+        ("prefix_cache", "keep"), ("prefix_cache", "claim"), ("prefix_cache", "evict"), ("prefix_cache", "forget"),
+        ("eviction", "add"), ("eviction", "remove"), ("eviction", "pop"), ("kv_cache", "computed"), ("kv_cache", "trim"),
+        ("kv_cache", "block_ids"),
+    ],
+    "close": [("worker", "close")],
 }  # fmt: skip
-AT_FIRST = ("build", "abort", "reset")
+AT_FIRST = ("build", "abort", "reset", "close")
 """Phases in which the first call hangs; in the others perhaps a later one."""
+NUM_BLOCKS, BYTES_PER_BLOCK = 100, 4 * 128
+"""So few that one sequence of full length takes most of them, and those of others are given up."""
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 
@@ -102,8 +110,8 @@ def hangs_opened(report: Report) -> Iterator[Trial]:
 
         def trial(seed: int) -> None:
             rng = random.Random(seed)
-            phase = list(HANGS)[seed % len(HANGS)]
-            socket, method = rng.choice(HANGS[phase])
+            phase = list(METHODS)[seed % len(METHODS)]
+            socket, method = rng.choice(METHODS[phase])
             with tempfile.TemporaryDirectory() as folder:
                 marker = Path(folder) / "has-hung"
                 at = 1 if phase in AT_FIRST else rng.randint(1, 3)
@@ -125,7 +133,9 @@ def _hanging(socket: str, method: str, at: int, marker: Path) -> dict[str, Any]:
     if socket == "speculation":
         chaos |= {"adaptive": False}
     values: dict[str, Any] = {"stall_timeout": STALL_TIMEOUT, "load_timeout": LOAD_TIMEOUT, "scheduler": {"max_num_seqs": 2}}
-    values |= {"kv_cache": {"block_size": 4}, "prefix_cache": "hash"}
+    values |= {"kv_cache": {"block_size": 4, "memory_gb": NUM_BLOCKS * BYTES_PER_BLOCK / 2**30}, "prefix_cache": "hash"}
+    if socket == "eviction":
+        return values | {"prefix_cache": {"use": "hash", "eviction": chaos}}
     return values | {socket: {**(values.get(socket) if socket in ("scheduler", "kv_cache") else {}), **chaos}}
 
 
@@ -139,6 +149,13 @@ async def _hang(
                 pass
         report.took("hang at the start noticed", time.monotonic() - began)
         assert time.monotonic() - began < LOAD_TIMEOUT + GRACE, f"noticed after {time.monotonic() - began:.1f} s"
+        return
+    if phase == "close":
+        async with engine_of(model, **values) as engine:
+            await tokens_of(engine, "x", LONG)
+            began = time.monotonic()
+        report.took("close although the worker hangs in it", time.monotonic() - began)
+        assert time.monotonic() - began < CLOSE_PATIENCE + GRACE, f"closed after {time.monotonic() - began:.1f} s"
         return
     if phase == "build":
         is_first(str(marker))
@@ -156,6 +173,8 @@ async def _hang(
             engine.reset_prefix_cache()
         elif phase == "finish":
             clients.append(asyncio.create_task(tokens_of(engine, "x", SamplingParams(max_tokens=2, ignore_eos=True, seed=1))))
+        elif phase == "caching":
+            clients.append(asyncio.create_task(_traffic(engine, rng)))
         await until(marker.exists)
         began = time.monotonic()
         outcomes = await asyncio.gather(*clients, return_exceptions=True)
@@ -170,7 +189,14 @@ async def _hang(
         assert await tokens_of(engine, "after", LONG) == alone.tokens("after", LONG), "the new engine says something else"
 
 
-HANGS_CAMPAIGN = Campaign(
+async def _traffic(engine: AsyncEngine, rng: random.Random) -> None:
+    """Prompts that begin alike, one after another until the engine dies."""
+    while True:
+        prompt = "the same beginning"[: rng.randint(1, 18)] + rng.choice("abc") * rng.randint(1, 30)
+        await tokens_of(engine, prompt, SamplingParams(max_tokens=rng.randint(1, 20), ignore_eos=True, seed=1))
+
+
+HANGS = Campaign(
     "hangs", "a plugin that hangs in any hook: noticed within the time-out, clients told, the engine replaced", hangs_opened,
     full=200, slice=2,
 )  # fmt: skip

@@ -125,14 +125,10 @@ class Answer:
         return told[0] if told else 0 if self.status == 200 else self.status
 
     @property
-    def text(self) -> str:
-        events = self.events or [json.loads(self.body)]
-        return "".join(choice["text"] for e in events if "error" not in e for choice in e["choices"])
-
-    @property
-    def finish_reason(self) -> str | None:
-        events = self.events or [json.loads(self.body)]
-        return next((c["finish_reason"] for e in reversed(events) for c in e.get("choices", ()) if c["finish_reason"]), None)
+    def num_tokens(self) -> int:
+        """Of the first choice, where token ids were asked for."""
+        parts = self.events or [json.loads(self.body)]
+        return sum(len(choice.get("token_ids") or ()) for part in parts for choice in part.get("choices", ())[:1])
 
 
 def encode(body: dict[str, Any], path: str = COMPLETIONS) -> bytes:
