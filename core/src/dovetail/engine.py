@@ -17,15 +17,7 @@ from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.sequence import Sequence
-from dovetail.types import (
-    EngineStats,
-    FinishReason,
-    Request,
-    RequestTimes,
-    SequenceOutput,
-    StepPlan,
-    StepResult,
-)
+from dovetail.types import EngineStats, FinishReason, Request, RequestTimes, SequenceOutput, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from dovetail.speculation import Speculation
@@ -92,17 +84,13 @@ class Engine:
             if sample_index in (None, seq.sample_index):
                 self._finish(seq, "abort")
 
-    def expire(self, request_id: str) -> None:
-        """Fail a request that has waited too long, unless a step has taken it up meanwhile."""
-        group = list(self.requests.get(request_id, ()))
-        if any(seq.started_at for seq in group):
-            return
-        for seq in group:
-            waited = time.monotonic() - seq.added_at
-            message = f"the request has waited for {waited:.1f} s (queue_timeout); try again later"
-            output = SequenceOutput(request_id, seq.sample_index, [], error=(Overloaded.code, message))
-            self._news.append(output)
-            self._finish(seq, "error", output)
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        """End a request with an error, whose code is one of errors.py. Unknown ones are ignored."""
+        for seq in list(self.requests.get(request_id, ())):
+            if seq.finish_reason is None:
+                output = SequenceOutput(request_id, seq.sample_index, [], error=(code, message))
+                self._news.append(output)
+                self._finish(seq, "error", output)
 
     @property
     def has_work(self) -> bool:
@@ -128,11 +116,6 @@ class Engine:
                 return None
         try:
             plan = self.scheduler.schedule(in_flight=in_flight)
-            if plan is not None and plan.starts:
-                now = time.monotonic()
-                for start in plan.starts:
-                    seq = self.sequences[start.seq_id]
-                    seq.started_at = seq.started_at or now
             if plan is not None and self.kv.block_ops:
                 plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
             return plan
@@ -331,14 +314,8 @@ class Engine:
         """Fail whole requests: samples of one request may share blocks that were never written."""
         code = error.code if isinstance(error, DovetailError) else StepFailed.code
         message = f"{self.culprit(error, part)}: {type(error).__name__}: {error}"
-        for request_id in dict.fromkeys(
-            self.sequences[i].request.request_id for i in seq_ids if i in self.sequences
-        ):
-            for seq in list(self.requests.get(request_id, ())):
-                if seq.finish_reason is None:
-                    output = SequenceOutput(request_id, seq.sample_index, [], error=(code, message))
-                    self._news.append(output)
-                    self._finish(seq, "error", output)
+        for request_id in dict.fromkeys(self.sequences[i].request.request_id for i in seq_ids if i in self.sequences):
+            self.fail(request_id, code, message)
 
     def _count_prompt(self, plan: StepPlan, row: int, seq: Sequence) -> None:
         if seq.num_output_tokens == 0 and seq.sample_index == 0:  # a request's prompt counts once

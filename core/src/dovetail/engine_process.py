@@ -27,7 +27,7 @@ from dovetail.attestation import Attestation
 from dovetail.attribution import ENGINE, Attribution
 from dovetail.compose import build_engine, shadow_report_of, weights_of
 from dovetail.engine import Engine
-from dovetail.errors import DovetailError, PluginError
+from dovetail.errors import DovetailError, Overloaded, PluginError
 from dovetail.plan import Plan
 from dovetail.plugins.discovery import load_registry
 from dovetail.plugins.selection import find
@@ -235,7 +235,10 @@ def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
     elif isinstance(message, wire.Abort):
         engine.abort(message.request_id, message.sample_index)
     elif isinstance(message, wire.Expire):
-        engine.expire(message.request_id)
+        group = engine.requests.get(message.request_id, ())
+        if not any(seq.started_at for seq in group):
+            why = "the request has waited too long for its first step (queue_timeout); try again later"
+            engine.fail(message.request_id, Overloaded.code, why)
     elif isinstance(message, wire.ResetPrefixCache):
         engine.kv.reset_prefix_cache()
         link.send(wire.News([], msgspec.structs.replace(engine.snapshot())))

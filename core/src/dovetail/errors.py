@@ -102,8 +102,7 @@ class OutOfMemory(DovetailError):
 
 
 ERRORS: dict[str, type[DovetailError]] = {
-    cls.code: cls
-    for cls in (
+    cls.code: cls for cls in (
         DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, DeadlineExceeded,
         StepFailed, ConfigError, PluginError, CheckpointError, OutOfMemory,
     )

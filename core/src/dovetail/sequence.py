@@ -85,6 +85,7 @@ class Sequence:
             # The blocks shared so far; those of this step travel in the row.
             plan.starts.append(self.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)]))
             self.on_worker = True
+            self.started_at = self.started_at or time.monotonic()
         if self.draft_token_ids:
             known = len(self.tokens) + self.num_in_flight - self.num_computed_tokens
             del self.draft_token_ids[max(0, count - known) :]
