@@ -16,10 +16,11 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SPIN_COUNT = 10_000
-"""Turns of a loop around the CPU's pause instruction, of some 25 ns each on AMD's Zen 4: about the step of a tiny model. What
-it costs on a quiet machine is yet to be measured; beside processes that want all cores it was 3 to 7 times as fast as 300,000,
-and sleeping at once 1.4 to 2.3 times as fast again (benchmarks/results/waiting_threads.json)."""
+SPIN_COUNT = 1_000
+"""Turns of a loop around the CPU's pause instruction, of some 30 ns each on AMD's Zen 4: threads that end a step one after the
+other meet without sleeping, and across the time between two steps they sleep. Beside processes that want all cores one sequence
+decoded 1.2 to 4 times as fast as with 3,000 turns, and 2 to 6 times as with 10,000 (benchmarks/results/waiting_threads.json).
+What it costs a tiny model on a quiet machine is yet to be measured; sleeping at once cost it 15 to 20 %."""
 VARIABLE = "GOMP_SPINCOUNT"
 OF_USERS = (VARIABLE, "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Each says how threads wait: where a user has set one, it stays at that."""
