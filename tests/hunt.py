@@ -10,8 +10,12 @@ import json
 import math
 import random
 import sys
+from pathlib import Path
 
 from campaigns.base import run
+
+sys.path.append(str(Path(__file__).parents[1] / "core/tests"))  # as for pytest
+
 from campaigns.table import CAMPAIGNS
 
 

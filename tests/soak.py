@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "core/tests"))  # as for pytest
+
 from campaigns.table import CAMPAIGNS
 
 ROOT = Path(__file__).parents[1]

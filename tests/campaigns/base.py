@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import sys
@@ -123,11 +122,3 @@ def plugins(site: Path, *names: str) -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
-
-
-def batches(count: int, size: int) -> Iterator[range]:
-    """0 … count - 1 in ranges of at most `size`."""
-    for first in itertools.count(0, size):
-        if first >= count:
-            return
-        yield range(first, min(first + size, count))

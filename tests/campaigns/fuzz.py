@@ -14,7 +14,7 @@ from campaigns.base import Campaign, Report, Trial
 from campaigns.served import HOST, NAME, PATIENCE, servers
 
 Schema = dict[str, Any]
-KNOWN_GAPS = {("GET", "/health"), ("GET", "/metrics"), ("POST", "/reset_prefix_cache")}
+KNOWN_GAPS = {("GET", "/health"), ("GET", "/live"), ("GET", "/metrics"), ("POST", "/reset_prefix_cache")}
 """Whose description has a JSON body that they do not send."""
 ERROR_KEYS = {"message", "type", "param", "code"}
 TEXTS = ("", "a", "hello world", "ü😀", "\x00", "x" * 300, "\ud800", "<|system|>", "{{ 7 * 7 }}", NAME)

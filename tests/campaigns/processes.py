@@ -9,17 +9,17 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from async_engine import LONG, engine_of, until
 from chaos import is_first
 
 from campaigns.base import Campaign, Report, Trial, plugins
 from dovetail import LLM, SamplingParams
-from dovetail.config import load_config
 from dovetail.errors import DovetailError, EngineDead, InvalidRequest
 from dovetail.serving import CLOSE_PATIENCE, AsyncEngine
 from dovetail.testing.plugin import SIMULATED, make_model
@@ -53,22 +53,6 @@ AT_FIRST = ("build", "abort", "reset", "close")
 """Phases in which the first call hangs; in the others perhaps a later one."""
 NUM_BLOCKS, BYTES_PER_BLOCK = 100, 4 * 128
 """So few that one sequence of full length takes most of them, and those of others are given up."""
-LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
-
-
-@asynccontextmanager
-async def engine_of(model: Path, **values: Any) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(load_config(model=str(model), device="cpu", **{**SIMULATED, **values}))
-    try:
-        await engine.start()
-        yield engine
-    finally:
-        await engine.close()
-
-
-async def until(condition: Any) -> None:
-    while not condition():  # noqa: ASYNC110 - what is waited for has no event
-        await asyncio.sleep(0.01)
 
 
 async def tokens_of(engine: AsyncEngine, prompt: str, params: SamplingParams, **more: Any) -> list[int]:
