@@ -7,6 +7,7 @@ follows at once, where it finds the worker at work.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import signal
 import sys
@@ -26,15 +27,21 @@ WORKER = "simulated.py"
 """The file whose code runs within `submit` and `sample`."""
 MOST_STEPS_AFTER = 2
 """The step that runs, and under the overlapped loop the one that is in flight as well."""
+MANY_LINES = 300_000
+"""More than any call needs to end once it has been interrupted."""
 INTERRUPTS_PER_LLM = 5
 Call = Callable[[], list[Any]]
 
 
-class Lines:
-    """Counts the lines that are run in `dovetail`, and interrupts at one of them."""
+class Endless(BaseException):
+    """Of no kind that the engine takes for a plugin's error."""
 
-    def __init__(self, llm: LLM, at: int | None = None, *, twice: bool = False) -> None:
-        self._stats, self._at, self._twice = llm.engine.stats, at, twice
+
+class Lines:
+    """Counts the lines that are run in `dovetail`, and interrupts at one of them. Ends a call that has run `most`."""
+
+    def __init__(self, llm: LLM, at: int | None = None, *, most: float = math.inf, twice: bool = False) -> None:
+        self._stats, self._at, self._most, self._twice = llm.engine.stats, at, most, twice
         self.count = 0
         self.between_steps: dict[str, list[int]] = {}
         """By place, the counts at which an interrupt takes effect at once."""
@@ -46,6 +53,8 @@ class Lines:
         sys.settrace(self._enter)
         try:
             return call()
+        except Endless:
+            raise AssertionError(f"it does not end: {self.count} lines") from None
         finally:
             sys.settrace(None)
 
@@ -55,6 +64,8 @@ class Lines:
     def _line(self, frame: Any, event: str, arg: Any) -> Any:
         if event == "line":
             self.count += 1
+            if self.count > self._most:
+                raise Endless
             if self._at is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self.between_steps.setdefault(_place(frame), []).append(self.count)
             if self.count == self._at:
@@ -121,7 +132,7 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
     at = rng.randint(1, counting.count)  # mostly within a step
     if rng.random() < 0.6:  # every line between steps is as likely as any other, however often it is run
         at = rng.choice(rng.choice(list(counting.between_steps.values())))
-    lines = Lines(llm, at, twice=rng.random() < 0.3)
+    lines = Lines(llm, at, most=at + MANY_LINES, twice=rng.random() < 0.3)
     try:
         lines.run(call)
     except KeyboardInterrupt:
@@ -134,7 +145,7 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
         assert num_steps <= MOST_STEPS_AFTER, f"{where}: {num_steps} more steps"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, f"{where}: the handler was not put back"
     try:
-        again = call()
+        again = Lines(llm, most=2 * counting.count + MANY_LINES).run(call)
         assert again == expected, f"then it says {again}, and before {expected}"
         assert_idle(llm, first, set())
     except Exception as e:
