@@ -7,11 +7,11 @@ follows at once, where it finds the worker at work.
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ WORKER = "simulated.py"
 """The file whose code runs within `submit` and `sample`."""
 MOST_STEPS_AFTER = 2
 """The step that runs, and under the overlapped loop the one that is in flight as well."""
-MANY_LINES = 300_000
-"""More than any call needs to end once it has been interrupted."""
+PATIENCE = 20
+"""Seconds after which a call does not end. None takes a tenth of it."""
 INTERRUPTS_PER_LLM = 5
 Call = Callable[[], list[Any]]
 
@@ -38,10 +38,10 @@ class Endless(BaseException):
 
 
 class Lines:
-    """Counts the lines that are run in `dovetail`, and interrupts at one of them. Ends a call that has run `most`."""
+    """Counts the lines that are run in `dovetail`, and interrupts at one of them. Ends a call that does not end."""
 
-    def __init__(self, llm: LLM, at: int | None = None, *, most: float = math.inf, twice: bool = False) -> None:
-        self._stats, self._at, self._most, self._twice = llm.engine.stats, at, most, twice
+    def __init__(self, llm: LLM, at: int | None = None, *, twice: bool = False) -> None:
+        self._llm, self._stats, self._at, self._twice = llm, llm.engine.stats, at, twice
         self.count = 0
         self.between_steps: dict[str, list[int]] = {}
         """By place, the counts at which an interrupt takes effect at once."""
@@ -50,11 +50,12 @@ class Lines:
         """When the interrupt came; None if it has not."""
 
     def run(self, call: Call) -> list[Any]:
+        self._limit = time.monotonic() + PATIENCE
         sys.settrace(self._enter)
         try:
             return call()
         except Endless:
-            raise AssertionError(f"it does not end: {self.count} lines") from None
+            raise AssertionError(f"it has not ended after {PATIENCE} s") from None
         finally:
             sys.settrace(None)
 
@@ -64,7 +65,8 @@ class Lines:
     def _line(self, frame: Any, event: str, arg: Any) -> Any:
         if event == "line":
             self.count += 1
-            if self.count > self._most:
+            if time.monotonic() > self._limit:
+                self._llm._engine = None  # or the call would go on waiting while it is left
                 raise Endless
             if self._at is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 self.between_steps.setdefault(_place(frame), []).append(self.count)
@@ -132,7 +134,7 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
     at = rng.randint(1, counting.count)  # mostly within a step
     if rng.random() < 0.6:  # every line between steps is as likely as any other, however often it is run
         at = rng.choice(rng.choice(list(counting.between_steps.values())))
-    lines = Lines(llm, at, most=at + MANY_LINES, twice=rng.random() < 0.3)
+    lines = Lines(llm, at, twice=rng.random() < 0.3)
     try:
         lines.run(call)
     except KeyboardInterrupt:
@@ -145,7 +147,7 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
         assert num_steps <= MOST_STEPS_AFTER, f"{where}: {num_steps} more steps"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, f"{where}: the handler was not put back"
     try:
-        again = Lines(llm, most=2 * counting.count + MANY_LINES).run(call)
+        again = Lines(llm).run(call)
         assert again == expected, f"then it says {again}, and before {expected}"
         assert_idle(llm, first, set())
     except Exception as e:
