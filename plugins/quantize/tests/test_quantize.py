@@ -241,6 +241,7 @@ def test_awq_refuses_layers_that_its_scales_would_change(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """OLMo 2 has norms of the usual names, after its layers instead of before."""
+    torch.manual_seed(0)  # with some weights the best scales are all near 1: they change nothing, and nothing is refused
     source = make_model(tmp_path / "olmo")
     config = transformers.Olmo2Config(
         vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,

@@ -349,9 +349,10 @@ def test_what_is_refused_for_load_is_refused_before_its_body_comes(start: Any) -
     body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
     with served.client() as http:
         threads = [threading.Thread(target=http.post, args=(COMPLETIONS,), kwargs={"json": body}) for _ in range(2)]
-        for thread in threads:
+        for number, thread in enumerate(threads, 1):  # the second one waits, and so must not come before the first one runs
             thread.start()
-        served.until(lambda: httpx.get(f"{served.url}/load").json()["server_load"] == 2)
+            served.until(lambda: httpx.get(f"{served.url}/load").json()["server_load"] == number)  # noqa: B023
+            served.until(lambda: served.metrics()["num_requests_running"] == 1)
         with connected(served) as sock:
             sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
             said = sock.recv(65536)
