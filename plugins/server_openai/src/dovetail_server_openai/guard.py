@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import os
@@ -61,7 +60,6 @@ class Guard:
         self._keys = keys
         self._admit = admit
         self._metrics = metrics
-        self._turn = asyncio.Lock()
         self._salts = {key: hashlib.sha256(b"dovetail prefix cache " + key).hexdigest()[:16] for key in self._keys}
         self._open = OPEN | ({METRICS} if options.open_metrics else set())
         self._routes = [r for r in routes if isinstance(r, Route) and getattr(r, "openapi_extra", None) == NO_KEY]
@@ -92,10 +90,6 @@ class Guard:
             await send(message)
 
         app = self._refusal(scope, headers) or self._app
-        if app is self._app and scope["path"] in ADMITTED:
-            # Requests that come together are taken in one after another: streams deliver in between.
-            async with self._turn:
-                await asyncio.sleep(0)
         await app(scope, bounded, counting)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
