@@ -52,7 +52,7 @@ def main() -> None:
     engines = {spins: Decoder(spins, args.model, args.seconds) for spins in args.spins.split(",")}
     quiet = Quiet(args.max_noise, args.patience)
     figures = [
-        settle(engine, num_sequences, busy, args.tries, quiet, round)
+        measure_quietly(engine, num_sequences, busy, args.tries, quiet, round)
         for round in range(args.rounds)
         for engine in engines.values()
         for busy in (False, True)
@@ -121,7 +121,7 @@ class Decoder:
         self._process.communicate()
 
 
-def settle(engine: Decoder, num_sequences: int, busy: bool, tries: int, quiet: Quiet, round: int) -> Figure:
+def measure_quietly(engine: Decoder, num_sequences: int, busy: bool, tries: int, quiet: Quiet, round: int) -> Figure:
     """The first figure with little noise, or the least noisy one."""
     found: list[Figure] = []
     for _ in range(tries):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,22 @@ class Served:
 
     def client(self, **kwargs: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE, **kwargs)
+
+    def connect(self) -> socket.socket:
+        """For what no HTTP client would send."""
+        url = httpx.URL(self.url)
+        return socket.create_connection((url.host, url.port or 0), timeout=PATIENCE)
+
+    @staticmethod
+    def until_closed(sock: socket.socket) -> bytes:
+        """All that it says until it closes the connection."""
+        said = b""
+        try:
+            while part := sock.recv(65536):
+                said += part
+        except ConnectionResetError:
+            pass
+        return said
 
     def wait_ready(self) -> None:
         self.until(lambda: "\nReady: http" in self.output())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +31,6 @@ def strict(start_any: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     assert "Traceback" not in served.output()
 
 
-@contextmanager
-def connected(served: Any) -> Iterator[socket.socket]:
-    url = httpx.URL(served.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as sock:
-        yield sock
-
-
-def until_closed(sock: socket.socket) -> bytes:
-    said = b""
-    try:
-        while part := sock.recv(65536):
-            said += part
-    except ConnectionResetError:
-        pass
-    return said
-
-
 def key(name: str) -> dict[str, str]:
     return {"authorization": f"Bearer {name}-key"}
 
@@ -58,13 +40,13 @@ def key(name: str) -> dict[str, str]:
 
 def test_a_connection_that_says_nothing_is_closed(strict: Any) -> None:
     began = time.monotonic()
-    with connected(strict) as sock:
-        assert b" 408 " in until_closed(sock)
+    with strict.connect() as sock:
+        assert b" 408 " in strict.until_closed(sock)
     assert time.monotonic() - began < 5
 
 
 def test_a_head_that_never_ends_is_cut(strict: Any) -> None:
-    with connected(strict) as sock:
+    with strict.connect() as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
         began = time.monotonic()
         try:
@@ -78,13 +60,13 @@ def test_a_head_that_never_ends_is_cut(strict: Any) -> None:
 
 @pytest.mark.parametrize("header", [b"X: " + b"a" * 1000 + b"\r\n", b"a" * 1000], ids=["many headers", "one header"])
 def test_a_head_has_a_limit(strict: Any, header: bytes) -> None:
-    with connected(strict) as sock:
+    with strict.connect() as sock:
         said = b""
         try:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
             for _ in range(4000):
                 sock.sendall(header)
-            said = until_closed(sock)
+            said = strict.until_closed(sock)
         except OSError:
             pass  # closed while we were writing
         assert b" 200 " not in said
@@ -93,9 +75,9 @@ def test_a_head_has_a_limit(strict: Any, header: bytes) -> None:
 def test_a_body_that_does_not_come_is_not_waited_for(strict: Any) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first-key\r\nContent-Length: 100\r\n\r\n{"
     began = time.monotonic()
-    with connected(strict) as sock:
+    with strict.connect() as sock:
         sock.sendall(head)
-        assert b" 200 " not in until_closed(sock)
+        assert b" 200 " not in strict.until_closed(sock)
     assert time.monotonic() - began < 5
 
 
@@ -113,7 +95,7 @@ def test_silent_connections_keep_nobody_out(start: Any) -> None:
     limit = int(subprocess.run(["sh", "-c", "ulimit -n"], capture_output=True, text=True, check=True).stdout)
     with ExitStack() as stack:
         for _ in range(min(300, limit // 2)):
-            stack.enter_context(connected(served))
+            stack.enter_context(served.connect())
         assert httpx.get(f"{served.url}/health", timeout=10).status_code == 200
     assert served.stop() == 0
 
@@ -353,7 +335,7 @@ def test_what_is_refused_for_load_is_refused_before_its_body_comes(start: Any) -
             thread.start()
             served.until(lambda: httpx.get(f"{served.url}/load").json()["server_load"] == number)  # noqa: B023
             served.until(lambda: served.metrics()["num_requests_running"] == 1)
-        with connected(served) as sock:
+        with served.connect() as sock:
             sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{")
             said = sock.recv(65536)
             assert said.startswith(b"HTTP/1.1 429 ")
@@ -382,26 +364,3 @@ def test_what_was_refused_and_what_the_processes_take_is_in_the_metrics(start: A
     assert found["engine_process_resident_memory_bytes"] > 2**20
     assert found["request_queue_time_seconds_count"] == found["request_prefill_time_seconds_count"] == 3
     assert found["request_queue_time_seconds_sum"] < found["e2e_request_latency_seconds_sum"]
-
-
-def test_a_server_that_loads_is_alive_and_not_healthy(start: Any) -> None:
-    served = start("--port", str(port := free_port()), wait=False, worker={"use": "simulated", "load_seconds": 1.0})
-    served.url = f"http://127.0.0.1:{port}"
-    served.until(lambda: is_reachable(served))
-    assert httpx.get(f"{served.url}/health").status_code == 503
-    assert httpx.get(f"{served.url}/live").status_code == 200
-    served.wait_ready()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def is_reachable(served: Any) -> bool:
-    try:
-        httpx.get(f"{served.url}/version")
-    except httpx.TransportError:
-        return False
-    return True

@@ -83,6 +83,7 @@ def test_while_it_loads_it_says_so(start: Any) -> None:
         assert answer.status_code == 503
         assert 1 <= int(answer.headers["retry-after"]) <= 8
         assert "loading" in answer.json()["error"]["message"]
+    assert httpx.get(f"{served.url}/live").status_code == 200
     assert httpx.get(f"{served.url}/v1/models").status_code == 200
     served.wait_ready()
     served.until(lambda: httpx.get(f"{served.url}/health").status_code == 200)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,11 @@ import pytest
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
-@contextmanager
-def connected(served: Any) -> Iterator[socket.socket]:
-    url = httpx.URL(served.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=20) as sock:
-        yield sock
-
-
 def all_said(served: Any, sent: bytes) -> bytes:
-    said = b""
-    with connected(served) as sock:
+    with served.connect() as sock:
         sock.sendall(sent)
         sock.shutdown(socket.SHUT_WR)
-        try:
-            while part := sock.recv(65536):
-                said += part
-        except ConnectionResetError:
-            pass
+        said: bytes = served.until_closed(sock)
     return said
 
 

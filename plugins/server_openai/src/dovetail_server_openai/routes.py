@@ -147,9 +147,10 @@ class Completions:
             return [make_one(p, params) for p in prompts]
 
         requests = await self._encoded(make, sum(len(p) for p in prompts if isinstance(p, str)))
-        if num_logprobs(requests) > self._options.max_answer_logprobs:
+        count = num_logprobs(requests)
+        if count > self._options.max_answer_logprobs:
             raise InvalidRequest(
-                f"the answer would hold {num_logprobs(requests)} log-probabilities; at most "
+                f"the answer would hold {count} log-probabilities; at most "
                 f"{self._options.max_answer_logprobs} (max_answer_logprobs): ask for fewer alternatives, tokens or prompts",
                 param="prompt_logprobs" if params.prompt_logprobs is not None else "logprobs",
             )
