@@ -30,8 +30,10 @@ class Driven(msgspec.Struct):
     statuses: dict[int, int]
     offered: float
     """Requests a second."""
-    goodput: float
+    finished: float
     """Requests a second that were answered in full."""
+    goodput: float
+    """Tokens a second of those: requests are of many lengths, so their number alone is noise."""
 
 
 def drive(port: int, load: Load) -> Driven:
@@ -44,7 +46,8 @@ class _Driver:
     def __init__(self, port: int, load: Load) -> None:
         self._port, self._load, self._rng = port, load, random.Random(load.seed)
         self._began = time.perf_counter()
-        self._answers: list[Answer] = []
+        self._answers = list[tuple[Answer, int]]()
+        """With the number of tokens that each asked for."""
 
     async def run(self) -> Driven:
         if self._load.concurrency:
@@ -52,9 +55,12 @@ class _Driver:
         else:
             await self._open()
         first, last = self._began + WARM_UP * self._load.seconds, self._began + self._load.seconds
-        finished = [a for a in self._answers if a.status == 200 and a.whole and first < a.end <= last]
+        finished = [tokens for a, tokens in self._answers if a.status == 200 and a.whole and first < a.end <= last]
         return Driven(
-            Counter(a.status for a in self._answers), len(self._answers) / self._load.seconds, len(finished) / (last - first)
+            statuses=Counter(a.status for a, _ in self._answers),
+            offered=len(self._answers) / self._load.seconds,
+            finished=len(finished) / (last - first),
+            goodput=sum(finished) / (last - first),
         )
 
     @property
@@ -77,7 +83,7 @@ class _Driver:
     async def _ask(self) -> None:
         """Answers of many lengths, so that they do not all end at once."""
         body = {"prompt": "a" * self._rng.randint(1, 40), "max_tokens": self._rng.randint(5, 20), "ignore_eos": True}
-        self._answers.append(await ask(self._port, body))
+        self._answers.append((await ask(self._port, body), body["max_tokens"]))
 
 
 if __name__ == "__main__":
