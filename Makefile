@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := pip install -q --disable-pip-version-check
-PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/attention_cuda plugins/matmul_cpu plugins/matmul_cuda plugins/quant_fp8 plugins/quant_int8 plugins/quant_awq_gptq plugins/quant_compressed_tensors plugins/quantize plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/demo_model
+PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/attention_cuda plugins/matmul_cpu plugins/matmul_cuda plugins/quant_fp8 plugins/quant_int8 plugins/quant_awq_gptq plugins/quant_compressed_tensors plugins/quantize plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/bench plugins/demo_model
 # Not in the default set: installed for the tests alone, through the root's extra `dev`.
-TEST_PROJECTS := plugins/attention_flashinfer plugins/attention_pallas
+TEST_PROJECTS := kit plugins/attention_flashinfer plugins/attention_pallas
 MODEL ?= demo
 PORT ?= 8000
 
@@ -20,7 +20,7 @@ help:
 	@echo "make lint    lint, types and architecture"
 	@echo "make lock    choose the newest versions of all dependencies and pin them in constraints.txt"
 	@echo "make soak    the long tests; results go to benchmarks/results"
-	@echo "make gpu-pack    what a machine with a GPU and no network needs, in .gpu (gpu/README.md)"
+	@echo "make gpu-pack    what a machine with a GPU and no network needs, in .gpu (benchmarks/gpu/README.md)"
 	@echo "make gpu-first   what is run first on a machine with a GPU; make gpu-check is the rest"
 	@echo "make interop gptqmodel and transformers read what dovetail quantize writes, in an environment of their own"
 	@echo "make compat  the tests of the bridge with every version of transformers that was tried, each in an environment of its own"
@@ -89,33 +89,33 @@ $(VENV)/.test: $(VENV)/.serve $(TEST_PROJECTS:%=%/pyproject.toml)
 	@$(BIN)/$(PIP) -c constraints.txt --no-build-isolation $(TEST_PROJECTS:%=-e %) -e '.[dev]'
 	@touch $@
 
-# Where packages can be had: all that a machine with a GPU and no network needs, and its size. See gpu/README.md.
+# Where packages can be had: all that a machine with a GPU and no network needs, and its size. See benchmarks/gpu/README.md.
 gpu-pack: gpu-wheels
-	$(BIN)/python gpu/pack.py
+	$(BIN)/python benchmarks/gpu/pack.py
 
 # The demo model stays here: its weights are the largest of all packages, and no check reads them.
 gpu-wheels: $(VENV)/.test
 	rm -rf .gpu/wheels
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w .gpu/wheels \
-		$(patsubst %,./%,$(filter-out plugins/demo_model,$(PROJECTS))) ./plugins/attention_flashinfer
+		$(patsubst %,./%,$(filter-out plugins/demo_model,$(PROJECTS))) ./kit ./plugins/attention_flashinfer
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
-		--platform manylinux2014_x86_64 -d .gpu/wheels -r gpu/requirements.txt
+		--platform manylinux2014_x86_64 -d .gpu/wheels -r benchmarks/gpu/requirements.txt
 
 # FlashInfer's kernels for that machine: minutes each, once.
 gpu-flashinfer: build/flashinfer/site/.made
-	PATH=$(CURDIR)/build/flashinfer/site/bin:$$PATH PYTHONPATH=build/flashinfer/site $(BIN)/python gpu/aot_flashinfer.py
+	PATH=$(CURDIR)/build/flashinfer/site/bin:$$PATH PYTHONPATH=build/flashinfer/site $(BIN)/python benchmarks/gpu/aot_flashinfer.py
 
-build/flashinfer/site/.made: gpu/flashinfer.txt $(VENV)/.test
-	$(BIN)/$(PIP) --no-deps --upgrade --target $(@D) -r gpu/flashinfer.txt
+build/flashinfer/site/.made: benchmarks/gpu/flashinfer.txt $(VENV)/.test
+	$(BIN)/$(PIP) --no-deps --upgrade --target $(@D) -r benchmarks/gpu/flashinfer.txt
 	@touch $@
 
 # There. Need nothing but the wheels and that machine's python3.
 gpu-first:
-	$(PYTHON) gpu/first.py
+	$(PYTHON) benchmarks/gpu/first.py
 
 gpu-check:
-	$(PYTHON) gpu/check.py $(PART) $(if $(AGAIN),--again)
+	$(PYTHON) benchmarks/gpu/check.py $(PART) $(if $(AGAIN),--again)
 
 clean:
 	rm -rf $(VENV) $(VENV)-interop .compat .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
+from dovetail_bench.machine import machine
 
 NONE = "none"
 REQUESTS = 16

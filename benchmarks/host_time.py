@@ -22,8 +22,8 @@ from typing import Any
 from models import folder_of, prompt
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
 from dovetail.frontend.outputs import RequestState
+from dovetail_bench.machine import machine
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.bench.machine import machine
 from dovetail.facts import device_facts
+from dovetail_bench.machine import machine
 from dovetail_worker_torch.linear import Part
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.packed import PackedLinear, lazy_zeros

@@ -19,8 +19,8 @@ from pathlib import Path
 from models import folder_of
 
 from dovetail import LLM
-from dovetail.bench.load import Work, throughput_round
-from dovetail.bench.over_http import serve_round
+from dovetail_bench.load import Work, throughput_round
+from dovetail_bench.over_http import serve_round
 
 
 def main() -> None:

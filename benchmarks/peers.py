@@ -28,10 +28,10 @@ from peers.quantized import BY_BITS
 from peers.ratios import Round, markdown, rows
 from rich.console import Console
 
-from dovetail.bench.load import Work
-from dovetail.bench.machine import in_words, machine
-from dovetail.bench.over_http import serve_round
 from dovetail.errors import ConfigError, DovetailError
+from dovetail_bench.load import Work
+from dovetail_bench.machine import in_words, machine
+from dovetail_bench.over_http import serve_round
 
 BATCH = {"a": 32, "c": 64}
 CASES = {

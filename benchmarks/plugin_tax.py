@@ -23,13 +23,13 @@ from typing import Any
 from models import folder_of, prompt
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
-from dovetail.compose import BuildContext
-from dovetail.engine import Engine
-from dovetail.prefix_reuse import ReusingKVCache
-from dovetail.scheduler import TokenBudgetScheduler, fcfs
+from dovetail.engine.engine import Engine
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
+from dovetail.plugin.build_context import BuildContext
 from dovetail_attention_cpu import load_kernel
 from dovetail_attention_cpu.backend import CpuAttention
+from dovetail_bench.machine import machine
 from dovetail_prefix_cache.eviction import LeastRecentlyUsed
 from dovetail_prefix_cache.index import HashIndex
 from dovetail_worker_torch import WorkerOptions

@@ -26,11 +26,11 @@ from models import folder_of, prompt
 from prefix_trace import conversations, replay
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
-from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.tiered_cache import TieredKVCache
 from dovetail.sequence import Sequence
-from dovetail.tiered_cache import TieredKVCache
 from dovetail.types import KVGroup, Request
+from dovetail_bench.machine import machine
 from dovetail_prefix_cache.eviction import LeastFrequentlyUsed, LeastRecentlyUsed, MakePolicy
 from dovetail_prefix_cache.index import HashIndex
 

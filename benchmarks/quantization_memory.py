@@ -30,10 +30,10 @@ from typing import Any
 from models import SHAPES, folder_of, gptq_folder_of, prompt
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
-from dovetail.compose import weights_of
-from dovetail.config import load_config
-from dovetail.resolution import resolve
+from dovetail.assembly.compose import weights_of
+from dovetail.composition.resolution import resolve
+from dovetail.plugin.config import load_config
+from dovetail_bench.machine import machine
 
 SCHEMES: dict[str, Any] = {
     "bf16": "none", "fp8": "fp8", "int8": "int8", "gptq": "auto",

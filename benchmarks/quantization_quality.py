@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
 from dovetail.cli.main import main as dovetail
+from dovetail_bench.machine import machine
 
 DEMO = Path(__file__).parents[1] / "plugins/demo_model"
 WINDOW, NUM_WINDOWS = 512, 64

@@ -24,7 +24,7 @@ import psutil
 from models import SHAPES, folder_of, gptq_folder_of, prompt
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
+from dovetail_bench.machine import machine
 
 PLAIN = "bf16"
 HEAD = {"match": "lm_head", "use": "int8", "activations": "none"}

@@ -25,8 +25,8 @@ from typing import Any
 from models import SHAPES, folder_of, prompt
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
-from dovetail.speculation import Speculation
+from dovetail.engine.speculation import Speculation
+from dovetail_bench.machine import machine
 
 PASSAGE = """\
 class Stack:

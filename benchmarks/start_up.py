@@ -20,7 +20,7 @@ from pathlib import Path
 
 from models import folder_of
 
-from dovetail.bench.machine import machine
+from dovetail_bench.machine import machine
 
 STAGES = {
     b"loading weights \xe2\x80\xa6": "imports, plan, model built",

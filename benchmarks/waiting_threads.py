@@ -25,7 +25,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dovetail.bench.machine import in_words, machine
+from dovetail_bench.machine import in_words, machine
 
 LIBGOMP = "300000"
 SPINS = f"passive,1000,3000,10000,30000,100000,{LIBGOMP},1000000,ours"

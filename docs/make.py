@@ -13,18 +13,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dovetail import hookspecs
-from dovetail.config import EngineConfig
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.interfaces.scheduler import SchedulerCapabilities
-from dovetail.plugins.discovery import Offer, Registry, load_registry
-from dovetail.scaffold import interface_of
-from dovetail.sockets import SOCKETS, Socket
-from dovetail.testing.contracts import contract_of
+from dovetail.plugin import hookspecs
+from dovetail.plugin.config import EngineConfig
+from dovetail.plugin.discovery import Offer, Registry, load_registry
+from dovetail.plugin.extension_points import SOCKETS, Socket
+from dovetail_testing.contracts import contract_of
+from dovetail_testing.scaffold import interface_of
 
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"

@@ -11,30 +11,32 @@ import ast
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import griffe
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "core/src/dovetail"
+SOURCES = {"dovetail": ROOT / "core/src/dovetail", "dovetail_testing": ROOT / "kit/src/dovetail_testing"}
 BASELINE = ROOT / "tests/public_api"
 PUBLIC = (
-    "__init__", "compose", "config", "contracts", "errors", "facts", "hookspecs", "llm", "plan", "provider", "sequence",
-    "serving", "sockets", "types", "interfaces/*", "native/*",
-    *(f"testing/{name}" for name in (
-        "__init__", "architecture", "attention", "contract", "drafter", "kv_cache", "model", "plugin", "prefix_cache",
-        "quantization", "scheduler", "server", "simulated", "worker",
-    )),
+    "__init__", "errors", "plan", "sequence", "types", "facts/__init__", "facts/device", "facts/gpus", "facts/model",
+    "interfaces/*", "native/*", "frontend/*", "cli/arguments", "composition/models", "runtime/llm", "runtime/serving",
+    *(f"plugin/{name}" for name in ("build_context", "config", "contracts", "extension_points", "hookspecs", "provider")),
 )  # fmt: skip
+KIT = (
+    "__init__", "architecture", "attention", "contract", "drafter", "fixtures", "kv_cache", "matmul", "model", "plugin",
+    "prefix_cache", "quantization", "scheduler", "server", "simulated", "worker",
+)  # fmt: skip
+PATTERNS = {"dovetail": PUBLIC, "dovetail_testing": KIT}
 
 
-def write_stubs(source: Path, out: Path) -> None:
-    """Stubs of the package's public modules, as `out/dovetail/…`."""
+def write_stubs(sources: Mapping[str, Path], out: Path) -> None:
+    """Stubs of the packages' public modules, as `out/PACKAGE/…`. `sources`: the folder of each package."""
     shutil.rmtree(out, ignore_errors=True)
-    for pattern in PUBLIC:
-        for path in sorted(source.glob(f"{pattern}.py")):
-            target = out / "dovetail" / path.relative_to(source)
+    for package, source in sources.items():
+        for path in sorted(path for pattern in PATTERNS[package] for path in source.glob(f"{pattern}.py")):
+            target = out / package / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(stub(path.read_text()))
             for folder in target.relative_to(out).parents[:-1]:
@@ -69,25 +71,26 @@ def _kept(body: list[ast.stmt]) -> list[ast.stmt]:
 
 def breakages(old: Path, new: Path) -> Iterator[tuple[str, str]]:
     """(path of what is concerned, what happened to it), between two folders of stubs."""
-    loaded = [griffe.load("dovetail", search_paths=[str(p)], resolve_aliases=False) for p in (old, new)]
-    for breakage in griffe.find_breaking_changes(*loaded):
-        said = breakage.explain(griffe.ExplanationStyle.ONE_LINE)
-        yield breakage.obj.path, re.sub(r"\x1b\[[0-9;]*m", "", said)
+    for package in PATTERNS:
+        loaded = [griffe.load(package, search_paths=[str(p)], resolve_aliases=False) for p in (old, new)]
+        for breakage in griffe.find_breaking_changes(*loaded):
+            said = breakage.explain(griffe.ExplanationStyle.ONE_LINE)
+            yield breakage.obj.path, re.sub(r"\x1b\[[0-9;]*m", "", said)
 
 
 def announced(changelog: str) -> set[str]:
     """Paths in backticks of the sections "Breaking"."""
     sections = re.findall(r"^### Breaking\n(.*?)(?=^##|\Z)", changelog, re.M | re.S)
-    return {path for section in sections for path in re.findall(r"`(dovetail\.[\w.]+)`", section)}
+    return {path for section in sections for path in re.findall(r"`(dovetail(?:_testing)?\.[\w.]+)`", section)}
 
 
-def unannounced(old: Path, source: Path, changelog: str) -> list[str]:
+def unannounced(old: Path, sources: Mapping[str, Path], changelog: str) -> list[str]:
     """Every break of the baseline that the changelog does not mention."""
     with tempfile.TemporaryDirectory() as folder:
-        write_stubs(source, Path(folder))
+        write_stubs(sources, Path(folder))
         known = announced(changelog)
         return [said for path, said in breakages(old, Path(folder)) if not any(f"{path}.".startswith(f"{k}.") for k in known)]
 
 
 if __name__ == "__main__":
-    write_stubs(SOURCE, BASELINE)
+    write_stubs(SOURCES, BASELINE)

@@ -1,7 +1,7 @@
 """A plugin that misbehaves on demand: a provider "chaos" for every socket, which does what it should until it is told not to.
 
 Each holds something sound (`inner`) and lets one of its methods go wrong: `Chaotic` says how. Installed by `install` of
-`dovetail.testing.plugin`, as a distribution `dovetail-chaos`.
+`dovetail_testing.plugin`, as a distribution `dovetail-chaos`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.interfaces.model import ModelSource
 from dovetail.interfaces.quantization import IN, OUT, Parameter, QuantizationCapabilities
-from dovetail.provider import DrafterOptions, KVCacheOptions, Options, Provider, SchedulerOptions
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import DrafterOptions, KVCacheOptions, Options, Provider, SchedulerOptions
 
 VICTIM = 17
 """A request whose prompt begins with it is the one that request-scoped parts fail at."""
@@ -165,7 +165,7 @@ def routes(context: Any, options: Any) -> Any:
 
 
 def scheduler(context: Any, options: Any) -> Any:
-    from dovetail.scheduler import TokenBudgetScheduler, fcfs
+    from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 
     def wrong(fault: str, plan: Any, args: Any) -> Any:
         if fault == "nan":
@@ -181,7 +181,7 @@ def scheduler(context: Any, options: Any) -> Any:
 
 
 def kv_cache(context: Any, options: Any) -> Any:
-    from dovetail.kv_cache import PagedKVCache
+    from dovetail.engine.kv_cache import PagedKVCache
 
     wrong = {"nan": [[NAN]], "shape": [], "dtype": [["1"]]}
     inner = PagedKVCache(list(context.kv_groups), list(context.num_blocks))
@@ -189,7 +189,7 @@ def kv_cache(context: Any, options: Any) -> Any:
 
 
 def worker(context: Any, options: Any) -> Any:
-    from dovetail.testing.plugin import SimulatedOptions, _worker
+    from dovetail_testing.plugin import SimulatedOptions, _worker
 
     def wrong(fault: str, result: Any, args: Any) -> Any:
         if fault == "shape":

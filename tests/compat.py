@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from dovetail_worker_torch import TESTED_TRANSFORMERS
+from dovetail_worker_torch.versions import TESTED_TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".compat"

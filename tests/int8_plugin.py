@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import IN, OUT, LinearLayer, Parameter, QuantizationCapabilities
-from dovetail.provider import Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Provider
 
 
 class Int8:

@@ -42,6 +42,7 @@ def projects() -> Iterator[Path]:
     """Folders of the repository's distributions that the two commands install, the metapackage first."""
     yield ROOT
     yield ROOT / "core"
+    yield ROOT / "kit"
     yield from (path.parent for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from sabotage import all_sabotages
 
-from dovetail.testing.running import run_contracts
+from dovetail_testing.running import run_contracts
 
 SEED = 20_260_101
 HEAD = """<!-- Written by tests/sabotage_table.py: do not edit. -->

@@ -21,12 +21,12 @@ from chaos import VICTIM
 from checkpoints import Checkpoint
 
 from dovetail import LLM
-from dovetail.compose import build_server
-from dovetail.config import load_config
+from dovetail.assembly.compose import build_server
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ERRORS, DovetailError, EngineDead, PluginError, StepFailed
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail.plugin.config import load_config
 from dovetail.types import Request, SamplingParams, SequenceOutput
+from dovetail_testing.plugin import SIMULATED, install, make_model
 
 TESTS = Path(__file__).parent
 CULPRIT = "dovetail-chaos:chaos"
@@ -242,7 +242,7 @@ def test_a_model_or_server_that_cannot_be_built_is_named(values: Callable[..., d
 def test_a_route_fails_its_request(values: Callable[..., dict[str, Any]]) -> None:
     from fastapi.testclient import TestClient
 
-    from dovetail.serving import AsyncEngine
+    from dovetail.runtime.serving import AsyncEngine
     from dovetail_server_openai.app import make_app
 
     settings = {**values("worker", "none"), "server": "openai"}

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.testing.plugin import make_model
+from dovetail_testing.plugin import make_model
 
 MESSAGES = [
     {"role": "system", "content": "Be <brief> & \"exact\" ü"},

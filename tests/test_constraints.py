@@ -95,8 +95,8 @@ def test_a_line_that_pins_nothing_exactly_is_refused(line: str, said: str, tmp_p
 
 
 def test_packages_for_gpus_have_one_version() -> None:
-    """gpu/flashinfer.txt is installed here, gpu/requirements.txt on the machine with a GPU."""
-    here, there = pins(ROOT / "gpu/flashinfer.txt"), pins(ROOT / "gpu/requirements.txt")
+    """benchmarks/gpu/flashinfer.txt is installed here, benchmarks/gpu/requirements.txt on the machine with a GPU."""
+    here, there = pins(ROOT / "benchmarks/gpu/flashinfer.txt"), pins(ROOT / "benchmarks/gpu/requirements.txt")
     both = here.keys() & there.keys()
     assert "flashinfer-python" in both
     assert {name: here[name] for name in both} == {name: there[name] for name in both}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dovetail.config import EngineConfig
+from dovetail.plugin.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [p for p in ROOT.rglob("*.md") if not any(n.startswith(".") or n == "node_modules" for n in p.relative_to(ROOT).parts)]

@@ -13,11 +13,11 @@ from checkpoints import Checkpoint
 from test_drafting import BEGINNINGS, SETTINGS, SOAK, said
 
 from dovetail import LLM, SamplingParams
-from dovetail.config import load_config
+from dovetail.composition.lock import make_lock
+from dovetail.composition.resolution import resolve
 from dovetail.errors import PluginError
-from dovetail.lock import make_lock
-from dovetail.plugins.discovery import load_registry
-from dovetail.resolution import resolve
+from dovetail.plugin.config import load_config
+from dovetail.plugin.discovery import load_registry
 from dovetail.sequence import Sequence
 from dovetail.types import DRAFTED_BY_WORKER, EngineStats, SequenceStart, StepPlan
 from dovetail_demo_model import WEIGHTS

@@ -11,8 +11,8 @@ import pytest
 from sabotage import EXAMPLES
 
 from dovetail import LLM, SamplingParams
-from dovetail.plugins.discovery import load_registry
-from dovetail.testing.plugin import install
+from dovetail.plugin.discovery import load_registry
+from dovetail_testing.plugin import install
 
 SOAK = int(os.environ.get("DOVETAIL_SOAK", "1"))
 BEGINNINGS = (

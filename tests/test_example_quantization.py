@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from strangers import conform, imports_of, run, site_of
 
 from dovetail import LLM, SamplingParams
-from dovetail.config import load_config
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError, PluginError
-from dovetail.resolution import resolve
+from dovetail.plugin.config import load_config
 
 NAME = "quant_nf4"
 RULES = """

@@ -14,12 +14,12 @@ import pytest
 from strangers import A_SLICE, Environment
 
 from dovetail.cli.main import _parser
-from dovetail.testing.plugin import make_model
+from dovetail_testing.plugin import make_model
 
 EXAMPLES = sorted(p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/pyproject.toml"))
 PRIVATE = (
-    "dovetail.engine", "dovetail.scheduler", "dovetail.kv_cache", "dovetail.builtins", "dovetail.engine_process",
-    "dovetail.wire", "dovetail.plugins", "dovetail.cli",
+    "dovetail.engine", "dovetail.assembly", "dovetail.composition", "dovetail.runtime.engine_process", "dovetail.runtime.wire",
+    "dovetail.plugin.discovery", "dovetail.cli",
 )  # fmt: skip
 """Modules of the core that are no plugin's business (pyproject.toml holds our own plugins to the same)."""
 

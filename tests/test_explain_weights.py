@@ -14,12 +14,12 @@ from awq_gptq_packers import make_gptq
 from quantized import SIZES, quantize
 
 from dovetail import LLM
+from dovetail.assembly.compose import weights_of
 from dovetail.cli.main import main
-from dovetail.compose import weights_of
-from dovetail.config import load_config
+from dovetail.composition.resolution import resolve
 from dovetail.errors import CheckpointError
-from dovetail.resolution import resolve
-from dovetail.serving import AsyncEngine
+from dovetail.plugin.config import load_config
+from dovetail.runtime.serving import AsyncEngine
 from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.app import make_app
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dovetail.config import load_config
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError, OutOfMemory
-from dovetail.llm import LLM
-from dovetail.resolution import resolve
+from dovetail.plugin.config import load_config
+from dovetail.runtime.llm import LLM
 from dovetail.types import SamplingParams
 
 # Room for two of the prompts below on the device, and for all in host memory.

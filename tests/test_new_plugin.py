@@ -13,10 +13,10 @@ import pytest
 from strangers import A_SLICE, Environment
 
 from dovetail.cli.main import main
-from dovetail.config import EngineConfig
-from dovetail.plugins.discovery import load_registry
-from dovetail.resolution import resolve
-from dovetail.scaffold import new_plugin
+from dovetail.composition.resolution import resolve
+from dovetail.plugin.config import EngineConfig
+from dovetail.plugin.discovery import load_registry
+from dovetail_testing.scaffold import new_plugin
 
 ROOT = Path(__file__).parents[1]
 REGISTRY = load_registry()

@@ -8,7 +8,7 @@ import pluggy
 import pytest
 
 from dovetail import LLM, SamplingParams
-from dovetail.plugins.discovery import load_registry
+from dovetail.plugin.discovery import load_registry
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -9,8 +9,8 @@ import pytest
 from checkpoints import Checkpoint
 
 from dovetail import LLM, SamplingParams
-from dovetail.config import EngineConfig
-from dovetail.resolution import resolve
+from dovetail.composition.resolution import resolve
+from dovetail.plugin.config import EngineConfig
 
 
 @pytest.mark.parametrize("name", ["llama-3.1", "gpt-oss (bridge)"])  # full layers; full and sliding ones, with sinks

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from dovetail.config import load_config
+from dovetail.composition.resolution import resolve
 from dovetail.errors import PluginError
 from dovetail.interfaces.matmul import MatmulCapabilities
-from dovetail.plugins.discovery import Offer, Registry, load_registry
-from dovetail.provider import Options, Provider
-from dovetail.resolution import resolve
+from dovetail.plugin.config import load_config
+from dovetail.plugin.discovery import Offer, Registry, load_registry
+from dovetail.plugin.provider import Options, Provider
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAME = "kit-matmul"

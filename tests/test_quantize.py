@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from dovetail import LLM, SamplingParams
 from dovetail.cli.main import main
-from dovetail.testing.plugin import make_model
+from dovetail_testing.plugin import make_model
 
 SCHEMES = {
     "fp8": (),

@@ -17,9 +17,9 @@ from ct_packers import make as make_ct
 from quantized import SIZES, Config, Make, Rounding, error, errors, next_tokens, quantize
 from torch import Tensor
 
-from dovetail.config import load_config
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import install
+from dovetail.composition.resolution import resolve
+from dovetail.plugin.config import load_config
+from dovetail_testing.plugin import install
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ROUNDING = 1e-4

@@ -11,12 +11,12 @@ from awq_gptq_packers import make_awq, make_gptq
 from ct_packers import make as make_ct
 from quantized import Quantized, next_tokens, quantize
 
-from dovetail.config import load_config
+from dovetail.composition.quantization import SUPPLIERS
+from dovetail.composition.resolution import resolve
 from dovetail.errors import CheckpointError, ConfigError, PluginError
-from dovetail.plugins.discovery import load_registry
-from dovetail.plugins.quantization import SUPPLIERS
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import install
+from dovetail.plugin.config import load_config
+from dovetail.plugin.discovery import load_registry
+from dovetail_testing.plugin import install
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}

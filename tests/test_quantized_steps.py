@@ -11,7 +11,7 @@ import torch
 from checkpoints import Checkpoint
 
 from dovetail import LLM, SamplingParams
-from dovetail.testing.plugin import install
+from dovetail_testing.plugin import install
 
 PROMPTS = [[5, 80, 33], [7], list(range(40, 60))]
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from sabotage import Sabotage, all_sabotages, controls
 
-from dovetail.plugins.discovery import load_registry
-from dovetail.testing.contracts import contract_of
-from dovetail.testing.running import run_contracts
+from dovetail.plugin.discovery import load_registry
+from dovetail_testing.contracts import contract_of
+from dovetail_testing.running import run_contracts
 
 SABOTAGES, CONTROLS = all_sabotages(), controls()
 FIXED_SEED = 20_260_101

@@ -13,11 +13,11 @@ from async_engine import complete, engine_of, run, until
 from checkpoints import Checkpoint
 
 from dovetail import LLM, SamplingParams
-from dovetail.config import load_config
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError, PluginError
-from dovetail.resolution import resolve
-from dovetail.shadow import ShadowLayer, ShadowReport
-from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail.interfaces.shadow import ShadowLayer, ShadowReport
+from dovetail.plugin.config import load_config
+from dovetail_testing.plugin import SIMULATED, install, make_model
 
 PARAMS = SamplingParams(max_tokens=12, temperature=0.8, seed=5, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(3, 40)), list(range(3, 24)), [9]]

@@ -25,8 +25,8 @@ from triton_table import (
     wanted,
 )
 
-from dovetail.testing import triton_kernels
-from dovetail.testing.triton_kernels import (
+from dovetail_testing import triton_kernels
+from dovetail_testing.triton_kernels import (
     Compiled,
     KernelCase,
     compile_kernels,

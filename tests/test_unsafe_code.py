@@ -8,7 +8,7 @@ import pytest
 from unsafe_code import RULES, findings
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("core", "plugins", "examples", "gpu", "benchmarks", "docs", "tests")
+FOLDERS = ("core", "kit", "plugins", "examples", "benchmarks", "docs", "tests")
 NOT_OURS = frozenset({"build", "dist", "site-packages", "node_modules", "__pycache__"})
 ALLOWED: dict[tuple[str, str], str] = {
     ("tests/test_docs.py", "eval, exec, compile"): "checks the syntax of the docs' examples, and runs nothing",
@@ -91,9 +91,9 @@ def test_a_breach_is_found(rule: str, source: str, tmp_path: Path, monkeypatch: 
     for folder in FOLDERS:
         (tmp_path / folder).mkdir()
     (tmp_path / "conftest.py").write_text("")
-    (tmp_path / "gpu" / "planted.py").write_text(source)
+    (tmp_path / "benchmarks" / "planted.py").write_text(source)
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    with pytest.raises(AssertionError, match=rf"gpu/planted\.py:{finding.line}: "):
+    with pytest.raises(AssertionError, match=rf"benchmarks/planted\.py:{finding.line}: "):
         test_no_source_runs_data_as_code()
 
 

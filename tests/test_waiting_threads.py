@@ -17,8 +17,8 @@ with LLM("demo", device="cpu") as llm:
 """
 SERVED = """
 import asyncio
-from dovetail.config import load_config
-from dovetail.serving import AsyncEngine
+from dovetail.plugin.config import load_config
+from dovetail.runtime.serving import AsyncEngine
 async def run():
     engine = AsyncEngine(load_config(model="demo", device="cpu", env={}))
     await engine.start()

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from dovetail.testing.triton_kernels import (
+from dovetail_testing.triton_kernels import (
     Compiled,
     KernelCase,
     compile_kernels,

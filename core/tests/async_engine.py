@@ -8,14 +8,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from dovetail.config import load_config
-from dovetail.errors import (
-    DovetailError,
-)
+from dovetail.errors import DovetailError
 from dovetail.frontend.outputs import Delta
-from dovetail.serving import AsyncEngine
-from dovetail.testing.plugin import SIMULATED
+from dovetail.plugin.config import load_config
+from dovetail.runtime.serving import AsyncEngine
 from dovetail.types import SamplingParams
+from dovetail_testing.plugin import SIMULATED
 
 PATIENCE = 30
 """Seconds after which a test is a failure: a hang. Nothing here takes a tenth of it."""

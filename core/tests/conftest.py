@@ -1,29 +1,5 @@
-"""Fixtures: an environment in which the simulated plugin is installed, and a model for it."""
+"""The simulated worker's plugin, and a model for it."""
 
-from __future__ import annotations
+from dovetail_testing.fixtures import model, simulated
 
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-from dovetail.testing.plugin import install, make_model
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model")
-
-
-@pytest.fixture
-def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Install the simulated plugin, for this process and those that it starts."""
-    site = tmp_path / "site"
-    install(site)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))))
-    monkeypatch.syspath_prepend(site)
-    yield site
-    assert str(site) in sys.path
-
+__all__ = ["model", "simulated"]

@@ -6,14 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dovetail.config import load_config
-from dovetail.contracts import WrittenFor
-from dovetail.hookspecs import hookimpl
+from dovetail.composition.resolution import resolve
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.plan import Choice, Plan
-from dovetail.plugins.discovery import PluginInfo, Registry, installed_plugins, load_registry
-from dovetail.provider import Provider, Reason
-from dovetail.resolution import resolve
+from dovetail.plan import Choice, Plan, Reason
+from dovetail.plugin.config import load_config
+from dovetail.plugin.contracts import WrittenFor
+from dovetail.plugin.discovery import PluginInfo, Registry, installed_plugins, load_registry
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Provider
 
 
 def module_with(**hooks: Any) -> ModuleType:

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.adaptive import MAX_REST, SHARE, START, Adaptive, Curve, EverySequence, StepCosts, best_counts
-from dovetail.engine import OverlappedEngine
+from dovetail.engine.adaptive import MAX_REST, SHARE, START, Adaptive, Curve, EverySequence, StepCosts, best_counts
+from dovetail.engine.engine import OverlappedEngine
+from dovetail.engine.step_costs import measure
 from dovetail.errors import PluginError
 from dovetail.sequence import Sequence
-from dovetail.step_costs import measure
-from dovetail.testing.engines import (
+from dovetail.types import Request, SamplingParams
+from dovetail_testing.engines import (
     MAX_LEN,
     EngineMachine,
     Outputs,
@@ -32,11 +33,10 @@ from dovetail.testing.engines import (
     setups,
     workloads,
 )  # fmt: skip
-from dovetail.testing.machines import run_machine
-from dovetail.testing.prefix_cache import new_paged, new_scheduler
-from dovetail.testing.scheduler import Knowing
-from dovetail.testing.simulated import Faults
-from dovetail.types import Request, SamplingParams
+from dovetail_testing.machines import run_machine
+from dovetail_testing.prefix_cache import new_paged, new_scheduler
+from dovetail_testing.scheduler import Knowing
+from dovetail_testing.simulated import Faults
 
 FLAT = StepCosts(Curve({1: 1.0, 1000: 1.1}))
 """As if tokens cost nothing: every draft is worth it."""

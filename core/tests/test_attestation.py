@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dovetail.attestation import Attestation
-from dovetail.sockets import Socket
+from dovetail.assembly.attestation import Attestation
+from dovetail.plugin.extension_points import Socket
 
 STEP = Socket("s", "h", "", invoked=("plan", "run"))
 ONCE = Socket("o", "h", "", invoked=("make",), invoked_once=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from dovetail.builtins import dovetail_kv_caches, dovetail_schedulers
-from dovetail.testing.kv_cache import KVCacheContract
-from dovetail.testing.scheduler import SchedulerContract
+from dovetail.assembly.builtins import dovetail_kv_caches, dovetail_schedulers
+from dovetail_testing.kv_cache import KVCacheContract
+from dovetail_testing.scheduler import SchedulerContract
 
 FCFS, PRIORITY, LONGEST_PREFIX = dovetail_schedulers()
 (PAGED,) = dovetail_kv_caches()

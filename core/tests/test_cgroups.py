@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.cgroups import CgroupLimits, read_limits
 from dovetail.facts import available_memory, device_facts, usable_cores
+from dovetail.facts.cgroups import CgroupLimits, read_limits
 
 MIB = 2**20
 UNLIMITED_V1 = str(2**63 - 4096)
@@ -160,6 +160,6 @@ def test_available_memory(v2: Machine, tmp_path: Path) -> None:
 
 
 def test_facts_of_the_machine_are_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dovetail.facts.read_limits", lambda: CgroupLimits(1.5, 64 * MIB, 32 * MIB))
+    monkeypatch.setattr("dovetail.facts.device.read_limits", lambda: CgroupLimits(1.5, 64 * MIB, 32 * MIB))
     facts = device_facts.__wrapped__()
     assert (facts.num_cores, facts.memory_bytes) == (1, 64 * MIB)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from dovetail.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
-from dovetail.engine import Engine, OverlappedEngine
+from dovetail.engine.checks import CheckedKVCache, CheckedScheduler, CheckedWorker
+from dovetail.engine.engine import Engine, OverlappedEngine
+from dovetail.engine.kv_cache import PagedKVCache
+from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.errors import PluginError
-from dovetail.kv_cache import PagedKVCache
-from dovetail.scheduler import TokenBudgetScheduler, fcfs
-from dovetail.testing.engines import request
-from dovetail.testing.simulated import SimulatedWorker
 from dovetail.types import KVGroup, SequenceOutput, StepPlan, StepResult
+from dovetail_testing.engines import request
+from dovetail_testing.simulated import SimulatedWorker
 
 NAMES = ("dist:scheduler", "dist:kv", "dist:worker")
 

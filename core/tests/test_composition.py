@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from offers import attention, module_with, registry_of, resolved, why_not
 
-from dovetail.compose import build_engine
-from dovetail.config import EngineConfig, load_config
+from dovetail.assembly.compose import build_engine
+from dovetail.composition.resolution import resolve
 from dovetail.errors import CheckpointError, ConfigError, OutOfMemory, PluginError
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.plan import Plan
-from dovetail.plugins.discovery import PluginInfo, installed_plugins, load_registry
-from dovetail.provider import REASONS, Context, Options, Provider, Reason
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail.plan import REASONS, Plan, Reason
+from dovetail.plugin.config import EngineConfig, load_config
+from dovetail.plugin.discovery import PluginInfo, installed_plugins, load_registry
+from dovetail.plugin.provider import Context, Options, Provider
+from dovetail_testing.plugin import SIMULATED, install, make_model
 
 
 class Tuned(Options):
@@ -146,7 +146,7 @@ def test_a_broken_plugin_hides_no_other(
 def test_a_scheduler_without_the_limits_that_others_read_is_broken() -> None:
     module = module_with(dovetail_schedulers=[Provider("lottery", "", lambda c, o: None, Tuned)])
     registry = registry_of(x=module)
-    assert "the options of lottery must extend SchedulerOptions of dovetail.provider" in registry.broken["dist-x"]
+    assert "the options of lottery must extend dovetail.plugin.provider.SchedulerOptions" in registry.broken["dist-x"]
 
 
 def test_a_why_not_that_raises_is_a_reason(model: Path) -> None:
@@ -254,7 +254,7 @@ def test_too_little_kv_memory_says_what_would_fit(model: Path, simulated: Path) 
     plan = resolve(load_config(model=str(model), prefix_cache="none", **SIMULATED))
     engine = build_engine(plan, lambda *a: None)
     engine.worker._memory = 100  # type: ignore[attr-defined]
-    from dovetail.testing import plugin
+    from dovetail_testing import plugin
 
     small = plugin.SimulatedWorker([], memory=64 * 9)
     small._groups = engine.kv.groups

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import pytest
 from offers import attention, module_with, registry_of, resolved, why_not
 
-from dovetail.compose import BuildContext
-from dovetail.config import load_config
-from dovetail.contracts import WrittenFor, parse
+from dovetail.assembly.compose import PlanContext
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError, PluginError
 from dovetail.facts import device_facts, model_facts
 from dovetail.plan import Plan
-from dovetail.plugins.discovery import Registry, installed_plugins, load_registry
-from dovetail.provider import Provider, Relation, TieredCacheOptions
-from dovetail.resolution import resolve
-from dovetail.sockets import Socket
-from dovetail.testing.plugin import install
+from dovetail.plugin.config import load_config
+from dovetail.plugin.contracts import WrittenFor, parse
+from dovetail.plugin.discovery import Registry, installed_plugins, load_registry
+from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.provider import Provider, Relation, TieredCacheOptions
+from dovetail_testing.plugin import install
 
 WORKER: Provider[Any] = Provider("w", "", lambda c, o: None)
 
@@ -69,7 +69,7 @@ def test_other_versions_are_refused_with_the_reason(model: Path, first: str, las
 
 
 def test_metadata_that_cannot_be_read_is_the_plugins_fault_alone(simulated: Path) -> None:
-    install(simulated, "dovetail.testing.plugin", "wrong")
+    install(simulated, "dovetail_testing.plugin", "wrong")
     info = simulated / "dovetail_wrong-0.1.0.dist-info/entry_points.txt"
     info.write_text(info.read_text() + "[dovetail.contracts]\nattention = one\n")
     registry = load_registry()
@@ -98,7 +98,7 @@ def test_an_object_of_the_version_before_is_adapted(model: Path) -> None:
     module = module_with(dovetail_workers=[WORKER], dovetail_attention=[old])
     registry = registry_of({"attention": WrittenFor("0.1", "0.1")}, x=module)
     plan = resolve(load_config(model=str(model), device="cpu"), registry)
-    backend = BuildContext(plan, registry, device_facts(), model_facts(model)).build("attention.full")
+    backend = PlanContext(plan, registry, device_facts(), model_facts(model)).build("attention.full")
     assert backend.plan(None, [], 16) == "planned"
     assert backend.export_kv(10, [1, 2]) == ([11, 12], [-1, -2])
     out = (_Array(), _Array())
@@ -202,7 +202,7 @@ def test_a_socket_of_a_plugin_is_filled_like_any_other(model: Path) -> None:
 
     def built(**values: Any) -> Any:
         plan = resolve(load_config(model=str(model), device="cpu", **values), registry, server=True)
-        return BuildContext(Plan.decode(plan.encode()), registry, device_facts(), model_facts(model)).build("server")
+        return PlanContext(Plan.decode(plan.encode()), registry, device_facts(), model_facts(model)).build("server")
 
     assert built() == ("salt", {"a": "a", "b": "b", "c": "c"})
     assert built(server={"use": "s", "topping": "pepper", "extras": ["c", {"use": "a"}]}) == ("pepper", {"c": "c", "a": "a"})
@@ -246,7 +246,7 @@ def test_an_optional_socket_may_stay_empty(model: Path) -> None:
 
 
 def _drafter_options() -> Any:
-    from dovetail.provider import DrafterOptions
+    from dovetail.plugin.provider import DrafterOptions
 
     return DrafterOptions
 

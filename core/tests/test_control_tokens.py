@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dovetail.errors import InvalidRequest
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.testing.plugin import make_model
+from dovetail_testing.plugin import make_model
 
 TEMPLATE = "{% for m in messages %}<user>{{ m['role'] }}: {{ m['content'] | trim }}<eos>{% endfor %}"
 MARKER = "\ue000"

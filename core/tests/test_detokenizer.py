@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from dovetail.frontend.detokenizer import detokenizer
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.testing.plugin import make_model
+from dovetail_testing.plugin import make_model
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 ALPHABET = "abcdé ßжあ🦊👩‍👩‍👧☃"

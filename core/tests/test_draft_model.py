@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from offers import attention, module_with, registry_of, why_not
 
-from dovetail.checks import CheckedDrafter
-from dovetail.config import load_config
+from dovetail.composition.resolution import resolve
+from dovetail.engine.checks import CheckedDrafter
 from dovetail.errors import CheckpointError, ConfigError, PluginError
 from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.plan import Plan
-from dovetail.provider import DrafterOptions, DraftModelOptions, Provider
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import make_model
-from dovetail.testing.simulated import SimulatedWorker
+from dovetail.plugin.config import load_config
+from dovetail.plugin.provider import DrafterOptions, DraftModelOptions, Provider
 from dovetail.types import DRAFTED_BY_WORKER, Request, SamplingParams, SequenceStart, StepPlan
+from dovetail_testing.plugin import make_model
+from dovetail_testing.simulated import SimulatedWorker
 
 
 def planned(model: Path, draft: Any, *, drafts: bool = True, kind: Any = DraftModelOptions, **values: Any) -> Plan:

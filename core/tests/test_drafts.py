@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dovetail.engine import Engine
-from dovetail.testing.engines import EOS, MAX_LEN, Outputs, Parts, Setup
-from dovetail.testing.prefix_cache import new_paged, new_scheduler
-from dovetail.testing.scheduler import Knowing
+from dovetail.engine.engine import Engine
 from dovetail.types import Request, SamplingParams
+from dovetail_testing.engines import EOS, MAX_LEN, Outputs, Parts, Setup
+from dovetail_testing.prefix_cache import new_paged, new_scheduler
+from dovetail_testing.scheduler import Knowing
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"logprobs": 2}, {"logprobs": 0, "prompt_logprobs": 1}, {"min_tokens": 9}, {"stop_token_ids": tuple(range(0, 64, 5))},

@@ -19,8 +19,8 @@ from dovetail.frontend.detokenizer import StopStrings, detokenizer
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.frontend.requests import RequestMaker
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.testing.plugin import make_model
 from dovetail.types import SamplingParams, SequenceOutput
+from dovetail_testing.plugin import make_model
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dovetail.facts import DeviceFacts
-from dovetail.gpus import GpuFacts, find_gpus, visible
-from dovetail.provider import Context, why_not_gpu
+from dovetail.facts.gpus import GpuFacts, find_gpus, visible
+from dovetail.plugin.provider import Context, why_not_gpu
 
 UUIDS = ["GPU-aa11", "GPU-ab22", "GPU-cc33"]
 

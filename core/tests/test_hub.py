@@ -10,11 +10,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from dovetail import hub
 from dovetail.cli import main as cli
-from dovetail.config import load_config
+from dovetail.composition import hub
+from dovetail.composition.models import find_model
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError
-from dovetail.resolution import find_model, resolve
+from dovetail.plugin.config import load_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40

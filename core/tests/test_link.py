@@ -8,8 +8,8 @@ import sys
 # In a process of its own: a link ends its process when the other side goes away.
 SCRIPT = """
 import os, socket, time
-from dovetail import wire
-from dovetail.engine_process import Link
+from dovetail.runtime import wire
+from dovetail.runtime.engine_process import Link
 
 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 link = Link(theirs)

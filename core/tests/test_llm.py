@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dovetail.engine import MAX_FAILED_STEPS
+from dovetail.engine.engine import MAX_FAILED_STEPS
 from dovetail.errors import CheckpointError, EngineDead, InvalidRequest, StepFailed
 from dovetail.frontend.outputs import Delta
-from dovetail.llm import LLM
+from dovetail.runtime.llm import LLM
 from dovetail.sequence import Sequence
-from dovetail.testing.plugin import SIMULATED
 from dovetail.types import SamplingParams
+from dovetail_testing.plugin import SIMULATED
 
 pytestmark = [pytest.mark.usefixtures("simulated"), pytest.mark.timeout(60)]
 LONG = SamplingParams(max_tokens=60, ignore_eos=True, seed=3)
@@ -163,7 +163,7 @@ def test_ctrl_c_while_a_request_is_added_leaves_nothing_of_it(llm: LLM, monkeypa
         return Sequence(seq_id, request, index, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dovetail.engine.Sequence", pressed)
+        patch.setattr("dovetail.engine.engine.Sequence", pressed)
         with pytest.raises(KeyboardInterrupt):
             llm.generate("b", SamplingParams(n=2))
     assert is_unused(llm)

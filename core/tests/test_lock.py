@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.config import load_config
+from dovetail.composition.lock import check_lock, drift, encode, make_lock, read_lock
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError
-from dovetail.lock import check_lock, drift, encode, make_lock, read_lock
-from dovetail.plugins.discovery import load_registry
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail.plugin.config import load_config
+from dovetail.plugin.discovery import load_registry
+from dovetail_testing.plugin import SIMULATED, install, make_model
 
-PLUGIN = '''from dovetail.hookspecs import hookimpl
-from dovetail.provider import Provider, SchedulerOptions
+PLUGIN = '''from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Provider, SchedulerOptions
 @hookimpl
 def dovetail_schedulers(): return [Provider("mine", "a scheduler to be locked", print, SchedulerOptions)]
 '''

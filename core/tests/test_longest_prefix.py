@@ -7,11 +7,21 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.longest_prefix import LongestPrefixScheduler
-from dovetail.prefix_reuse import ReusingKVCache
+from dovetail.engine.longest_prefix import LongestPrefixScheduler
+from dovetail.engine.prefix_reuse import ReusingKVCache
 from dovetail.sequence import Sequence
-from dovetail.testing.dictionary import DictionaryIndex
-from dovetail.testing.engines import Asked, Outputs, Parts, Setup, WatchedEngine, collect, request, requests_of, workloads_alike
+from dovetail_testing.dictionary import DictionaryIndex
+from dovetail_testing.engines import (
+    Asked,
+    Outputs,
+    Parts,
+    Setup,
+    WatchedEngine,
+    collect,
+    request,
+    requests_of,
+    workloads_alike,
+)
 
 
 class Recording(ReusingKVCache):

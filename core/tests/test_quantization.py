@@ -12,14 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_composition import attention, module_with, registry_of
 
-from dovetail.config import EngineConfig, load_config
+from dovetail.composition.resolution import resolve
 from dovetail.errors import CheckpointError, ConfigError, PluginError
 from dovetail.interfaces.architecture import ArchitectureCapabilities
-from dovetail.interfaces.quantization import IN, OUT, Axis, LinearLayer, Parameter, Part, QuantizationCapabilities
+from dovetail.interfaces.quantization import (
+    IN,
+    OUT,
+    Axis,
+    LinearLayer,
+    Parameter,
+    Part,
+    QuantizationCapabilities,
+    quantization_rule,
+)
 from dovetail.plan import Plan
-from dovetail.provider import Provider
-from dovetail.resolution import resolve
-from dovetail.testing.plugin import make_model
+from dovetail.plugin.config import EngineConfig, load_config
+from dovetail.plugin.provider import Provider
+from dovetail_testing.plugin import make_model
 
 
 def scheme(name: str, *methods: str, on_the_fly: bool = False, **can: Any) -> Provider[Any]:
@@ -87,7 +96,7 @@ def test_the_first_rule_that_matches_counts_and_the_rest_is_as_the_checkpoint_is
 
     def of(*names: str) -> str:
         parts = tuple(Part(f"l.self_attn.{n}", 8) for n in names)
-        return plan.quantization_of(LinearLayer("fused", parts, 8, False, "float32"))
+        return quantization_rule(plan, LinearLayer("fused", parts, 8, False, "float32"))
 
     assert (of("q_proj"), of("k_proj", "v_proj")) == ("quantization.0", "quantization.1")
     with pytest.raises(ConfigError, match=r"all parts of the fused layer fused alike.*q_proj: none, l.self_attn.k_proj: fp8"):

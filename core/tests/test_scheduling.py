@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from dovetail.engine import Engine, OverlappedEngine
+from dovetail.engine.engine import Engine, OverlappedEngine
+from dovetail.engine.kv_cache import PagedKVCache
+from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs, priority
 from dovetail.errors import Overloaded
-from dovetail.kv_cache import PagedKVCache
-from dovetail.scheduler import TokenBudgetScheduler, fcfs, priority
-from dovetail.testing.engines import Setup, collect, request, run
-from dovetail.testing.simulated import Faults, SimulatedWorker
+from dovetail_testing.engines import Setup, collect, request, run
+from dovetail_testing.simulated import Faults, SimulatedWorker
 
 
 def make_engine(*, order: Any = fcfs, faults: Faults | None = None, max_num_waiting: int = 1000, **setup: Any) -> Engine:

@@ -14,19 +14,13 @@ from pathlib import Path
 import pytest
 from async_engine import LONG, PATIENCE, alive, complete, engine_of, faulty, outcome, quiet, run, until
 
-from dovetail.config import load_config
-from dovetail.errors import (
-    DovetailError,
-    EngineDead,
-    EngineUnavailable,
-    InvalidRequest,
-    Overloaded,
-)
+from dovetail.errors import DovetailError, EngineDead, EngineUnavailable, InvalidRequest, Overloaded
 from dovetail.frontend.outputs import Delta
-from dovetail.llm import LLM
-from dovetail.serving import AsyncEngine
-from dovetail.testing.plugin import SIMULATED, make_model
+from dovetail.plugin.config import load_config
+from dovetail.runtime.llm import LLM
+from dovetail.runtime.serving import AsyncEngine
 from dovetail.types import SamplingParams
+from dovetail_testing.plugin import SIMULATED, make_model
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -212,8 +206,8 @@ def test_closing_while_loading_ends_the_wait_for_the_start(model: Path) -> None:
 
 FRONT_END = """
 import asyncio, sys
-from dovetail.config import load_config
-from dovetail.serving import AsyncEngine
+from dovetail.plugin.config import load_config
+from dovetail.runtime.serving import AsyncEngine
 from dovetail.types import SamplingParams
 
 async def main():

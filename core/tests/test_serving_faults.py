@@ -15,20 +15,13 @@ from typing import Any
 import pytest
 from async_engine import LONG, PATIENCE, complete, engine_of, faulty, outcome, quiet, run, until
 
-from dovetail import restarts, wire
-from dovetail.config import load_config
-from dovetail.errors import (
-    CheckpointError,
-    DovetailError,
-    EngineDead,
-    EngineUnavailable,
-    PluginError,
-    StepFailed,
-)
+from dovetail.errors import CheckpointError, DovetailError, EngineDead, EngineUnavailable, PluginError, StepFailed
 from dovetail.plan import Plan
-from dovetail.serving import AsyncEngine
-from dovetail.testing.plugin import SIMULATED, install
+from dovetail.plugin.config import load_config
+from dovetail.runtime import restarts, wire
+from dovetail.runtime.serving import AsyncEngine
 from dovetail.types import SamplingParams
+from dovetail_testing.plugin import SIMULATED, install
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
@@ -107,7 +100,7 @@ def test_a_stalled_process_shows_its_stacks(model: Path, capfd: pytest.CaptureFi
 FORKING = """
 import os, time
 from dovetail import Provider, hookimpl
-from dovetail.testing import plugin
+from dovetail_testing import plugin
 
 def build(context, options):
     if os.fork() == 0:
@@ -288,7 +281,7 @@ def test_an_engine_that_hears_nonsense_ends(garbage: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            command = [sys.executable, "-m", "dovetail.engine_process", str(theirs.fileno())]
+            command = [sys.executable, "-m", "dovetail.runtime.engine_process", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
         ours.sendall(garbage)
         _, errors = process.communicate(timeout=PATIENCE)

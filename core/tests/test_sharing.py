@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from dovetail.adapters import kv_cache_from_0_1, prefix_cache_from_0_1
-from dovetail.checks import CheckedKVCache
-from dovetail.engine import Engine
+from dovetail.engine.checks import CheckedKVCache
+from dovetail.engine.engine import Engine
+from dovetail.engine.kv_cache import PagedKVCache
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.errors import PluginError
-from dovetail.kv_cache import PagedKVCache
-from dovetail.prefix_reuse import ReusingKVCache
-from dovetail.scheduler import TokenBudgetScheduler, fcfs
+from dovetail.plugin.adapters import kv_cache_from_0_1, prefix_cache_from_0_1
+from dovetail.plugin.extension_points import SOCKETS
 from dovetail.sequence import Sequence
-from dovetail.sockets import SOCKETS
-from dovetail.testing.dictionary import DictionaryIndex
-from dovetail.testing.engines import Outputs, Parts, Setup, WatchedEngine, collect, request, run
-from dovetail.testing.simulated import Faults, SimulatedWorker
 from dovetail.types import Request, SamplingParams
+from dovetail_testing.dictionary import DictionaryIndex
+from dovetail_testing.engines import Outputs, Parts, Setup, WatchedEngine, collect, request, run
+from dovetail_testing.simulated import Faults, SimulatedWorker
 
 SHARED = list(range(1, 25))
 

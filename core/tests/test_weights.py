@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dovetail.weights import LayerWeights, alike
+from dovetail.interfaces.weights import LayerWeights, alike
 
 ONE = LayerWeights("", 64, 32, "quantization", "awq", "uint4", "matmul: cpu", 1000)
 

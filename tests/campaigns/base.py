@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dovetail.testing.plugin import install
+from dovetail_testing.plugin import install
 
 MAX_FAULTS = 20
 """After so many a campaign ends: they have one cause, or the campaign itself is wrong."""

@@ -20,7 +20,7 @@ import dovetail
 from campaigns.base import Campaign, Report, Trial, plugins
 from campaigns.leaks import assert_idle, mark
 from dovetail import LLM, SamplingParams
-from dovetail.testing.plugin import SIMULATED, make_model
+from dovetail_testing.plugin import SIMULATED, make_model
 
 SOURCE = str(Path(dovetail.__file__).parent)
 WORKER = "simulated.py"

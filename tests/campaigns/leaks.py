@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from dovetail import LLM
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.frontend.outputs import RequestState
-from dovetail.kv_cache import PagedKVCache
 from dovetail.sequence import Sequence
-from dovetail.testing.engines import blocks_add_up
 from dovetail.types import SamplingParams
+from dovetail_testing.engines import blocks_add_up
 
 LATER = ("_released", "seat_of", "_known", "_row_seq_ids", "_waiting", "_last.seq_ids", "_last.released")
 """What changes with the next plan: it tells the worker which sequences have ended, and replaces the last one."""

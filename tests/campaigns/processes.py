@@ -21,8 +21,8 @@ from chaos import is_first
 from campaigns.base import Campaign, Report, Trial, plugins
 from dovetail import LLM, SamplingParams
 from dovetail.errors import DovetailError, EngineDead, InvalidRequest
-from dovetail.serving import CLOSE_PATIENCE, AsyncEngine
-from dovetail.testing.plugin import SIMULATED, make_model
+from dovetail.runtime.serving import CLOSE_PATIENCE, AsyncEngine
+from dovetail_testing.plugin import SIMULATED, make_model
 
 PATIENCE = 60
 """Seconds after which somebody waits for ever."""

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from campaigns.base import plugins
-from dovetail.testing.plugin import SIMULATED, make_model
+from dovetail_testing.plugin import SIMULATED, make_model
 
 PATIENCE = 60
 """Seconds after which waiting is a failure: a hang."""

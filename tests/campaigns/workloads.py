@@ -21,8 +21,8 @@ from campaigns.base import Campaign, Report, Trial
 from campaigns.leaks import assert_idle, assert_none_alive, mark
 from dovetail import LLM, SamplingParams
 from dovetail.frontend.outputs import Delta, RequestState
-from dovetail.testing.tiny_model import HEAD_SIZE, KV_HEADS, LAYERS, TinyModel
 from dovetail.types import Request, TokenLogprobs
+from dovetail_testing.tiny_model import HEAD_SIZE, KV_HEADS, LAYERS, TinyModel
 
 MAX_LEN = 96
 BYTES_PER_TOKEN = LAYERS * 2 * KV_HEADS * HEAD_SIZE * 4

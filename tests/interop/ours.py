@@ -25,9 +25,9 @@ from theirs import PROMPT
 from torch import Tensor
 
 from dovetail import LLM, SamplingParams
-from dovetail.bench.machine import machine
 from dovetail.cli.main import main as dovetail
-from dovetail.testing.plugin import make_model
+from dovetail_bench.machine import machine
+from dovetail_testing.plugin import make_model
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/interop.json"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dovetail.plugins.discovery import load_registry
-from dovetail.provider import Provider
-from dovetail.testing.contract import Contract
-from dovetail.testing.contracts import contract_of
+from dovetail.plugin.discovery import load_registry
+from dovetail.plugin.provider import Provider
+from dovetail_testing.contract import Contract
+from dovetail_testing.contracts import contract_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Some mistakes are made in an example's code, which is imported as it is, without being installed.

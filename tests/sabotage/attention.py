@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from dovetail.provider import Reason
+from dovetail.plan import Reason
 from sabotage import Sabotages
 from sabotage.plain_attention import PlainAttention, provider
 

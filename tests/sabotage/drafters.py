@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dovetail.interfaces.drafter import DrafterCapabilities
-from dovetail.provider import DrafterOptions, DraftModelOptions, Options, Provider
+from dovetail.plugin.provider import DrafterOptions, DraftModelOptions, Options, Provider
 from dovetail.types import DRAFTED_BY_WORKER
 from sabotage import Sabotages
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dovetail.builtins import dovetail_kv_caches
-from dovetail.kv_cache import NULL_BLOCK, PagedKVCache
+from dovetail.assembly.builtins import dovetail_kv_caches
+from dovetail.engine.kv_cache import NULL_BLOCK, PagedKVCache
 from sabotage import Sabotages
 
 SABOTAGES = Sabotages("kv_cache", dovetail_kv_caches()[0])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dovetail.interfaces.matmul import dequantized
-from dovetail.plugins.discovery import load_registry
+from dovetail.plugin.discovery import load_registry
 from dovetail_worker_torch.matmul import TorchMatmul, round_inputs
 from sabotage import Sabotages
 

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from dovetail.interfaces.model import ModelSource
-from dovetail.provider import Provider
-from dovetail.testing.tiny_model import TinyModel
+from dovetail.plugin.provider import Provider
+from dovetail_testing.tiny_model import TinyModel
 from sabotage import Sabotages
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities
-from dovetail.provider import Options, Provider
+from dovetail.plugin.provider import Options, Provider
 
 CAPABILITIES = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True, graph_capture=True)
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}

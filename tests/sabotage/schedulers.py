@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dovetail.builtins import dovetail_schedulers
+from dovetail.assembly.builtins import dovetail_schedulers
+from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.interfaces.scheduler import SchedulerCapabilities
-from dovetail.provider import SchedulerOptions
-from dovetail.scheduler import TokenBudgetScheduler, fcfs
+from dovetail.plugin.provider import SchedulerOptions
 from sabotage import Sabotages
 
 SABOTAGES = Sabotages("scheduler", dovetail_schedulers()[0])

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dovetail.config import EngineConfig, load_config
-    from dovetail.hookspecs import hookimpl
-    from dovetail.llm import LLM, Completion, RequestOutput
-    from dovetail.provider import Options, Provider, Reason
-    from dovetail.serving import AsyncEngine
+    from dovetail.plan import Reason
+    from dovetail.plugin.config import EngineConfig, load_config
+    from dovetail.plugin.hookspecs import hookimpl
+    from dovetail.plugin.provider import Options, Provider
+    from dovetail.runtime.llm import LLM, Completion, RequestOutput
+    from dovetail.runtime.serving import AsyncEngine
     from dovetail.types import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "LLM": "llm", "Completion": "llm", "RequestOutput": "llm", "AsyncEngine": "serving", "SamplingParams": "types",
-    "EngineConfig": "config", "load_config": "config", "hookimpl": "hookspecs", "Options": "provider",
-    "Provider": "provider", "Reason": "provider",
+    "LLM": "runtime.llm", "Completion": "runtime.llm", "RequestOutput": "runtime.llm", "AsyncEngine": "runtime.serving",
+    "SamplingParams": "types", "EngineConfig": "plugin.config", "load_config": "plugin.config",
+    "hookimpl": "plugin.hookspecs", "Options": "plugin.provider", "Provider": "plugin.provider", "Reason": "plan",
 }  # fmt: skip
 
 __all__ = [

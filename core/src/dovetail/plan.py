@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from dovetail.interfaces.quantization import LinearLayer
-from dovetail.provider import Reason
-from dovetail.shadow import PREFIX
+SHADOW_PREFIX = "shadow."
+"""Of the keys of candidates of a shadow run: "shadow.attention.full"."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a provider cannot be used here, in words for a person; `hint` says what would change that."""
+
+    text: str
+    hint: str = ""
+    code: str = "unusable"
+    """For machines: one of `REASONS`."""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.hint})" if self.hint else self.text
+
+
+REASONS = {
+    "unusable": "its own `why_not` says so",
+    "undeclared": "the composition needs what it does not declare",
+    "contract": "it was written for a version of the contract that this core does not serve",
+    "requires": "it needs another choice in another socket, or another socket's choice needs another one here",
+    "conflicts": "it does not go with what another socket takes",
+    "priority": "another usable one has a higher priority",
+    "not-asked": "the configuration names another one, or none",
+    "faulty": "its `why_not` failed",
+    "device": "the device chosen is too old for it, or its driver is",
+}
+"""Codes of reasons, and what they mean."""
 
 
 class Rejected(msgspec.Struct, frozen=True):
@@ -61,7 +87,7 @@ class DraftModel(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine is built from. Made once, by `compose.resolve`."""
+    """Everything an engine is built from. Made once, by `composition.resolution.resolve`."""
 
     model: str
     """As configured; also the name it is served under, unless `served_model_name` says else."""
@@ -100,18 +126,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def quantization_rules(self) -> dict[str, Choice]:
         """By key, in their order."""
-        return {k: c for k, c in self.choices.items() if c.socket == "quantization" and not k.startswith(PREFIX)}
-
-    def quantization_of(self, layer: LinearLayer) -> str:
-        """The key of the choice that counts for a layer. Raises `ConfigError` if parts of a fused layer differ."""
-        rules = self.quantization_rules
-        kinds = {key: " ".join([c.provider, *(f"{k}={v}" for k, v in c.options.items())]) for key, c in rules.items()}
-
-        def first(name: str) -> str:
-            return next(key for key, choice in rules.items() if fnmatchcase(name, choice.match))
-
-        layer.alike(lambda name: kinds[first(name)], "quantization: the rules")
-        return first(layer.parts[0].name)
+        return {k: c for k, c in self.choices.items() if c.socket == "quantization" and not k.startswith(SHADOW_PREFIX)}
 
     def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:
         """The plan for people and machines: with its fingerprint, and for each key what was asked for, what was taken and

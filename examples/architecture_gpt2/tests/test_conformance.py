@@ -3,8 +3,8 @@
 import torch
 import transformers
 
-from dovetail.testing.architecture import ArchitectureContract
 from dovetail_architecture_gpt2 import PROVIDER
+from dovetail_testing.architecture import ArchitectureContract
 
 
 class TestGPT2(ArchitectureContract):

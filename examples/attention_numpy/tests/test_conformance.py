@@ -1,7 +1,7 @@
 """All that this plugin needs to test: it keeps the contract it declares."""
 
-from dovetail.testing.attention import AttentionContract
 from dovetail_attention_numpy import PROVIDER
+from dovetail_testing.attention import AttentionContract
 
 
 class TestNumpy(AttentionContract):

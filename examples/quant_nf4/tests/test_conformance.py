@@ -1,7 +1,7 @@
 """All that this plugin needs to test: it keeps the contract it declares."""
 
-from dovetail.testing.quantization import QuantizationContract
 from dovetail_quant_nf4 import PROVIDER
+from dovetail_testing.quantization import QuantizationContract
 
 
 class TestNF4(QuantizationContract):

@@ -1,7 +1,7 @@
 """All that this plugin needs to test: it keeps the contract of schedulers, with little ageing and with much."""
 
-from dovetail.testing.scheduler import SchedulerContract
 from dovetail_scheduler_srf import PROVIDER
+from dovetail_testing.scheduler import SchedulerContract
 
 
 class TestSrf(SchedulerContract):

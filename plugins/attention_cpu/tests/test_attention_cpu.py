@@ -11,11 +11,11 @@ from dovetail.errors import PluginError
 from dovetail.facts import device_facts
 from dovetail.interfaces.attention import KVCacheSpec
 from dovetail.native import openmp_of
-from dovetail.testing.attention import AttentionContract
-from dovetail.testing.attention_steps import Row, Step, StepSpec, plain
-from dovetail.testing.attention_trial import same
 from dovetail_attention_cpu import CAPABILITIES, PROVIDER, load_kernel
 from dovetail_attention_cpu.backend import CpuAttention
+from dovetail_testing.attention import AttentionContract
+from dovetail_testing.attention_steps import Row, Step, StepSpec, plain
+from dovetail_testing.attention_trial import same
 
 
 class TestAttentionCpu(AttentionContract):

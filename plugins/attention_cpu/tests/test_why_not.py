@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dovetail.facts import DeviceFacts
-from dovetail.provider import Context
+from dovetail.plugin.provider import Context
 from dovetail_attention_cpu import why_not
 
 GOOD = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset({"avx2", "fma", "f16c"}), "/usr/bin/c++")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dovetail.testing.triton_kernels import ARCHITECTURES, Compiled, KernelCase
 from dovetail_attention_cuda.shapes import launch, long_rows, power_of_two, short_rows
+from dovetail_testing.triton_kernels import ARCHITECTURES, Compiled, KernelCase
 
 FP8_ARCHITECTURES = (90, 100)
 """Triton has no FP8 arithmetic for sm_80."""

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from dovetail.testing.attention_steps import Row, Step, StepSpec
 from dovetail_attention_cuda.backend import Geometry, TritonAttention
+from dovetail_testing.attention_steps import Row, Step, StepSpec
 
 NUM_KV_HEADS, GROUP = 2, 4
 ORDERS = {"largest first": range(64, 0, -1), "smallest first": range(1, 65)}

@@ -11,12 +11,12 @@ import pytest
 import triton
 
 from dovetail.facts import device_facts
-from dovetail.gpus import GpuFacts
+from dovetail.facts.gpus import GpuFacts
 from dovetail.native import build_cuda_library
-from dovetail.provider import Context, Options, Provider
-from dovetail.testing.attention import AttentionContract
+from dovetail.plugin.provider import Context, Options, Provider
 from dovetail_attention_cuda import CUDA, CUDA_CAPABILITIES, SOURCES, TRITON
 from dovetail_attention_cuda.native import CudaAttention
+from dovetail_testing.attention import AttentionContract
 
 EMULATION = Path(__file__).parent / "emulated/cuda_on_cpu.h"
 HEADERS = Path(triton.__file__).parent / "backends/nvidia/include"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dovetail.testing.attention import AttentionContract
 from dovetail_attention_cuda import TRITON, TRITON_CAPABILITIES
+from dovetail_testing.attention import AttentionContract
 
 
 class TestTriton(AttentionContract):

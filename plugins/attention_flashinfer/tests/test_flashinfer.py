@@ -13,14 +13,14 @@ import torch
 import dovetail_attention_flashinfer as plugin
 from dovetail.errors import PluginError
 from dovetail.facts import device_facts
-from dovetail.gpus import GpuFacts
-from dovetail.provider import Context, no_reasons
-from dovetail.testing.attention import AttentionContract
-from dovetail.testing.attention_steps import Row, Step, StepSpec
+from dovetail.facts.gpus import GpuFacts
+from dovetail.plugin.provider import Context, no_reasons
 from dovetail_attention_flashinfer import FLASHINFER, FLASHINFER_CAPABILITIES, FlashInferOptions, why_no_flashinfer
 from dovetail_attention_flashinfer.backend import MOST_EAGER, FlashInferAttention
 from dovetail_attention_flashinfer.work import Geometry
 from dovetail_attention_flashinfer.workspace import workspace_bytes
+from dovetail_testing.attention import AttentionContract
+from dovetail_testing.attention_steps import Row, Step, StepSpec
 
 FAKE = replace(
     FLASHINFER,

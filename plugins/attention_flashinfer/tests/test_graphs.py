@@ -11,9 +11,9 @@ import torch
 from fake_device import Recorded
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dovetail.testing.attention_steps import Row, Step, StepSpec, padded
 from dovetail_attention_flashinfer import FlashInferOptions
 from dovetail_attention_flashinfer.backend import FlashInferAttention
+from dovetail_testing.attention_steps import Row, Step, StepSpec, padded
 
 WIDTH, DEVICE_FIELDS = 20, ("query_start", "seq_lens", "block_table", "slot_mapping")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_flashinfer import FAKE
 
-from dovetail.testing.attention import AttentionContract
 from dovetail_attention_flashinfer.backend import FlashInferAttention
+from dovetail_testing.attention import AttentionContract
 
 pytestmark = pytest.mark.real
 NON_CAUSAL, CAUSAL, NHD = 0, 1, 0

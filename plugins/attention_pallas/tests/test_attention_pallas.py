@@ -15,13 +15,13 @@ import torch
 
 from dovetail.errors import PluginError
 from dovetail.facts import device_facts
-from dovetail.provider import Context
-from dovetail.testing.attention import AttentionContract
-from dovetail.testing.attention_steps import Row, Step, plain
+from dovetail.plugin.provider import Context
 from dovetail_attention_pallas import CAPABILITIES, PROVIDER, why_not
 from dovetail_attention_pallas.backend import PallasAttention
 from dovetail_attention_pallas.kernel import Cache, paged_attention
 from dovetail_attention_pallas.schedule import Schedule, make_schedule, padded
+from dovetail_testing.attention import AttentionContract
+from dovetail_testing.attention_steps import Row, Step, plain
 
 
 class TestPallas(AttentionContract):

@@ -1,7 +1,7 @@
 """The demo model keeps the contract of models."""
 
-from dovetail.testing.model import ModelContract
 from dovetail_demo_model import dovetail_models
+from dovetail_testing.model import ModelContract
 
 MODEL, DRAFT = dovetail_models()
 

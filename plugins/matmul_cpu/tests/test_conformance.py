@@ -3,8 +3,8 @@
 import torch
 
 from dovetail.interfaces.matmul import dequantized
-from dovetail.testing.matmul import MatmulContract, Product
 from dovetail_matmul_cpu import PROVIDER
+from dovetail_testing.matmul import MatmulContract, Product
 
 
 class TestCpuMatmul(MatmulContract):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dovetail.interfaces.matmul import WeightFormat
-from dovetail.testing.triton_kernels import ARCHITECTURES, Compiled, KernelCase
 from dovetail_matmul_cuda import layout
 from dovetail_matmul_cuda.choice import Case, by_rule
+from dovetail_testing.triton_kernels import ARCHITECTURES, Compiled, KernelCase
 
 FP8_ARCHITECTURES = (90, 100)
 """Triton has no FP8 products for sm_80."""

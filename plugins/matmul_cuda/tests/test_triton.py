@@ -9,10 +9,10 @@ import torch
 
 from dovetail.errors import PluginError
 from dovetail.interfaces.matmul import WeightFormat
-from dovetail.testing.matmul import MatmulContract, Product
 from dovetail_matmul_cuda import CAPABILITIES, PROVIDER
 from dovetail_matmul_cuda.choice import Case, Choice, Table
 from dovetail_matmul_cuda.matmul import TritonMatmul
+from dovetail_testing.matmul import MatmulContract, Product
 
 F8 = "float8_e4m3fn"
 ON_CPU = replace(PROVIDER, capabilities=replace(CAPABILITIES, devices=("cpu",)))

@@ -10,9 +10,9 @@ import pytest
 
 from dovetail.errors import ConfigError, DovetailError
 from dovetail.facts import device_facts
-from dovetail.gpus import GpuFacts
+from dovetail.facts.gpus import GpuFacts
 from dovetail.interfaces.matmul import WeightFormat
-from dovetail.provider import Context
+from dovetail.plugin.provider import Context
 from dovetail_matmul_cuda import PROVIDER, TUNE, TritonOptions
 from dovetail_matmul_cuda.choice import KERNELS, Case, Choice, Table, bucket, by_rule, table_for, user_table
 from dovetail_matmul_cuda.matmul import TritonMatmul

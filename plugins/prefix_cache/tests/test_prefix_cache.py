@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-from dovetail.provider import Provider
-from dovetail.testing.prefix_cache import PrefixCacheContract
+from dovetail.plugin.provider import Provider
 from dovetail_prefix_cache import dovetail_eviction_policies, dovetail_prefix_caches
 from dovetail_prefix_cache.testing import EvictionContract
+from dovetail_testing.prefix_cache import PrefixCacheContract
 
 (HASH,) = dovetail_prefix_caches()
 LRU, LFU = dovetail_eviction_policies()

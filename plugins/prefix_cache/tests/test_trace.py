@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prefix_trace import conversations, replay
 
-from dovetail.prefix_reuse import ReusingKVCache
-from dovetail.tiered_cache import TieredKVCache
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.tiered_cache import TieredKVCache
 from dovetail.types import KVGroup
 from dovetail_prefix_cache.eviction import LeastFrequentlyUsed, LeastRecentlyUsed, MakePolicy
 from dovetail_prefix_cache.index import HashIndex

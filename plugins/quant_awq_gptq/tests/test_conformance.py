@@ -4,8 +4,8 @@ from awq_gptq_packers import Config, make_awq, make_gptq
 from torch import Tensor
 
 from dovetail.interfaces.quantization import LinearLayer
-from dovetail.testing.quantization import QuantizationContract
 from dovetail_quant_awq_gptq import AWQ, GPTQ
+from dovetail_testing.quantization import QuantizationContract
 
 
 def pack_awq(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:

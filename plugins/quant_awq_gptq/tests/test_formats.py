@@ -13,9 +13,9 @@ from torch import Tensor
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.interfaces.packing import unpack
 from dovetail.interfaces.quantization import Declined, LinearLayer, Part, Scheme
-from dovetail.testing.layers import as_read, fill
 from dovetail_quant_awq_gptq.awq import INTERLEAVED, Awq
 from dovetail_quant_awq_gptq.gptq import Gptq
+from dovetail_testing.layers import as_read, fill
 
 AWQ = {"bits": 4, "group_size": 64}
 GPTQ = {"bits": 4, "group_size": 64, "sym": False, "desc_act": False}

@@ -4,8 +4,8 @@ from ct_packers import Config, make
 from torch import Tensor
 
 from dovetail.interfaces.quantization import LinearLayer
-from dovetail.testing.quantization import QuantizationContract
 from dovetail_quant_compressed_tensors import PROVIDER
+from dovetail_testing.quantization import QuantizationContract
 
 
 def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:

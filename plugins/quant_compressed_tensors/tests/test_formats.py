@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.interfaces.quantization import Declined, LinearLayer, Part
-from dovetail.testing.layers import as_read, fill
 from dovetail_quant_compressed_tensors import BY_TOKEN, EXAMPLES, FLOAT, INT, NIBBLE, example
 from dovetail_quant_compressed_tensors.scheme import CompressedTensors
+from dovetail_testing.layers import as_read, fill
 
 NO_MATMUL: Any = None
 NAME = "model.layers.0.mlp.down_proj"

@@ -10,12 +10,12 @@ from torch import Tensor
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.facts import device_facts
 from dovetail.interfaces.quantization import LinearLayer, Part
-from dovetail.provider import Context
-from dovetail.testing.contract import KIT_MODEL
-from dovetail.testing.matmul import KitMatmul
-from dovetail.testing.quantization import QuantizationContract
+from dovetail.plugin.provider import Context
 from dovetail_quant_fp8 import PROVIDER, Fp8Options
 from dovetail_quant_fp8.scheme import Fp8
+from dovetail_testing.contract import KIT_MODEL
+from dovetail_testing.matmul import KitMatmul
+from dovetail_testing.quantization import QuantizationContract
 
 Config = dict[str, Any]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from dovetail.errors import CheckpointError
 from dovetail.facts import device_facts
 from dovetail.interfaces.quantization import LinearLayer, Part
-from dovetail.provider import Context
-from dovetail.testing.contract import KIT_MODEL
-from dovetail.testing.matmul import KitMatmul
-from dovetail.testing.quantization import QuantizationContract
+from dovetail.plugin.provider import Context
 from dovetail_quant_int8 import BITSANDBYTES, EXAMPLE, INT8
 from dovetail_quant_int8.bitsandbytes import BitsAndBytes, check_row_major
+from dovetail_testing.contract import KIT_MODEL
+from dovetail_testing.matmul import KitMatmul
+from dovetail_testing.quantization import QuantizationContract
 
 Config = dict[str, Any]
 

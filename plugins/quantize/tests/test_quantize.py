@@ -24,13 +24,13 @@ from torch import Tensor
 from dovetail.cli.main import main
 from dovetail.errors import ConfigError
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail.testing.plugin import make_model
-from dovetail.testing.tiny_model import LAYERS, TinyModel
 from dovetail_quantize import QUANTIZE, folder, making
 from dovetail_quantize.command import run
 from dovetail_quantize.schemes import make_scheme
 from dovetail_quantize.skeleton import Skeleton
 from dovetail_quantize.texts import read_texts
+from dovetail_testing.plugin import make_model
+from dovetail_testing.tiny_model import LAYERS, TinyModel
 
 SMALL = ["--num-samples", "12", "--sample-len", "16", "--group-size", "16"]
 SCHEMES: dict[str, list[str]] = {

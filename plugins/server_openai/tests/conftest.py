@@ -19,7 +19,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from dovetail.testing.plugin import SIMULATED, install, make_model
+from dovetail_testing.plugin import SIMULATED, install, make_model
 
 PATIENCE = 30
 """Seconds after which waiting is a failure. Nothing here takes a tenth of it."""

@@ -205,7 +205,7 @@ def test_more_tokens_than_any_text_has_are_refused(server: Any) -> None:
 
 
 def test_the_tokenizers_config_is_shown_in_part(start: Any, tmp_path: Path) -> None:
-    from dovetail.testing.plugin import make_model
+    from dovetail_testing.plugin import make_model
 
     model = make_model(tmp_path / "model")
     config = model / "tokenizer_config.json"
@@ -217,7 +217,7 @@ def test_the_tokenizers_config_is_shown_in_part(start: Any, tmp_path: Path) -> N
 
 
 def test_a_template_that_links_out_of_the_folder_is_not_read(start_any: Any, tmp_path: Path) -> None:
-    from dovetail.testing.plugin import make_model
+    from dovetail_testing.plugin import make_model
 
     (tmp_path / "secret").write_text("s3cret")
     model = make_model(tmp_path / "model")
@@ -229,7 +229,7 @@ def test_a_template_that_links_out_of_the_folder_is_not_read(start_any: Any, tmp
 
 def test_files_of_the_working_directory_do_not_run(start: Any, tmp_path: Path) -> None:
     """`cd model && dovetail serve .`: what lies in the folder is data."""
-    from dovetail.testing.plugin import make_model
+    from dovetail_testing.plugin import make_model
 
     model = make_model(tmp_path / "model")
     for name in ("torch", "msgspec", "jinja2", "uvicorn", "fastapi"):

@@ -1,7 +1,7 @@
 """The server keeps the contract of servers."""
 
-from dovetail.testing.server import ServerContract
 from dovetail_server_openai import dovetail_servers
+from dovetail_testing.server import ServerContract
 
 (PROVIDER,) = dovetail_servers()
 

@@ -1,7 +1,7 @@
 """The drafter keeps its contract: what it leaves to the worker, a simulated one drafts."""
 
-from dovetail.testing.drafter import DrafterContract
 from dovetail_spec_draft import dovetail_drafters
+from dovetail_testing.drafter import DrafterContract
 
 (PROVIDER,) = dovetail_drafters()
 

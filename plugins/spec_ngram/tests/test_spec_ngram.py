@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dovetail.sequence import Sequence
-from dovetail.testing.drafter import DrafterContract
 from dovetail.types import Request, SamplingParams
 from dovetail_spec_ngram import NGRAM, SUFFIX, NgramOptions, SuffixOptions
 from dovetail_spec_ngram.ngram import NgramDrafter, NgramIndex
 from dovetail_spec_ngram.suffix import MAX_PLACES, EarlierOutputs, SuffixDrafter
+from dovetail_testing.drafter import DrafterContract
 
 few_tokens = st.lists(st.integers(0, 2), max_size=60)
 outputs = st.lists(few_tokens, max_size=12)

@@ -19,9 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dovetail.compose import BuildContext
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.provider import Options, Provider
+from dovetail.plugin.build_context import BuildContext
+from dovetail.plugin.provider import Options, Provider
 from dovetail_worker_torch.attention import Cache, ReferenceAttention, ReferencePlan, read, stored
 from dovetail_worker_torch.worker import TorchWorker
 

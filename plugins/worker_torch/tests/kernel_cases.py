@@ -5,7 +5,7 @@ The first case of each kernel is the one that `make test` compiles.
 
 from __future__ import annotations
 
-from dovetail.testing.triton_kernels import KernelCase
+from dovetail_testing.triton_kernels import KernelCase
 
 
 def cases() -> list[KernelCase]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.testing.architecture import ArchitectureContract
+from dovetail_testing.architecture import ArchitectureContract
 from dovetail_worker_torch import dovetail_architectures
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dovetail.testing.attention import AttentionContract
-from dovetail.testing.contract import Broken
+from dovetail_testing.attention import AttentionContract
+from dovetail_testing.contract import Broken
 from dovetail_worker_torch import attention, dovetail_attention
 from dovetail_worker_torch.attention import ReferenceAttention
 

@@ -13,7 +13,7 @@ from dense import load
 from safetensors.torch import load_file, save_file
 
 from dovetail.errors import CheckpointError
-from dovetail_worker_torch import TESTED_TRANSFORMERS
+from dovetail_worker_torch.versions import TESTED_TRANSFORMERS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 203,

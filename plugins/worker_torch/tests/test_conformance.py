@@ -1,6 +1,6 @@
 """The worker keeps the contract, compiled and by PyTorch's own operations."""
 
-from dovetail.testing.worker import WorkerContract
+from dovetail_testing.worker import WorkerContract
 from dovetail_worker_torch import dovetail_workers
 
 (PROVIDER,) = dovetail_workers()

@@ -11,17 +11,17 @@ import pytest
 import torch
 from fake_device import CAPTURABLE, FakeAccelerator, FakeDeviceWorker
 
-from dovetail.compose import build_engine
-from dovetail.config import EngineConfig
+from dovetail.assembly.compose import build_engine
+from dovetail.composition.resolution import resolve
 from dovetail.errors import EngineDead, OutOfMemory, PluginError
-from dovetail.plugins.discovery import load_registry
-from dovetail.resolution import resolve
-from dovetail.testing.attention import AttentionContract
-from dovetail.testing.tiny_model import TinyModel
-from dovetail.testing.worker import WorkerContract
-from dovetail.testing.worker_driver import Driver
-from dovetail.testing.worker_trial import no_progress
+from dovetail.plugin.config import EngineConfig
+from dovetail.plugin.discovery import load_registry
 from dovetail.types import Request, SamplingParams, SequenceStart
+from dovetail_testing.attention import AttentionContract
+from dovetail_testing.tiny_model import TinyModel
+from dovetail_testing.worker import WorkerContract
+from dovetail_testing.worker_driver import Driver
+from dovetail_testing.worker_trial import no_progress
 from dovetail_worker_torch import dovetail_workers
 from dovetail_worker_torch.graphs import ladder
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from dovetail.builtins import PLAIN_WEIGHTS
+from dovetail.assembly.builtins import PLAIN_WEIGHTS
 from dovetail.errors import ConfigError
 from dovetail.facts import DeviceFacts
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.provider import Context
+from dovetail.plugin.provider import Context
 from dovetail_worker_torch import BRIDGE_CAPABILITIES, DECODER_CAPABILITIES, WorkerOptions, dovetail_workers
 from dovetail_worker_torch.decoder import ARCHITECTURES
 from dovetail_worker_torch.execution import OWN_ARCHITECTURES, settle

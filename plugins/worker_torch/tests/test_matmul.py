@@ -1,6 +1,6 @@
 """The reference of quantized products keeps the contract too."""
 
-from dovetail.testing.matmul import MatmulContract
+from dovetail_testing.matmul import MatmulContract
 from dovetail_worker_torch import dovetail_matmuls
 
 (PROVIDER,) = dovetail_matmuls()

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from dovetail.compose import build_engine
-from dovetail.config import EngineConfig
+from dovetail.assembly.compose import build_engine
+from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError
-from dovetail.resolution import resolve
+from dovetail.plugin.config import EngineConfig
 from dovetail.types import Request, SamplingParams
 from dovetail_worker_torch.tiny import TINY_CONFIGS
 

@@ -6,7 +6,7 @@ class DovetailError(Exception):
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None=None, provider: str | None=None) -> None:
+    def __init__(self, message: str, *, param: str | None=None, provider: str | None=None, retry_after: float | None=None) -> None:
         ...
 
 class InvalidRequest(DovetailError):
@@ -30,6 +30,10 @@ class EngineUnavailable(DovetailError):
 class EngineDead(EngineUnavailable):
     code = 'engine_dead'
 
+class DeadlineExceeded(DovetailError):
+    code = 'deadline_exceeded'
+    http_status = 504
+
 class StepFailed(DovetailError):
     code = 'step_failed'
     retryable = True
@@ -45,4 +49,4 @@ class CheckpointError(DovetailError):
 
 class OutOfMemory(DovetailError):
     code = 'out_of_memory'
-ERRORS: dict[str, type[DovetailError]] = {cls.code: cls for cls in (DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, StepFailed, ConfigError, PluginError, CheckpointError, OutOfMemory)}
+ERRORS: dict[str, type[DovetailError]] = {cls.code: cls for cls in (DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, DeadlineExceeded, StepFailed, ConfigError, PluginError, CheckpointError, OutOfMemory)}

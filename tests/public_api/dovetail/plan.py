@@ -1,12 +1,17 @@
 from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 import msgspec
-from dovetail.interfaces.quantization import LinearLayer
-from dovetail.provider import Reason
-from dovetail.shadow import PREFIX
+SHADOW_PREFIX = 'shadow.'
+
+@dataclass(frozen=True)
+class Reason:
+    text: str
+    hint: str = ''
+    code: str = 'unusable'
+REASONS = {'unusable': 'its own `why_not` says so', 'undeclared': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another socket, or another socket's choice needs another one here", 'conflicts': 'it does not go with what another socket takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed', 'device': 'the device chosen is too old for it, or its driver is'}
 
 class Rejected(msgspec.Struct, frozen=True):
     provider: str
@@ -53,6 +58,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     shadow_share: float = 0.0
     draft: DraftModel | None = None
+    revision: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -60,9 +66,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def quantization_rules(self) -> dict[str, Choice]:
-        ...
-
-    def quantization_of(self, layer: LinearLayer) -> str:
         ...
 
     def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:

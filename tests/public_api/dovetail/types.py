@@ -9,6 +9,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
+GREEDY_BELOW = 1e-05
 DRAFTED_BY_WORKER = -1
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,6 +102,10 @@ class StepResult(msgspec.Struct, array_like=True):
     failed: dict[int, str] = {}
     payloads: dict[str, bytes] = {}
 
+class RequestTimes(msgspec.Struct, array_like=True, gc=False):
+    queue_seconds: float
+    prefill_seconds: float
+
 class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     request_id: str
     sample_index: int
@@ -111,6 +116,7 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     stop_token_id: int | None = None
     error: tuple[str, str] | None = None
     num_cached_tokens: int = 0
+    times: RequestTimes | None = None
 
 class KVGroup(msgspec.Struct, frozen=True):
     layers: list[int]

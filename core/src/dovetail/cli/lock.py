@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.cli.run import progress_bars
-from dovetail.config import EngineConfig, load_config
-from dovetail.lock import check_lock, encode, make_lock
-from dovetail.plugins.discovery import load_registry
-from dovetail.resolution import resolve
+from dovetail.composition.lock import check_lock, encode, make_lock
+from dovetail.composition.resolution import resolve
+from dovetail.plugin.config import EngineConfig, load_config
+from dovetail.plugin.discovery import load_registry
 
 
 def lock(config_file: str | None, values: dict[str, Any], out: str | None) -> int:

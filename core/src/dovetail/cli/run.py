@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dovetail.config import load_config
 from dovetail.frontend.outputs import Delta
+from dovetail.interfaces.shadow import ShadowReport
 from dovetail.interfaces.worker import Progress as ProgressCallback
-from dovetail.llm import LLM
 from dovetail.plan import Plan
-from dovetail.shadow import ShadowReport
+from dovetail.plugin.config import load_config
+from dovetail.runtime.llm import LLM
 from dovetail.types import SamplingParams
 
 if TYPE_CHECKING:
-    from dovetail.serving import AsyncEngine
+    from dovetail.runtime.serving import AsyncEngine
 
 
 @contextmanager
@@ -53,8 +52,8 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
 def serve(config_file: str | None, values: dict[str, Any], host: str, port: int) -> int:
     """Serve until told to stop."""
-    from dovetail.compose import build_server
-    from dovetail.serving import AsyncEngine
+    from dovetail.assembly.compose import build_server
+    from dovetail.runtime.serving import AsyncEngine
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("dovetail").setLevel(logging.INFO)
@@ -118,13 +117,6 @@ def chat(config_file: str | None, values: dict[str, Any], system: str | None, pa
             print()
             messages.append({"role": "assistant", "content": text})
     return 0
-
-
-def bench(kind: str, args: argparse.Namespace, config_file: str | None, values: dict[str, Any]) -> int:
-    """Measure: see `dovetail.bench`."""
-    from dovetail import bench
-
-    return bench.run(kind, args, lambda **more: _loaded(config_file, {**values, **more}))
 
 
 @contextmanager

@@ -10,15 +10,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from dovetail.compose import weights_of
-from dovetail.config import load_config
+from dovetail.assembly.compose import weights_of
+from dovetail.composition.resolution import resolve
 from dovetail.console import wide_console
-from dovetail.contracts import deprecation, served
-from dovetail.plan import Choice, Plan
-from dovetail.plugins.discovery import Offer, Registry, load_registry
-from dovetail.provider import Reason
-from dovetail.resolution import resolve
-from dovetail.weights import LayerWeights, alike
+from dovetail.interfaces.weights import LayerWeights, alike
+from dovetail.plan import Choice, Plan, Reason
+from dovetail.plugin.config import load_config
+from dovetail.plugin.discovery import Offer, Registry, load_registry
 
 
 def show_plugins(*, as_json: bool) -> int:
@@ -55,8 +53,8 @@ def show_plugins(*, as_json: bool) -> int:
 def _contract_remark(registry: Registry, offer: Offer) -> str | None:
     """What is to be said of the version of the contract that a plugin was written for."""
     socket = registry.sockets[offer.socket]
-    version = served(socket, offer.plugin.written_for(offer.socket))
-    return str(version) if isinstance(version, Reason) else deprecation(socket, version)
+    version = socket.served(offer.plugin.written_for(offer.socket))
+    return str(version) if isinstance(version, Reason) else socket.deprecation(version)
 
 
 def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:

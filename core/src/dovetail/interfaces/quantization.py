@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
 from dovetail.errors import CheckpointError, ConfigError
+from dovetail.plan import Plan
 
 CONTRACT = "0.1"
 Array = Any
@@ -108,6 +110,18 @@ class LinearLayer:
             listing = ", ".join(f"{name}: {a}" for name, a in answers.items())
             raise ConfigError(f"{what} must treat all parts of the fused layer {self.name} alike, and says {listing}")
         return first
+
+
+def quantization_rule(plan: Plan, layer: LinearLayer) -> str:
+    """The key of the plan's choice that counts for a layer. Raises `ConfigError` if parts of a fused layer differ."""
+    rules = plan.quantization_rules
+    kinds = {key: " ".join([c.provider, *(f"{k}={v}" for k, v in c.options.items())]) for key, c in rules.items()}
+
+    def first(name: str) -> str:
+        return next(key for key, choice in rules.items() if fnmatchcase(name, choice.match))
+
+    layer.alike(lambda name: kinds[first(name)], "quantization: the rules")
+    return first(layer.parts[0].name)
 
 
 @dataclass(frozen=True)

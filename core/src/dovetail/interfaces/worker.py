@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dovetail.shadow import ShadowReport
+from dovetail.interfaces.shadow import ShadowReport
+from dovetail.interfaces.weights import LayerWeights
 from dovetail.types import KVGroup, StepPlan, StepResult
-from dovetail.weights import LayerWeights
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, done so far, of how many)"""

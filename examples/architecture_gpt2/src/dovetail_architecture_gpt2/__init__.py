@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.architecture import ArchitectureCapabilities
-from dovetail.provider import Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Provider
 
 if TYPE_CHECKING:
     from dovetail_architecture_gpt2.model import GPT2Architecture

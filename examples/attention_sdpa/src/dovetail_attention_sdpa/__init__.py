@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.provider import Options, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Options, Provider
 
 if TYPE_CHECKING:
     from dovetail_attention_sdpa.backend import SdpaAttention

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.drafter import DrafterCapabilities
-from dovetail.provider import DrafterOptions, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import DrafterOptions, Provider
 from dovetail.sequence import Sequence
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dovetail.hookspecs import hookimpl
-from dovetail.provider import Options, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Options, Provider
 
 
 class Clock:

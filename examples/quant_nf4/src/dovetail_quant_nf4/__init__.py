@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.provider import Options, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Options, Provider
 
 if TYPE_CHECKING:
     from dovetail_quant_nf4.scheme import NF4

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dovetail.hookspecs import hookimpl
-from dovetail.provider import Options, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Options, Provider
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
-    from dovetail.serving import AsyncEngine
+    from dovetail.interfaces.server import EngineClient
 
 
-def build(context: Any, options: Options) -> Callable[[AsyncEngine], APIRouter]:
+def build(context: Any, options: Options) -> Callable[[EngineClient], APIRouter]:
     from dovetail_route_perplexity.route import make_router
 
     return make_router
@@ -25,5 +25,5 @@ PROVIDER = Provider("perplexity", "POST /v1/perplexity: how surprising a text is
 
 # The hook is the server's own: where that is not installed it does not exist, and that is no mistake.
 @hookimpl(optionalhook=True)
-def dovetail_routes() -> list[Provider[Callable[[AsyncEngine], APIRouter]]]:
+def dovetail_routes() -> list[Provider[Callable[[EngineClient], APIRouter]]]:
     return [PROVIDER]

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from dovetail import SamplingParams
-from dovetail.serving import AsyncEngine
+from dovetail.interfaces.server import EngineClient
 
 
 class Body(BaseModel):
@@ -20,7 +20,7 @@ class Perplexity(BaseModel):
     num_tokens: int
 
 
-def make_router(engine: AsyncEngine) -> APIRouter:
+def make_router(engine: EngineClient) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/perplexity")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dovetail.hookspecs import hookimpl
-from dovetail.provider import Provider, SchedulerOptions
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Provider, SchedulerOptions
 
 if TYPE_CHECKING:
     from dovetail_scheduler_srf.scheduler import ShortestRemainingFirst

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from dovetail.facts import DeviceFacts
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.native import Target, build_library, openmp_of
-from dovetail.provider import Context, Options, Provider, Reason, why_not_built
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider, why_not_built
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_attention_cpu.backend import CpuAttention
 
 CAPABILITIES = AttentionCapabilities(

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.native import build_cuda_library
-from dovetail.provider import Context, Options, Provider, Reason, why_not_gpu
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider, why_not_gpu
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_attention_cuda.backend import TritonAttention
     from dovetail_attention_cuda.native import CudaAttention
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.provider import Context, Options, Provider, Reason, why_not_gpu
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Provider, why_not_gpu
+from dovetail_attention_flashinfer.options import FlashInferOptions
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_attention_flashinfer.backend import FlashInferAttention
 
 FLASHINFER_CAPABILITIES = AttentionCapabilities(
@@ -32,17 +32,6 @@ FLASHINFER_CAPABILITIES = AttentionCapabilities(
 TESTED = ((0, 6, 13), (0, 7))
 """FlashInfer from the first version to before the second."""
 OLDEST_TORCH = (2, 6)
-
-
-class FlashInferOptions(Options):
-    workspace_mb: int | None = Field(
-        None, ge=16, description="MiB of device memory for partial results; default: what steps of max_num_seqs rows need"
-    )
-    backend: Literal["auto", "fa2", "fa3"] = Field(
-        "fa2",
-        description="kernels for steps with prefill: fa3 is for Hopper alone; auto takes it there where it can. FlashInfer "
-        "compiles what it has no binary of when it is first needed: fa2 for minutes, fa3 for up to an hour",
-    )
 
 
 def why_no_flashinfer(context: Context) -> list[Reason]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
-from dovetail_attention_flashinfer import FlashInferOptions
+from dovetail_attention_flashinfer.options import FlashInferOptions
 from dovetail_attention_flashinfer.work import LAYOUT, DecodeWork, Geometry, RaggedWork, Types, Work, rounded_width
 from dovetail_attention_flashinfer.workspace import workspace_bytes
 

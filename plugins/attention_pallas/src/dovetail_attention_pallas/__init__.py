@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.provider import Context, Options, Provider, Reason
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_attention_pallas.backend import PallasAttention
 
 CAPABILITIES = AttentionCapabilities(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.model import ModelSource
-from dovetail.provider import Options, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Options, Provider
 
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.matmul import MatmulCapabilities
-from dovetail.provider import Context, Options, Provider, Reason, why_not_built
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider, why_not_built
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_matmul_cpu.kernels import CpuMatmul
 
 CAPABILITIES = MatmulCapabilities(

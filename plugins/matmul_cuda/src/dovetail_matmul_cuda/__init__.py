@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.command import Command
 from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.worker import Progress
-from dovetail.provider import Context, Options, Provider, Reason, why_not_gpu
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider, why_not_gpu
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_matmul_cuda.matmul import TritonMatmul
 
 CAPABILITIES = MatmulCapabilities(codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), devices=("cuda",))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dovetail.errors import ConfigError
-from dovetail.hookspecs import hookimpl
-from dovetail.provider import Context, Options, Provider, TieredCacheOptions
-from dovetail.sockets import Socket
+from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider, TieredCacheOptions
 from dovetail_prefix_cache.eviction import MakePolicy
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_prefix_cache.index import HashIndex
 
 

@@ -11,15 +11,15 @@ from typing import ClassVar
 
 from hypothesis import strategies as st
 
-from dovetail.prefix_reuse import ReusingKVCache
-from dovetail.sockets import Socket
-from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.engines import EngineMachine, Parts, Setup
-from dovetail.testing.machines import Machine, beginning, operation
-from dovetail.testing.prefix_cache import new_scheduler
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.plugin.extension_points import Socket
 from dovetail_prefix_cache import EVICTION
 from dovetail_prefix_cache.eviction import EvictionPolicy
 from dovetail_prefix_cache.index import HashIndex
+from dovetail_testing.contract import Contract, common_causes
+from dovetail_testing.engines import EngineMachine, Parts, Setup
+from dovetail_testing.machines import Machine, beginning, operation
+from dovetail_testing.prefix_cache import new_scheduler
 
 
 class EvictionContract(Contract):

@@ -5,17 +5,17 @@ This module is the light root: it offers the provider and imports no tensor libr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from dovetail.errors import ConfigError
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.provider import Context, Options, Provider, Reason
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider
+from dovetail_quant_fp8.options import Fp8Options
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_quant_fp8.scheme import Fp8
 
 METHOD = "fp8"
@@ -27,17 +27,6 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     {"quant_method": METHOD, "activation_scheme": "static", "ignored_layers": ["lm_head"]},
 )
 """The last is as AutoFP8 writes it, the others as transformers does."""
-
-
-class Fp8Options(Options):
-    granularity: Literal["auto", "tensor", "channel", "block"] = Field(
-        "auto", description="which weights share a scale: a whole layer's, an output's, or 128 × 128 of them; auto: as the "
-        "checkpoint has it, or channel",
-    )  # fmt: skip
-    activations: Literal["auto", "static", "dynamic", "none"] = Field(
-        "auto", description="how a layer's inputs are rounded to FP8: by the checkpoint's scale, each row by its own, or not; "
-        "auto: as the checkpoint says; of plain weights dynamic, but none on a CPU; and with a scale for each block: none",
-    )  # fmt: skip
 
 
 def why_not(context: Context) -> list[Reason]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
 from dovetail.interfaces.quantization import IN, OUT, Axis, Declined, LinearLayer, Parameter
-from dovetail_quant_fp8 import Fp8Options
+from dovetail_quant_fp8.options import Fp8Options
 
 LARGEST = 448.0
 BLOCK = (128, 128)

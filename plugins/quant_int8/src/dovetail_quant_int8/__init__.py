@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from dovetail.errors import ConfigError
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.quantization import QuantizationCapabilities
-from dovetail.provider import Context, Options, Provider, Reason
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Options, Provider
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_quant_int8.bitsandbytes import BitsAndBytes
     from dovetail_quant_int8.int8 import Int8
 

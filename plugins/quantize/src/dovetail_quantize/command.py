@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import transformers
 
+from dovetail.composition.models import find_model
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.facts import model_facts, read_json
 from dovetail.interfaces.worker import Progress
-from dovetail.resolution import find_model
 from dovetail_quantize import making
 from dovetail_quantize.folder import OutputFolder, files_to_copy
 from dovetail_quantize.schemes import VERSION, make_scheme

@@ -13,15 +13,15 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from dovetail import __version__
-from dovetail.attribution import Attribution
 from dovetail.errors import ModelNotFound, PluginError
 from dovetail.frontend.requests import sampling_defaults
-from dovetail.serving import AsyncEngine
-from dovetail.weights import alike
-from dovetail_server_openai import ServerOptions, failures
+from dovetail.interfaces.server import EngineClient
+from dovetail.interfaces.weights import alike
+from dovetail_server_openai import failures
 from dovetail_server_openai.bodies import JSONRoute
 from dovetail_server_openai.guard import Guard
 from dovetail_server_openai.metrics import Metrics
+from dovetail_server_openai.options import ServerOptions
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from dovetail_server_openai.routes import Completions
 
@@ -37,17 +37,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 EMPTY: dict[int | str, dict[str, Any]] = {200: {"description": "No content"}}
 
 
-MakeRouter = Callable[[AsyncEngine], APIRouter]
+MakeRouter = Callable[[EngineClient], APIRouter]
 """What a provider of the `routes` socket builds."""
 
 
 def make_app(
-    engine: AsyncEngine, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None,
-    culprit: Attribution | None = None, keys: Sequence[bytes] = (),
+    engine: EngineClient, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None,
+    responsible: failures.Responsible | None = None, keys: Sequence[bytes] = (),
 ) -> FastAPI:  # fmt: skip
     """All routes for one engine. The engine may still be loading: those that need it then answer 503.
 
-    `routes` are other plugins', by name; `culprit` names the one that fails; `keys` are the API keys, if any. Raises
+    `routes` are other plugins', by name; `responsible` names the one that fails; `keys` are the API keys, if any. Raises
     `PluginError` if a route cannot be built, or would take the place of one that is there.
     """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
@@ -55,7 +55,7 @@ def make_app(
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     metrics = Metrics(engine, options.metrics_prefix)
     completions = Completions(engine, metrics, options, sampling_defaults(Path(engine.plan.folder)))
-    failures.install(app, culprit)
+    failures.install(app, responsible)
     created, fingerprint = int(time.time()), engine.plan.fingerprint
 
     @app.post("/v1/completions", responses=STREAM, response_model=None)
@@ -152,7 +152,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return schema
 
 
-def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: AsyncEngine) -> None:
+def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: EngineClient) -> None:
     try:
         router = make_router(engine)
     except Exception as e:

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,11 +15,18 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from dovetail.attribution import Attribution
 from dovetail.errors import DovetailError
 from dovetail_server_openai.streams import ClientGone
 
 log = logging.getLogger("dovetail.server")
+
+
+
+class Responsible(Protocol):
+    """Names the plugin whose route failed; empty if that cannot be told."""
+
+    def __call__(self, error: BaseException, *, module: str = "") -> str: ...
+
 
 TYPES = {
     400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
@@ -69,8 +76,8 @@ def _spread(seconds: float) -> int:
     return math.ceil(seconds * random.uniform(1, 1.5))
 
 
-def install(app: FastAPI, culprit: Attribution | None = None) -> None:
-    """Answer every exception in this shape; `culprit` names the plugin whose route raised it."""
+def install(app: FastAPI, responsible: Responsible | None = None) -> None:
+    """Answer every exception in this shape; `responsible` names the plugin whose route raised it."""
 
     @app.exception_handler(DovetailError)
     async def ours(request: Request, error: DovetailError) -> JSONResponse:
@@ -98,9 +105,9 @@ def install(app: FastAPI, culprit: Attribution | None = None) -> None:
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         # The traceback goes to the log: the framework raises it again.
         who = ""
-        if culprit is not None:
+        if responsible is not None:
             # What a route returned is looked at when it has ended: then only its module says whose it was.
             module = getattr(request.scope.get("endpoint"), "__module__", "")
-            who = culprit.seen(error, "routes") or culprit.of_module(module, "routes")
+            who = responsible(error, module=module)
         what = f"{who}: {type(error).__name__}" if who else "internal error"
         return error_response(f"{what}; the server's log has the details", 500)

@@ -13,8 +13,9 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dovetail.errors import ConfigError, DovetailError
-from dovetail_server_openai import ServerOptions, failures
+from dovetail_server_openai import failures
 from dovetail_server_openai.metrics import Metrics
+from dovetail_server_openai.options import ServerOptions
 
 OPEN = frozenset({"/health", "/ping", "/live", "/version"})
 """Paths that need no API key: what a load balancer asks."""

@@ -13,8 +13,9 @@ from starlette.types import Scope
 
 from dovetail.errors import DovetailError
 from dovetail.frontend.outputs import Delta
-from dovetail.serving import AsyncEngine
-from dovetail.shadow import PREFIX, ShadowReport
+from dovetail.interfaces.server import EngineClient
+from dovetail.interfaces.shadow import ShadowReport
+from dovetail.plan import SHADOW_PREFIX
 from dovetail.types import EngineStats, Request
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -29,7 +30,7 @@ NO_PROCESS = -1
 class _EngineCollector(Collector):
     """Gauges and counters that the engine reports itself, read when scraped."""
 
-    def __init__(self, engine: AsyncEngine, prefix: str) -> None:
+    def __init__(self, engine: EngineClient, prefix: str) -> None:
         self._engine = engine
         self._prefix = prefix
 
@@ -121,7 +122,7 @@ class _EngineCollector(Collector):
         labels = ["model_name", "candidate", "provider"]
         off = GaugeMetricFamily(self._prefix + "shadow_switched_off", "1: it failed, and runs no more", labels=labels)
         for key, choice in choices.items():
-            if key.startswith(PREFIX):
+            if key.startswith(SHADOW_PREFIX):
                 off.add_metric([name, key, choice.qualified_name], key in report.failed)
         yield off
         for key, text, field in (
@@ -140,7 +141,7 @@ class _EngineCollector(Collector):
 class Metrics:
     """What the server measures of its requests."""
 
-    def __init__(self, engine: AsyncEngine, prefix: str) -> None:
+    def __init__(self, engine: EngineClient, prefix: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, prefix))
         # Memory, CPU time and open files of both processes: process_… of this one, engine_process_… of the other.

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from dovetail.serving import AsyncEngine
+from dovetail.interfaces.server import EngineClient
 from dovetail.types import EngineStats
 
 log = logging.getLogger("dovetail.server")
@@ -14,7 +14,7 @@ EVERY = 10.0
 """Seconds between two lines."""
 
 
-async def report_load(engine: AsyncEngine, every: float = EVERY) -> None:
+async def report_load(engine: EngineClient, every: float = EVERY) -> None:
     """Until cancelled, log throughput, queue, KV cache and prefix hits since the last line, if anything was done."""
     last, began = EngineStats(), time.monotonic()
     while True:

@@ -16,13 +16,13 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 
 from dovetail.errors import DovetailError, InvalidRequest, ModelNotFound
-from dovetail.serving import AsyncEngine
+from dovetail.interfaces.server import EngineClient
 from dovetail.types import Request, SamplingParams
-from dovetail_server_openai import ServerOptions
 from dovetail_server_openai.answers import Answer, ChatAnswer, Choice, CompletionAnswer, usage
 from dovetail_server_openai.failures import error_body
 from dovetail_server_openai.guard import SALT
 from dovetail_server_openai.metrics import Metrics
+from dovetail_server_openai.options import ServerOptions
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
 from dovetail_server_openai.streams import EventStream, merged, until_gone
 
@@ -41,7 +41,7 @@ MAX_DETOKENIZED = 2**20
 class Completions:
     """Handlers of /v1/completions, /v1/chat/completions and /tokenize for one engine."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, options: ServerOptions, defaults: dict[str, Any]) -> None:
+    def __init__(self, engine: EngineClient, metrics: Metrics, options: ServerOptions, defaults: dict[str, Any]) -> None:
         self._engine = engine
         self._metrics = metrics
         self._options = options

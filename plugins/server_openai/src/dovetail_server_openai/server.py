@@ -12,13 +12,13 @@ from types import FrameType
 
 import uvicorn
 
-from dovetail.attribution import Attribution
 from dovetail.errors import ConfigError, EngineDead
-from dovetail.serving import AsyncEngine
-from dovetail_server_openai import ServerOptions
+from dovetail.interfaces.server import EngineClient
 from dovetail_server_openai.app import MakeRouter, make_app
 from dovetail_server_openai.connections import allow_connections, bounded_protocol
+from dovetail_server_openai.failures import Responsible
 from dovetail_server_openai.guard import api_keys
+from dovetail_server_openai.options import ServerOptions
 from dovetail_server_openai.reports import report_load
 
 log = logging.getLogger("dovetail.server")
@@ -30,18 +30,18 @@ class OpenAIServer:
     """The `Server` contract over uvicorn."""
 
     def __init__(
-        self, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None, culprit: Attribution | None = None
+        self, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None, responsible: Responsible | None = None
     ) -> None:
-        self._culprit = culprit
+        self._responsible = responsible
         self._options = options
         self._routes = routes or {}
 
-    def run(self, engine: AsyncEngine, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    def run(self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]) -> None:
         sock = _bind(host, port)
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
         limits = (allow_connections(), self._options.head_timeout, self._options.body_timeout)
-        app = make_app(engine, self._options, self._routes, self._culprit, keys := api_keys(self._options))
+        app = make_app(engine, self._options, self._routes, self._responsible, keys := api_keys(self._options))
         if not keys and not ipaddress.ip_address(address).is_loopback:
             log.warning("listening on %s without an API key: whoever reaches the port can use it (--api-key-file)", address)
         config = uvicorn.Config(
@@ -76,7 +76,7 @@ class OpenAIServer:
             runner.run(both())
 
 
-async def _until_failed(engine: AsyncEngine, server: uvicorn.Server) -> None:
+async def _until_failed(engine: EngineClient, server: uvicorn.Server) -> None:
     """An engine that is given up ends the server too: whoever supervises it can do more."""
     await engine.failed.wait()
     server.should_exit = True
@@ -85,7 +85,7 @@ async def _until_failed(engine: AsyncEngine, server: uvicorn.Server) -> None:
 class _Draining(uvicorn.Server):
     """On the first signal: refuse new requests with 503, finish those in flight, stop. On the second: stop now."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain_seconds = drain_seconds

@@ -20,13 +20,14 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Route
 
-from dovetail.config import EngineConfig
-from dovetail.serving import AsyncEngine
-from dovetail.sockets import Socket
-from dovetail.testing.contract import Contract, common_causes
-from dovetail.testing.plugin import SIMULATED, install, make_model
-from dovetail_server_openai import ROUTES, ServerOptions
+from dovetail.runtime.serving import AsyncEngine
+from dovetail.plugin.config import EngineConfig
+from dovetail.plugin.extension_points import Socket
+from dovetail_server_openai import ROUTES
 from dovetail_server_openai.app import make_app
+from dovetail_server_openai.options import ServerOptions
+from dovetail_testing.contract import Contract, common_causes
+from dovetail_testing.plugin import SIMULATED, install, make_model
 
 COMPLETION = ("POST", "/v1/completions", {"model": "kit", "prompt": "abc", "max_tokens": 3, "seed": 1})
 OWN = ("/v1/models", "/health", "/metrics")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.drafter import DrafterCapabilities
-from dovetail.provider import Context, DraftModelOptions, Provider, Reason
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, DraftModelOptions, Provider
 from dovetail.sequence import Sequence
 from dovetail.types import DRAFTED_BY_WORKER
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
 
 
 class DraftModel:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.drafter import Drafter, DrafterCapabilities
-from dovetail.provider import DrafterOptions, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import DrafterOptions, Provider
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
 
 
 class NgramOptions(DrafterOptions):

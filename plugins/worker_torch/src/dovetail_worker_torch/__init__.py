@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from dovetail.hookspecs import hookimpl
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
-from dovetail.provider import Context, Options, Provider, Reason
-from dovetail_worker_torch.execution import (
-    CAPTURE_FAILURE,
-    EXECUTION,
-    LINEAR,
-    OPERATIONS,
-    OWN_ARCHITECTURES,
-    TORCH_COMPILE,
-    CaptureFailure,
-    Execution,
-    LinearKind,
-    settle,
-)
+from dovetail.plan import Reason
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Context, Provider
+from dovetail_worker_torch.execution import OPERATIONS, OWN_ARCHITECTURES, TORCH_COMPILE, settle
+from dovetail_worker_torch.options import WorkerOptions
 from dovetail_worker_torch.tiny import TINY_CONFIGS
 
 if TYPE_CHECKING:
-    from dovetail.compose import BuildContext
+    from dovetail.plugin.build_context import BuildContext
     from dovetail_worker_torch.attention import ReferenceAttention
     from dovetail_worker_torch.bridge import BridgeArchitecture
     from dovetail_worker_torch.decoder import DecoderArchitecture
     from dovetail_worker_torch.matmul import TorchMatmul
     from dovetail_worker_torch.worker import TorchWorker
-
-TESTED_TRANSFORMERS = ("5.23.0", "5.24.0")
-"""Versions, in ascending order, that the bridge was tried with (`make compat`): it reaches into parts of transformers that no
-release promises to keep. With another version a warning is logged when a bridged model is loaded."""
 
 REFERENCE_CAPABILITIES = AttentionCapabilities(
     devices=("cpu", "cuda"), kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"), sliding_window=True,
@@ -49,18 +34,6 @@ MATMUL_CAPABILITIES = MatmulCapabilities(
 )  # fmt: skip
 DECODER_CAPABILITIES = ArchitectureCapabilities(OWN_ARCHITECTURES, examples=TINY_CONFIGS, compiled=OPERATIONS)
 BRIDGE_CAPABILITIES = ArchitectureCapabilities(None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE)
-
-
-class WorkerOptions(Options):
-    execution: Execution = Field("auto", description=EXECUTION)
-    on_capture_failure: CaptureFailure = Field("error", description=CAPTURE_FAILURE)
-    linear: LinearKind = Field("auto", description=LINEAR)
-    weights: Literal["checkpoint", "random"] = Field(
-        "checkpoint", description="random: no file but config.json is read, and weights are made up, to measure a shape"
-    )
-    num_threads: int | None = Field(
-        None, ge=1, description="CPU threads of a step; default: torch's choice, within a container's CPU quota"
-    )
 
 
 def _needs_torch(context: Context) -> list[Reason]:

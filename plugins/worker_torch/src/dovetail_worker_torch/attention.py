@@ -1,7 +1,7 @@
 """The reference attention: paged, ragged, in plain PyTorch. Slow, obviously right, and the same on every device.
 
 One idea: gather a sequence's visible keys and values into a contiguous tensor, then compute softmax(q·k) v in float32.
-Every kernel is tested against the same contract as this file (`dovetail.testing.attention`).
+Every kernel is tested against the same contract as this file (`dovetail_testing.attention`).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from dovetail.facts import window_of_layers
 from dovetail.interfaces.architecture import Attend, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.worker import Progress
-from dovetail_worker_torch import TESTED_TRANSFORMERS
 from dovetail_worker_torch.checkpoint import few, open_shard, shard_files
+from dovetail_worker_torch.versions import TESTED_TRANSFORMERS
 
 if TYPE_CHECKING:
     from dovetail_worker_torch.torch_compile import CompiledBody

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,6 @@ from dovetail.interfaces.quantization import Part
 from dovetail_worker_torch.checkpoint import are_equal
 from dovetail_worker_torch.operations import ACTIVATIONS, Operations, TorchOperations
 from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rope_parameters
-
-if TYPE_CHECKING:
-    from dovetail_worker_torch.compiled import CompiledDecoder
-    from dovetail_worker_torch.native import Kernels
 
 
 @dataclass(frozen=True)
@@ -251,12 +247,6 @@ class Decoder:
 
     def unused(self) -> list[str]:
         return [HEAD] if self.config.tied else []
-
-    def compiled(self, kernels: Kernels, max_num_tokens: int) -> CompiledDecoder:
-        """The same model, its forward pass one call; for layers that are `CompiledLinear`s, once their weights are read."""
-        from dovetail_worker_torch.compiled import CompiledDecoder  # which imports this file
-
-        return CompiledDecoder(self, kernels, max_num_tokens)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         hidden, ops = self.embedding.rows(token_ids), self.operations

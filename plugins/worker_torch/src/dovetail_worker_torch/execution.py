@@ -8,39 +8,18 @@ Linear layers that no scheme supplies are packed for the C++ kernels wherever th
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Literal
 
 from dovetail.errors import ConfigError
 from dovetail.interfaces.architecture import ArchitectureCapabilities
-from dovetail.provider import NO_COMPILER, Context, Reason
-
-if TYPE_CHECKING:
-    from dovetail_worker_torch import WorkerOptions
+from dovetail.plan import Reason
+from dovetail.plugin.provider import NO_COMPILER, Context
+from dovetail_worker_torch.options import Execution, LinearKind, WorkerOptions
 
 OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
 """What `ArchitectureCapabilities.compiled` may say for this worker."""
 
 OWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures of our own decoder."""
-
-Execution = Literal["auto", "plain", "compiled", "graphs"]
-CaptureFailure = Literal["error", "plain"]
-LinearKind = Literal["auto", "torch", "packed"]
-LINEAR = (
-    "linear layers that are not quantized. packed: C++ kernels (CPU). auto: packed where they can be had, unless execution is "
-    "plain, which means torch throughout"
-)
-EXECUTION = (
-    "how a model's forward pass runs. plain: torch, operation by operation. compiled: C++ kernels with packed weights, one "
-    "call a step (CPU); for a model that runs through transformers, torch.compile, whose first start takes a minute or so and "
-    "later ones use a cache. graphs: CUDA graphs for decode steps (GPU). auto: C++ kernels or CUDA graphs where they can be "
-    "had, else plain"
-)
-CAPTURE_FAILURE = (
-    "what to do where execution is graphs, also by auto, and a graph cannot be captured: error ends the start; plain runs "
-    "without graphs, and says so"
-)
-
 
 def settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
     """Say what `auto` is here, and why. Raises `ConfigError` for what was asked for and cannot be had."""

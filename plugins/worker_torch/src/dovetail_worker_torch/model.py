@@ -13,8 +13,8 @@ from dovetail.facts import read_json
 from dovetail.interfaces.architecture import Architecture, Attend, Embedding, LayerMaker, Model, ModelBuild, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
+from dovetail.interfaces.weights import LayerWeights
 from dovetail.interfaces.worker import Progress
-from dovetail.weights import LayerWeights
 from dovetail_worker_torch.checkpoint import load_tensors, tensor_names
 from dovetail_worker_torch.quantized import QuantizedLayers
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from dovetail.compose import BuildContext
 from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.interfaces.architecture import Embedding, LayerMaker, Linear, Target
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.compiled import Compiled, CompiledLinear
 from dovetail.interfaces.matmul import MatmulScheme
-from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme
-from dovetail.weights import LayerWeights
+from dovetail.interfaces.quantization import OUT, Declined, LinearLayer, Parameter, Part, Scheme, quantization_rule
+from dovetail.interfaces.weights import LayerWeights
+from dovetail.plugin.build_context import BuildContext
 from dovetail_worker_torch.agreement import check_stored, stored_tensors
 from dovetail_worker_torch.checkpoint import BY_CONFIG, few
 from dovetail_worker_torch.shadow import Shadow, ShadowLinear
@@ -51,7 +51,7 @@ class QuantizedLayers:
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
         plan = self._context.plan
         layer = LinearLayer(name, tuple(parts), in_features, bias, self._dtype, plan.device)
-        key = plan.quantization_of(layer)
+        key = quantization_rule(plan, layer)
         made, declined = self._made(key, self._schemes[key], layer), ""
         if isinstance(made, Declined):
             declined = made.reason
@@ -94,7 +94,7 @@ class QuantizedLayers:
         """Quantized where a rule names it, beside the embedding, which stays as it is: rows of it are looked up."""
         plan = self._context.plan
         layer = LinearLayer(name, (Part(name, vocab_size),), size, False, self._dtype, plan.device)
-        key = plan.quantization_of(layer)
+        key = quantization_rule(plan, layer)
         scheme, is_named = self._schemes[key], plan.choices[key].match not in ("", "*")
         # What a checkpoint holds once, and as an embedding, is plain, whatever its method.
         if scheme is None or not is_named or self._as(key, layer).stored:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dovetail.interfaces.architecture import Linear, Target
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer, KVCacheSpec
-from dovetail.shadow import ShadowLayer, ShadowReport
+from dovetail.interfaces.shadow import ShadowLayer, ShadowReport
 from dovetail.types import KVGroup
 
 log = logging.getLogger(__name__)

@@ -6,23 +6,22 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import torch
 
-from dovetail.compose import BuildContext
 from dovetail.errors import OutOfMemory, PluginError
 from dovetail.facts import model_facts
 from dovetail.interfaces.architecture import ArchitectureCapabilities, LayerMaker, Model
 from dovetail.interfaces.attention import AttentionBackend, KVCacheSpec
+from dovetail.interfaces.shadow import ShadowReport
+from dovetail.interfaces.weights import LayerWeights
 from dovetail.interfaces.worker import Progress
-from dovetail.shadow import PREFIX, ShadowReport
+from dovetail.plan import SHADOW_PREFIX
+from dovetail.plugin.build_context import BuildContext
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
-from dovetail.weights import LayerWeights
-from dovetail_worker_torch import WorkerOptions
 from dovetail_worker_torch.accelerator import Accelerator, Cuda
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.calibration import calibrate
@@ -38,6 +37,7 @@ from dovetail_worker_torch.linear import TorchLinears
 from dovetail_worker_torch.memory import cpu_memory
 from dovetail_worker_torch.model import Unread, describe_weights, load_model
 from dovetail_worker_torch.native import Kernels
+from dovetail_worker_torch.options import WorkerOptions
 from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.quantized import QuantizedLayers
 from dovetail_worker_torch.runner import Computed, Runner
@@ -75,7 +75,7 @@ class TorchWorker:
             from dovetail_worker_torch.torch_compile import check_compile  # not at the top: few ask for it
 
             check_compile(plan.device)
-        names = {key: context.name(key) for key in plan.choices if key.startswith(PREFIX)}
+        names = {key: context.name(key) for key in plan.choices if key.startswith(SHADOW_PREFIX)}
         self._shadow = Shadow(plan.shadow_share, names, self._device) if names else None
         self._plain = "worker: packed" if self._kernels else "worker: torch"
         self._weights: list[LayerWeights] | None = None
@@ -108,7 +108,7 @@ class TorchWorker:
             cast(Any, self._model).compile()
         if plan.draft is not None:
             folder = Path(plan.draft.folder)
-            of_draft = replace(self._context, model=model_facts(folder))
+            of_draft = self._context.for_model(model_facts(folder))
             self._draft = self._load(folder, of_draft, "architecture.draft", plain, progress)
 
     def weights(self) -> list[LayerWeights]:
@@ -133,7 +133,7 @@ class TorchWorker:
 
             model.operations = TritonOperations()
         if self._compiled and made.compiled == self._made.compiled == OPERATIONS:
-            model = model.compiled(self._kernels, context.option("scheduler", "max_num_batched_tokens"))
+            model = CompiledDecoder(model, self._kernels, context.option("scheduler", "max_num_batched_tokens"))
         return cast(Model, model)
 
     def kv_groups(self) -> list[KVGroup]:
@@ -261,7 +261,7 @@ class TorchWorker:
         if self._shadow is None:
             return None
         assert self._model is not None
-        keys = {group.kind: f"{PREFIX}attention.{group.kind}" for group in groups}
+        keys = {group.kind: f"{SHADOW_PREFIX}attention.{group.kind}" for group in groups}
         choices = self._context.plan.choices
         candidates = {kind: self._context.build(key) for kind, key in keys.items() if key in choices}
         return ShadowAttention(self._shadow, groups, self._model.attention_layers, candidates, self._kv_dtype)

@@ -7,3 +7,4 @@ class ModelSource:
     folder: Path
     licence: str = ''
     draft: str | None = None
+    revision: str | None = None

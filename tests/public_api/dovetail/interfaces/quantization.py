@@ -2,8 +2,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 from dovetail.errors import CheckpointError, ConfigError
+from dovetail.plan import Plan
 CONTRACT = '0.1'
 Array = Any
 PLAIN = 'none'
@@ -49,6 +51,9 @@ class LinearLayer:
 
     def alike(self, answer: Callable[[str], object], what: str) -> Any:
         ...
+
+def quantization_rule(plan: Plan, layer: LinearLayer) -> str:
+    ...
 
 @dataclass(frozen=True)
 class Axis:

@@ -1,4 +1,6 @@
 from __future__ import annotations
 from dovetail.native.build import INCLUDE, Target, build_cuda_library, build_library, cache_folder, openmp_of
 from dovetail.native.memory import zeros
-__all__ = ['INCLUDE', 'Target', 'build_cuda_library', 'build_library', 'cache_folder', 'openmp_of', 'zeros']
+from dovetail.native.private import private_folder
+from dovetail.native.waiting import bounded_spinning
+__all__ = ['INCLUDE', 'Target', 'bounded_spinning', 'build_cuda_library', 'build_library', 'cache_folder', 'openmp_of', 'private_folder', 'zeros']

@@ -1,5 +1,6 @@
 from __future__ import annotations
 import ctypes
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 from dovetail.errors import PluginError
 from dovetail.facts import DeviceFacts
+from dovetail.native.private import private_folder, why_not_ours
 log = logging.getLogger(__name__)
 INCLUDE = Path(__file__).parent / 'include'
 Target = Literal['native', 'avx2', 'amx']
@@ -23,6 +25,7 @@ FLAGS = ('-std=c++20', '-O3', '-fPIC', '-fopenmp', '-ffp-contract=off', f'-I{INC
 TARGETS: dict[Target, tuple[str, ...]] = {'native': ('-march=native',), 'avx2': ('-march=x86-64-v3',), 'amx': ('-march=sapphirerapids',)}
 CUDA_FLAGS = ('-std=c++17', '-O3', '-Xcompiler=-fPIC', '--threads=0', '-lineinfo')
 NUM_ERROR_LINES = 15
+FILE_MODE = 448
 
 def cache_folder(name: str) -> Path:
     ...

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dovetail.hookspecs import hookimpl
-from dovetail.provider import Options, Provider
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import Options, Provider
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
-    from dovetail.compose import BuildContext
-    from dovetail.serving import AsyncEngine
+    from dovetail.interfaces.server import EngineClient
+    from dovetail.plugin.build_context import BuildContext
 
 
-def build(context: BuildContext, options: Options) -> Callable[[AsyncEngine], APIRouter]:
+def build(context: BuildContext, options: Options) -> Callable[[EngineClient], APIRouter]:
     """Called in the front-end process. What it returns is called once, with the engine that is served."""
     from my_plugin.route import make_router
 
@@ -32,5 +32,5 @@ PROVIDER = Provider(
 
 # The hook is the server's own: where that is not installed the hook does not exist, and that is no mistake.
 @hookimpl(optionalhook=True)
-def dovetail_routes() -> list[Provider[Callable[[AsyncEngine], APIRouter]]]:
+def dovetail_routes() -> list[Provider[Callable[[EngineClient], APIRouter]]]:
     return [PROVIDER]

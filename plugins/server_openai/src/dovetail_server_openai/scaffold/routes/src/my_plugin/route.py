@@ -8,7 +8,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from dovetail.serving import AsyncEngine
+from dovetail.interfaces.server import EngineClient
 
 
 class Body(BaseModel):
@@ -19,7 +19,7 @@ class Answer(BaseModel):
     num_tokens: int
 
 
-def make_router(engine: AsyncEngine) -> APIRouter:
+def make_router(engine: EngineClient) -> APIRouter:
     """The engine has `generate`, for routes that want the model, and `tokenizer`, `plan` and `stats`."""
     router = APIRouter()
 

@@ -1,0 +1,112 @@
+"""Whose code failed: from an exception, or from what a thread runs, to the provider. Asked only when something is wrong."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
+from typing import NamedTuple
+
+from dovetail.plan import SHADOW_PREFIX, Plan
+from dovetail.plugin.discovery import Registry
+
+ASKS = {"scheduler": ("kv_cache",), "worker": ("attention", "quantization", "architecture")}
+"""By part: the sockets whose providers run when it is asked. Every other part answers for itself, and for what it opens."""
+ENGINE = "engine"
+"""The part that asks all others."""
+
+
+class Suspect(NamedTuple):
+    socket: str
+    name: str
+    """`dist:name`"""
+    package: str
+    """Of its distribution's code; empty for the core's own, of which it is a module."""
+    modules: set[str]
+    """In which it is implemented."""
+
+    def __str__(self) -> str:
+        return f"{self.socket} ({self.name})"
+
+
+class Attribution:
+    """Names the provider at fault, for errors and for log lines: "attention (dovetail-fast:fast)"."""
+
+    def __init__(self, plan: Plan, registry: Registry, built: Mapping[str, object]) -> None:
+        """`built`: what the providers have built, by key of the plan; it may grow."""
+        self._plan, self._registry, self._built = plan, registry, built
+
+    def __call__(self, error: BaseException, part: str) -> str:
+        """`part` is who was asked; who failed may be somebody that it asked in turn. Without a provider, `part` itself."""
+        return self.seen(error, part) or _only([s for s in self._suspects(part) if s.socket == part]) or part
+
+    def seen(self, error: BaseException, part: str) -> str:
+        """The same, as far as the error itself shows it; else empty."""
+        suspects = self._suspects(part)
+        named = getattr(error, "provider", None)
+        of_name = [s for s in self._suspects(ENGINE) if named in (s.name, s.name.partition(":")[2])]
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return _only(of_name[:1] or _in_frames(reversed(frames), suspects))
+
+    def of_module(self, module: str, part: str) -> str:
+        """Whose module it is; empty if nobody's."""
+        return _only(_owners(module, self._suspects(part)))
+
+    def running(self) -> str:
+        """The provider whose code a thread of this process is running now; empty if there is none."""
+        suspects = self._suspects(ENGINE)
+        known = {t.ident: t for t in threading.enumerate()}
+        found = []
+        for ident, frame in sys._current_frames().items():
+            if ident in known and ident != threading.get_ident():
+                found += _in_frames(_outwards(frame), suspects)
+        # The loop's thread only waits for the worker's, in which somebody else may be at work.
+        found.sort(key=lambda s: s.socket == "worker")
+        return str(found[0]) if found else ""
+
+    def _suspects(self, part: str) -> list[Suspect]:
+        suspects = []
+        for key, choice in self._plan.choices.items():
+            offers = [o for o in self._registry.of(choice.socket) if o.plugin.distribution == choice.distribution]
+            within = self._registry.sockets[choice.socket].within
+            if not (part in (ENGINE, choice.socket, within) or choice.socket in ASKS.get(part, ())):
+                continue
+            for offer in (o for o in offers if o.provider.name == choice.provider):
+                built = self._built.get(key)
+                modules = {getattr(built, "__module__", ""), getattr(offer.provider.build, "__module__", "")}
+                package = offer.plugin.module.partition(".")[0]
+                package = "" if package == "dovetail" else package
+                socket = f"shadow {offer.socket}" if key.startswith(SHADOW_PREFIX) else offer.socket
+                suspects.append(Suspect(socket, offer.qualified_name, package, modules))
+        return suspects
+
+
+def _only(found: list[Suspect]) -> str:
+    return str(found[0]) if len({s.name for s in found}) == 1 else ""
+
+
+def _in_frames(frames: Iterable[FrameType], suspects: list[Suspect]) -> list[Suspect]:
+    """The owners of the first frame that has any."""
+    for frame in frames:
+        if found := _owners(frame.f_globals.get("__name__", ""), suspects):
+            return found
+    return []
+
+
+def _owners(module: str, suspects: list[Suspect]) -> list[Suspect]:
+    """Who a module belongs to, if that is one provider: a distribution may offer several."""
+    for matching in (
+        [s for s in suspects if module in s.modules],
+        [s for s in suspects if s.package and module.partition(".")[0] == s.package],
+    ):
+        if len({s.name for s in matching}) == 1:
+            return matching[:1]
+    return []
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

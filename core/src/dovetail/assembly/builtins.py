@@ -1,0 +1,88 @@
+"""The core's own plugin: paged KV cache, three schedulers, and no quantization. It enters by the same door as every other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
+from dovetail.interfaces.scheduler import SchedulerCapabilities
+from dovetail.plugin.hookspecs import hookimpl
+from dovetail.plugin.provider import KVCacheOptions, LongestPrefixOptions, Provider, SchedulerOptions
+
+if TYPE_CHECKING:
+    from dovetail.engine.kv_cache import PagedKVCache
+    from dovetail.engine.longest_prefix import LongestPrefixScheduler
+    from dovetail.engine.scheduler import TokenBudgetScheduler
+    from dovetail.interfaces.prefix_cache import TieredPrefixCache
+    from dovetail.plugin.build_context import BuildContext
+
+
+PLAIN_WEIGHTS = QuantizationCapabilities(methods=(PLAIN,), devices=None, dtypes=None, compiled_steps=True)
+
+
+def _unquantized(context: BuildContext, options: object) -> None:
+    """The worker's own layers need no scheme."""
+
+
+def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
+    from dovetail.engine.kv_cache import PagedKVCache
+
+    groups, num_blocks = list(context.kv_groups), list(context.num_blocks)
+    if context.prefix_cache is None:
+        return PagedKVCache(groups, num_blocks)
+
+    if context.num_host_blocks:
+        from dovetail.engine.tiered_cache import TieredKVCache
+
+        return TieredKVCache(groups, num_blocks, cast("TieredPrefixCache", context.prefix_cache), list(context.num_host_blocks))
+
+    from dovetail.engine.prefix_reuse import ReusingKVCache
+
+    return ReusingKVCache(groups, num_blocks, context.prefix_cache)
+
+
+def _fcfs(context: BuildContext, options: SchedulerOptions) -> TokenBudgetScheduler:
+    from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
+
+    assert context.kv is not None
+    return TokenBudgetScheduler(context.kv, fcfs, **options.model_dump())
+
+
+def _priority(context: BuildContext, options: SchedulerOptions) -> TokenBudgetScheduler:
+    from dovetail.engine.scheduler import TokenBudgetScheduler, priority
+
+    assert context.kv is not None
+    return TokenBudgetScheduler(context.kv, priority, **options.model_dump())
+
+
+def _longest_prefix(context: BuildContext, options: LongestPrefixOptions) -> LongestPrefixScheduler:
+    from dovetail.engine.longest_prefix import LongestPrefixScheduler
+
+    assert context.kv is not None
+    return LongestPrefixScheduler(context.kv, **options.model_dump())
+
+
+@hookimpl
+def dovetail_quantization() -> list[Provider[None]]:
+    summary = "weights are not quantized: the worker's own linear layers"
+    return [Provider("none", summary, _unquantized, capabilities=PLAIN_WEIGHTS)]
+
+
+@hookimpl
+def dovetail_kv_caches() -> list[Provider[PagedKVCache]]:
+    return [Provider("paged", "blocks with reference counts, per KV group", _paged, KVCacheOptions, priority=50)]
+
+
+@hookimpl
+def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
+    return [
+        Provider("fcfs", "first come, first served", _fcfs, SchedulerOptions, SchedulerCapabilities("arrival"), priority=50),
+        Provider(
+            "priority", "lower `priority` first, then first come", _priority, SchedulerOptions,
+            SchedulerCapabilities("priority"), priority=40,
+        ),
+        Provider(
+            "longest-prefix", "who has most in the prefix cache, within bounds; then first come", _longest_prefix,
+            LongestPrefixOptions, priority=30,
+        ),
+    ]  # fmt: skip

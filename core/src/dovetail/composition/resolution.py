@@ -1,0 +1,276 @@
+"""From a configuration to a plan: a provider for every socket, and why the others were not taken. Loads no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from dovetail.composition.draft_model import check_draft
+from dovetail.composition.models import model_and_choice
+from dovetail.composition.quantization import choose_schemes
+from dovetail.composition.relations import Neighbours, Unsatisfied
+from dovetail.composition.selection import choose, choose_all, find
+from dovetail.errors import ConfigError, DovetailError, PluginError
+from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.attention import open_block_size
+from dovetail.interfaces.drafter import DrafterCapabilities
+from dovetail.interfaces.model import ModelSource
+from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
+from dovetail.plan import SHADOW_PREFIX, Choice, DraftModel, Plan, Reason
+from dovetail.plugin.config import EngineConfig, ShadowConfig, SocketConfig
+from dovetail.plugin.discovery import Registry, load_registry
+from dovetail.plugin.provider import HOST_MEMORY, Context, DraftModelOptions
+
+
+def resolve(config: EngineConfig, registry: Registry | None = None, *, server: bool = False) -> Plan:
+    """Choose a provider for every socket. Reads the model's config.json, and no weight.
+
+    Raises `ConfigError`, `PluginError` or `CheckpointError`; what was not taken, and why, is in the plan.
+    """
+    registry = load_registry() if registry is None else registry
+    excluded: dict[str, Reason] = {}
+    while True:
+        try:
+            return _resolve(config, registry, server, excluded)
+        except Unsatisfied as e:
+            # What `auto` took may stand in the way of what was asked for, or of anything at all: it gives way.
+            culprits = [name for name in e.culprits if name not in excluded]
+            if not culprits:
+                raise
+            excluded[culprits[-1]] = Reason(f"left no choice: {e.message.splitlines()[0]}", code="conflicts")
+
+
+@dataclass
+class Resolution:
+    """A plan in the making: the choices so far, and what they are asked with."""
+
+    registry: Registry
+    device: DeviceFacts
+    model: ModelFacts
+    device_name: str
+    dtype: str
+    choices: dict[str, Choice] = field(default_factory=dict)
+    neighbours: Neighbours = field(default_factory=Neighbours)
+
+    def context(self, needs: dict[str, Any]) -> Context:
+        return Context(self.device, self.model, self.device_name, self.dtype, needs)
+
+    def ask(self, socket: str, wanted: SocketConfig, where: str, **needs: Any) -> Choice:
+        """Choose, and change nothing."""
+        return choose(self.registry, socket, wanted, self.context(needs), where, self.neighbours)
+
+    def note(self, key: str, choice: Choice) -> None:
+        self.choices[key] = choice
+        if not choice.is_empty:
+            self.neighbours.taken[key] = find(self.registry, choice)
+            if choice.requested == "auto":
+                self.neighbours.by_auto.add(self.neighbours.taken[key].qualified_name)
+
+    def take(self, key: str, wanted: SocketConfig, **needs: Any) -> Choice:
+        """Fill a socket, and those that its provider opens to others: their settings are among its options."""
+        socket = key.partition(".")[0]
+        opened = [s for s in self.registry.sockets.values() if s.within == socket]
+        inner = {s.name: wanted.options[s.name] for s in opened if s.name in wanted.options}
+        options = {k: v for k, v in wanted.options.items() if k not in inner}
+        choice = self.ask(socket, wanted.model_copy(update={"options": options}), key, **needs)
+        self.note(key, choice)
+        for within in opened:
+            if self.registry.added_by[within.name].distribution == choice.distribution:
+                given = [_socket_config(g, within.name) for g in _as_list(inner.pop(within.name, "auto"))]
+                if within.many:
+                    asked = [] if given == [SocketConfig()] else given
+                    for one in choose_all(self.registry, within.name, asked, self.context({}), self.neighbours):
+                        self.note(f"{within.name}.{one.provider}", one)
+                elif len(given) > 1:
+                    raise ConfigError(f"{key}.{within.name}: takes one provider, not {len(given)}")
+                else:
+                    self.note(within.name, self.ask(within.name, given[0], f"{key}.{within.name}"))
+        if inner:
+            raise ConfigError(f"{key}: {', '.join(inner)} is not an option of {choice.provider}")
+        return choice
+
+    def needs(self, key: str) -> dict[str, dict[str, Any]]:
+        """What a choice says that it needs of others, by socket."""
+        offer, options = find(self.registry, self.choices[key]), self.choices[key].options
+        try:
+            return offer.provider.needs(self.context({}), offer.provider.options.model_validate(options))
+        except DovetailError:
+            raise
+        except Exception as e:
+            name = offer.qualified_name
+            raise PluginError(f"{key}: {name}: its needs raised {type(e).__name__}: {e}", provider=name) from e
+
+    def capabilities(self, keys: Iterable[str]) -> dict[str, Any]:
+        return {key: self.neighbours.taken[key].provider.capabilities for key in keys}
+
+
+def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
+    facts = device_facts()
+    device = _device(config.device, facts)
+    nothing_known = Context(facts, None, device, "")
+    source, model_choice = model_and_choice(
+        config.model, "model", config.trust_remote_code, registry, nothing_known, config.revision
+    )
+    model = model_facts(source.folder)
+    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    length = config.max_model_len or model.max_position_embeddings
+    if length > model.max_position_embeddings:
+        longest = model.max_position_embeddings
+        raise ConfigError(f"max_model_len: {length} is longer than the model's context of {longest} tokens")
+
+    r = Resolution(registry, facts, model, device, dtype, neighbours=Neighbours(excluded=excluded))
+    if model_choice is not None:
+        r.note("model", model_choice)
+    schemes = choose_schemes(config.quantization, model, registry, r.ask)
+    for key, choice in schemes.items():
+        r.note(key, choice)
+    weights = r.capabilities(schemes)
+    quantized = [schemes[key].provider for key, can in weights.items() if PLAIN not in can.methods]
+    shadow = config.shadow
+    if shadow is not None and shadow.quantization is not None:
+        quantized.append(shadow.quantization.use)
+    _take_matmul(r, config.matmul, [*schemes, *_take_candidate_scheme(r, shadow)])
+    # Where nobody offers model code, workers need none: a simulated one, for example.
+    if config.architecture.use != "auto" or registry.of("architecture"):
+        r.take("architecture", config.architecture, quantized=quantized)
+    kv = r.take("kv_cache", config.kv_cache).options
+    r.take("scheduler", config.scheduler)
+    r.take("speculation", config.speculation, by_name=config.speculation.use not in ("auto", "none"))
+    draft = _take_draft(r, source, length, config.trust_remote_code)
+    kv_dtype = dtype if kv["dtype"] == "auto" else kv["dtype"]
+    needs_of = {k.kind: _attention_needs(model, k.kind, k.window is not None, length, kv_dtype) for k in model.layer_kinds}
+    of_draft = {"draft": _attention_needs(draft[1], "draft", draft[1].is_windowed, length, kv_dtype)} if draft else {}
+    for kind, needs in (needs_of | of_draft).items():
+        r.take(f"attention.{kind}", config.attention.of(kind), **needs, block_size=kv["block_size"])
+    attention = r.capabilities(key for key in r.choices if key.startswith("attention."))
+    if kv["block_size"] == "auto":
+        kv["block_size"] = _agreed_block_size({key: open_block_size(can, length) for key, can in attention.items()})
+    made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
+    r.take(
+        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()),
+        graph_capture=all(a.graph_capture for a in attention.values()), architecture=made,
+        quantization=list(weights.values()), shadow=shadow is not None, drafts=draft is not None,
+        matmul=r.capabilities(r.choices.keys() & {"matmul"}),
+        host_tier=bool(config.prefix_cache.options.get(HOST_MEMORY)),
+    )  # fmt: skip
+    r.take("prefix_cache", config.prefix_cache)
+    if shadow is not None:
+        _take_candidates(r, shadow, {kind: {**needs, "block_size": kv["block_size"]} for kind, needs in needs_of.items()})
+    if server:
+        r.take("server", config.server)
+    return Plan(
+        model=config.model,
+        served_model_name=config.served_model_name or config.model,
+        folder=str(source.folder),
+        device=device,
+        dtype=dtype,
+        max_model_len=length,
+        layer_kinds=[k.kind for k in model.layer_kinds],
+        choices=r.choices,
+        overlap=device != "cpu" if config.overlap == "auto" else config.overlap,
+        max_num_waiting=config.max_num_waiting,
+        trust_remote_code=config.trust_remote_code,
+        revision=source.revision,
+        architecture=model.architecture,
+        shadow_share=shadow.share if shadow is not None else 0.0,
+        draft=draft[0] if draft else None,
+    )
+
+
+def _attention_needs(model: ModelFacts, kind: str, is_windowed: bool, length: int, kv_dtype: str) -> dict[str, Any]:
+    return {
+        "layer_kind": kind, "head_size": model.head_size, "sliding_window": is_windowed,
+        "logit_soft_cap": model.logit_soft_cap is not None, "sinks": model.has_sinks, "max_model_len": length,
+        "kv_dtype": kv_dtype,
+    }  # fmt: skip
+
+
+def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool) -> tuple[DraftModel, ModelFacts] | None:
+    """The draft model, where the drafter that was taken runs in the worker, and what computes it."""
+    if r.choices["speculation"].is_empty:
+        return None
+    offer = r.neighbours.taken["speculation"]
+    can = offer.provider.capabilities
+    if not isinstance(can, DrafterCapabilities) or can.runs_in != "worker":
+        return None
+    if not issubclass(offer.provider.options, DraftModelOptions):
+        text = f"speculation: {offer.qualified_name} runs in the worker, and its options do not extend DraftModelOptions"
+        raise PluginError(text, provider=offer.qualified_name)
+    name = r.choices["speculation"].options["model"]
+    if name == "auto":
+        if target.draft is None:
+            raise ConfigError("speculation.model: no draft model comes with this model: name one of the same tokenizer")
+        name = r.choices["speculation"].options["model"] = target.draft
+    source, choice = model_and_choice(name, "speculation.model", with_code, r.registry, r.context({}))
+    facts = model_facts(source.folder)
+    check_draft(name, facts, r.model, length)
+    if choice is not None:
+        r.note("model.draft", choice)
+    if "architecture" in r.choices:
+        replace(r, model=facts).take("architecture.draft", SocketConfig(), quantized=[])
+    return DraftModel(name, str(source.folder), facts.architecture), facts
+
+
+def _take_matmul(r: Resolution, wanted: SocketConfig, schemes: list[str]) -> None:
+    """What multiplies, where one of the schemes leaves that to others. `schemes`: keys of the plan."""
+    asking = []
+    for key in schemes:
+        can = find(r.registry, r.choices[key]).provider.capabilities
+        if isinstance(can, QuantizationCapabilities) and can.codes:
+            most = {"codes": can.codes, "inputs": [can.activations] if can.activations else []}
+            asking.append(most | r.needs(key).get("matmul", {}))
+    if asking:
+        needs = {name: list(dict.fromkeys(one for asked in asking for one in asked[name])) for name in ("codes", "inputs")}
+        r.take("matmul", wanted, **needs)
+
+
+# Candidates of a shadow run are nobody's neighbours: what they go with is what answers, not each other.
+
+
+def _take_candidate_scheme(r: Resolution, shadow: ShadowConfig | None) -> list[str]:
+    """Its key of the plan, if there is one."""
+    if shadow is None or shadow.quantization is None:
+        return []
+    key = f"{SHADOW_PREFIX}quantization"
+    r.choices[key] = r.ask("quantization", shadow.quantization, key, by_name=True, some_layers=False)
+    return [key]
+
+
+def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:
+    """Those of attention."""
+    if shadow.attention is not None:
+        for kind, needs in attention_needs.items():
+            key = f"{SHADOW_PREFIX}attention.{kind}"
+            r.choices[key] = r.ask("attention", shadow.attention.of(kind), key, **needs)
+
+
+def _agreed_block_size(sizes: dict[str, int]) -> int:
+    """All layers' blocks are of one size. `sizes`: what each kind's attention asks for."""
+    if len(set(sizes.values())) > 1:
+        wishes = ", ".join(f"{key} asks for {size}" for key, size in sizes.items())
+        raise ConfigError(f"kv_cache.block_size: is left open, and {wishes}: give a number that all of them take")
+    return next(iter(sizes.values()))
+
+
+def _device(wanted: str, facts: DeviceFacts) -> str:
+    if wanted == "auto":
+        return facts.devices[0]
+    name = "cuda:0" if wanted == "cuda" else wanted
+    if name not in facts.devices:
+        why = f". {facts.gpu_trouble}" if name.startswith("cuda") and facts.gpu_trouble else ""
+        raise ConfigError(f"device: {wanted!r} is not here; this machine has {', '.join(facts.devices)}{why}")
+    return name
+
+
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _socket_config(given: Any, where: str) -> SocketConfig:
+    try:
+        return SocketConfig.model_validate(given)
+    except ValidationError:
+        raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None

@@ -1,0 +1,351 @@
+"""The loop: schedule, execute, commit.
+
+`Engine` is the plain loop and the one to read; `OverlappedEngine` schedules and submits a step while the one before it
+runs, with the same outputs. Both hold plain objects only: no plugin hook is called here, and nothing here knows
+tensors, text or processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dovetail.errors import DovetailError, EngineDead, Overloaded, StepFailed
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.interfaces.scheduler import Scheduler
+from dovetail.interfaces.worker import Handle, Worker
+from dovetail.sequence import Sequence
+from dovetail.types import EngineStats, FinishReason, Request, RequestTimes, SequenceOutput, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from dovetail.engine.speculation import Speculation
+
+
+MAX_FAILED_STEPS = 20
+"""Failed steps in a row after which the engine gives up: one whose every step fails only looks alive."""
+
+
+@dataclass
+class Step:
+    """A step in flight."""
+
+    plan: StepPlan
+    handle: Handle
+
+
+class Engine:
+    """The plain loop: one step at a time, nothing in flight between calls."""
+
+    def __init__(
+        self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, speculation: Speculation | None = None,
+        *, max_num_waiting: int, culprit: Callable[[BaseException, str], str] = lambda error, part: part,
+    ) -> None:  # fmt: skip
+        """`culprit`: who is at fault, given an error and the part that was asked."""
+        self.scheduler = scheduler
+        self.kv = kv
+        self.worker = worker
+        self.speculation = speculation
+        self.max_num_waiting = max_num_waiting
+        self.culprit = culprit
+        self.stats = EngineStats(kv_blocks_total=kv.num_total)
+        self.sequences: dict[int, Sequence] = {}
+        self.requests: dict[str, list[Sequence]] = {}
+        self.num_scheduled_tokens = 0
+        """Of the last step that was submitted."""
+        self._num_failed_in_row = 0
+        self._next_seq_id = 0
+        self._news: list[SequenceOutput] = []
+        self._has_windows = any(g.window is not None for g in kv.groups)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `Overloaded` when the waiting queue is full; then nothing was queued."""
+        if len(self.scheduler.waiting) + request.params.n > self.max_num_waiting:
+            raise Overloaded(f"{len(self.scheduler.waiting)} sequences are waiting (max_num_waiting {self.max_num_waiting})")
+        if request.request_id in self.requests:
+            raise DovetailError(f"request id {request.request_id!r} is already in use")
+        group: list[Sequence] = []
+        for index in range(request.params.n):
+            seq = Sequence(self._next_seq_id, request, index, list(request.prompt_token_ids), group)
+            self._next_seq_id += 1
+            group.append(seq)
+            self.sequences[seq.seq_id] = seq
+        self.requests[request.request_id] = group
+        try:
+            for seq in group:
+                self.scheduler.add(seq)
+        except Exception as e:
+            self._fail([group[0].seq_id], e, "scheduler")
+
+    def abort(self, request_id: str, sample_index: int | None = None) -> None:
+        """End a request, or one of its samples, now. Unknown and finished ones are ignored: the two ends race."""
+        for seq in list(self.requests.get(request_id, ())):
+            if sample_index in (None, seq.sample_index):
+                self._finish(seq, "abort")
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        """End a request with an error, whose code is one of errors.py. Unknown ones are ignored."""
+        for seq in list(self.requests.get(request_id, ())):
+            if seq.finish_reason is None:
+                output = SequenceOutput(request_id, seq.sample_index, [], error=(code, message))
+                self._news.append(output)
+                self._finish(seq, "error", output)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.sequences or self._news)
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step; returns the news of every sequence that has any. Raises `EngineDead` if the worker has lost its
+        device."""
+        plan = self.schedule(in_flight=False)
+        if plan is not None:
+            step = self.submit(plan)
+            if step is not None:
+                self.finish_step(step)
+        return self.take_news()
+
+    # What a step is made of; the overlapped loop uses the same parts in another order.
+
+    def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        if self.speculation is not None:
+            for seq_id, error in self.speculation.draft(self.scheduler.running, in_flight=in_flight):
+                self._fail([seq_id], error, "speculation")
+            if in_flight and self.speculation.waits:
+                return None
+        try:
+            plan = self.scheduler.schedule(in_flight=in_flight)
+            if plan is not None and self.kv.block_ops:
+                plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
+            return plan
+        except Exception as e:
+            self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
+            return None
+        finally:
+            self._fail_faulty()
+
+    def submit(self, plan: StepPlan) -> Step | None:
+        """Hand a plan to the worker. If the worker raises, the step's requests have failed and there is no step."""
+        self.stats.num_steps += 1
+        self.num_scheduled_tokens = sum(plan.num_tokens)
+        try:
+            return Step(plan, self.worker.submit(plan))
+        except EngineDead:
+            raise
+        except BaseException as e:
+            self._end_failed_step(plan, e)
+            if not isinstance(e, Exception):
+                raise  # an interrupt: the step's requests have failed with it, and the engine goes on
+            return None
+
+    def finish_step(self, step: Step) -> None:
+        """Wait for a step's tokens and commit them."""
+        try:
+            result = self.worker.sample(step.handle)
+        except EngineDead:
+            raise
+        except BaseException as e:
+            self._end_failed_step(step.plan, e)
+            if not isinstance(e, Exception):
+                raise
+            return
+        self.commit(step.plan, result)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
+        plain = not (
+            result.failed or result.logprobs or result.prompt_logprobs or plan.draft_token_ids or self._has_windows
+        )  # fmt: skip
+        self._num_failed_in_row = 0
+        sequences, news, num_plain = self.sequences, self._news, 0
+        for row, (seq_id, computed, new) in enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)):
+            seq = sequences[seq_id]
+            if (
+                plain and len(new) == 1 and computed >= seq.num_prompt_tokens and seq.finish_reason is None
+                and len(seq.tokens) + 1 < seq.max_len and new[0] not in seq.end_ids and computed + 1 != seq.num_slots
+            ):  # fmt: skip
+                # One more token and nothing else: what most rows are, so `_commit_row` with all that is known of them.
+                seq.steps_in_flight -= 1
+                seq.num_in_flight -= 1
+                seq.tokens.append(new[0])
+                news.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
+                num_plain += 1
+            else:
+                self._commit_row(plan, row, result)
+        self.stats.num_generation_tokens += num_plain
+        self._fail_faulty()
+
+    def _commit_row(self, plan: StepPlan, row: int, result: StepResult) -> None:
+        seq = self._land(plan, row)
+        if seq.finish_reason is not None:
+            return  # ended while this step was in flight: its token is surplus
+        if seq.seq_id in result.failed:
+            self._fail([seq.seq_id], StepFailed(result.failed[seq.seq_id]), "worker")
+            return
+        new = result.token_ids[row]
+        num_computed = plan.num_computed[row] + plan.num_tokens[row]
+        num_drafted = len(plan.draft_token_ids[row]) if plan.draft_token_ids else 0
+        if num_drafted:
+            # What was computed for drafts that were not accepted is computed again.
+            num_computed = seq.num_computed_tokens = num_computed - num_drafted + len(new) - 1
+        if self.speculation is not None and new:
+            self.speculation.verified(seq, num_drafted, len(new) - 1)
+        self._count_prompt(plan, row, seq)
+        output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
+        output.num_cached_tokens = seq.num_cached_tokens
+        if new and seq.num_output_tokens == 0:
+            output.times = RequestTimes(seq.started_at - seq.added_at, time.monotonic() - seq.started_at)
+        if result.prompt_logprobs:
+            output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
+            seq.num_prompt_logprobs += len(output.prompt_logprobs)
+        seq.tokens.extend(new)
+        reason = self._end_reason(seq, output, num_computed)
+        self.stats.num_generation_tokens += len(output.token_ids)  # without what came after a stop token
+        if output.token_ids or output.prompt_logprobs or reason:
+            self._news.append(output)
+        if reason is not None:
+            self._finish(seq, reason, output)
+        else:
+            self.kv.computed(seq, num_computed)
+            self.kv.trim(seq.seq_id, num_computed)
+
+    def _land(self, plan: StepPlan, row: int) -> Sequence:
+        """A row is no longer in flight. A sequence that ended meanwhile is released here."""
+        seq = self.sequences[plan.seq_ids[row]]
+        seq.steps_in_flight -= 1
+        seq.num_in_flight -= plan.samples[row]
+        if seq.finish_reason is not None:
+            self._release(seq)
+        return seq
+
+    def take_news(self) -> list[SequenceOutput]:
+        news, self._news = self._news, []
+        return news
+
+    def snapshot(self) -> EngineStats:
+        """The stats, with the gauges as of now."""
+        s = self.stats
+        s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
+        s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
+        if self.speculation is not None:
+            self.speculation.count(s)
+        s.num_prefix_evicted_blocks, s.num_prefix_blocks = self.kv.num_evicted, self.kv.num_kept
+        return s
+
+    # How sequences end.
+
+    def _end_reason(self, seq: Sequence, output: SequenceOutput, num_computed: int) -> FinishReason | None:
+        """Stop token ids and lengths; stop strings are the front-end's, which then aborts. `num_computed` leaves out steps in
+        flight: a prompt that is only scored ends when its last part has been committed."""
+        r = seq.request
+        first = len(seq.tokens) - len(output.token_ids)
+        for i, token in enumerate(output.token_ids):
+            num_output = first + i + 1 - seq.num_prompt_tokens
+            if num_output < r.params.min_tokens:
+                continue
+            is_stop = token in r.params.stop_token_ids
+            if is_stop or token in r.eos_token_ids:
+                output.stop_token_id = token if is_stop else None
+                self._truncate(seq, output, i + 1)
+                return "stop"
+            if num_output >= r.max_tokens:
+                self._truncate(seq, output, i + 1)
+                return "length"
+        return "length" if r.max_tokens == 0 and num_computed >= seq.num_prompt_tokens else None
+
+    @staticmethod
+    def _truncate(seq: Sequence, output: SequenceOutput, count: int) -> None:
+        surplus = len(output.token_ids) - count
+        if surplus:
+            del seq.tokens[-surplus:]
+            output.token_ids = output.token_ids[:count]
+            output.logprobs = output.logprobs[:count]
+
+    def _finish(self, seq: Sequence, reason: FinishReason, output: SequenceOutput | None = None) -> None:
+        if seq.finish_reason is not None:
+            return
+        if output is None:
+            output = SequenceOutput(seq.request.request_id, seq.sample_index, [])
+            self._news.append(output)
+        output.finish_reason = reason
+        seq.finish_reason = reason
+        self._release(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        """Forget a finished sequence, once no step in flight holds it."""
+        if seq.steps_in_flight:
+            return
+        if seq.finish_reason != "error":
+            self.kv.computed(seq, min(seq.num_computed_tokens, len(seq.tokens)))
+        if self.speculation is not None:
+            self.speculation.forget(seq.seq_id)
+        del self.sequences[seq.seq_id]
+        seq.siblings.remove(seq)
+        if not seq.siblings:
+            self.requests.pop(seq.request.request_id, None)
+        self.scheduler.remove(seq)
+
+    # How they fail.
+
+    def _end_failed_step(self, plan: StepPlan, error: BaseException) -> None:
+        self.stats.num_failed_steps += 1
+        for row in range(len(plan.seq_ids)):
+            self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
+            self._land(plan, row)
+        seq_ids = plan.seq_ids
+        if plan.block_ops:  # perhaps not done, and others may have found the blocks since
+            self.kv.reset_prefix_cache()
+            seq_ids = [*seq_ids, *(s.seq_id for s in self.scheduler.running)]
+        self._fail(seq_ids, error, "worker")
+        self._num_failed_in_row += 1
+        if self._num_failed_in_row >= MAX_FAILED_STEPS:
+            self._num_failed_in_row = 0
+            raise EngineDead(f"{MAX_FAILED_STEPS} steps in a row have failed; the last: {error}") from error
+
+    def _fail_faulty(self) -> None:
+        """Fail the requests that the KV-cache manager could not serve."""
+        while self.kv.faults:
+            seq_id, error = self.kv.faults.pop()
+            self._fail([seq_id], error, "prefix_cache")
+
+    def _fail(self, seq_ids: list[int], error: BaseException, part: str) -> None:
+        """Fail whole requests: samples of one request may share blocks that were never written."""
+        code = error.code if isinstance(error, DovetailError) else StepFailed.code
+        message = f"{self.culprit(error, part)}: {type(error).__name__}: {error}"
+        for request_id in dict.fromkeys(self.sequences[i].request.request_id for i in seq_ids if i in self.sequences):
+            self.fail(request_id, code, message)
+
+    def _count_prompt(self, plan: StepPlan, row: int, seq: Sequence) -> None:
+        if seq.num_output_tokens == 0 and seq.sample_index == 0:  # a request's prompt counts once
+            done = min(plan.num_computed[row] + plan.num_tokens[row], seq.num_prompt_tokens)
+            self.stats.num_prompt_tokens += max(0, done - seq.num_prompt_counted)
+            seq.num_prompt_counted = max(done, seq.num_prompt_counted)
+
+
+class OverlappedEngine(Engine):
+    """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then n is committed.
+
+    Step n + 1 is planned before step n's tokens are known, so it may compute a token for a sequence that step n has
+    ended; that token is dropped. Preemption waits for an empty pipeline.
+    """
+
+    _in_flight: Step | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return super().has_work or self._in_flight is not None
+
+    def step(self) -> list[SequenceOutput]:
+        previous, self._in_flight = self._in_flight, None
+        try:
+            plan = self.schedule(in_flight=previous is not None)
+            if plan is not None:
+                self._in_flight = self.submit(plan)
+        except BaseException:
+            self._in_flight = previous  # the next step finishes it
+            raise
+        if previous is not None:
+            self.finish_step(previous)
+        return self.take_news()

@@ -1,0 +1,172 @@
+"""Which plugins are installed (from metadata, importing nothing), and what they offer (importing their light roots)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import pluggy
+
+from dovetail.errors import PluginError
+from dovetail.plugin import contracts as contract_versions
+from dovetail.plugin import hookspecs
+from dovetail.plugin.config import EngineConfig
+from dovetail.plugin.contracts import WrittenFor
+from dovetail.plugin.extension_points import SOCKETS, Socket
+from dovetail.plugin.provider import Provider
+
+GROUP = "dovetail"
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One entry point, as its distribution's metadata has it."""
+
+    name: str
+    distribution: str
+    version: str
+    summary: str
+    module: str
+    contracts: Mapping[str, WrittenFor] = field(default_factory=dict)
+    """By socket: the versions of its contract that the plugin was written for."""
+    error: str = ""
+    """What is wrong with its metadata."""
+
+    def written_for(self, socket: str) -> WrittenFor | None:
+        """None: the metadata does not say; taken as the present version."""
+        return self.contracts.get(socket)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A provider and who offers it."""
+
+    socket: str
+    provider: Provider[object]
+    plugin: PluginInfo
+
+    @property
+    def qualified_name(self) -> str:
+        return f"{self.plugin.distribution}:{self.provider.name}"
+
+
+@dataclass
+class Registry:
+    """What all installed plugins offer. An object of its own for every composition: nothing is process-wide."""
+
+    plugins: list[PluginInfo]
+    sockets: dict[str, Socket] = field(default_factory=lambda: {s.name: s for s in SOCKETS})
+    """The core's, then those that plugins add."""
+    added_by: dict[str, PluginInfo] = field(default_factory=dict)
+    """By socket: the plugin that adds it."""
+    offers: list[Offer] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    """By distribution: why its plugin could not be asked."""
+
+    def of(self, socket: str) -> list[Offer]:
+        return [o for o in self.offers if o.socket == socket]
+
+
+def installed_plugins() -> list[PluginInfo]:
+    """Every entry point of the group, sorted by name. Imports nothing."""
+    found = []
+    contracts: dict[str, dict[str, WrittenFor]] = {}
+    errors: dict[str, str] = {}
+    for entry in importlib.metadata.entry_points(group=contract_versions.GROUP):
+        if entry.dist is not None:
+            try:
+                contracts.setdefault(entry.dist.name, {})[entry.name] = contract_versions.parse(entry.value)
+            except PluginError as e:
+                errors[entry.dist.name] = f"contract {entry.name}: {e.message}"
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        dist = entry.dist
+        meta = dist.metadata if dist is not None else None
+        found.append(
+            PluginInfo(
+                entry.name,
+                dist.name if dist is not None else "?",
+                dist.version if dist is not None else "?",
+                str(meta["Summary"] or "") if meta is not None else "",
+                entry.value,
+                contracts.get(dist.name, {}) if dist is not None else {},
+                errors.get(dist.name, "") if dist is not None else "",
+            )
+        )
+    return sorted(found, key=lambda p: (p.name, p.distribution))
+
+
+def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, ModuleType] | None = None) -> Registry:
+    """Import each plugin's root module, in a try of its own, and collect what it offers.
+
+    `modules` supplies already imported modules by `PluginInfo.module`, for tests and for code that registers a plugin
+    without installing it. Raises `PluginError` if two plugins claim one name: both owners are named.
+    """
+    plugins = installed_plugins() if plugins is None else plugins
+    _refuse_twins([(p.name, p.distribution) for p in plugins], "plugin")
+    registry = Registry(plugins)
+    asked = list(plugins)
+    for ask in (_add_sockets, _add_offers):
+        for plugin in list(asked):
+            try:
+                if plugin.error:
+                    raise PluginError(plugin.error)
+                ask(registry, plugin, (modules or {}).get(plugin.module) or importlib.import_module(plugin.module))
+            except Exception as e:
+                registry.broken[plugin.distribution] = f"{type(e).__name__}: {e}"
+                asked.remove(plugin)
+    for name in registry.sockets:
+        _refuse_twins([(o.qualified_name, o.plugin.name) for o in registry.of(name)], f"{name} provider")
+    return registry
+
+
+def _add_sockets(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
+    for sockets in _manager(plugin, module, []).hook.dovetail_sockets():
+        for socket in sockets:
+            taken = socket.name in registry.sockets or socket.name in EngineConfig.model_fields
+            if taken or socket.hook in {s.hook for s in registry.sockets.values()}:
+                raise PluginError(f"the socket {socket.name!r} (hook {socket.hook}) has a name that is already in use")
+            registry.sockets[socket.name] = socket
+            registry.added_by[socket.name] = plugin
+
+
+def _add_offers(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
+    added = [registry.sockets[name] for name in registry.added_by]
+    manager = _manager(plugin, module, added)
+    manager.check_pending()  # a misspelt hook is an error, not silence
+    offers = []
+    for socket in registry.sockets.values():
+        for provider in (p for result in getattr(manager.hook, socket.hook)() for p in result):
+            if not isinstance(provider, Provider):
+                raise PluginError(f"{socket.hook} returned {type(provider).__name__}, not a Provider")
+            if provider.name == "auto" or (provider.name == "none" and socket.optional):
+                raise PluginError(f"{provider.name!r} cannot be a provider's name: it means something in a configuration")
+            if not issubclass(provider.options, socket.options):
+                base = f"{socket.options.__module__}.{socket.options.__name__}"
+                raise PluginError(f"the options of {provider.name} must extend {base}")
+            offers.append(Offer(socket.name, provider, plugin))
+    registry.offers += offers
+
+
+def _offer_nothing() -> list[Provider[object]]:
+    """The specification of an added socket's hook."""
+    return []
+
+
+def _manager(plugin: PluginInfo, module: ModuleType, added: list[Socket]) -> pluggy.PluginManager:
+    """A plugin's hooks, those of added sockets included."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    if added:
+        manager.add_hookspecs(type("AddedSockets", (), {s.hook: hookspecs.hookspec(_offer_nothing) for s in added}))
+    manager.register(module, plugin.name)
+    return manager
+
+
+def _refuse_twins(owners: list[tuple[str, str]], what: str) -> None:
+    seen: dict[str, str] = {}
+    for name, owner in owners:
+        if name in seen:
+            raise PluginError(f"two {what}s are named {name!r}: one from {seen[name]}, one from {owner}; uninstall one")
+        seen[name] = owner

@@ -1,0 +1,228 @@
+"""The sockets of an engine, in the order they are filled: name, hook, contract version, and what checks apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dovetail.interfaces import (
+    architecture,
+    attention,
+    drafter,
+    kv_cache,
+    matmul,
+    prefix_cache,
+    quantization,
+    scheduler,
+    server,
+    worker,
+)
+from dovetail.plan import Reason
+from dovetail.plugin.adapters import attention_from_0_1, kv_cache_from_0_1, prefix_cache_from_0_1
+from dovetail.plugin.contracts import Previous, WrittenFor
+from dovetail.plugin.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, SchedulerOptions
+
+
+@dataclass(frozen=True)
+class Socket:
+    """A place in the engine that takes one provider."""
+
+    name: str
+    """The key in a composition file."""
+    hook: str
+    summary: str
+    contract: str = "0.1"
+    previous: Previous | None = None
+    """The version before, which is served through an adapter."""
+    options: type[Options] = Options
+    """What every provider's options extend, because other parts read them."""
+    undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
+    """What the composition needs and the provider's capabilities do not declare."""
+    invoked: tuple[str, ...] = ()
+    """Methods of what is built that show, when they are called, that it is in use."""
+    invoked_once: bool = False
+    """They are called while the engine is made, and not in every step."""
+    optional: bool = False
+    """It may stay empty: `none`, or `auto` when nothing usable is installed."""
+    many: bool = False
+    """It takes any number of providers, and with `auto` all that are usable."""
+    within: str = ""
+    """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
+    contract_class: str = ""
+    """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
+    scaffold: str = ""
+    """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the core's own (scaffold/)."""
+    interface: type | None = None
+    """The protocol of what its providers build."""
+
+    def served(self, written: WrittenFor | None) -> str | Reason:
+        """The version of the contract at which a plugin is served, or why it is not. None is the present version."""
+        if written is None or written.includes(self.contract):
+            return self.contract
+        if self.previous and written.includes(self.previous.version):
+            return self.previous.version
+        also = f" and {self.previous.version}" if self.previous else ""
+        text = f"written for contract {written} of {self.name}; this core serves {self.contract}{also}"
+        newer = "newer dovetail-core" if written.is_newer(self.contract) else "newer release of the plugin"
+        return Reason(text, f"install a {newer}", "contract")
+
+    def deprecation(self, version: str) -> str | None:
+        """What to tell about a plugin that is served at an old version; None at the present one."""
+        if self.previous is None or version != self.previous.version:
+            return None
+        since = f"deprecated since {self.contract} ({self.previous.changed})"
+        until = f"served through an adapter until {self.previous.until}"
+        return f"written for contract {version} of {self.name}, {since}: {until}"
+
+    def adapted(self, version: str, built: Any) -> Any:
+        """What a provider of a version of the contract has built, in the shape of the present one."""
+        return self.previous.adapt(built) if self.previous is not None and version == self.previous.version else built
+
+    def missing(self, built: object) -> list[str]:
+        """What of the interface an object does not have. None, where a provider builds nothing, is for its user to judge."""
+        if self.interface is None or built is None:
+            return []
+        members = {**vars(self.interface), **getattr(self.interface, "__annotations__", {})}
+        public = [name for name in members if name == "__call__" or not name.startswith("_")]
+        return [name for name in public if not hasattr(built, name)]
+
+
+def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
+    can, needs = provider.capabilities, context.needs
+    if not isinstance(can, attention.AttentionCapabilities):
+        return [Reason("declares no AttentionCapabilities")]
+    kind, block_size = context.device_name.split(":")[0], needs.get("block_size")
+    if block_size == "auto":
+        block_size = attention.open_block_size(can, needs["max_model_len"])
+    listed = (
+        ("device", kind, can.devices),
+        ("dtype", context.dtype, can.dtypes),
+        ("KV dtype", needs.get("kv_dtype", context.dtype), can.kv_dtypes),
+        ("head size", needs.get("head_size"), can.head_sizes),
+        ("block size", block_size, can.block_sizes),
+    )
+    reasons = [
+        Reason(f"{what} {value} is not supported", f"has {', '.join(map(str, has))}")
+        for what, value, has in listed
+        if value is not None and has is not None and value not in has
+    ]
+    features = ("sliding_window", "logit_soft_cap", "sinks", "batch_invariant")
+    missing = [f for f in features if needs.get(f) and not getattr(can, f)]
+    return reasons + [Reason(f"no support for {f.replace('_', ' ')}") for f in missing]
+
+
+def _undeclared_architecture(provider: Provider[object], context: Context) -> list[Reason]:
+    can, reasons = provider.capabilities, []
+    if not isinstance(can, architecture.ArchitectureCapabilities):
+        return [Reason("declares no ArchitectureCapabilities")]
+    name = context.model.architecture if context.model else ""
+    if can.architectures is not None and name not in can.architectures:
+        reasons.append(Reason(f"no support for {name or 'a model that names no architecture'}"))
+    if context.needs.get("quantized") and not can.quantization:
+        reasons.append(Reason(f"its linear layers cannot be quantized ({', '.join(context.needs['quantized'])})"))
+    return reasons
+
+
+def _undeclared_quantization(provider: Provider[object], context: Context) -> list[Reason]:
+    can, needs = provider.capabilities, context.needs
+    if not isinstance(can, quantization.QuantizationCapabilities):
+        return [Reason("declares no QuantizationCapabilities")]
+    method = context.model.quantization_method if context.model else quantization.PLAIN
+    kind = context.device_name.split(":")[0]
+    listed = (("device", kind, can.devices), ("dtype", context.dtype, can.dtypes))
+    reasons = [
+        Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
+        for what, value, has in listed
+        if has is not None and value not in has
+    ]
+    # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for what takes plain weights.
+    takes_plain = can.on_the_fly or quantization.PLAIN in can.methods
+    if method in can.methods or (takes_plain and needs.get("by_name") and needs.get("some_layers")):
+        return reasons
+    reads = f"reads {', '.join(can.methods)}" if can.methods else "quantizes plain weights"
+    if method != quantization.PLAIN:
+        return [*reasons, Reason(f"the checkpoint is quantized with {method}", reads)]
+    if not can.on_the_fly:
+        return [*reasons, Reason("the checkpoint is not quantized", reads)]
+    if not needs.get("by_name"):
+        return [*reasons, Reason("the checkpoint is not quantized", "ask for it by name to quantize weights as they are read")]
+    return reasons
+
+
+def _undeclared_matmul(provider: Provider[object], context: Context) -> list[Reason]:
+    can, needs = provider.capabilities, context.needs
+    if not isinstance(can, matmul.MatmulCapabilities):
+        return [Reason("declares no MatmulCapabilities")]
+    listed = (("device", context.device_name.split(":")[0], can.devices), ("dtype", context.dtype, can.dtypes))
+    reasons = [
+        Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
+        for what, value, has in listed
+        if has is not None and value not in has
+    ]
+    lacking = [("weights", c) for c in needs.get("codes", ()) if c not in can.codes]
+    lacking += [("inputs", i) for i in needs.get("inputs", ()) if i not in can.inputs]
+    return reasons + [Reason(f"{what} of {which} are not supported") for what, which in lacking]
+
+
+def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
+    can = provider.capabilities
+    if not isinstance(can, worker.WorkerCapabilities):
+        can = worker.WorkerCapabilities()
+    reasons = []
+    if context.needs.get("shadow") and not can.shadow:
+        reasons.append(Reason("runs no candidates beside what answers", "remove shadow"))
+    if context.needs.get("drafts") and not can.drafts:
+        reasons.append(Reason("runs no draft model beside its own", "set speculation to a drafter that runs in the engine"))
+    if context.needs.get("host_tier") and not can.host_tier:
+        reasons.append(Reason("keeps no KV blocks in host memory", "remove prefix_cache.host_memory_gb"))
+    return reasons
+
+
+SOCKETS: tuple[Socket, ...] = (
+    Socket("model", "dovetail_models", "models that come with a plugin, by name"),
+    Socket(
+        "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
+        quantization.CONTRACT, undeclared=_undeclared_quantization, interface=quantization.Scheme,
+        invoked=("linear",), invoked_once=True,
+    ),
+    Socket(
+        "matmul", "dovetail_matmuls", "multiplies by quantized weights", matmul.CONTRACT, undeclared=_undeclared_matmul,
+        interface=matmul.Matmul, invoked=("linear",), invoked_once=True,
+    ),
+    Socket(
+        "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,
+        undeclared=_undeclared_architecture, interface=architecture.Architecture, invoked=("model",), invoked_once=True,
+    ),
+    Socket(
+        "worker", "dovetail_workers", "loads the weights and runs the steps", undeclared=_undeclared_worker,
+        interface=worker.Worker, invoked=("submit",),
+    ),
+    Socket(
+        "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
+        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
+        undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=("plan",),
+    ),
+    Socket(
+        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
+        Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1),
+        options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=("grow",),
+    ),
+    Socket(
+        "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,
+        interface=scheduler.Scheduler, invoked=("schedule",),
+    ),
+    Socket(
+        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT,
+        Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1), optional=True,
+        interface=prefix_cache.PrefixCache, invoked=("match",),
+    ),
+    Socket(
+        "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
+        options=DrafterOptions, optional=True, interface=drafter.Drafter, invoked=("propose",),
+    ),
+    Socket(
+        "server", "dovetail_servers", "takes requests from outside", interface=server.Server, invoked=("run",),
+        invoked_once=True,
+    ),
+)  # fmt: skip

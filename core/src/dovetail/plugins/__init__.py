@@ -1,1 +1,0 @@
-"""Finding plugins, asking them for providers, and choosing among those."""

@@ -1,8 +1,0 @@
-"""All the test that a model's files need: config, weights, tokenizer and licence."""
-
-from dovetail.testing.model import ModelContract
-from my_plugin import PROVIDER
-
-
-class TestMyPlugin(ModelContract):
-    provider = PROVIDER

@@ -1,8 +1,0 @@
-"""All the test that a drafter needs: it never changes what is said, whatever becomes of its proposals."""
-
-from dovetail.testing.drafter import DrafterContract
-from my_plugin import PROVIDER
-
-
-class TestMyPlugin(DrafterContract):
-    provider = PROVIDER

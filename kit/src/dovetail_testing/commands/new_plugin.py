@@ -1,0 +1,22 @@
+"""`dovetail new-plugin`: a package for a socket, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dovetail.plugin.discovery import load_registry
+from dovetail_testing.scaffold import new_plugin, used_by
+
+
+def write(socket: str, name: str, out: str | None) -> int:
+    """Write the package, say what is in it and print the next three commands."""
+    folder = new_plugin(load_registry(), socket, name, None if out is None else Path(out))
+    dashed = name.replace("_", "-")
+    print(f"{folder}: a package that offers {dashed!r} for the socket {socket}")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        print(f"  {path.relative_to(folder)}")
+    print("\nNext:")
+    print(f"  pip install -e {folder}")
+    print(f"  dovetail conform {dashed}")
+    print(f"  {used_by(folder).replace('engine.yaml', str(folder / 'engine.yaml'))}")
+    return 0

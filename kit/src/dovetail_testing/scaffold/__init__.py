@@ -1,0 +1,157 @@
+"""`dovetail new-plugin`: a package for a socket, which installs and keeps its contract as it stands.
+
+A template is a folder of files as they will be, in which `my_plugin`, `my-plugin` and `MyPlugin` stand for the new name.
+The core's own are beside this file, one for each socket; a plugin that adds a socket names its own in `Socket.scaffold`.
+What is the same for all, pyproject.toml and README.md, is in `common/`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import keyword
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from dovetail.errors import ConfigError
+from dovetail.plugin.contracts import as_metadata
+from dovetail.plugin.discovery import Registry
+from dovetail.plugin.extension_points import Socket
+
+HERE = Path(__file__).parent
+
+
+def new_plugin(registry: Registry, socket_name: str, name: str, out: Path | None = None) -> Path:
+    """Write the package into `out` (by default a folder of its name, here), which must not exist. Returns the folder.
+
+    Raises `ConfigError`; then nothing has been written.
+    """
+    socket = _socket(registry, socket_name)
+    module = _checked(registry, socket, name)
+    target = Path(module) if out is None else out
+    if target.exists():
+        raise ConfigError(f"new-plugin: {target} is already there; choose another name, or --out")
+    words = _words(registry, socket, module)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{module}-") as folder:
+            made = Path(folder) / module
+            for source in (HERE / "common", template_of(socket)):
+                _copy(source, made, words)
+            made.chmod(0o755)
+            os.rename(made, target)  # all of it, or nothing
+    except OSError as e:
+        raise ConfigError(f"new-plugin: cannot write {target}: {e.strerror}") from None
+    return target
+
+
+def template_of(socket: Socket) -> Path:
+    """The folder that a socket's packages are made from. Raises `ConfigError` if it has none."""
+    if not socket.scaffold:
+        folder = HERE / socket.name
+    else:
+        package, _, below = socket.scaffold.partition(":")
+        spec = importlib.util.find_spec(package)
+        folder = Path(spec.origin).parent / below if spec is not None and spec.origin else Path(below)
+    if not folder.is_dir():
+        raise ConfigError(f"new-plugin: the socket {socket.name} comes without a template ({folder} is no folder)")
+    return folder
+
+
+def _socket(registry: Registry, name: str) -> Socket:
+    if name not in registry.sockets:
+        raise ConfigError(f"new-plugin: {name!r} is no socket; there are {', '.join(registry.sockets)}")
+    return registry.sockets[name]
+
+
+def _checked(registry: Registry, socket: Socket, name: str) -> str:
+    """The name as a module's. Raises `ConfigError` if it cannot be one, or is somebody's."""
+    module = name.replace("-", "_")
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", module) or keyword.iskeyword(module):
+        raise ConfigError(f"new-plugin: {name!r} is no name for a package: lower-case words, as in my_backend or my-backend")
+    dashed = module.replace("_", "-")
+    taken = [d for d in importlib.metadata.distributions() if re.sub(r"[-_.]+", "-", d.name or "").lower() == dashed]
+    if taken:
+        raise ConfigError(f"new-plugin: {taken[0].name} {taken[0].version} is installed already: choose another name")
+    if module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None:
+        raise ConfigError(f"new-plugin: there is a module {module} already: choose another name")
+    owners = [o.qualified_name for o in registry.of(socket.name) if o.provider.name == dashed]
+    if owners or dashed in ("auto", "none"):
+        why = f"a provider of {socket.name} ({', '.join(owners)})" if owners else "a word of configurations"
+        raise ConfigError(f"new-plugin: {dashed!r} is {why}: choose another name")
+    return module
+
+
+def _words(registry: Registry, socket: Socket, module: str) -> dict[str, str]:
+    """What stands in the templates, and what it becomes. Longer words come first."""
+    template = template_of(socket)
+    owner = registry.added_by.get(socket.name)
+    files = sorted(p for p in (template / "src/my_plugin").glob("*.py") if p.name != "__init__.py")
+    rows = [f"| `src/my_plugin/{p.name}` | {_first_sentence(p)} |\n" for p in files]
+    needs = ["dovetail-core", *([owner.distribution] if owner else []), *sorted(_libraries(template))]
+    dashed = module.replace("_", "-")
+    return {
+        "THE_SOCKET": socket.name,
+        "THE_SUMMARY": socket.summary,
+        "THE_VERSION": as_metadata(socket.contract),
+        "THE_DEPENDENCIES": '", "'.join(needs),
+        "THE_INTERFACE": interface_of(registry, socket),
+        "THE_FILES": "".join(rows),
+        "THE_USE": used_by(template),
+        "MyPlugin": "".join(word.capitalize() for word in module.split("_")),
+        "my_plugin": module,
+        "my-plugin": dashed,
+    }
+
+
+def used_by(package: Path) -> str:
+    """The command that uses a package: the first line of its engine.yaml, a comment."""
+    return (package / "engine.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+def interface_of(registry: Registry, socket: Socket) -> str:
+    """The module to read before writing a provider."""
+    owner = registry.added_by.get(socket.name)
+    if socket.interface is not None:
+        return socket.interface.__module__
+    return owner.module if owner else f"dovetail.interfaces.{socket.name}"
+
+
+def _libraries(template: Path) -> set[str]:
+    """What the template's code imports that neither Python nor Dovetail has."""
+    found = set()
+    for path in (template / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {m.split(".")[0] for m in modules}
+    return {m for m in found - sys.stdlib_module_names if m != "my_plugin" and not m.startswith("dovetail")}
+
+
+def _first_sentence(path: Path) -> str:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"[.:;](?:\s|$)", " ".join(said.split()))[0]
+
+
+def _copy(source: Path, target: Path, words: dict[str, str]) -> None:
+    """A folder's files, with names and texts changed; what is no text is copied as it is."""
+
+    def renamed(text: str) -> str:
+        for word, replacement in words.items():
+            text = text.replace(word, replacement)
+        return text
+
+    for path in sorted(source.rglob("*")):
+        if path.is_dir() or "__pycache__" in path.parts:
+            continue
+        to = target / renamed(str(path.relative_to(source)))
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            to.write_text(renamed(path.read_text(encoding="utf-8")), encoding="utf-8")
+        except UnicodeDecodeError:
+            shutil.copyfile(path, to)

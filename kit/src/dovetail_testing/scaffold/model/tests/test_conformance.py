@@ -1,0 +1,8 @@
+"""All the test that a model's files need: config, weights, tokenizer and licence."""
+
+from dovetail_testing.model import ModelContract
+from my_plugin import PROVIDER
+
+
+class TestMyPlugin(ModelContract):
+    provider = PROVIDER

@@ -1,0 +1,43 @@
+from __future__ import annotations
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+from dovetail.facts import ModelFacts, model_facts
+from dovetail.frontend.tokenizer import Tokenizer
+from dovetail.interfaces.model import ModelSource
+from dovetail_testing.contract import Contract, common_causes
+BITS = {'F64': 64, 'F32': 32, 'F16': 16, 'BF16': 16, 'I64': 64, 'I32': 32, 'I16': 16, 'I8': 8, 'U8': 8, 'BOOL': 8, 'F8_E4M3': 8, 'F8_E5M2': 8, 'U64': 64, 'U32': 32, 'U16': 16, 'F8_E8M0': 8, 'F4': 4}
+UNSAFE = ('.bin', '.pt', '.pth', '.pkl', '.ckpt')
+TEXTS = ('', 'Hello, world!', 'def f(x):\n    return x ** 2\n', 'naïve — 漢字 🙂', 'a' * 300)
+
+class ModelContract(Contract):
+    socket = 'model'
+
+    @property
+    def source(self) -> ModelSource:
+        ...
+
+    @property
+    def facts(self) -> ModelFacts:
+        ...
+
+    @common_causes('a relative path', 'package data left out of the wheel', 'the licence of the weights not stated')
+    def test_declaration(self) -> None:
+        ...
+
+    @common_causes('a key that transformers fills in by default, and config.json leaves out')
+    def test_the_config_says_what_is_asked(self) -> None:
+        ...
+
+    @common_causes('a file cut short on its way into the package', 'an index that names files which are not there')
+    def test_the_weights_are_whole(self) -> None:
+        ...
+
+    @common_causes('a normalizer that changes what is typed', 'a decoder that is missing from tokenizer.json')
+    def test_the_tokenizer_keeps_texts(self) -> None:
+        ...
+
+def tensors_of(file: Path) -> dict[str, Any]:
+    ...

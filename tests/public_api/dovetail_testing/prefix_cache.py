@@ -1,0 +1,92 @@
+from __future__ import annotations
+from functools import partial
+from typing import Any
+import pytest
+from hypothesis import strategies as st
+from dovetail.engine.kv_cache import PagedKVCache
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
+from dovetail.engine.tiered_cache import TieredKVCache
+from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.plugin.provider import HOST_MEMORY
+from dovetail.types import KVGroup, Request, SamplingParams, StepPlan
+from dovetail_testing.contract import Contract, common_causes
+from dovetail_testing.engines import AlikeMachine, Asked, Parts, Setup, alone, request, requests_of, run, run_with_failures, setups, workloads_alike
+from dovetail_testing.prefix_cache_machine import IndexMachine
+from dovetail_testing.simulated import Faults
+
+def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
+    ...
+
+def new_paged(setup: Setup) -> PagedKVCache:
+    ...
+tiered_setups = st.builds(Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]), budget=st.integers(1, 40), seats=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40))
+
+class PrefixCacheContract(Contract):
+    socket = 'prefix_cache'
+
+    @property
+    def parts(self) -> Parts:
+        ...
+
+    def new(self, groups: list[KVGroup], num_blocks: list[int], num_host_blocks: list[int] | None=None) -> PrefixCache:
+        ...
+
+    def new_tiered(self, setup: Setup) -> TieredKVCache:
+        ...
+
+    @property
+    def tiered(self) -> Parts:
+        ...
+
+    def new_kv(self, setup: Setup) -> ReusingKVCache:
+        ...
+
+    @common_causes('a block forgotten by evict and still found', 'keep answered for a block that was never inserted', 'the same block in the eviction order twice', 'claim without taking the block out of the eviction order', 'tokens hashed in fewer bytes than they have', 'the books of one KV group used for another')
+    def test_the_books_stay_right(self) -> None:
+        ...
+
+    @common_causes('a block in use named by evict', 'more or fewer blocks evicted than asked for')
+    def test_an_engine_whatever_happens(self) -> None:
+        ...
+
+    @common_causes("a host block in the order of the device's", 'a block that was moved still found where it was')
+    def test_an_engine_with_a_host_tier_whatever_happens(self) -> None:
+        ...
+
+    @common_causes('`promote` or `demote` pairs the blocks in another order', 'the books of one tier used for the other')
+    def test_a_host_tier_changes_no_output(self) -> None:
+        ...
+
+    @common_causes('what is demoted is forgotten', "host blocks that were promoted stay in the host's order of eviction")
+    def test_what_the_host_has_room_for_is_found_again(self) -> None:
+        ...
+
+    @common_causes("a hash of a block's own tokens, without those before it", 'blocks inserted before they were computed')
+    def test_reuse_changes_no_output(self) -> None:
+        ...
+
+    @common_causes('what is expected found before it is computed', 'an expectation that outlives its sequence')
+    def test_what_failed_is_never_found(self) -> None:
+        ...
+
+    @pytest.mark.parametrize('overlap', [False, True])
+    @common_causes('`expect` ignored', '`expected_from` asked for a block answers for the one after it')
+    def test_what_comes_together_is_computed_once(self, overlap: bool) -> None:
+        ...
+
+    @common_causes('blocks inserted and never found', 'the chain of a sequence not continued after a hit')
+    def test_what_was_computed_is_found(self) -> None:
+        ...
+
+    @common_causes('adapter_id or cache_salt left out of the key', "only the first block's key depends on them")
+    def test_nothing_is_shared_across_salts_and_adapters(self) -> None:
+        ...
+
+    @common_causes('state kept by the class or the module instead of the object')
+    def test_two_engines_do_not_meet(self) -> None:
+        ...
+
+    @common_causes('reset that leaves the eviction order as it was', 'blocks in use kept after a reset')
+    def test_reset_forgets_everything(self) -> None:
+        ...

@@ -1,0 +1,92 @@
+from __future__ import annotations
+from functools import partial
+from typing import Any
+import pytest
+from hypothesis import strategies as st
+from dovetail.assembly.builtins import dovetail_kv_caches
+from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.interfaces.kv_cache import KVCacheManager
+from dovetail.interfaces.scheduler import Scheduler, SchedulerCapabilities
+from dovetail.plugin.provider import SchedulerOptions
+from dovetail.sequence import Sequence
+from dovetail.types import Request
+from dovetail_testing.contract import Contract, common_causes
+from dovetail_testing.dictionary import DictionaryIndex
+from dovetail_testing.engines import AlikeMachine, Asked, EngineMachine, Outputs, Parts, Setup, WatchedEngine, alone, collect, request, requests_of, run, setups, workloads, workloads_alike
+from dovetail_testing.simulated import Faults
+PAGED = dovetail_kv_caches()[0]
+PATIENCE = 3000
+
+class SchedulerContract(Contract):
+    socket = 'scheduler'
+
+    @property
+    def parts(self) -> Parts:
+        ...
+
+    def new_kv(self, setup: Setup) -> KVCacheManager:
+        ...
+
+    def new_scheduler(self, setup: Setup, kv: KVCacheManager) -> Scheduler:
+        ...
+
+    def alone(self, requests: list[Request], window: int | None=None) -> Outputs:
+        ...
+
+    @common_causes('the options do not extend SchedulerOptions', 'capabilities of another socket')
+    def test_declaration(self) -> None:
+        ...
+
+    @common_causes('a budget or seat that an early `continue` does not count', 'blocks not freed, or freed twice, on abort', 'a sequence kept in no list, or in two', 'preemption while a step is in flight')
+    def test_whatever_happens_everything_adds_up(self) -> None:
+        ...
+
+    @common_causes('num_computed_tokens left as it was on preemption', 'blocks shared before they are computed', 'a row planned from tokens that are still in flight as if they were known')
+    def test_scheduling_changes_no_output(self) -> None:
+        ...
+
+    @common_causes('a sequence that `reuse` lets wait (None) is started, or stops those behind it', 'blocks found are not freed again')
+    def test_shared_beginnings_change_no_output(self) -> None:
+        ...
+
+    @common_causes('rows not written by Sequence.add_row', 'num_to_compute kept from before', 'drafts kept on preemption')
+    def test_drafts_change_no_output(self) -> None:
+        ...
+
+    @pytest.mark.parametrize('overlap', [False, True])
+    @common_causes('a preempted sequence resumed without its output so far', 'its blocks freed, and its row still in the plan')
+    def test_tight_memory_changes_no_output(self, overlap: bool) -> None:
+        ...
+
+    @pytest.mark.parametrize('overlap', [False, True])
+    @pytest.mark.parametrize('size', [(9, 6), (2, 1), (20, 25)], ids=['middling', 'tiny', 'alike'])
+    @common_causes('newcomers overtake without bound: age those who wait', 'the one preempted is always the same one')
+    def test_nobody_starves_while_others_keep_coming(self, size: tuple[int, int], overlap: bool) -> None:
+        ...
+
+    @pytest.mark.parametrize('overlap', [False, True])
+    @common_causes('`remove` looks in one list only', 'state of a failed step kept for the next one')
+    def test_a_failed_step_is_forgotten(self, overlap: bool) -> None:
+        ...
+
+    @pytest.mark.parametrize('index', range(6))
+    @common_causes('newcomers put in front', 'priorities sorted the wrong way: lower runs first')
+    def test_declared_order(self, index: int) -> None:
+        ...
+
+def new_reusing(setup: Setup) -> KVCacheManager:
+    ...
+
+class Knowing:
+
+    def __init__(self, expected: Outputs) -> None:
+        ...
+
+    def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
+        ...
+
+    def forget(self, seq_id: int) -> None:
+        ...
+
+def first_rows(engine: WatchedEngine, levels: list[int]) -> list[int]:
+    ...
