@@ -76,7 +76,7 @@ def time_parts(llm: LLM) -> None:
     timed("commit", engine, "commit")
     timed("model", runner.model, "forward")
     timed("logits", runner.model, "logits")
-    timed("argmax", runner._drawing, "best")
+    timed("argmax", runner._sampler, "best")
     timed("draw", runner, "draw")
 
 

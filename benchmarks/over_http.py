@@ -2,7 +2,7 @@
 
     python benchmarks/over_http.py [--requests 200] [--concurrency 16] [--rounds 5] [--json FILE]
 
-In turn: requests over HTTP to a running `dovetail serve`, and the same ones through `LLM.generate` with as many seats.
+In turn: requests over HTTP to a running `dovetail serve`, and the same ones through `LLM.generate` with as many batch rows.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def step_time(llm: LLM, engine: Engine, count: int, steps: int) -> tuple[float, 
         assert step is not None
         submitted = time.perf_counter()
         engine.finish_step(step)
-        engine.take_news()
+        engine.take_outputs()
         ended = time.perf_counter()
         whole.append(1e6 * (ended - began))
         around.append(1e6 * (planned - began + ended - submitted))

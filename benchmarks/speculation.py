@@ -4,9 +4,9 @@
 
 - `copy`, one request at a time: an answer that repeats what is there already. The demo model goes on with code and tables that
   repeat themselves, and repeats a passage that its prompt has; the models of random weights run into a cycle by themselves.
-- `random`, 1 to 64 requests at a time: prompts of random tokens, drawn at temperature 1. There is nothing to copy, so what is
+- `random`, 1 to 64 requests at a time: prompts of random tokens, sampled at temperature 1. There is nothing to copy, so what is
   measured is what drafting costs where it does not help.
-- `greedy`, the same drawn greedily: text that repeats itself by halves, as small models' does.
+- `greedy`, the same sampled greedily: text that repeats itself by halves, as small models' does.
 
 Both sides are one engine, which has its drafter or has not; which one begins changes from round to round. A ratio is the median
 over rounds of the ratio within a round. Timing begins when every request has its first token.

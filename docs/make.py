@@ -22,7 +22,7 @@ from dovetail.interfaces.scheduler import SchedulerCapabilities
 from dovetail.plugin import hookspecs
 from dovetail.plugin.config import EngineConfig
 from dovetail.plugin.discovery import Offer, Registry, load_registry
-from dovetail.plugin.extension_points import SOCKETS, Socket
+from dovetail.plugin.extension_points import EXTENSION_POINTS, ExtensionPoint
 from dovetail_testing.contracts import contract_of
 from dovetail_testing.scaffold import interface_of
 
@@ -35,9 +35,9 @@ CAPABILITIES: dict[str, type] = {
 NOTE = "<!-- Written by docs/make.py from the code: do not edit. -->\n"
 
 FORMS = """\
-Every socket (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `NAME` or
+Every extension point (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `NAME` or
 `{use: NAME, on_unsupported: error|fallback, …options}`; `attention` may also be given by kind of layer:
-`{full: …, sliding: …}`. A socket that a plugin adds is set among the options of the socket it is within:
+`{full: …, sliding: …}`. An extension point that a plugin adds is set among the options of the extension point it is within:
 `prefix_cache: {use: hash, eviction: lfu}`.
 
 `quantization` may be rules, of which the first that matches a layer's name in the checkpoint counts:
@@ -50,33 +50,33 @@ def hooks() -> str:
     """docs/hooks.md: every hook, in the order of an engine's life, with its docstring and its contract's version."""
     out = [NOTE, "# Hooks", inspect.getdoc(hookspecs) or ""]
     source = ast.parse(inspect.getsource(hookspecs))
-    by_hook, registry = {s.hook: s for s in SOCKETS}, load_registry()
+    by_hook, registry = {s.hook: s for s in EXTENSION_POINTS}, load_registry()
     for node in source.body:
         if isinstance(node, ast.FunctionDef):
-            socket = by_hook.get(node.name)
+            extension_point = by_hook.get(node.name)
             out.append(f"## `{node.name}`\n\n{ast.get_docstring(node) or ''}")
-            out += [_facts(registry, socket), _fields(socket)] if socket else []
-    out.append("# Hooks of sockets that plugins open")
-    out.append("They are there while a provider of the plugin that opens them fills the socket they are within.")
+            out += [_facts(registry, extension_point), _fields(extension_point)] if extension_point else []
+    out.append("# Hooks of extension points that plugins open")
+    out.append("They are there while a provider of the plugin that opens them fills the extension point they are within.")
     for name, plugin in registry.added_by.items():
-        socket = registry.sockets[name]
-        out += [f"## `{socket.hook}`\n\nOpened by `{plugin.distribution}`.", _facts(registry, socket)]
+        extension_point = registry.extension_points[name]
+        out += [f"## `{extension_point.hook}`\n\nOpened by `{plugin.distribution}`.", _facts(registry, extension_point)]
     return "\n\n".join(part for part in out if part) + "\n"
 
 
-def _facts(registry: Registry, socket: Socket) -> str:
-    """What is known of a socket, as a table."""
-    examples = sorted(p.parent.name for p in EXAMPLES.glob("*/pyproject.toml") if socket.name in _sockets_of(p))
-    previous, kit = socket.previous, contract_of(socket)
+def _facts(registry: Registry, extension_point: ExtensionPoint) -> str:
+    """What is known of an extension point, as a table."""
+    examples = sorted(p.parent.name for p in EXAMPLES.glob("*/pyproject.toml") if extension_point.name in _extension_points_of(p))
+    previous, kit = extension_point.previous, contract_of(extension_point)
     rows = {
-        "socket": f"`{socket.name}`: {socket.summary}",
-        "filled by": "any number" if socket.many else "one provider, or none" if socket.optional else "one provider",
-        "within": f"`{socket.within}`" if socket.within else "",
-        "interface": _link(interface_of(registry, socket)),
-        "contract": socket.contract,
+        "extension_point": f"`{extension_point.name}`: {extension_point.summary}",
+        "filled by": "any number" if extension_point.many else "one provider, or none" if extension_point.optional else "one provider",
+        "within": f"`{extension_point.within}`" if extension_point.within else "",
+        "interface": _link(interface_of(registry, extension_point)),
+        "contract": extension_point.contract,
         "the one before": f"{previous.version}, served until {previous.until}: now {previous.changed}" if previous else "none",
         "contract class": f"`{kit.__name__}` of {_link(kit.__module__)}" if kit else "none",
-        "to begin with": f"`dovetail new-plugin {socket.name} NAME`",
+        "to begin with": f"`dovetail new-plugin {extension_point.name} NAME`",
         "examples": ", ".join(f"[{name}](../examples/{name})" for name in examples),
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {what} | {text} |" for what, text in rows.items() if text)])
@@ -88,24 +88,24 @@ def _link(module: str) -> str:
     return f"[`{module}`](../{file})"
 
 
-def _sockets_of(pyproject: Path) -> set[str]:
+def _extension_points_of(pyproject: Path) -> set[str]:
     """What a package was written for, by its metadata."""
     return set(tomllib.loads(pyproject.read_text())["project"]["entry-points"].get("dovetail.contracts", {}))
 
 
-def _fields(socket: Socket) -> str:
-    """What a socket's providers declare, and what their options have in common."""
+def _fields(extension_point: ExtensionPoint) -> str:
+    """What an extension point's providers declare, and what their options have in common."""
     out = []
-    if declared := CAPABILITIES.get(socket.name):
+    if declared := CAPABILITIES.get(extension_point.name):
         said = _docstrings(declared)
         out += [f"What `{declared.__name__}` says:\n", "| field | type | default | |", "|---|---|---|---|"]
         for f in dataclasses.fields(declared):
             kind = str(f.type).replace("|", "\\|")
             default = "–" if f.default is dataclasses.MISSING else f"`{f.default!r}`"
             out.append(f"| `{f.name}` | {kind} | {default} | {said.get(f.name, '')} |")
-    if socket.options.model_fields:
-        names = ", ".join(f"`{name}`" for name in socket.options.model_fields)
-        out.append(f"\nOptions extend `{socket.options.__name__}`: {names}.")
+    if extension_point.options.model_fields:
+        names = ", ".join(f"`{name}`" for name in extension_point.options.model_fields)
+        out.append(f"\nOptions extend `{extension_point.options.__name__}`: {names}.")
     return "\n".join(out).strip()
 
 
@@ -121,31 +121,31 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def config() -> str:
-    """docs/config.md: every key of a composition file, and every option of the providers in this repository."""
+    """docs/config.md: every key of an engine config, and every option of the providers in this repository."""
     out = [NOTE, "# Configuration\n", inspect.getdoc(EngineConfig) or "", "", *_table(EngineConfig), ""]
     out.append(FORMS)
     for offer in _offers():
         if offer.provider.options.model_fields:
-            out.append(f"## `{offer.socket}: {offer.provider.name}` ({offer.plugin.distribution})\n")
+            out.append(f"## `{offer.extension_point}: {offer.provider.name}` ({offer.plugin.distribution})\n")
             out += [f"{offer.provider.summary}.", "", *_table(offer.provider.options), ""]
     return "\n".join(out)
 
 
 def plugins() -> str:
     """docs/plugins.md: who offers what, and what those that are chosen by capabilities declare."""
-    out = [NOTE, "# Plugins in this repository\n", "| socket | provider | from | priority | what it is |", "|" + "---|" * 5]
+    out = [NOTE, "# Plugins in this repository\n", "| extension point | provider | from | priority | what it is |", "|" + "---|" * 5]
     for o in _offers():
         p = o.provider
-        out += [f"| {o.socket} | `{p.name}` | {o.plugin.distribution} | {p.priority} | {p.summary} |"]
+        out += [f"| {o.extension_point} | `{p.name}` | {o.plugin.distribution} | {p.priority} | {p.summary} |"]
     out += _declared("attention", AttentionCapabilities) + _declared("quantization", QuantizationCapabilities)
     out += _declared("matmul", MatmulCapabilities) + _declared("architecture", ArchitectureCapabilities)
     return "\n".join(out) + "\n"
 
 
-def _declared(socket: str, capabilities: Any) -> list[str]:
-    """A table: what each provider of a socket declares."""
+def _declared(extension_point: str, capabilities: Any) -> list[str]:
+    """A table: what each provider of an extension point declares."""
     offers = [o for o in _offers() if isinstance(o.provider.capabilities, capabilities)]
-    out = [f"\n## What {socket} providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in offers) + " |"]
+    out = [f"\n## What {extension_point} providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in offers) + " |"]
     out.append("|---" * (len(offers) + 1) + "|")
     for name, field in capabilities.__dataclass_fields__.items():
         if name == "examples":
@@ -159,8 +159,8 @@ def _offers() -> list[Offer]:
     """Of the packages in this repository, whatever else is installed."""
     ours = {f"dovetail-{p.name.replace('_', '-')}" for p in (DOCS.parent / "plugins").iterdir()} | {"dovetail-core"}
     offers = [o for o in load_registry().offers if o.plugin.distribution in ours]
-    order = list(load_registry().sockets)
-    return sorted(offers, key=lambda o: (order.index(o.socket), -o.provider.priority, o.provider.name))
+    order = list(load_registry().extension_points)
+    return sorted(offers, key=lambda o: (order.index(o.extension_point), -o.provider.priority, o.provider.name))
 
 
 def _cell(value: object, none: str) -> str:

@@ -1,4 +1,4 @@
-"""A plugin that misbehaves on demand: a provider "chaos" for every socket, which does what it should until it is told not to.
+"""A plugin that misbehaves on demand: a provider "chaos" for every extension point, which does what it should until it is told not to.
 
 Each holds something sound (`inner`) and lets one of its methods go wrong: `Chaotic` says how. Installed by `install` of
 `dovetail_testing.plugin`, as a distribution `dovetail-chaos`.

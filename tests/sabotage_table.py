@@ -17,13 +17,13 @@ SEED = 20_260_101
 HEAD = """<!-- Written by tests/sabotage_table.py: do not edit. -->
 # What the conformance kit catches
 
-Plugins that are wrong on purpose (`tests/sabotage/`), one mistake each, run through the whole contract of their socket with
+Plugins that are wrong on purpose (`tests/sabotage/`), one mistake each, run through the whole contract of their extension point with
 seed {seed}. In bold: the checks that are there for the mistake. `make test` runs one sabotage for each check; `make soak` all
 of them with fresh seeds, and each contract on correct plugins over 50 seeds.
 
 {counts}
 
-| socket | sabotage | what is wrong | caught by |
+| extension point | sabotage | what is wrong | caught by |
 |---|---|---|---|
 """
 
@@ -37,18 +37,18 @@ def failed_checks(index: int) -> list[str]:
 
 
 def main() -> int:
-    rows, missed, per_socket = [], [], dict[str, int]()
+    rows, missed, per_extension_point = [], [], dict[str, int]()
     sabotages = all_sabotages()
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for s, failed in zip(sabotages, pool.map(failed_checks, range(len(sabotages))), strict=True):
             if not set(s.caught_by) <= set(failed):
-                missed.append(f"{s.socket}: {s.name}")
+                missed.append(f"{s.extension_point}: {s.name}")
             others = [c for c in failed if c not in s.caught_by]
             caught = ", ".join([*(f"**{words(c)}**" for c in s.caught_by if c in failed), *shortened(map(words, others))])
-            rows.append(f"| {s.socket} | {s.name} | {s.wrong} | {caught or 'MISSED'} |")
-            per_socket[s.socket] = per_socket.get(s.socket, 0) + 1
+            rows.append(f"| {s.extension_point} | {s.name} | {s.wrong} | {caught or 'MISSED'} |")
+            per_extension_point[s.extension_point] = per_extension_point.get(s.extension_point, 0) + 1
             print(rows[-1], flush=True)
-    counts = f"{len(rows)} sabotages: " + ", ".join(f"{n} of {socket}" for socket, n in per_socket.items())
+    counts = f"{len(rows)} sabotages: " + ", ".join(f"{n} of {extension_point}" for extension_point, n in per_extension_point.items())
     counts += f". Caught: {len(rows) - len(missed)}."
     page = Path(__file__).parents[1] / "docs/sabotage.md"
     page.write_text(HEAD.format(seed=SEED, counts=counts) + "\n".join(rows) + "\n")

@@ -40,7 +40,7 @@ RUNS = {
         ["plugins/worker_torch/tests/test_models.py", "-k", "torch_compile"], {"DOVETAIL_SOAK": 1},
     ),
     "chaos": (
-        "every socket × every fault, with processes that hang and crash for each",
+        "every extension point × every fault, with processes that hang and crash for each",
         ["tests/test_chaos.py"], {"DOVETAIL_SOAK": 1},
     ),
     "the conformance kit": (
@@ -63,11 +63,11 @@ RUNS = {
         "its long parts on a CPU, with tiny sizes", ["tests/test_gpu_check.py", "-m", "soak"], {},
     ),
     "new plugins": (
-        "a package from `dovetail new-plugin` for every socket: all of its contract",
+        "a package from `dovetail new-plugin` for every extension point: all of its contract",
         ["tests/test_new_plugin.py"], {"DOVETAIL_SOAK": 1},
     ),
-    "draws": (
-        "1,000,000 keyed draws in each of 42 cases against the exact distribution (χ², false alarms 1e-4, power 0.99 at 0.5 %)",
+    "samples": (
+        "1,000,000 keyed samples in each of 42 cases against the exact distribution (χ², false alarms 1e-4, power 0.99 at 0.5 %)",
         ["plugins/worker_torch/tests/test_sampler.py", "-k", "frequencies"], {"DOVETAIL_SOAK": 1},
     ),
     "drafts change no output": (

@@ -18,7 +18,7 @@ import pytest
 import dovetail
 from dovetail.plugin import hookspecs
 from dovetail.plugin.discovery import load_registry
-from dovetail.plugin.extension_points import SOCKETS
+from dovetail.plugin.extension_points import EXTENSION_POINTS
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "core/src/dovetail"
@@ -113,20 +113,20 @@ def test_no_file_outgrows_a_sitting() -> None:
     assert not {name: n for name, n in lengths.items() if n > 420}
 
 
-def test_every_hook_is_documented_and_is_the_hook_of_one_socket() -> None:
+def test_every_hook_is_documented_and_is_the_hook_of_one_extension_point() -> None:
     hooks = {n: f for n, f in vars(hookspecs).items() if n.startswith("dovetail_")}
-    assert {s.hook for s in SOCKETS} | {"dovetail_sockets"} == set(hooks)
+    assert {s.hook for s in EXTENSION_POINTS} | {"dovetail_extension_points"} == set(hooks)
     reference = (ROOT / "docs/hooks.md").read_text()
     for name, function in hooks.items():
         assert len(function.__doc__ or "") > 60, f"{name} has no docstring to speak of"
         assert f"`{name}`" in reference, f"docs/hooks.md does not mention {name}"
 
 
-def test_every_socket_is_filled_by_an_installed_plugin_and_every_provider_says_what_it_is() -> None:
+def test_every_extension_point_is_filled_by_an_installed_plugin_and_every_provider_says_what_it_is() -> None:
     registry = load_registry()
     assert not registry.broken
-    for socket in SOCKETS:
-        assert socket.optional or registry.of(socket.name), f"nobody offers anything for {socket.name}"
+    for extension_point in EXTENSION_POINTS:
+        assert extension_point.optional or registry.of(extension_point.name), f"nobody offers anything for {extension_point.name}"
     for offer in registry.offers:
         assert len(offer.provider.summary) > 10
         for name, field in offer.provider.options.model_fields.items():

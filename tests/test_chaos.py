@@ -1,6 +1,6 @@
-"""Every socket × every fault: what it costs, who is named, and that nobody else notices.
+"""Every extension point × every fault: what it costs, who is named, and that nobody else notices.
 
-The table is `SOCKETS` × `FAULTS`: a fault in a request-scoped socket costs its request, one in a step-scoped socket the
+The table is `EXTENSION_POINTS` × `FAULTS`: a fault in a request-scoped extension point costs its request, one in a step-scoped extension point the
 requests of the step, with a typed error that names `dovetail-chaos:chaos`; all others' outputs are what they are without it.
 What hangs or crashes costs the engine process, which is replaced. `make test` leaves out processes that import torch, and all
 crashes but one; `make soak` takes all.
@@ -34,33 +34,33 @@ SEATS = 2
 MAX_TOKENS = 12
 
 
-class Socket(NamedTuple):
+class ExtensionPoint(NamedTuple):
     scope: str
     """What a fault costs: the request that met it, or the requests of its step."""
     torch: bool
     """It is part of torch's worker; the others run with the simulated one."""
 
 
-SOCKETS = {
-    "speculation": Socket("request", False),
-    "prefix_cache": Socket("request", False),
-    "eviction": Socket("request", False),
-    "scheduler": Socket("step", False),
-    "kv_cache": Socket("step", False),
-    "worker": Socket("step", False),
-    "attention": Socket("step", True),
-    "quantization": Socket("step", True),
-    "architecture": Socket("step", True),
+EXTENSION_POINTS = {
+    "speculation": ExtensionPoint("request", False),
+    "prefix_cache": ExtensionPoint("request", False),
+    "eviction": ExtensionPoint("request", False),
+    "scheduler": ExtensionPoint("step", False),
+    "kv_cache": ExtensionPoint("step", False),
+    "worker": ExtensionPoint("step", False),
+    "attention": ExtensionPoint("step", True),
+    "quantization": ExtensionPoint("step", True),
+    "architecture": ExtensionPoint("step", True),
 }
 """Those of the engine. `model`, `server` and `routes` live in the front-end, and have tests of their own below."""
 FAULTS = ("raise", "nan", "shape", "dtype")
 """In use, and survived by the process."""
 FATAL = ("hang", "crash")
-TORCH_IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) if s.torch else name for name, s in SOCKETS.items()]
+TORCH_IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) if s.torch else name for name, s in EXTENSION_POINTS.items()]
 """What the parts of torch's worker do here, the simulated worker's show too."""
 PROCESSES = [
     pytest.param(name, fault, marks=[pytest.mark.soak] * (s.torch or (fault == "crash" and name != "worker")))
-    for name, s in SOCKETS.items()
+    for name, s in EXTENSION_POINTS.items()
     for fault in FATAL
 ]
 """In the soak: processes that import torch, and crashes that show what another one shows."""
@@ -79,23 +79,23 @@ def chaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def values(tmp_path: Path, checkpoint: Callable[[str], Checkpoint]) -> Callable[..., dict[str, Any]]:
-    """The settings of an engine with the chaos plugin in a socket."""
+    """The settings of an engine with the chaos plugin in an extension point."""
 
-    def of(socket: str, fault: str, at: int = 8) -> dict[str, Any]:
+    def of(extension_point: str, fault: str, at: int = 8) -> dict[str, Any]:
         misbehaving: dict[str, Any] = {"use": "chaos", "fault": fault, "at": at}
-        if socket == "speculation":
+        if extension_point == "speculation":
             misbehaving["adaptive"] = False  # or it is asked only as often as the machine makes it worth
         common: dict[str, Any] = {"device": "cpu", "overlap": False, "dtype": "float32", "prefix_cache": "none"}
         common["scheduler"] = {"max_num_seqs": SEATS}
-        if SOCKETS[socket].torch:
+        if EXTENSION_POINTS[extension_point].torch:
             common |= {"model": str(checkpoint("llama-2").folder), "attention": "torch-reference"}
         else:
             common |= {"model": str(make_model(tmp_path / "model")), **SIMULATED, "kv_cache": {"block_size": 4}}
-        if socket == "eviction":  # a cache so small that blocks are given up
+        if extension_point == "eviction":  # a cache so small that blocks are given up
             common["kv_cache"] |= {"memory_gb": 26 * 4 * 128 / 2**30}
             return common | {"prefix_cache": {"use": "hash", "eviction": {**misbehaving, "at": 1}}, "max_model_len": 40}
-        old = common.get(socket)
-        return common | {socket: {**(old if isinstance(old, dict) else {}), **misbehaving}}
+        old = common.get(extension_point)
+        return common | {extension_point: {**(old if isinstance(old, dict) else {}), **misbehaving}}
 
     return of
 
@@ -132,47 +132,47 @@ def drive(llm: LLM) -> dict[str, Ended]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("socket", SOCKETS)
+@pytest.mark.parametrize("extension_point", EXTENSION_POINTS)
 @pytest.mark.usefixtures("chaos")
-def test_a_fault_costs_whom_it_concerns(values: Callable[..., dict[str, Any]], socket: str, fault: str) -> None:
-    with LLM(**values(socket, "none")) as sound:
+def test_a_fault_costs_whom_it_concerns(values: Callable[..., dict[str, Any]], extension_point: str, fault: str) -> None:
+    with LLM(**values(extension_point, "none")) as sound:
         expected = drive(sound)
         again = drive(sound)
     assert all(end.error is None and len(end.tokens) == MAX_TOKENS for end in expected.values())
     assert again == expected
-    with LLM(**values(socket, fault)) as llm:
+    with LLM(**values(extension_point, fault)) as llm:
         first, second = drive(llm), drive(llm)
     failed = {name: end.error for name, end in first.items() if end.error is not None}
-    assert 1 <= len(failed) <= (1 if SOCKETS[socket].scope == "request" else SEATS)
+    assert 1 <= len(failed) <= (1 if EXTENSION_POINTS[extension_point].scope == "request" else SEATS)
     for error in failed.values():
         assert isinstance(error, StepFailed | PluginError)
-        assert f"{socket} ({CULPRIT})" in error.message, error.message
-    if socket in ("speculation", "prefix_cache"):
+        assert f"{extension_point} ({CULPRIT})" in error.message, error.message
+    if extension_point in ("speculation", "prefix_cache"):
         assert set(failed) == {"r1"}
-    if fault == "nan" and SOCKETS[socket].torch:
+    if fault == "nan" and EXTENSION_POINTS[extension_point].torch:
         assert len(failed) == 1, "a NaN is its row's alone"
     for name, end in first.items():
         assert name in failed or end == expected[name], f"{name} is another because {failed} failed"
     for name, end in second.items():
-        hit_again = name == "r1" and socket in ("speculation", "prefix_cache")
+        hit_again = name == "r1" and extension_point in ("speculation", "prefix_cache")
         assert hit_again or end == expected[name], f"{name} came after it"
 
 
 @pytest.mark.parametrize("fault", ["build", "build-wrong"])
-@pytest.mark.parametrize("socket", SOCKETS)
+@pytest.mark.parametrize("extension_point", EXTENSION_POINTS)
 @pytest.mark.usefixtures("chaos")
-def test_what_cannot_be_built_is_named(values: Callable[..., dict[str, Any]], socket: str, fault: str) -> None:
+def test_what_cannot_be_built_is_named(values: Callable[..., dict[str, Any]], extension_point: str, fault: str) -> None:
     with pytest.raises(PluginError, match=CULPRIT) as e:
-        LLM(**values(socket, fault)).close()
-    assert socket in e.value.message
+        LLM(**values(extension_point, fault)).close()
+    assert extension_point in e.value.message
 
 
-@pytest.mark.parametrize("socket", TORCH_IN_SOAK)
+@pytest.mark.parametrize("extension_point", TORCH_IN_SOAK)
 @pytest.mark.usefixtures("chaos")
-def test_what_is_slow_loses_nothing(values: Callable[..., dict[str, Any]], socket: str) -> None:
-    with LLM(**values(socket, "none")) as llm:
+def test_what_is_slow_loses_nothing(values: Callable[..., dict[str, Any]], extension_point: str) -> None:
+    with LLM(**values(extension_point, "none")) as llm:
         expected = drive(llm)
-    with LLM(**values(socket, "slow", at=4)) as llm:
+    with LLM(**values(extension_point, "slow", at=4)) as llm:
         assert drive(llm) == expected
 
 
@@ -198,13 +198,13 @@ def drive_until_idle(llm: LLM) -> dict[str, Ended]:
     return ends
 
 
-@pytest.mark.parametrize(("socket", "fault"), PROCESSES)
+@pytest.mark.parametrize(("extension_point", "fault"), PROCESSES)
 @pytest.mark.usefixtures("chaos")
-def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str, Any]], socket: str, fault: str) -> None:
+def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str, Any]], extension_point: str, fault: str) -> None:
     # Of a part of torch's worker, later than its warm-up.
-    settings = values(socket, fault, at=60 if socket == "attention" else 8 if SOCKETS[socket].torch else 3)
+    settings = values(extension_point, fault, at=60 if extension_point == "attention" else 8 if EXTENSION_POINTS[extension_point].torch else 3)
     model = Path(settings.pop("model"))
-    if SOCKETS[socket].torch:
+    if EXTENSION_POINTS[extension_point].torch:
         model = Path("demo")  # a process of its own needs a tokenizer
         settings["worker"] = "torch"
     del settings["device"]
@@ -216,7 +216,7 @@ def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str,
             errors = await asyncio.gather(*(outcome(complete(engine, p, params)) for p in prompts))  # type: ignore[arg-type]
             dead = [e for e in errors if isinstance(e, EngineDead)]
             assert dead
-            assert ("signal 6" if fault == "crash" else f"in {socket} ({CULPRIT})") in dead[0].message
+            assert ("signal 6" if fault == "crash" else f"in {extension_point} ({CULPRIT})") in dead[0].message
             await until(lambda: engine.state == "ready")
             assert engine.num_restarts == 1, "the process was not replaced"
             answer = await complete(engine, "x", SamplingParams(max_tokens=1))
@@ -225,7 +225,7 @@ def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str,
     run(test())
 
 
-# The front-end's sockets.
+# The front-end's extension points.
 
 
 @pytest.mark.usefixtures("chaos")

@@ -38,7 +38,7 @@ def drafting(model: Any = "demo-draft", num_draft_tokens: int = 4) -> dict[str, 
 def drafts_of(
     model: Any, prompts: list[Any], params: list[SamplingParams], *, rounds: int = 1, **values: Any
 ) -> tuple[list[Any], EngineStats]:
-    """What is said in the last round, and the stats of all. The overlapped loop, a small budget, few seats."""
+    """What is said in the last round, and the stats of all. The overlapped loop, a small budget, few batch rows."""
     common: dict[str, Any] = {
         "dtype": "float32", "device": "cpu", "max_model_len": 128, "overlap": True,
         "scheduler": {"max_num_batched_tokens": 24, "max_num_seqs": 5},
@@ -124,9 +124,9 @@ def test_after_a_long_rest_its_context_begins_anew(monkeypatch: pytest.MonkeyPat
     def propose(self: DraftModel, seq: Sequence, max_tokens: int) -> list[int]:
         return [DRAFTED_BY_WORKER] * (max_tokens if seq.num_output_tokens < 10 or seq.num_output_tokens > 150 else 0)
 
-    def noted(self: DraftRunner, seats: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
-        drafted = draft(self, seats, known, counts)
-        for seat, length, tokens in zip(seats, known, drafted, strict=True):
+    def noted(self: DraftRunner, max_num_seqs: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
+        drafted = draft(self, max_num_seqs, known, counts)
+        for seat, length, tokens in zip(max_num_seqs, known, drafted, strict=True):
             drafts.append((self._table.token_ids[seat, :length].tolist(), self._num_skipped[seat], tokens))
         return drafted
 
@@ -166,8 +166,8 @@ def wrong_at_every_fifth_place(monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
     seen: list[tuple[int, int]] = []
     verified, draw = DraftRunner.verified, DraftRunner._draw
 
-    def spoilt(self: DraftRunner, logits: Any, seats: Any, lengths: Any, is_plain: bool) -> list[int]:
-        tokens = draw(self, logits, seats, lengths, is_plain)
+    def spoilt(self: DraftRunner, logits: Any, max_num_seqs: Any, lengths: Any, is_plain: bool) -> list[int]:
+        tokens = draw(self, logits, max_num_seqs, lengths, is_plain)
         return [t ^ 1 if place % 5 == 4 else t for t, place in zip(tokens, lengths.tolist(), strict=True)]
 
     def noted(self: DraftRunner, plan: StepPlan, drawn: list[list[int]]) -> None:

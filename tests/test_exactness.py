@@ -51,13 +51,13 @@ def test_greedy_equals_transformers(name: str, backend: str, checkpoint: Callabl
     seed=st.integers(0, 2**31),
     count=st.integers(1, 8),
     budget=st.integers(1, 80),
-    seats=st.integers(1, 8),
+    max_num_seqs=st.integers(1, 8),
     overlap=st.booleans(),
     tight=st.booleans(),
 )
 def test_output_is_the_same_for_every_mix(
     checkpoint: Callable[[str], Checkpoint], name: str, setting: tuple[str, int], seed: int, count: int, budget: int,
-    seats: int, overlap: bool, tight: bool,
+    max_num_seqs: int, overlap: bool, tight: bool,
 ) -> None:  # fmt: skip
     """Chunk size, batch mix, block size, preemption, plain or overlapped loop, attention backend."""
     (backend, block_size), made, prompts = setting, checkpoint(name), ragged_prompts(count, seed)
@@ -69,7 +69,7 @@ def test_output_is_the_same_for_every_mix(
         values["max_model_len"] = 96
     with LLM(
         made.folder, dtype="float32", device="cpu", attention=backend, overlap=overlap,
-        scheduler={"max_num_batched_tokens": budget, "max_num_seqs": seats}, **values,
+        scheduler={"max_num_batched_tokens": budget, "max_num_seqs": max_num_seqs}, **values,
     ) as llm:  # fmt: skip
         assert_same(llm, [made.greedy(p, 16) for p in prompts], prompts, 16)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkpoints import Checkpoint
 from safetensors.torch import load_file, save_file
-from strangers import conform, imports_of, run, site_of
+from third_party import conform, imports_of, run, site_of
 
 from dovetail import LLM, SamplingParams
 

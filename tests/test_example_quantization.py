@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import Checkpoint
 from safetensors.torch import load_file
-from strangers import conform, imports_of, run, site_of
+from third_party import conform, imports_of, run, site_of
 
 from dovetail import LLM, SamplingParams
 from dovetail.composition.resolution import resolve
@@ -100,7 +100,7 @@ def test_a_composition_file_is_explained(site: Path, llama: Checkpoint, tmp_path
     file.write_text(RULES)
     out = run(site, "-m", "dovetail.cli.main", "explain", str(file), "--model", str(llama.folder), "--device", "cpu", "--json")
     choices = json.loads(out.stdout)["choices"]
-    rules = [(c["match"], c["provider"]) for c in choices.values() if c["socket"] == "quantization"]
+    rules = [(c["match"], c["provider"]) for c in choices.values() if c["extension_point"] == "quantization"]
     scheme = [("*.layers.1.*", "nf4"), ("*.layers.0.*", "nf4")]
     assert rules == [("*.layers.0.self_attn.*", "none"), *scheme, ("*", "none")]
     assert choices["quantization.1"]["options"] == {"block_size": 16}

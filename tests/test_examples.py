@@ -1,4 +1,4 @@
-"""Every package in examples/, installed and used as a stranger would: a wheel in a fresh environment, no configuration."""
+"""Every package in examples/, installed and used as a third party would: a wheel in a fresh environment, no configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from strangers import A_SLICE, Environment
+from third_party import A_SLICE, Environment
 
 from dovetail.cli.main import _parser
 from dovetail_testing.plugin import make_model
@@ -95,7 +95,7 @@ def test_an_engine_composed_by_a_file_runs_with_it(example: Installed, text_with
 
 
 def test_its_readme_says_what_can_be_done(example: Installed) -> None:
-    """Every command of it exists, with its flags; so do the provider, the modules and the composition file that it names."""
+    """Every command of it exists, with its flags; so do the provider, the modules and the engine config that it names."""
     listed = json.loads(example.environment.dovetail("plugins", "--json"))
     (plugin,) = [p for p in listed if p["distribution"] == example.distribution]
     names = [plugin["name"], *(offer["name"] for offer in plugin["offers"])]

@@ -48,9 +48,9 @@ def test_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     matmul = data["choices"]["matmul"]["provider"]
     first, *_, head = data["weights"]
     assert len(data["weights"]) == 2 * 4 + 1
-    assert {key: first[key] for key in ("name", "in_features", "out_features", "key", "scheme", "multiplied_by")} == {
+    assert {key: first[key] for key in ("name", "in_features", "out_features", "key", "scheme", "gemm_backend")} == {
         "name": "model.layers.0.self_attn.qkv_proj", "in_features": 256, "out_features": 512, "key": "quantization",
-        "scheme": "compressed-tensors", "multiplied_by": f"matmul: {matmul}",
+        "scheme": "compressed-tensors", "gemm_backend": f"matmul: {matmul}",
     }  # fmt: skip
     assert (head["name"], head["scheme"], head["form"]) == ("lm_head", "none", "bfloat16")
     assert head["remark"] == "the checkpoint leaves it out (ignore)"
@@ -64,7 +64,7 @@ def test_before_and_after_the_weights_are_read(name: str, matmul: str) -> None:
     with LLM(**values) as llm:
         engine: Any = llm.engine
         assert engine.worker.weights() == said
-        assert said[0].multiplied_by == f"matmul: {llm.plan.choices['matmul'].provider}"
+        assert said[0].gemm_backend == f"matmul: {llm.plan.choices['matmul'].provider}"
 
 
 def test_a_server_says_it_with_its_plan() -> None:

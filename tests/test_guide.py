@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from strangers import Environment, free_port
+from third_party import Environment, free_port
 
 GUIDE = Path(__file__).parents[1] / "docs/writing-a-plugin.md"
 PORT = "8123"

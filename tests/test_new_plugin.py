@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from strangers import A_SLICE, Environment
+from third_party import A_SLICE, Environment
 
 from dovetail.cli.main import main
 from dovetail.composition.resolution import resolve
@@ -20,7 +20,7 @@ from dovetail_testing.scaffold import new_plugin
 
 ROOT = Path(__file__).parents[1]
 REGISTRY = load_registry()
-SOCKETS = list(REGISTRY.sockets)
+EXTENSION_POINTS = list(REGISTRY.extension_points)
 MOST_LINES = 200
 """Of a file that is to be read before it is changed."""
 GENERATED = ["generate", "import os", "--max-tokens", "8", "--dtype", "float32", "--device", "cpu"]
@@ -28,15 +28,15 @@ OWN_TEXT = ("model", "quantization", "matmul")
 """Packages with which the text is another one: they change the weights, or ask for some that are quantized."""
 
 
-def name_of(socket: str) -> str:
-    return f"stranger_{socket}"
+def name_of(extension_point: str) -> str:
+    return f"stranger_{extension_point}"
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One package for each socket."""
+    """One package for each extension point."""
     folder = tmp_path_factory.mktemp("new")
-    return {s: new_plugin(REGISTRY, s, name_of(s), folder / name_of(s)) for s in SOCKETS}
+    return {s: new_plugin(REGISTRY, s, name_of(s), folder / name_of(s)) for s in EXTENSION_POINTS}
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +47,21 @@ def installed(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return environment
 
 
-def test_there_is_a_template_for_every_socket(packages: dict[str, Path]) -> None:
+def test_there_is_a_template_for_every_extension_point(packages: dict[str, Path]) -> None:
     assert {"attention", "worker", "server", "eviction", "routes"} <= set(packages)
 
 
 def test_all_are_found_and_none_takes_over(installed: Environment) -> None:
     """Each is named by `plugins`, and by `explain` as what could be had: taken is what is taken without them."""
     plugins, plan = installed.dovetails(("plugins", "--json"), ("explain", "--json"))
-    offers = {o["socket"]: p for p in json.loads(plugins) if p["name"].startswith("stranger-") for o in p["offers"]}
-    assert set(offers) == set(SOCKETS)
+    offers = {o["extension_point"]: p for p in json.loads(plugins) if p["name"].startswith("third party-") for o in p["offers"]}
+    assert set(offers) == set(EXTENSION_POINTS)
     assert not [p for p in offers.values() if p["broken"]]
     choices = json.loads(plan)["choices"]
-    taken = {key: c["provider"] for key, c in choices.items() if c["socket"] != "routes"}  # routes are all taken
+    taken = {key: c["provider"] for key, c in choices.items() if c["extension_point"] != "routes"}  # routes are all taken
     assert taken == {key: c.provider for key, c in resolve(EngineConfig(), server=True).choices.items()}
-    rejected = {c["socket"] for c in choices.values() for r in c["rejected"] if r["provider"].startswith("stranger")}
-    assert rejected == set(SOCKETS) - {"routes", "matmul"}  # plain weights need nobody who multiplies by quantized ones
+    rejected = {c["extension_point"] for c in choices.values() for r in c["rejected"] if r["provider"].startswith("third party")}
+    assert rejected == set(EXTENSION_POINTS) - {"routes", "matmul"}  # plain weights need nobody who multiplies by quantized ones
 
 
 def test_their_own_tests_pass(packages: dict[str, Path], installed: Environment) -> None:
@@ -71,25 +71,25 @@ def test_their_own_tests_pass(packages: dict[str, Path], installed: Environment)
 
 
 def test_conform_and_explain_name_them(packages: dict[str, Path], installed: Environment) -> None:
-    names = {s: name_of(s).replace("_", "-") for s in SOCKETS}
+    names = {s: name_of(s).replace("_", "-") for s in EXTENSION_POINTS}
     reports = installed.dovetails(*(("conform", name, "--json", "-k", A_SLICE) for name in names.values()))
-    for socket, report in zip(names, map(json.loads, reports), strict=True):
+    for extension_point, report in zip(names, map(json.loads, reports), strict=True):
         (only,) = report
-        assert (only["socket"], only["provider"], only["passed"]) == (socket, names[socket], True)
-        assert any(check["outcome"] == "passed" for check in only["checks"]), socket
-        assert only["contract"] == REGISTRY.sockets[socket].contract
-    plans = installed.dovetails(*(("explain", str(packages[s] / "engine.yaml"), "--json") for s in SOCKETS))
-    for socket, plan in zip(SOCKETS, map(json.loads, plans), strict=True):
-        assert [c for c in plan["choices"].values() if c["provider"] == names[socket] and c["socket"] == socket]
+        assert (only["extension_point"], only["provider"], only["passed"]) == (extension_point, names[extension_point], True)
+        assert any(check["outcome"] == "passed" for check in only["checks"]), extension_point
+        assert only["contract"] == REGISTRY.extension_points[extension_point].contract
+    plans = installed.dovetails(*(("explain", str(packages[s] / "engine.yaml"), "--json") for s in EXTENSION_POINTS))
+    for extension_point, plan in zip(EXTENSION_POINTS, map(json.loads, plans), strict=True):
+        assert [c for c in plan["choices"].values() if c["provider"] == names[extension_point] and c["extension_point"] == extension_point]
 
 
 def test_engines_run_with_them(packages: dict[str, Path], installed: Environment) -> None:
     """Each by its own engine.yaml; the text is the one without it, where it should be."""
-    files = [packages[s] / "engine.yaml" for s in SOCKETS]
+    files = [packages[s] / "engine.yaml" for s in EXTENSION_POINTS]
     expected, *texts = installed.dovetails(
         (*GENERATED, "--model", "demo"), *((*GENERATED, "--config", str(file)) for file in files)
     )  # fmt: skip
-    different = [s for s, text in zip(SOCKETS, texts, strict=True) if text != expected]
+    different = [s for s, text in zip(EXTENSION_POINTS, texts, strict=True) if text != expected]
     assert set(different) <= set(OWN_TEXT)
     assert "model" in different
 
@@ -97,7 +97,7 @@ def test_engines_run_with_them(packages: dict[str, Path], installed: Environment
 def test_they_are_documented_typed_and_tidy(packages: dict[str, Path], tmp_path: Path) -> None:
     """Nothing of the template is left; each function and class says what it is or keeps a documented contract; ruff and mypy
     have nothing to say."""
-    for socket, package in packages.items():
+    for extension_point, package in packages.items():
         texts = {p: p.read_text() for p in package.rglob("*") if p.suffix in (".py", ".toml", ".md", ".yaml")}
         assert len(texts) >= 5
         for path, text in texts.items():
@@ -106,7 +106,7 @@ def test_they_are_documented_typed_and_tidy(packages: dict[str, Path], tmp_path:
             assert len(text.splitlines()) <= MOST_LINES, path
             if path.suffix == ".py":
                 assert len(ast.get_docstring(ast.parse(text)) or "") > 40, path
-        assert f'{socket} = "v' in texts[package / "pyproject.toml"]
+        assert f'{extension_point} = "v' in texts[package / "pyproject.toml"]
         assert 5 <= len(texts[package / "tests/test_conformance.py"].splitlines()) <= 20
     sources = [str(p / "src") for p in packages.values()]
     ruff = subprocess.run([sys.executable, "-m", "ruff", "check", "--config", str(ROOT / "pyproject.toml"), *sources],
@@ -121,9 +121,9 @@ def test_they_are_documented_typed_and_tidy(packages: dict[str, Path], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("socket", "name", "said"),
+    ("extension_point", "name", "said"),
     [
-        ("attentoin", "mine", "'attentoin' is no socket; there are model, quantization"),
+        ("attentoin", "mine", "'attentoin' is no extension point; there are model, quantization"),
         ("attention", "My Backend", "is no name for a package"),
         ("attention", "2fast", "is no name for a package"),
         ("attention", "../mine", "is no name for a package"),
@@ -135,9 +135,9 @@ def test_they_are_documented_typed_and_tidy(packages: dict[str, Path], tmp_path:
     ],
 )
 def test_what_cannot_be_is_refused(
-    socket: str, name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    extension_point: str, name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
-    assert main(["new-plugin", socket, name, "--out", str(tmp_path / "out")]) == 2
+    assert main(["new-plugin", extension_point, name, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

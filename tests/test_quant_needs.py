@@ -1,4 +1,4 @@
-"""What a quantized model asks of the matmul socket: what its own checkpoint and options need, and no more."""
+"""What a quantized model asks of the matmul extension point: what its own checkpoint and options need, and no more."""
 
 from __future__ import annotations
 

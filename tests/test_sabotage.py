@@ -28,10 +28,10 @@ ENOUGH = {
     ("attention",): 25, ("quantization",): 20, ("matmul",): 20, ("architecture",): 20, ("scheduler", "kv_cache"): 12,
     ("worker",): 12, ("speculation",): 6, ("prefix_cache",): 6, ("eviction",): 4, ("routes",): 4, ("model",): 4, ("server",): 4,
 }  # fmt: skip
-SLICE = list({(s.socket, s.caught_by[0]): s for s in reversed(SABOTAGES) if "patience" not in s.attributes}.values())
+SLICE = list({(s.extension_point, s.caught_by[0]): s for s in reversed(SABOTAGES) if "patience" not in s.attributes}.values())
 """One for each check."""
 NUM_QUICK = 1
-"""Of a socket: so many are tried by `make test`, and the others by `make test-real`."""
+"""Of an extension point: so many are tried by `make test`, and the others by `make test-real`."""
 UNTESTED = ("attention", "speculation", "model")
 """The controls that are no plugin, with tests of its own."""
 SLOW = {"test_random_step"}
@@ -42,13 +42,13 @@ def correct_ones() -> list[Sabotage]:
     """All that our own plugins offer; what a provider's plugin has it filled with is each in turn."""
     registry, found = load_registry(), list[Sabotage]()
     for offer in registry.offers:
-        if not offer.plugin.distribution.startswith("dovetail-") or contract_of(registry.sockets[offer.socket]) is None:
+        if not offer.plugin.distribution.startswith("dovetail-") or contract_of(registry.extension_points[offer.extension_point]) is None:
             continue
-        inside = [s.name for s in registry.sockets.values() if s.within == offer.socket and not s.many]
+        inside = [s.name for s in registry.extension_points.values() if s.within == offer.extension_point and not s.many]
         for inner in product(*(registry.of(name) for name in inside)):
             name = " over ".join([offer.qualified_name, *(o.provider.name for o in inner)])
-            attributes = {"inner": {o.socket: o.provider for o in inner}}
-            found.append(Sabotage(name, offer.socket, "nothing", offer.provider, attributes=attributes))
+            attributes = {"inner": {o.extension_point: o.provider for o in inner}}
+            found.append(Sabotage(name, offer.extension_point, "nothing", offer.provider, attributes=attributes))
     return found
 
 
@@ -57,10 +57,10 @@ OURS = correct_ones()
 
 def _slice() -> list[Any]:
     found: list[Any] = []
-    for socket, group in groupby(sorted(SLICE, key=lambda s: s.socket), key=lambda s: s.socket):
+    for extension_point, group in groupby(sorted(SLICE, key=lambda s: s.extension_point), key=lambda s: s.extension_point):
         for i, sabotage in enumerate(group):
             marks = [pytest.mark.real] * (i >= NUM_QUICK)
-            found.append(pytest.param(sabotage, marks=marks, id=f"{socket}: {sabotage.name}"))
+            found.append(pytest.param(sabotage, marks=marks, id=f"{extension_point}: {sabotage.name}"))
     return found
 
 
@@ -77,31 +77,31 @@ def test_it_is_caught(sabotage: Sabotage) -> None:
         assert result.causes, result
 
 
-@pytest.mark.parametrize("control", [c for c in CONTROLS if c.socket in UNTESTED], ids=lambda s: s.socket)
+@pytest.mark.parametrize("control", [c for c in CONTROLS if c.extension_point in UNTESTED], ids=lambda s: s.extension_point)
 def test_what_the_sabotages_are_made_of_is_correct(control: Sabotage) -> None:
     """The checks that the sabotages are caught by do not fail by themselves."""
-    checks = sorted({s.caught_by[0] for s in SABOTAGES if s.socket == control.socket} - SLOW)
+    checks = sorted({s.caught_by[0] for s in SABOTAGES if s.extension_point == control.extension_point} - SLOW)
     results = run_contracts({"control": control.contract(FIXED_SEED)}, keyword=" or ".join(checks))
     assert [r for r in results if r.outcome == "failed"] == []
     assert {r.check for r in results} >= set(checks)
 
 
 def test_there_are_enough_of_each() -> None:
-    for sockets, least in ENOUGH.items():
-        assert sum(s.socket in sockets for s in SABOTAGES) >= least, f"of {sockets}"
-    assert len({(s.socket, s.name) for s in SABOTAGES}) == len(SABOTAGES)
-    sockets = {s.name for s in load_registry().sockets.values() if contract_of(s)}
-    assert sockets == {s.socket for s in SABOTAGES}, "of every socket that has a contract"
+    for extension_points, least in ENOUGH.items():
+        assert sum(s.extension_point in extension_points for s in SABOTAGES) >= least, f"of {extension_points}"
+    assert len({(s.extension_point, s.name) for s in SABOTAGES}) == len(SABOTAGES)
+    extension_points = {s.name for s in load_registry().extension_points.values() if contract_of(s)}
+    assert extension_points == {s.extension_point for s in SABOTAGES}, "of every extension point that has a contract"
 
 
 def test_the_page_lists_them_all() -> None:
     """docs/sabotage.md is written by `python tests/sabotage_table.py`, which runs every contract in full."""
     listed = re.findall(r"^\| (\S+) \| ([^|]+) \|", PAGE.read_text(), re.M)
-    assert [(s.socket, s.name) for s in SABOTAGES] == [(a, b.strip()) for a, b in listed if a in load_registry().sockets]
+    assert [(s.extension_point, s.name) for s in SABOTAGES] == [(a, b.strip()) for a, b in listed if a in load_registry().extension_points]
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda s: f"{s.socket}: {s.name}")
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda s: f"{s.extension_point}: {s.name}")
 def test_it_is_caught_whatever_the_seed(sabotage: Sabotage) -> None:
     for _ in range(max(1, NUM_SEEDS // 10)):
         seed = random.randrange(2**31)
@@ -111,7 +111,7 @@ def test_it_is_caught_whatever_the_seed(sabotage: Sabotage) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("correct", [*CONTROLS, *OURS], ids=lambda s: f"{s.socket}: {s.name}")
+@pytest.mark.parametrize("correct", [*CONTROLS, *OURS], ids=lambda s: f"{s.extension_point}: {s.name}")
 def test_no_false_alarm(correct: Sabotage) -> None:
     begin = random.randrange(2**31)
     for seed in range(begin, begin + NUM_SEEDS):

@@ -76,16 +76,16 @@ def test_another_provider_is_as_near_as_its_arithmetic(answers: Answers, model: 
     assert all(0 < layer.max_rel_error < 1e-4 for layer in report.layers)
 
 
-@pytest.mark.parametrize("socket", ["attention", "quantization"])
-def test_a_wrong_candidate_shows(answers: Answers, socket: str) -> None:
+@pytest.mark.parametrize("extension_point", ["attention", "quantization"])
+def test_a_wrong_candidate_shows(answers: Answers, extension_point: str) -> None:
     expected, _ = answers(None, "llama-2")
-    tokens, report = answers({socket: {"use": "chaos", "fault": "off", "at": 1}, "share": 0.5}, "llama-2")
+    tokens, report = answers({extension_point: {"use": "chaos", "fault": "off", "at": 1}, "share": 0.5}, "llama-2")
     assert tokens == expected
     assert report is not None
     assert abs(report.num_sampled_steps - report.num_steps / 2) <= 1
     wrong = {layer.layer for layer in report.layers if layer.max_rel_error > 0.1}
     right = {layer.layer for layer in report.layers} - wrong
-    if socket == "attention":
+    if extension_point == "attention":
         assert (wrong, right) == ({"layer 0", "layer 1"}, set())
     else:  # it spoils one layer
         assert wrong == {"model.layers.1.mlp.down_proj"}
@@ -96,12 +96,12 @@ def test_a_wrong_candidate_shows(answers: Answers, socket: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["raise", "shape", "nan"])
-@pytest.mark.parametrize("socket", ["attention", "quantization"])
+@pytest.mark.parametrize("extension_point", ["attention", "quantization"])
 def test_a_candidate_that_fails_is_switched_off_and_hurts_nobody(
-    answers: Answers, socket: str, fault: str, caplog: pytest.LogCaptureFixture
+    answers: Answers, extension_point: str, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected, _ = answers(None, "llama-2")
-    tokens, report = answers({socket: {"use": "chaos", "fault": fault, "at": 5}, "share": 1}, "llama-2")
+    tokens, report = answers({extension_point: {"use": "chaos", "fault": fault, "at": 5}, "share": 1}, "llama-2")
     assert tokens == expected
     assert report is not None
     if fault == "nan":

@@ -263,7 +263,7 @@ def gate(rows: Rows, activation: str) -> None:
 def sampling() -> Any:
     from dovetail_worker_torch import fused
 
-    return fused.TritonDrawing()
+    return fused.TritonSampler()
 
 
 def logits_of(num_rows: int) -> Any:
@@ -274,13 +274,13 @@ def noise(rows: Rows) -> None:
     """Against its definition in noise.py, in float32 on the CPU."""
     import numpy as np
 
-    from dovetail_worker_torch.noise import perturb_, row_keys
+    from dovetail_worker_torch.noise import add_gumbel_noise_, row_keys
 
     logits, count = logits_of(4), np.arange(4, dtype=np.int64)
     keys = row_keys(count * 12345, count, count * 99)
-    expected = perturb_(logits.cpu().clone(), keys)
+    expected = add_gumbel_noise_(logits.cpu().clone(), keys)
     got = logits.clone()
-    sampling().perturb_(got, keys)
+    sampling().add_gumbel_noise_(got, keys)
     add_error(rows, "noise", got, expected, 1e-5)
     same = int((got.cpu().argmax(-1) == expected.argmax(-1)).sum())
     rows.add(Row("noise: equal tokens", same, "rows", "of 4", same / 4, 1.0))
@@ -305,7 +305,7 @@ def cut(rows: Rows, top_k: int, top_p: float) -> None:
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     expected = ((before < top_p) & ordered.isfinite()).sum(-1)
-    sampling().cut_(logits, [top_k] * 4, [top_p] * 4)
+    sampling().filter_top_k_top_p_(logits, [top_k] * 4, [top_p] * 4)
     kept = logits.isfinite().sum(-1).cpu()
     off, most = int((kept - expected).abs().max()), 3 + int(expected.max()) // 1000
     what = f"top-k {top_k}, top-p {top_p}: tokens kept beside a sort in float64"

@@ -71,8 +71,8 @@ def providers(rows: Rows) -> None:
         rows.failed(f"plugin {distribution}", error)
     for offer in registry.offers:
         devices = getattr(offer.provider.capabilities, "devices", None) or ()
-        if offer.socket in ("attention", "matmul") and "cuda" in devices:
-            what = f"{offer.socket} {offer.qualified_name}"
+        if offer.extension_point in ("attention", "matmul") and "cuda" in devices:
+            what = f"{offer.extension_point} {offer.qualified_name}"
             try:
                 rows.fact(what, {"why_not": [str(reason) for reason in offer.provider.why_not(context)]})
             except Exception as e:

@@ -25,12 +25,12 @@ def context(**needs: Any) -> Context:
     return Context(device_facts(), None, DEVICE, "bfloat16", needs)
 
 
-def usable(socket: str, **needs: Any) -> dict[str, Provider[Any]]:
+def usable(extension_point: str, **needs: Any) -> dict[str, Provider[Any]]:
     """Providers of an extension point that can run on this GPU, by name, the preferred one first."""
     facts, found = device_facts(), {}
     if not DRY and not facts.gpus:
         raise RuntimeError(f"no GPU was found by NVML: {facts.gpu_trouble}")
-    for offer in load_registry().of(socket):
+    for offer in load_registry().of(extension_point):
         provider: Provider[Any] = offer.provider
         if "cuda" not in (provider.capabilities.devices or ()):
             continue

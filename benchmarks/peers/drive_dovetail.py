@@ -1,4 +1,4 @@
-"""Dovetail: see protocol.py. MODEL is a folder, or a composition file that names one."""
+"""Dovetail: see protocol.py. MODEL is a folder, or an engine config that names one."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ WEIGHTS = {"match": "*", "use": "int8", "activations": "none"}
 
 
 def composed(name: str, rules: list[dict[str, Any]], folder: Path, python: Path) -> Path:
-    """A composition file for Dovetail: the model with rules for its weights. JSON is YAML."""
+    """A engine config for Dovetail: the model with rules for its weights. JSON is YAML."""
     out = CONVERTED / f"{folder.name}.{name}.yaml"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"model": str(folder), "quantization": rules}))

@@ -120,7 +120,7 @@ def looks(policy: Adaptive, clock: Clock, running: list[Sequence], num_steps: in
         for seq in policy.due(running):
             asked.append(step)
             accepted = answer(step)
-            policy.looked(seq, accepted >= 0, 0.0)
+            policy.on_proposed(seq, accepted >= 0, 0.0)
             if accepted >= 0:
                 (count,) = policy.share([seq], [4], len(running))
                 policy.verified(seq, count, min(count, accepted))
@@ -162,7 +162,7 @@ def test_what_never_helps_costs_no_more_than_its_share(answers: list[int], look:
         passed += of.without(1)
         for due in policy.due([seq]):
             last = look
-            policy.looked(due, answers[step % len(answers)] >= 0, look)
+            policy.on_proposed(due, answers[step % len(answers)] >= 0, look)
             if answers[step % len(answers)] >= 0:
                 (count,) = policy.share([due], [4], 1)
                 if count:
@@ -181,7 +181,7 @@ def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
     for step in range(3000):
         clock.now += 1
         for due in policy.due([seq]):
-            policy.looked(due, True, 0.0)
+            policy.on_proposed(due, True, 0.0)
             (count,) = policy.share([due], [4], 1)
             policy.verified(due, count, count)
             if count:
@@ -200,7 +200,7 @@ def test_time_in_which_nobody_runs_is_no_step() -> None:
         policy.verified(seq, 0, 0)
         for _ in range(4):
             for due in policy.due([seq]):
-                policy.looked(due, True, 0.0)
+                policy.on_proposed(due, True, 0.0)
                 (count,) = policy.share([due], [4], 1)
                 clock.now += policy.costs.with_drafts(1, count) if count else 1.0
                 policy.verified(due, count, count)
@@ -218,7 +218,7 @@ def test_where_all_steps_take_longer_than_was_measured_drafts_do_not_look_cheape
     for _ in range(500):
         clock.now += 2
         for due in policy.due([seq]):
-            policy.looked(due, True, 0.0)
+            policy.on_proposed(due, True, 0.0)
             assert policy.share([due], [2], 1) == [0]
 
 
@@ -231,7 +231,7 @@ def test_a_slow_drafter_is_asked_less() -> None:
         clock.now += 1
         for seq in policy.due(seqs):
             num_asked += 1
-            policy.looked(seq, False, 0.1)
+            policy.on_proposed(seq, False, 0.1)
     assert 0 < num_asked <= (4000 * SHARE + START) / 0.1 + 8
 
 
@@ -339,7 +339,7 @@ def test_a_drafter_that_fails_costs_its_request_and_no_other(draft: Any, overlap
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_costs_are_measured_on_an_engine_that_is_then_as_new(overlap: bool) -> None:
-    engine = Parts(new_paged, new_scheduler).engine(Setup(overlap=overlap, budget=MAX_LEN, seats=4, spare_blocks=200))
+    engine = Parts(new_paged, new_scheduler).engine(Setup(overlap=overlap, budget=MAX_LEN, max_num_seqs=4, spare_blocks=200))
     costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN)
     assert list(costs.plain.points) == [1, 2, 4]
     assert {n: list(curve.points) for n, curve in costs.drafted.items()} == {1: [1, 2, 3], 4: [1, 4, 8, 12]}
@@ -354,7 +354,7 @@ def test_costs_are_measured_on_an_engine_that_is_then_as_new(overlap: bool) -> N
 
 @pytest.mark.parametrize("max_len", [1, 2, 3, 5])
 def test_costs_are_measured_however_short_sequences_must_be(max_len: int) -> None:
-    engine = Parts(new_paged, new_scheduler).engine(Setup(budget=3, seats=2))
+    engine = Parts(new_paged, new_scheduler).engine(Setup(budget=3, max_num_seqs=2))
     costs = measure(engine, 8, max_num_seqs=2, max_num_batched_tokens=3, max_len=max_len)
     assert costs.without(1) > 0
     assert not engine.has_work
@@ -362,7 +362,7 @@ def test_costs_are_measured_however_short_sequences_must_be(max_len: int) -> Non
 
 def test_measuring_ends_in_time_and_costs_grow_in_proportion_beyond() -> None:
     """Of steps of two seconds only the first kind is measured."""
-    engine = Parts(new_paged, new_scheduler).engine(Setup(budget=MAX_LEN, seats=4, spare_blocks=200))
+    engine = Parts(new_paged, new_scheduler).engine(Setup(budget=MAX_LEN, max_num_seqs=4, spare_blocks=200))
     rng = random.Random(0)
     clock = itertools.accumulate(itertools.repeat(2.0), lambda t, step: t + step * rng.uniform(1, 1.01)).__next__
     costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN, clock=clock)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from dovetail.assembly.attestation import Attestation
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 
-STEP = Socket("s", "h", "", invoked=("plan", "run"))
-ONCE = Socket("o", "h", "", invoked=("make",), invoked_once=True)
+STEP = ExtensionPoint("s", "h", "", invoked=("plan", "run"))
+ONCE = ExtensionPoint("o", "h", "", invoked=("make",), invoked_once=True)
 
 
 class Part:

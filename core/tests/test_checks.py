@@ -24,7 +24,7 @@ def groups_of(window: int | None) -> list[KVGroup]:
     return [full] if window is None else [full, KVGroup([1], "sliding", 4, 1, window)]
 
 
-def culprit(error: BaseException, part: str) -> str:
+def responsible(error: BaseException, part: str) -> str:
     return f"{part} ({getattr(error, 'provider', None)})"
 
 
@@ -39,9 +39,9 @@ def engine_with(
     simulated.allocate(num_blocks)
     blocks = CheckedKVCache(kv(PagedKVCache(groups, num_blocks)), NAMES[1])
     inner = scheduler(TokenBudgetScheduler(blocks, fcfs, max_num_seqs=2, max_num_batched_tokens=16))
-    checked = CheckedScheduler(inner, NAMES[0], culprit, 16)
+    checked = CheckedScheduler(inner, NAMES[0], responsible, 16)
     loop = OverlappedEngine if overlap else Engine
-    return loop(checked, blocks, CheckedWorker(worker(simulated), NAMES[2], 64), max_num_waiting=99, culprit=culprit)
+    return loop(checked, blocks, CheckedWorker(worker(simulated), NAMES[2], 64), max_num_waiting=99, responsible=responsible)
 
 
 def breaking(method: str, at: int, instead: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -38,7 +38,7 @@ def test_auto_takes_the_best_usable_and_says_why_not_the_others(model: Path) -> 
     assert why_not(choice, "narrow") == [dtype, head_size]
     assert why_not(choice, "plain") == ["priority 0; fast has 50 (set attention.full: plain)"]
     codes = {r.provider: {reason.code for reason in r.reasons} for r in choice.rejected}
-    assert codes == {"broken": {"unusable"}, "narrow": {"undeclared"}, "plain": {"priority"}}
+    assert codes == {"broken": {"unusable"}, "narrow": {"unsupported"}, "plain": {"priority"}}
     assert set().union(*codes.values()) <= set(REASONS)
 
 

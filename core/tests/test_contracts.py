@@ -1,4 +1,4 @@
-"""Versions of contracts, what providers say about each other, and sockets that plugins add."""
+"""Versions of contracts, what providers say about each other, and extension points that plugins add."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dovetail.plan import Plan
 from dovetail.plugin.config import load_config
 from dovetail.plugin.contracts import WrittenFor, parse
 from dovetail.plugin.discovery import Registry, installed_plugins, load_registry
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 from dovetail.plugin.provider import Provider, Relation, TieredCacheOptions
 from dovetail_testing.plugin import install
 
@@ -169,7 +169,7 @@ def test_untested_is_said(model: Path) -> None:
     assert plan.choices["worker"].remarks == ["untested with w (worker): nobody tried"]
 
 
-# Sockets that a plugin adds, those that may stay empty, and those that take many.
+# Extension points that a plugin adds, those that may stay empty, and those that take many.
 
 
 class Dressed(NamedTuple):
@@ -183,8 +183,8 @@ class Dressed(NamedTuple):
 
 def offering_server(**added: Any) -> Registry:
     server = module_with(
-        dovetail_sockets=[Socket("topping", "dovetail_toppings", "one", within="server"),
-                          Socket("extras", "dovetail_extras", "any number", within="server", many=True)],
+        dovetail_extension_points=[ExtensionPoint("topping", "dovetail_toppings", "one", within="server"),
+                          ExtensionPoint("extras", "dovetail_extras", "any number", within="server", many=True)],
         dovetail_servers=[Provider("s", "", lambda c, o: Dressed(c.build("topping"), c.build_all("extras")))],
         dovetail_toppings=[Provider("salt", "", lambda c, o: "salt", priority=5)],
         dovetail_workers=[WORKER], dovetail_attention=[attention("plain")],
@@ -196,7 +196,7 @@ TOPPINGS = [Provider("pepper", "", lambda c, o: "pepper")]
 EXTRAS = [Provider(n, "", lambda c, o, n=n: n) for n in ("a", "b", "c")]
 
 
-def test_a_socket_of_a_plugin_is_filled_like_any_other(model: Path) -> None:
+def test_an_extension_point_of_a_plugin_is_filled_like_any_other(model: Path) -> None:
     registry = offering_server(dovetail_toppings=TOPPINGS, dovetail_extras=EXTRAS)
     assert not registry.broken
 
@@ -216,19 +216,19 @@ def test_a_socket_of_a_plugin_is_filled_like_any_other(model: Path) -> None:
         built(server={"topping": ["salt", "pepper"]})
 
 
-def test_a_hook_of_a_socket_that_is_not_installed_breaks_that_plugin_alone() -> None:
+def test_a_hook_of_an_extension_point_that_is_not_installed_breaks_that_plugin_alone() -> None:
     registry = registry_of(other=module_with(dovetail_toppings=TOPPINGS))
     assert "dovetail_toppings" in registry.broken["dist-other"]
 
 
-def test_two_sockets_of_one_name_are_refused() -> None:
-    twice = [Socket("attention", "dovetail_other_attention", "taken"), Socket("fresh", "dovetail_workers", "taken too")]
-    for socket in twice:
-        registry = registry_of(other=module_with(dovetail_sockets=[socket]))
+def test_two_extension_points_of_one_name_are_refused() -> None:
+    twice = [ExtensionPoint("attention", "dovetail_other_attention", "taken"), ExtensionPoint("fresh", "dovetail_workers", "taken too")]
+    for extension_point in twice:
+        registry = registry_of(other=module_with(dovetail_extension_points=[extension_point]))
         assert "has a name that is already in use" in registry.broken["dist-other"]
 
 
-def test_an_optional_socket_may_stay_empty(model: Path) -> None:
+def test_an_optional_extension_point_may_stay_empty(model: Path) -> None:
     plan = resolved(model, attention("plain"))
     assert plan.choices["speculation"].is_empty
     drafter = Provider("guess", "", lambda c, o: "guesser", options=_drafter_options())
@@ -255,7 +255,7 @@ def test_every_installed_plugin_says_what_it_was_written_for() -> None:
     registry = load_registry()
     for offer in registry.offers:
         if offer.plugin.distribution.startswith("dovetail-"):
-            assert offer.plugin.written_for(offer.socket), f"{offer.qualified_name}: no version of {offer.socket}"
+            assert offer.plugin.written_for(offer.extension_point), f"{offer.qualified_name}: no version of {offer.extension_point}"
     assert installed_plugins()
 
 

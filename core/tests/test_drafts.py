@@ -55,7 +55,7 @@ def test_all_that_is_said_is_the_same_with_drafts(spare_blocks: int, window: int
     seed = random.randrange(2**31)
     print("requests from seed", seed)
     asked = requests(seed)
-    expected = said(Parts(new_paged, new_scheduler).engine(Setup(window=window, budget=400, seats=30, spare_blocks=900)), asked)
+    expected = said(Parts(new_paged, new_scheduler).engine(Setup(window=window, budget=400, max_num_seqs=30, spare_blocks=900)), asked)
     tokens: Outputs = {key: of[0] for key, of in expected.items()}
     drafted = Parts(new_paged, new_scheduler, partial(Knowing, tokens), num_draft_tokens=5)
     engine = drafted.engine(Setup(window=window, overlap=overlap, spare_blocks=spare_blocks))

@@ -41,14 +41,14 @@ class Recording(ReusingKVCache):
 def make_engine(setup: Setup, max_overtaken: int = 64) -> WatchedEngine:
     def scheduler(limits: Setup, kv: Recording) -> LongestPrefixScheduler:
         return LongestPrefixScheduler(
-            kv, max_overtaken, max_num_seqs=limits.seats, max_num_batched_tokens=limits.budget
+            kv, max_overtaken, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget
         )  # fmt: skip
 
     return Parts(Recording, scheduler).engine(setup)
 
 
 def test_what_is_cached_begins_first() -> None:
-    engine, outputs = make_engine(Setup(seats=1, spare_blocks=100)), Outputs()
+    engine, outputs = make_engine(Setup(max_num_seqs=1, spare_blocks=100)), Outputs()
     engine.add(request("before", list(range(1, 30)), 2))
     while engine.has_work:
         collect(engine.step(), outputs)
@@ -62,13 +62,13 @@ def test_what_is_cached_begins_first() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    workload=workloads_alike, seats=st.integers(1, 3), max_overtaken=st.integers(0, 4), overlap=st.booleans(),
+    workload=workloads_alike, max_num_seqs=st.integers(1, 3), max_overtaken=st.integers(0, 4), overlap=st.booleans(),
     spare_blocks=st.integers(0, 12),
 )  # fmt: skip
 def test_nobody_is_overtaken_more_often_than_allowed(
-    workload: list[Asked], seats: int, max_overtaken: int, overlap: bool, spare_blocks: int
+    workload: list[Asked], max_num_seqs: int, max_overtaken: int, overlap: bool, spare_blocks: int
 ) -> None:
-    engine = make_engine(Setup(overlap, seats=seats, spare_blocks=spare_blocks), max_overtaken)
+    engine = make_engine(Setup(overlap, max_num_seqs=max_num_seqs, spare_blocks=spare_blocks), max_overtaken)
     assert isinstance(engine.kv, Recording)
     pending = [r for _ in range(4) for r in requests_of(workload)]
     overtaken: Counter[int] = Counter()
@@ -84,4 +84,4 @@ def test_nobody_is_overtaken_more_often_than_allowed(
             if seq.seq_id not in engine.kv.told_to_wait:
                 overtaken[seq.seq_id] += sum(later > seq.seq_id for later in begun)
         engine.kv.told_to_wait.clear()
-        assert max(overtaken.values(), default=0) < max_overtaken + seats
+        assert max(overtaken.values(), default=0) < max_overtaken + max_num_seqs

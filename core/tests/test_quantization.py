@@ -53,7 +53,7 @@ def resolved(model: Path, quantization: Any = "auto", offers: Any = OFFERS, arch
 
 
 def rules(plan: Plan) -> list[tuple[str, str, str]]:
-    return [(k, c.match, c.provider) for k, c in plan.choices.items() if c.socket == "quantization"]
+    return [(k, c.match, c.provider) for k, c in plan.choices.items() if c.extension_point == "quantization"]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def make_engine(*, order: Any = fcfs, faults: Faults | None = None, max_num_wait
     worker = SimulatedWorker(limits.groups, faults=faults)
     worker.allocate(limits.num_blocks)
     kv = PagedKVCache(limits.groups, limits.num_blocks)
-    scheduler = TokenBudgetScheduler(kv, order, max_num_seqs=limits.seats, max_num_batched_tokens=limits.budget)
+    scheduler = TokenBudgetScheduler(kv, order, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget)
     return (OverlappedEngine if limits.overlap else Engine)(scheduler, kv, worker, max_num_waiting=max_num_waiting)
 
 
@@ -50,7 +50,7 @@ def test_a_step_in_flight_delays_preemption_until_it_has_ended() -> None:
 
 
 def test_samples_of_a_request_share_the_blocks_of_its_prompt() -> None:
-    shared, alone = (make_engine(budget=256, seats=8, spare_blocks=99) for _ in range(2))
+    shared, alone = (make_engine(budget=256, max_num_seqs=8, spare_blocks=99) for _ in range(2))
     shared.add(request("r", list(range(32)), n=4))
     for i in range(4):
         alone.add(request(f"r{i}", list(range(32))))
@@ -61,7 +61,7 @@ def test_samples_of_a_request_share_the_blocks_of_its_prompt() -> None:
 
 
 def test_priority_order_overtakes_and_preempts() -> None:
-    engine = make_engine(order=priority, seats=1, spare_blocks=50)
+    engine = make_engine(order=priority, max_num_seqs=1, spare_blocks=50)
     engine.add(request("late", [1] * 4, 4, level=5))
     engine.add(request("urgent", [2] * 4, 4, level=-5))
     done = []
@@ -83,7 +83,7 @@ def test_a_failing_step_fails_its_requests_and_no_others(overlap: bool) -> None:
     workload = [request(f"r{i}", [i] * 10, 12, n=1 + i % 2, seed=i) for i in range(4)]
     later = request("later", [9, 9, 9], 10)
     expected = run(make_engine(spare_blocks=99), [later])
-    engine = make_engine(overlap=overlap, spare_blocks=99, seats=8, faults=Faults(raise_at=3))
+    engine = make_engine(overlap=overlap, spare_blocks=99, max_num_seqs=8, faults=Faults(raise_at=3))
     for r in workload:
         engine.add(r)
     errors, tokens = {}, {}

@@ -11,7 +11,7 @@ from dovetail.engine.prefix_reuse import ReusingKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.errors import PluginError
 from dovetail.plugin.adapters import kv_cache_from_0_1, prefix_cache_from_0_1
-from dovetail.plugin.extension_points import SOCKETS
+from dovetail.plugin.extension_points import EXTENSION_POINTS
 from dovetail.sequence import Sequence
 from dovetail.types import Request, SamplingParams
 from dovetail_testing.dictionary import DictionaryIndex
@@ -26,9 +26,9 @@ def make_engine(faults: Faults | None = None, **setup: int) -> WatchedEngine:
         return ReusingKVCache(limits.groups, limits.num_blocks, DictionaryIndex(limits.block_size, len(limits.groups)))
 
     def scheduler(limits: Setup, manager: ReusingKVCache) -> TokenBudgetScheduler:
-        return TokenBudgetScheduler(manager, fcfs, max_num_seqs=limits.seats, max_num_batched_tokens=limits.budget)
+        return TokenBudgetScheduler(manager, fcfs, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget)
 
-    return Parts(kv, scheduler).engine(Setup(**{"spare_blocks": 200, "seats": 8, "budget": 16, **setup}), faults)
+    return Parts(kv, scheduler).engine(Setup(**{"spare_blocks": 200, "batch rows": 8, "budget": 16, **setup}), faults)
 
 
 def alike(count: int = 6) -> list[Request]:
@@ -118,7 +118,7 @@ class Liar(DictionaryIndex):
 
 
 def test_a_prefix_cache_that_lies_delays_and_stops_nobody() -> None:
-    setup = Setup(spare_blocks=200, seats=8)
+    setup = Setup(spare_blocks=200, max_num_seqs=8)
     kv = ReusingKVCache(setup.groups, setup.num_blocks, Liar(4, 1))
     engine = Parts(
         lambda s: kv, lambda s, manager: TokenBudgetScheduler(manager, fcfs, max_num_seqs=8, max_num_batched_tokens=16)
@@ -185,11 +185,11 @@ class OldIndex:
 
 
 def test_parts_of_the_contract_before_run_and_let_nobody_wait() -> None:
-    setup = Setup(spare_blocks=200, seats=8, budget=64)
+    setup = Setup(spare_blocks=200, max_num_seqs=8, budget=64)
     worker = SimulatedWorker(setup.groups)
     worker.allocate(setup.num_blocks)
     kv = kv_cache_from_0_1(OldBlocks(setup))
-    assert all(not s.missing(kv) for s in SOCKETS if s.name == "kv_cache")
+    assert all(not s.missing(kv) for s in EXTENSION_POINTS if s.name == "kv_cache")
     scheduler = TokenBudgetScheduler(kv, fcfs, max_num_seqs=8, max_num_batched_tokens=64)
     engine = Engine(scheduler, kv, worker, max_num_waiting=99)
     assert run(engine, alike()) == said_alone()

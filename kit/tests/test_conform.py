@@ -14,7 +14,7 @@ import pytest
 
 from dovetail.assembly.builtins import dovetail_schedulers
 from dovetail.cli.main import main
-from dovetail.plugin.extension_points import SOCKETS
+from dovetail.plugin.extension_points import EXTENSION_POINTS
 from dovetail_testing.contract import Contract, common_causes
 from dovetail_testing.contracts import CONTRACTS, contract_of
 from dovetail_testing.plugin import install
@@ -33,7 +33,7 @@ def conform(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_provider_that_keeps_its_contract(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conform", "dovetail-core:fcfs", "--json", "--seeds", "2", "-k", "declaration or order"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
-    assert (report["provider"], report["distribution"], report["socket"]) == ("fcfs", "dovetail-core", "scheduler")
+    assert (report["provider"], report["distribution"], report["extension_point"]) == ("fcfs", "dovetail-core", "scheduler")
     assert report["passed"]
     assert {c["check"] for c in report["checks"]} == {"test_declaration", "test_declared_order"}
     assert {c["outcome"] for c in report["checks"]} == {"passed"}
@@ -67,8 +67,8 @@ def test_a_device_that_is_not_here_fails_with_the_reason(capsys: pytest.CaptureF
     assert "device tpu:7 is not here" in capsys.readouterr().out
 
 
-def test_every_socket_of_the_core_has_a_contract() -> None:
-    assert all(issubclass(contract_of(s) or object, Contract) for s in SOCKETS)
+def test_every_extension_point_of_the_core_has_a_contract() -> None:
+    assert all(issubclass(contract_of(s) or object, Contract) for s in EXTENSION_POINTS)
 
 
 def test_a_check_cannot_be_overridden() -> None:
@@ -83,12 +83,12 @@ def test_expected_failures_are_checks_of_the_contract() -> None:
 
 def test_a_check_says_what_it_asks() -> None:
     with pytest.raises(TypeError, match="needs a docstring"):
-        type("Mute", (Contract,), {"socket": "scheduler", "test_mute": lambda self: None})
+        type("Mute", (Contract,), {"extension_point": "scheduler", "test_mute": lambda self: None})
 
 
 def test_an_expected_failure_must_fail() -> None:
     class Small(Contract):
-        socket = "scheduler"
+        extension_point = "scheduler"
 
         @common_causes("nothing")
         def test_always(self) -> None:
@@ -115,7 +115,7 @@ def test_every_failure_has_the_form() -> None:
 
 def test_what_cannot_be_built_is_a_failure_of_the_same_form() -> None:
     class Prepared(Contract):
-        socket = "scheduler"
+        extension_point = "scheduler"
 
         def prepare(self) -> None:
             self.build()
@@ -133,11 +133,11 @@ def test_what_cannot_be_built_is_a_failure_of_the_same_form() -> None:
     assert "`build` returns" in result.asks
 
 
-def test_a_socket_without_a_contract_is_said_not_to_be_checked(
+def test_an_extension_point_without_a_contract_is_said_not_to_be_checked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(CONTRACTS, "kv_cache")
     assert main(["conform", "dovetail-core", "-k", "declaration"]) == 0
-    assert "not checked: dovetail-core:paged: the socket kv_cache has no contract class" in capsys.readouterr().err
+    assert "not checked: dovetail-core:paged: the extension point kv_cache has no contract class" in capsys.readouterr().err
     assert main(["conform", "paged"]) == 2
     assert "nothing can be checked" in capsys.readouterr().err

@@ -32,7 +32,7 @@ GRACE = 4.0
 """Seconds beyond the time-out within which a hang is noticed and all are told, on a machine that does other work as well."""
 METHODS = {
     # By phase, who hangs in which method.
-    "build": [(socket, "build") for socket in ("worker", "scheduler", "kv_cache", "prefix_cache", "speculation")]
+    "build": [(extension_point, "build") for extension_point in ("worker", "scheduler", "kv_cache", "prefix_cache", "speculation")]
     + [("worker", "load"), ("worker", "allocate"), ("worker", "warm_up")],
     "add": [("scheduler", "add")],
     "step": [
@@ -95,32 +95,32 @@ def hangs_opened(report: Report) -> Iterator[Trial]:
         def trial(seed: int) -> None:
             rng = random.Random(seed)
             phase = list(METHODS)[seed % len(METHODS)]
-            socket, method = rng.choice(METHODS[phase])
+            extension_point, method = rng.choice(METHODS[phase])
             with tempfile.TemporaryDirectory() as folder:
                 marker = Path(folder) / "has-hung"
                 at = 1 if phase in AT_FIRST else rng.randint(1, 3)
-                values = _hanging(socket, method, at, marker)
+                values = _hanging(extension_point, method, at, marker)
                 try:
                     asyncio.run(asyncio.wait_for(_hang(model, alone, phase, values, marker, rng, report), PATIENCE))
                 except TimeoutError:
-                    raise AssertionError(f"{phase}: {socket}.{method} hangs, and somebody waits for ever") from None
+                    raise AssertionError(f"{phase}: {extension_point}.{method} hangs, and somebody waits for ever") from None
                 except AssertionError as e:
-                    raise AssertionError(f"{phase}: {socket}.{method} hangs: {e}") from e
-                assert marker.exists(), f"{phase}: {socket}.{method} was never called"
+                    raise AssertionError(f"{phase}: {extension_point}.{method} hangs: {e}") from e
+                assert marker.exists(), f"{phase}: {extension_point}.{method} was never called"
             report.counts[f"hangs in {phase}"] += 1
 
         yield trial
 
 
-def _hanging(socket: str, method: str, at: int, marker: Path) -> dict[str, Any]:
+def _hanging(extension_point: str, method: str, at: int, marker: Path) -> dict[str, Any]:
     chaos: dict[str, Any] = {"use": "chaos", "fault": "hang", "at": at, "method": method, "once": str(marker)}
-    if socket == "speculation":
+    if extension_point == "speculation":
         chaos |= {"adaptive": False}
     values: dict[str, Any] = {"stall_timeout": STALL_TIMEOUT, "load_timeout": LOAD_TIMEOUT, "scheduler": {"max_num_seqs": 2}}
     values |= {"kv_cache": {"block_size": 4, "memory_gb": NUM_BLOCKS * BYTES_PER_BLOCK / 2**30}, "prefix_cache": "hash"}
-    if socket == "eviction":
+    if extension_point == "eviction":
         return values | {"prefix_cache": {"use": "hash", "eviction": chaos}}
-    return values | {socket: {**(values.get(socket) if socket in ("scheduler", "kv_cache") else {}), **chaos}}
+    return values | {extension_point: {**(values.get(extension_point) if extension_point in ("scheduler", "kv_cache") else {}), **chaos}}
 
 
 async def _hang(

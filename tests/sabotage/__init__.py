@@ -23,7 +23,7 @@ class Sabotage:
     """A provider with one mistake; or with none, as a control: then nothing may catch it."""
 
     name: str
-    socket: str
+    extension_point: str
     wrong: str
     """What is wrong with it."""
     provider: Provider[Any]
@@ -34,19 +34,19 @@ class Sabotage:
     """Of the contract class: what else a plugin's own test would set."""
 
     def contract(self, seed: int) -> type[Contract]:
-        """The socket's contract with this provider, as a plugin's own test would subclass it."""
-        base = contract_of(load_registry().sockets[self.socket])
+        """The extension point's contract with this provider, as a plugin's own test would subclass it."""
+        base = contract_of(load_registry().extension_points[self.extension_point])
         assert base is not None
         own = {"provider": self.provider, "options": self.options, "seed": seed}
         return type("Sabotaged", (base,), {**own, **self.attributes})
 
 
 class Sabotages(list[Sabotage]):
-    """Those of one socket, over one correct provider."""
+    """Those of one extension point, over one correct provider."""
 
-    def __init__(self, socket: str, provider: Provider[Any], options: dict[str, Any] | None = None, **attributes: Any) -> None:
+    def __init__(self, extension_point: str, provider: Provider[Any], options: dict[str, Any] | None = None, **attributes: Any) -> None:
         super().__init__()
-        self.control = Sabotage("control", socket, "nothing", provider, options=options or {}, attributes=attributes)
+        self.control = Sabotage("control", extension_point, "nothing", provider, options=options or {}, attributes=attributes)
 
     def add(self, made: Any, caught_by: tuple[str, ...], attributes: dict[str, Any] | None = None, **changes: Any) -> Any:
         """A function or class named for its mistake, whose docstring says it. `changes` are of the provider, `attributes` of
@@ -55,7 +55,7 @@ class Sabotages(list[Sabotage]):
         provider = replace(self.control.provider, **changes)
         attributes = {**self.control.attributes, **(attributes or {})}
         wrong = " ".join(made.__doc__.split())
-        self.append(Sabotage(words.strip(), self.control.socket, wrong, provider, caught_by, self.control.options, attributes))
+        self.append(Sabotage(words.strip(), self.control.extension_point, wrong, provider, caught_by, self.control.options, attributes))
         return made
 
     def of_class(self, build: Callable[[Any, Any, Any], Any]) -> Callable[..., Callable[[type], type]]:

@@ -40,7 +40,7 @@ class BudgetExceeded(TokenBudgetScheduler):
 
 @sabotage(ADDS_UP)
 class SeatsExceeded(TokenBudgetScheduler):
-    """One sequence more than there are seats is admitted."""
+    """One sequence more than there are batch rows is admitted."""
 
     def _admit(self, plan, budget):
         self.max_num_seqs += 1
@@ -161,7 +161,7 @@ class KeepsTheEnded(TokenBudgetScheduler):
 
 @sabotage("test_declaration", can=("arrival",))
 class ForeignCapabilities(TokenBudgetScheduler):
-    """The capabilities are another socket's."""
+    """The capabilities are another extension point's."""
 
 
 @sabotage("test_shared_beginnings_change_no_output")

@@ -10,7 +10,7 @@ import torch
 from dovetail.errors import CheckpointError
 from dovetail.types import StepResult
 from dovetail_worker_torch import dovetail_workers
-from dovetail_worker_torch.drawing import TorchDrawing
+from dovetail_worker_torch.sampler_backends import TorchSampler
 from dovetail_worker_torch.worker import TorchWorker
 from sabotage import Sabotages
 
@@ -82,21 +82,21 @@ class SeedIgnored(Meddling):
         return changed(start, seed=start.seq_id)
 
 
-class Biased(TorchDrawing):
+class Biased(TorchSampler):
     """Adds to the likeliest token's logit what moves a probability of 0.50 to 0.51."""
 
-    def perturb_(self, logits, keys):
+    def add_gumbel_noise_(self, logits, keys):
         logits[torch.arange(len(logits)), logits.argmax(-1)] += 0.04001
-        super().perturb_(logits, keys)
+        super().add_gumbel_noise_(logits, keys)
 
 
 @sabotage("test_draws_follow_the_distribution")
 class BiasedByOnePercent(Meddling):
-    """The likeliest token, of probability 1/2, is drawn a percentage point too often."""
+    """The likeliest token, of probability 1/2, is sampled a percentage point too often."""
 
     def warm_up(self, progress):
         super().warm_up(progress)
-        self._runner._drawing = Biased()
+        self._runner._sampler = Biased()
 
 
 @sabotage(PREEMPTED)
@@ -110,7 +110,7 @@ class StaleAfterPreemption(Meddling):
 
 @sabotage(PREEMPTED)
 class OutputTakenForPrompt(Meddling):
-    """A sequence that starts again draws with the noise of its first positions."""
+    """A sequence that starts again samples with the noise of its first positions."""
 
     def start(self, start, plan):
         return changed(start, seed=start.seed + len(start.token_ids) - start.num_prompt_tokens)
@@ -176,7 +176,7 @@ class MaskIgnored(Meddling):
 
 @sabotage("test_logprobs_are_the_references")
 class LogprobsAfterTemperature(Meddling):
-    """Log-probabilities are those of the distribution that was drawn from."""
+    """Log-probabilities are those of the distribution that was sampled from."""
 
     def result(self, result):
         for entry in (e for row in result.logprobs for e in row):
@@ -196,7 +196,7 @@ class RankFromZero(Meddling):
 
 @sabotage(GREEDY)
 class SecondBest(Meddling):
-    """Greedy rows are drawn at a low temperature."""
+    """Greedy rows are sampled at a low temperature."""
 
     def start(self, start, plan):
         return with_params(start, temperature=1.0) if start.params.greedy else start
@@ -249,14 +249,14 @@ class HalfTheBytes(Meddling):
 
 def settle_by_time(context, options):
     """Decides an option by what differs from call to call."""
-    settled, remarks = TORCH.settle(context, options)
+    settled, remarks = TORCH.resolve_options(context, options)
     return settled.model_copy(update={"num_threads": 1 + len(remarks_so_far)}), remarks_so_far.append(os.getpid()) or remarks
 
 
 remarks_so_far: list[int] = []
 
 
-@sabotage("test_the_plan_travels", settle=settle_by_time)
+@sabotage("test_the_plan_travels", resolve_options=settle_by_time)
 class PlanOfTheMoment(Meddling):
     """An option is decided by the process that happens to ask."""
 
@@ -290,7 +290,7 @@ class Verifying(Meddling):
 
 @sabotage(DRAFTS)
 class AcceptsOneTooMany(Verifying):
-    """The first draft that is not what was drawn is accepted."""
+    """The first draft that is not what was sampled is accepted."""
 
     def row(self, result, row, draft):
         accepted = len(result.token_ids[row]) - 1
@@ -313,9 +313,9 @@ class RejectedDraftStays(Verifying):
     def hook(self, runner):
         append = runner.table.append
 
-        def last_only(seats, lengths, token_ids):
-            last = {int(seat): i for i, seat in enumerate(seats)}
-            append(seats[list(last.values())], lengths[list(last.values())], [token_ids[i] for i in last.values()])
+        def last_only(max_num_seqs, lengths, token_ids):
+            last = {int(seat): i for i, seat in enumerate(max_num_seqs)}
+            append(max_num_seqs[list(last.values())], lengths[list(last.values())], [token_ids[i] for i in last.values()])
 
         runner.table.append = last_only
 
@@ -339,15 +339,15 @@ class LastLogitsForAll(Verifying):
 
 @sabotage(DRAFTS)
 class NoiseOfTheLastPlace(Verifying):
-    """All places of a row are drawn with the noise of its last."""
+    """All places of a row are sampled with the noise of its last."""
 
     def hook(self, runner):
         draw = runner._draw_with_params
 
-        def last(step, seats, lengths, masks, result):
+        def last(step, max_num_seqs, lengths, masks, result):
             if step.behind:
                 lengths = lengths + step.behind
-            return draw(step, seats, lengths, masks, result)
+            return draw(step, max_num_seqs, lengths, masks, result)
 
         runner._draw_with_params = last
 
@@ -359,11 +359,11 @@ class PenaltiesWithoutDrafts(Verifying):
     def hook(self, runner):
         draw, table = runner._draw_with_params, runner.table
 
-        def without(step, seats, lengths, masks, result):
+        def without(step, max_num_seqs, lengths, masks, result):
             kept = table.token_ids.copy()
-            for seat, length, left in zip(seats, lengths, step.behind, strict=bool(step.behind)):
+            for seat, length, left in zip(max_num_seqs, lengths, step.behind, strict=bool(step.behind)):
                 table.token_ids[seat, length : length + left] = 0
-            drawn = draw(step, seats, lengths, masks, result)
+            drawn = draw(step, max_num_seqs, lengths, masks, result)
             table.token_ids[:] = kept
             return drawn
 

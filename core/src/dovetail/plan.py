@@ -28,10 +28,10 @@ class Reason:
 
 REASONS = {
     "unusable": "its own `why_not` says so",
-    "undeclared": "the composition needs what it does not declare",
+    "unsupported": "the composition needs what it does not declare",
     "contract": "it was written for a version of the contract that this core does not serve",
-    "requires": "it needs another choice in another socket, or another socket's choice needs another one here",
-    "conflicts": "it does not go with what another socket takes",
+    "requires": "it needs another choice in another extension point, or another extension point's choice needs another one here",
+    "conflicts": "it does not go with what another extension point takes",
     "priority": "another usable one has a higher priority",
     "not-asked": "the configuration names another one, or none",
     "faulty": "its `why_not` failed",
@@ -49,15 +49,15 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """Who fills a socket."""
+    """Who fills an extension point."""
 
-    socket: str
+    extension_point: str
     requested: str
     provider: str
     distribution: str
     version: str
     contract: str
-    """The version of the socket's contract at which it is served."""
+    """The version of the extension point's contract at which it is served."""
     options: dict[str, Any]
     """With what they left open decided."""
     match: str = ""
@@ -73,7 +73,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_empty(self) -> bool:
-        """The socket takes nothing: it is optional, and `provider` is "none"."""
+        """The extension point takes nothing: it is optional, and `provider` is "none"."""
         return not self.distribution
 
 
@@ -98,8 +98,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     layer_kinds: list[str]
     choices: dict[str, Choice]
-    """By socket. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
-    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts; a socket of many has
+    """By extension point. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
+    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts; an extension point of many has
     one for each that it takes: routes.NAME. A draft model has its own: model.draft, architecture.draft, attention.draft."""
     overlap: bool
     max_num_waiting: int
@@ -126,7 +126,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def quantization_rules(self) -> dict[str, Choice]:
         """By key, in their order."""
-        return {k: c for k, c in self.choices.items() if c.socket == "quantization" and not k.startswith(SHADOW_PREFIX)}
+        return {k: c for k, c in self.choices.items() if c.extension_point == "quantization" and not k.startswith(SHADOW_PREFIX)}
 
     def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:
         """The plan for people and machines: with its fingerprint, and for each key what was asked for, what was taken and

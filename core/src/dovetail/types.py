@@ -29,18 +29,18 @@ _INT32, _INT64 = 2**31, 2**63
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the tokens of one request are drawn, and when it ends.
+    """How the tokens of one request are sampled, and when it ends.
 
     Raises `InvalidRequest`, naming the field, for values out of range. Order of application to the logits:
     logit_bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p, min_p, draw.
     """
 
     n: int = 1
-    """Sequences drawn from the same prompt. Sample i of a seeded request is the same whatever `n` is."""
+    """Sequences sampled from the same prompt. Sample i of a seeded request is the same whatever `n` is."""
     max_tokens: int | None = 16
     """Most tokens to generate; None is up to the end of the context. 0 only scores the prompt."""
     min_tokens: int = 0
-    """End-of-sequence and stop tokens cannot be drawn, and stop strings do not count, before this many tokens."""
+    """End-of-sequence and stop tokens cannot be sampled, and stop strings do not count, before this many tokens."""
     temperature: float = 1.0
     """0, or anything below 1e-5, is greedy."""
     top_k: int = 0
@@ -55,7 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Over the output."""
     logit_bias: dict[int, float] = {}
     seed: int | None = None
-    """None: drawn at random when the request is taken in."""
+    """None: sampled at random when the request is taken in."""
     stop: tuple[str, ...] = ()
     """A list, or a single string, is taken too."""
     stop_token_ids: tuple[int, ...] = ()
@@ -126,7 +126,7 @@ def check_range(name: str, value: float | None, low: float | None, high: float |
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One prompt on its way into an engine: tokenized, checked against the model, with its seed drawn."""
+    """One prompt on its way into an engine: tokenized, checked against the model, with its seed sampled."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -196,7 +196,7 @@ class StepPlan(msgspec.Struct, array_like=True):
     num_tokens: list[int]
     num_computed: list[int]
     samples: list[bool]
-    """The row reaches its sequence's last token, and a token is drawn after it."""
+    """The row reaches its sequence's last token, and a token is sampled after it."""
     new_block_ids: list[list[list[int]]]
     """Per row: the blocks to append to its block table, per KV group; an empty list where there are none."""
     draft_token_ids: list[list[int]] = []
@@ -218,7 +218,7 @@ class StepResult(msgspec.Struct, array_like=True):
 
     step_id: int
     token_ids: list[list[int]]
-    """Tokens drawn: none for a row that does not sample, else one, and one more for each accepted draft token."""
+    """Tokens sampled: none for a row that does not sample, else one, and one more for each accepted draft token."""
     logprobs: list[list[TokenLogprobs]] = []
     """Like `token_ids`, for the rows that asked; else empty."""
     prompt_logprobs: list[list[TokenLogprobs]] = []

@@ -7,6 +7,6 @@ A contract class is subclassed by a plugin's own test, in ten to twenty lines:
     class TestMyAttention(AttentionContract):
         provider = PROVIDER
 
-`contracts.py` says which class belongs to a socket; `dovetail conform` runs them without a test file. The contract modules
+`contracts.py` says which class belongs to an extension point; `dovetail conform` runs them without a test file. The contract modules
 need pytest and hypothesis, and import the provider's tensor library only while a test runs.
 """

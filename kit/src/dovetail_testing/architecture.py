@@ -1,4 +1,4 @@
-"""The contract of the architecture socket, as tests. A plugin's test is a subclass:
+"""The contract of the architecture extension point, as tests. A plugin's test is a subclass:
 
     class TestMyModel(ArchitectureContract):
         provider = PROVIDER
@@ -48,7 +48,7 @@ CLOSE = 1e-4
 class ArchitectureContract(Contract):
     """Models of a provider: what they load, what they ask of attention, and what they compute."""
 
-    socket = "architecture"
+    extension_point = "architecture"
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Contents of config.json of tiny models to try, in place of the `examples` that the provider declares."""
     reference_logits: ClassVar[Callable[[dict[str, Any], dict[str, Tensor], list[int]], Tensor] | None] = None

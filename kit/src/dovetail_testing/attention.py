@@ -1,4 +1,4 @@
-"""The contract of the attention socket, as tests. A plugin's test is a subclass:
+"""The contract of the attention extension point, as tests. A plugin's test is a subclass:
 
     class TestMyAttention(AttentionContract):
         provider = PROVIDER
@@ -39,7 +39,7 @@ HOST_FIELDS = ("host_query_start", "host_seq_lens", "num_seqs", "num_tokens", "m
 class AttentionContract(AttentionTrial):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "attention"
+    extension_point = "attention"
 
     # The declaration.
 
@@ -262,23 +262,23 @@ class AttentionContract(AttentionTrial):
         cuts = sorted({0, *rng.sample(range(1, length), 4), length - 1, length})
 
         def compare_part(given: tuple[int, int, tuple[Row, ...]]) -> None:
-            begin, end, neighbours = given
-            rows = (*neighbours, Row(begin, end - begin))
-            part = self.transplant(whole, replace(spec, rows=rows, seed=spec.seed + 1), len(neighbours))
-            start = sum(r.num_new for r in neighbours)
+            begin, end, other_choices = given
+            rows = (*other_choices, Row(begin, end - begin))
+            part = self.transplant(whole, replace(spec, rows=rows, seed=spec.seed + 1), len(other_choices))
+            start = sum(r.num_new for r in other_choices)
             assert torch.equal(self.run(part)[0][start:], out[begin:end]), (
                 f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out different "
-                f"beside {len(neighbours)} other rows than in one prefill; in all: {spec}"
+                f"beside {len(other_choices)} other rows than in one prefill; in all: {spec}"
             )
 
         def with_less(given: tuple[int, int, tuple[Row, ...]]) -> list[tuple[int, int, tuple[Row, ...]]]:
-            begin, end, neighbours = given
-            fewer = [(begin, end, neighbours[:i] + neighbours[i + 1 :]) for i in range(len(neighbours))]
-            return fewer + ([(begin, (begin + end) // 2, neighbours)] if end - begin > 1 else [])
+            begin, end, other_choices = given
+            fewer = [(begin, end, other_choices[:i] + other_choices[i + 1 :]) for i in range(len(other_choices))]
+            return fewer + ([(begin, (begin + end) // 2, other_choices)] if end - begin > 1 else [])
 
-        neighbours: tuple[Row, ...] = (Row(0, 33), Row(900, 1), Row(10, 7))
+        other_choices: tuple[Row, ...] = (Row(0, 33), Row(900, 1), Row(10, 7))
         for begin, end in itertools.pairwise(cuts):
-            self.attempt((begin, end, neighbours), compare_part, with_less)
+            self.attempt((begin, end, other_choices), compare_part, with_less)
 
     @pytest.mark.parametrize("index", range(8))
     @common_causes("pieces that depend on the order of pieces", "the strides of AttentionCall taken for contiguous ones")

@@ -23,7 +23,7 @@ FEATURES = ("sliding_window", "logit_soft_cap", "sinks", "batch_invariant")
 class AttentionTrial(Contract):
     """What the checks of `AttentionContract` are made of."""
 
-    socket = "attention"
+    extension_point = "attention"
     built: ClassVar[AttentionBackend]
     backend: AttentionBackend
 

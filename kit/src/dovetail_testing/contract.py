@@ -1,4 +1,4 @@
-"""What all contract classes have in common. A plugin's whole conformance test is a subclass of its socket's contract:
+"""What all contract classes have in common. A plugin's whole conformance test is a subclass of its extension point's contract:
 
     class TestMyScheduler(SchedulerContract):
         provider = PROVIDER
@@ -28,9 +28,9 @@ from dovetail.errors import PluginError
 from dovetail.facts import LayerKind, ModelFacts, device_facts
 from dovetail.plan import Choice, Plan
 from dovetail.plugin.build_context import BuildContext
-from dovetail.plugin.config import SocketConfig
+from dovetail.plugin.config import ProviderConfig
 from dovetail.plugin.discovery import Offer, PluginInfo, Registry
-from dovetail.plugin.extension_points import SOCKETS, Socket
+from dovetail.plugin.extension_points import EXTENSION_POINTS, ExtensionPoint
 from dovetail.plugin.provider import Context, KVCacheOptions, Options, Provider, SchedulerOptions
 from dovetail_testing.machines import Machine, limits, run_machine, shown
 
@@ -92,32 +92,32 @@ def completed(error: Exception, given: str, asks: str, causes: str, seed: int) -
 
 
 class Contract:
-    """Base of all contract classes. A class that sets `socket` is a contract; any other is a plugin's test of one.
+    """Base of all contract classes. A class that sets `extension point` is a contract; any other is a plugin's test of one.
 
     A check cannot be overridden; it can be expected to fail.
     """
 
-    socket: ClassVar[str]
+    extension_point: ClassVar[str]
     provider: ClassVar[Provider[Any]]
     device: ClassVar[str] = "cpu"
     options: ClassVar[dict[str, Any]] = {}
     version: ClassVar[str] = ""
-    """Of the socket's contract: the one that the provider was written for, if that is not the present one."""
+    """Of the extension point's contract: the one that the provider was written for, if that is not the present one."""
     inner: ClassVar[dict[str, Provider[Any]]] = {}
-    """For a provider whose plugin opens sockets of its own: who fills those, by socket."""
-    added: ClassVar[tuple[Socket, ...]] = ()
-    """Sockets that plugins add, as far as the contract needs them."""
+    """For a provider whose plugin opens extension points of its own: who fills those, by extension point."""
+    added: ClassVar[tuple[ExtensionPoint, ...]] = ()
+    """Extension points that plugins add, as far as the contract needs them."""
     expected_failures: ClassVar[dict[str, str]] = {}
     """By name of a check: the reason why this provider does not pass it yet. One that passes after all fails."""
     seed: ClassVar[int] = RUN_SEED
 
     def __init_subclass__(cls) -> None:
-        if "socket" in vars(cls):
+        if "extension_point" in vars(cls):
             for name, check in vars(cls).items():
                 if name.startswith("test_") and not (hasattr(check, "contract_check") and check.__doc__):
                     raise TypeError(f"{cls.__name__}.{name} needs a docstring (what the contract asks) and @common_causes")
             return
-        contracts = [base for base in cls.__mro__ if "socket" in vars(base) or base is Contract]
+        contracts = [base for base in cls.__mro__ if "extension_point" in vars(base) or base is Contract]
         fixed = {n for base in contracts for n, v in vars(base).items() if callable(v) and not n.startswith("__")}
         if overridden := sorted(fixed & set(vars(cls))):
             raise TypeError(f"{cls.__name__} overrides {', '.join(overridden)} of the contract: use expected_failures")
@@ -141,24 +141,24 @@ class Contract:
     def settled_options(self, model: ModelFacts | None = None) -> Options:
         """The options under test, with what they leave open decided as a plan would."""
         given = self.provider.options.model_validate(self.options)
-        return self.provider.settle(replace(self.selection_context(), model=model or KIT_MODEL), given)[0]
+        return self.provider.resolve_options(replace(self.selection_context(), model=model or KIT_MODEL), given)[0]
 
     def build(self, context: BuildContext | None = None) -> Any:
         context = context or self.build_context()
         built = self.provider.build(context, self.settled_options(context.model))
-        return self.registry().sockets[self.socket].adapted(self.version, built)
+        return self.registry().extension_points[self.extension_point].adapted(self.version, built)
 
     def build_context(self, **changes: Any) -> BuildContext:
         """What the core gives to `build`, for a tiny made-up model. `changes` are fields of `BuildContext` but `plan`."""
         defaults: dict[str, type[Options]] = {"kv_cache": KVCacheOptions, "scheduler": SchedulerOptions}
         options = {key: kind.model_validate({}) for key, kind in defaults.items()}
-        options[self.socket] = self.settled_options(changes.get("model"))
+        options[self.extension_point] = self.settled_options(changes.get("model"))
         options |= {name: provider.options() for name, provider in self.inner.items()}
         names = {name: provider.name for name, provider in self.inner.items()}
         choices = {
             key: Choice(
-                socket=key, requested="auto", provider=names.get(key, self.provider.name), distribution=DISTRIBUTION,
-                version="0", contract=self.registry().sockets[key].contract, options=value.model_dump(mode="json"),
+                extension_point=key, requested="auto", provider=names.get(key, self.provider.name), distribution=DISTRIBUTION,
+                version="0", contract=self.registry().extension_points[key].contract, options=value.model_dump(mode="json"),
             )
             for key, value in options.items()
         }  # fmt: skip
@@ -174,10 +174,10 @@ class Contract:
     def registry(self) -> Registry:
         """One that offers the provider under test, and nothing else."""
         plugin = PluginInfo("under-test", DISTRIBUTION, "0", "", "under_test")
-        offers = [Offer(self.socket, self.provider, plugin), *(Offer(s, p, plugin) for s, p in self.inner.items())]
-        added = {name: Socket(name, f"dovetail_{name}", "", within=self.socket) for name in self.inner}
-        sockets = added | {s.name: s for s in (*SOCKETS, *self.added)}
-        return Registry([plugin], sockets, offers=offers)
+        offers = [Offer(self.extension_point, self.provider, plugin), *(Offer(s, p, plugin) for s, p in self.inner.items())]
+        added = {name: ExtensionPoint(name, f"dovetail_{name}", "", within=self.extension_point) for name in self.inner}
+        extension_points = added | {s.name: s for s in (*EXTENSION_POINTS, *self.added)}
+        return Registry([plugin], extension_points, offers=offers)
 
     def selection_context(self, dtype: str = "float32", **needs: Any) -> Context:
         return Context(device_facts(), KIT_MODEL, self.device, dtype, needs)
@@ -185,7 +185,7 @@ class Contract:
     def refusal(self, context: Context) -> str | None:
         """Why the core would not take this provider when asked for it by name, or None if it would."""
         try:
-            choose(self.registry(), self.socket, SocketConfig(use=self.provider.name, options=dict(self.options)), context)
+            choose(self.registry(), self.extension_point, ProviderConfig(use=self.provider.name, options=dict(self.options)), context)
         except PluginError as e:
             return e.message
         return None
@@ -209,7 +209,7 @@ class Contract:
             raise Broken(completed(error, "", "", "", self.seed).found, input=shown(calls)) from error
 
     def run_examples(self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]) -> None:
-        """Call `test` with examples drawn by hypothesis; a failure shows the simplest example that fails."""
+        """Call `test` with examples sampled by hypothesis; a failure shows the simplest example that fails."""
         phases = (Phase.generate, Phase.shrink)  # the last one, explain, traces every line
         seed(self.seed)(limits(examples * SCALE, phases=phases)(given(**strategies)(test)))()
 
@@ -238,7 +238,7 @@ def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | No
 
 
 DISTRIBUTION = "under-test"
-BUILDS = "With the options under test, `build` returns the object that its socket asks for."
+BUILDS = "With the options under test, `build` returns the object that its extension point asks for."
 KIT_MODEL = ModelFacts(
     folder=Path("kit-model"), architecture="KitForCausalLM", model_type="kit", dtype="float32", num_layers=1, hidden_size=128,
     num_heads=2, num_kv_heads=2, head_size=64, vocab_size=64, max_position_embeddings=4096,

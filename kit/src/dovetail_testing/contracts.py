@@ -1,11 +1,11 @@
-"""Which contract class belongs to a socket. A socket that a plugin adds names its own, in `Socket.contract_class`."""
+"""Which contract class belongs to an extension point. An extension point that a plugin adds names its own, in `ExtensionPoint.contract_class`."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
 
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 
 if TYPE_CHECKING:
     from dovetail_testing.contract import Contract
@@ -25,9 +25,9 @@ CONTRACTS = {
 }
 
 
-def contract_of(socket: Socket) -> type[Contract] | None:
-    """None: the socket has no contract class yet."""
-    path = socket.contract_class or CONTRACTS.get(socket.name)
+def contract_of(extension_point: ExtensionPoint) -> type[Contract] | None:
+    """None: the extension point has no contract class yet."""
+    path = extension_point.contract_class or CONTRACTS.get(extension_point.name)
     if not path:
         return None
     module, name = path.split(":")

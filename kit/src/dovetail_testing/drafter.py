@@ -1,4 +1,4 @@
-"""The contract of the drafter's socket (`speculation`), as tests. A plugin's test is a subclass:
+"""The contract of the drafter's extension point (`speculation`), as tests. A plugin's test is a subclass:
 
     class TestMyDrafter(DrafterContract):
         provider = PROVIDER
@@ -27,7 +27,7 @@ from dovetail_testing.prefix_cache import new_paged, new_scheduler
 class DrafterContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "speculation"
+    extension_point = "speculation"
 
     @property
     def parts(self) -> Parts:
@@ -39,7 +39,7 @@ class DrafterContract(Contract):
         drafter: Drafter = self.build()
         return drafter
 
-    @common_causes("the options do not extend DrafterOptions or DraftModelOptions", "capabilities of another socket, or none")
+    @common_causes("the options do not extend DrafterOptions or DraftModelOptions", "capabilities of another extension point, or none")
     def test_declaration(self) -> None:
         """The options extend `DrafterOptions` (`DraftModelOptions`, if it runs in the worker), and the capabilities are
         `DrafterCapabilities`."""

@@ -39,7 +39,7 @@ class Setup:
     block_size: int = 4
     window: int | None = None
     budget: int = 16
-    seats: int = 4
+    max_num_seqs: int = 4
     spare_blocks: int = 0
     host_blocks: int = 0
     """Of the host tier, in each group."""
@@ -85,7 +85,7 @@ class Watch:
         assert 0 < total <= setup.budget, f"a plan has {total} tokens; max_num_batched_tokens is {setup.budget}"
         assert len(plan.seq_ids) == len(set(plan.seq_ids)), f"a sequence has two rows in one plan: {plan.seq_ids}"
         running = len(self.engine.scheduler.running)
-        assert max(running, len(plan.seq_ids)) <= setup.seats, f"{running} sequences run; max_num_seqs is {setup.seats}"
+        assert max(running, len(plan.seq_ids)) <= setup.max_num_seqs, f"{running} sequences run; max_num_seqs is {setup.max_num_seqs}"
         restarted = set(plan.released) & {s.seq_id for s in plan.starts}
         assert not restarted or len(plan.starts) == len(plan.seq_ids), (
             f"sequences {sorted(restarted)} were preempted and restarted in one plan, beside others that run: thrashing"
@@ -124,7 +124,7 @@ class Watch:
         known.num_computed, known.num_tokens, known.was_drafted = end, known.num_tokens + samples, bool(draft)
 
     def sequences(self) -> None:
-        """Between steps: every sequence that has not ended waits or runs, once; and within the seats."""
+        """Between steps: every sequence that has not ended waits or runs, once; and within the batch rows."""
         scheduler = self.engine.scheduler
         held = [s.seq_id for s in (*scheduler.waiting, *scheduler.running)]
         assert len(held) == len(set(held)), f"a sequence is held twice: {sorted(held)}"
@@ -250,7 +250,7 @@ def alone(parts: Parts, requests: list[Request], window: int | None = None) -> O
     """What each request says when it is by itself, in one chunk, with blocks to spare."""
     out: Outputs = {}
     for r in requests:
-        out |= run(parts.engine(Setup(window=window, budget=MAX_LEN, seats=r.params.n, spare_blocks=500)), [r])
+        out |= run(parts.engine(Setup(window=window, budget=MAX_LEN, max_num_seqs=r.params.n, spare_blocks=500)), [r])
     return out
 
 
@@ -263,7 +263,7 @@ alike = st.builds(
 """Prompts that begin alike."""
 setups = st.builds(
     Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),
-    budget=st.integers(1, 40), seats=st.integers(1, 5), spare_blocks=st.integers(0, 12),
+    budget=st.integers(1, 40), max_num_seqs=st.integers(1, 5), spare_blocks=st.integers(0, 12),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The contract of the KV-cache socket, as tests. A plugin's test is a subclass:
+"""The contract of the KV-cache extension point, as tests. A plugin's test is a subclass:
 
     class TestMyBlocks(KVCacheContract):
         provider = PROVIDER
@@ -42,7 +42,7 @@ NULL_BLOCK = 0
 class KVCacheContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "kv_cache"
+    extension_point = "kv_cache"
 
     def new(self, groups: list[KVGroup], num_blocks: list[int]) -> KVCacheManager:
         manager: KVCacheManager = self.build(self.build_context(kv_groups=tuple(groups), num_blocks=tuple(num_blocks)))
@@ -53,7 +53,7 @@ class KVCacheContract(Contract):
         return Parts(lambda setup: self.new(setup.groups, setup.num_blocks), self.new_scheduler)
 
     def new_scheduler(self, setup: Setup, kv: KVCacheManager) -> Scheduler:
-        options = SchedulerOptions(max_num_seqs=setup.seats, max_num_batched_tokens=setup.budget)
+        options = SchedulerOptions(max_num_seqs=setup.max_num_seqs, max_num_batched_tokens=setup.budget)
         scheduler: Scheduler = FCFS.build(self.build_context(kv=kv), options)
         return scheduler
 
@@ -94,7 +94,7 @@ class KVCacheContract(Contract):
         workload = [request(f"r{i}", [i] * (9 + 3 * i), 20, n=1 + i % 2, seed=i) for i in range(5)]
         for window in (None, 5):
             tight = self.parts.engine(Setup(overlap=overlap, window=window, spare_blocks=3))
-            roomy = self.parts.engine(Setup(window=window, budget=200, seats=9, spare_blocks=300))
+            roomy = self.parts.engine(Setup(window=window, budget=200, max_num_seqs=9, spare_blocks=300))
             assert run(tight, workload) == run(roomy, workload)
 
     @common_causes("state of a sequence that outlives `free`", "abort of a sequence that shares its prompt")

@@ -1,9 +1,9 @@
-"""The contract of the matmul socket, as tests. A plugin's test is a subclass:
+"""The contract of the matmul extension point, as tests. A plugin's test is a subclass:
 
     class TestMyMatmul(MatmulContract):
         provider = PROVIDER
 
-Weights of every declared format, drawn at random in the canonical form, are compared with `dequantized`, its definition.
+Weights of every declared format, sampled at random in the canonical form, are compared with `dequantized`, its definition.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Product:
 class MatmulContract(Contract):
     """Products by weights of every format that is declared."""
 
-    socket = "matmul"
+    extension_point = "matmul"
 
     @property
     def can(self) -> MatmulCapabilities:

@@ -1,4 +1,4 @@
-"""The contract of the model socket, as tests. A plugin's test is a subclass:
+"""The contract of the model extension point, as tests. A plugin's test is a subclass:
 
     class TestMyModel(ModelContract):
         provider = PROVIDER
@@ -28,7 +28,7 @@ TEXTS = ("", "Hello, world!", "def f(x):\n    return x ** 2\n", "naïve — 漢�
 class ModelContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "model"
+    extension_point = "model"
 
     @property
     def source(self) -> ModelSource:

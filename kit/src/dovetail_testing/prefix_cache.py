@@ -1,4 +1,4 @@
-"""The contract of the prefix-cache socket, as tests. A plugin's test is a subclass:
+"""The contract of the prefix-cache extension point, as tests. A plugin's test is a subclass:
 
     class TestMyPrefixCache(PrefixCacheContract):
         provider = PROVIDER
@@ -38,7 +38,7 @@ from dovetail_testing.simulated import Faults
 
 
 def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
-    return TokenBudgetScheduler(kv, fcfs, max_num_seqs=setup.seats, max_num_batched_tokens=setup.budget)
+    return TokenBudgetScheduler(kv, fcfs, max_num_seqs=setup.max_num_seqs, max_num_batched_tokens=setup.budget)
 
 
 def new_paged(setup: Setup) -> PagedKVCache:
@@ -47,14 +47,14 @@ def new_paged(setup: Setup) -> PagedKVCache:
 
 tiered_setups = st.builds(
     Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]),
-    budget=st.integers(1, 40), seats=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40),
+    budget=st.integers(1, 40), max_num_seqs=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40),
 )  # fmt: skip
 
 
 class PrefixCacheContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "prefix_cache"
+    extension_point = "prefix_cache"
 
     @property
     def parts(self) -> Parts:
@@ -126,7 +126,7 @@ class PrefixCacheContract(Contract):
     @common_causes("what is demoted is forgotten", "host blocks that were promoted stay in the host's order of eviction")
     def test_what_the_host_has_room_for_is_found_again(self) -> None:
         """Four prompts that the device has no room for together are found whole, again and again, if the host has room."""
-        engine = self.tiered.engine(Setup(block_size=4, budget=64, seats=1, host_blocks=60))
+        engine = self.tiered.engine(Setup(block_size=4, budget=64, max_num_seqs=1, host_blocks=60))
         for _ in range(4):
             for i in range(4):
                 run(engine, [request(f"r{i}", [i] * 40, 4, seed=i)])
@@ -179,7 +179,7 @@ class PrefixCacheContract(Contract):
     @common_causes("`expect` ignored", "`expected_from` asked for a block answers for the one after it")
     def test_what_comes_together_is_computed_once(self, overlap: bool) -> None:
         """Requests that arrive together and begin alike wait for the first of them, and compute what is their own."""
-        engine = self.parts.engine(Setup(overlap, spare_blocks=400, budget=48, seats=8))
+        engine = self.parts.engine(Setup(overlap, spare_blocks=400, budget=48, max_num_seqs=8))
         num_tokens: list[int] = []
         watch = engine.watch.plan
 

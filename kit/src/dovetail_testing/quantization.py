@@ -1,4 +1,4 @@
-"""The contract of the quantization socket, as tests. A plugin's test is a subclass:
+"""The contract of the quantization extension point, as tests. A plugin's test is a subclass:
 
     class TestMyScheme(QuantizationContract):
         provider = PROVIDER
@@ -57,7 +57,7 @@ ROWS = 1, 2, 7, 33, 130
 class QuantizationContract(Contract):
     """Layers of a scheme, from the checkpoint to the product."""
 
-    socket = "quantization"
+    extension_point = "quantization"
     inner: ClassVar[dict[str, Provider[Any]]] = {"matmul": KIT_MATMUL}
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
     """quantization_configs of checkpoints to try, in place of the `examples` that the provider declares."""

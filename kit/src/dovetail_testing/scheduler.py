@@ -1,4 +1,4 @@
-"""The contract of the scheduler socket, as tests. A plugin's test is a subclass:
+"""The contract of the scheduler extension point, as tests. A plugin's test is a subclass:
 
     class TestMyScheduler(SchedulerContract):
         provider = PROVIDER
@@ -50,7 +50,7 @@ PATIENCE = 3000
 class SchedulerContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "scheduler"
+    extension_point = "scheduler"
 
     @property
     def parts(self) -> Parts:
@@ -61,7 +61,7 @@ class SchedulerContract(Contract):
         return PAGED.build(context, PAGED.options())
 
     def new_scheduler(self, setup: Setup, kv: KVCacheManager) -> Scheduler:
-        limits = {"max_num_seqs": setup.seats, "max_num_batched_tokens": setup.budget}
+        limits = {"max_num_seqs": setup.max_num_seqs, "max_num_batched_tokens": setup.budget}
         options = self.provider.options.model_validate({**self.options, **limits})
         context = self.build_context(kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks), kv=kv)
         scheduler: Scheduler = self.provider.build(context, options)
@@ -71,7 +71,7 @@ class SchedulerContract(Contract):
         """What each sample says when it is by itself, in one chunk, with blocks to spare."""
         return alone(self.parts, requests, window)
 
-    @common_causes("the options do not extend SchedulerOptions", "capabilities of another socket")
+    @common_causes("the options do not extend SchedulerOptions", "capabilities of another extension point")
     def test_declaration(self) -> None:
         """The options extend `SchedulerOptions`; the capabilities, if there are any, are `SchedulerCapabilities`."""
         assert issubclass(self.provider.options, SchedulerOptions), "the options must extend SchedulerOptions"
@@ -79,11 +79,11 @@ class SchedulerContract(Contract):
         assert can is None or isinstance(can, SchedulerCapabilities), f"capabilities are a {type(can).__name__}"
 
     @common_causes(
-        "a budget or seat that an early `continue` does not count", "blocks not freed, or freed twice, on abort",
+        "a budget or batch row that an early `continue` does not count", "blocks not freed, or freed twice, on abort",
         "a sequence kept in no list, or in two", "preemption while a step is in flight",
     )  # fmt: skip
-    def test_whatever_happens_everything_adds_up(self) -> None:
-        """Requests come, run and are aborted at any moment: every plan keeps to the budget, the seats and what the worker
+    def test_block_accounting_invariant_holds(self) -> None:
+        """Requests come, run and are aborted at any moment: every plan keeps to the budget, the batch rows and what the worker
         knows; blocks are conserved; nothing is preempted while a step is in flight; in the end everyone has ended."""
         self.run_machine(partial(EngineMachine, self.parts), examples=60)
 
@@ -168,7 +168,7 @@ class SchedulerContract(Contract):
     def test_a_failed_step_is_forgotten(self, overlap: bool) -> None:
         """When a step fails, its sequences are removed with their blocks, and later ones are as ever."""
         requests, later = [request(f"r{i}", [i] * 10, 12, n=1 + i % 2, seed=i) for i in range(4)], request("later", [9] * 3, 10)
-        engine = self.parts.engine(Setup(overlap=overlap, spare_blocks=99, seats=8, budget=64), Faults(raise_at=3))
+        engine = self.parts.engine(Setup(overlap=overlap, spare_blocks=99, max_num_seqs=8, budget=64), Faults(raise_at=3))
         for r in requests:
             engine.add(r)
         while engine.has_work:
@@ -186,13 +186,13 @@ class SchedulerContract(Contract):
         if order is None:
             pytest.skip(f"{self.provider.name} promises no order")
 
-        def begins_in_order(seats: int, levels: list[int]) -> None:
-            begun = first_rows(self.parts.engine(Setup(seats=seats, spare_blocks=50)), levels)
+        def begins_in_order(max_num_seqs: int, levels: list[int]) -> None:
+            begun = first_rows(self.parts.engine(Setup(max_num_seqs=max_num_seqs, spare_blocks=50)), levels)
             key: dict[str, Any] = {"arrival": lambda i: i, "priority": lambda i: (levels[i], i)}
             assert begun == sorted(begun, key=key[order]), f"requests with priorities {levels} began in the order {begun}"
 
         levels = st.lists(st.integers(-2, 2), min_size=2, max_size=8)
-        self.run_examples(begins_in_order, examples=10, seats=st.just(1 + index), levels=levels)
+        self.run_examples(begins_in_order, examples=10, max_num_seqs=st.just(1 + index), levels=levels)
 
 
 def new_reusing(setup: Setup) -> KVCacheManager:

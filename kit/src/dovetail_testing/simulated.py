@@ -136,7 +136,7 @@ class SimulatedWorker:
         ]
 
     def _verify(self, seq_id: int, length: int, draft: list[int]) -> list[int]:
-        """The row's draws, up to the first that is not the draft's."""
+        """The row's samples, up to the first that is not the draft's."""
         assert length == len(self._known[seq_id].tokens), "a row samples before its last token"
         drawn: list[int] = []
         for i, proposed in enumerate([*draft, None]):

@@ -1,4 +1,4 @@
-"""The contract of the worker socket, as tests. A plugin's test is a subclass:
+"""The contract of the worker extension point, as tests. A plugin's test is a subclass:
 
     class TestMyWorker(WorkerContract):
         provider = PROVIDER
@@ -38,14 +38,14 @@ MARGIN = 1e-4
 NUM_DRAWS = 160_000
 CRITICAL = 5.5
 """Standard deviations: for each of the eight likeliest tokens, a χ² test of it against all others (one degree of freedom, χ² at
-most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a sampler that draws the likeliest token, of
+most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler. Power: a sampler that samples the likeliest token, of
 probability 1/2, one percentage point too often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
 
 
 class WorkerContract(TierChecks, DraftChecks, WeightChecks):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "worker"
+    extension_point = "worker"
 
     # Composition and life.
 
@@ -138,7 +138,7 @@ class WorkerContract(TierChecks, DraftChecks, WeightChecks):
         asked = [self.some(n, temperature=t, seed=n) for n in (1, 2, 16, 33, 70) for t in (0.0, 0.8)]
         self.same_both_ways(lambda d, ids, _: d.generate(ids, 10), "together", asked)
 
-    @common_causes("tokens, penalties or tables of a seat kept from before", "a released sequence that is still looked up")
+    @common_causes("tokens, penalties or tables of a batch row kept from before", "a released sequence that is still looked up")
     def test_preemption_changes_nothing(self) -> None:
         """Released and started again with its output so far, beside others, in other blocks, a sequence goes on as before."""
 
@@ -155,7 +155,7 @@ class WorkerContract(TierChecks, DraftChecks, WeightChecks):
         asked = [self.some(n, temperature=t, seed=n) for n in (3, 20, 37) for t in (0.0, 0.9)]
         self.same_both_ways(preempted, "with preemption", asked)
 
-    @common_causes("a seat's last token kept for the next sequence that sits there")
+    @common_causes("a batch row's last token kept for the next sequence that sits there")
     def test_an_id_may_be_used_again(self) -> None:
         """A sequence released and another one started under the same id in one plan are two sequences."""
         old, new = self.some(30), self.some(11)
@@ -205,11 +205,11 @@ class WorkerContract(TierChecks, DraftChecks, WeightChecks):
         first, index, other, again = self.together(asked)
         assert first == again, f"one seed gave {first} and {again} in one batch"
         assert len({tuple(x) for x in (first, index, other)}) == 3, "another seed or sample index gave the same tokens"
-        assert len(set(first)) > 1, f"12 draws at temperature 1.5 are all alike: {first}"
+        assert len(set(first)) > 1, f"12 samples at temperature 1.5 are all alike: {first}"
 
     @common_causes("top-p or temperature rounded in a narrow type", "noise that never reaches the tails")
     def test_draws_follow_the_distribution(self) -> None:
-        """Over many seeds tokens are drawn as often as the model says: the likeliest, and the likeliest eight, within 5.5
+        """Over many seeds tokens are sampled as often as the model says: the likeliest, and the likeliest eight, within 5.5
         standard deviations of what is expected."""
         logits = self.model.logits([42])[0]
         temperature = temperature_for(logits, 0.5)
@@ -228,13 +228,13 @@ class WorkerContract(TierChecks, DraftChecks, WeightChecks):
             p = probabilities[token]
             off = (counts[token] - total * p) / math.sqrt(total * p * (1 - p))
             assert abs(off) <= CRITICAL, (
-                f"token {token} has probability {p:.4f}, and was drawn {counts[token]} times of {total}: "
+                f"token {token} has probability {p:.4f}, and was sampled {counts[token]} times of {total}: "
                 f"{counts[token] / total:.4f}, {off:+.1f} standard deviations off"
             )
 
     @common_causes("a parameter of one row applied to all rows", "min_tokens that holds back one end token of several")
     def test_sampling_parameters(self) -> None:
-        """top_k 1 is greedy; a bias of ±100 decides; before min_tokens no end token is drawn; a mask leaves what it allows."""
+        """top_k 1 is greedy; a bias of ±100 decides; before min_tokens no end token is sampled; a mask leaves what it allows."""
         driver, prompt = self.driver, [3, 50, 60, 70]
         greedy = self.alone([Asked(tuple(prompt))])[0][:6]
         endless = driver.add(prompt, replace_params(GREEDY, logit_bias={EOS: -100.0}))

@@ -24,7 +24,7 @@ NUM_TOKENS = 12
 class DraftChecks(WorkerTrial):
     """Mixed into `WorkerContract`."""
 
-    socket = "worker"
+    extension_point = "worker"
 
     @pytest.mark.parametrize("share_right", [1.0, 0.0, 0.7], ids=["right", "wrong", "mixed"])
     @common_causes(
@@ -33,7 +33,7 @@ class DraftChecks(WorkerTrial):
     )  # fmt: skip
     def test_drafts_change_no_output(self, share_right: float) -> None:
         """With drafts, right or wrong, in some rows of a step more and in others fewer or none, each sequence says what it says
-        without, and a draft is accepted while it equals what is drawn: greedy and sampled, with every parameter."""
+        without, and a draft is accepted while it equals what is sampled: greedy and sampled, with every parameter."""
         asked = [
             replace(self.some(length, temperature=temperature, seed=length), more=more)
             for i, more in enumerate(SETTINGS) for length, temperature in ((3 + i, 0.0), (20 + 2 * i, 0.9))
@@ -86,7 +86,7 @@ class DraftChecks(WorkerTrial):
 
     @common_causes(
         "keys and values of drafts that were not accepted", "tokens that the draft model never caught up with",
-        "drafts drawn with other noise or parameters", "a cache that outlives its sequence",
+        "drafts sampled with other noise or parameters", "a cache that outlives its sequence",
     )  # fmt: skip
     def test_a_model_drafts_for_itself(self) -> None:
         """If it declares `drafts`: with drafts of the worker's own, in some rows of a step more and in others fewer or none,

@@ -138,12 +138,12 @@ class Driver:
 
 
 def verified(draft: list[int], new: list[int]) -> None:
-    """What was drawn follows the draft as far as it is said to, and no further."""
+    """What was sampled follows the draft as far as it is said to, and no further."""
     assert 1 <= len(new) <= len(draft) + 1, f"a row with {len(draft)} drafts has {len(new)} tokens"
     if DRAFTED_BY_WORKER in draft:  # nobody was told what it drafted
         return
     accepted = len(new) - 1
-    assert new[:accepted] == draft[:accepted], f"{accepted} of the drafts {draft} were accepted, and {new} drawn"
+    assert new[:accepted] == draft[:accepted], f"{accepted} of the drafts {draft} were accepted, and {new} sampled"
     assert accepted == len(draft) or new[-1] != draft[accepted], (
-        f"{new} were drawn, and of the drafts {draft} only {accepted} accepted"
+        f"{new} were sampled, and of the drafts {draft} only {accepted} accepted"
     )

@@ -52,7 +52,7 @@ class Asked:
 class WorkerTrial(Contract):
     """What the checks of `WorkerContract` are made of."""
 
-    socket = "worker"
+    extension_point = "worker"
     composition: ClassVar[dict[str, Any]] = {}
     """Further keys of the composition, such as `attention`."""
     folder: ClassVar[Path]

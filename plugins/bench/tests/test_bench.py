@@ -1,4 +1,4 @@
-"""`dovetail bench` over the simulated worker: what is printed, written and drawn. Figures must agree, no more."""
+"""`dovetail bench` over the simulated worker: what is printed, written and sampled. Figures must agree, no more."""
 
 from __future__ import annotations
 

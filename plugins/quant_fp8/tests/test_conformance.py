@@ -90,12 +90,12 @@ def context(config: Config | None, device: str = "cpu") -> Context:
     ],
 )  # fmt: skip
 def test_what_is_left_open(config: Config | None, asked: Config, settled: tuple[str, str]) -> None:
-    options, _ = PROVIDER.settle(context(config), Fp8Options(**asked))
+    options, _ = PROVIDER.resolve_options(context(config), Fp8Options(**asked))
     assert options.model_dump() == dict(zip(("granularity", "activations"), settled, strict=True))
 
 
 def test_inputs_are_rounded_where_that_may_pay() -> None:
-    options, _ = PROVIDER.settle(context(None, "cuda:0"), Fp8Options())
+    options, _ = PROVIDER.resolve_options(context(None, "cuda:0"), Fp8Options())
     assert options.activations == "dynamic"
 
 
@@ -110,7 +110,7 @@ def test_inputs_are_rounded_where_that_may_pay() -> None:
 )
 def test_what_does_not_go_with_the_checkpoint(config: Config | None, asked: Config, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PROVIDER.settle(context(config), Fp8Options(**asked))
+        PROVIDER.resolve_options(context(config), Fp8Options(**asked))
 
 
 @pytest.mark.parametrize(

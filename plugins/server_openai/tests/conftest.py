@@ -93,7 +93,7 @@ Start = Callable[..., Served]
 
 @pytest.fixture(scope="session")
 def start_any(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start servers from composition files; whatever is left at the end is killed."""
+    """Start servers from engine configs; whatever is left at the end is killed."""
     root = tmp_path_factory.mktemp("servers")
     install(root / "site")
     path = os.pathsep.join(filter(None, (str(root / "site"), os.environ.get("PYTHONPATH"))))

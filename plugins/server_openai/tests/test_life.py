@@ -185,7 +185,7 @@ def test_a_client_that_leaves_before_its_answer_stops_the_work(
     slow: Any, open_stream: Open, stream: bool, prompts: int
 ) -> None:
     """Also of a request that still waits for its first token."""
-    busy = [open_stream(slow.url, max_tokens=100) for _ in range(4)]  # all seats are taken
+    busy = [open_stream(slow.url, max_tokens=100) for _ in range(4)]  # all batch rows are taken
     before = slow.metrics()
     body = {**LONG, "prompt": ["b"] * prompts, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):

@@ -1,4 +1,4 @@
-"""Our own decoder keeps the contract that a stranger's model code keeps."""
+"""Our own decoder keeps the contract that a third party's model code keeps."""
 
 from __future__ import annotations
 

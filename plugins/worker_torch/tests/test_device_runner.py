@@ -23,7 +23,7 @@ from dovetail_testing.worker import WorkerContract
 from dovetail_testing.worker_driver import Driver
 from dovetail_testing.worker_trial import no_progress
 from dovetail_worker_torch import dovetail_workers
-from dovetail_worker_torch.graphs import ladder
+from dovetail_worker_torch.graphs import capture_sizes
 
 (WORKER,) = dovetail_workers()
 FAKE = replace(WORKER, build=FakeDeviceWorker)
@@ -52,7 +52,7 @@ def new_engine(folder, *, fake=True, overlap=True, more=None, **worker):
     """`more`: keys of the engine config."""
     registry = load_registry()
     for i, offer in enumerate(registry.offers):
-        if fake and offer.socket == "worker" and offer.provider.name == WORKER.name:
+        if fake and offer.extension_point == "worker" and offer.provider.name == WORKER.name:
             registry.offers[i] = replace(offer, provider=FAKE)
     config = {
         "model": str(folder), "device": "cpu", "dtype": "float32", "overlap": overlap, "max_model_len": 256,
@@ -87,7 +87,7 @@ def said_by(engine, requests):
 
 
 def some_requests(seed: int) -> list[Request]:
-    """Greedy and drawn, with and without what has to wait for the host."""
+    """Greedy and sampled, with and without what has to wait for the host."""
     rng = random.Random(seed)
     kinds = [
         {}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 7, "top_p": 0.9}, {"temperature": 1.2, "min_p": 0.1, "n": 2},
@@ -122,7 +122,7 @@ def test_nothing_is_waited_for(folder):
     assert {len(tokens) for tokens, _, _ in said.values()} == {20}
     assert device.most_outstanding == 2
     assert device.outstanding == 0
-    assert device.num_captured == len(ladder(6))
+    assert device.num_captured == len(capture_sizes(6))
     assert 19 <= device.num_replayed <= engine.stats.num_steps - 3
 
 
@@ -237,7 +237,7 @@ def test_graphs_are_measured_before_the_cache_is_sized(folder, monkeypatch, capl
     monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB)
     worker = worker_of(new_engine(folder, more={"kv_cache": {"memory_fraction": 0.9}}))
     device = worker.accelerator
-    assert ladder(6) == [1, 2, 4, 6]
+    assert capture_sizes(6) == [1, 2, 4, 6]
     assert "beside the KV cache: 1 MiB for a step, 0 for tables of sequences, 130 for CUDA graphs" in caplog.text
     assert "CUDA graphs took 130 MiB of cpu (reserved were 130)" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
@@ -279,7 +279,7 @@ def test_a_capture_that_fails_on_trial(folder, monkeypatch, caplog):
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 100, 256, 300, 4096])
 def test_the_ladder(most):
     """Up to 512 sequences every number has a size that is not much larger."""
-    sizes = ladder(most)
+    sizes = capture_sizes(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == min(most, 512)
     for n in range(1, sizes[-1] + 1):

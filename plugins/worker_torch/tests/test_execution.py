@@ -16,7 +16,7 @@ from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.plugin.provider import Context
 from dovetail_worker_torch import BRIDGE_CAPABILITIES, DECODER_CAPABILITIES, WorkerOptions, dovetail_workers
 from dovetail_worker_torch.decoder import ARCHITECTURES
-from dovetail_worker_torch.execution import OWN_ARCHITECTURES, settle
+from dovetail_worker_torch.execution import OWN_ARCHITECTURES, resolve_options
 
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
 DEVICE = DeviceFacts("Linux", "x86_64", 4, 2**33, AVX512, "/usr/bin/c++")
@@ -31,7 +31,7 @@ def context(dtype: str = "bfloat16", name: str = "cpu", made: Any = DECODER_CAPA
 
 def settled(context: Context, **options: Any) -> tuple[str, str, str]:
     """Execution, linear layers, remarks."""
-    chosen, remarks = settle(context, WorkerOptions(**options))
+    chosen, remarks = resolve_options(context, WorkerOptions(**options))
     return chosen.execution, chosen.linear, " | ".join(remarks)
 
 
@@ -125,7 +125,7 @@ def test_plain_is_torch_throughout_unless_packed_layers_are_asked_for() -> None:
     assert "worker.linear is torch" in remarks
 
 
-def test_a_strangers_model_has_packed_layers() -> None:
+def test_a_third_party_packages_model_has_packed_layers() -> None:
     execution, linear, remarks = settled(context(made=STRANGER))
     assert (execution, linear) == ("plain", "packed")
     assert "the code of SomeForCausalLM does not offer it" in remarks

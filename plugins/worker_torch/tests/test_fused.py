@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dovetail_worker_torch.drawing import TorchDrawing
-from dovetail_worker_torch.fused import TritonDrawing, TritonOperations
+from dovetail_worker_torch.fused import TritonOperations, TritonSampler
 from dovetail_worker_torch.noise import row_keys
 from dovetail_worker_torch.operations import ACTIVATIONS, TorchOperations
 from dovetail_worker_torch.rope import RotaryEmbedding
+from dovetail_worker_torch.sampler_backends import TorchSampler
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TORCH, TRITON = TorchOperations(), TritonOperations()
@@ -68,7 +68,7 @@ def test_noise():
     keys = row_keys(rng.integers(0, 2**62, 3), rng.integers(0, 9, 3), rng.integers(0, 9999, 3))
     logits = torch.randn(3, 5000)
     ours, theirs = logits.clone(), logits.clone()
-    TritonDrawing().perturb_(ours, keys)
-    TorchDrawing().perturb_(theirs, keys)
+    TritonSampler().add_gumbel_noise_(ours, keys)
+    TorchSampler().add_gumbel_noise_(theirs, keys)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, logits)

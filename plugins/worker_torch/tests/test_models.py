@@ -1,6 +1,6 @@
 """Every architecture against transformers' own forward pass: ragged batches, prefill in chunks, decode, in float32.
 
-*Numerical sameness*: logits at every position within 1e-4 of the largest. Weights, prompts and chunks are drawn afresh;
+*Numerical sameness*: logits at every position within 1e-4 of the largest. Weights, prompts and chunks are sampled afresh;
 the seed is printed.
 """
 

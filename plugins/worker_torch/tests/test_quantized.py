@@ -115,7 +115,7 @@ def test_a_plain_weight_that_is_no_number_is_named() -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "bfloat16"])
 def test_scales_of_the_kv_cache_are_read_where_it_has_one_byte(kv_dtype: str) -> None:
-    choices = {"quantization": SimpleNamespace(socket="quantization", requested="auto", match="*")}
+    choices = {"quantization": SimpleNamespace(extension_point="quantization", requested="auto", match="*")}
     plan = SimpleNamespace(choices=choices, quantization_rules=choices, device="cpu")
     context: Any = SimpleNamespace(plan=plan, build=lambda key: Scheme())
     layers = QuantizedLayers(context, TorchLinears(torch.float32, CPU), "float32", kv_dtype)

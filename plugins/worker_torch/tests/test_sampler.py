@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dovetail.facts import device_facts
 from dovetail.types import SamplingParams, SequenceStart
-from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.noise import row_keys
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+from dovetail_worker_torch.sampler_backends import CompiledSampler, SamplerBackend, TorchSampler
 
 VOCAB = 37
 EOS, STOP = 3, 4
@@ -86,13 +86,13 @@ params_st = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(each=st.lists(params_st, min_size=1, max_size=6), seed=st.integers(0, 2**31))
-def test_every_draw_is_one_that_the_reference_allows(drawing: Drawing, each: list[SamplingParams], seed: int) -> None:
+def test_every_draw_is_one_that_the_reference_allows(sampler: SamplerBackend, each: list[SamplingParams], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
     logits = torch.randn(len(each), VOCAB, generator=generator) * 3
     histories = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 12))] for _ in each]
     starts = [start(p, rng.randrange(-(2**63), 2**63)) for p in each]
-    drawn, usable = sample(logits.clone(), rows_of(starts, histories), drawing)
+    drawn, usable = sample(logits.clone(), rows_of(starts, histories), sampler)
     assert all(usable)
     for i, p in enumerate(each):
         probs = reference_distribution(logits[i], p, histories[i], 1)
@@ -113,19 +113,19 @@ def with_(p: SamplingParams, **changes: Any) -> SamplingParams:
 
 @settings(max_examples=40, deadline=None)
 @given(p=params_st, seed=st.integers(0, 2**31), others=st.integers(0, 5))
-def test_a_draw_does_not_depend_on_its_neighbours(drawing: Drawing, p: SamplingParams, seed: int, others: int) -> None:
+def test_a_draw_does_not_depend_on_its_neighbours(sampler: SamplerBackend, p: SamplingParams, seed: int, others: int) -> None:
     logits = torch.randn(1 + others, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
     each = [start(p, seed, 1)] + [start(SamplingParams(temperature=i % 2, top_k=i), i) for i in range(others)]
     histories = [[1, 2, 3]] + [[i] * (i + 1) for i in range(others)]
-    alone, _ = sample(logits[:1].clone(), rows_of(each[:1], histories[:1]), drawing)
+    alone, _ = sample(logits[:1].clone(), rows_of(each[:1], histories[:1]), sampler)
     order = [*range(1, 1 + others), 0]
-    together, _ = sample(logits[order].clone(), rows_of([each[i] for i in order], [histories[i] for i in order]), drawing)
+    together, _ = sample(logits[order].clone(), rows_of([each[i] for i in order], [histories[i] for i in order]), sampler)
     assert together[-1] == alone[0]
 
 
 @pytest.fixture(scope="module", params=["torch", "compiled"])
-def drawing(request: pytest.FixtureRequest) -> Drawing:
-    return TorchDrawing() if request.param == "torch" else CompiledDrawing(Kernels.load(device_facts()))
+def sampler(request: pytest.FixtureRequest) -> SamplerBackend:
+    return TorchSampler() if request.param == "torch" else CompiledSampler(Kernels.load(device_facts()))
 
 
 CASES = {
@@ -143,13 +143,13 @@ FALSE_ALARM = 1e-4
 """Of one χ² test on a right sampler."""
 NUM_DRAWS = 20_000
 NUM_CHUNKS = 50 if "DOVETAIL_SOAK" in os.environ else 1
-"""Of NUM_DRAWS each: `make soak` draws a million times in every case."""
+"""Of NUM_DRAWS each: `make soak` samples a million times in every case."""
 
 
 @pytest.mark.parametrize("keyed_by", ["position", "seed", "sample index"])
 @pytest.mark.parametrize("name", CASES)
-def test_frequencies_are_those_of_the_distribution(drawing: Drawing, name: str, keyed_by: str) -> None:
-    """χ² over keyed draws, with a fresh seed every time."""
+def test_frequencies_are_those_of_the_distribution(sampler: SamplerBackend, name: str, keyed_by: str) -> None:
+    """χ² over keyed samples, with a fresh seed every time."""
     p, base = CASES[name], random.randrange(2**62)
     print("seed", base)
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(base % 2**31)) * 1.5
@@ -159,13 +159,13 @@ def test_frequencies_are_those_of_the_distribution(drawing: Drawing, name: str, 
         keys = np.arange(chunk * NUM_DRAWS, (chunk + 1) * NUM_DRAWS)
         if keyed_by == "position":
             # Only the key's position differs: the history that penalties see stays the same.
-            drawn = draw_at(drawing, logits.repeat(NUM_DRAWS, 1), p, base, keys, history)
+            drawn = draw_at(sampler, logits.repeat(NUM_DRAWS, 1), p, base, keys, history)
         else:
             seeds, indices = (base + keys, 0 * keys) if keyed_by == "seed" else (0 * keys + base, keys)
             starts = [start(p, int(s), int(i)) for s, i in zip(seeds, indices, strict=True)]
             tokens = np.tile(np.array(history, np.int32), (NUM_DRAWS, 1))
             rows = SamplingRows(starts, tokens, np.full(NUM_DRAWS, len(history), np.int64))
-            drawn, usable = sample(logits.repeat(NUM_DRAWS, 1), rows, drawing)
+            drawn, usable = sample(logits.repeat(NUM_DRAWS, 1), rows, sampler)
             assert all(usable)
         observed += torch.bincount(torch.tensor(drawn), minlength=VOCAB)
     expected = reference_distribution(logits, p, history, 1) * observed.sum()
@@ -223,22 +223,22 @@ def power_of(freedom: int, noncentrality: float) -> float:
 
 
 def draw_at(
-    drawing: Drawing, logits: Tensor, p: SamplingParams, seed: int, positions: np.ndarray[Any, Any], history: list[int]
+    sampler: SamplerBackend, logits: Tensor, p: SamplingParams, seed: int, positions: np.ndarray[Any, Any], history: list[int]
 ) -> list[int]:
     """Draws whose keys differ by position alone, from the reference's probabilities."""
     probs = reference_distribution(logits[0], p, history, 1)
     z = probs.log().float().repeat(len(positions), 1)
     keys = row_keys(np.full(len(positions), seed), np.zeros(len(positions), np.int64), positions)
-    drawing.perturb_(z, keys)
-    return drawing.best(z)[0]
+    sampler.add_gumbel_noise_(z, keys)
+    return sampler.best(z)[0]
 
 
-def test_noise_of_different_keys_is_unrelated(drawing: Drawing) -> None:
+def test_noise_of_different_keys_is_unrelated(sampler: SamplerBackend) -> None:
     """Correlation of exponential noise between neighbouring keys, over 200 pairs of rows of 50,000 tokens."""
     width = 50_000
     keys = row_keys(np.full(201, 12345), np.zeros(201, np.int64), np.arange(201))
     noise = torch.zeros(201, width)
-    drawing.perturb_(noise, keys)
+    sampler.add_gumbel_noise_(noise, keys)
     assert len(np.unique(keys)) == 201
     assert noise.isfinite().all()
     z = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True)
@@ -250,11 +250,11 @@ def test_noise_of_different_keys_is_unrelated(drawing: Drawing) -> None:
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 64, 50_000])
-def test_nan_makes_a_row_unusable_and_no_other(drawing: Drawing, vocab: int) -> None:
+def test_nan_makes_a_row_unusable_and_no_other(sampler: SamplerBackend, vocab: int) -> None:
     logits = torch.randn(4, vocab)
     logits[1, 7] = logits[3, -1] = math.nan
     starts = [start(SamplingParams(temperature=t, top_p=p)) for t, p in ((0, 1), (1, 0.9), (0, 1), (0, 1))]
-    _, usable = sample(logits, rows_of(starts, [[1]] * 4), drawing)
+    _, usable = sample(logits, rows_of(starts, [[1]] * 4), sampler)
     assert usable == [True, False, True, False]
 
 
@@ -269,7 +269,7 @@ def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, lev
     logits = (torch.randn(rows, vocab, generator=generator) * levels).round() / levels * 3
     if masked:
         logits[:, rng.randrange(vocab)] = -math.inf
-    plain, compiled = TorchDrawing(), CompiledDrawing(Kernels.load(device_facts()))
+    plain, compiled = TorchSampler(), CompiledSampler(Kernels.load(device_facts()))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -277,20 +277,20 @@ def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, lev
         ks = [rng.choice([0, 1, 2, 50, vocab]) for _ in range(rows)]
         ps = [rng.choice([1.0, 0.9, 0.3]) for _ in range(rows)]
         ours, theirs = logits.clone(), logits.clone()
-        compiled.cut_(ours, ks, ps)
-        plain.cut_(theirs, ks, ps)
+        compiled.filter_top_k_top_p_(ours, ks, ps)
+        plain.filter_top_k_top_p_(theirs, ks, ps)
         for i in range(rows):  # where the mass of the nucleus is that of top_p to the last bit, either is right
             assert (ours[i] != theirs[i]).sum() <= (0 if ps[i] == 1 else 1)
         keys = row_keys(np.full(rows, seed), np.arange(rows), np.arange(rows))
         ours, theirs = torch.zeros(rows, vocab), torch.zeros(rows, vocab)
-        compiled.perturb_(ours, keys)
-        plain.perturb_(theirs, keys)
+        compiled.add_gumbel_noise_(ours, keys)
+        plain.add_gumbel_noise_(theirs, keys)
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
 
 
-def test_masks_allow_only_their_tokens(drawing: Drawing) -> None:
+def test_masks_allow_only_their_tokens(sampler: SamplerBackend) -> None:
     allowed = {2, 8, 36}
     bitmap = bytearray(-(-VOCAB // 8))
     for token in allowed:
@@ -298,7 +298,7 @@ def test_masks_allow_only_their_tokens(drawing: Drawing) -> None:
     starts = [start(SamplingParams(), seed=i) for i in range(64)]
     rows = rows_of(starts, [[1]] * 64)
     masked = SamplingRows(rows.starts, rows.token_ids, rows.lengths, [bytes(bitmap) if i % 2 else None for i in range(64)])
-    drawn, _ = sample(torch.zeros(64, VOCAB), masked, drawing)
+    drawn, _ = sample(torch.zeros(64, VOCAB), masked, sampler)
     assert set(drawn[1::2]) == allowed
     assert len(set(drawn[::2])) > 10
 

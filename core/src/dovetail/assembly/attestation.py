@@ -1,7 +1,7 @@
 """Which of the parts that were built are really in use: each says so itself, by being called.
 
 Requested is what the configuration says, effective what the plan took, invoked what this module saw. A method that shows use
-(`Socket.invoked`) is shadowed on the object until its first call, which removes the shadow: later calls pay nothing.
+(`ExtensionPoint.invoked`) is shadowed on the object until its first call, which removes the shadow: later calls pay nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 
 _ABSENT = object()
 
@@ -19,14 +19,14 @@ class Attestation:
 
     def __init__(self) -> None:
         self.invoked: dict[str, bool] = {}
-        self._watched: dict[str, tuple[Socket, Any]] = {}
+        self._watched: dict[str, tuple[ExtensionPoint, Any]] = {}
         self._shadows: dict[str, list[Callable[[], None]]] = {}
 
-    def watch(self, key: str, socket: Socket, built: Any) -> None:
-        """From now on the first call of one of the socket's methods counts."""
+    def watch(self, key: str, extension_point: ExtensionPoint, built: Any) -> None:
+        """From now on the first call of one of the extension point's methods counts."""
         self._lift(key)
         undo: list[Callable[[], None]] = []
-        for name in socket.invoked:
+        for name in extension_point.invoked:
             method = getattr(built, name, None)
             if method is None:
                 continue
@@ -40,13 +40,13 @@ class Attestation:
             undo.append(lambda name=name, before=before: _restore(built, name, before))  # type: ignore[misc]
         if undo:
             self.invoked[key] = False
-            self._watched[key], self._shadows[key] = (socket, built), undo
+            self._watched[key], self._shadows[key] = (extension_point, built), undo
 
     def begin_serving(self) -> None:
         """What was called while loading and warming up does not count for parts that work in every step."""
-        for key, (socket, built) in list(self._watched.items()):
-            if not socket.invoked_once:
-                self.watch(key, socket, built)
+        for key, (extension_point, built) in list(self._watched.items()):
+            if not extension_point.invoked_once:
+                self.watch(key, extension_point, built)
 
     def _shadow(self, key: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def first(*args: Any, **kwargs: Any) -> Any:

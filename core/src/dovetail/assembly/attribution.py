@@ -13,13 +13,13 @@ from dovetail.plan import SHADOW_PREFIX, Plan
 from dovetail.plugin.discovery import Registry
 
 ASKS = {"scheduler": ("kv_cache",), "worker": ("attention", "quantization", "architecture")}
-"""By part: the sockets whose providers run when it is asked. Every other part answers for itself, and for what it opens."""
+"""By part: the extension points whose providers run when it is asked. Every other part answers for itself, and for what it opens."""
 ENGINE = "engine"
 """The part that asks all others."""
 
 
-class Suspect(NamedTuple):
-    socket: str
+class Candidate(NamedTuple):
+    extension_point: str
     name: str
     """`dist:name`"""
     package: str
@@ -28,7 +28,7 @@ class Suspect(NamedTuple):
     """In which it is implemented."""
 
     def __str__(self) -> str:
-        return f"{self.socket} ({self.name})"
+        return f"{self.extension_point} ({self.name})"
 
 
 class Attribution:
@@ -40,66 +40,66 @@ class Attribution:
 
     def __call__(self, error: BaseException, part: str) -> str:
         """`part` is who was asked; who failed may be somebody that it asked in turn. Without a provider, `part` itself."""
-        return self.seen(error, part) or _only([s for s in self._suspects(part) if s.socket == part]) or part
+        return self.seen(error, part) or _only([s for s in self._candidates(part) if s.extension_point == part]) or part
 
     def seen(self, error: BaseException, part: str) -> str:
         """The same, as far as the error itself shows it; else empty."""
-        suspects = self._suspects(part)
+        candidates = self._candidates(part)
         named = getattr(error, "provider", None)
-        of_name = [s for s in self._suspects(ENGINE) if named in (s.name, s.name.partition(":")[2])]
+        of_name = [s for s in self._candidates(ENGINE) if named in (s.name, s.name.partition(":")[2])]
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        return _only(of_name[:1] or _in_frames(reversed(frames), suspects))
+        return _only(of_name[:1] or _in_frames(reversed(frames), candidates))
 
     def of_module(self, module: str, part: str) -> str:
         """Whose module it is; empty if nobody's."""
-        return _only(_owners(module, self._suspects(part)))
+        return _only(_owners(module, self._candidates(part)))
 
     def running(self) -> str:
         """The provider whose code a thread of this process is running now; empty if there is none."""
-        suspects = self._suspects(ENGINE)
+        candidates = self._candidates(ENGINE)
         known = {t.ident: t for t in threading.enumerate()}
         found = []
         for ident, frame in sys._current_frames().items():
             if ident in known and ident != threading.get_ident():
-                found += _in_frames(_outwards(frame), suspects)
+                found += _in_frames(_outwards(frame), candidates)
         # The loop's thread only waits for the worker's, in which somebody else may be at work.
-        found.sort(key=lambda s: s.socket == "worker")
+        found.sort(key=lambda s: s.extension_point == "worker")
         return str(found[0]) if found else ""
 
-    def _suspects(self, part: str) -> list[Suspect]:
-        suspects = []
+    def _candidates(self, part: str) -> list[Candidate]:
+        candidates = []
         for key, choice in self._plan.choices.items():
-            offers = [o for o in self._registry.of(choice.socket) if o.plugin.distribution == choice.distribution]
-            within = self._registry.sockets[choice.socket].within
-            if not (part in (ENGINE, choice.socket, within) or choice.socket in ASKS.get(part, ())):
+            offers = [o for o in self._registry.of(choice.extension_point) if o.plugin.distribution == choice.distribution]
+            within = self._registry.extension_points[choice.extension_point].within
+            if not (part in (ENGINE, choice.extension_point, within) or choice.extension_point in ASKS.get(part, ())):
                 continue
             for offer in (o for o in offers if o.provider.name == choice.provider):
                 built = self._built.get(key)
                 modules = {getattr(built, "__module__", ""), getattr(offer.provider.build, "__module__", "")}
                 package = offer.plugin.module.partition(".")[0]
                 package = "" if package == "dovetail" else package
-                socket = f"shadow {offer.socket}" if key.startswith(SHADOW_PREFIX) else offer.socket
-                suspects.append(Suspect(socket, offer.qualified_name, package, modules))
-        return suspects
+                extension_point = f"shadow {offer.extension_point}" if key.startswith(SHADOW_PREFIX) else offer.extension_point
+                candidates.append(Candidate(extension_point, offer.qualified_name, package, modules))
+        return candidates
 
 
-def _only(found: list[Suspect]) -> str:
+def _only(found: list[Candidate]) -> str:
     return str(found[0]) if len({s.name for s in found}) == 1 else ""
 
 
-def _in_frames(frames: Iterable[FrameType], suspects: list[Suspect]) -> list[Suspect]:
+def _in_frames(frames: Iterable[FrameType], candidates: list[Candidate]) -> list[Candidate]:
     """The owners of the first frame that has any."""
     for frame in frames:
-        if found := _owners(frame.f_globals.get("__name__", ""), suspects):
+        if found := _owners(frame.f_globals.get("__name__", ""), candidates):
             return found
     return []
 
 
-def _owners(module: str, suspects: list[Suspect]) -> list[Suspect]:
+def _owners(module: str, candidates: list[Candidate]) -> list[Candidate]:
     """Who a module belongs to, if that is one provider: a distribution may offer several."""
     for matching in (
-        [s for s in suspects if module in s.modules],
-        [s for s in suspects if s.package and module.partition(".")[0] == s.package],
+        [s for s in candidates if module in s.modules],
+        [s for s in candidates if s.package and module.partition(".")[0] == s.package],
     ):
         if len({s.name for s in matching}) == 1:
             return matching[:1]

@@ -73,33 +73,33 @@ class PlanContext:
         try:
             given = choice.options if options is None else options
             built = offer.provider.build(self, offer.provider.options.model_validate(given))
-            socket = self.registry.sockets[choice.socket]
+            extension_point = self.registry.extension_points[choice.extension_point]
             self.built[key] = built
-            built = socket.adapted(choice.contract, built)
+            built = extension_point.adapted(choice.contract, built)
         except (CheckpointError, ConfigError, OutOfMemory, PluginError):
             raise
         except Exception as e:
             raise PluginError(
                 f"{key}: {offer.qualified_name} could not be built: {type(e).__name__}: {e}", provider=offer.qualified_name
             ) from e
-        if missing := socket.missing(built):
+        if missing := extension_point.missing(built):
             what = f"built {type(built).__name__}, which has no {', '.join(missing)}"
             raise PluginError(f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name)
-        self.attestation.watch(key, socket, built)
+        self.attestation.watch(key, extension_point, built)
         return built
 
     def name(self, key: str) -> str:
         return self.plan.choices[key].qualified_name
 
-    def build_all(self, socket: str) -> dict[str, Any]:
-        return {c.provider: self.build(key) for key, c in self.plan.choices.items() if c.socket == socket}
+    def build_all(self, extension_point: str) -> dict[str, Any]:
+        return {c.provider: self.build(key) for key, c in self.plan.choices.items() if c.extension_point == extension_point}
 
     def for_model(self, model: ModelFacts) -> PlanContext:
         return replace(self, model=model)
 
-    def responsible(self, error: BaseException, socket: str, module: str = "") -> str:
+    def responsible(self, error: BaseException, extension_point: str, module: str = "") -> str:
         attribution = Attribution(self.plan, self.registry, self.built)
-        return attribution.seen(error, socket) or attribution.of_module(module, socket)
+        return attribution.seen(error, extension_point) or attribution.of_module(module, extension_point)
 
 
 def build_engine(
@@ -110,7 +110,7 @@ def build_engine(
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
     context = PlanContext(plan, registry, facts, model, attestation=attestation)
-    culprit = Attribution(plan, registry, context.built)
+    responsible = Attribution(plan, registry, context.built)
     with bounded_spinning():  # before anybody imports torch
         worker: Worker = context.build("worker")
     try:
@@ -131,10 +131,10 @@ def build_engine(
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
         scheduler = CheckedScheduler(
-            context.build("scheduler"), context.name("scheduler"), culprit, limits["max_num_batched_tokens"]
+            context.build("scheduler"), context.name("scheduler"), responsible, limits["max_num_batched_tokens"]
         )  # fmt: skip
         checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
-        engine = loop(scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, culprit=culprit)
+        engine = loop(scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, responsible=responsible)
         engine.speculation = _speculation(context, engine, model.vocab_size)
         attestation.begin_serving()
         return engine
@@ -142,7 +142,7 @@ def build_engine(
         worker.close()
         if isinstance(e, DovetailError) or not isinstance(e, Exception):
             raise
-        raise PluginError(f"{culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
+        raise PluginError(f"{responsible(e, ENGINE)}: {type(e).__name__}: {e}") from e
 
 
 def _speculation(context: PlanContext, engine: Engine, vocab_size: int) -> Speculation | None:
@@ -192,7 +192,7 @@ def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = N
     """Build the server of a plan, in the front-end. Its options come from `config`: a plan holds no secrets."""
     registry = load_registry() if registry is None else registry
     context = PlanContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
-    opened = {s.name for s in registry.sockets.values() if s.within == "server"}
+    opened = {s.name for s in registry.extension_points.values() if s.within == "server"}
     options = {k: v for k, v in config.server.options.items() if k not in opened}
     server: Server = context.build("server", options)
     return server

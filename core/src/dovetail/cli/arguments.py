@@ -41,7 +41,7 @@ FLAGS: tuple[tuple[str, str, type, str], ...] = (
 
 
 class _PrefixCaching(BooleanOptionalAction):
-    """vLLM's flag, for the socket: any prefix cache, or none."""
+    """vLLM's flag, for the extension point: any prefix cache, or none."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int = 0, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, **kwargs)
@@ -55,7 +55,7 @@ def add_engine_arguments(parser: ArgumentParser, *, with_config: bool = True) ->
     """`--config`, `--locked` (unless the command takes the config otherwise) and a flag for each option that is set often."""
     group = parser.add_argument_group("engine")
     if with_config:
-        group.add_argument("--config", dest="config_file", metavar="FILE", help="a composition file (YAML or TOML)")
+        group.add_argument("--config", dest="config_file", metavar="FILE", help="an engine config (YAML or TOML)")
         group.add_argument("--locked", metavar="LOCK", help="refuse to run what differs from this lock; see `dovetail lock`")
     for flag, key, kind, help in FLAGS:
         group.add_argument(flag, dest=f"engine:{key}", type=kind, help=help)

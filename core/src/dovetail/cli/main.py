@@ -41,13 +41,13 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     plugins.add_argument("--json", action="store_true", help="for machines")
 
     explain = command("explain", _explain, "show what an engine would be made of, and why; loads no weights")
-    explain.add_argument("config_file", nargs="?", metavar="CONFIG", help="a composition file (YAML or TOML)")
+    explain.add_argument("config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)")
     explain.add_argument("--json", action="store_true", help="for machines")
     explain.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
     add_engine_arguments(explain, with_config=False)
 
     lock = command("lock", _lock, "write down all that decides what an engine computes, for --locked")
-    lock.add_argument("config_file", nargs="?", metavar="CONFIG", help="a composition file (YAML or TOML)")
+    lock.add_argument("config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)")
     lock.add_argument("-o", "--out", metavar="FILE", help="default: CONFIG with the suffix .lock, or dovetail.lock")
     lock.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
     add_engine_arguments(lock, with_config=False)

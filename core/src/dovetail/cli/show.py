@@ -25,7 +25,7 @@ def show_plugins(*, as_json: bool) -> int:
     if as_json:
         print(json.dumps(_plugins_as_data(registry), indent=2))
         return 1 if registry.broken else 0
-    columns = ("plugin", "distribution", "socket", "contract", "offers", "what it is")
+    columns = ("plugin", "distribution", "extension_point", "contract", "offers", "what it is")
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     deprecated: dict[str, str] = {}
     for plugin in registry.plugins:
@@ -35,12 +35,12 @@ def show_plugins(*, as_json: bool) -> int:
             table.add_row(plugin.name, owner, Text("broken", "red"), "", "", Text(registry.broken[plugin.distribution]))
         for i, offer in enumerate(offers):
             name, dist = (plugin.name, owner) if i == 0 else ("", "")
-            written = plugin.written_for(offer.socket)
+            written = plugin.written_for(offer.extension_point)
             contract = Text(str(written or "not said"))
             if why := _contract_remark(registry, offer):
                 contract.stylize("yellow")
-                deprecated[f"{plugin.distribution}: {offer.socket}"] = why
-            table.add_row(name, dist, offer.socket, contract, offer.provider.name, Text(offer.provider.summary))
+                deprecated[f"{plugin.distribution}: {offer.extension_point}"] = why
+            table.add_row(name, dist, offer.extension_point, contract, offer.provider.name, Text(offer.provider.summary))
         if not offers and plugin.distribution not in registry.broken:
             table.add_row(plugin.name, owner, "", "", "(nothing)", Text(plugin.summary))
     console = wide_console()
@@ -52,9 +52,9 @@ def show_plugins(*, as_json: bool) -> int:
 
 def _contract_remark(registry: Registry, offer: Offer) -> str | None:
     """What is to be said of the version of the contract that a plugin was written for."""
-    socket = registry.sockets[offer.socket]
-    version = socket.served(offer.plugin.written_for(offer.socket))
-    return str(version) if isinstance(version, Reason) else socket.deprecation(version)
+    extension_point = registry.extension_points[offer.extension_point]
+    version = extension_point.served(offer.plugin.written_for(offer.extension_point))
+    return str(version) if isinstance(version, Reason) else extension_point.deprecation(version)
 
 
 def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
@@ -64,8 +64,8 @@ def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
             "broken": registry.broken.get(p.distribution),
             "offers": [
                 {
-                    "socket": o.socket, "name": o.provider.name, "summary": o.provider.summary,
-                    "priority": o.provider.priority, "contract": str(p.written_for(o.socket) or ""),
+                    "extension_point": o.extension_point, "name": o.provider.name, "summary": o.provider.summary,
+                    "priority": o.provider.priority, "contract": str(p.written_for(o.extension_point) or ""),
                     "contract_remark": _contract_remark(registry, o),
                 }
                 for o in registry.offers if o.plugin == p
@@ -76,7 +76,7 @@ def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
 
 
 def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool) -> int:
-    """Print the plan: per socket what is taken, what is not, and why."""
+    """Print the plan: per extension point what is taken, what is not, and why."""
     registry = load_registry()
     plan = resolve(load_config(config_file, **values), registry, server=True)
     layers = weights_of(plan, registry)
@@ -100,7 +100,7 @@ def weights_table(layers: list[LayerWeights], dtype: str) -> Table:
     for group in alike(layers):
         one = group.one
         shape, form = f"{one.out_features} × {one.in_features}", f"{one.form}: {one.remark}" if one.remark else one.form
-        cells = (Text(group.names), shape, one.scheme, Text(form), one.multiplied_by, size(one.nbytes), size(group.nbytes))
+        cells = (Text(group.names), shape, one.scheme, Text(form), one.gemm_backend, size(one.nbytes), size(group.nbytes))
         table.add_row(*cells)
     return table
 
@@ -118,7 +118,7 @@ def size(nbytes: int) -> str:
 
 
 def plan_tree(plan: Plan) -> Tree:
-    """For each socket who was taken, with what was decided for it; and who was not, with the reason and what would help."""
+    """For each extension point who was taken, with what was decided for it; and who was not, with the reason and what would help."""
     model = Text.assemble((plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}")
     if plan.revision is not None:
         model.append(f" at {plan.revision}", "dim")
@@ -128,14 +128,14 @@ def plan_tree(plan: Plan) -> Tree:
     tree = Tree(model, guide_style="dim")
     width = max(len(_label(key, choice)) for key, choice in plan.choices.items())
     for key, choice in plan.choices.items():
-        socket = tree.add(_taken(key, choice, width))
+        extension_point = tree.add(_records(key, choice, width))
         for option, value in choice.options.items():
             if value is not None:
-                socket.add(Text.assemble((f"{option}: ", "dim"), str(value)))
+                extension_point.add(Text.assemble((f"{option}: ", "dim"), str(value)))
         for remark in choice.remarks:
-            socket.add(Text(remark, "cyan"))
+            extension_point.add(Text(remark, "cyan"))
         for other in choice.rejected:
-            node = socket.add(Text.assemble(("not ", "dim"), other.provider, (f"  {other.distribution}", "dim")))
+            node = extension_point.add(Text.assemble(("not ", "dim"), other.provider, (f"  {other.distribution}", "dim")))
             for reason in other.reasons:
                 said = Text.assemble((f"[{reason.code}] ", "yellow"), reason.text)
                 if reason.hint:
@@ -148,7 +148,7 @@ def _label(key: str, choice: Choice) -> str:
     return f"{key} ({choice.match})" if choice.match else key
 
 
-def _taken(key: str, choice: Choice, width: int) -> Text:
+def _records(key: str, choice: Choice, width: int) -> Text:
     line = Text.assemble((f"{_label(key, choice):{width}}  ", "bold"))
     if choice.is_empty:
         return line.append("none", "dim")

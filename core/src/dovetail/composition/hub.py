@@ -33,7 +33,7 @@ def download(name: str, where: str, *, with_code: bool, revision: str | None) ->
     except Exception as e:
         at = f" at revision {revision!r}" if revision is not None else ""
         why = f"{type(e).__name__}: {e}"
-        raise ConfigError(f"{where}: {name!r} is no folder here, and the hub did not give it{at}: {why}") from None
+        raise ConfigError(f"{where}: {name!r} is not a local path, and the download from the hub failed{at}: {why}") from None
 
 
 def commit_of(folder: Path) -> str | None:

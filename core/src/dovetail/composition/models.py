@@ -10,7 +10,7 @@ from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import device_facts
 from dovetail.interfaces.model import ModelSource
 from dovetail.plan import Choice
-from dovetail.plugin.config import SocketConfig
+from dovetail.plugin.config import ProviderConfig
 from dovetail.plugin.discovery import Registry, load_registry
 from dovetail.plugin.provider import Context
 
@@ -34,7 +34,7 @@ def model_and_choice(
         kind = "comes with a plugin" if is_offered else "is a folder"
         raise ConfigError(f"revision: {revision!r} is of a model on the hub, and {name!r} {kind}: leave it out")
     if is_offered:
-        choice = choose(registry, "model", SocketConfig(use=name), context, where)
+        choice = choose(registry, "model", ProviderConfig(use=name), context, where)
         offer = find(registry, choice)
         try:
             source = offer.provider.build(None, offer.provider.options())  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from dovetail.errors import ConfigError, PluginError
 from dovetail.facts import ModelFacts
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plan import Choice
-from dovetail.plugin.config import QuantizationConfig, QuantizationRule, SocketConfig
+from dovetail.plugin.config import ProviderConfig, QuantizationConfig, QuantizationRule
 from dovetail.plugin.discovery import Registry
 
 Take = Callable[..., Choice]
-"""(socket, what is wanted, where in the configuration, **needs) -> the choice"""
+"""(extension point, what is wanted, where in the configuration, **needs) -> the choice"""
 
 ALL = "*"
 SUPPLIERS = {
@@ -48,7 +48,7 @@ def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Regi
 
 
 def _choose(rule: QuantizationRule, where: str, take: Take, model: ModelFacts) -> Choice:
-    wanted = SocketConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
+    wanted = ProviderConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
     try:
         choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
     except ConfigError as e:

@@ -1,4 +1,4 @@
-"""From a configuration to a plan: a provider for every socket, and why the others were not taken. Loads no weight."""
+"""From a configuration to a plan: a provider for every extension point, and why the others were not taken. Loads no weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dovetail.composition.draft_model import check_draft
 from dovetail.composition.models import model_and_choice
 from dovetail.composition.quantization import choose_schemes
-from dovetail.composition.relations import Neighbours, Unsatisfied
+from dovetail.composition.relations import OtherChoices, Unsatisfied
 from dovetail.composition.selection import choose, choose_all, find
 from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
@@ -20,13 +20,13 @@ from dovetail.interfaces.drafter import DrafterCapabilities
 from dovetail.interfaces.model import ModelSource
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.plan import SHADOW_PREFIX, Choice, DraftModel, Plan, Reason
-from dovetail.plugin.config import EngineConfig, ShadowConfig, SocketConfig
+from dovetail.plugin.config import EngineConfig, ProviderConfig, ShadowConfig
 from dovetail.plugin.discovery import Registry, load_registry
 from dovetail.plugin.provider import HOST_MEMORY, Context, DraftModelOptions
 
 
 def resolve(config: EngineConfig, registry: Registry | None = None, *, server: bool = False) -> Plan:
-    """Choose a provider for every socket. Reads the model's config.json, and no weight.
+    """Choose a provider for every extension point. Reads the model's config.json, and no weight.
 
     Raises `ConfigError`, `PluginError` or `CheckpointError`; what was not taken, and why, is in the plan.
     """
@@ -37,10 +37,10 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
             return _resolve(config, registry, server, excluded)
         except Unsatisfied as e:
             # What `auto` took may stand in the way of what was asked for, or of anything at all: it gives way.
-            culprits = [name for name in e.culprits if name not in excluded]
-            if not culprits:
+            conflicting = [name for name in e.conflicting if name not in excluded]
+            if not conflicting:
                 raise
-            excluded[culprits[-1]] = Reason(f"left no choice: {e.message.splitlines()[0]}", code="conflicts")
+            excluded[conflicting[-1]] = Reason(f"excluded because it conflicts with another choice: {e.message.splitlines()[0]}", code="conflicts")
 
 
 @dataclass
@@ -53,36 +53,36 @@ class Resolution:
     device_name: str
     dtype: str
     choices: dict[str, Choice] = field(default_factory=dict)
-    neighbours: Neighbours = field(default_factory=Neighbours)
+    other_choices: OtherChoices = field(default_factory=OtherChoices)
 
     def context(self, needs: dict[str, Any]) -> Context:
         return Context(self.device, self.model, self.device_name, self.dtype, needs)
 
-    def ask(self, socket: str, wanted: SocketConfig, where: str, **needs: Any) -> Choice:
+    def ask(self, extension_point: str, wanted: ProviderConfig, where: str, **needs: Any) -> Choice:
         """Choose, and change nothing."""
-        return choose(self.registry, socket, wanted, self.context(needs), where, self.neighbours)
+        return choose(self.registry, extension_point, wanted, self.context(needs), where, self.other_choices)
 
     def note(self, key: str, choice: Choice) -> None:
         self.choices[key] = choice
         if not choice.is_empty:
-            self.neighbours.taken[key] = find(self.registry, choice)
+            self.other_choices.taken[key] = find(self.registry, choice)
             if choice.requested == "auto":
-                self.neighbours.by_auto.add(self.neighbours.taken[key].qualified_name)
+                self.other_choices.by_auto.add(self.other_choices.taken[key].qualified_name)
 
-    def take(self, key: str, wanted: SocketConfig, **needs: Any) -> Choice:
-        """Fill a socket, and those that its provider opens to others: their settings are among its options."""
-        socket = key.partition(".")[0]
-        opened = [s for s in self.registry.sockets.values() if s.within == socket]
+    def take(self, key: str, wanted: ProviderConfig, **needs: Any) -> Choice:
+        """Fill an extension point, and those that its provider opens to others: their settings are among its options."""
+        extension_point = key.partition(".")[0]
+        opened = [s for s in self.registry.extension_points.values() if s.within == extension_point]
         inner = {s.name: wanted.options[s.name] for s in opened if s.name in wanted.options}
         options = {k: v for k, v in wanted.options.items() if k not in inner}
-        choice = self.ask(socket, wanted.model_copy(update={"options": options}), key, **needs)
+        choice = self.ask(extension_point, wanted.model_copy(update={"options": options}), key, **needs)
         self.note(key, choice)
         for within in opened:
             if self.registry.added_by[within.name].distribution == choice.distribution:
-                given = [_socket_config(g, within.name) for g in _as_list(inner.pop(within.name, "auto"))]
+                given = [_provider_config(g, within.name) for g in _as_list(inner.pop(within.name, "auto"))]
                 if within.many:
-                    asked = [] if given == [SocketConfig()] else given
-                    for one in choose_all(self.registry, within.name, asked, self.context({}), self.neighbours):
+                    asked = [] if given == [ProviderConfig()] else given
+                    for one in choose_all(self.registry, within.name, asked, self.context({}), self.other_choices):
                         self.note(f"{within.name}.{one.provider}", one)
                 elif len(given) > 1:
                     raise ConfigError(f"{key}.{within.name}: takes one provider, not {len(given)}")
@@ -93,7 +93,7 @@ class Resolution:
         return choice
 
     def needs(self, key: str) -> dict[str, dict[str, Any]]:
-        """What a choice says that it needs of others, by socket."""
+        """What a choice says that it needs of others, by extension point."""
         offer, options = find(self.registry, self.choices[key]), self.choices[key].options
         try:
             return offer.provider.needs(self.context({}), offer.provider.options.model_validate(options))
@@ -104,7 +104,7 @@ class Resolution:
             raise PluginError(f"{key}: {name}: its needs raised {type(e).__name__}: {e}", provider=name) from e
 
     def capabilities(self, keys: Iterable[str]) -> dict[str, Any]:
-        return {key: self.neighbours.taken[key].provider.capabilities for key in keys}
+        return {key: self.other_choices.taken[key].provider.capabilities for key in keys}
 
 
 def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
@@ -121,7 +121,7 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         longest = model.max_position_embeddings
         raise ConfigError(f"max_model_len: {length} is longer than the model's context of {longest} tokens")
 
-    r = Resolution(registry, facts, model, device, dtype, neighbours=Neighbours(excluded=excluded))
+    r = Resolution(registry, facts, model, device, dtype, other_choices=OtherChoices(excluded=excluded))
     if model_choice is not None:
         r.note("model", model_choice)
     schemes = choose_schemes(config.quantization, model, registry, r.ask)
@@ -192,7 +192,7 @@ def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool
     """The draft model, where the drafter that was taken runs in the worker, and what computes it."""
     if r.choices["speculation"].is_empty:
         return None
-    offer = r.neighbours.taken["speculation"]
+    offer = r.other_choices.taken["speculation"]
     can = offer.provider.capabilities
     if not isinstance(can, DrafterCapabilities) or can.runs_in != "worker":
         return None
@@ -210,11 +210,11 @@ def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool
     if choice is not None:
         r.note("model.draft", choice)
     if "architecture" in r.choices:
-        replace(r, model=facts).take("architecture.draft", SocketConfig(), quantized=[])
+        replace(r, model=facts).take("architecture.draft", ProviderConfig(), quantized=[])
     return DraftModel(name, str(source.folder), facts.architecture), facts
 
 
-def _take_matmul(r: Resolution, wanted: SocketConfig, schemes: list[str]) -> None:
+def _take_matmul(r: Resolution, wanted: ProviderConfig, schemes: list[str]) -> None:
     """What multiplies, where one of the schemes leaves that to others. `schemes`: keys of the plan."""
     asking = []
     for key in schemes:
@@ -269,8 +269,8 @@ def _as_list(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [given]
 
 
-def _socket_config(given: Any, where: str) -> SocketConfig:
+def _provider_config(given: Any, where: str) -> ProviderConfig:
     try:
-        return SocketConfig.model_validate(given)
+        return ProviderConfig.model_validate(given)
     except ValidationError:
         raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None

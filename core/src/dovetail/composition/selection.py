@@ -1,4 +1,4 @@
-"""Choosing a provider for a socket: the one that was asked for, or the best one that has no reason against it."""
+"""Choosing a provider for an extension point: the one that was asked for, or the best one that has no reason against it."""
 
 from __future__ import annotations
 
@@ -10,72 +10,72 @@ from typing import Any
 import msgspec
 from pydantic import ValidationError
 
-from dovetail.composition.relations import NOBODY, Neighbours, Unsatisfied, culprits_of, relations, untested
+from dovetail.composition.relations import NONE, OtherChoices, Unsatisfied, conflicting_with, relations, untested
 from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.plan import Choice, Reason, Rejected
-from dovetail.plugin.config import SocketConfig
+from dovetail.plugin.config import ProviderConfig
 from dovetail.plugin.discovery import Offer, Registry
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 from dovetail.plugin.provider import Context, Options
 
 
 def choose(
-    registry: Registry, socket_name: str, wanted: SocketConfig, context: Context, where: str | None = None,
-    neighbours: Neighbours = NOBODY,
+    registry: Registry, point_name: str, wanted: ProviderConfig, context: Context, where: str | None = None,
+    other_choices: OtherChoices = NONE,
 ) -> Choice:  # fmt: skip
-    """Fill a socket. `where` is the path in the configuration, for errors.
+    """Fill an extension point. `where` is the path in the configuration, for errors.
 
     Asked by name: that provider, or an error with its reasons and the alternatives; another one only if the
     configuration says `on_unsupported: fallback`. `auto`: the usable provider of highest priority. Every candidate not
     taken is in `Choice.rejected`, with why.
     """
-    where = where or socket_name
-    socket = registry.sockets[socket_name]
-    offers = sorted(registry.of(socket_name), key=lambda o: (-o.provider.priority, o.qualified_name))
-    against = {o.qualified_name: _reasons(socket, o, context) + relations(o, where, neighbours) for o in offers}
+    where = where or point_name
+    extension_point = registry.extension_points[point_name]
+    offers = sorted(registry.of(point_name), key=lambda o: (-o.provider.priority, o.qualified_name))
+    against = {o.qualified_name: _reasons(extension_point, o, context) + relations(o, where, other_choices) for o in offers}
     if wanted.use == "auto":
-        for name, reason in neighbours.excluded.items():
+        for name, reason in other_choices.excluded.items():
             if name in against:
                 against[name].append(reason)
     usable = [o for o in offers if not against[o.qualified_name]]
 
-    if socket.optional and (wanted.use == "none" or (wanted.use == "auto" and not usable)):
+    if extension_point.optional and (wanted.use == "none" or (wanted.use == "auto" and not usable)):
         if wanted.options:
-            raise ConfigError(f"{where}: options are given ({', '.join(wanted.options)}), and nobody to take them")
+            raise ConfigError(f"{where}: options are given ({', '.join(wanted.options)}), but no provider is selected")
         said = [Reason("none was asked for", f"set {where}: auto", "not-asked")]
         rejected = [Rejected(o.provider.name, o.plugin.distribution, against[o.qualified_name] or said) for o in offers]
         return Choice(
-            socket=socket_name, requested=wanted.use, provider="none", distribution="", version="", contract="", options={},
+            extension_point=point_name, requested=wanted.use, provider="none", distribution="", version="", contract="", options={},
             rejected=rejected,
         )  # fmt: skip
     if wanted.use != "auto":
-        named = _find(registry, offers, socket_name, wanted.use, where)
+        named = _find(registry, offers, point_name, wanted.use, where)
         if against[named.qualified_name] and wanted.on_unsupported == "error":
             reasons = "; ".join(map(str, against[named.qualified_name]))
             others = ", ".join(o.provider.name for o in usable) or "none"
             raise Unsatisfied(
                 f"{where}: {wanted.use!r} cannot be used here: {reasons}. Usable: {others}. "
                 "Name one of those, or set on_unsupported: fallback",
-                culprits_of([named], where, neighbours), named.qualified_name,
+                conflicting_with([named], where, other_choices), named.qualified_name,
             )  # fmt: skip
         usable = [named] if not against[named.qualified_name] else usable
     if not usable:
         listing = "".join(f"\n  {name}: {'; '.join(map(str, why))}" for name, why in against.items()) or " none is installed"
-        culprits = culprits_of(offers, where, neighbours)
-        raise Unsatisfied(f"{where}: no provider can be used:{listing}{_broken(registry)}", culprits)
+        conflicting = conflicting_with(offers, where, other_choices)
+        raise Unsatisfied(f"{where}: no provider can be used:{listing}{_broken(registry)}", conflicting)
     taken = usable[0]
     rejected = [
         Rejected(o.provider.name, o.plugin.distribution, against[o.qualified_name] or [_second_best(o, taken, wanted, where)])
         for o in offers
         if o is not taken
     ]
-    options, remarks = _settled(taken, context, wanted, where)
-    version = socket.served(taken.plugin.written_for(socket.name))
+    options, remarks = _resolved_options(taken, context, wanted, where)
+    version = extension_point.served(taken.plugin.written_for(extension_point.name))
     assert isinstance(version, str)  # or there would be a reason against it
-    deprecated = socket.deprecation(version)
-    remarks = [*([deprecated] if deprecated else []), *untested(taken, where, neighbours), *remarks]
+    deprecated = extension_point.deprecation(version)
+    remarks = [*([deprecated] if deprecated else []), *untested(taken, where, other_choices), *remarks]
     return Choice(
-        socket=socket_name,
+        extension_point=point_name,
         requested=wanted.use,
         provider=taken.provider.name,
         distribution=taken.plugin.distribution,
@@ -88,13 +88,13 @@ def choose(
 
 
 def choose_all(
-    registry: Registry, socket_name: str, wanted: list[SocketConfig], context: Context, neighbours: Neighbours = NOBODY
+    registry: Registry, point_name: str, wanted: list[ProviderConfig], context: Context, other_choices: OtherChoices = NONE
 ) -> list[Choice]:
-    """Fill a socket that takes many: those named, or every usable one if `wanted` is empty."""
-    usable = [o for o in registry.of(socket_name) if not _reasons(registry.sockets[socket_name], o, context)]
-    named = wanted or [SocketConfig(use=o.qualified_name) for o in usable]
-    choices = [choose(registry, socket_name, w, context, None, neighbours) for w in named]
-    _refuse_twice([c.provider for c in choices], socket_name)
+    """Fill an extension point that takes many: those named, or every usable one if `wanted` is empty."""
+    usable = [o for o in registry.of(point_name) if not _reasons(registry.extension_points[point_name], o, context)]
+    named = wanted or [ProviderConfig(use=o.qualified_name) for o in usable]
+    choices = [choose(registry, point_name, w, context, None, other_choices) for w in named]
+    _refuse_twice([c.provider for c in choices], point_name)
     return [c if wanted else msgspec.structs.replace(c, requested="auto") for c in choices]
 
 
@@ -105,26 +105,26 @@ def _refuse_twice(names: list[str], where: str) -> None:
 
 def find(registry: Registry, choice: Choice) -> Offer:
     """The offer that a plan's choice names, in this process."""
-    for offer in registry.of(choice.socket):
+    for offer in registry.of(choice.extension_point):
         if (offer.provider.name, offer.plugin.distribution) == (choice.provider, choice.distribution):
             return offer
     why = registry.broken.get(choice.distribution, "it is not installed here")
-    raise PluginError(f"{choice.socket}: the plan takes {choice.provider!r} of {choice.distribution}: {why}")
+    raise PluginError(f"{choice.extension_point}: the plan takes {choice.provider!r} of {choice.distribution}: {why}")
 
 
-def _reasons(socket: Socket, offer: Offer, context: Context) -> list[Reason]:
+def _reasons(extension_point: ExtensionPoint, offer: Offer, context: Context) -> list[Reason]:
     provider = offer.provider
-    version = socket.served(offer.plugin.written_for(socket.name))
+    version = extension_point.served(offer.plugin.written_for(extension_point.name))
     if isinstance(version, Reason):
         return [version]
     try:
-        undeclared = [replace(r, code="undeclared") for r in socket.undeclared(provider, context)]
-        return [*undeclared, *provider.why_not(context)]
+        unsupported = [replace(r, code="unsupported") for r in extension_point.unsupported(provider, context)]
+        return [*unsupported, *provider.why_not(context)]
     except Exception as e:
         return [Reason(f"its why_not raised {type(e).__name__}: {e}", code="faulty")]
 
 
-def _find(registry: Registry, offers: list[Offer], socket: str, name: str, where: str) -> Offer:
+def _find(registry: Registry, offers: list[Offer], extension_point: str, name: str, where: str) -> Offer:
     matches = [o for o in offers if name in (o.provider.name, o.qualified_name)]
     if len(matches) == 1:
         return matches[0]
@@ -142,17 +142,17 @@ def _broken(registry: Registry) -> str:
     return "\nBroken plugins: " + "; ".join(f"{dist}: {why}" for dist, why in registry.broken.items())
 
 
-def _second_best(offer: Offer, taken: Offer, wanted: SocketConfig, where: str) -> Reason:
+def _second_best(offer: Offer, taken: Offer, wanted: ProviderConfig, where: str) -> Reason:
     hint = f"set {where}: {offer.provider.name}"
     if wanted.use in (taken.provider.name, taken.qualified_name):
         return Reason(f"{wanted.use} was asked for", hint, "not-asked")
     return Reason(f"priority {offer.provider.priority}; {taken.provider.name} has {taken.provider.priority}", hint, "priority")
 
 
-def _settled(offer: Offer, context: Context, wanted: SocketConfig, where: str) -> tuple[Options, list[str]]:
+def _resolved_options(offer: Offer, context: Context, wanted: ProviderConfig, where: str) -> tuple[Options, list[str]]:
     options = _options(offer, wanted.options, where)
     try:
-        return offer.provider.settle(context, options)
+        return offer.provider.resolve_options(context, options)
     except DovetailError:
         raise
     except Exception as e:

@@ -40,9 +40,9 @@ MAX_OVERRUN = 4.0
 """Times what a step was expected to take: what the account pays at most where a draft model read prompts in it."""
 MEMORY = 0.9
 """Of the past, at each verification: about the last ten count."""
-FADES = 0.5
+DECAY = 0.5
 """Of a sequence's past, at each rest: it is tried again, and by then it may say something else."""
-NOBODY: list[Sequence] = []
+NONE: list[Sequence] = []
 FURTHER = 0.95
 """How likely the next position's draft is thought to be accepted, times that of the one before, where nothing is known."""
 
@@ -155,10 +155,10 @@ class EverySequence:
     """The plain policy: everybody is asked in every step, for as many drafts as there is room for."""
 
     def due(self, running: list[Sequence]) -> list[Sequence]:
-        """Whom to ask now, in one call before each step. For each of them `looked` follows."""
+        """Whom to ask now, in one call before each step. For each of them `on_proposed` follows."""
         return running
 
-    def looked(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
+    def on_proposed(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
         """It was asked, and has something to propose or not."""
 
     def share(self, drafted: list[Sequence], lengths: list[int], num_seqs: int) -> list[int]:
@@ -181,7 +181,7 @@ class Adaptive(EverySequence):
         self._clock = clock
         self._earned_until = clock()
         self._max_earned, self._max_saved = MAX_EARNED * costs.without(1), MAX_SAVED * costs.without(1)
-        self.credit = START * costs.without(1)
+        self.budget = START * costs.without(1)
         """Seconds."""
         self._look = 0.0
         """Seconds of asking for one sequence, on average."""
@@ -194,7 +194,7 @@ class Adaptive(EverySequence):
         self._histories: dict[int, History] = {}
         self._ready: dict[int, History] = {}
         """Due, and not asked yet."""
-        self._ready_and_right: dict[int, History] = {}
+        self._hot: dict[int, History] = {}
         """Those that are asked whatever the account holds."""
         self._poor_until = 0
         """Step before which the account holds nothing."""
@@ -217,13 +217,13 @@ class Adaptive(EverySequence):
             for seq_id in self._due_at.pop(self._step):
                 history = self._histories.get(seq_id)
                 if history is not None and history.due == self._step:
-                    (self._ready_and_right if history.is_right else self._ready)[seq_id] = history
-        if not (self._ready_and_right or (self._ready and self._step >= self._poor_until)):
-            return NOBODY
+                    (self._hot if history.is_right else self._ready)[seq_id] = history
+        if not (self._hot or (self._ready and self._step >= self._poor_until)):
+            return NONE
         if not running or not self._can_pay(len(running)):
-            return NOBODY
-        due = [history.seq for history in self._ready_and_right.values()]
-        self._ready_and_right.clear()
+            return NONE
+        due = [history.seq for history in self._hot.values()]
+        self._hot.clear()
         if self._ready and self._step >= self._poor_until:
             due += [self._ready.pop(seq_id).seq for seq_id in list(self._ready)[: self._num_affordable(len(running))]]
         return due
@@ -231,19 +231,19 @@ class Adaptive(EverySequence):
     def _num_affordable(self, num_seqs: int) -> int:
         """How many of those that are ready can be asked."""
         now = self._clock()
-        earned = min(self._max_earned, self.credit + SHARE * (now - self._earned_until))
-        self._earned_until, self.credit = now, max(self.credit, earned)
-        if self.credit < 0:
-            self._poor_until = self._step + int(-self.credit / (SHARE * self.costs.without(num_seqs)))
+        earned = min(self._max_earned, self.budget + SHARE * (now - self._earned_until))
+        self._earned_until, self.budget = now, max(self.budget, earned)
+        if self.budget < 0:
+            self._poor_until = self._step + int(-self.budget / (SHARE * self.costs.without(num_seqs)))
             return 0
-        return len(self._ready) if self.credit > self._look * len(self._ready) else 1 + int(self.credit / self._look)
+        return len(self._ready) if self.budget > self._look * len(self._ready) else 1 + int(self.budget / self._look)
 
     def _compare(self) -> None:
         """The step that ends here with what it was expected to take. Prompts and pauses make some steps longer, and are few."""
         expected, seconds = self._expected, self._clock() - self._began
         self._expected = 0.0
         if self._reads_prompts:
-            self.credit -= min(max(0.0, seconds - expected), MAX_OVERRUN * expected)
+            self.budget -= min(max(0.0, seconds - expected), MAX_OVERRUN * expected)
             return
         ratio = min(MAX_SLOWER, max(1 / MAX_SLOWER, seconds / expected))
         self._slower[self._has_drafts] += LEARNS * (ratio - self._slower[self._has_drafts])
@@ -269,9 +269,9 @@ class Adaptive(EverySequence):
         seen, and are slow, those with drafts will be too."""
         return max(1.0, self._slower[1] / self._slower[0])
 
-    def looked(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
+    def on_proposed(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
         self._look += 0.1 * (seconds - self._look)
-        self.credit -= seconds
+        self.budget -= seconds
         history = self._of(seq)
         if has_drafts:
             self._wake(history, 1)
@@ -288,13 +288,13 @@ class Adaptive(EverySequence):
         for history, count in zip(histories, counts, strict=True):
             if not count:
                 self._rest(history)
-        self.credit -= self._clock() - began
+        self.budget -= self._clock() - began
         if any(counts):
             seconds = self.costs.with_drafts(num_seqs, sum(counts))
             # A draft model reads a sequence's prompt when it is first asked: that says nothing of the steps to come.
             is_first = any(count and not history.tried for history, count in zip(histories, counts, strict=True))
             self._expect(seconds, True, is_first)
-            self.credit -= seconds * slower - self.costs.without(num_seqs)
+            self.budget -= seconds * slower - self.costs.without(num_seqs)
         return counts
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
@@ -306,8 +306,8 @@ class Adaptive(EverySequence):
         history.note(num_drafted, num_accepted)
         self._share_right += (1 - MEMORY) * (history.is_right - self._share_right)
         saved = num_accepted * self.costs.without(self._num_seqs) / self._num_seqs
-        self.credit = max(self.credit, min(self._max_saved, self.credit + saved))
-        if self.credit > 0:
+        self.budget = max(self.budget, min(self._max_saved, self.budget + saved))
+        if self.budget > 0:
             self._poor_until = 0
         if num_accepted:
             history.rest = 0
@@ -317,7 +317,7 @@ class Adaptive(EverySequence):
     def forget(self, seq_id: int) -> None:
         self._histories.pop(seq_id, None)
         self._ready.pop(seq_id, None)
-        self._ready_and_right.pop(seq_id, None)
+        self._hot.pop(seq_id, None)
 
     def _of(self, seq: Sequence) -> History:
         history = self._histories.get(seq.seq_id)
@@ -328,7 +328,7 @@ class Adaptive(EverySequence):
     def _rest(self, history: History) -> None:
         """Not in the next steps, and twice as long each time."""
         history.is_right = False
-        history.fade(FADES)
+        history.fade(DECAY)
         self._wake(history, 1 + history.rest)
         history.rest = min(MAX_REST, 2 * history.rest or 1)
 

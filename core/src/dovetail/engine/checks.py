@@ -23,7 +23,7 @@ from dovetail.sequence import Sequence
 from dovetail.types import DRAFTED_BY_WORKER, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
-Culprit = Callable[[BaseException, str], str]
+Responsible = Callable[[BaseException, str], str]
 """(error, part that was asked) -> who is at fault (`Attribution`)"""
 
 PATIENCE = 10.0
@@ -38,8 +38,8 @@ class CheckedScheduler:
     When it fails, what it had noted about a step that will never run is undone, so that the step's requests can be ended.
     """
 
-    def __init__(self, scheduler: Scheduler, name: str, culprit: Culprit, max_num_batched_tokens: int) -> None:
-        self._inner, self._name, self._culprit = scheduler, name, culprit
+    def __init__(self, scheduler: Scheduler, name: str, responsible: Responsible, max_num_batched_tokens: int) -> None:
+        self._inner, self._name, self._culprit = scheduler, name, responsible
         self._max_num_batched_tokens = max_num_batched_tokens
         self.patience = PATIENCE
         self._sequences: dict[int, Sequence] = {}

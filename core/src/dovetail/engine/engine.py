@@ -40,15 +40,15 @@ class Engine:
 
     def __init__(
         self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, speculation: Speculation | None = None,
-        *, max_num_waiting: int, culprit: Callable[[BaseException, str], str] = lambda error, part: part,
+        *, max_num_waiting: int, responsible: Callable[[BaseException, str], str] = lambda error, part: part,
     ) -> None:  # fmt: skip
-        """`culprit`: who is at fault, given an error and the part that was asked."""
+        """`responsible`: who is at fault, given an error and the part that was asked."""
         self.scheduler = scheduler
         self.kv = kv
         self.worker = worker
         self.speculation = speculation
         self.max_num_waiting = max_num_waiting
-        self.culprit = culprit
+        self.responsible = responsible
         self.stats = EngineStats(kv_blocks_total=kv.num_total)
         self.sequences: dict[int, Sequence] = {}
         self.requests: dict[str, list[Sequence]] = {}
@@ -104,7 +104,7 @@ class Engine:
             step = self.submit(plan)
             if step is not None:
                 self.finish_step(step)
-        return self.take_news()
+        return self.take_outputs()
 
     # What a step is made of; the overlapped loop uses the same parts in another order.
 
@@ -219,7 +219,7 @@ class Engine:
             self._release(seq)
         return seq
 
-    def take_news(self) -> list[SequenceOutput]:
+    def take_outputs(self) -> list[SequenceOutput]:
         news, self._news = self._news, []
         return news
 
@@ -313,7 +313,7 @@ class Engine:
     def _fail(self, seq_ids: list[int], error: BaseException, part: str) -> None:
         """Fail whole requests: samples of one request may share blocks that were never written."""
         code = error.code if isinstance(error, DovetailError) else StepFailed.code
-        message = f"{self.culprit(error, part)}: {type(error).__name__}: {error}"
+        message = f"{self.responsible(error, part)}: {type(error).__name__}: {error}"
         for request_id in dict.fromkeys(self.sequences[i].request.request_id for i in seq_ids if i in self.sequences):
             self.fail(request_id, code, message)
 
@@ -348,4 +348,4 @@ class OverlappedEngine(Engine):
             raise
         if previous is not None:
             self.finish_step(previous)
-        return self.take_news()
+        return self.take_outputs()

@@ -4,7 +4,7 @@ There is no prefill phase and no decode phase. A sequence has `num_computed_toke
 each step gives every scheduled sequence some tokens, so that the first catches up with the second. Chunked prefill,
 decode, prefix reuse, verification of drafts and resumption after preemption are all this one rule.
 
-Running sequences go first, in order; then waiting ones are admitted while tokens, seats and blocks last. A running
+Running sequences go first, in order; then waiting ones are admitted while tokens, batch rows and blocks last. A running
 sequence that finds no block takes them from the last running one, which is computed again later: what it has said
 so far is by then part of what it knows, so preemption changes no output.
 """
@@ -124,7 +124,7 @@ class TokenBudgetScheduler:
         return added
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Start waiting sequences, in order, while tokens, seats and blocks last."""
+        """Start waiting sequences, in order, while tokens, batch rows and blocks last."""
         for seq in self._queue():
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 break

@@ -49,7 +49,7 @@ class Speculation:
                 faults.append((seq.seq_id, e))
             seconds = perf_counter() - began
             self.seconds += seconds
-            self.policy.looked(seq, bool(draft), seconds)
+            self.policy.on_proposed(seq, bool(draft), seconds)
             if draft:
                 drafted.append(seq)
                 drafts.append(draft)
@@ -64,7 +64,7 @@ class Speculation:
         known = len(seq.tokens) + seq.num_in_flight
         if seq.finish_reason is not None or known != seq.num_computed_tokens + 1:
             return 0
-        # The step also draws a token after the last draft.
+        # The step also samples a token after the last draft.
         return min(self.num_draft_tokens, seq.max_len - known - 1)
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:

@@ -1,6 +1,6 @@
 """Commands: what a package adds to `dovetail COMMAND`.
 
-A command is no part of an engine, so it fills no socket and is in no plan. It joins in by an entry point in the group
+A command is no part of an engine, so it fills no extension point and is in no plan. It joins in by an entry point in the group
 `dovetail.commands`: its name is the command's, its value the place of a `Command`.
 
     [project.entry-points."dovetail.commands"]

@@ -1,7 +1,7 @@
 """Drafting: guesses at a sequence's next tokens, which the target model verifies many at a time.
 
-Verification is the engine's. The target's token at every position is drawn as always, with noise keyed by seed and
-position, and a draft counts while it equals what was drawn (speculative decoding with a shared source of randomness). So
+Verification is the engine's. The target's token at every position is sampled as always, with noise keyed by seed and
+position, and a draft counts while it equals what was sampled (speculative decoding with a shared source of randomness). So
 a drafter can make an engine slower or faster, never different.
 """
 

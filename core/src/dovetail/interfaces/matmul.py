@@ -109,7 +109,7 @@ def dequantized(format: WeightFormat, in_features: int, tensors: Mapping[str, Ar
 
 
 class MatmulScheme:
-    """A `Scheme` whose layers the matmul socket multiplies: it says a layer's format, and brings the checkpoint's tensors into
+    """A `Scheme` whose layers the matmul extension point multiplies: it says a layer's format, and brings the checkpoint's tensors into
     the canonical form. `tensors` are those that `parameters` declares."""
 
     unused: tuple[str, ...] = ()

@@ -49,11 +49,11 @@ class QuantizationCapabilities:
     examples: tuple[dict[str, Any], ...] = ()
     """quantization_configs of checkpoints that it reads, one for each method at least: what conformance is tried with."""
     codes: tuple[str, ...] = ()
-    """What it has multiplied by the matmul socket: its `WeightFormat.codes` (interfaces/matmul.py). Empty: it multiplies by
+    """What it has multiplied by the matmul extension point: its `WeightFormat.codes` (interfaces/matmul.py). Empty: it multiplies by
     itself. Where a checkpoint or options ask for less than all of `codes` and `activations`, `Provider.needs` says so."""
     compiled_steps: bool = False
     """Its layers are `CompiledLinear`s: they can be part of a compiled step (interfaces/compiled.py), if those that the matmul
-    socket makes for it are."""
+    extension point makes for it are."""
 
 
 @dataclass(frozen=True)

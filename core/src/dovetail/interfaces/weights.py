@@ -21,7 +21,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
     """The provider that makes it; "none": the weight is plain."""
     form: str
     """In words: "uint4 in groups of 128, zeros", or the dtype of a plain weight."""
-    multiplied_by: str
+    gemm_backend: str
     """ "matmul: NAME"; "quantization: NAME", if the scheme multiplies by itself; "worker: KIND" of a plain layer."""
     nbytes: int
     """Of the weights in memory, the bias aside."""

@@ -45,29 +45,29 @@ class BuildContext(Protocol):
         """For the scheduler."""
 
     def option(self, key: str, name: str) -> Any:
-        """An option of another socket's choice, such as the KV cache's block size for the worker."""
+        """An option of another extension point's choice, such as the KV cache's block size for the worker."""
 
     def capabilities(self, key: str) -> Any:
-        """What the provider that the plan chose for a socket declares."""
+        """What the provider that the plan chose for an extension point declares."""
 
     def name(self, key: str) -> str:
-        """`dist:name` of what the plan chose for a socket."""
+        """`dist:name` of what the plan chose for an extension point."""
 
     def build(self, key: str, options: Mapping[str, Any] | None = None) -> Any:
-        """Build what the plan chose for a socket; None where it is empty.
+        """Build what the plan chose for an extension point; None where it is empty.
 
         `options`, if given, are used in place of the plan's, in which secrets are masked. Raises `PluginError`, which names
         the provider; there is no second choice.
         """
 
-    def build_all(self, socket: str) -> dict[str, Any]:
-        """What the plan chose for a socket that takes many, by the providers' names."""
+    def build_all(self, extension_point: str) -> dict[str, Any]:
+        """What the plan chose for an extension point that takes many, by the providers' names."""
 
     def for_model(self, model: ModelFacts) -> BuildContext:
         """The same, for another model that runs beside the plan's, such as one that drafts."""
 
-    def responsible(self, error: BaseException, socket: str, module: str = "") -> str:
-        """Which of a socket's providers an error comes from: "routes (dist:name)"; empty if that cannot be told.
+    def responsible(self, error: BaseException, extension_point: str, module: str = "") -> str:
+        """Which of an extension point's providers an error comes from: "routes (dist:name)"; empty if that cannot be told.
 
         `module` is a module of the code that failed, where the error itself does not show it.
         """

@@ -14,7 +14,7 @@ from dovetail.errors import ConfigError
 ENV_PREFIX = "DOVETAIL_"
 
 
-class SocketConfig(BaseModel):
+class ProviderConfig(BaseModel):
     """`NAME`, or `{use: NAME, on_unsupported: error|fallback, …options of the provider}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,13 +35,13 @@ class SocketConfig(BaseModel):
 
 
 class AttentionConfig(BaseModel):
-    """One socket for all layers, or one for each kind of layer: `{full: NAME, sliding: {use: NAME, …}}`; `draft` are those of a
+    """One extension point for all layers, or one for each kind of layer: `{full: NAME, sliding: {use: NAME, …}}`; `draft` are those of a
     draft model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    default: SocketConfig = SocketConfig()
-    by_kind: dict[str, SocketConfig] = {}
+    default: ProviderConfig = ProviderConfig()
+    by_kind: dict[str, ProviderConfig] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -52,11 +52,11 @@ class AttentionConfig(BaseModel):
             return {"by_kind": value}
         return {"default": value}
 
-    def of(self, kind: str) -> SocketConfig:
+    def of(self, kind: str) -> ProviderConfig:
         return self.by_kind.get(kind, self.default)
 
 
-class QuantizationRule(SocketConfig):
+class QuantizationRule(ProviderConfig):
     """What the layers are quantized with whose names in the checkpoint match a glob."""
 
     match: str = "*"
@@ -66,7 +66,7 @@ class QuantizationRule(SocketConfig):
     def _apart_from_options(cls, value: Any) -> Any:
         if isinstance(value, dict) and "match" in value and "options" not in value:
             rest = {k: v for k, v in value.items() if k != "match"}
-            return {"match": value["match"], **SocketConfig.model_validate(rest).model_dump()}
+            return {"match": value["match"], **ProviderConfig.model_validate(rest).model_dump()}
         return value
 
 
@@ -95,7 +95,7 @@ class ShadowConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     attention: AttentionConfig | None = None
-    quantization: SocketConfig | None = None
+    quantization: ProviderConfig | None = None
     share: float = Field(0.1, gt=0, le=1, description="of the steps that are compared")
 
     @model_validator(mode="after")
@@ -117,17 +117,17 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the checkpoint's")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
     quantization: QuantizationConfig = Field(
-        QuantizationConfig(), description="a socket: for the whole model, or rules for some layers; auto: as the checkpoint is"
+        QuantizationConfig(), description="an extension point: for the whole model, or rules for some layers; auto: as the checkpoint is"
     )
-    matmul: SocketConfig = Field(SocketConfig(), description="a socket: products by quantized weights, if there are any")
-    architecture: SocketConfig = Field(SocketConfig(), description="a socket: model code")
-    worker: SocketConfig = Field(SocketConfig(), description="a socket: what computes: see `dovetail plugins`")
-    attention: AttentionConfig = Field(AttentionConfig(), description="a socket: for all layers, or by kind")
-    kv_cache: SocketConfig = Field(SocketConfig(), description="a socket: owner of the KV blocks")
-    scheduler: SocketConfig = Field(SocketConfig(), description="a socket: what runs next")
-    prefix_cache: SocketConfig = Field(SocketConfig(), description="a socket: reuse between requests; none: without")
-    speculation: SocketConfig = Field(SocketConfig(use="none"), description="a socket: drafts tokens ahead; none: without")
-    server: SocketConfig = Field(SocketConfig(), description="a socket: for `dovetail serve`")
+    matmul: ProviderConfig = Field(ProviderConfig(), description="an extension point: products by quantized weights, if there are any")
+    architecture: ProviderConfig = Field(ProviderConfig(), description="an extension point: model code")
+    worker: ProviderConfig = Field(ProviderConfig(), description="an extension point: what computes: see `dovetail plugins`")
+    attention: AttentionConfig = Field(AttentionConfig(), description="an extension point: for all layers, or by kind")
+    kv_cache: ProviderConfig = Field(ProviderConfig(), description="an extension point: owner of the KV blocks")
+    scheduler: ProviderConfig = Field(ProviderConfig(), description="an extension point: what runs next")
+    prefix_cache: ProviderConfig = Field(ProviderConfig(), description="an extension point: reuse between requests; none: without")
+    speculation: ProviderConfig = Field(ProviderConfig(use="none"), description="an extension point: drafts tokens ahead; none: without")
+    server: ProviderConfig = Field(ProviderConfig(), description="an extension point: for `dovetail serve`")
     shadow: ShadowConfig | None = Field(
         None, description="candidates to compare on live traffic: {attention: NAME, quantization: NAME, share: 0.1}"
     )
@@ -193,7 +193,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; options of one socket are merged, unless `high` names another provider."""
+    """`high` over `low`; options of one extension point are merged, unless `high` names another provider."""
     out = dict(low)
     for key, value in high.items():
         old = out.get(key)

@@ -1,4 +1,4 @@
-"""Versions of the sockets' contracts: what a plugin was written for, and how the core serves the version before its own.
+"""Versions of the extension points' contracts: what a plugin was written for, and how the core serves the version before its own.
 
 A plugin says in its package metadata, which is read without importing anything, what it was written for:
 

@@ -14,7 +14,7 @@ from dovetail.plugin import contracts as contract_versions
 from dovetail.plugin import hookspecs
 from dovetail.plugin.config import EngineConfig
 from dovetail.plugin.contracts import WrittenFor
-from dovetail.plugin.extension_points import SOCKETS, Socket
+from dovetail.plugin.extension_points import EXTENSION_POINTS, ExtensionPoint
 from dovetail.plugin.provider import Provider
 
 GROUP = "dovetail"
@@ -30,20 +30,20 @@ class PluginInfo:
     summary: str
     module: str
     contracts: Mapping[str, WrittenFor] = field(default_factory=dict)
-    """By socket: the versions of its contract that the plugin was written for."""
+    """By extension point: the versions of its contract that the plugin was written for."""
     error: str = ""
     """What is wrong with its metadata."""
 
-    def written_for(self, socket: str) -> WrittenFor | None:
+    def written_for(self, extension_point: str) -> WrittenFor | None:
         """None: the metadata does not say; taken as the present version."""
-        return self.contracts.get(socket)
+        return self.contracts.get(extension_point)
 
 
 @dataclass(frozen=True)
 class Offer:
     """A provider and who offers it."""
 
-    socket: str
+    extension_point: str
     provider: Provider[object]
     plugin: PluginInfo
 
@@ -57,16 +57,16 @@ class Registry:
     """What all installed plugins offer. An object of its own for every composition: nothing is process-wide."""
 
     plugins: list[PluginInfo]
-    sockets: dict[str, Socket] = field(default_factory=lambda: {s.name: s for s in SOCKETS})
+    extension_points: dict[str, ExtensionPoint] = field(default_factory=lambda: {s.name: s for s in EXTENSION_POINTS})
     """The core's, then those that plugins add."""
     added_by: dict[str, PluginInfo] = field(default_factory=dict)
-    """By socket: the plugin that adds it."""
+    """By extension point: the plugin that adds it."""
     offers: list[Offer] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     """By distribution: why its plugin could not be asked."""
 
-    def of(self, socket: str) -> list[Offer]:
-        return [o for o in self.offers if o.socket == socket]
+    def of(self, extension_point: str) -> list[Offer]:
+        return [o for o in self.offers if o.extension_point == extension_point]
 
 
 def installed_plugins() -> list[PluginInfo]:
@@ -107,7 +107,7 @@ def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, Mo
     _refuse_twins([(p.name, p.distribution) for p in plugins], "plugin")
     registry = Registry(plugins)
     asked = list(plugins)
-    for ask in (_add_sockets, _add_offers):
+    for ask in (_add_extension_points, _add_offers):
         for plugin in list(asked):
             try:
                 if plugin.error:
@@ -116,46 +116,46 @@ def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, Mo
             except Exception as e:
                 registry.broken[plugin.distribution] = f"{type(e).__name__}: {e}"
                 asked.remove(plugin)
-    for name in registry.sockets:
+    for name in registry.extension_points:
         _refuse_twins([(o.qualified_name, o.plugin.name) for o in registry.of(name)], f"{name} provider")
     return registry
 
 
-def _add_sockets(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
-    for sockets in _manager(plugin, module, []).hook.dovetail_sockets():
-        for socket in sockets:
-            taken = socket.name in registry.sockets or socket.name in EngineConfig.model_fields
-            if taken or socket.hook in {s.hook for s in registry.sockets.values()}:
-                raise PluginError(f"the socket {socket.name!r} (hook {socket.hook}) has a name that is already in use")
-            registry.sockets[socket.name] = socket
-            registry.added_by[socket.name] = plugin
+def _add_extension_points(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
+    for extension_points in _manager(plugin, module, []).hook.dovetail_extension_points():
+        for extension_point in extension_points:
+            taken = extension_point.name in registry.extension_points or extension_point.name in EngineConfig.model_fields
+            if taken or extension_point.hook in {s.hook for s in registry.extension_points.values()}:
+                raise PluginError(f"the extension point {extension_point.name!r} (hook {extension_point.hook}) has a name that is already in use")
+            registry.extension_points[extension_point.name] = extension_point
+            registry.added_by[extension_point.name] = plugin
 
 
 def _add_offers(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
-    added = [registry.sockets[name] for name in registry.added_by]
+    added = [registry.extension_points[name] for name in registry.added_by]
     manager = _manager(plugin, module, added)
     manager.check_pending()  # a misspelt hook is an error, not silence
     offers = []
-    for socket in registry.sockets.values():
-        for provider in (p for result in getattr(manager.hook, socket.hook)() for p in result):
+    for extension_point in registry.extension_points.values():
+        for provider in (p for result in getattr(manager.hook, extension_point.hook)() for p in result):
             if not isinstance(provider, Provider):
-                raise PluginError(f"{socket.hook} returned {type(provider).__name__}, not a Provider")
-            if provider.name == "auto" or (provider.name == "none" and socket.optional):
+                raise PluginError(f"{extension_point.hook} returned {type(provider).__name__}, not a Provider")
+            if provider.name == "auto" or (provider.name == "none" and extension_point.optional):
                 raise PluginError(f"{provider.name!r} cannot be a provider's name: it means something in a configuration")
-            if not issubclass(provider.options, socket.options):
-                base = f"{socket.options.__module__}.{socket.options.__name__}"
+            if not issubclass(provider.options, extension_point.options):
+                base = f"{extension_point.options.__module__}.{extension_point.options.__name__}"
                 raise PluginError(f"the options of {provider.name} must extend {base}")
-            offers.append(Offer(socket.name, provider, plugin))
+            offers.append(Offer(extension_point.name, provider, plugin))
     registry.offers += offers
 
 
 def _offer_nothing() -> list[Provider[object]]:
-    """The specification of an added socket's hook."""
+    """The specification of an added extension point's hook."""
     return []
 
 
-def _manager(plugin: PluginInfo, module: ModuleType, added: list[Socket]) -> pluggy.PluginManager:
-    """A plugin's hooks, those of added sockets included."""
+def _manager(plugin: PluginInfo, module: ModuleType, added: list[ExtensionPoint]) -> pluggy.PluginManager:
+    """A plugin's hooks, those of added extension points included."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     if added:

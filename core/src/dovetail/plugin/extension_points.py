@@ -1,4 +1,4 @@
-"""The sockets of an engine, in the order they are filled: name, hook, contract version, and what checks apply."""
+"""The extension points of an engine, in the order they are filled: name, hook, contract version, and what checks apply."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from dovetail.plugin.provider import Context, DrafterOptions, KVCacheOptions, Op
 
 
 @dataclass(frozen=True)
-class Socket:
+class ExtensionPoint:
     """A place in the engine that takes one provider."""
 
     name: str
-    """The key in a composition file."""
+    """The key in an engine config."""
     hook: str
     summary: str
     contract: str = "0.1"
@@ -37,7 +37,7 @@ class Socket:
     """The version before, which is served through an adapter."""
     options: type[Options] = Options
     """What every provider's options extend, because other parts read them."""
-    undeclared: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
+    unsupported: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
     """What the composition needs and the provider's capabilities do not declare."""
     invoked: tuple[str, ...] = ()
     """Methods of what is built that show, when they are called, that it is in use."""
@@ -48,7 +48,7 @@ class Socket:
     many: bool = False
     """It takes any number of providers, and with `auto` all that are usable."""
     within: str = ""
-    """For a socket that a plugin adds: the socket that its own providers fill. It is there when one of them was chosen."""
+    """For an extension point that a plugin adds: the extension point that its own providers fill. It is there when one of them was chosen."""
     contract_class: str = ""
     """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
     scaffold: str = ""
@@ -88,7 +88,7 @@ class Socket:
         return [name for name in public if not hasattr(built, name)]
 
 
-def _undeclared_attention(provider: Provider[object], context: Context) -> list[Reason]:
+def _unsupported_by_attention(provider: Provider[object], context: Context) -> list[Reason]:
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, attention.AttentionCapabilities):
         return [Reason("declares no AttentionCapabilities")]
@@ -112,7 +112,7 @@ def _undeclared_attention(provider: Provider[object], context: Context) -> list[
     return reasons + [Reason(f"no support for {f.replace('_', ' ')}") for f in missing]
 
 
-def _undeclared_architecture(provider: Provider[object], context: Context) -> list[Reason]:
+def _unsupported_by_architecture(provider: Provider[object], context: Context) -> list[Reason]:
     can, reasons = provider.capabilities, []
     if not isinstance(can, architecture.ArchitectureCapabilities):
         return [Reason("declares no ArchitectureCapabilities")]
@@ -124,7 +124,7 @@ def _undeclared_architecture(provider: Provider[object], context: Context) -> li
     return reasons
 
 
-def _undeclared_quantization(provider: Provider[object], context: Context) -> list[Reason]:
+def _unsupported_by_quantization(provider: Provider[object], context: Context) -> list[Reason]:
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, quantization.QuantizationCapabilities):
         return [Reason("declares no QuantizationCapabilities")]
@@ -150,7 +150,7 @@ def _undeclared_quantization(provider: Provider[object], context: Context) -> li
     return reasons
 
 
-def _undeclared_matmul(provider: Provider[object], context: Context) -> list[Reason]:
+def _unsupported_by_matmul(provider: Provider[object], context: Context) -> list[Reason]:
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, matmul.MatmulCapabilities):
         return [Reason("declares no MatmulCapabilities")]
@@ -165,7 +165,7 @@ def _undeclared_matmul(provider: Provider[object], context: Context) -> list[Rea
     return reasons + [Reason(f"{what} of {which} are not supported") for what, which in lacking]
 
 
-def _undeclared_worker(provider: Provider[object], context: Context) -> list[Reason]:
+def _unsupported_by_worker(provider: Provider[object], context: Context) -> list[Reason]:
     can = provider.capabilities
     if not isinstance(can, worker.WorkerCapabilities):
         can = worker.WorkerCapabilities()
@@ -179,49 +179,49 @@ def _undeclared_worker(provider: Provider[object], context: Context) -> list[Rea
     return reasons
 
 
-SOCKETS: tuple[Socket, ...] = (
-    Socket("model", "dovetail_models", "models that come with a plugin, by name"),
-    Socket(
+EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
+    ExtensionPoint("model", "dovetail_models", "models that come with a plugin, by name"),
+    ExtensionPoint(
         "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
-        quantization.CONTRACT, undeclared=_undeclared_quantization, interface=quantization.Scheme,
+        quantization.CONTRACT, unsupported=_unsupported_by_quantization, interface=quantization.Scheme,
         invoked=("linear",), invoked_once=True,
     ),
-    Socket(
-        "matmul", "dovetail_matmuls", "multiplies by quantized weights", matmul.CONTRACT, undeclared=_undeclared_matmul,
+    ExtensionPoint(
+        "matmul", "dovetail_matmuls", "multiplies by quantized weights", matmul.CONTRACT, unsupported=_unsupported_by_matmul,
         interface=matmul.Matmul, invoked=("linear",), invoked_once=True,
     ),
-    Socket(
+    ExtensionPoint(
         "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,
-        undeclared=_undeclared_architecture, interface=architecture.Architecture, invoked=("model",), invoked_once=True,
+        unsupported=_unsupported_by_architecture, interface=architecture.Architecture, invoked=("model",), invoked_once=True,
     ),
-    Socket(
-        "worker", "dovetail_workers", "loads the weights and runs the steps", undeclared=_undeclared_worker,
+    ExtensionPoint(
+        "worker", "dovetail_workers", "loads the weights and runs the steps", unsupported=_unsupported_by_worker,
         interface=worker.Worker, invoked=("submit",),
     ),
-    Socket(
+    ExtensionPoint(
         "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
         Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
-        undeclared=_undeclared_attention, interface=attention.AttentionBackend, invoked=("plan",),
+        unsupported=_unsupported_by_attention, interface=attention.AttentionBackend, invoked=("plan",),
     ),
-    Socket(
+    ExtensionPoint(
         "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
         Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1),
         options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=("grow",),
     ),
-    Socket(
+    ExtensionPoint(
         "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,
         interface=scheduler.Scheduler, invoked=("schedule",),
     ),
-    Socket(
+    ExtensionPoint(
         "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT,
         Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1), optional=True,
         interface=prefix_cache.PrefixCache, invoked=("match",),
     ),
-    Socket(
+    ExtensionPoint(
         "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
         options=DrafterOptions, optional=True, interface=drafter.Drafter, invoked=("propose",),
     ),
-    Socket(
+    ExtensionPoint(
         "server", "dovetail_servers", "takes requests from outside", interface=server.Server, invoked=("run",),
         invoked_once=True,
     ),

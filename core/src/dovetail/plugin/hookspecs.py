@@ -1,7 +1,7 @@
 """Every extension point, in the order of an engine's life.
 
 Hooks register; objects run. Each hook is called once while an engine is being composed (and by `dovetail plugins` and
-`dovetail explain`), by the core, and returns the `Provider`s that a package offers for one socket; an empty list means
+`dovetail explain`), by the core, and returns the `Provider`s that a package offers for one extension point; an empty list means
 "nothing here". A hook's body may import what is light; what is heavy (torch, a compiler) is imported inside a
 provider's `build`. No hook is called per step or per layer: the loop holds the plain objects that `build` returned.
 
@@ -10,7 +10,7 @@ A package joins in by an entry point in the group `dovetail`, whose value is the
     [project.entry-points.dovetail]
     my-attention = "my_package"
 
-Each socket's contract has a version of its own (`sockets.py`); a provider states the range that it was written for.
+Each extension point's contract has a version of its own (`extension points.py`); a provider states the range that it was written for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pluggy
 from dovetail.plugin.provider import Provider
 
 if TYPE_CHECKING:
-    from dovetail.plugin.extension_points import Socket
+    from dovetail.plugin.extension_points import ExtensionPoint
 
 PROJECT = "dovetail"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -133,10 +133,10 @@ def dovetail_servers() -> list[Provider[Any]]:
 
 
 @hookspec
-def dovetail_sockets() -> list[Socket]:
-    """Add sockets, each with a hook of its own that other plugins implement like those above.
+def dovetail_extension_points() -> list[ExtensionPoint]:
+    """Add extension points, each with a hook of its own that other plugins implement like those above.
 
-    Asked first, of every plugin. A plugin that implements the hook of a socket that is not always installed marks it
+    Asked first, of every plugin. A plugin that implements the hook of an extension point that is not always installed marks it
     `@hookimpl(optionalhook=True)`.
     """
     return []

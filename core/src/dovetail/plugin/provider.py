@@ -1,4 +1,4 @@
-"""What a plugin offers for a socket: one shape for all of them."""
+"""What a plugin offers for an extension point: one shape for all of them."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ class DraftModelOptions(DrafterOptions):
 
 @dataclass(frozen=True)
 class Relation:
-    """What a provider says about another socket's choice."""
+    """What a provider says about another extension point's choice."""
 
-    socket: str
+    extension_point: str
     providers: tuple[str, ...]
     """Names, or `dist:name`; `*` is any."""
     because: str
 
-    def meets(self, socket: str, *names: str) -> bool:
-        return self.socket == socket and ("*" in self.providers or not set(names).isdisjoint(self.providers))
+    def meets(self, extension_point: str, *names: str) -> bool:
+        return self.extension_point == extension_point and ("*" in self.providers or not set(names).isdisjoint(self.providers))
 
 
 NO_COMPILER = Reason("no C++ compiler was found", "install g++ or clang++, or set CXX")
@@ -129,7 +129,7 @@ def why_not_gpu(context: Context, architecture: tuple[int, int] = (8, 0), cuda: 
 
 @dataclass(frozen=True)
 class Context:
-    """What a provider is asked about: facts, gathered once, and what the composition needs of the socket."""
+    """What a provider is asked about: facts, gathered once, and what the composition needs of the extension point."""
 
     device: DeviceFacts
     model: ModelFacts | None
@@ -137,7 +137,7 @@ class Context:
     """The device chosen: cpu, cuda:0, …"""
     dtype: str
     needs: dict[str, Any] = field(default_factory=dict)
-    """By socket. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
+    """By extension point. For attention: layer_kind, head_size, window, logit_soft_cap, sinks, block_size (a number or "auto"),
     max_model_len, kv_dtype. For a worker: compiled_attention and graph_capture, whether all attention chosen declares
     `compiled_steps` and `graph_capture`;
     architecture and quantization, the capabilities of those chosen (one; a list by rule); shadow, whether candidates run;
@@ -171,18 +171,18 @@ class Provider(Generic[T]):
     capabilities: Any = None
     why_not: Callable[[Context], list[Reason]] = no_reasons
     """A pure function of the context; imports nothing heavy. An empty list means: usable."""
-    settle: Callable[[Context, Any], tuple[Options, list[str]]] = as_given
+    resolve_options: Callable[[Context, Any], tuple[Options, list[str]]] = as_given
     """Called once, when the plan is made, if the provider was chosen. Returns the options with what they left open (an
     `auto`) decided, and remarks for the plan: what was decided, and why. Raises `ConfigError` for options that cannot be
     had here."""
     priority: int = 0
     """`auto` takes the usable provider of highest priority. 0 is a plain reference, 50 a tuned implementation."""
     requires: tuple[Relation, ...] = ()
-    """The socket takes one of these providers; one that is empty or absent takes none of them."""
+    """The extension point takes one of these providers; one that is empty or absent takes none of them."""
     conflicts: tuple[Relation, ...] = ()
-    """The socket takes none of these providers."""
+    """The extension point takes none of these providers."""
     untested_with: tuple[Relation, ...] = ()
     """Allowed, and said in the plan."""
     needs: Callable[[Context, Any], dict[str, dict[str, Any]]] = no_needs
-    """Called with the settled options, if the provider was chosen: what it needs of another socket here, by socket, where that
+    """Called with the settled options, if the provider was chosen: what it needs of another extension point here, by extension point, where that
     is less than its capabilities say: `{"matmul": {"codes": ["int8"]}}` for a model whose weights are all in 8 bits."""

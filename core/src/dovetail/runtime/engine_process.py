@@ -159,7 +159,7 @@ def main() -> None:
             raise
         except Exception as e:
             traceback.print_exc()
-            raise PluginError(f"{engine.culprit(e, ENGINE)}: {type(e).__name__}: {e}") from e
+            raise PluginError(f"{engine.responsible(e, ENGINE)}: {type(e).__name__}: {e}") from e
         engine.worker.close()
     except DovetailError as e:
         link.send(wire.Failed(e.code, e.message))
@@ -189,8 +189,8 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
     link.busy_since = time.monotonic()
     engine = build_engine(plan, progress, registry, attestation)
     link.busy_since = None
-    if isinstance(engine.culprit, Attribution):
-        link.where = engine.culprit.running
+    if isinstance(engine.responsible, Attribution):
+        link.where = engine.responsible.running
     return engine, wire.Ready(plan.fingerprint, engine.snapshot(), weights_of(plan, registry, engine.worker))
 
 
@@ -223,7 +223,7 @@ def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
         link.busy_since = None
         times.took(engine.num_scheduled_tokens, time.monotonic() - began)
         # Also without outputs: a step of prefill, or one that freed the last blocks, changes the stats.
-        link.send(wire.News(outputs, msgspec.structs.replace(engine.snapshot())))
+        link.send(wire.StepOutputs(outputs, msgspec.structs.replace(engine.snapshot())))
 
 
 def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
@@ -241,7 +241,7 @@ def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
             engine.fail(message.request_id, Overloaded.code, why)
     elif isinstance(message, wire.ResetPrefixCache):
         engine.kv.reset_prefix_cache()
-        link.send(wire.News([], msgspec.structs.replace(engine.snapshot())))
+        link.send(wire.StepOutputs([], msgspec.structs.replace(engine.snapshot())))
 
 
 if __name__ == "__main__":

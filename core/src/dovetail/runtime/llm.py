@@ -82,7 +82,7 @@ class LLM:
         with LLM("demo") as llm:
             print(llm.generate(["import os"], SamplingParams(max_tokens=40))[0].text)
 
-    Keywords are the keys of a composition file: `LLM("demo", scheduler={"max_num_seqs": 8}, dtype="float32")`.
+    Keywords are the keys of an engine config: `LLM("demo", scheduler={"max_num_seqs": 8}, dtype="float32")`.
     Several streams may be open at once, in one thread; not for use from several threads at once. Ctrl-C takes effect at the end
     of the step that is running (a second one, at once) and leaves an engine that can be used further.
     """
@@ -209,7 +209,7 @@ class LLM:
             # The overlapped loop may have a step in flight for what has ended, and until then its blocks.
             while self._engine is not None and any(s.request.request_id in engine.requests for s in states):
                 self._step()
-            self._file(engine.take_news())
+            self._file(engine.take_outputs())
 
     def _feed(self, pending: list[RequestState], outputs: deque[SequenceOutput]) -> None:
         """Hand over as many as may wait, from the end."""

@@ -346,7 +346,7 @@ class AsyncEngine:
 
     def _dispatch(self, message: Any) -> None:
         match message:
-            case wire.News():
+            case wire.StepOutputs():
                 self.stats, self._slow = message.stats, SLOW
                 for output in message.outputs:
                     live = self._live.get(output.request_id)

@@ -67,7 +67,7 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-class News(msgspec.Struct, tag=True):
+class StepOutputs(msgspec.Struct, tag=True):
     """What a step brought."""
 
     outputs: list[SequenceOutput]
@@ -105,7 +105,7 @@ class Shadow(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Add | Abort | Expire | ResetPrefixCache | Shutdown
-FromEngine = Loading | Ready | Failed | News | Invoked | Refused | Heartbeat | Shadow
+FromEngine = Loading | Ready | Failed | StepOutputs | Invoked | Refused | Heartbeat | Shadow
 
 to_engine = msgspec.msgpack.Decoder(ToEngine)
 from_engine = msgspec.msgpack.Decoder(FromEngine)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ShortestRemainingFirst:
-    """A `Scheduler`. Sequences that run go on running; a shorter newcomer takes the next free seat, not theirs."""
+    """A `Scheduler`. Sequences that run go on running; a shorter newcomer takes the next free batch row, not theirs."""
 
     def __init__(self, kv: KVCacheManager, options: SrfOptions) -> None:
         self.kv = kv

@@ -26,7 +26,7 @@ def _conform(args: Namespace, progress: Progress) -> int:
 
 
 def _add_new_plugin_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("socket", metavar="SOCKET", help="attention, scheduler, quantization, …; see docs/hooks.md")
+    parser.add_argument("extension_point", metavar="SOCKET", help="attention, scheduler, quantization, …; see docs/hooks.md")
     parser.add_argument("name", metavar="NAME", help="of the package and of what it offers: my_backend")
     parser.add_argument("--out", metavar="DIR", help="the folder to make (default: NAME)")
 
@@ -34,10 +34,10 @@ def _add_new_plugin_arguments(parser: ArgumentParser) -> None:
 def _new_plugin(args: Namespace, progress: Progress) -> int:
     from dovetail_testing.commands.new_plugin import write
 
-    return write(args.socket, args.name, args.out)
+    return write(args.extension_point, args.name, args.out)
 
 
-CONFORM = Command("test providers by the contracts of their sockets, on this machine", _add_conform_arguments, _conform)
+CONFORM = Command("test providers by the contracts of their extension points, on this machine", _add_conform_arguments, _conform)
 NEW_PLUGIN = Command(
-    "write a package for a socket, which installs and keeps its contract as it stands", _add_new_plugin_arguments, _new_plugin
+    "write a package for an extension point, which installs and keeps its contract as it stands", _add_new_plugin_arguments, _new_plugin
 )

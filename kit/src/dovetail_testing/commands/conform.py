@@ -1,4 +1,4 @@
-"""`dovetail conform`: the contract of a provider's socket, run on this machine, without a test file."""
+"""`dovetail conform`: the contract of a provider's extension point, run on this machine, without a test file."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def _offers(name: str, registry: Registry) -> list[Offer]:
 
 
 def _with_contract(registry: Registry, offers: list[Offer]) -> list[Offer]:
-    """Those whose sockets have a contract class; the others are named on stderr. Raises `ConfigError` if there are none."""
-    without = [o for o in offers if contract_of(registry.sockets[o.socket]) is None]
-    said = "; ".join(f"{o.qualified_name}: the socket {o.socket} has no contract class" for o in without)
+    """Those whose extension points have a contract class; the others are named on stderr. Raises `ConfigError` if there are none."""
+    without = [o for o in offers if contract_of(registry.extension_points[o.extension_point]) is None]
+    said = "; ".join(f"{o.qualified_name}: the extension point {o.extension_point} has no contract class" for o in without)
     if len(without) == len(offers):
         raise ConfigError(f"conform: nothing can be checked: {said}")
     if said:
@@ -82,25 +82,25 @@ def _with_contract(registry: Registry, offers: list[Offer]) -> list[Offer]:
 def _classes(
     registry: Registry, offer: Offer, device: str, options: dict[str, Any], num_seeds: int
 ) -> dict[str, type[Contract]]:
-    """By label: the socket's contract, as a plugin's own test would subclass it; one for each seed."""
-    contract = contract_of(registry.sockets[offer.socket])
+    """By label: the extension point's contract, as a plugin's own test would subclass it; one for each seed."""
+    contract = contract_of(registry.extension_points[offer.extension_point])
     assert contract is not None
     settings = {
         "provider": offer.provider, "device": device, "options": options, "inner": contract.inner | _inner(registry, offer),
-        "version": registry.sockets[offer.socket].served(offer.plugin.written_for(offer.socket)),
+        "version": registry.extension_points[offer.extension_point].served(offer.plugin.written_for(offer.extension_point)),
     }  # fmt: skip
     seeds = range(RUN_SEED, RUN_SEED + num_seeds)
     return {f"{offer.provider.name}, seed {s}": type("Conformance", (contract,), {**settings, "seed": s}) for s in seeds}
 
 
 def _inner(registry: Registry, offer: Offer) -> dict[str, Provider[Any]]:
-    """For the sockets that the provider's plugin opens within this one: who would fill them."""
+    """For the extension points that the provider's plugin opens within this one: who would fill them."""
     inner = {}
-    for socket in registry.sockets.values():
-        if socket.within == offer.socket and not socket.many and registry.added_by[socket.name] == offer.plugin:
-            best = max(registry.of(socket.name), key=lambda o: o.provider.priority, default=None)
+    for extension_point in registry.extension_points.values():
+        if extension_point.within == offer.extension_point and not extension_point.many and registry.added_by[extension_point.name] == offer.plugin:
+            best = max(registry.of(extension_point.name), key=lambda o: o.provider.priority, default=None)
             if best is not None:
-                inner[socket.name] = best.provider
+                inner[extension_point.name] = best.provider
     return inner
 
 
@@ -127,7 +127,7 @@ def _why_not(registry: Registry, offer: Offer, device: str) -> list[str]:
     if declared is not None and device.partition(":")[0] not in declared:
         return [f"it is for {', '.join(declared)}, and the device is {device}: name another with --device"]
     try:
-        context = Context(device_facts(), KIT_MODEL, device, "float32", _needs(registry) if offer.socket == "worker" else {})
+        context = Context(device_facts(), KIT_MODEL, device, "float32", _needs(registry) if offer.extension_point == "worker" else {})
         return [str(r) for r in offer.provider.why_not(context)]
     except Exception as e:
         return [f"its why_not raised {type(e).__name__}: {e}"]
@@ -147,12 +147,12 @@ def _needs(registry: Registry) -> dict[str, Any]:
 
 def _head(offer: Offer, device: str) -> Text:
     owner = f"{offer.plugin.distribution} {offer.plugin.version}"
-    what = f": written for contract {_written_for(offer)} of {offer.socket}, on {device}"
+    what = f": written for contract {_written_for(offer)} of {offer.extension_point}, on {device}"
     return Text.assemble((offer.provider.name, "bold"), f" from {owner}", what)
 
 
 def _written_for(offer: Offer) -> str:
-    return str(offer.plugin.written_for(offer.socket) or "not said")
+    return str(offer.plugin.written_for(offer.extension_point) or "not said")
 
 
 def _print(console: Console, results: list[CheckResult], reasons: list[str]) -> None:
@@ -195,7 +195,7 @@ def _words(check: str) -> str:
 
 def _as_data(offer: Offer, device: str, results: list[CheckResult], reasons: list[str]) -> dict[str, Any]:
     return {
-        "socket": offer.socket, "provider": offer.provider.name, "distribution": offer.plugin.distribution,
+        "extension_point": offer.extension_point, "provider": offer.provider.name, "distribution": offer.plugin.distribution,
         "version": offer.plugin.version, "contract": _written_for(offer), "device": device, "why_not": reasons,
         "passed": not reasons and not any(r.outcome == "failed" for r in results),
         "checks": [dataclasses.asdict(r) for r in results],

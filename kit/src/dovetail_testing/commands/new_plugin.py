@@ -1,4 +1,4 @@
-"""`dovetail new-plugin`: a package for a socket, and what to do next."""
+"""`dovetail new-plugin`: a package for an extension point, and what to do next."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dovetail.plugin.discovery import load_registry
 from dovetail_testing.scaffold import new_plugin, used_by
 
 
-def write(socket: str, name: str, out: str | None) -> int:
+def write(extension_point: str, name: str, out: str | None) -> int:
     """Write the package, say what is in it and print the next three commands."""
-    folder = new_plugin(load_registry(), socket, name, None if out is None else Path(out))
+    folder = new_plugin(load_registry(), extension_point, name, None if out is None else Path(out))
     dashed = name.replace("_", "-")
-    print(f"{folder}: a package that offers {dashed!r} for the socket {socket}")
+    print(f"{folder}: a package that offers {dashed!r} for the extension point {extension_point}")
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         print(f"  {path.relative_to(folder)}")
     print("\nNext:")

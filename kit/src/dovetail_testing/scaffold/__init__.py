@@ -1,7 +1,7 @@
-"""`dovetail new-plugin`: a package for a socket, which installs and keeps its contract as it stands.
+"""`dovetail new-plugin`: a package for an extension point, which installs and keeps its contract as it stands.
 
 A template is a folder of files as they will be, in which `my_plugin`, `my-plugin` and `MyPlugin` stand for the new name.
-The core's own are beside this file, one for each socket; a plugin that adds a socket names its own in `Socket.scaffold`.
+The core's own are beside this file, one for each extension point; a plugin that adds an extension point names its own in `ExtensionPoint.scaffold`.
 What is the same for all, pyproject.toml and README.md, is in `common/`.
 """
 
@@ -21,27 +21,27 @@ from pathlib import Path
 from dovetail.errors import ConfigError
 from dovetail.plugin.contracts import as_metadata
 from dovetail.plugin.discovery import Registry
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 
 HERE = Path(__file__).parent
 
 
-def new_plugin(registry: Registry, socket_name: str, name: str, out: Path | None = None) -> Path:
+def new_plugin(registry: Registry, point_name: str, name: str, out: Path | None = None) -> Path:
     """Write the package into `out` (by default a folder of its name, here), which must not exist. Returns the folder.
 
     Raises `ConfigError`; then nothing has been written.
     """
-    socket = _socket(registry, socket_name)
-    module = _checked(registry, socket, name)
+    extension_point = _extension_point(registry, point_name)
+    module = _checked(registry, extension_point, name)
     target = Path(module) if out is None else out
     if target.exists():
         raise ConfigError(f"new-plugin: {target} is already there; choose another name, or --out")
-    words = _words(registry, socket, module)
+    words = _words(registry, extension_point, module)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{module}-") as folder:
             made = Path(folder) / module
-            for source in (HERE / "common", template_of(socket)):
+            for source in (HERE / "common", template_of(extension_point)):
                 _copy(source, made, words)
             made.chmod(0o755)
             os.rename(made, target)  # all of it, or nothing
@@ -50,26 +50,26 @@ def new_plugin(registry: Registry, socket_name: str, name: str, out: Path | None
     return target
 
 
-def template_of(socket: Socket) -> Path:
-    """The folder that a socket's packages are made from. Raises `ConfigError` if it has none."""
-    if not socket.scaffold:
-        folder = HERE / socket.name
+def template_of(extension_point: ExtensionPoint) -> Path:
+    """The folder that an extension point's packages are made from. Raises `ConfigError` if it has none."""
+    if not extension_point.scaffold:
+        folder = HERE / extension_point.name
     else:
-        package, _, below = socket.scaffold.partition(":")
+        package, _, below = extension_point.scaffold.partition(":")
         spec = importlib.util.find_spec(package)
         folder = Path(spec.origin).parent / below if spec is not None and spec.origin else Path(below)
     if not folder.is_dir():
-        raise ConfigError(f"new-plugin: the socket {socket.name} comes without a template ({folder} is no folder)")
+        raise ConfigError(f"new-plugin: the extension point {extension_point.name} comes without a template ({folder} is no folder)")
     return folder
 
 
-def _socket(registry: Registry, name: str) -> Socket:
-    if name not in registry.sockets:
-        raise ConfigError(f"new-plugin: {name!r} is no socket; there are {', '.join(registry.sockets)}")
-    return registry.sockets[name]
+def _extension_point(registry: Registry, name: str) -> ExtensionPoint:
+    if name not in registry.extension_points:
+        raise ConfigError(f"new-plugin: {name!r} is no extension point; there are {', '.join(registry.extension_points)}")
+    return registry.extension_points[name]
 
 
-def _checked(registry: Registry, socket: Socket, name: str) -> str:
+def _checked(registry: Registry, extension_point: ExtensionPoint, name: str) -> str:
     """The name as a module's. Raises `ConfigError` if it cannot be one, or is somebody's."""
     module = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", module) or keyword.iskeyword(module):
@@ -80,27 +80,27 @@ def _checked(registry: Registry, socket: Socket, name: str) -> str:
         raise ConfigError(f"new-plugin: {taken[0].name} {taken[0].version} is installed already: choose another name")
     if module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None:
         raise ConfigError(f"new-plugin: there is a module {module} already: choose another name")
-    owners = [o.qualified_name for o in registry.of(socket.name) if o.provider.name == dashed]
+    owners = [o.qualified_name for o in registry.of(extension_point.name) if o.provider.name == dashed]
     if owners or dashed in ("auto", "none"):
-        why = f"a provider of {socket.name} ({', '.join(owners)})" if owners else "a word of configurations"
+        why = f"a provider of {extension_point.name} ({', '.join(owners)})" if owners else "a word of configurations"
         raise ConfigError(f"new-plugin: {dashed!r} is {why}: choose another name")
     return module
 
 
-def _words(registry: Registry, socket: Socket, module: str) -> dict[str, str]:
+def _words(registry: Registry, extension_point: ExtensionPoint, module: str) -> dict[str, str]:
     """What stands in the templates, and what it becomes. Longer words come first."""
-    template = template_of(socket)
-    owner = registry.added_by.get(socket.name)
+    template = template_of(extension_point)
+    owner = registry.added_by.get(extension_point.name)
     files = sorted(p for p in (template / "src/my_plugin").glob("*.py") if p.name != "__init__.py")
     rows = [f"| `src/my_plugin/{p.name}` | {_first_sentence(p)} |\n" for p in files]
     needs = ["dovetail-core", *([owner.distribution] if owner else []), *sorted(_libraries(template))]
     dashed = module.replace("_", "-")
     return {
-        "THE_SOCKET": socket.name,
-        "THE_SUMMARY": socket.summary,
-        "THE_VERSION": as_metadata(socket.contract),
+        "THE_SOCKET": extension_point.name,
+        "THE_SUMMARY": extension_point.summary,
+        "THE_VERSION": as_metadata(extension_point.contract),
         "THE_DEPENDENCIES": '", "'.join(needs),
-        "THE_INTERFACE": interface_of(registry, socket),
+        "THE_INTERFACE": interface_of(registry, extension_point),
         "THE_FILES": "".join(rows),
         "THE_USE": used_by(template),
         "MyPlugin": "".join(word.capitalize() for word in module.split("_")),
@@ -114,12 +114,12 @@ def used_by(package: Path) -> str:
     return (package / "engine.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
-def interface_of(registry: Registry, socket: Socket) -> str:
+def interface_of(registry: Registry, extension_point: ExtensionPoint) -> str:
     """The module to read before writing a provider."""
-    owner = registry.added_by.get(socket.name)
-    if socket.interface is not None:
-        return socket.interface.__module__
-    return owner.module if owner else f"dovetail.interfaces.{socket.name}"
+    owner = registry.added_by.get(extension_point.name)
+    if extension_point.interface is not None:
+        return extension_point.interface.__module__
+    return owner.module if owner else f"dovetail.interfaces.{extension_point.name}"
 
 
 def _libraries(template: Path) -> set[str]:

@@ -53,8 +53,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "overlap": plan.overlap,
         "choices": {
-            socket: {"provider": c.provider, "distribution": f"{c.distribution} {c.version}", "options": c.options}
-            for socket, c in plan.choices.items()
+            extension_point: {"provider": c.provider, "distribution": f"{c.distribution} {c.version}", "options": c.options}
+            for extension_point, c in plan.choices.items()
         },
     }
 

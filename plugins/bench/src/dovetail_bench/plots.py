@@ -1,4 +1,4 @@
-"""The plots of a report. matplotlib is imported only when a plot is drawn."""
+"""The plots of a report. matplotlib is imported only when a plot is sampled."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Profile:
         submit = engine.worker.submit
 
         def submit_without_drawing(plan: StepPlan) -> Any:
-            plan.masked = True  # by the worker's contract `sample` then draws: the two can be told apart
+            plan.masked = True  # by the worker's contract `sample` then samples: the two can be told apart
             return submit(plan)
 
         self._put(engine.worker, "submit", submit_without_drawing)

@@ -1,11 +1,11 @@
-"""Prefix caching: a hash index of computed blocks. Opens a socket of its own, `eviction`, for the order of giving up."""
+"""Prefix caching: a hash index of computed blocks. Opens an extension point of its own, `eviction`, for the order of giving up."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from dovetail.errors import ConfigError
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Context, Options, Provider, TieredCacheOptions
 from dovetail_prefix_cache.eviction import MakePolicy
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dovetail_prefix_cache.index import HashIndex
 
 
-EVICTION = Socket(
+EVICTION = ExtensionPoint(
     "eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache",
     interface=MakePolicy, contract_class="dovetail_prefix_cache.testing:EvictionContract",
     scaffold="dovetail_prefix_cache:scaffold/eviction",
@@ -50,14 +50,14 @@ def _lfu(context: BuildContext, options: Options) -> MakePolicy:
 
 
 @hookimpl
-def dovetail_sockets() -> list[Socket]:
+def dovetail_extension_points() -> list[ExtensionPoint]:
     return [EVICTION]
 
 
 @hookimpl
 def dovetail_prefix_caches() -> list[Provider[HashIndex]]:
     summary = "blocks by chained, keyed 128-bit hashes; every hit is verified"
-    return [Provider("hash", summary, _hash, TieredCacheOptions, settle=_settle, priority=50)]
+    return [Provider("hash", summary, _hash, TieredCacheOptions, resolve_options=_settle, priority=50)]
 
 
 @hookimpl

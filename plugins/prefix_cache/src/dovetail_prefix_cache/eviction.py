@@ -1,4 +1,4 @@
-"""The contract of the `eviction` socket, and two policies.
+"""The contract of the `eviction` extension point, and two policies.
 
 A provider's `build` returns a `MakePolicy`; one policy is made for each KV group.
 """

@@ -1,7 +1,7 @@
 """Which block holds the KV of which tokens, by chained hashes.
 
 A block's key is the 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its own tokens; the first one's
-predecessor is the hash of adapter and salt under a secret that is drawn anew for every index. So a key stands for all tokens up
+predecessor is the hash of adapter and salt under a secret that is sampled anew for every index. So a key stands for all tokens up
 to the end of its block, and as no key can be known without the secret, nobody can choose tokens that collide. A hit is verified
 all the same: an entry keeps its tokens and its predecessor's key, and both are compared.
 """

@@ -1,4 +1,4 @@
-"""The contract of the `eviction` socket, as tests. A plugin's test is a subclass:
+"""The contract of the `eviction` extension point, as tests. A plugin's test is a subclass:
 
     class TestMyPolicy(EvictionContract):
         provider = PROVIDER
@@ -12,7 +12,7 @@ from typing import ClassVar
 from hypothesis import strategies as st
 
 from dovetail.engine.prefix_reuse import ReusingKVCache
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 from dovetail_prefix_cache import EVICTION
 from dovetail_prefix_cache.eviction import EvictionPolicy
 from dovetail_prefix_cache.index import HashIndex
@@ -25,8 +25,8 @@ from dovetail_testing.prefix_cache import new_scheduler
 class EvictionContract(Contract):
     """Subclass, set `provider`, and pytest does the rest."""
 
-    socket = "eviction"
-    added: ClassVar[tuple[Socket, ...]] = (EVICTION,)
+    extension_point = "eviction"
+    added: ClassVar[tuple[ExtensionPoint, ...]] = (EVICTION,)
 
     def new(self, num_blocks: int) -> EvictionPolicy:
         policy: EvictionPolicy = self.build()(num_blocks)

@@ -82,12 +82,12 @@ class Gptq(MatmulScheme):
         }
 
     def format(self, layer: LinearLayer) -> WeightFormat:
-        settings = self._taken(layer)
+        settings = self._records(layer)
         codes: Any = "uint4" if settings.bits == 4 else "int8"
         return WeightFormat(codes, settings.group, zeros=True, order=settings.ordered)
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        settings = self._taken(layer)
+        settings = self._records(layer)
         codes = unpack(tensors["qweight"], settings.bits, 0).T
         words = tensors["qzeros"] + ONES[settings.bits] if self._is_first_version else tensors["qzeros"]
         found = {"scales": tensors["scales"].T}
@@ -108,7 +108,7 @@ class Gptq(MatmulScheme):
                 "quantization_config says: is its group_size wrong, or desc_act, which is false?"
             )
 
-    def _taken(self, layer: LinearLayer) -> Settings:
+    def _records(self, layer: LinearLayer) -> Settings:
         settings = self._of(layer)
         assert settings is not None  # or it was declined
         return settings

@@ -70,12 +70,12 @@ class CompressedTensors(MatmulScheme):
         return found
 
     def format(self, layer: LinearLayer) -> WeightFormat:
-        group = self._taken(layer)
+        group = self._records(layer)
         size = group.block[1] if group.block else group.group_size
         return WeightFormat(group.codes, size, not group.symmetric, group.ordered, group.inputs, group.static)
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        group = self._taken(layer)
+        group = self._records(layer)
         found = {"scales": _scales(group, layer, tensors["weight_scale"])}
         if group.format == PACKED:
             found |= self._unpacked(group, layer, tensors)
@@ -113,7 +113,7 @@ class CompressedTensors(MatmulScheme):
             return None
         return {f"{name}.{which}_scale": Parameter((1,), "float32", scale="positive") for which in ("k", "v")}
 
-    def _taken(self, layer: LinearLayer) -> Group:
+    def _records(self, layer: LinearLayer) -> Group:
         group = self._of(layer)
         assert group is not None  # or it was declined
         return group

@@ -42,7 +42,7 @@ def why_not(context: Context) -> list[Reason]:
     return [Reason(f"the checkpoint's {key} is {config[key]!r}", f"reads {values}") for key, values in wrong.items()]
 
 
-def settle(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
+def resolve_options(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
     """Decide what is left open: by the checkpoint, if it is in FP8."""
     config = _own_config(context.model.quantization_config if context.model else None)
     stored = None if config is None else "tensor" if config.get("weight_block_size") is None else "block"
@@ -83,7 +83,7 @@ PROVIDER = Provider(
     QuantizationCapabilities(
         (METHOD,), on_the_fly=True, devices=None, activations="float8_e4m3fn", examples=EXAMPLES, codes=("float8_e4m3fn",),
         compiled_steps=True,
-    ), why_not, settle, needs=needs, priority=50,
+    ), why_not, resolve_options, needs=needs, priority=50,
 )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def why_not(context: Context) -> list[Reason]:
     return reasons
 
 
-def settle(context: Context, options: BitsAndBytesOptions) -> tuple[Options, list[str]]:
+def resolve_options(context: Context, options: BitsAndBytesOptions) -> tuple[Options, list[str]]:
     if options.threshold != "auto":
         if options.threshold < 0:
             raise ConfigError(f"quantization.threshold: must not be negative, found {options.threshold:g}")
@@ -105,7 +105,7 @@ BITSANDBYTES = Provider(
     _build_bitsandbytes, BitsAndBytesOptions,
     QuantizationCapabilities(
         (METHOD,), on_the_fly=True, devices=None, activations="int8", examples=(EXAMPLE,), codes=("int8",)
-    ), why_not, settle, priority=50,
+    ), why_not, resolve_options, priority=50,
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
 from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Provider
 from dovetail_server_openai.options import ServerOptions
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dovetail_server_openai.server import OpenAIServer
 
 
-ROUTES = Socket(
+ROUTES = ExtensionPoint(
     "routes", "dovetail_routes", "more routes on the server", within="server", many=True,
     contract_class="dovetail_server_openai.testing:RoutesContract", scaffold="dovetail_server_openai:scaffold/routes",
 )  # fmt: skip
@@ -24,11 +24,11 @@ ROUTES = Socket(
 def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
     from dovetail_server_openai.server import OpenAIServer
 
-    return OpenAIServer(options, context.build_all("routes"), partial(context.responsible, socket="routes"))
+    return OpenAIServer(options, context.build_all("routes"), partial(context.responsible, extension_point="routes"))
 
 
 @hookimpl
-def dovetail_sockets() -> list[Socket]:
+def dovetail_extension_points() -> list[ExtensionPoint]:
     """`build` returns a function that is given an `EngineClient` and returns a `fastapi.APIRouter`."""
     return [ROUTES]
 

@@ -38,7 +38,7 @@ EMPTY: dict[int | str, dict[str, Any]] = {200: {"description": "No content"}}
 
 
 MakeRouter = Callable[[EngineClient], APIRouter]
-"""What a provider of the `routes` socket builds."""
+"""What a provider of the `routes` extension point builds."""
 
 
 def make_app(

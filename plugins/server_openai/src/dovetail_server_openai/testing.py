@@ -1,4 +1,4 @@
-"""The contract of the `routes` socket, as tests. A plugin's test is a subclass:
+"""The contract of the `routes` extension point, as tests. A plugin's test is a subclass:
 
     class TestMyRoutes(RoutesContract):
         provider = PROVIDER
@@ -20,9 +20,9 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.routing import Route
 
-from dovetail.runtime.serving import AsyncEngine
 from dovetail.plugin.config import EngineConfig
-from dovetail.plugin.extension_points import Socket
+from dovetail.plugin.extension_points import ExtensionPoint
+from dovetail.runtime.serving import AsyncEngine
 from dovetail_server_openai import ROUTES
 from dovetail_server_openai.app import make_app
 from dovetail_server_openai.options import ServerOptions
@@ -37,8 +37,8 @@ BAD_BODIES: tuple[Any, ...] = ({}, [], "text", {"text": None}, {"": [1]})
 class RoutesContract(Contract):
     """Subclass, set `provider`, and pytest does the rest. The engine is a real one, over the simulated worker."""
 
-    socket = "routes"
-    added: ClassVar[tuple[Socket, ...]] = (ROUTES,)
+    extension_point = "routes"
+    added: ClassVar[tuple[ExtensionPoint, ...]] = (ROUTES,)
     requests: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
     """(method, path, JSON body or None) that must be answered with 2xx."""
 
@@ -134,7 +134,7 @@ def _text(answer: tuple[int, bytes]) -> Any:
 
 
 async def call(app: FastAPI, method: str, path: str, body: Any) -> tuple[int, bytes]:
-    """One request to an ASGI application, without a socket: (status, body). An exception of the application is a 500."""
+    """One request to an ASGI application, without an extension point: (status, body). An exception of the application is a 500."""
     data = b"" if body is None else json.dumps(body).encode()
     headers = [(b"host", b"kit"), (b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     scope = {

@@ -12,7 +12,7 @@ from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.plan import Reason
 from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Context, Provider
-from dovetail_worker_torch.execution import OPERATIONS, OWN_ARCHITECTURES, TORCH_COMPILE, settle
+from dovetail_worker_torch.execution import OPERATIONS, OWN_ARCHITECTURES, TORCH_COMPILE, resolve_options
 from dovetail_worker_torch.options import WorkerOptions
 from dovetail_worker_torch.tiny import TINY_CONFIGS
 
@@ -87,7 +87,7 @@ def dovetail_workers() -> list[Provider[TorchWorker]]:
         Provider(
             "torch", "PyTorch, one device in this process", _worker, WorkerOptions,
             capabilities=WorkerCapabilities(shadow=True, drafts=True, host_tier=True, describes_weights=True),
-            why_not=_why_no_worker, settle=settle,
+            why_not=_why_no_worker, resolve_options=resolve_options,
             priority=50,
         )
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A runner for devices that run behind the host: steps are queued, their tokens drawn there, and looked at one step later.
+"""A runner for devices that run behind the host: steps are queued, their tokens sampled there, and looked at one step later.
 
 What needs the host's word in between (drafts to verify, masks, penalties, log-probabilities, a shadow run) waits for all that
 is queued, and then runs as `Runner` has it.
@@ -20,20 +20,20 @@ from dovetail.types import SamplingParams, StepPlan, StepResult
 from dovetail_worker_torch.accelerator import Accelerator, Fetched
 from dovetail_worker_torch.batch import I64, StepInputs
 from dovetail_worker_torch.device_table import DeviceTable
-from dovetail_worker_torch.drawing import best
 from dovetail_worker_torch.gpu_memory import graph_memory
-from dovetail_worker_torch.graphs import GraphLadder, ladder
+from dovetail_worker_torch.graphs import GraphLadder, capture_sizes
 from dovetail_worker_torch.runner import Computed, Runner
 from dovetail_worker_torch.sampler import SamplingRows, shape_logits
+from dovetail_worker_torch.sampler_backends import best
 
 
 @dataclass(eq=False)
-class Queued:
-    """A step whose tokens are drawn on the device; `result` once the host has looked at them."""
+class InFlightStep:
+    """A step whose tokens are sampled on the device; `result` once the host has looked at them."""
 
     plan: StepPlan
     rows: list[int]
-    seats: I64
+    batch_indices: I64
     lengths: I64
     drawn: Fetched | None
     """i64[2, rows]: the tokens, and whether they are usable; None if no row samples."""
@@ -46,7 +46,7 @@ def waits_for_host(p: SamplingParams) -> bool:
 
 
 class DeviceRunner(Runner):
-    """Steps run in the order of the calls; not thread-safe. `submit` and `land` are called in torch's inference mode."""
+    """Steps run in the order of the calls; not thread-safe. `submit` and `finalize` are called in torch's inference mode."""
 
     table: DeviceTable
 
@@ -54,11 +54,11 @@ class DeviceRunner(Runner):
         super().__init__(*arguments)
         self.accelerator = accelerator
         self.graphs: GraphLadder | None = None
-        self._queued: list[Queued] = []
+        self._in_flight: list[InFlightStep] = []
         self._waiting: set[int] = set()
         """Sequences that wait for the host, by id."""
 
-    def submit(self, plan: StepPlan) -> Queued | Computed | StepResult:
+    def submit(self, plan: StepPlan) -> InFlightStep | Computed | StepResult:
         """Queue a step, or run it if it waits for the host. Raises `OutOfMemory` if the device has no room for it."""
         self._waiting.difference_update(plan.released)
         self._waiting.update(start.seq_id for start in plan.starts if waits_for_host(start.params))
@@ -66,8 +66,8 @@ class DeviceRunner(Runner):
             if (
                 plan.masked or plan.draft_token_ids or self._shadow is not None or not self._waiting.isdisjoint(plan.seq_ids)
             ):  # fmt: skip
-                for step in [*self._queued]:
-                    self.land(step)
+                for step in [*self._in_flight]:
+                    self.finalize(step)
                 computed = self.forward(plan)
                 return computed if plan.masked else self.draw(computed)
             return self._queue(plan)
@@ -92,56 +92,56 @@ class DeviceRunner(Runner):
     def _new_graphs(self, max_num_seqs: int) -> GraphLadder:
         return GraphLadder(
             self.accelerator, self.model, self.table, self._groups, self._backends, self._layers, self._attend,
-            ladder(max_num_seqs),
+            capture_sizes(max_num_seqs),
         )  # fmt: skip
 
-    def land(self, step: Queued) -> StepResult:
+    def finalize(self, step: InFlightStep) -> StepResult:
         """Wait for a queued step's tokens."""
         if step.result is None:
             try:
                 step.result = self._result_of(step)
             except torch.AcceleratorError as e:
                 raise self._lost(e) from e
-            self._queued.remove(step)
+            self._in_flight.remove(step)
         return step.result
 
     def _lost(self, error: Exception) -> EngineDead:
         """What a kernel has done wrong shows at some later call, and all calls after it fail too."""
         return EngineDead(f"{self.device} failed, and nothing more can be run on it by this process: {error}")
 
-    def _result_of(self, step: Queued) -> StepResult:
+    def _result_of(self, step: InFlightStep) -> StepResult:
         result = StepResult(step.plan.step_id, [[] for _ in step.plan.seq_ids])
         if step.drawn is None:
             return result
         tokens, usable = step.drawn.wait().tolist()
-        self.table.landed(step.seats, step.lengths, tokens)
+        self.table.finalized(step.batch_indices, step.lengths, tokens)
         self.take(result, step.plan, zip(step.rows, tokens, usable, strict=True))
         return result
 
-    def _queue(self, plan: StepPlan) -> Queued:
+    def _queue(self, plan: StepPlan) -> InFlightStep:
         rows = list(compress(range(len(plan.samples)), plan.samples))
         is_decode = len(rows) == len(plan.seq_ids) == sum(plan.num_tokens)
         size = self.graphs.size_for(len(rows)) if is_decode and self.graphs is not None else None
         if size is None or self.graphs is None:
             step = self.forward(plan)
-            seats, lengths = step.inputs.seats[rows], step.inputs.seq_lens[rows].astype(np.int64)
+            batch_indices, lengths = step.inputs.batch_indices[rows], step.inputs.seq_lens[rows].astype(np.int64)
             logits, is_plain = step.logits, step.is_plain
         else:
             self.begin(plan)
-            seats, num_computed = self.table.seats(plan), np.array(plan.num_computed, np.int64)
-            logits, is_plain = self.graphs.run(seats, num_computed, size), self.table.is_plain(seats)
+            batch_indices, num_computed = self.table.batch_indices(plan), np.array(plan.num_computed, np.int64)
+            logits, is_plain = self.graphs.run(batch_indices, num_computed, size), self.table.is_plain(batch_indices)
             lengths = num_computed + 1
-        queued = Queued(plan, rows, seats, lengths, self._drawn(logits, seats, lengths, is_plain) if rows else None)
-        self._queued.append(queued)
+        queued = InFlightStep(plan, rows, batch_indices, lengths, self._drawn(logits, batch_indices, lengths, is_plain) if rows else None)
+        self._in_flight.append(queued)
         return queued
 
-    def _drawn(self, logits: Tensor, seats: I64, lengths: I64, is_plain: bool) -> Fetched:
+    def _drawn(self, logits: Tensor, batch_indices: I64, lengths: I64, is_plain: bool) -> Fetched:
         if not is_plain:
-            starts = [self.table.start_of[seat] for seat in seats.tolist()]
-            nobody = np.zeros((len(seats), 0), np.int32)
-            shape_logits(logits, SamplingRows(starts, nobody, lengths), self._drawing)
+            starts = [self.table.start_of[batch_index] for batch_index in batch_indices.tolist()]
+            nobody = np.zeros((len(batch_indices), 0), np.int32)
+            shape_logits(logits, SamplingRows(starts, nobody, lengths), self._sampler)
         tokens, usable = best(logits)
-        self.table.append_on_device(seats, lengths, tokens)
+        self.table.append_on_device(batch_indices, lengths, tokens)
         return self.accelerator.fetch(torch.stack([tokens, usable.to(tokens.dtype)]))
 
     def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:

@@ -15,9 +15,9 @@ from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 
 
 class DeviceTable(SequenceTable):
-    """On the device: every seat's tokens, drawn ones included as soon as they are drawn, and its blocks.
+    """On the device: every batch row's tokens, sampled ones included as soon as they are sampled, and its blocks.
 
-    There is one seat more than on the host, of padding: one token, in block 0.
+    There is one batch row more than on the host, of padding: one token, in block 0.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class DeviceTable(SequenceTable):
     ) -> None:  # fmt: skip
         super().__init__(max_num_seqs, max_len, groups, draft_group)
         self._accelerator = accelerator
-        self.padding_seat = max_num_seqs
+        self.padding_batch_index = max_num_seqs
 
         def zeros(width: int) -> Tensor:
             return torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=accelerator.device)
@@ -42,12 +42,12 @@ class DeviceTable(SequenceTable):
     def update(self, plan: StepPlan) -> None:
         super().update(plan)
         for start in plan.starts:
-            self._write(0, self.seat_of[start.seq_id], 0, start.token_ids)
+            self._write(0, self.batch_index_of[start.seq_id], 0, start.token_ids)
         self._flush()
 
-    def write_drafts(self, seat: int, start: int, token_ids: list[int]) -> None:
-        super().write_drafts(seat, start, token_ids)
-        self._write(0, seat, start, token_ids)
+    def write_drafts(self, batch_index: int, start: int, token_ids: list[int]) -> None:
+        super().write_drafts(batch_index, start, token_ids)
+        self._write(0, batch_index, start, token_ids)
 
     def _flush(self) -> None:
         for target, (places, values) in zip(self._targets, self._changes, strict=True):
@@ -56,15 +56,15 @@ class DeviceTable(SequenceTable):
                 places.clear()
                 values.clear()
 
-    def _append(self, group: int, seat: int, blocks: list[int]) -> None:
+    def _append(self, group: int, batch_index: int, blocks: list[int]) -> None:
         if group < len(self.blocks_on_device):
-            self._write(1 + group, seat, int(self._num_blocks[group][seat]), blocks)
-        super()._append(group, seat, blocks)
+            self._write(1 + group, batch_index, int(self._num_blocks[group][batch_index]), blocks)
+        super()._append(group, batch_index, blocks)
 
-    def _write(self, target: int, seat: int, start: int, values: list[int]) -> None:
+    def _write(self, target: int, batch_index: int, start: int, values: list[int]) -> None:
         if values:
             places, written = self._changes[target]
-            begin = seat * self._targets[target].shape[1] + start
+            begin = batch_index * self._targets[target].shape[1] + start
             places.append(np.arange(begin, begin + len(values)))
             written.append(np.array(values, np.int32))
 
@@ -77,25 +77,25 @@ class DeviceTable(SequenceTable):
     def device_tokens_at(self, inputs: StepInputs) -> Tensor:
         """`tokens_at`, on the device and from there."""
         self._flush()
-        places = self._accelerator.upload(self._places(inputs.seat_of_token, inputs.positions))
+        places = self._accelerator.upload(self._places(inputs.batch_index_of_token, inputs.positions))
         return self.tokens_on_device.view(-1)[places].to(torch.int64)
 
-    def _places(self, seats: I64, positions: npt.NDArray[np.integer[Any]]) -> I64:
+    def _places(self, batch_indices: I64, positions: npt.NDArray[np.integer[Any]]) -> I64:
         """Of tokens, in `tokens_on_device` seen as one row."""
-        return (seats * self.tokens_on_device.shape[1] + positions).astype(np.int64)
+        return (batch_indices * self.tokens_on_device.shape[1] + positions).astype(np.int64)
 
-    def append(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+    def append(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
         """Tokens that the host drew, or was told of, on both sides."""
-        super().append(seats, lengths, token_ids)
+        super().append(batch_indices, lengths, token_ids)
         if token_ids:
             self._flush()
-            self._scatter(self.tokens_on_device, self._places(seats, lengths), np.array(token_ids, np.int32))
+            self._scatter(self.tokens_on_device, self._places(batch_indices, lengths), np.array(token_ids, np.int32))
 
-    def append_on_device(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: Tensor) -> None:
-        """The tokens drawn for these seats, which the host does not know yet: `landed` tells it. `token_ids` i64[R]."""
-        places = self._accelerator.upload(self._places(seats, lengths))
+    def append_on_device(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: Tensor) -> None:
+        """The tokens sampled for these batch rows, which the host does not know yet: `finalized` tells it. `token_ids` i64[R]."""
+        places = self._accelerator.upload(self._places(batch_indices, lengths))
         self.tokens_on_device.view(-1).index_put_((places,), token_ids.to(torch.int32))
 
-    def landed(self, seats: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+    def finalized(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
         """Tell the host what `append_on_device` added."""
-        super().append(seats, lengths, token_ids)
+        super().append(batch_indices, lengths, token_ids)

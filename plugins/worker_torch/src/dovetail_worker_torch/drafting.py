@@ -1,8 +1,8 @@
 """A draft model in the worker: k small steps, all drafting rows at once, before the step that verifies.
 
 One rule: the draft model has computed some of a sequence's first tokens, and what it lacks it computes when it is asked to
-draft. The prompt, tokens that were drawn while nobody drafted, and the last draft after all were accepted are this one rule;
-so a draft model that is not asked costs nothing. It draws as the model does, with the noise and the parameters of the row.
+draft. The prompt, tokens that were sampled while nobody drafted, and the last draft after all were accepted are this one rule;
+so a draft model that is not asked costs nothing. It samples as the model does, with the noise and the parameters of the row.
 
 A draft model that has rested for long is not worth all that it missed: its context then begins anew, with the last tokens.
 
@@ -25,8 +25,8 @@ from dovetail.interfaces.architecture import Model
 from dovetail.interfaces.attention import AttentionBackend, AttentionBatch
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, StepPlan
 from dovetail_worker_torch.batch import I64, SequenceTable
-from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.sampler import SamplingRows, sample
+from dovetail_worker_torch.sampler_backends import SamplerBackend
 from dovetail_worker_torch.step_attention import StepAttention
 
 MAX_MISSED, NEW_CONTEXT = 128, 64
@@ -48,18 +48,18 @@ class DraftRunner:
 
     def __init__(
         self, model: Model, group: KVGroup, num_blocks: int, backend: AttentionBackend, caches: Mapping[int, object],
-        table: SequenceTable, device: torch.device, drawing: Drawing, made_by: Mapping[str, str], max_num_tokens: int,
+        table: SequenceTable, device: torch.device, sampler: SamplerBackend, provider_names: Mapping[str, str], max_num_tokens: int,
     ) -> None:  # fmt: skip
         """`group` is the last one of `table`, with the draft model's own numbers of layers, by which `caches` are."""
-        self._model, self._backend, self._table, self._device, self._drawing = model, backend, table, device, drawing
+        self._model, self._backend, self._table, self._device, self._sampler = model, backend, table, device, sampler
         self._block_size, self._max_num_tokens = group.block_size, max_num_tokens
-        self._attend = StepAttention(model.attention_layers, [group], [backend], dict(caches), made_by)
-        self._num_computed = [0] * table.num_seats
-        """By seat: of the sequence's first tokens, as they are known."""
-        self._num_noted = [0] * table.num_seats
-        """By seat: blocks of it that are in `_is_whole`."""
-        self._num_skipped = [0] * table.num_seats
-        """By seat: tokens before the draft model's context, in whole blocks. What it computes then is not for others."""
+        self._attend = StepAttention(model.attention_layers, [group], [backend], dict(caches), provider_names)
+        self._num_computed = [0] * table.max_num_seqs
+        """By batch row: of the sequence's first tokens, as they are known."""
+        self._num_noted = [0] * table.max_num_seqs
+        """By batch row: blocks of it that are in `_is_whole`."""
+        self._num_skipped = [0] * table.max_num_seqs
+        """By batch row: tokens before the draft model's context, in whole blocks. What it computes then is not for others."""
         self._is_whole = np.zeros(num_blocks, np.bool_)
         """By block: computed as a whole, for the tokens that the model's blocks of that place hold."""
         self._whole_on_host: set[int] = set()
@@ -70,8 +70,8 @@ class DraftRunner:
             if op.group == self._table.draft_group and op.kind == "out":
                 (self._whole_on_host.add if self._is_whole[op.src] else self._whole_on_host.discard)(op.dst)
         for start in plan.starts:
-            seat = self._table.seat_of[start.seq_id]
-            self._num_computed[seat] = self._num_noted[seat] = self._num_skipped[seat] = 0
+            batch_index = self._table.batch_index_of[start.seq_id]
+            self._num_computed[batch_index] = self._num_noted[batch_index] = self._num_skipped[batch_index] = 0
         for added in plan.new_block_ids:
             if added:
                 self._is_whole[added[self._table.draft_group]] = False
@@ -88,8 +88,8 @@ class DraftRunner:
         left.sort(key=lambda r: -len(plan.draft_token_ids[r]))
         counts = [len(plan.draft_token_ids[r]) for r in left]
         known = [plan.num_computed[r] + plan.num_tokens[r] - k for r, k in zip(left, counts, strict=True)]
-        seats = [self._table.seat_of[plan.seq_ids[r]] for r in left]
-        drafted = self._draft(seats, known, counts)
+        batch_indices = [self._table.batch_index_of[plan.seq_ids[r]] for r in left]
+        drafted = self._draft(batch_indices, known, counts)
         drafts = list(plan.draft_token_ids)
         for r, draft in zip(left, drafted, strict=True):
             drafts[r] = draft
@@ -99,21 +99,21 @@ class DraftRunner:
         """Tokens after the first draft that was not accepted are not the sequence's."""
         for row, draft in enumerate(plan.draft_token_ids):
             if draft and draft[0] == DRAFTED_BY_WORKER:
-                seat = self._table.seat_of[plan.seq_ids[row]]
+                batch_index = self._table.batch_index_of[plan.seq_ids[row]]
                 known = plan.num_computed[row] + plan.num_tokens[row] - len(draft)
-                self._num_computed[seat] = min(self._num_computed[seat], known + max(0, len(drawn[row]) - 1))
+                self._num_computed[batch_index] = min(self._num_computed[batch_index], known + max(0, len(drawn[row]) - 1))
 
-    def _draft(self, seats: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
-        """`counts` tokens (descending) after the `known` ones of each seat."""
-        table, at, lengths = self._table, np.array(seats, np.int64), np.array(known, np.int64)
+    def _draft(self, batch_indices: list[int], known: list[int], counts: list[int]) -> list[list[int]]:
+        """`counts` tokens (descending) after the `known` ones of each batch row."""
+        table, at, lengths = self._table, np.array(batch_indices, np.int64), np.array(known, np.int64)
         is_plain = table.is_plain(at)
-        tokens = self._draw(self._catch_up(seats, at, known), at, lengths, is_plain)
+        tokens = self._draw(self._catch_up(batch_indices, at, known), at, lengths, is_plain)
         drafted = [[token] for token in tokens]
         if counts[0] > 1:
             self._go_on(drafted, at, lengths, known, counts, is_plain)
-        for seat, length, draft in zip(seats, known, drafted, strict=True):
-            table.write_drafts(seat, length, draft)
-            self._num_computed[seat] = length + len(draft) - 1
+        for batch_index, length, draft in zip(batch_indices, known, drafted, strict=True):
+            table.write_drafts(batch_index, length, draft)
+            self._num_computed[batch_index] = length + len(draft) - 1
         return drafted
 
     def _go_on(
@@ -121,7 +121,7 @@ class DraftRunner:
     ) -> None:
         """Draft the second and later tokens: each step one for every row that wants more."""
         table, num_steps, num_rows = self._table, counts[0] - 1, len(known)
-        skipped = [self._num_skipped[seat] for seat in at.tolist()]
+        skipped = [self._num_skipped[batch_index] for batch_index in at.tolist()]
         seen = [length - skip for length, skip in zip(known, skipped, strict=True)]
         # The inputs of all steps, made at once. Rows that draft less have some that are not looked at.
         places = np.minimum(lengths + np.arange(num_steps)[:, None], table.max_len)
@@ -149,11 +149,11 @@ class DraftRunner:
             for draft, token in zip(drafted, tokens, strict=False):
                 draft.append(token)
 
-    def _catch_up(self, seats: list[int], at: I64, known: list[int]) -> Tensor:
+    def _catch_up(self, batch_indices: list[int], at: I64, known: list[int]) -> Tensor:
         """Compute what is lacking of the `known` tokens. Logits after the last of them: f32[B, V]."""
-        begins = [self._begin(seat, length) for seat, length in zip(seats, known, strict=True)]
+        begins = [self._begin(batch_index, length) for batch_index, length in zip(batch_indices, known, strict=True)]
         while sum(known) - sum(begins) > self._max_num_tokens:
-            # More than a step takes goes ahead, but for the last tokens, after which is drawn.
+            # More than a step takes goes ahead, but for the last tokens, after which is sampled.
             ends, room = list(begins), self._max_num_tokens
             for i, length in enumerate(known):
                 ends[i] += min(length - 1 - begins[i], room)
@@ -162,36 +162,36 @@ class DraftRunner:
             self._compute(at[ahead], [begins[i] for i in ahead], [ends[i] for i in ahead])
             begins = ends
         hidden = self._compute(at, begins, known)
-        for seat, length in zip(seats, known, strict=True):
+        for batch_index, length in zip(batch_indices, known, strict=True):
             whole = length // self._block_size
-            if whole > self._num_noted[seat] and not self._num_skipped[seat]:
-                blocks = self._table.blocks_of(self._table.draft_group, seat)
-                self._is_whole[blocks[self._num_noted[seat] : whole]] = True
-                self._num_noted[seat] = whole
-        if len(hidden) != len(seats):
+            if whole > self._num_noted[batch_index] and not self._num_skipped[batch_index]:
+                blocks = self._table.blocks_of(self._table.draft_group, batch_index)
+                self._is_whole[blocks[self._num_noted[batch_index] : whole]] = True
+                self._num_noted[batch_index] = whole
+        if len(hidden) != len(batch_indices):
             last = np.cumsum([length - begin for begin, length in zip(begins, known, strict=True)]) - 1
-            hidden = hidden[-1:] if len(seats) == 1 else hidden[self._to_device(last)]
+            hidden = hidden[-1:] if len(batch_indices) == 1 else hidden[self._to_device(last)]
         logits: Tensor = self._model.logits(hidden)
         return logits
 
-    def _begin(self, seat: int, known: int) -> int:
+    def _begin(self, batch_index: int, known: int) -> int:
         """The first of the sequence's `known` tokens that is to be computed; the last one is, for its logits."""
-        computed = self._num_computed[seat]
+        computed = self._num_computed[batch_index]
         if computed and known - computed > MAX_MISSED:
-            return self._begin_anew(seat, known)
-        if known - computed > self._block_size and not self._num_skipped[seat]:
+            return self._begin_anew(batch_index, known)
+        if known - computed > self._block_size and not self._num_skipped[batch_index]:
             # Others may have computed blocks that it shares.
-            blocks = self._table.blocks_of(self._table.draft_group, seat)[: known // self._block_size]
+            blocks = self._table.blocks_of(self._table.draft_group, batch_index)[: known // self._block_size]
             whole = self._is_whole[blocks]
             computed = max(computed, self._block_size * (len(whole) if whole.all() else int(whole.argmin())))
         return min(computed, known - 1)
 
-    def _begin_anew(self, seat: int, known: int) -> int:
-        begin = self._num_skipped[seat] = (known - NEW_CONTEXT) // self._block_size * self._block_size
+    def _begin_anew(self, batch_index: int, known: int) -> int:
+        begin = self._num_skipped[batch_index] = (known - NEW_CONTEXT) // self._block_size * self._block_size
         return begin
 
     def _compute(self, at: I64, begins: list[int], ends: list[int]) -> Tensor:
-        """Tokens `begins` … `ends` - 1 of each seat. Hidden states, `[T, H]`."""
+        """Tokens `begins` … `ends` - 1 of each batch row. Hidden states, `[T, H]`."""
         table, group = self._table, self._table.draft_group
         counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
         host_starts = [0, *accumulate(counts)]
@@ -202,7 +202,7 @@ class DraftRunner:
         else:
             of_token = np.repeat(at, counts)
             positions = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
-        skipped = [self._num_skipped[seat] for seat in at.tolist()]
+        skipped = [self._num_skipped[batch_index] for batch_index in at.tolist()]
         seen = [end - skip for end, skip in zip(ends, skipped, strict=True)]
         self._plan(
             self._to_device(np.array(host_starts, np.int32)), self._to_device(np.array(seen, np.int32)),
@@ -223,13 +223,13 @@ class DraftRunner:
         )
         self._attend.plans[0] = self._backend.plan(batch, self._model.attention_layers, self._block_size)
 
-    def _draw(self, logits: Tensor, seats: I64, lengths: I64, is_plain: bool) -> list[int]:
-        """As the model's tokens are drawn. Logits that are not numbers give some token, which will not be accepted."""
+    def _draw(self, logits: Tensor, batch_indices: I64, lengths: I64, is_plain: bool) -> list[int]:
+        """As the model's tokens are sampled. Logits that are not numbers give some token, which will not be accepted."""
         if is_plain:
-            return self._drawing.best(logits)[0]
-        starts = [self._table.start_of[seat] for seat in seats.tolist()]
-        tokens = self._table.token_ids[seats, : int(lengths.max())]
-        return sample(logits, SamplingRows(starts, tokens, lengths), self._drawing)[0]
+            return self._sampler.best(logits)[0]
+        starts = [self._table.start_of[batch_index] for batch_index in batch_indices.tolist()]
+        tokens = self._table.token_ids[batch_indices, : int(lengths.max())]
+        return sample(logits, SamplingRows(starts, tokens, lengths), self._sampler)[0]
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -21,7 +21,7 @@ OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
 OWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Architectures of our own decoder."""
 
-def settle(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
+def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
     """Say what `auto` is here, and why. Raises `ConfigError` for what was asked for and cannot be had."""
     made: ArchitectureCapabilities = context.needs["architecture"]
     no_kernels = _why_no_kernels(context)

@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from dovetail_worker_torch.accelerator import put
-from dovetail_worker_torch.drawing import TorchDrawing
 from dovetail_worker_torch.noise import U64
+from dovetail_worker_torch.sampler_backends import TorchSampler
 
 LARGEST = tl.constexpr(80.0)
 """Of what is given to exp: more would overflow."""
@@ -120,7 +120,7 @@ def gated_kernel(
 
 
 @triton.jit
-def perturb_kernel(logits, keys, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def gumbel_noise_kernel(logits, keys, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """One program BLOCK logits of a row: subtract log(e), e exponential noise keyed by row and token (noise.py)."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -191,13 +191,13 @@ class TritonOperations:
         return out
 
 
-class TritonDrawing(TorchDrawing):
+class TritonSampler(TorchSampler):
     """Noise in one pass over the logits."""
 
-    def perturb_(self, logits: Tensor, keys: U64) -> None:
+    def add_gumbel_noise_(self, logits: Tensor, keys: U64) -> None:
         rows, vocab = logits.shape
         if rows:
             halves = put(keys.view(np.int32).reshape(rows, 2), torch.int32, logits.device)
-            perturb_kernel[(rows, triton.cdiv(vocab, TOKENS_AT_A_TIME))](
+            gumbel_noise_kernel[(rows, triton.cdiv(vocab, TOKENS_AT_A_TIME))](
                 logits, halves, logits.stride(0), SIZE=vocab, BLOCK=TOKENS_AT_A_TIME, num_warps=4
             )  # fmt: skip

@@ -12,8 +12,8 @@ from torch import Tensor
 from dovetail.errors import OutOfMemory
 from dovetail.interfaces.architecture import Model
 from dovetail_worker_torch.accelerator import Accelerator
-from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.graphs import GraphLadder
+from dovetail_worker_torch.sampler_backends import SamplerBackend
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class GpuMemory:
         )
 
 
-def largest_step(model: Model, drawing: Drawing, accelerator: Accelerator, num_tokens: int, num_rows: int) -> int:
+def largest_step(model: Model, sampler: SamplerBackend, accelerator: Accelerator, num_tokens: int, num_rows: int) -> int:
     """Run a step of so many tokens and rows that sample, without a cache; bytes of its peak. Raises `OutOfMemory`."""
     device = accelerator.device
 
@@ -58,8 +58,8 @@ def largest_step(model: Model, drawing: Drawing, accelerator: Accelerator, num_t
         at = torch.arange(num_tokens, device=device)
         hidden = model.forward(torch.zeros_like(at), at, attend)
         logits = model.logits(hidden[:num_rows])
-        drawing.cut_(logits, [0] * len(logits), [0.9] * len(logits))
-        drawing.best(logits)
+        sampler.filter_top_k_top_p_(logits, [0] * len(logits), [0.9] * len(logits))
+        sampler.best(logits)
 
     try:
         with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""Captured decode steps: one graph for each of a ladder of batch sizes, all reading the same buffers.
+"""Captured decode steps: one graph for each of the capture sizes, all reading the same buffers.
 
 A step of B rows runs the graph of the next size, its other rows padding: sequences of one token in block 0. What a graph reads
-of a step is two numbers a row, its seat and how many tokens it has computed; tokens and blocks it gathers from the table's
+of a step is two numbers a row, its batch row and how many tokens it has computed; tokens and blocks it gathers from the table's
 copy on the device.
 """
 
@@ -23,7 +23,7 @@ from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.step_attention import StepAttention
 
 
-def ladder(max_num_seqs: int) -> list[int]:
+def capture_sizes(max_num_seqs: int) -> list[int]:
     """Sizes in which few rows of padding are computed: 1, 2, 4, 8, then steps of 8 to 256, and of 32 after that."""
     largest = min(max_num_seqs, 512)
     return [n for n in (1, 2, 4, *range(8, 257, 8), *range(288, 512, 32)) if n < largest] + [largest]
@@ -43,7 +43,7 @@ class GraphLadder:
         self._graphs: dict[int, Graph] = {}
         largest, device = self.sizes[-1], accelerator.device
         self._numbers = torch.zeros(2, largest, dtype=torch.int64, device=device)
-        """Of each row: its seat, and how many tokens it has computed."""
+        """Of each row: its batch row, and how many tokens it has computed."""
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.ones(largest, dtype=torch.int32, device=device)
         self._block_tables = [torch.zeros_like(t[:1].expand(largest, -1)).contiguous() for t in table.blocks_on_device]
@@ -69,16 +69,16 @@ class GraphLadder:
         self._prepare(nobody, nobody, size)
         self._graphs[size] = self._accelerator.capture(lambda: self._forward(size))
 
-    def run(self, seats: I64, num_computed: I64, size: int) -> Tensor:
+    def run(self, batch_indices: I64, num_computed: I64, size: int) -> Tensor:
         """Queue a step of one token a row: f32[rows, V], overwritten by the next step."""
-        self._prepare(seats, num_computed, size)
+        self._prepare(batch_indices, num_computed, size)
         self._graphs[size].replay()
-        return self._logits[: len(seats)]
+        return self._logits[: len(batch_indices)]
 
-    def _prepare(self, seats: I64, num_computed: I64, size: int) -> None:
+    def _prepare(self, batch_indices: I64, num_computed: I64, size: int) -> None:
         """Write what differs between steps of a size."""
         numbers = np.zeros((2, size), np.int64)
-        numbers[0], numbers[0, : len(seats)], numbers[1, : len(seats)] = self._table.padding_seat, seats, num_computed
+        numbers[0], numbers[0, : len(batch_indices)], numbers[1, : len(batch_indices)] = self._table.padding_batch_index, batch_indices, num_computed
         self._numbers[:, :size].copy_(self._accelerator.upload(numbers))
         lens = (numbers[1] + 1).tolist()
         for i, (group, backend, layers) in enumerate(zip(self._groups, self._backends, self._layers, strict=True)):
@@ -90,15 +90,15 @@ class GraphLadder:
 
     def _forward(self, size: int) -> None:
         """What is captured."""
-        seats, positions = self._numbers[0, :size], self._numbers[1, :size]
+        batch_indices, positions = self._numbers[0, :size], self._numbers[1, :size]
         self._seq_lens[:size] = positions + 1
         for group, own, table, slots in zip(
             self._groups, self._table.blocks_on_device, self._block_tables, self._slots, strict=True
         ):  # fmt: skip
-            torch.index_select(own, 0, seats, out=table[:size])
+            torch.index_select(own, 0, batch_indices, out=table[:size])
             column = torch.div(positions, group.block_size, rounding_mode="floor")
-            first = own[seats, column].to(torch.int64) * group.block_size
+            first = own[batch_indices, column].to(torch.int64) * group.block_size
             slots[:size] = first + (positions - column * group.block_size)
-        token_ids = self._table.tokens_on_device[seats, positions].to(torch.int64)
+        token_ids = self._table.tokens_on_device[batch_indices, positions].to(torch.int64)
         hidden = self._model.forward(token_ids, positions, self._attend)
         self._logits[:size] = self._model.logits(hidden)

@@ -1,6 +1,6 @@
-"""Keyed noise: the randomness of a draw depends on (seed, sample index, position) and nothing else.
+"""Keyed noise: the randomness of a sample depends on (seed, sample index, position) and nothing else.
 
-A token is drawn as `argmax(logits - log(e))` with e exponential: the Gumbel-max trick, which draws exactly from
+A token is sampled as `argmax(logits - log(e))` with e exponential: the Gumbel-max trick, which samples exactly from
 softmax(logits). So a request's tokens do not depend on its neighbours, on the order of steps, or on drafting.
 
 The bits come from a counter-based hash: a 64-bit key a row (SplitMix64 over seed, sample index and position) and the
@@ -29,7 +29,7 @@ _GOLDEN, _MIX1, _MIX2 = _i32(0x9E3779B1), _i32(0x85EBCA6B), _i32(0xC2B2AE35)
 
 
 def row_keys(seeds: npt.NDArray[np.int64], sample_indices: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> U64:
-    """One key a row: u64[R]. `positions` are those of the tokens to be drawn."""
+    """One key a row: u64[R]. `positions` are those of the tokens to be sampled."""
     key = _splitmix(seeds.astype(np.uint64))
     key = _splitmix(key ^ sample_indices.astype(np.uint64))
     return _splitmix(key ^ positions.astype(np.uint64))
@@ -44,7 +44,7 @@ def _splitmix(x: U64) -> U64:
     return x ^ (x >> np.uint64(31))
 
 
-def perturb_(logits: Tensor, keys: U64) -> Tensor:
+def add_gumbel_noise_(logits: Tensor, keys: U64) -> Tensor:
     """Subtract log(e) in place, e exponential noise keyed by row and token id. `logits` f32[R, V] → itself."""
     num_rows, vocab = logits.shape
     low, high = put(keys.view(np.int32).reshape(num_rows, 2).T, torch.int32, logits.device)[:, :, None]

@@ -45,7 +45,7 @@ class QuantizedLayers:
         self._schemes: dict[str, Scheme | None] = {key: context.build(key) for key in context.plan.quantization_rules}
         self._shadow = shadow if CANDIDATE in context.plan.choices else None
         self._candidate: Scheme | None = None if self._shadow is None else context.build(CANDIDATE)
-        self._taken: list[Taken] = []
+        self._records: list[LayerRecord] = []
         self._declined: dict[str, list[str]] = {}
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
@@ -58,7 +58,7 @@ class QuantizedLayers:
             if not self._as(key, layer).stored:
                 self._declined.setdefault(made.reason, []).append(name)
             made = self._plain.linear(name, parts, in_features, bias)
-        self._taken.append(Taken(key, layer, made, declined))
+        self._records.append(LayerRecord(key, layer, made, declined))
         return made if self._shadow is None else self._shadowed(self._shadow, made, layer)
 
     def _as(self, key: str, layer: LinearLayer) -> LinearLayer:
@@ -104,7 +104,7 @@ class QuantizedLayers:
         if isinstance(made, Declined):
             self._declined.setdefault(made.reason, []).append(name)
             return self._plain.tied(name, embedding, of, vocab_size, size)
-        self._taken.append(Taken(key, layer, made, ""))
+        self._records.append(LayerRecord(key, layer, made, ""))
         return made
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
@@ -135,11 +135,11 @@ class QuantizedLayers:
         checkpoint, which holds `tensor_names`, stores otherwise than they are to be read."""
         choices, stored = self._context.plan.choices, stored_tensors(tensor_names)
         for key in self._schemes:
-            if choices[key].requested != "auto" and all(taken.key != key for taken in self._taken):
-                layers = few([part.name for taken in self._taken for part in taken.layer.parts])
+            if choices[key].requested != "auto" and all(taken.key != key for taken in self._records):
+                layers = few([part.name for taken in self._records for part in taken.layer.parts])
                 rule = choices[key].match
                 raise ConfigError(f"{key}: {rule!r} matches no linear layer that an earlier rule does not. Layers: {layers}")
-        for taken in self._taken:
+        for taken in self._records:
             wanted = taken.made.stored if isinstance(taken.made, QuantizedLinear) else None
             for part in taken.layer.parts:
                 found = stored.get(part.name, set())
@@ -149,9 +149,9 @@ class QuantizedLayers:
 
     def weights(self, plain: str) -> list[LayerWeights]:
         """What was made of each layer. `plain`: the kind of those that no scheme makes."""
-        return [self._weights(taken, plain) for taken in self._taken]
+        return [self._weights(taken, plain) for taken in self._records]
 
-    def _weights(self, taken: Taken, plain: str) -> LayerWeights:
+    def _weights(self, taken: LayerRecord, plain: str) -> LayerWeights:
         key, layer, context = taken.key, taken.layer, self._context
         sizes = (layer.name, layer.in_features, layer.out_features, key)
         if not isinstance(taken.made, QuantizedLinear):
@@ -165,7 +165,7 @@ class QuantizedLayers:
         return LayerWeights(*sizes, provider, form, by, nbytes)
 
 
-class Taken(NamedTuple):
+class LayerRecord(NamedTuple):
     """A layer as a rule's scheme, or the plain maker, has made it."""
 
     key: str

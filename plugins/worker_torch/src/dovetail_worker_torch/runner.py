@@ -1,4 +1,4 @@
-"""One step on the device: inputs, forward pass through the attention socket, logits of the rows that need them, draw."""
+"""One step on the device: inputs, forward pass through the attention extension point, logits of the rows that need them, draw."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, Atte
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, StepPlan, StepResult, TokenLogprobs
 from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 from dovetail_worker_torch.drafting import DraftRunner
-from dovetail_worker_torch.drawing import Drawing
 from dovetail_worker_torch.host_tier import HostTier
 from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
+from dovetail_worker_torch.sampler_backends import SamplerBackend
 from dovetail_worker_torch.shadow import ShadowAttention
 from dovetail_worker_torch.step_attention import StepAttention
 
 
 @dataclass
 class Computed:
-    """A step whose forward pass is done and whose tokens are not drawn."""
+    """A step whose forward pass is done and whose tokens are not sampled."""
 
     plan: StepPlan
     drafts: list[list[int]]
     """The plan's, with what the worker drafted itself."""
     inputs: StepInputs
     rows: list[int]
-    """Of the plan: those that sample, in order; one with drafts stands here once for every token drawn."""
+    """Of the plan: those that sample, in order; one with drafts stands here once for every token sampled."""
     behind: list[int]
-    """Drafts of the row after the place that is drawn at, like `rows`; empty if no row has any."""
+    """Drafts of the row after the place that is sampled at, like `rows`; empty if no row has any."""
     is_plain: bool
-    """Every row is drawn greedily from the raw logits, and nothing is asked about them."""
+    """Every row is sampled greedily from the raw logits, and nothing is asked about them."""
     logits: Tensor
     """f32[len(rows), V]"""
     prompt_logprobs: list[list[TokenLogprobs]]
@@ -58,24 +58,24 @@ class Runner:
         caches: dict[int, object],
         table: SequenceTable,
         device: torch.device,
-        drawing: Drawing,
-        made_by: Mapping[str, str],
+        sampler: SamplerBackend,
+        provider_names: Mapping[str, str],
         shadow: ShadowAttention | None = None,
         drafting: DraftRunner | None = None,
     ) -> None:
-        """`made_by`: by key of the plan, the `dist:name` of those who take part in a step."""
+        """`provider_names`: by key of the plan, the `dist:name` of those who take part in a step."""
         self._shadow, self._drafting = shadow, drafting
         self.host_tier: HostTier | None = None
         self.model = model
-        self._made_by = made_by
+        self._provider_names = provider_names
         self.table = table
-        self._drawing = drawing
+        self._sampler = sampler
         self.device = device
         self._is_cpu = device.type == "cpu"
         self._groups = groups
         self._backends = backends
         self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
-        self._attend = StepAttention(model.attention_layers, groups, backends, caches, made_by, shadow)
+        self._attend = StepAttention(model.attention_layers, groups, backends, caches, provider_names, shadow)
 
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens."""
@@ -91,7 +91,7 @@ class Runner:
         hidden = self.model.forward(self._token_ids(inputs), self._to_device(inputs.positions), self._attend)
         if hidden.ndim != 2 or len(hidden) != len(inputs.positions):
             self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.positions)} tokens")
-        is_plain = self.table.is_plain(inputs.seats)
+        is_plain = self.table.is_plain(inputs.batch_indices)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
         rows, behind = list(compress(range(len(plan.samples)), plan.samples)), list[int]()
         if drafts:
@@ -131,26 +131,26 @@ class Runner:
         return logits
 
     def _refuse(self, what: str) -> NoReturn:
-        raise PluginError(f"the model's {what}", provider=self._made_by.get("architecture"))
+        raise PluginError(f"the model's {what}", provider=self._provider_names.get("architecture"))
 
     def draw(self, step: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         """Draw the step's tokens and append them to the sequences."""
         plan, rows = step.plan, step.rows
         is_every_row = len(rows) == len(plan.seq_ids) and not step.behind
         # A row that samples has computed all its tokens, so its length is the number of them.
-        seats = step.inputs.seats if is_every_row else step.inputs.seats[rows]
+        batch_indices = step.inputs.batch_indices if is_every_row else step.inputs.batch_indices[rows]
         lengths = step.inputs.seq_lens if is_every_row else step.inputs.seq_lens[rows]
         if step.behind:
             lengths = lengths - np.array(step.behind, np.int32)
         result = StepResult(plan.step_id, [], prompt_logprobs=step.prompt_logprobs)
         if masks is None and step.is_plain and rows:
-            drawn, usable = self._drawing.best(step.logits)
+            drawn, usable = self._sampler.best(step.logits)
         elif rows:
-            drawn, usable = self._draw_with_params(step, seats, lengths.astype(np.int64), masks, result)
+            drawn, usable = self._draw_with_params(step, batch_indices, lengths.astype(np.int64), masks, result)
         else:
             drawn, usable = [], []
         # Where a draft was accepted this writes what stands there; past the first that was not, nothing is ever read.
-        self.table.append(seats, lengths, drawn)
+        self.table.append(batch_indices, lengths, drawn)
         if is_every_row and all(usable):
             result.token_ids = [[token] for token in drawn]
             return result
@@ -164,25 +164,25 @@ class Runner:
         return result
 
     def take(self, result: StepResult, plan: StepPlan, drawn: Iterable[tuple[int, int, bool]]) -> None:
-        """Put what was drawn, (row, token, whether it is usable), into the result."""
+        """Put what was sampled, (row, token, whether it is usable), into the result."""
         for row, token, is_usable in drawn:
             if is_usable:
                 result.token_ids[row].append(token)
             else:
-                computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._made_by.items()))
+                computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._provider_names.items()))
                 result.failed[plan.seq_ids[row]] = f"the model's logits are not numbers (NaN); computed by {computed}"
 
     def _draw_with_params(
-        self, step: Computed, seats: I64, lengths: I64, masks: dict[int, bytes] | None, result: StepResult
+        self, step: Computed, batch_indices: I64, lengths: I64, masks: dict[int, bytes] | None, result: StepResult
     ) -> tuple[list[int], list[bool]]:
         """Draw as each row's parameters say; log-probabilities go into `result`."""
         plan = step.plan
-        starts = [self.table.start_of[int(s)] for s in seats]
+        starts = [self.table.start_of[int(s)] for s in batch_indices]
         wanted = [i for i, s in enumerate(starts) if s.params.logprobs is not None]
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
         row_masks = [masks.get(plan.seq_ids[r]) for r in step.rows] if masks else None
-        tokens = self.table.token_ids[seats, : int(lengths.max())]
-        drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks), self._drawing)
+        tokens = self.table.token_ids[batch_indices, : int(lengths.max())]
+        drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks), self._sampler)
         if raw is not None:
             result.logprobs = [[] for _ in plan.seq_ids]
             counts = [starts[i].params.logprobs or 0 for i in wanted]
@@ -209,15 +209,15 @@ class Runner:
     def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[list[TokenLogprobs]]:
         """For rows that asked: of the prompt tokens that follow the row's inputs."""
         out: list[list[TokenLogprobs]] = []
-        for row, seat in enumerate(inputs.seats.tolist()):
-            start = self.table.start_of[seat]
+        for row, batch_index in enumerate(inputs.batch_indices.tolist()):
+            start = self.table.start_of[batch_index]
             first = plan.num_computed[row] + 1
             end = min(first + plan.num_tokens[row], start.num_prompt_tokens)
             if start.params.prompt_logprobs is None or first >= end:
                 continue
             out = out or [[] for _ in plan.seq_ids]
             begin = int(inputs.query_start[row])
-            targets = self.table.token_ids[seat, first:end].tolist()
+            targets = self.table.token_ids[batch_index, first:end].tolist()
             # In pieces: the logits of a long prompt over a large vocabulary would not fit.
             for at in range(0, len(targets), 64):
                 piece = targets[at : at + 64]
@@ -234,7 +234,7 @@ class Runner:
 
 
 def _accepted(step: Computed, drawn: list[int]) -> Iterator[bool]:
-    """Per draw: whether all drafts of its row before it were what was drawn, so that it counts."""
+    """Per draw: whether all drafts of its row before it were what was sampled, so that it counts."""
     good = True
     for i, (row, left) in enumerate(zip(step.rows, step.behind, strict=True)):
         draft = step.drafts[row]

@@ -1,4 +1,4 @@
-"""From logits to tokens: biases, penalties, temperature, top-k, top-p, min-p, and the keyed draw.
+"""From logits to tokens: biases, penalties, temperature, top-k, top-p, min-p, and the keyed sampling.
 
 Works on R rows at once, each the logits after some token of some sequence. A step of greedy rows without extras is one
 argmax; every other feature costs only when a row of the step asks for it.
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dovetail.types import SamplingParams, SequenceStart, TokenLogprobs
 from dovetail_worker_torch.accelerator import put
-from dovetail_worker_torch.drawing import MASKED, Drawing, TorchDrawing
 from dovetail_worker_torch.noise import row_keys
+from dovetail_worker_torch.sampler_backends import MASKED, SamplerBackend, TorchSampler
 
-TORCH = TorchDrawing()
+TORCH = TorchSampler()
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class SamplingRows:
     """Bitmaps of the tokens allowed, little-endian, or None for all."""
 
 
-def sample(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -> tuple[list[int], list[bool]]:
+def sample(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = TORCH) -> tuple[list[int], list[bool]]:
     """Draw one token a row from `logits` f32[R, V], which are overwritten. Returns (token ids, usable).
 
     A row whose logits hold NaN is not usable.
     """
-    shape_logits(logits, rows, drawing)
-    return drawing.best(logits)
+    shape_logits(logits, rows, sampler)
+    return sampler.best(logits)
 
 
-def shape_logits(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -> None:
+def shape_logits(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = TORCH) -> None:
     """Change `logits` f32[R, V] so that the best token of each row is the one to draw. Waits for no device, unless there are
     masks or penalties, which read `rows.token_ids`."""
     params = [s.params for s in rows.starts]
@@ -54,23 +54,23 @@ def shape_logits(logits: Tensor, rows: SamplingRows, drawing: Drawing = TORCH) -
     _hold_back_ends(logits, params, rows)
     drawn = [i for i, p in enumerate(params) if not p.greedy]
     if len(drawn) == len(params):
-        _prepare_draw(logits, params, rows, drawing)
+        _prepare_sampling(logits, params, rows, sampler)
     elif drawn:
         index = put(drawn, torch.int64, logits.device)
         part = logits[index]
         picked = SamplingRows([rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn])
-        _prepare_draw(part, [params[i] for i in drawn], picked, drawing)
+        _prepare_sampling(part, [params[i] for i in drawn], picked, sampler)
         logits[index] = part
 
 
-def _prepare_draw(logits: Tensor, params: list[SamplingParams], rows: SamplingRows, drawing: Drawing) -> None:
-    """Scale, cut and perturb, so that the argmax is a draw."""
+def _prepare_sampling(logits: Tensor, params: list[SamplingParams], rows: SamplingRows, sampler: SamplerBackend) -> None:
+    """Scale, cut and perturb, so that the argmax is a sample."""
     logits /= _column([p.temperature for p in params], logits)
-    drawing.cut_(logits, [max(p.top_k, 0) for p in params], [p.top_p for p in params])
-    _cut_min_p(logits, params)
+    sampler.filter_top_k_top_p_(logits, [max(p.top_k, 0) for p in params], [p.top_p for p in params])
+    _filter_min_p(logits, params)
     seeds = np.array([s.seed for s in rows.starts], np.int64)
     indices = np.array([s.sample_index for s in rows.starts], np.int64)
-    drawing.perturb_(logits, row_keys(seeds, indices, rows.lengths))
+    sampler.add_gumbel_noise_(logits, row_keys(seeds, indices, rows.lengths))
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _apply_penalties(logits: Tensor, params: list[SamplingParams], rows: Samplin
 
 
 def _hold_back_ends(logits: Tensor, params: list[SamplingParams], rows: SamplingRows) -> None:
-    """Before `min_tokens`, nothing that ends the sequence can be drawn."""
+    """Before `min_tokens`, nothing that ends the sequence can be sampled."""
     for i, p in enumerate(params):
         if p.min_tokens and rows.lengths[i] - rows.starts[i].num_prompt_tokens < p.min_tokens:
             ends = [*rows.starts[i].eos_token_ids, *p.stop_token_ids]
@@ -118,7 +118,7 @@ def _hold_back_ends(logits: Tensor, params: list[SamplingParams], rows: Sampling
                 logits[i, put(ends, torch.int64, logits.device)] = MASKED
 
 
-def _cut_min_p(logits: Tensor, params: list[SamplingParams]) -> None:
+def _filter_min_p(logits: Tensor, params: list[SamplingParams]) -> None:
     """Keep tokens at least min_p times as probable as the best one."""
     if all(p.min_p == 0 for p in params):
         return

@@ -20,9 +20,9 @@ class StepAttention:
 
     def __init__(
         self, layers: list[AttentionLayer], groups: list[KVGroup], backends: list[AttentionBackend], caches: dict[int, object],
-        made_by: Mapping[str, str], shadow: ShadowAttention | None = None,
+        provider_names: Mapping[str, str], shadow: ShadowAttention | None = None,
     ) -> None:  # fmt: skip
-        self._made_by, self._shadow = made_by, shadow
+        self._provider_names, self._shadow = provider_names, shadow
         self.plans: list[object] = [None] * len(groups)
         """Of this step, by group."""
         self._layers, self._backends, self._caches = layers, backends, caches
@@ -46,7 +46,7 @@ class StepAttention:
         self._backends[group].run(fixed, q, k, v, self._caches[layer], self.plans[group], out)
         if out.shape != q.shape or out.dtype != q.dtype:
             what = f"layer {layer}: `out` {[*q.shape]} {q.dtype} became {[*out.shape]} {out.dtype}"
-            raise PluginError(what, provider=self._made_by[f"attention.{self._kinds[group]}"])
+            raise PluginError(what, provider=self._provider_names[f"attention.{self._kinds[group]}"])
         return out
 
     def addresses(self) -> list[int]:

@@ -26,10 +26,9 @@ from dovetail_worker_torch.accelerator import Accelerator, Cuda
 from dovetail_worker_torch.batch import SequenceTable
 from dovetail_worker_torch.calibration import calibrate
 from dovetail_worker_torch.compiled import CompiledDecoder
-from dovetail_worker_torch.device_runner import DeviceRunner, Queued
+from dovetail_worker_torch.device_runner import DeviceRunner, InFlightStep
 from dovetail_worker_torch.device_table import DeviceTable
 from dovetail_worker_torch.drafting import DraftRunner, draft_group
-from dovetail_worker_torch.drawing import CompiledDrawing, Drawing, TorchDrawing
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE, fuses
 from dovetail_worker_torch.gpu_memory import GpuMemory, largest_step
 from dovetail_worker_torch.host_tier import CachedLayer, HostTier
@@ -41,6 +40,7 @@ from dovetail_worker_torch.options import WorkerOptions
 from dovetail_worker_torch.packed import PackedLinears
 from dovetail_worker_torch.quantized import QuantizedLayers
 from dovetail_worker_torch.runner import Computed, Runner
+from dovetail_worker_torch.sampler_backends import CompiledSampler, SamplerBackend, TorchSampler
 from dovetail_worker_torch.shadow import Shadow, ShadowAttention
 from dovetail_worker_torch.threads import set_num_threads
 
@@ -171,7 +171,7 @@ class TorchWorker:
     def _profile(self, accelerator: Accelerator, num_tokens: int, num_rows: int) -> GpuMemory:
         """Measure what a step, the tables and the graphs take, the last two with the smallest KV cache that there can be."""
         assert self._model is not None
-        step = largest_step(self._model, self._drawing(), accelerator, num_tokens, num_rows)
+        step = largest_step(self._model, self._sampler(), accelerator, num_tokens, num_rows)
         free, total = accelerator.memory()
         self._allocate([2] * len(self.kv_groups()))  # block 0, of padding, and one more
         tables = max(0, free - accelerator.memory()[0])
@@ -197,28 +197,28 @@ class TorchWorker:
             self._context.option("scheduler", name) for name in ("max_num_seqs", "max_num_batched_tokens")
         )  # fmt: skip
         table = self._table(max_num_seqs, groups, last)
-        drawing = self._drawing()
-        sockets = ("attention", "architecture", "quantization")
-        made_by = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in sockets}
+        sampler = self._sampler()
+        extension_points = ("attention", "architecture", "quantization")
+        provider_names = {k: self._context.name(k) for k in self._context.plan.choices if k.split(".")[0] in extension_points}
         drafting = None
         if self._draft is not None and last is not None:
             own = msgspec.structs.replace(last, layers=[layer.index for layer in self._draft.attention_layers])
             (backend,), draft_caches = self._make_caches(self._draft, [own], num_blocks[-1:])
             drafting = DraftRunner(
-                self._draft, own, num_blocks[-1], backend, draft_caches, table, self._device, drawing, made_by, max_num_tokens
+                self._draft, own, num_blocks[-1], backend, draft_caches, table, self._device, sampler, provider_names, max_num_tokens
             )  # fmt: skip
         parts = (
-            self._model, groups, backends, caches, table, self._device, drawing, made_by, self._shadow_attention(groups),
+            self._model, groups, backends, caches, table, self._device, sampler, provider_names, self._shadow_attention(groups),
             drafting,
         )  # fmt: skip
         self._runner = Runner(*parts) if self._accelerator is None else DeviceRunner(*parts, accelerator=self._accelerator)
 
-    def _drawing(self) -> Drawing:
+    def _sampler(self) -> SamplerBackend:
         if self._fuses:
-            from dovetail_worker_torch.fused import TritonDrawing
+            from dovetail_worker_torch.fused import TritonSampler
 
-            return TritonDrawing()
-        return CompiledDrawing(self._kernels) if self._kernels and self._compiled else TorchDrawing()
+            return TritonSampler()
+        return CompiledSampler(self._kernels) if self._kernels and self._compiled else TorchSampler()
 
     def _table(self, max_num_seqs: int, groups: list[KVGroup], draft_group: KVGroup | None) -> SequenceTable:
         max_len = self._context.plan.max_model_len
@@ -343,12 +343,12 @@ class TorchWorker:
         return run() if self._thread is None else self._thread.submit(run)
 
     def sample(self, handle: Any, masks: dict[int, bytes] | None = None) -> StepResult:
-        done: Computed | Queued | StepResult = handle.result() if isinstance(handle, Future) else handle
+        done: Computed | InFlightStep | StepResult = handle.result() if isinstance(handle, Future) else handle
         if isinstance(done, StepResult):
             return done
         with torch.inference_mode(), self._on_device():
-            if isinstance(done, Queued):
-                return cast(DeviceRunner, self._require_runner()).land(done)
+            if isinstance(done, InFlightStep):
+                return cast(DeviceRunner, self._require_runner()).finalize(done)
             return self._require_runner().draw(done, masks)  # a masked plan is not overlapped, so nothing else runs now
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ def build(context: BuildContext, options: Options) -> MyPluginArchitecture:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "Llama in a hundred lines",
     build,
     Options,  # none of its own

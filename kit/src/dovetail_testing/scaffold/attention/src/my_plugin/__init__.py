@@ -38,14 +38,14 @@ def why_not(context: Context) -> list[Reason]:
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginAttention:
-    """Called once, in the process that computes, with the options from the composition file."""
+    """Called once, in the process that computes, with the options from the engine config."""
     from my_plugin.backend import MyPluginAttention  # heavy imports belong here
 
     return MyPluginAttention()
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "paged attention in plain loops",
     build,
     MyPluginOptions,

@@ -24,12 +24,12 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginBlocks:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "blocks in sets, without reuse between requests",
     build,
     MyPluginOptions,
     priority=-10,  # `auto` takes the highest: the core's own has 50. Below 0: only when asked for
-    # What other sockets must not take beside it, and why: the plan shows it. `requires` and `untested_with` are the like.
+    # What other extension points must not take beside it, and why: the plan shows it. `requires` and `untested_with` are the like.
     conflicts=(Relation("prefix_cache", ("*",), "this manager never asks a prefix cache"),),
 )
 

@@ -32,7 +32,7 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginMatmul:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "one group of inputs after the other, in float32",
     build,
     MyPluginOptions,

@@ -24,7 +24,7 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginIndex:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "a dictionary of all beginnings, the oldest given up first",
     build,
     MyPluginOptions,

@@ -34,7 +34,7 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheme:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "8-bit weights, a scale for each output",
     build,
     MyPluginOptions,

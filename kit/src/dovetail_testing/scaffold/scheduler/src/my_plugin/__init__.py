@@ -30,7 +30,7 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheduler:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "first come, first served, in sixty lines",
     build,
     MyPluginOptions,

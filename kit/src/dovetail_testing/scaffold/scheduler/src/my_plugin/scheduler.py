@@ -58,7 +58,7 @@ class MyPluginScheduler:
         return plan
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Newcomers, in order of arrival, while seats, tokens and blocks last."""
+        """Newcomers, in order of arrival, while batch rows, tokens and blocks last."""
         for seq in list(self.waiting):
             if not budget or len(self.running) == self.options.max_num_seqs:
                 return

@@ -29,7 +29,7 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginServer:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "POST a prompt to any path, get its continuation as text",
     build,
     MyPluginOptions,

@@ -48,7 +48,7 @@ class MyPluginServer:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()  # raises what kept the engine from starting
-                on_ready(f"http://{host}:{listener.sockets[0].getsockname()[1]}")
+                on_ready(f"http://{host}:{listener.extension_points[0].getsockname()[1]}")
                 await told_to_stop.wait()
                 await engine.drain(self._options.drain_seconds)
         finally:

@@ -32,12 +32,12 @@ class MyPluginDrafter:
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginDrafter:
-    """Called once, in the process that computes, with the options from the composition file."""
+    """Called once, in the process that computes, with the options from the engine config."""
     return MyPluginDrafter()
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "proposes what stutters to go on stuttering",
     build,
     MyPluginOptions,

@@ -39,7 +39,7 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginWorker:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "one CPU, every row on its own: short and slow",
     build,
     MyPluginOptions,

@@ -41,7 +41,7 @@ def draw(logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | 
     if params.min_p:
         probabilities = logits.softmax(-1)
         logits[probabilities < params.min_p * probabilities.max()] = NEVER
-    # The argmax of logits - log(e), e exponential, is a draw from their softmax (the Gumbel-max trick).
+    # The argmax of logits - log(e), e exponential, is a sample from their softmax (the Gumbel-max trick).
     return int((logits - noise(start.seed, start.sample_index, len(tokens), len(logits))).argmax())
 
 

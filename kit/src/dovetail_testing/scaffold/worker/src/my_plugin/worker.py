@@ -1,5 +1,5 @@
 """Everything that touches the device. A step's rows are laid end to end, the model runs over them once, and each row that
-reaches the last known token of its sequence draws the next one.
+reaches the last known token of its sequence samples the next one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Known:
 
 @dataclass
 class Computed:
-    """A step in flight: its logits are there, its tokens may not be drawn yet."""
+    """A step in flight: its logits are there, its tokens may not be sampled yet."""
 
     plan: StepPlan
     logits: list[Tensor]
@@ -92,7 +92,7 @@ class MyPluginWorker:
         progress("warming up", 1, 1)  # nothing here is slow the first time
 
     def submit(self, plan: StepPlan) -> Computed:
-        """Computes at once, so that a step behind it finds its tokens drawn; one that waits for masks is drawn by `sample`."""
+        """Computes at once, so that a step behind it finds its tokens sampled; one that waits for masks is sampled by `sample`."""
         self._update(plan)
         with torch.inference_mode():
             step = Computed(plan, self._forward(plan))
@@ -162,7 +162,7 @@ class MyPluginWorker:
                 said = row.tokens[first : min(first + plan.num_tokens[b], row.start.num_prompt_tokens)]
                 for at, token in enumerate(said):
                     result.prompt_logprobs[b].append(logprobs_of(logits[at], token, params.prompt_logprobs))
-            # Drafts are verified here: the model's token is drawn as always, and a draft counts while it is the same.
+            # Drafts are verified here: the model's token is sampled as always, and a draft counts while it is the same.
             for at, draft in enumerate([*drafts[b], None] if plan.samples[b] else [], plan.num_tokens[b] - len(drafts[b]) - 1):
                 token = draw(logits[at], row.start, row.tokens, masks.get(seq_id))
                 row.tokens.append(token)

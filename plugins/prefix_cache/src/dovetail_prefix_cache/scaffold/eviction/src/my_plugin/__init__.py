@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 class MyPluginPolicy:
     """An `EvictionPolicy`: an order among the blocks that are kept and that no sequence uses. It keeps that contract by shape:
-    nothing has to be imported from the package that opened the socket.
+    nothing has to be imported from the package that opened the extension point.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -44,7 +44,7 @@ def build(context: BuildContext, options: Options) -> type[MyPluginPolicy]:
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "the block that has been unused longest goes first",
     build,
     Options,  # none of its own

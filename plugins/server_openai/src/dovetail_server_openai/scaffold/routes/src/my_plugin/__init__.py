@@ -23,7 +23,7 @@ def build(context: BuildContext, options: Options) -> Callable[[EngineClient], A
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in a composition file
+    "my-plugin",  # the name in an engine config
     "POST /v1/my-plugin: how many tokens a text has",
     build,
     Options,  # none of its own

@@ -133,7 +133,7 @@ void cut_top_p(float* x, int64_t vocab, float p) {
 extern "C" {
 
 // The first best token of each row, and whether the row is free of NaN.
-void dovetail_best(const float* logits, int64_t stride, int64_t num_rows, int64_t vocab, int64_t* tokens, uint8_t* usable,
+void dovetail_argmax(const float* logits, int64_t stride, int64_t num_rows, int64_t vocab, int64_t* tokens, uint8_t* usable,
                    int num_threads) {
 #pragma omp parallel for num_threads(threads_for(num_rows * vocab, num_threads)) schedule(dynamic)
   for (int64_t row = 0; row < num_rows; ++row) {
@@ -145,7 +145,7 @@ void dovetail_best(const float* logits, int64_t stride, int64_t num_rows, int64_
 }
 
 // x -= log(exponential noise), keyed by row and token.
-void dovetail_perturb(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const uint64_t* keys, int num_threads) {
+void dovetail_add_gumbel_noise(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const uint64_t* keys, int num_threads) {
   const int64_t parts = (vocab + kPart - 1) / kPart;
 #pragma omp parallel for num_threads(threads_for(num_rows * vocab, num_threads)) schedule(dynamic)
   for (int64_t i = 0; i < num_rows * parts; ++i) {
@@ -161,12 +161,12 @@ void dovetail_perturb(float* logits, int64_t stride, int64_t num_rows, int64_t v
 }
 
 // Mask all but the top_k (0: all; equals of the last are kept), then all but the nucleus of top_p (1: all).
-void dovetail_cut(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const int64_t* top_k, const float* top_p,
+void dovetail_filter_top_k_top_p(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const int64_t* top_k, const float* top_p,
                   int num_threads) {
 #pragma omp parallel for num_threads(threads_for(num_rows * vocab, num_threads)) schedule(dynamic)
   for (int64_t row = 0; row < num_rows; ++row) {
     float* x = logits + row * stride;
-    if (holds_nan(x, vocab)) continue;  // the draw will say so
+    if (holds_nan(x, vocab)) continue;  // the sample will say so
     const int64_t k = top_k[row];
     if (k > 0 && k < vocab) cut_top_k(x, vocab, k);
     if (top_p[row] < 1.f) cut_top_p(x, vocab, top_p[row]);
