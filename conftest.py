@@ -13,9 +13,19 @@ settings.load_profile("dovetail")
 
 LONG = (
     # Wheels of the examples in fresh environments: all are built and found, and one is run.
-    *(f"tests/test_examples.py::test_{what}?{name}]" for what in ("it_conforms", "an_engine_composed_by_a_file_runs_with_it")
-      for name in ("architecture_gpt2", "attention_numpy", "attention_sdpa", "drafter_copycat", "eviction_clock", "quant_nf4",
-                   "scheduler_srf")),
+    *(
+        f"tests/test_examples.py::test_{what}?{name}]"
+        for what in ("it_conforms", "an_engine_composed_by_a_file_runs_with_it")
+        for name in (
+            "architecture_gpt2",
+            "attention_numpy",
+            "attention_sdpa",
+            "drafter_copycat",
+            "eviction_clock",
+            "quant_nf4",
+            "scheduler_srf",
+        )
+    ),
     "tests/test_guide.py::test_the_guide_is_carried_out",
     "tests/test_new_plugin.py::test_their_own_tests_pass",
     "tests/test_new_plugin.py::test_they_are_documented_typed_and_tidy",
@@ -29,7 +39,8 @@ LONG = (
     "tests/test_torch_compile.py::test_output_is_the_same_when_compiled?gpt-oss*",
     "tests/test_pallas.py::test_greedy_tokens_are_those_of_the_reference*",
     "tests/test_quantized_memory.py::test_it_takes_what_the_format_promises*",
-    # JAX compiles for seconds, and Triton's interpreter is slow: a few random steps stay, and what is no contract.
+    # JAX compiles for seconds, and Triton's interpreter is slow: a few random steps stay, and what
+    # is no contract.
     "plugins/attention_pallas/tests/test_attention_pallas.py::TestPallas::test_[!r]*",
     "plugins/attention_pallas/tests/test_attention_pallas.py::TestPallas::test_random_step?[!0-3]]",
     "plugins/attention_pallas/tests/test_attention_pallas.py::TestPallas::test_random_step??*[0-9]]",
@@ -63,7 +74,7 @@ LONG = (
     "tests/test_new_plugin.py::test_engines_run_with_them",
     "plugins/worker_torch/tests/test_conformance.py::TestTorchWorkerCompiled::test_draws_follow_the_distribution",
     "plugins/worker_torch/tests/test_conformance.py::TestTorchWorker::test_draws_follow_the_distribution",
-)  # fmt: skip
+)
 """Patterns of test ids."""
 
 

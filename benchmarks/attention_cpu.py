@@ -2,11 +2,12 @@
 
     python benchmarks/attention_cpu.py [--rounds 5] [--only decode] [--dtype bfloat16] [--json FILE]
 
-SDPA reads contiguous keys and values, writes none, and is given the better of two forms: `enable_gqa`, and one that it can
-be fast with (decode: a group's heads as the rows of one query; prefill: keys and values expanded beforehand). Ours reads
-shuffled blocks and writes the step's keys and values. Each call takes the next of several caches, which together exceed the
-last-level cache where they can, as the layers of a model do. A cell is the median of the rounds; a ratio above 1 means that
-ours is faster.
+SDPA reads contiguous keys and values, writes none, and is given the better of two forms:
+`enable_gqa`, and one that it can be fast with (decode: a group's heads as the rows of one query;
+prefill: keys and values expanded beforehand). Ours reads shuffled blocks and writes the step's keys
+and values. Each call takes the next of several caches, which together exceed the last-level cache
+where they can, as the layers of a model do. A cell is the median of the rounds; a ratio above 1
+means that ours is faster.
 """
 
 from __future__ import annotations
@@ -59,12 +60,19 @@ class Case:
 
 
 def cases(only: str | None) -> list[Case]:
-    found = [Case("decode", b, s, *heads) for heads in HEADS for b in (1, 8, 32, 64) for s in (128, 1024, 4096)]
+    found = [
+        Case("decode", b, s, *heads)
+        for heads in HEADS
+        for b in (1, 8, 32, 64)
+        for s in (128, 1024, 4096)
+    ]
     found += [Case("prefill", 1, s, *heads) for heads in HEADS for s in (128, 512, 2048)]
     return [c for c in found if only in (None, c.kind)]
 
 
-def ours(case: Case, dtype: torch.dtype, block_size: int, backend: Any, num_caches: int) -> Callable[[], None]:
+def ours(
+    case: Case, dtype: torch.dtype, block_size: int, backend: Any, num_caches: int
+) -> Callable[[], None]:
     blocks_each = -(-case.seq_len // block_size)
     num_blocks = case.num_seqs * blocks_each + 1
     order = list(range(1, num_blocks))
@@ -72,18 +80,34 @@ def ours(case: Case, dtype: torch.dtype, block_size: int, backend: Any, num_cach
     table = torch.tensor(order, dtype=torch.int32).view(case.num_seqs, blocks_each)
     n = case.num_queries
     positions = torch.arange(case.seq_len - n, case.seq_len)
-    slots = (table.long()[:, positions // block_size] * block_size + positions % block_size).flatten()
+    slots = (
+        table.long()[:, positions // block_size] * block_size + positions % block_size
+    ).flatten()
     starts = list(range(0, case.num_seqs * n + 1, n))
     lengths = [case.seq_len] * case.num_seqs
     batch = AttentionBatch(
-        torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), table, slots, starts, lengths,
-        case.num_seqs, case.num_seqs * n, n, case.seq_len,
-    )  # fmt: skip
-    layer = AttentionLayer(0, case.num_heads, case.num_kv_heads, case.head_size, case.head_size**-0.5)
-    spec = KVCacheSpec(num_blocks, block_size, case.num_kv_heads, case.head_size, str(dtype).removeprefix("torch."))
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32),
+        table,
+        slots,
+        starts,
+        lengths,
+        case.num_seqs,
+        case.num_seqs * n,
+        n,
+        case.seq_len,
+    )
+    layer = AttentionLayer(
+        0, case.num_heads, case.num_kv_heads, case.head_size, case.head_size**-0.5
+    )
+    spec = KVCacheSpec(
+        num_blocks, block_size, case.num_kv_heads, case.head_size, str(dtype).removeprefix("torch.")
+    )
     caches = [backend.allocate_cache(spec).fill_(0.5) for _ in range(num_caches)]
     q = torch.randn(case.num_seqs * n, case.num_heads, case.head_size, dtype=dtype)
-    k, v = (torch.randn(case.num_seqs * n, case.num_kv_heads, case.head_size, dtype=dtype) for _ in "kv")
+    k, v = (
+        torch.randn(case.num_seqs * n, case.num_kv_heads, case.head_size, dtype=dtype) for _ in "kv"
+    )
     out = torch.empty_like(q)
     plan = backend.plan(batch, [layer], block_size)
     state = [0]
@@ -123,7 +147,9 @@ def seconds_a_call(call: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def measure(case: Case, dtype: torch.dtype, block_size: int, backend: Any, rounds: int) -> dict[str, Any]:
+def measure(
+    case: Case, dtype: torch.dtype, block_size: int, backend: Any, rounds: int
+) -> dict[str, Any]:
     num_caches = max(1, min(16, CACHE_BYTES // (case.kv_elements * dtype.itemsize)))
     medians: dict[str, float] = {}
     contenders = {"ours": ours(case, dtype, block_size, backend, num_caches)}
@@ -151,17 +177,24 @@ def measure(case: Case, dtype: torch.dtype, block_size: int, backend: Any, round
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--max-gb", type=float, default=1.5, help="leave out cases whose keys and values take more")
+    parser.add_argument(
+        "--max-gb", type=float, default=1.5, help="leave out cases whose keys and values take more"
+    )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     backend = build(SimpleNamespace(device=device_facts()), CpuOptions())  # type: ignore[arg-type]
-    head = f"{args.dtype}, blocks of {args.block_size}, {torch.get_num_threads()} threads, {backend.instruction_set}"
+    head = (
+        f"{args.dtype}, blocks of {args.block_size}, {torch.get_num_threads()} threads,"
+        f" {backend.instruction_set}"
+    )
     print(f"{head}, torch {torch.__version__}\n")
     print("kind      B   S     Hq/Hkv/D      ours µs    SDPA µs  SDPA/ours     ours    SDPA")
     results = []
@@ -173,13 +206,16 @@ def main() -> None:
         unit, key = ("GB/s", "gb_s") if case.kind == "decode" else ("GFLOP/s", "gflop_s")
         heads = f"{case.num_heads}/{case.num_kv_heads}/{case.head_size}"
         print(
-            f"{case.kind:8}{case.num_seqs:3} {case.seq_len:5}  {heads:10} {r['ours_us']:11.1f} {r['sdpa_us']:10.1f} "
-            f"{r['ratio']:9.2f}  {r[f'ours_{key}']:8.1f} {r[f'sdpa_{key}']:7.1f} {unit}",
+            f"{case.kind:8}{case.num_seqs:3} {case.seq_len:5}  {heads:10} {r['ours_us']:11.1f}"
+            f" {r['sdpa_us']:10.1f} {r['ratio']:9.2f}  {r[f'ours_{key}']:8.1f}"
+            f" {r[f'sdpa_{key}']:7.1f} {unit}",
             flush=True,
         )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"setting": head, "torch": torch.__version__, "results": results}, file, indent=1)
+            json.dump(
+                {"setting": head, "torch": torch.__version__, "results": results}, file, indent=1
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Models of the bridge with and without torch.compile (`worker: {execution: compiled}`): both loaded, rounds in turn.
+"""Models of the bridge with and without torch.compile (`worker: {execution: compiled}`): both
+loaded, rounds in turn.
 
 bf16, the same prompts and threads.
 
     python benchmarks/bridge_compile.py [--models d,e] [--rounds 7] [--threads 2] [--json FILE]
 
-Prints medians of each side and the median of the ratios of neighbouring rounds, and how long an engine takes to start: without
-compiling, with an empty cache, and with a filled one (each in a process of its own).
+Prints medians of each side and the median of the ratios of neighbouring rounds, and how long an
+engine takes to start: without compiling, with an empty cache, and with a filled one (each in a
+process of its own).
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def engine(key: str, threads: int, compile: bool) -> LLM:
 def seconds(llm: LLM, prompts: list[list[int]], num_tokens: int) -> float:
     """To complete all prompts at once."""
     began = time.perf_counter()
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True))
+    outputs = llm.generate(
+        prompts, SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    )
     spent = time.perf_counter() - began
     assert all(len(o.token_ids) == num_tokens for o in outputs)
     return spent
@@ -81,10 +85,14 @@ def measure(key: str, threads: int, rounds: int) -> list[dict[str, Any]]:
             ratios = [(a / b if less_is_better else b / a) for a, b in pairs]
             rows.append(
                 {
-                    "model": SHAPES[key][1], "case": name, "plain": statistics.median(a for a, _ in pairs),
-                    "compiled": statistics.median(b for _, b in pairs), "ratio": statistics.median(ratios), "ratios": ratios,
+                    "model": SHAPES[key][1],
+                    "case": name,
+                    "plain": statistics.median(a for a, _ in pairs),
+                    "compiled": statistics.median(b for _, b in pairs),
+                    "ratio": statistics.median(ratios),
+                    "ratios": ratios,
                 }
-            )  # fmt: skip
+            )
             Console(stderr=True).print(f"{key} {name}: {rows[-1]['ratio']:.2f} ×")
     return rows
 
@@ -94,16 +102,28 @@ def start(key: str, threads: int) -> dict[str, Any]:
 
     def run(compile: bool, cache: str) -> float:
         code = (
-            f"import time, bridge_compile as b, dovetail_worker_torch.bridge; t = time.perf_counter()\n"
-            f"with b.engine({key!r}, {threads}, {compile}): print('took', time.perf_counter() - t)"
+            "import time, bridge_compile as b, dovetail_worker_torch.bridge; t ="
+            f" time.perf_counter()\nwith b.engine({key!r}, {threads}, {compile}): print('took',"
+            " time.perf_counter() - t)"
         )
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         here = Path(__file__).parent
-        out = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=here,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return float(out.stdout.split("took")[1])
 
     with tempfile.TemporaryDirectory() as cache:
-        figures = {"plain": run(False, cache), "empty cache": run(True, cache), "filled cache": run(True, cache)}
+        figures = {
+            "plain": run(False, cache),
+            "empty cache": run(True, cache),
+            "filled cache": run(True, cache),
+        }
     return {"model": SHAPES[key][1], "start, s": figures}
 
 
@@ -119,17 +139,31 @@ def main() -> None:
         folder_of(key)
     starts = [start(key, args.threads) for key in keys]
     rows = [row for key in keys for row in measure(key, args.threads, args.rounds)]
-    table = Table("model", "case", "plain", "compiled", "times better", box=None, header_style="bold")
+    table = Table(
+        "model", "case", "plain", "compiled", "times better", box=None, header_style="bold"
+    )
     for r in rows:
-        table.add_row(r["model"], r["case"], *(f"{r[k]:.1f}" for k in ("plain", "compiled")), f"{r['ratio']:.2f}")
+        table.add_row(
+            r["model"],
+            r["case"],
+            *(f"{r[k]:.1f}" for k in ("plain", "compiled")),
+            f"{r['ratio']:.2f}",
+        )
     Console(width=140).print(table)
     for s in starts:
-        print(f"{s['model']}: starts in " + ", ".join(f"{v:.1f} s ({k})" for k, v in s["start, s"].items()))
+        print(
+            f"{s['model']}: starts in "
+            + ", ".join(f"{v:.1f} s ({k})" for k, v in s["start, s"].items())
+        )
     if args.json:
         about = {
-            "date": time.strftime("%Y-%m-%d"), "threads": args.threads, "machine": platform.machine(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "rounds": args.rounds,
-        }  # fmt: skip
+            "date": time.strftime("%Y-%m-%d"),
+            "threads": args.threads,
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rounds": args.rounds,
+        }
         args.json.write_text(json.dumps({"about": about, "rows": rows, "starts": starts}, indent=1))
 
 

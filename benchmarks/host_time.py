@@ -1,10 +1,12 @@
-"""Where a decode step's time goes that is not the model's: microseconds a step, 64 sequences of the tiny model.
+"""Where a decode step's time goes that is not the model's: microseconds a step, 64 sequences of the
+tiny model.
 
     python benchmarks/host_time.py [--sequences 64] [--steps 300] [--rounds 5] [--json FILE]
 
-Kernels are the model's forward pass (whose own Python counts as theirs), the logits and the argmax; all else is host
-time: the step without them, and the front-end's text. Text is measured both ways: gathered until a sequence ends, as in
-`LLM.generate`, the end itself included, and streamed token by token. Medians over steps, then over rounds.
+Kernels are the model's forward pass (whose own Python counts as theirs), the logits and the argmax;
+all else is host time: the step without them, and the front-end's text. Text is measured both ways:
+gathered until a sequence ends, as in `LLM.generate`, the end itself included, and streamed token by
+token. Medians over steps, then over rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with LLM(folder_of("c"), device="cpu", overlap=False) as llm:
-        llm.generate([[1]], SamplingParams(max_tokens=2))  # the first call of a part is watched (attestation.py)
+        llm.generate(
+            [[1]], SamplingParams(max_tokens=2)
+        )  # the first call of a part is watched (attestation.py)
         time_parts(llm)
         rounds = [measure(llm, args.sequences, args.steps) for _ in range(args.rounds)]
     medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
@@ -43,10 +47,16 @@ def main() -> None:
         print(f"  {name:24s} {value:8.0f} µs")
     if args.json:
         about = {
-            "date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "command": "python " + " ".join(sys.argv),
             "sequences": args.sequences,
-        }  # fmt: skip
-        args.json.write_text(json.dumps({"about": about, "µs": medians, "rounds": rounds}, indent=1, ensure_ascii=False))
+        }
+        args.json.write_text(
+            json.dumps(
+                {"about": about, "µs": medians, "rounds": rounds}, indent=1, ensure_ascii=False
+            )
+        )
 
 
 SPENT: dict[str, list[float]] = defaultdict(list)
@@ -109,7 +119,8 @@ def measure(llm: LLM, count: int, steps: int) -> dict[str, float]:
     known = ("schedule", "table", "inputs", "attention plan", "draw without argmax", "commit")
     SPENT["rest of the step"] = less(host, *(SPENT[name] for name in known))
     out = {name: statistics.median(values) for name, values in SPENT.items()}
-    # The text that is made at the end is a cost of every step: the mean has it, the median would not.
+    # The text that is made at the end is a cost of every step: the mean has it, the median would
+    # not.
     out["text, gathered"] = statistics.fmean(SPENT["text, gathered"])
     out["host time of a step"] = statistics.median(host)
     out["… with gathered text"] = out["host time of a step"] + out["text, gathered"]

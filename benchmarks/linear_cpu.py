@@ -1,8 +1,10 @@
-"""Packed linear layers against torch's, and against how fast this machine reads memory: bf16, shapes of real layers.
+"""Packed linear layers against torch's, and against how fast this machine reads memory: bf16,
+shapes of real layers.
 
     python benchmarks/linear_cpu.py [--threads 2] [--rounds 5] [--json FILE]
 
-Each side goes through as many copies of a layer as no cache holds, in turn; medians. GB/s are bytes of weights read.
+Each side goes through as many copies of a layer as no cache holds, in turn; medians. GB/s are bytes
+of weights read.
 """
 
 from __future__ import annotations
@@ -45,9 +47,13 @@ def main() -> None:
     results = [r for shape in SHAPES for r in compare(kernels, *shape, read, args.rounds)]
     if args.json:
         about = {
-            "date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv),
-            "threads": args.threads, "instruction_set": kernels.instruction_set, "read GB/s": read,
-        }  # fmt: skip
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "command": "python " + " ".join(sys.argv),
+            "threads": args.threads,
+            "instruction_set": kernels.instruction_set,
+            "read GB/s": read,
+        }
         args.json.write_text(json.dumps({"about": about, "results": results}, indent=1))
 
 
@@ -57,7 +63,9 @@ def read_bandwidth(rounds: int) -> float:
     return memory.nbytes / statistics.median(seconds(memory.sum) for _ in range(rounds + 1)) / 1e9
 
 
-def compare(kernels: Kernels, outputs: int, inputs: int, read: float, rounds: int) -> list[dict[str, object]]:
+def compare(
+    kernels: Kernels, outputs: int, inputs: int, read: float, rounds: int
+) -> list[dict[str, object]]:
     num_bytes = 2 * outputs * inputs
     weights = [torch.randn(outputs, inputs).bfloat16() for _ in range(max(1, BYTES // num_bytes))]
     packed = []
@@ -82,15 +90,22 @@ def compare(kernels: Kernels, outputs: int, inputs: int, read: float, rounds: in
         both = [(seconds(plain) / layers, seconds(ours) / layers) for _ in range(rounds)]
         theirs, mine = (statistics.median(column) for column in zip(*both, strict=True))
         ratio = statistics.median(a / b for a, b in both)
-        out.append({
-            "outputs": outputs, "inputs": inputs, "rows": rows, "torch GB/s": num_bytes / theirs / 1e9,
-            "ours GB/s": num_bytes / mine / 1e9, "of read": num_bytes / mine / 1e9 / read,
-            "ours GFLOP/s": rows * num_bytes / mine / 1e9, "times torch": ratio,
-        })  # fmt: skip
+        out.append(
+            {
+                "outputs": outputs,
+                "inputs": inputs,
+                "rows": rows,
+                "torch GB/s": num_bytes / theirs / 1e9,
+                "ours GB/s": num_bytes / mine / 1e9,
+                "of read": num_bytes / mine / 1e9 / read,
+                "ours GFLOP/s": rows * num_bytes / mine / 1e9,
+                "times torch": ratio,
+            }
+        )
         r = out[-1]
         print(
-            f"{outputs:>7}×{inputs:<6} {rows:>5} {r['torch GB/s']:>11.1f} {r['ours GB/s']:>10.1f} {r['of read']:>8.2f} "
-            f"{r['ours GFLOP/s']:>13.0f} {r['times torch']:>12.2f}"
+            f"{outputs:>7}×{inputs:<6} {rows:>5} {r['torch GB/s']:>11.1f} {r['ours GB/s']:>10.1f}"
+            f" {r['of read']:>8.2f} {r['ours GFLOP/s']:>13.0f} {r['times torch']:>12.2f}"
         )
     return out
 

@@ -2,7 +2,8 @@
 
     python benchmarks/over_http.py [--requests 200] [--concurrency 16] [--rounds 5] [--json FILE]
 
-In turn: requests over HTTP to a running `dovetail serve`, and the same ones through `LLM.generate` with as many batch rows.
+In turn: requests over HTTP to a running `dovetail serve`, and the same ones through `LLM.generate`
+with as many batch rows.
 """
 
 from __future__ import annotations
@@ -34,7 +35,17 @@ def main() -> None:
     args = parser.parse_args()
     model = str(folder_of("c"))
     work = Work(args.input_len, args.output_len, args.requests, args.concurrency)
-    command = [sys.executable, "-m", "dovetail.cli.main", "serve", model, "--port", "0", "--max-model-len", "2048"]
+    command = [
+        sys.executable,
+        "-m",
+        "dovetail.cli.main",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--max-model-len",
+        "2048",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
@@ -43,9 +54,14 @@ def main() -> None:
             serve_round(url, model, work, 0), throughput_round(llm, work, 0)  # warm up
             rounds = []
             for i in range(args.rounds):
-                served, offline = serve_round(url, model, work, i + 1), throughput_round(llm, work, i + 1)
+                served, offline = (
+                    serve_round(url, model, work, i + 1),
+                    throughput_round(llm, work, i + 1),
+                )
                 rounds.append({**served, "offline tokens/s": offline["output tokens/s"]})
-                rounds[-1]["served / offline"] = served["output tokens/s"] / offline["output tokens/s"]
+                rounds[-1]["served / offline"] = (
+                    served["output tokens/s"] / offline["output tokens/s"]
+                )
     finally:
         server.terminate()
         server.wait(30)
@@ -53,8 +69,14 @@ def main() -> None:
     for name, value in medians.items():
         print(f"{name:20s} {value:9.2f}")
     if args.json:
-        about = {"date": time.strftime("%Y-%m-%d"), "requests": args.requests, "concurrency": args.concurrency}
-        args.json.write_text(json.dumps({"about": about, "medians": medians, "rounds": rounds}, indent=1))
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "requests": args.requests,
+            "concurrency": args.concurrency,
+        }
+        args.json.write_text(
+            json.dumps({"about": about, "medians": medians, "rounds": rounds}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Dovetail beside the other engines that run here: same models, prompts, bits, threads, greedy; rounds taken in turn.
+"""Dovetail beside the other engines that run here: same models, prompts, bits, threads, greedy;
+rounds taken in turn.
 
-    python benchmarks/peers.py --peers-dir DIR [--peers llama.cpp,vllm] [--models c,a] [--cases A,B,D,E] [--json FILE]
+    python benchmarks/peers.py --peers-dir DIR [--peers llama.cpp,vllm] [--models c,a] [--cases
+        A,B,D,E] [--json FILE]
     python benchmarks/peers.py --peers-dir DIR --bits 8 --models a --cases A,B
 
-DIR/venvs/{lcpp,vllm,ov} are the peers' own environments (benchmarks/README.md says how they are made); transformers is
-the one of this environment. A peer that is not there is said to be so. Cases: A one request; B a batch; D process start
-to first token; E HTTP. Between its rounds an engine is stopped (SIGSTOP), so that none spins while another is measured.
+DIR/venvs/{lcpp,vllm,ov} are the peers' own environments (benchmarks/README.md says how they are
+made); transformers is the one of this environment. A peer that is not there is said to be so.
+Cases: A one request; B a batch; D process start to first token; E HTTP. Between its rounds an
+engine is stopped (SIGSTOP), so that none spins while another is measured.
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ log = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 class Bench:
     """All rounds of one run."""
 
-    def __init__(self, engines: list[Engine], peers: Path, threads: int, num_rounds: int, lock: Path | None) -> None:
+    def __init__(
+        self, engines: list[Engine], peers: Path, threads: int, num_rounds: int, lock: Path | None
+    ) -> None:
         self.engines = engines
         self.versions: dict[str, str] = {}
         self.first_tokens: dict[str, dict[str, int]] = {}
@@ -64,7 +69,9 @@ class Bench:
     def run(self, key: str, case: str) -> None:
         if (case in ONLY_TINY and key != "c") or (case == "B" and key not in BATCH):
             return
-        {"A": self._in_process, "B": self._in_process, "D": self._starts, "E": self._over_http}[case](key, case)
+        {"A": self._in_process, "B": self._in_process, "D": self._starts, "E": self._over_http}[
+            case
+        ](key, case)
 
     @contextlib.contextmanager
     def _machine_to_itself(self) -> Iterator[None]:
@@ -76,7 +83,9 @@ class Bench:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
 
-    def _start(self, kind: type[P], engines: list[Engine], key: str, case: str, stack: contextlib.ExitStack) -> list[P]:
+    def _start(
+        self, kind: type[P], engines: list[Engine], key: str, case: str, stack: contextlib.ExitStack
+    ) -> list[P]:
         """Start each; one that does not come up is noted, and the others go on without it."""
         started = []
         for engine in engines:
@@ -97,7 +106,12 @@ class Bench:
 
     def _in_process(self, key: str, case: str) -> None:
         count = BATCH[key] if case == "B" else 1
-        size = {"case": case, "num_requests": count, "input_len": 128, "output_len": 64 if case == "B" else 128}
+        size = {
+            "case": case,
+            "num_requests": count,
+            "input_len": 128,
+            "output_len": 64 if case == "B" else 128,
+        }
         with contextlib.ExitStack() as stack:
             drivers = self._start(Driver, self.engines, key, case, stack)
             for driver in drivers:
@@ -108,7 +122,9 @@ class Bench:
             for number in range(1, self._num_rounds + 1):
                 with self._machine_to_itself():
                     for driver in in_turn(drivers, number):
-                        self._add(driver.engine, key, case, number, driver.ask({**size, "seed": number}))
+                        self._add(
+                            driver.engine, key, case, number, driver.ask({**size, "seed": number})
+                        )
 
     def _starts(self, key: str, case: str) -> None:
         for number in range(self._num_rounds + 1):
@@ -138,9 +154,17 @@ class Bench:
                     for server in in_turn(servers, number):
                         with server.running():
                             figures = serve_round(server.url, "m", HTTP, number)
-                        self._add(server.engine, key, case, number, {name: figures[name] for name in HTTP_FIGURES})
+                        self._add(
+                            server.engine,
+                            key,
+                            case,
+                            number,
+                            {name: figures[name] for name in HTTP_FIGURES},
+                        )
 
-    def _add(self, engine: Engine, key: str, case: str, number: int, figures: dict[str, float]) -> None:
+    def _add(
+        self, engine: Engine, key: str, case: str, number: int, figures: dict[str, float]
+    ) -> None:
         words = CASES[case].format(count=BATCH.get(key))
         self.rounds.append(Round(engine.name, SHAPES[key][1], f"{case}: {words}", number, figures))
         told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
@@ -154,17 +178,35 @@ def in_turn(engines: list[T], number: int) -> list[T]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers-dir", type=Path, required=True, metavar="DIR", help="the folder with venvs/")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peers-dir", type=Path, required=True, metavar="DIR", help="the folder with venvs/"
+    )
     named = {bits: [name for name in engines if name != OURS] for bits, engines in BY_BITS.items()}
     listed = "; ".join(f"{bits} bits: {', '.join(names)}" for bits, names in named.items())
     parser.add_argument("--bits", type=int, choices=BY_BITS, default=16, help="of the weights")
-    parser.add_argument("--peers", type=_some_of({n for names in named.values() for n in names}), metavar="P,P", help=listed)
-    parser.add_argument("--models", type=_some_of(SHAPES), default=["c", "a", "b"], metavar="M,M", help="of a, b, c")
-    parser.add_argument("--cases", type=_some_of(CASES), default=list(CASES), metavar="C,C", help="of A, B, D, E")
+    parser.add_argument(
+        "--peers",
+        type=_some_of({n for names in named.values() for n in names}),
+        metavar="P,P",
+        help=listed,
+    )
+    parser.add_argument(
+        "--models", type=_some_of(SHAPES), default=["c", "a", "b"], metavar="M,M", help="of a, b, c"
+    )
+    parser.add_argument(
+        "--cases", type=_some_of(CASES), default=list(CASES), metavar="C,C", help="of A, B, D, E"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lock", type=Path, metavar="FILE", help="a lock file (flock) to hold while a round runs, not between")
+    parser.add_argument(
+        "--lock",
+        type=Path,
+        metavar="FILE",
+        help="a lock file (flock) to hold while a round runs, not between",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     peers, known = args.peers_dir.resolve(), BY_BITS[args.bits]
@@ -176,7 +218,9 @@ def main() -> int:
         log.print(f"{known[name].title}: {reason}")
     engines = [known[name] for name in (OURS, *asked) if name not in missing]
     bench = Bench(engines, peers, args.threads, args.rounds, args.lock)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the engines, which may be standing still
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # not without ending the engines, which may be standing still
     try:
         for key in args.models:
             for case in args.cases:
@@ -195,7 +239,10 @@ def _tell(bench: Bench, args: argparse.Namespace, missing: dict[str, str]) -> No
     how = f"{args.threads} threads, {args.bits} bit, {date}, {args.rounds} rounds"
     print(f"{in_words(here)} ({', '.join(here['flags'])}), {how}")
     known = BY_BITS[args.bits]
-    print(", ".join(f"{known[name].title} {version}" for name, version in bench.versions.items()) + "\n")
+    print(
+        ", ".join(f"{known[name].title} {version}" for name, version in bench.versions.items())
+        + "\n"
+    )
     print(markdown(table, {e.name: e.title for e in bench.engines}, OURS))
     for name, reason in missing.items():
         print(f"\n{known[name].title}: {reason}")
@@ -203,10 +250,21 @@ def _tell(bench: Bench, args: argparse.Namespace, missing: dict[str, str]) -> No
         print(f"\n{what} failed: {reason}")
     if args.json:
         about: dict[str, Any] = {
-            "date": date, "machine": here, "threads": args.threads, "bits": args.bits, "rounds": args.rounds,
-            "versions": bench.versions, "missing": missing, "failed": bench.failed, "first_token": bench.first_tokens,
-        }  # fmt: skip
-        data = {"about": about, "rows": [asdict(row) for row in table], "rounds": [asdict(r) for r in bench.rounds]}
+            "date": date,
+            "machine": here,
+            "threads": args.threads,
+            "bits": args.bits,
+            "rounds": args.rounds,
+            "versions": bench.versions,
+            "missing": missing,
+            "failed": bench.failed,
+            "first_token": bench.first_tokens,
+        }
+        data = {
+            "about": about,
+            "rows": [asdict(row) for row in table],
+            "rounds": [asdict(r) for r in bench.rounds],
+        }
         args.json.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -215,7 +273,9 @@ def _some_of(known: Collection[str]) -> Any:
         names = text.split(",")
         unknown = [n for n in names if n not in known]
         if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(sorted(known))}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown)}: not among {', '.join(sorted(known))}"
+            )
         return names
 
     return parse

@@ -1,12 +1,14 @@
-"""What it costs a step that every part is a plugin: a composed engine beside the same objects, wired by hand.
+"""What it costs a step that every part is a plugin: a composed engine beside the same objects,
+wired by hand.
 
     python benchmarks/plugin_tax.py [--sequences 1 64] [--steps 200] [--rounds 9] [--json FILE]
 
-By hand: each class imported and called, with no registry, no hook, no selection, no attestation. Two engines of each kind,
-made in the order composed, by hand, by hand, composed, decode in one process and take turns round by round; the figures are
-medians over a round's steps, and then over rounds. `noise` is what two engines of one kind differ by, which is where their
-memory happens to lie: a tax below it was not seen. The tax is all of the host's, so it is taken from the step's parts around
-the worker's `submit` as well (`around`), where the computation's own noise is not.
+By hand: each class imported and called, with no registry, no hook, no selection, no attestation.
+Two engines of each kind, made in the order composed, by hand, by hand, composed, decode in one
+process and take turns round by round; the figures are medians over a round's steps, and then over
+rounds. `noise` is what two engines of one kind differ by, which is where their memory happens to
+lie: a tax below it was not seen. The tax is all of the host's, so it is taken from the step's parts
+around the worker's `submit` as well (`around`), where the computation's own noise is not.
 """
 
 from __future__ import annotations
@@ -91,24 +93,38 @@ def main() -> None:
                 for i in range(args.rounds + 1):
                     for at in range(4) if i % 2 else (3, 2, 1, 0):
                         rounds[at].append(step_time(llm, engines[at], count, args.steps))
-                step, around = (tax([[t[part] for t in times[1:]] for times in rounds]) for part in (0, 1))
+                step, around = (
+                    tax([[t[part] for t in times[1:]] for times in rounds]) for part in (0, 1)
+                )
                 share = around["tax"] / step["by hand"]
                 results.append({"sequences": count, "step": step, "around": around, "share": share})
                 print(
-                    f"{count:3d} sequences: composed {step['composed']:.1f} µs a step, by hand {step['by hand']:.1f}; "
-                    f"tax {step['tax']:+.2f} (noise {step['noise']:.2f}), around the worker {around['tax']:+.2f} µs "
-                    f"(noise {around['noise']:.2f}): {share:+.2%} of the step"
+                    f"{count:3d} sequences: composed {step['composed']:.1f} µs a step, by hand"
+                    f" {step['by hand']:.1f}; tax {step['tax']:+.2f} (noise {step['noise']:.2f}),"
+                    f" around the worker {around['tax']:+.2f} µs (noise {around['noise']:.2f}):"
+                    f" {share:+.2%} of the step"
                 )
     if args.json:
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv)}
-        args.json.write_text(json.dumps({"about": about, "µs": results}, indent=1, ensure_ascii=False) + "\n")
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "command": "python " + " ".join(sys.argv),
+        }
+        args.json.write_text(
+            json.dumps({"about": about, "µs": results}, indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 def tax(rounds: list[list[float]]) -> dict[str, float]:
     """Of the rounds of four engines: composed, by hand, by hand, composed."""
     a, b, c, d = (statistics.median(times) for times in rounds)
     noise = (abs(a - d) + abs(b - c)) / 2
-    return {"composed": (a + d) / 2, "by hand": (b + c) / 2, "tax": (a + d - b - c) / 2, "noise": noise}
+    return {
+        "composed": (a + d) / 2,
+        "by hand": (b + c) / 2,
+        "tax": (a + d - b - c) / 2,
+        "noise": noise,
+    }
 
 
 def composed() -> LLM:
@@ -116,7 +132,8 @@ def composed() -> LLM:
 
 
 def step_time(llm: LLM, engine: Engine, count: int, steps: int) -> tuple[float, float]:
-    """Microseconds of a step in which `count` sequences decode, and of its parts around the worker's `submit`: medians."""
+    """Microseconds of a step in which `count` sequences decode, and of its parts around the
+    worker's `submit`: medians."""
     params = SamplingParams(max_tokens=steps, temperature=0, ignore_eos=True)
     for i in range(count):
         engine.add(llm._maker.make(prompt(16, i), params))

@@ -2,12 +2,14 @@
 
     python benchmarks/prefix_cache.py [--rounds 5] [--json FILE] [--only cost,shared,index,trace]
 
-cost: 64 prompts of 128 tokens of which nothing is cached, 64 tokens of output each, in a cache that is full, so that every
-block is hashed, inserted and evicted. Two engines take turns, with and without a prefix cache; the cost is what the KV-cache
-manager takes longer, as a share of the time that the steps take without. shared: 16 requests that share 512 of 544 prompt
-tokens, 16 output tokens each, all at once: without a prefix cache, with an empty one, and with one that has seen the shared
-part. index: hashing, and looking up and inserting blocks where a million are known. trace: hits on a made-up day of
-conversations, as a share of an infinite cache's. Medians over rounds; ratios are taken within a round.
+cost: 64 prompts of 128 tokens of which nothing is cached, 64 tokens of output each, in a cache that
+is full, so that every block is hashed, inserted and evicted. Two engines take turns, with and
+without a prefix cache; the cost is what the KV-cache manager takes longer, as a share of the time
+that the steps take without. shared: 16 requests that share 512 of 544 prompt tokens, 16 output
+tokens each, all at once: without a prefix cache, with an empty one, and with one that has seen the
+shared part. index: hashing, and looking up and inserting blocks where a million are known. trace:
+hits on a made-up day of conversations, as a share of an infinite cache's. Medians over rounds;
+ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ KNOWN = 1_000_000
 """Blocks that the index holds."""
 ALIKE, OWN, SAMPLES, REQUESTS = 512, 32, 16, 16
 WORKER = {"use": "torch", "num_threads": 1}
-"""Two threads would wait for whichever is interrupted, and small models on a busy machine show that and nothing else."""
+"""Two threads would wait for whichever is interrupted, and small models on a busy machine show that
+and nothing else."""
 Figures = dict[str, float]
 
 
@@ -50,7 +53,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="cost,shared,index,trace")
     args = parser.parse_args()
-    cases: dict[str, Callable[[int], list[Figures]]] = {"cost": cost, "shared": shared, "index": index, "trace": trace}
+    cases: dict[str, Callable[[int], list[Figures]]] = {
+        "cost": cost,
+        "shared": shared,
+        "index": index,
+        "trace": trace,
+    }
     results: dict[str, Any] = {}
     for name in args.only.split(","):
         rounds = cases[name](args.rounds)
@@ -61,8 +69,14 @@ def main() -> None:
             low, high = min(r[key] for r in rounds), max(r[key] for r in rounds)
             print(f"  {key:58s} {value:10.4g}   ({low:.4g} … {high:.4g})", flush=True)
     if args.json:
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv)}
-        args.json.write_text(json.dumps({"about": about, **results}, indent=1, ensure_ascii=False) + "\n")
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "command": "python " + " ".join(sys.argv),
+        }
+        args.json.write_text(
+            json.dumps({"about": about, **results}, indent=1, ensure_ascii=False) + "\n"
+        )
 
 
 # What it costs.
@@ -94,17 +108,34 @@ class Timed:
 
 
 def cost(num_rounds: int) -> list[Figures]:
-    """Of the demo model, the tiny one and the shape of Qwen3-0.6B; of the latter 8 prompts, and one round."""
-    models = {"demo": ("demo", 64), "tiny": (str(folder_of("c")), 64), "Qwen3-0.6B shape": (str(folder_of("a")), 8)}
-    found = {name: cost_of(model, count, num_rounds if count == 64 else 1) for name, (model, count) in models.items()}
+    """Of the demo model, the tiny one and the shape of Qwen3-0.6B; of the latter 8 prompts, and one
+    round."""
+    models = {
+        "demo": ("demo", 64),
+        "tiny": (str(folder_of("c")), 64),
+        "Qwen3-0.6B shape": (str(folder_of("a")), 8),
+    }
+    found = {
+        name: cost_of(model, count, num_rounds if count == 64 else 1)
+        for name, (model, count) in models.items()
+    }
     return [
-        {f"{name}, {key}": value for name, rounds in found.items() for key, value in rounds[i % len(rounds)].items()}
+        {
+            f"{name}, {key}": value
+            for name, rounds in found.items()
+            for key, value in rounds[i % len(rounds)].items()
+        }
         for i in range(num_rounds)
     ]
 
 
 def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
-    settings: dict[str, Any] = {"model": model, "device": "cpu", "max_model_len": 512, "worker": WORKER}
+    settings: dict[str, Any] = {
+        "model": model,
+        "device": "cpu",
+        "max_model_len": 512,
+        "worker": WORKER,
+    }
     with LLM(**settings, prefix_cache="none") as llm:
         group = llm.engine.kv.groups[0]
         # Room for all that run, and for a third more.
@@ -113,7 +144,10 @@ def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
     seed = 0
     rounds: list[Figures] = []
-    with LLM(**settings, prefix_cache="none") as without, LLM(**settings, prefix_cache="hash") as having:
+    with (
+        LLM(**settings, prefix_cache="none") as without,
+        LLM(**settings, prefix_cache="hash") as having,
+    ):
         engines = {"without": (without, Timed(without)), "with": (having, Timed(having))}
         for turn in range(num_rounds + 1):
             figures: Figures = {}
@@ -124,7 +158,9 @@ def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
                 llm.generate([prompt(128, seed + i) for i in range(num_prompts)], params)
                 figures[f"{name}: seconds"] = time.perf_counter() - began
                 figures[f"{name}: seconds of the manager"] = timed.seconds
-            added = figures["with: seconds of the manager"] - figures["without: seconds of the manager"]
+            added = (
+                figures["with: seconds of the manager"] - figures["without: seconds of the manager"]
+            )
             figures["added host time, µs a block"] = 1e6 * added / (num_prompts * 12)
             figures["added host time, % of the steps"] = 100 * added / figures["without: seconds"]
             if turn:  # the first warms up, and fills the cache
@@ -139,7 +175,12 @@ def cost_of(model: str, num_prompts: int, num_rounds: int) -> list[Figures]:
 
 
 def shared(num_rounds: int) -> list[Figures]:
-    settings: dict[str, Any] = {"model": "demo", "device": "cpu", "max_model_len": 1024, "worker": WORKER}
+    settings: dict[str, Any] = {
+        "model": "demo",
+        "device": "cpu",
+        "max_model_len": 1024,
+        "worker": WORKER,
+    }
     params = SamplingParams(max_tokens=SAMPLES, temperature=0, ignore_eos=True)
     rounds: list[Figures] = []
     with LLM(**settings, prefix_cache="none") as off, LLM(**settings, prefix_cache="hash") as on:
@@ -185,8 +226,16 @@ def index(num_rounds: int) -> list[Figures]:
     for turn in range(num_rounds):
         count = 2_048
         # Not those of which the processor has just seen something: every 97th prompt.
-        old = [sequence(next_seq + j, random_tokens(length * SIZE, (turn * 4 + j) * 97 % (KNOWN // length))) for j in range(4)]
-        new = [sequence(next_seq + 10 + j, random_tokens(length * SIZE, KNOWN + turn * 4 + j)) for j in range(4)]
+        old = [
+            sequence(
+                next_seq + j, random_tokens(length * SIZE, (turn * 4 + j) * 97 % (KNOWN // length))
+            )
+            for j in range(4)
+        ]
+        new = [
+            sequence(next_seq + 10 + j, random_tokens(length * SIZE, KNOWN + turn * 4 + j))
+            for j in range(4)
+        ]
         next_seq += 20
         hashing = clock(lambda old=old: [cache._chain(s, length) for s in old])
         assert all(len(cache.match(s, length)) == length for s in old)
@@ -195,20 +244,30 @@ def index(num_rounds: int) -> list[Figures]:
         lookup = clock(lambda old=old: [cache.match(s, length) for s in old])
         for s in old:
             cache.forget(s.seq_id)
-        blocks = [list(range(next_block + j * length, next_block + (j + 1) * length)) for j in range(4)]
-        insert = clock(lambda new=new, blocks=blocks: [cache.insert(s, 0, [b]) for s, b in zip(new, blocks, strict=True)])
+        blocks = [
+            list(range(next_block + j * length, next_block + (j + 1) * length)) for j in range(4)
+        ]
+        insert = clock(
+            lambda new=new, blocks=blocks: [
+                cache.insert(s, 0, [b]) for s, b in zip(new, blocks, strict=True)
+            ]
+        )
         for s, own in zip(new, blocks, strict=True):
             cache.forget(s.seq_id)
             for block in reversed(own):
                 cache.keep(0, block)
         evict = clock(lambda: cache.evict(0, count))  # noqa: B023 - called at once
-        rounds.append({
-            "hashing, million tokens/s": count * SIZE / hashing / 1e6,
-            "lookup with its hash, µs a block": 1e6 * lookup / count,
-            "insert with its hash, µs a block": 1e6 * insert / count,
-            "lookup and insert, hashed once, µs a block": 1e6 * (lookup + insert - hashing) / count,
-            "evict, µs a block": 1e6 * evict / count,
-        })  # fmt: skip
+        rounds.append(
+            {
+                "hashing, million tokens/s": count * SIZE / hashing / 1e6,
+                "lookup with its hash, µs a block": 1e6 * lookup / count,
+                "insert with its hash, µs a block": 1e6 * insert / count,
+                "lookup and insert, hashed once, µs a block": (
+                    1e6 * (lookup + insert - hashing) / count
+                ),
+                "evict, µs a block": 1e6 * evict / count,
+            }
+        )
     return rounds
 
 
@@ -219,13 +278,16 @@ def clock(work: Callable[[], object]) -> float:
 
 
 def random_tokens(count: int, seed: int) -> list[int]:
-    """Token ids, all different objects from those of other prompts, as they are when requests come in."""
+    """Token ids, all different objects from those of other prompts, as they are when requests come
+    in."""
     mixed = (seed * 2_654_435_761) & 0xFFFFFFFF
     return array("I", ((mixed + i * 40_503) % 150_000 for i in range(count))).tolist()
 
 
 def sequence(seq_id: int, tokens: list[int]) -> Sequence:
-    return Sequence(seq_id, Request(f"r{seq_id}", tokens, SamplingParams(max_tokens=1), 1, 0, []), 0, tokens)
+    return Sequence(
+        seq_id, Request(f"r{seq_id}", tokens, SamplingParams(max_tokens=1), 1, 0, []), 0, tokens
+    )
 
 
 # What is found.
@@ -246,9 +308,15 @@ def trace(num_rounds: int) -> list[Figures]:
         policies: dict[str, MakePolicy] = {"lru": LeastRecentlyUsed, "lfu": LeastFrequentlyUsed}
         for name, policy in policies.items():
             alone = ReusingKVCache(groups, device, HashIndex(SIZE, device, policy))
-            tiered = TieredKVCache(groups, device, HashIndex(SIZE, device, policy, None, host), host)
-            figures[f"{name}, device alone: % of an infinite cache's hits"] = 100 * replay(alone, prompts, SIZE) / most
-            figures[f"{name}, device and host: % of an infinite cache's hits"] = 100 * replay(tiered, prompts, SIZE) / most
+            tiered = TieredKVCache(
+                groups, device, HashIndex(SIZE, device, policy, None, host), host
+            )
+            figures[f"{name}, device alone: % of an infinite cache's hits"] = (
+                100 * replay(alone, prompts, SIZE) / most
+            )
+            figures[f"{name}, device and host: % of an infinite cache's hits"] = (
+                100 * replay(tiered, prompts, SIZE) / most
+            )
         rounds.append(figures)
     return rounds
 

@@ -1,6 +1,8 @@
-"""A made-up day of a chat server, for prefix caches: conversations over shared system prompts, several at a time.
+"""A made-up day of a chat server, for prefix caches: conversations over shared system prompts,
+several at a time.
 
-`conversations` makes the prompts, `replay` plays them against a KV-cache manager as an engine would, without computing.
+`conversations` makes the prompts, `replay` plays them against a KV-cache manager as an engine
+would, without computing.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ NUM_RUNNING = 8
 """Sequences that hold blocks at a time."""
 
 
-def conversations(seed: int, num_conversations: int = 150, num_systems: int = 12) -> list[list[int]]:
-    """Prompts in the order of their coming: each has a system prompt (the first ones are asked for most), all that was said
-    in its conversation so far, and a new question."""
+def conversations(
+    seed: int, num_conversations: int = 150, num_systems: int = 12
+) -> list[list[int]]:
+    """Prompts in the order of their coming: each has a system prompt (the first ones are asked for
+    most), all that was said in its conversation so far, and a new question."""
     rng = random.Random(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -43,7 +47,8 @@ def conversations(seed: int, num_conversations: int = 150, num_systems: int = 12
 
 
 def replay(kv: KVCacheManager, prompts: list[list[int]], block_size: int) -> int:
-    """Returns how many tokens were found. Every sequence stays for as long as the next few ones come."""
+    """Returns how many tokens were found. Every sequence stays for as long as the next few ones
+    come."""
     running: deque[Sequence] = deque()
 
     def end() -> None:
@@ -52,7 +57,9 @@ def replay(kv: KVCacheManager, prompts: list[list[int]], block_size: int) -> int
         kv.free(seq.seq_id)
 
     for i, prompt in enumerate(prompts):
-        seq = Sequence(i, Request(f"r{i}", prompt, SamplingParams(max_tokens=1), 1, 0, []), 0, list(prompt))
+        seq = Sequence(
+            i, Request(f"r{i}", prompt, SamplingParams(max_tokens=1), 1, 0, []), 0, list(prompt)
+        )
         if len(running) == NUM_RUNNING:
             end()
         kv.reuse(seq, len(prompt) - 1)

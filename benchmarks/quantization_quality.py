@@ -2,10 +2,11 @@
 
     python benchmarks/quantization_quality.py [--variants fp8,int8,…] [--out DIR] [--json FILE]
 
-Makes the checkpoints with `dovetail quantize`, calibrated on the demo model's calibration.txt, and asks an engine of each, as
-it is served: the perplexity of the held-out text, 512 tokens at a time (of the first 64 windows, as the model's README counts;
-and of all, with the standard error of the ratio to bfloat16's over the windows), and how many of the 300 questions are answered
-word for word. With --variants, those alone; what the JSON file has of the others stays, with its dates.
+Makes the checkpoints with `dovetail quantize`, calibrated on the demo model's calibration.txt, and
+asks an engine of each, as it is served: the perplexity of the held-out text, 512 tokens at a time
+(of the first 64 windows, as the model's README counts; and of all, with the standard error of the
+ratio to bfloat16's over the windows), and how many of the 300 questions are answered word for word.
+With --variants, those alone; what the JSON file has of the others stays, with its dates.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ PLAIN = "bfloat16"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--out", type=Path, help="keep the checkpoints here, and use those that are there")
+    parser.add_argument(
+        "--out", type=Path, help="keep the checkpoints here, and use those that are there"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,7 +57,9 @@ def main() -> None:
             made = folder / name.replace(" ", "-")
             if not (made / "config.json").exists():
                 calibration = ["--calibration", str(DEMO / "calibration.txt")]
-                if dovetail(["quantize", "demo", "--out", str(made), *calibration, *VARIANTS[name]]):
+                if dovetail(
+                    ["quantize", "demo", "--out", str(made), *calibration, *VARIANTS[name]]
+                ):
                     sys.exit(f"{name}: could not be made")
             results[name] = measure(str(made))
             print(f"{name}: {row(results[PLAIN], results[name])}", file=sys.stderr)
@@ -63,13 +68,16 @@ def main() -> None:
     if args.json:
         about = {"machine": machine(), "command": "python benchmarks/quantization_quality.py"}
         known = json.loads(args.json.read_text())["rows"] if args.json.exists() else {}
-        known |= {name: {"date": time.strftime("%Y-%m-%d"), **found} for name, found in rows.items()}
+        known |= {
+            name: {"date": time.strftime("%Y-%m-%d"), **found} for name, found in rows.items()
+        }
         ordered = {name: known[name] for name in (PLAIN, *VARIANTS) if name in known}
         args.json.write_text(json.dumps({"about": about, "rows": ordered}, indent=1) + "\n")
 
 
 def measure(model: str) -> dict[str, Any]:
-    """Mean negative log-probabilities by window, the share of right answers, bytes of the weights."""
+    """Mean negative log-probabilities by window, the share of right answers, bytes of the
+    weights."""
     questions = [json.loads(line) for line in (DEMO / "questions.jsonl").read_text().splitlines()]
     with LLM(model, device="cpu", prefix_cache="none") as llm:
         assert llm.tokenizer is not None
@@ -79,10 +87,16 @@ def measure(model: str) -> dict[str, Any]:
         for out in llm.generate(windows, SamplingParams(max_tokens=0, prompt_logprobs=0)):
             assert out.prompt_logprobs is not None
             ids = out.prompt_token_ids
-            losses.append(-statistics.fmean(p[ids[i]] for i, p in enumerate(out.prompt_logprobs) if p is not None))
+            losses.append(
+                -statistics.fmean(
+                    p[ids[i]] for i, p in enumerate(out.prompt_logprobs) if p is not None
+                )
+            )
         prompts = [llm.chat_prompt([{"role": "user", "content": q["question"]}]) for q in questions]
         answers = llm.generate(prompts, SamplingParams(max_tokens=160, temperature=0))
-        right = statistics.fmean(a.text.strip() == q["answer"].strip() for a, q in zip(answers, questions, strict=True))
+        right = statistics.fmean(
+            a.text.strip() == q["answer"].strip() for a, q in zip(answers, questions, strict=True)
+        )
         size = sum(f.stat().st_size for f in Path(llm.plan.folder).glob("*.safetensors"))
     return {"losses": losses, "right": right, "bytes": size}
 
@@ -97,16 +111,28 @@ def row(plain: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
         "ratio_all_windows": round(math.exp(statistics.fmean(differences)), 4),
         "standard_error": round(error, 4),
         "exact_answers_percent": round(100 * found["right"], 1),
-    }  # fmt: skip
+    }
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    columns = ("scheme", "weights, MB", "perplexity", "to bfloat16", "all windows (± standard error)", "exact answers")
+    columns = (
+        "scheme",
+        "weights, MB",
+        "perplexity",
+        "to bfloat16",
+        "all windows (± standard error)",
+        "exact answers",
+    )
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, r in rows.items():
-        error = f"{r['ratio_all_windows']:.4f} ± {r['standard_error']:.4f}" if name != PLAIN else "1"
+        error = (
+            f"{r['ratio_all_windows']:.4f} ± {r['standard_error']:.4f}" if name != PLAIN else "1"
+        )
         ratio = f"{r['ratio']:.4f}" if name != PLAIN else "1"
-        lines.append(f"| {name} | {r['MB']} | {r['perplexity']} | {ratio} | {error} | {r['exact_answers_percent']} % |")
+        lines.append(
+            f"| {name} | {r['MB']} | {r['perplexity']} | {ratio} | {error} |"
+            f" {r['exact_answers_percent']} % |"
+        )
     return "\n".join(lines)
 
 

@@ -1,9 +1,11 @@
-"""From process start to the first token of the tiny model, by stages, and to a server that is ready.
+"""From process start to the first token of the tiny model, by stages, and to a server that is
+ready.
 
     python benchmarks/start_up.py [--rounds 7] [--json FILE]
 
-`dovetail generate` and `dovetail serve` with warm file and kernel caches. In the same rounds, what bounds them: an empty
-interpreter and `import torch`. Stages end when a line, or the first text, comes out of the process; medians of rounds.
+`dovetail generate` and `dovetail serve` with warm file and kernel caches. In the same rounds, what
+bounds them: an empty interpreter and `import torch`. Stages end when a line, or the first text,
+comes out of the process; medians of rounds.
 """
 
 from __future__ import annotations
@@ -42,8 +44,14 @@ def main() -> None:
     for name, value in medians.items():
         print(f"{name:32s} {value:6.0f} ms")
     if args.json:
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv)}
-        args.json.write_text(json.dumps({"about": about, "ms": medians, "rounds": rounds}, indent=1))
+        about = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "command": "python " + " ".join(sys.argv),
+        }
+        args.json.write_text(
+            json.dumps({"about": about, "ms": medians, "rounds": rounds}, indent=1)
+        )
 
 
 def one_round() -> dict[str, float]:
@@ -52,7 +60,9 @@ def one_round() -> dict[str, float]:
     return {
         "python -c pass": seconds_of("-c", "pass"),
         "python -c 'import torch'": seconds_of("-c", "import torch"),
-        **generate("-m", "dovetail.cli.main", "generate", "--model", model, "--max-tokens", "4", "hello"),
+        **generate(
+            "-m", "dovetail.cli.main", "generate", "--model", model, "--max-tokens", "4", "hello"
+        ),
         "serve: ready": serve("-m", "dovetail.cli.main", "serve", model, "--port", "0"),
     }
 
@@ -68,7 +78,10 @@ def generate(*arguments: str) -> dict[str, float]:
     out: dict[str, float] = {}
     began = last = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, *arguments], **pipes) as process, selectors.DefaultSelector() as selector:  # type: ignore[call-overload]
+    with (
+        subprocess.Popen([sys.executable, *arguments], **pipes) as process,
+        selectors.DefaultSelector() as selector,
+    ):  # type: ignore[call-overload]
         selector.register(process.stdout, selectors.EVENT_READ, "stdout")
         selector.register(process.stderr, selectors.EVENT_READ, "stderr")
         said = b""
@@ -88,12 +101,16 @@ def generate(*arguments: str) -> dict[str, float]:
                         out[f"generate: {stage}"] = 1e3 * (now - last)
                         last = now
         process.communicate()
-    return {f"generate: {stage}": out.get(f"generate: {stage}", 0.0) for stage in STAGES.values()} | out
+    return {
+        f"generate: {stage}": out.get(f"generate: {stage}", 0.0) for stage in STAGES.values()
+    } | out
 
 
 def serve(*arguments: str) -> float:
     began = time.perf_counter()
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert process.stdout is not None
         if not any(line.startswith(b"Ready:") for line in process.stdout):
             raise RuntimeError("the server ended")

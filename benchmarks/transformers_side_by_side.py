@@ -1,9 +1,10 @@
-"""Dovetail beside transformers, in one process, in turn: the same models, prompts, dtype (bf16) and threads.
+"""Dovetail beside transformers, in one process, in turn: the same models, prompts, dtype (bf16) and
+threads.
 
     python benchmarks/transformers_side_by_side.py [--models a,b,c] [--rounds 5] [--json FILE]
 
-Prints medians of each side and the median of the ratios of neighbouring rounds; only the ratios mean something on a
-machine that others use too.
+Prints medians of each side and the median of the ratios of neighbouring rounds; only the ratios
+mean something on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def theirs(model: Any, prompts: list[list[int]], num_tokens: int) -> float:
     """The same with `generate`, as one batch."""
     ids = torch.tensor(prompts)
     config = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens, pad_token_id=0, eos_token_id=None
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
     )
     began = time.perf_counter()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -76,7 +81,9 @@ def cases(key: str) -> dict[str, tuple[bool, Callable[[Callable[..., float], Any
 
 def measure(key: str, rounds: int) -> list[dict[str, Any]]:
     folder = folder_of(key)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
     model.generation_config.eos_token_id = None
     rows = []
     with LLM(folder, device="cpu", max_model_len=4096) as llm:
@@ -86,11 +93,14 @@ def measure(key: str, rounds: int) -> list[dict[str, Any]]:
             ratios = [(b / a if less_is_better else a / b) for a, b in pairs]
             rows.append(
                 {
-                    "model": SHAPES[key][1], "case": name, "dovetail": statistics.median(a for a, _ in pairs),
-                    "transformers": statistics.median(b for _, b in pairs), "ratio": statistics.median(ratios),
+                    "model": SHAPES[key][1],
+                    "case": name,
+                    "dovetail": statistics.median(a for a, _ in pairs),
+                    "transformers": statistics.median(b for _, b in pairs),
+                    "ratio": statistics.median(ratios),
                     "ratios": ratios,
                 }
-            )  # fmt: skip
+            )
             Console(stderr=True).print(f"{key} {name}: {rows[-1]['ratio']:.2f} ×")
     return rows
 
@@ -102,16 +112,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [row for key in args.models.split(",") for row in measure(key, args.rounds)]
-    table = Table("model", "case", "Dovetail", "transformers", "times better", box=None, header_style="bold")
+    table = Table(
+        "model", "case", "Dovetail", "transformers", "times better", box=None, header_style="bold"
+    )
     for r in rows:
         figures = (f"{r[k]:.1f}" for k in ("dovetail", "transformers"))
         table.add_row(r["model"], r["case"], *figures, f"{r['ratio']:.2f}")
     Console(width=140).print(table)
     if args.json:
         about = {
-            "date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "machine": platform.machine(),
-            "torch": torch.__version__, "transformers": transformers.__version__, "rounds": args.rounds,
-        }  # fmt: skip
+            "date": time.strftime("%Y-%m-%d"),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rounds": args.rounds,
+        }
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
 
 

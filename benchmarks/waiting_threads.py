@@ -1,16 +1,20 @@
-"""How long threads of a step spin before they sleep: decoding on a quiet machine, and beside one busy process.
+"""How long threads of a step spin before they sleep: decoding on a quiet machine, and beside one
+busy process.
 
-    python benchmarks/waiting_threads.py [--spins passive,1000,…] [--rounds 5] [--seconds 1] [--max-noise 0.1] [--json FILE]
+    python benchmarks/waiting_threads.py [--spins passive,1000,…] [--rounds 5] [--seconds 1]
+        [--max-noise 0.1] [--json FILE]
 
-One engine for each variant of `GOMP_SPINCOUNT` (turns of a loop before a waiting thread of libgomp sleeps; "passive" is
-OMP_WAIT_POLICY=passive, "ours" what Dovetail sets where the user sets nothing; libgomp's own is 300000), each in a process of
-its own, all waiting. They take turns: in each round each decodes alone on the machine and beside `while True: pass`, one
-sequence and eight, for about `--seconds`. Figures are medians over the rounds, in tokens a second, with their ratio to
-libgomp's own and of busy to quiet.
+One engine for each variant of `GOMP_SPINCOUNT` (turns of a loop before a waiting thread of libgomp
+sleeps; "passive" is OMP_WAIT_POLICY=passive, "ours" what Dovetail sets where the user sets nothing;
+libgomp's own is 300000), each in a process of its own, all waiting. They take turns: in each round
+each decodes alone on the machine and beside `while True: pass`, one sequence and eight, for about
+`--seconds`. Figures are medians over the rounds, in tokens a second, with their ratio to libgomp's
+own and of busy to quiet.
 
-Others who use the machine are noise: what they took (in cores, from /proc/stat) is measured with each figure, and one during
-which they took more than `--max-noise` is measured again, up to `--tries` times, after which the quietest counts. Before each
-figure others are waited for, `--patience` seconds in all. The JSON has all of it.
+Others who use the machine are noise: what they took (in cores, from /proc/stat) is measured with
+each figure, and one during which they took more than `--max-noise` is measured again, up to
+`--tries` times, after which the quietest counts. Before each figure others are waited for,
+`--patience` seconds in all. The JSON has all of it.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--spins", default=SPINS)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,18 +66,27 @@ def main() -> None:
     ]
     for engine in engines.values():
         engine.close()
-    print(f"{in_words(machine())}; tokens/s, medians of {args.rounds} rounds (ratio to libgomp's own)")
+    print(
+        f"{in_words(machine())}; tokens/s, medians of {args.rounds} rounds (ratio to libgomp's own)"
+    )
     table = summary(figures, list(engines))
     print(*(" ".join(f"{cell:>18}" for cell in row) for row in table), sep="\n")
     noise = sorted(f.others for f in figures)
-    print(f"others took {statistics.median(noise):.2f} cores in the median and {noise[-1]:.2f} at most")
+    print(
+        f"others took {statistics.median(noise):.2f} cores in the median and {noise[-1]:.2f} at"
+        " most"
+    )
     if args.json:
         about = {
-            "date": time.strftime("%Y-%m-%d"), "machine": machine(), "command": "python " + " ".join(sys.argv),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "command": "python " + " ".join(sys.argv),
             "model": args.model,
-        }  # fmt: skip
+        }
         lines = ",\n  ".join(json.dumps(asdict(f)) for f in figures)  # a line each
-        head = json.dumps({"about": about, "table": table}, indent=1, ensure_ascii=False).removesuffix("\n}")
+        head = json.dumps(
+            {"about": about, "table": table}, indent=1, ensure_ascii=False
+        ).removesuffix("\n}")
         args.json.write_text(f'{head},\n "figures": [\n  {lines}\n ]\n}}\n')
 
 
@@ -101,8 +116,11 @@ class Decoder:
             env["GOMP_SPINCOUNT"] = spins
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--decode", "--model", model, "--seconds", str(seconds)],
-            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._read()
 
     def _read(self) -> dict[str, float]:
@@ -121,7 +139,9 @@ class Decoder:
         self._process.communicate()
 
 
-def measure_quietly(engine: Decoder, num_sequences: int, busy: bool, tries: int, quiet: Quiet, round: int) -> Figure:
+def measure_quietly(
+    engine: Decoder, num_sequences: int, busy: bool, tries: int, quiet: Quiet, round: int
+) -> Figure:
     """The first figure with little noise, or the least noisy one."""
     found: list[Figure] = []
     for _ in range(tries):
@@ -130,8 +150,12 @@ def measure_quietly(engine: Decoder, num_sequences: int, busy: bool, tries: int,
         if found[-1].others <= quiet.max_noise or quiet.patience <= 0:
             break
     best = min(found, key=lambda f: f.others)
-    print(f"{round} {engine.spins:>8} {'busy ' if busy else 'quiet'} {num_sequences}: {best.tokens_per_second:7.0f} tokens/s, "
-          f"{best.own:.2f} cores, others {best.others:.2f}", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{round} {engine.spins:>8} {'busy ' if busy else 'quiet'} {num_sequences}:"
+        f" {best.tokens_per_second:7.0f} tokens/s, {best.own:.2f} cores, others {best.others:.2f}",
+        file=sys.stderr,
+        flush=True,
+    )
     return best
 
 
@@ -171,7 +195,9 @@ class Quiet:
 
 def busy_seconds() -> float:
     """CPU time that all processes have taken since the start of the machine."""
-    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    user, nice, system, _, _, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
+    )
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
@@ -186,15 +212,29 @@ def summary(figures: list[Figure], variants: list[str]) -> list[list[str]]:
     columns = [(busy, n) for n in COUNTS for busy in (False, True)]
 
     def median(spins: str, busy: bool, num_sequences: int) -> float | None:
-        found = [f.tokens_per_second for f in figures if (f.spins, f.busy, f.num_sequences) == (spins, busy, num_sequences)]
+        found = [
+            f.tokens_per_second
+            for f in figures
+            if (f.spins, f.busy, f.num_sequences) == (spins, busy, num_sequences)
+        ]
         return statistics.median(found) if found else None
 
-    rows = [["spins", *(f"{n} {'busy' if busy else 'quiet'}" for busy, n in columns), *(f"{n} quiet ÷ busy" for n in COUNTS)]]
+    rows = [
+        [
+            "spins",
+            *(f"{n} {'busy' if busy else 'quiet'}" for busy, n in columns),
+            *(f"{n} quiet ÷ busy" for n in COUNTS),
+        ]
+    ]
     for spins in variants:
         row = [spins]
         for busy, n in columns:
             value, base = median(spins, busy, n), median(LIBGOMP, busy, n)
-            row.append("" if value is None else f"{value:.0f}" + (f" (× {value / base:.2f})" if base else ""))
+            row.append(
+                ""
+                if value is None
+                else f"{value:.0f}" + (f" (× {value / base:.2f})" if base else "")
+            )
         for n in COUNTS:
             quiet, busy_rate = median(spins, False, n), median(spins, True, n)
             row.append(f"{quiet / busy_rate:.2f}" if quiet and busy_rate else "")
@@ -217,7 +257,12 @@ def decode(model: str, seconds: float) -> None:
                 llm.generate([[5, 6, 7, 8 + i] for i in range(num_sequences)], params)
                 tokens += num_sequences * NUM_TOKENS
             elapsed = time.perf_counter() - began
-            print(json.dumps({"tokens": tokens, "seconds": elapsed, "cpu": time.process_time() - cpu}), flush=True)
+            print(
+                json.dumps(
+                    {"tokens": tokens, "seconds": elapsed, "cpu": time.process_time() - cpu}
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Write the reference pages that the code determines.  Usage: python docs/make.py   (a test holds them to the code)"""
+"""Write the reference pages that the code determines.
+
+Usage: python docs/make.py. A test holds the pages to the code.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,13 @@ from dovetail_testing.scaffold import interface_of
 DOCS = Path(__file__).parent
 EXAMPLES = DOCS.parent / "examples"
 CAPABILITIES: dict[str, type] = {
-    "quantization": QuantizationCapabilities, "architecture": ArchitectureCapabilities, "attention": AttentionCapabilities,
-    "matmul": MatmulCapabilities, "scheduler": SchedulerCapabilities, "speculation": DrafterCapabilities,
-}  # fmt: skip
+    "quantization": QuantizationCapabilities,
+    "architecture": ArchitectureCapabilities,
+    "attention": AttentionCapabilities,
+    "matmul": MatmulCapabilities,
+    "scheduler": SchedulerCapabilities,
+    "speculation": DrafterCapabilities,
+}
 NOTE = "<!-- Written by docs/make.py from the code: do not edit. -->\n"
 
 FORMS = """\
@@ -43,11 +50,12 @@ Every extension point (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `
 `quantization` may be rules, of which the first that matches a layer's name in the checkpoint counts:
 `[{match: "*.mlp.*", use: NAME, …options}, {match: "*.q_proj", use: none}]`. Layers that none matches are as the checkpoint
 has them. One scheme for a whole model of plain weights leaves `lm_head` as it is: only a rule that names that quantizes it.
-"""
+"""  # noqa: E501
 
 
 def hooks() -> str:
-    """docs/hooks.md: every hook, in the order of an engine's life, with its docstring and its contract's version."""
+    """docs/hooks.md: every hook, in the order of an engine's life, with its docstring and its
+    contract's version."""
     out = [NOTE, "# Hooks", inspect.getdoc(hookspecs) or ""]
     source = ast.parse(inspect.getsource(hookspecs))
     by_hook, registry = {s.hook: s for s in EXTENSION_POINTS}, load_registry()
@@ -55,31 +63,57 @@ def hooks() -> str:
         if isinstance(node, ast.FunctionDef):
             extension_point = by_hook.get(node.name)
             out.append(f"## `{node.name}`\n\n{ast.get_docstring(node) or ''}")
-            out += [_facts(registry, extension_point), _fields(extension_point)] if extension_point else []
+            out += (
+                [_facts(registry, extension_point), _fields(extension_point)]
+                if extension_point
+                else []
+            )
     out.append("# Hooks of extension points that plugins open")
-    out.append("They are there while a provider of the plugin that opens them fills the extension point they are within.")
+    out.append(
+        "They are there while a provider of the plugin that opens them fills the extension point"
+        " they are within."
+    )
     for name, plugin in registry.added_by.items():
         extension_point = registry.extension_points[name]
-        out += [f"## `{extension_point.hook}`\n\nOpened by `{plugin.distribution}`.", _facts(registry, extension_point)]
+        out += [
+            f"## `{extension_point.hook}`\n\nOpened by `{plugin.distribution}`.",
+            _facts(registry, extension_point),
+        ]
     return "\n\n".join(part for part in out if part) + "\n"
 
 
 def _facts(registry: Registry, extension_point: ExtensionPoint) -> str:
     """What is known of an extension point, as a table."""
-    examples = sorted(p.parent.name for p in EXAMPLES.glob("*/pyproject.toml") if extension_point.name in _extension_points_of(p))
+    examples = sorted(
+        p.parent.name
+        for p in EXAMPLES.glob("*/pyproject.toml")
+        if extension_point.name in _extension_points_of(p)
+    )
     previous, kit = extension_point.previous, contract_of(extension_point)
     rows = {
         "extension_point": f"`{extension_point.name}`: {extension_point.summary}",
-        "filled by": "any number" if extension_point.many else "one provider, or none" if extension_point.optional else "one provider",
+        "filled by": (
+            "any number"
+            if extension_point.many
+            else "one provider, or none"
+            if extension_point.optional
+            else "one provider"
+        ),
         "within": f"`{extension_point.within}`" if extension_point.within else "",
         "interface": _link(interface_of(registry, extension_point)),
         "contract": extension_point.contract,
-        "the one before": f"{previous.version}, served until {previous.until}: now {previous.changed}" if previous else "none",
+        "the one before": (
+            f"{previous.version}, served until {previous.until}: now {previous.changed}"
+            if previous
+            else "none"
+        ),
         "contract class": f"`{kit.__name__}` of {_link(kit.__module__)}" if kit else "none",
         "to begin with": f"`dovetail new-plugin {extension_point.name} NAME`",
         "examples": ", ".join(f"[{name}](../examples/{name})" for name in examples),
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {text} |" for what, text in rows.items() if text)])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {what} | {text} |" for what, text in rows.items() if text)]
+    )
 
 
 def _link(module: str) -> str:
@@ -90,7 +124,11 @@ def _link(module: str) -> str:
 
 def _extension_points_of(pyproject: Path) -> set[str]:
     """What a package was written for, by its metadata."""
-    return set(tomllib.loads(pyproject.read_text())["project"]["entry-points"].get("dovetail.contracts", {}))
+    return set(
+        tomllib.loads(pyproject.read_text())["project"]["entry-points"].get(
+            "dovetail.contracts", {}
+        )
+    )
 
 
 def _fields(extension_point: ExtensionPoint) -> str:
@@ -98,7 +136,11 @@ def _fields(extension_point: ExtensionPoint) -> str:
     out = []
     if declared := CAPABILITIES.get(extension_point.name):
         said = _docstrings(declared)
-        out += [f"What `{declared.__name__}` says:\n", "| field | type | default | |", "|---|---|---|---|"]
+        out += [
+            f"What `{declared.__name__}` says:\n",
+            "| field | type | default | |",
+            "|---|---|---|---|",
+        ]
         for f in dataclasses.fields(declared):
             kind = str(f.type).replace("|", "\\|")
             default = "–" if f.default is dataclasses.MISSING else f"`{f.default!r}`"
@@ -111,56 +153,98 @@ def _fields(extension_point: ExtensionPoint) -> str:
 
 def _docstrings(kind: type) -> dict[str, str]:
     """By field: the string that stands below it in the source."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    (body,) = (
+        node.body
+        for node in ast.parse(inspect.getsource(kind)).body
+        if isinstance(node, ast.ClassDef)
+    )
     return {
         field.target.id: " ".join(said.value.value.split())
         for field, said in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant) and isinstance(said.value.value, str)
-    }  # fmt: skip
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(said, ast.Expr)
+        and isinstance(said.value, ast.Constant)
+        and isinstance(said.value.value, str)
+    }
 
 
 def config() -> str:
-    """docs/config.md: every key of an engine config, and every option of the providers in this repository."""
-    out = [NOTE, "# Configuration\n", inspect.getdoc(EngineConfig) or "", "", *_table(EngineConfig), ""]
+    """docs/config.md: every key of an engine config, and every option of the providers in this
+    repository."""
+    out = [
+        NOTE,
+        "# Configuration\n",
+        inspect.getdoc(EngineConfig) or "",
+        "",
+        *_table(EngineConfig),
+        "",
+    ]
     out.append(FORMS)
     for offer in _offers():
         if offer.provider.options.model_fields:
-            out.append(f"## `{offer.extension_point}: {offer.provider.name}` ({offer.plugin.distribution})\n")
+            out.append(
+                f"## `{offer.extension_point}: {offer.provider.name}`"
+                f" ({offer.plugin.distribution})\n"
+            )
             out += [f"{offer.provider.summary}.", "", *_table(offer.provider.options), ""]
     return "\n".join(out)
 
 
 def plugins() -> str:
     """docs/plugins.md: who offers what, and what those that are chosen by capabilities declare."""
-    out = [NOTE, "# Plugins in this repository\n", "| extension point | provider | from | priority | what it is |", "|" + "---|" * 5]
+    out = [
+        NOTE,
+        "# Plugins in this repository\n",
+        "| extension point | provider | from | priority | what it is |",
+        "|" + "---|" * 5,
+    ]
     for o in _offers():
         p = o.provider
-        out += [f"| {o.extension_point} | `{p.name}` | {o.plugin.distribution} | {p.priority} | {p.summary} |"]
-    out += _declared("attention", AttentionCapabilities) + _declared("quantization", QuantizationCapabilities)
-    out += _declared("matmul", MatmulCapabilities) + _declared("architecture", ArchitectureCapabilities)
+        out += [
+            f"| {o.extension_point} | `{p.name}` | {o.plugin.distribution} | {p.priority} |"
+            f" {p.summary} |"
+        ]
+    out += _declared("attention", AttentionCapabilities) + _declared(
+        "quantization", QuantizationCapabilities
+    )
+    out += _declared("matmul", MatmulCapabilities) + _declared(
+        "architecture", ArchitectureCapabilities
+    )
     return "\n".join(out) + "\n"
 
 
 def _declared(extension_point: str, capabilities: Any) -> list[str]:
     """A table: what each provider of an extension point declares."""
     offers = [o for o in _offers() if isinstance(o.provider.capabilities, capabilities)]
-    out = [f"\n## What {extension_point} providers declare\n", "| | " + " | ".join(f"`{o.provider.name}`" for o in offers) + " |"]
+    out = [
+        f"\n## What {extension_point} providers declare\n",
+        "| | " + " | ".join(f"`{o.provider.name}`" for o in offers) + " |",
+    ]
     out.append("|---" * (len(offers) + 1) + "|")
     for name, field in capabilities.__dataclass_fields__.items():
         if name == "examples":
             continue
         none = "any" if "tuple" in str(field.type) else "–"
-        out.append(f"| {name} | " + " | ".join(_cell(getattr(o.provider.capabilities, name), none) for o in offers) + " |")
+        out.append(
+            f"| {name} | "
+            + " | ".join(_cell(getattr(o.provider.capabilities, name), none) for o in offers)
+            + " |"
+        )
     return out
 
 
 def _offers() -> list[Offer]:
     """Of the packages in this repository, whatever else is installed."""
-    ours = {f"dovetail-{p.name.replace('_', '-')}" for p in (DOCS.parent / "plugins").iterdir()} | {"dovetail-core"}
+    ours = {f"dovetail-{p.name.replace('_', '-')}" for p in (DOCS.parent / "plugins").iterdir()} | {
+        "dovetail-core"
+    }
     offers = [o for o in load_registry().offers if o.plugin.distribution in ours]
     order = list(load_registry().extension_points)
-    return sorted(offers, key=lambda o: (order.index(o.extension_point), -o.provider.priority, o.provider.name))
+    return sorted(
+        offers,
+        key=lambda o: (order.index(o.extension_point), -o.provider.priority, o.provider.name),
+    )
 
 
 def _cell(value: object, none: str) -> str:
@@ -175,7 +259,11 @@ def _table(model: type[BaseModel]) -> list[str]:
     rows = ["| key | type | default | |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         plain = isinstance(field.annotation, type)
-        kind = (field.annotation.__name__ if plain else str(field.annotation)).replace("typing.", "").replace("|", "\\|")
+        kind = (
+            (field.annotation.__name__ if plain else str(field.annotation))
+            .replace("typing.", "")
+            .replace("|", "\\|")
+        )
         default = "auto" if isinstance(field.default, BaseModel) else field.default
         rows.append(f"| `{name}` | {kind} | {default} | {field.description or ''} |")
     return rows

@@ -1,7 +1,8 @@
-"""A plugin that misbehaves on demand: a provider "chaos" for every extension point, which does what it should until it is told not to.
+"""A plugin that misbehaves on demand: a provider "chaos" for every extension point, which does what
+it should until it is told not to.
 
-Each holds something sound (`inner`) and lets one of its methods go wrong: `Chaotic` says how. Installed by `install` of
-`dovetail_testing.plugin`, as a distribution `dovetail-chaos`.
+Each holds something sound (`inner`) and lets one of its methods go wrong: `Chaotic` says how.
+Installed by `install` of `dovetail_testing.plugin`, as a distribution `dovetail-chaos`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.interfaces.model import ModelSource
 from dovetail.interfaces.quantization import IN, OUT, Parameter, QuantizationCapabilities
 from dovetail.plugin.hookspecs import hookimpl
-from dovetail.plugin.provider import DrafterOptions, KVCacheOptions, Options, Provider, SchedulerOptions
+from dovetail.plugin.provider import (
+    DrafterOptions,
+    KVCacheOptions,
+    Options,
+    Provider,
+    SchedulerOptions,
+)
 
 VICTIM = 17
 """A request whose prompt begins with it is the one that request-scoped parts fail at."""
@@ -28,10 +35,24 @@ Wrong = Callable[[str, Any, tuple[Any, ...]], Any]
 
 
 class Chaotic:
-    """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on if it is slow."""
+    """`inner`, whose method `method` goes wrong at its `at`-th call, or at every one from there on
+    if it is slow."""
 
-    def __init__(self, options: Any, inner: Any, method: str, wrong: Wrong | None = None, *, only_victim: bool = False) -> None:
-        self._fault, self._at, self._inner, self._method = options.fault, options.at, inner, options.method or method
+    def __init__(
+        self,
+        options: Any,
+        inner: Any,
+        method: str,
+        wrong: Wrong | None = None,
+        *,
+        only_victim: bool = False,
+    ) -> None:
+        self._fault, self._at, self._inner, self._method = (
+            options.fault,
+            options.at,
+            inner,
+            options.method or method,
+        )
         self._wrong, self._only_victim, self._calls = wrong, only_victim and not options.method, 0
         self._once = options.once
 
@@ -121,7 +142,9 @@ class Repeats:
 
 def drafter(context: Any, options: Any) -> Any:
     wrong = {"nan": [NAN], "shape": [[1]], "dtype": (1,)}
-    return Chaotic(options, Repeats(), "propose", lambda fault, result, args: wrong[fault], only_victim=True)
+    return Chaotic(
+        options, Repeats(), "propose", lambda fault, result, args: wrong[fault], only_victim=True
+    )
 
 
 def prefix_cache(context: Any, options: Any) -> Any:
@@ -130,14 +153,18 @@ def prefix_cache(context: Any, options: Any) -> Any:
 
     wrong = {"nan": [(NAN,)], "shape": [(1, 2, 3, 4)], "dtype": "abc"}
     index = HashIndex(context.kv_groups[0].block_size, list(context.num_blocks), LeastRecentlyUsed)
-    return Chaotic(options, index, "match", lambda fault, result, args: wrong[fault], only_victim=True)
+    return Chaotic(
+        options, index, "match", lambda fault, result, args: wrong[fault], only_victim=True
+    )
 
 
 def eviction(context: Any, options: Any) -> Any:
     from dovetail_prefix_cache.eviction import LeastRecentlyUsed
 
     wrong = {"nan": NAN, "shape": [1, 2], "dtype": "one"}
-    return lambda n: Chaotic(options, LeastRecentlyUsed(n), "pop", lambda fault, result, args: wrong[fault])
+    return lambda n: Chaotic(
+        options, LeastRecentlyUsed(n), "pop", lambda fault, result, args: wrong[fault]
+    )
 
 
 def routes(context: Any, options: Any) -> Any:
@@ -255,10 +282,19 @@ class ChaoticScheme(PlainScheme):
         def wrong(fault: str, y: Any, args: Any) -> Any:
             if fault == "nan":
                 y[0] = NAN
-            return {"nan": lambda: y, "off": lambda: y * 1.5, "shape": lambda: y[:, 1:], "dtype": y.double}[fault]()
+            return {
+                "nan": lambda: y,
+                "off": lambda: y * 1.5,
+                "shape": lambda: y[:, 1:],
+                "dtype": y.double,
+            }[fault]()
 
         sound = super().linear(layer, tensors)
-        return Chaotic(self._options, sound, "", wrong) if "layers.1.mlp.down_proj" in layer.name else sound
+        return (
+            Chaotic(self._options, sound, "", wrong)
+            if "layers.1.mlp.down_proj" in layer.name
+            else sound
+        )
 
 
 class ChaoticArchitecture:
@@ -271,7 +307,9 @@ class ChaoticArchitecture:
         def wrong(fault: str, hidden: Any, args: Any) -> Any:
             if fault == "nan":
                 hidden[0] = NAN
-            return {"nan": lambda: hidden, "shape": lambda: hidden[1:], "dtype": hidden.double}[fault]()
+            return {"nan": lambda: hidden, "shape": lambda: hidden[1:], "dtype": hidden.double}[
+                fault
+            ]()
 
         def wrong_logits(fault: str, logits: Any, args: Any) -> Any:
             return {"shape": lambda: logits[:, 1:], "dtype": logits.double}[fault]()
@@ -299,7 +337,16 @@ def dovetail_quantization() -> list[Provider[Any]]:
 @hookimpl
 def dovetail_architectures() -> list[Provider[Any]]:
     can = ArchitectureCapabilities(("LlamaForCausalLM",))
-    return [Provider("chaos", "misbehaves", building(lambda c, o: ChaoticArchitecture(o)), Fault, can, priority=-1)]
+    return [
+        Provider(
+            "chaos",
+            "misbehaves",
+            building(lambda c, o: ChaoticArchitecture(o)),
+            Fault,
+            can,
+            priority=-1,
+        )
+    ]
 
 
 @hookimpl

@@ -1,10 +1,13 @@
-"""Runs the tests of what depends on transformers' internals with every version of it that the bridge names as tried.
+"""Runs the tests of what depends on transformers' internals with every version of it that the
+bridge names as tried.
 
-Usage: python tests/compat.py [--others | VERSION …]      # --others: those that are not installed here
+Usage: python tests/compat.py [--others | VERSION …]
 
-Each version is installed, without what it needs, into a folder of `.compat/` that is put in front of the environment's own
-packages; a version whose requirements the environment does not meet is refused. One line per version; the output of a run goes
-to `.compat/transformers-VERSION.log`.
+--others: the versions that are not installed here.
+
+Each version is installed, without what it needs, into a folder of `.compat/` that is put in front
+of the environment's own packages; a version whose requirements the environment does not meet is
+refused. One line per version; the output of a run goes to `.compat/transformers-VERSION.log`.
 """
 
 from __future__ import annotations
@@ -42,9 +45,21 @@ TESTS = (
 
 def install(wanted: str) -> Path:
     """Return the folder that holds this version, which is installed if it is not there."""
-    folder, incomplete = FOLDER / f"transformers-{wanted}", FOLDER / f"transformers-{wanted}.incomplete"
+    folder, incomplete = (
+        FOLDER / f"transformers-{wanted}",
+        FOLDER / f"transformers-{wanted}.incomplete",
+    )
     if not folder.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--upgrade"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--upgrade",
+        ]
         subprocess.run([*pip, "--target", incomplete, f"transformers=={wanted}"], check=True)
         incomplete.rename(folder)
     return folder
@@ -52,8 +67,10 @@ def install(wanted: str) -> Path:
 
 def unmet(folder: Path) -> list[str]:
     """Requirements of the transformers in a folder that the environment does not meet."""
-    (found,) = (d for d in distributions(path=[str(folder)]) if d.metadata["Name"] == "transformers")
-    return [text for text in (found.requires or []) if not _is_met(Requirement(text))]
+    (found,) = (
+        d for d in distributions(path=[str(folder)]) if d.metadata["Name"] == "transformers"
+    )
+    return [text for text in found.requires or [] if not _is_met(Requirement(text))]
 
 
 def _is_met(requirement: Requirement) -> bool:
@@ -72,14 +89,25 @@ def run(wanted: str) -> bool:
         print(f"transformers {wanted}: not run: the environment does not meet {', '.join(missing)}")
         return False
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: wanted, "OMP_WAIT_POLICY": "passive"}
+    environment = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        VARIABLE: wanted,
+        "OMP_WAIT_POLICY": "passive",
+    }
     log = FOLDER / f"transformers-{wanted}.log"
     with log.open("w") as out:
         command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", *TESTS]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=out, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     *_, outcome = log.read_text().strip().splitlines() or ["no output"]
     print(
-        f"transformers {wanted}: {'passed' if done.returncode == 0 else 'FAILED'}: {outcome} ({log.relative_to(ROOT)})",
+        f"transformers {wanted}: {'passed' if done.returncode == 0 else 'FAILED'}: {outcome}"
+        f" ({log.relative_to(ROOT)})",
         flush=True,
     )
     return done.returncode == 0

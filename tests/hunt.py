@@ -1,6 +1,8 @@
-"""Run a campaign of the fault hunt.  Usage: python tests/hunt.py NAME [--count N] [--seed S] [--seconds S]
+"""Run a campaign of the fault hunt. Usage: python tests/hunt.py NAME [--count N] [--seed S]
+[--seconds S]
 
-Without a seed, one is chosen and printed. Trial i has the seed S + i, so that one that fails is run again by its own seed.
+Without a seed, one is chosen and printed. Trial i has the seed S + i, so that one that fails is run
+again by its own seed.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from campaigns.table import CAMPAIGNS
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=CAMPAIGNS)
     parser.add_argument("--count", type=int, help="trials; default: a soak's")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no new trial is begun after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="no new trial is begun after so many"
+    )
     args = parser.parse_args()
     campaign = CAMPAIGNS[args.name]
     print(f"{campaign.name}: {campaign.what}; seed {args.seed}", file=sys.stderr, flush=True)

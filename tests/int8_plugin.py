@@ -1,4 +1,5 @@
-"""A scheme for tests whose layers take part in compiled steps: int8 weights, multiplied as the worker's packed ones."""
+"""A scheme for tests whose layers take part in compiled steps: int8 weights, multiplied as the
+worker's packed ones."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from dovetail.interfaces.quantization import IN, OUT, LinearLayer, Parameter, QuantizationCapabilities
+from dovetail.interfaces.quantization import (
+    IN,
+    OUT,
+    LinearLayer,
+    Parameter,
+    QuantizationCapabilities,
+)
 from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Provider
 
@@ -27,7 +34,11 @@ class Int8:
         from dovetail_worker_torch.packed import PackedLinear
 
         packed = PackedLinear(
-            Kernels.load(self._device), layer.parts, layer.in_features, layer.bias, getattr(torch, layer.dtype)
+            Kernels.load(self._device),
+            layer.parts,
+            layer.in_features,
+            layer.bias,
+            getattr(torch, layer.dtype),
         )
         start, weight = 0, self.dequantize(layer, tensors)
         for part in layer.parts:

@@ -1,4 +1,5 @@
-"""Run every sabotage through its whole contract and write docs/sabotage.md.  Usage: python tests/sabotage_table.py"""
+"""Run every sabotage through its whole contract and write docs/sabotage.md. Usage: python
+tests/sabotage_table.py"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ of them with fresh seeds, and each contract on correct plugins over 50 seeds.
 
 | extension point | sabotage | what is wrong | caught by |
 |---|---|---|---|
-"""
+"""  # noqa: E501
 
 
 def failed_checks(index: int) -> list[str]:
@@ -40,15 +41,26 @@ def main() -> int:
     rows, missed, per_extension_point = [], [], dict[str, int]()
     sabotages = all_sabotages()
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for s, failed in zip(sabotages, pool.map(failed_checks, range(len(sabotages))), strict=True):
+        for s, failed in zip(
+            sabotages, pool.map(failed_checks, range(len(sabotages))), strict=True
+        ):
             if not set(s.caught_by) <= set(failed):
                 missed.append(f"{s.extension_point}: {s.name}")
             others = [c for c in failed if c not in s.caught_by]
-            caught = ", ".join([*(f"**{words(c)}**" for c in s.caught_by if c in failed), *shortened(map(words, others))])
+            caught = ", ".join(
+                [
+                    *(f"**{words(c)}**" for c in s.caught_by if c in failed),
+                    *shortened(map(words, others)),
+                ]
+            )
             rows.append(f"| {s.extension_point} | {s.name} | {s.wrong} | {caught or 'MISSED'} |")
-            per_extension_point[s.extension_point] = per_extension_point.get(s.extension_point, 0) + 1
+            per_extension_point[s.extension_point] = (
+                per_extension_point.get(s.extension_point, 0) + 1
+            )
             print(rows[-1], flush=True)
-    counts = f"{len(rows)} sabotages: " + ", ".join(f"{n} of {extension_point}" for extension_point, n in per_extension_point.items())
+    counts = f"{len(rows)} sabotages: " + ", ".join(
+        f"{n} of {extension_point}" for extension_point, n in per_extension_point.items()
+    )
     counts += f". Caught: {len(rows) - len(missed)}."
     page = Path(__file__).parents[1] / "docs/sabotage.md"
     page.write_text(HEAD.format(seed=SEED, counts=counts) + "\n".join(rows) + "\n")

@@ -29,9 +29,15 @@ HEAVY = ("torch", "jax", "triton", "numpy", "transformers", "safetensors", "fast
 def imported_after(code: str) -> set[str]:
     """Top-level modules in a fresh interpreter after running some code."""
     out = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print('@', *{{m.split('.')[0] for m in sys.modules}})"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys; print('@', *{{m.split('.')[0] for m in sys.modules}})",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return set(out.stdout.splitlines()[-1].split())
 
 
@@ -39,7 +45,9 @@ def test_every_core_module_imports_without_a_tensor_library() -> None:
     modules = [
         ".".join(("dovetail", *p.relative_to(CORE).with_suffix("").parts)).removesuffix(".__init__")
         for p in CORE.rglob("*.py")
-        if all((folder / "__init__.py").exists() for folder in p.parents if folder.is_relative_to(CORE))  # no template's file
+        if all(
+            (folder / "__init__.py").exists() for folder in p.parents if folder.is_relative_to(CORE)
+        )  # no template's file
     ]
     assert {"dovetail.engine.engine", "dovetail.facts", "dovetail.cli.main"} <= set(modules)
     assert imported_after("\n".join(f"import {m}" for m in modules)).isdisjoint(HEAVY)
@@ -48,18 +56,22 @@ def test_every_core_module_imports_without_a_tensor_library() -> None:
 def test_composing_and_listing_import_no_tensor_library() -> None:
     """Not even with every plugin installed: their roots are light."""
     code = (
-        "from dovetail.composition.resolution import resolve; from dovetail.plugin.config import EngineConfig\n"
-        "from dovetail.cli.main import main\n"
-        "resolve(EngineConfig(), server=True); main(['plugins']); main(['explain'])"
+        "from dovetail.composition.resolution import resolve; from dovetail.plugin.config import"
+        " EngineConfig\nfrom dovetail.cli.main import main\nresolve(EngineConfig(), server=True);"
+        " main(['plugins']); main(['explain'])"
     )
     assert imported_after(code).isdisjoint(HEAVY)
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     """Not even for types alone."""
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "root_packages"
+    ]
     graph = grimp.build_graph(*packages, cache_dir=None)
-    sorter = TopologicalSorter({m: graph.find_modules_directly_imported_by(m) - {m} for m in graph.modules})
+    sorter = TopologicalSorter(
+        {m: graph.find_modules_directly_imported_by(m) - {m} for m in graph.modules}
+    )
     sorter.prepare()  # raises CycleError, which names the files
 
 
@@ -68,9 +80,20 @@ def code_lines(path: Path) -> int:
     source = path.read_text()
     skipped: set[int] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             skipped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    ignored = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    )
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in ignored:
@@ -79,15 +102,22 @@ def code_lines(path: Path) -> int:
 
 
 def imports_of(path: Path) -> set[Path]:
-    """Files of the core that a file imports when it runs (not for types alone), interfaces aside."""
+    """Files of the core that a file imports when it runs (not for types alone), interfaces
+    aside."""
     found: set[Path] = set()
     tree = ast.parse(path.read_text())
     typing_only = {
-        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for n in ast.walk(node)
-    }  # fmt: skip
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only and (node.module or "").startswith("dovetail"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and id(node) not in typing_only
+            and (node.module or "").startswith("dovetail")
+        ):
             stem = CORE.joinpath(*(node.module or "").split(".")[1:])
             candidates = [stem.with_suffix(".py"), *(stem / f"{a.name}.py" for a in node.names)]
             found |= {c for c in candidates if c.exists() and "interfaces" not in c.parts}
@@ -95,8 +125,12 @@ def imports_of(path: Path) -> set[Path]:
 
 
 def test_what_the_loop_imports_reads_in_ten_minutes() -> None:
-    """DESIGN, rule 10: engine.py and all it imports inside the core, and the two things it drives."""
-    todo, seen = [CORE / "engine" / name for name in ("engine.py", "scheduler.py", "kv_cache.py")], set[Path]()
+    """DESIGN, rule 10: engine.py and all it imports inside the core, and the two things it
+    drives."""
+    todo, seen = (
+        [CORE / "engine" / name for name in ("engine.py", "scheduler.py", "kv_cache.py")],
+        set[Path](),
+    )
     while todo:
         path = todo.pop()
         if path not in seen:
@@ -108,7 +142,11 @@ def test_what_the_loop_imports_reads_in_ten_minutes() -> None:
 
 
 def test_no_file_outgrows_a_sitting() -> None:
-    files = [p for part in ("core", "kit", "plugins", "tests", "benchmarks") for p in (ROOT / part).rglob("*.py")]
+    files = [
+        p
+        for part in ("core", "kit", "plugins", "tests", "benchmarks")
+        for p in (ROOT / part).rglob("*.py")
+    ]
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in files}
     assert not {name: n for name, n in lengths.items() if n > 420}
 
@@ -122,11 +160,13 @@ def test_every_hook_is_documented_and_is_the_hook_of_one_extension_point() -> No
         assert f"`{name}`" in reference, f"docs/hooks.md does not mention {name}"
 
 
-def test_every_extension_point_is_filled_by_an_installed_plugin_and_every_provider_says_what_it_is() -> None:
+def test_every_extension_point_has_a_provider_and_every_provider_a_summary() -> None:
     registry = load_registry()
     assert not registry.broken
     for extension_point in EXTENSION_POINTS:
-        assert extension_point.optional or registry.of(extension_point.name), f"nobody offers anything for {extension_point.name}"
+        assert extension_point.optional or registry.of(extension_point.name), (
+            f"nobody offers anything for {extension_point.name}"
+        )
     for offer in registry.offers:
         assert len(offer.provider.summary) > 10
         for name, field in offer.provider.options.model_fields.items():
@@ -139,16 +179,22 @@ def test_a_plugins_metadata_matches_its_folder(folder: Path) -> None:
     name, dashed = folder.name, folder.name.replace("_", "-")
     assert data["project"]["name"] == f"dovetail-{dashed}"
     assert data["project"]["entry-points"]["dovetail"] == {dashed: f"dovetail_{name}"}
-    assert data["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [f"src/dovetail_{name}"]
+    assert data["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [
+        f"src/dovetail_{name}"
+    ]
     assert (folder / f"src/dovetail_{name}/__init__.py").exists()
     assert (folder / f"src/dovetail_{name}/py.typed").exists()
     assert (folder / "README.md").exists()
     assert any((folder / "tests").glob("test_*.py"))
     for other in PLUGINS:
-        assert other == folder or f"dovetail-{other.name.replace('_', '-')}" not in str(data["project"]["dependencies"])
+        assert other == folder or f"dovetail-{other.name.replace('_', '-')}" not in str(
+            data["project"]["dependencies"]
+        )
     root = tomllib.loads((ROOT / "pyproject.toml").read_text())
     required = [*root["project"]["dependencies"], *root["project"]["optional-dependencies"]["dev"]]
-    assert f"dovetail-{dashed}" in {r.partition("[")[0] for r in required}, "neither in the default set nor in that of tests"
+    assert f"dovetail-{dashed}" in {r.partition("[")[0] for r in required}, (
+        "neither in the default set nor in that of tests"
+    )
     assert f"dovetail_{name}" in root["tool"]["importlinter"]["root_packages"]
 
 
@@ -168,8 +214,14 @@ def test_the_repository_names_no_machine() -> None:
     pattern = re.compile(r"/(?:root|farm|home/\w+|work)/[a-z.]|files\.pythonhosted|/tmp/\w+/")
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".yaml", "") and path.is_file() and "weights" not in name:
-            if name.startswith(("plugins/demo_model/held_out", "plugins/demo_model/calibration", "LICENSE")):
+        if (
+            path.suffix in (".py", ".md", ".toml", ".txt", ".json", ".yaml", "")
+            and path.is_file()
+            and "weights" not in name
+        ):
+            if name.startswith(
+                ("plugins/demo_model/held_out", "plugins/demo_model/calibration", "LICENSE")
+            ):
                 continue
             found = pattern.search(path.read_text(errors="ignore"))
             assert not found, f"{name}: {found and found.group()}"

@@ -1,9 +1,10 @@
 """Every extension point × every fault: what it costs, who is named, and that nobody else notices.
 
-The table is `EXTENSION_POINTS` × `FAULTS`: a fault in a request-scoped extension point costs its request, one in a step-scoped extension point the
-requests of the step, with a typed error that names `dovetail-chaos:chaos`; all others' outputs are what they are without it.
-What hangs or crashes costs the engine process, which is replaced. `make test` leaves out processes that import torch, and all
-crashes but one; `make soak` takes all.
+The table is `EXTENSION_POINTS` × `FAULTS`: a fault in a request-scoped extension point costs its
+request, one in a step-scoped extension point the requests of the step, with a typed error that
+names `dovetail-chaos:chaos`; all others' outputs are what they are without it. What hangs or
+crashes costs the engine process, which is replaced. `make test` leaves out processes that import
+torch, and all crashes but one; `make soak` takes all.
 """
 
 from __future__ import annotations
@@ -52,14 +53,20 @@ EXTENSION_POINTS = {
     "quantization": ExtensionPoint("step", True),
     "architecture": ExtensionPoint("step", True),
 }
-"""Those of the engine. `model`, `server` and `routes` live in the front-end, and have tests of their own below."""
+"""Those of the engine. `model`, `server` and `routes` live in the front-end, and have tests of
+their own below."""
 FAULTS = ("raise", "nan", "shape", "dtype")
 """In use, and survived by the process."""
 FATAL = ("hang", "crash")
-TORCH_IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) if s.torch else name for name, s in EXTENSION_POINTS.items()]
+TORCH_IN_SOAK = [
+    pytest.param(name, marks=pytest.mark.soak) if s.torch else name
+    for name, s in EXTENSION_POINTS.items()
+]
 """What the parts of torch's worker do here, the simulated worker's show too."""
 PROCESSES = [
-    pytest.param(name, fault, marks=[pytest.mark.soak] * (s.torch or (fault == "crash" and name != "worker")))
+    pytest.param(
+        name, fault, marks=[pytest.mark.soak] * (s.torch or (fault == "crash" and name != "worker"))
+    )
     for name, s in EXTENSION_POINTS.items()
     for fault in FATAL
 ]
@@ -78,22 +85,38 @@ def chaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def values(tmp_path: Path, checkpoint: Callable[[str], Checkpoint]) -> Callable[..., dict[str, Any]]:
+def values(
+    tmp_path: Path, checkpoint: Callable[[str], Checkpoint]
+) -> Callable[..., dict[str, Any]]:
     """The settings of an engine with the chaos plugin in an extension point."""
 
     def of(extension_point: str, fault: str, at: int = 8) -> dict[str, Any]:
         misbehaving: dict[str, Any] = {"use": "chaos", "fault": fault, "at": at}
         if extension_point == "speculation":
-            misbehaving["adaptive"] = False  # or it is asked only as often as the machine makes it worth
-        common: dict[str, Any] = {"device": "cpu", "overlap": False, "dtype": "float32", "prefix_cache": "none"}
+            misbehaving["adaptive"] = (
+                False  # or it is asked only as often as the machine makes it worth
+            )
+        common: dict[str, Any] = {
+            "device": "cpu",
+            "overlap": False,
+            "dtype": "float32",
+            "prefix_cache": "none",
+        }
         common["scheduler"] = {"max_num_seqs": SEATS}
         if EXTENSION_POINTS[extension_point].torch:
             common |= {"model": str(checkpoint("llama-2").folder), "attention": "torch-reference"}
         else:
-            common |= {"model": str(make_model(tmp_path / "model")), **SIMULATED, "kv_cache": {"block_size": 4}}
+            common |= {
+                "model": str(make_model(tmp_path / "model")),
+                **SIMULATED,
+                "kv_cache": {"block_size": 4},
+            }
         if extension_point == "eviction":  # a cache so small that blocks are given up
             common["kv_cache"] |= {"memory_gb": 26 * 4 * 128 / 2**30}
-            return common | {"prefix_cache": {"use": "hash", "eviction": {**misbehaving, "at": 1}}, "max_model_len": 40}
+            return common | {
+                "prefix_cache": {"use": "hash", "eviction": {**misbehaving, "at": 1}},
+                "max_model_len": 40,
+            }
         old = common.get(extension_point)
         return common | {extension_point: {**(old if isinstance(old, dict) else {}), **misbehaving}}
 
@@ -124,7 +147,9 @@ def drive(llm: LLM) -> dict[str, Ended]:
             ends[output.request_id].tokens.extend(output.token_ids)
             if output.error is not None:
                 code, message = output.error
-                ends[output.request_id] = Ended(ends[output.request_id].tokens, ERRORS[code](message))
+                ends[output.request_id] = Ended(
+                    ends[output.request_id].tokens, ERRORS[code](message)
+                )
         if not llm.engine.has_work:
             assert llm.engine.kv.num_used == 0, "blocks are left over"
             return ends
@@ -134,7 +159,9 @@ def drive(llm: LLM) -> dict[str, Ended]:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("extension_point", EXTENSION_POINTS)
 @pytest.mark.usefixtures("chaos")
-def test_a_fault_costs_whom_it_concerns(values: Callable[..., dict[str, Any]], extension_point: str, fault: str) -> None:
+def test_a_fault_costs_whom_it_concerns(
+    values: Callable[..., dict[str, Any]], extension_point: str, fault: str
+) -> None:
     with LLM(**values(extension_point, "none")) as sound:
         expected = drive(sound)
         again = drive(sound)
@@ -143,7 +170,9 @@ def test_a_fault_costs_whom_it_concerns(values: Callable[..., dict[str, Any]], e
     with LLM(**values(extension_point, fault)) as llm:
         first, second = drive(llm), drive(llm)
     failed = {name: end.error for name, end in first.items() if end.error is not None}
-    assert 1 <= len(failed) <= (1 if EXTENSION_POINTS[extension_point].scope == "request" else SEATS)
+    assert (
+        1 <= len(failed) <= (1 if EXTENSION_POINTS[extension_point].scope == "request" else SEATS)
+    )
     for error in failed.values():
         assert isinstance(error, StepFailed | PluginError)
         assert f"{extension_point} ({CULPRIT})" in error.message, error.message
@@ -161,7 +190,9 @@ def test_a_fault_costs_whom_it_concerns(values: Callable[..., dict[str, Any]], e
 @pytest.mark.parametrize("fault", ["build", "build-wrong"])
 @pytest.mark.parametrize("extension_point", EXTENSION_POINTS)
 @pytest.mark.usefixtures("chaos")
-def test_what_cannot_be_built_is_named(values: Callable[..., dict[str, Any]], extension_point: str, fault: str) -> None:
+def test_what_cannot_be_built_is_named(
+    values: Callable[..., dict[str, Any]], extension_point: str, fault: str
+) -> None:
     with pytest.raises(PluginError, match=CULPRIT) as e:
         LLM(**values(extension_point, fault)).close()
     assert extension_point in e.value.message
@@ -169,7 +200,9 @@ def test_what_cannot_be_built_is_named(values: Callable[..., dict[str, Any]], ex
 
 @pytest.mark.parametrize("extension_point", TORCH_IN_SOAK)
 @pytest.mark.usefixtures("chaos")
-def test_what_is_slow_loses_nothing(values: Callable[..., dict[str, Any]], extension_point: str) -> None:
+def test_what_is_slow_loses_nothing(
+    values: Callable[..., dict[str, Any]], extension_point: str
+) -> None:
     with LLM(**values(extension_point, "none")) as llm:
         expected = drive(llm)
     with LLM(**values(extension_point, "slow", at=4)) as llm:
@@ -177,7 +210,9 @@ def test_what_is_slow_loses_nothing(values: Callable[..., dict[str, Any]], exten
 
 
 @pytest.mark.usefixtures("chaos")
-def test_a_scheduler_that_schedules_nothing_does_not_keep_anybody_waiting(values: Callable[..., dict[str, Any]]) -> None:
+def test_a_scheduler_that_schedules_nothing_does_not_keep_anybody_waiting(
+    values: Callable[..., dict[str, Any]],
+) -> None:
     with LLM(**values("scheduler", "starve")) as llm:
         llm.engine.scheduler.patience = 0.1  # type: ignore[attr-defined]
         ends = drive_until_idle(llm)
@@ -200,9 +235,21 @@ def drive_until_idle(llm: LLM) -> dict[str, Ended]:
 
 @pytest.mark.parametrize(("extension_point", "fault"), PROCESSES)
 @pytest.mark.usefixtures("chaos")
-def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str, Any]], extension_point: str, fault: str) -> None:
+def test_what_hangs_or_crashes_costs_the_process(
+    values: Callable[..., dict[str, Any]], extension_point: str, fault: str
+) -> None:
     # Of a part of torch's worker, later than its warm-up.
-    settings = values(extension_point, fault, at=60 if extension_point == "attention" else 8 if EXTENSION_POINTS[extension_point].torch else 3)
+    settings = values(
+        extension_point,
+        fault,
+        at=(
+            60
+            if extension_point == "attention"
+            else 8
+            if EXTENSION_POINTS[extension_point].torch
+            else 3
+        ),
+    )
     model = Path(settings.pop("model"))
     if EXTENSION_POINTS[extension_point].torch:
         model = Path("demo")  # a process of its own needs a tokenizer
@@ -216,7 +263,9 @@ def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str,
             errors = await asyncio.gather(*(outcome(complete(engine, p, params)) for p in prompts))  # type: ignore[arg-type]
             dead = [e for e in errors if isinstance(e, EngineDead)]
             assert dead
-            assert ("signal 6" if fault == "crash" else f"in {extension_point} ({CULPRIT})") in dead[0].message
+            assert (
+                "signal 6" if fault == "crash" else f"in {extension_point} ({CULPRIT})"
+            ) in dead[0].message
             await until(lambda: engine.state == "ready")
             assert engine.num_restarts == 1, "the process was not replaced"
             answer = await complete(engine, "x", SamplingParams(max_tokens=1))
@@ -229,12 +278,18 @@ def test_what_hangs_or_crashes_costs_the_process(values: Callable[..., dict[str,
 
 
 @pytest.mark.usefixtures("chaos")
-def test_a_model_or_server_that_cannot_be_built_is_named(values: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(PluginError, match=f"model: {CULPRIT} could not be built: RuntimeError: chaos"):
+def test_a_model_or_server_that_cannot_be_built_is_named(
+    values: Callable[..., dict[str, Any]],
+) -> None:
+    with pytest.raises(
+        PluginError, match=f"model: {CULPRIT} could not be built: RuntimeError: chaos"
+    ):
         resolve(load_config(model="chaos"))
     settings = {**values("worker", "none"), "server": {"use": "chaos", "fault": "build"}}
     config = load_config(**settings)
-    with pytest.raises(PluginError, match=f"server: {CULPRIT} could not be built: RuntimeError: chaos"):
+    with pytest.raises(
+        PluginError, match=f"server: {CULPRIT} could not be built: RuntimeError: chaos"
+    ):
         build_server(config, resolve(config, server=True))
 
 

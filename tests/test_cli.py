@@ -18,7 +18,12 @@ DOVETAIL = [sys.executable, "-m", "dovetail.cli.main"]
 
 def run(*args: str, input: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*DOVETAIL, *args], capture_output=True, text=True, input=input, timeout=120, env={**os.environ, **env}
+        [*DOVETAIL, *args],
+        capture_output=True,
+        text=True,
+        input=input,
+        timeout=120,
+        env={**os.environ, **env},
     )
 
 
@@ -28,7 +33,9 @@ def test_plugins_lists_every_offer() -> None:
     for name in ("torch-reference", "attention-cpu", "openai", "demo", "fcfs", "paged"):
         assert name in out.stdout
     data = json.loads(run("plugins", "--json").stdout)
-    assert {"core", "worker-torch", "attention-cpu", "server-openai", "demo-model"} <= {p["name"] for p in data}
+    assert {"core", "worker-torch", "attention-cpu", "server-openai", "demo-model"} <= {
+        p["name"] for p in data
+    }
 
 
 def test_explain_says_what_and_why(tmp_path: Path) -> None:
@@ -40,17 +47,30 @@ def test_explain_says_what_and_why(tmp_path: Path) -> None:
     assert re.search(said, out.stdout), out.stdout
     config = tmp_path / "engine.yaml"
     config.write_text("attention: torch-reference\nscheduler: {use: priority, max_num_seqs: 7}\n")
-    plan = json.loads(run("explain", str(config), "--json", "--max-num-batched-tokens", "99").stdout)
+    plan = json.loads(
+        run("explain", str(config), "--json", "--max-num-batched-tokens", "99").stdout
+    )
     assert plan["choices"]["attention.full"]["provider"] == "torch-reference"
-    assert plan["choices"]["scheduler"]["options"] == {"max_num_seqs": 7, "max_num_batched_tokens": 99}
+    assert plan["choices"]["scheduler"]["options"] == {
+        "max_num_seqs": 7,
+        "max_num_batched_tokens": 99,
+    }
     assert len(plan["fingerprint"]) == 16
 
 
 def test_without_a_compiler_auto_takes_the_reference_and_says_so() -> None:
     out = run("explain", PATH=str(Path(sys.executable).parent), CXX="no-such-compiler")
     assert re.search(r"attention\.full +torch-reference", out.stdout), out.stdout + out.stderr
-    assert re.search(r"not attention-cpu .*\n.*\[unusable\] no C\+\+ compiler .*→ install", out.stdout), out.stdout
-    asked = run("explain", "--attention", "attention-cpu", PATH=str(Path(sys.executable).parent), CXX="no-such-compiler")
+    assert re.search(
+        r"not attention-cpu .*\n.*\[unusable\] no C\+\+ compiler .*→ install", out.stdout
+    ), out.stdout
+    asked = run(
+        "explain",
+        "--attention",
+        "attention-cpu",
+        PATH=str(Path(sys.executable).parent),
+        CXX="no-such-compiler",
+    )
     assert asked.returncode == 2
     assert "compiler" in asked.stderr
 
@@ -96,7 +116,9 @@ def test_mistakes_are_one_line_and_say_what_to_do(args: list[str], message: str)
 def test_bench_prints_and_writes_figures(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     args = ["--input-len", "8", "--output-len", "4", "--rounds", "2", "--json", str(path)]
-    out = run("bench", kind, "demo", *args, *(["--num-requests", "3"] if kind == "throughput" else []))
+    out = run(
+        "bench", kind, "demo", *args, *(["--num-requests", "3"] if kind == "throughput" else [])
+    )
     assert out.returncode == 0, out.stderr
     assert "tokens/s" in out.stdout
     assert len(json.loads(path.read_text())["points"][0]["rounds"]) == 2
@@ -105,13 +127,29 @@ def test_bench_prints_and_writes_figures(kind: str, tmp_path: Path) -> None:
 def test_bench_serve_sweeps_a_running_server(tmp_path: Path) -> None:
     path, plots = tmp_path / "out.json", tmp_path / "plots"
     with subprocess.Popen(
-        [*DOVETAIL, "serve", "demo", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*DOVETAIL, "serve", "demo", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as server:
         try:
             assert server.stdout is not None
-            url = next(m.group(1) for line in server.stdout if (m := re.search(r"Ready: (\S+)", line)))
-            sizes = ["--input-len", "8", "--output-len", "4", "--rounds", "2", "--concurrency", "1,2"]
-            out = run("bench", "serve", "--url", url, *sizes, "--json", str(path), "--plot", str(plots))
+            url = next(
+                m.group(1) for line in server.stdout if (m := re.search(r"Ready: (\S+)", line))
+            )
+            sizes = [
+                "--input-len",
+                "8",
+                "--output-len",
+                "4",
+                "--rounds",
+                "2",
+                "--concurrency",
+                "1,2",
+            ]
+            out = run(
+                "bench", "serve", "--url", url, *sizes, "--json", str(path), "--plot", str(plots)
+            )
         finally:
             server.terminate()
     assert out.returncode == 0, out.stderr
@@ -119,12 +157,16 @@ def test_bench_serve_sweeps_a_running_server(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     assert data["model"] == "demo"
     assert re.fullmatch(r"[0-9a-f]{16}", data["plan"]["fingerprint"])
-    assert [(p["concurrency"], p["num_requests"], len(p["rounds"])) for p in data["points"]] == [(1, 4, 2), (2, 8, 2)]
+    assert [(p["concurrency"], p["num_requests"], len(p["rounds"])) for p in data["points"]] == [
+        (1, 4, 2),
+        (2, 8, 2),
+    ]
     assert sorted(p.name for p in plots.iterdir()) == ["serve.html", "serve.png"]
 
 
 def test_a_hub_id_goes_to_the_hub(tmp_path: Path) -> None:
-    """The hub's own cache layout, without a network: a model that is there is used, one that is not is an error."""
+    """The hub's own cache layout, without a network: a model that is there is used, one that is not
+    is an error."""
     import shutil
 
     from dovetail_demo_model import WEIGHTS
@@ -144,4 +186,7 @@ def test_a_hub_id_goes_to_the_hub(tmp_path: Path) -> None:
 
 def test_conform_on_a_device_that_is_not_declared(capsys):
     assert main(["conform", "dovetail-attention-cuda"]) == 1
-    assert "it is for cuda, and the device is cpu: name another with --device" in capsys.readouterr().out
+    assert (
+        "it is for cuda, and the device is cpu: name another with --device"
+        in capsys.readouterr().out
+    )

@@ -1,4 +1,5 @@
-"""The versions of transformers that the bridge names as tried, the ranges of the packages, and the environments agree."""
+"""The versions of transformers that the bridge names as tried, the ranges of the packages, and the
+environments agree."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ OLDEST, *_, NEWEST = map(Version, TESTED_TRANSFORMERS)
 @pytest.mark.parametrize("plugin", ["worker_torch", "quantize"])
 def test_the_range_begins_at_the_oldest_and_ends_before_the_next_major_version(plugin: str) -> None:
     project = tomllib.loads((ROOT / f"plugins/{plugin}/pyproject.toml").read_text())["project"]
-    (requirement,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
+    (requirement,) = (
+        r for r in map(Requirement, project["dependencies"]) if r.name == "transformers"
+    )
     assert str(requirement.specifier) == f"<{NEWEST.major + 1},>={OLDEST.major}.{OLDEST.minor}"
     assert all(version in requirement.specifier for version in TESTED_TRANSFORMERS)
 
@@ -38,7 +41,9 @@ def test_the_version_imported_is_the_one_wanted() -> None:
     assert transformers.__version__ == os.environ.get(compat.VARIABLE, str(NEWEST))
 
 
-def test_every_test_of_compat_exists_and_those_that_reach_into_transformers_are_among_them() -> None:
+def test_every_test_of_compat_exists_and_those_that_reach_into_transformers_are_among_them() -> (
+    None
+):
     assert all((ROOT / path).exists() for path in compat.TESTS)
     for plugin in ("worker_torch", "quantize"):
         for path in (ROOT / f"plugins/{plugin}/tests").glob("test_*.py"):

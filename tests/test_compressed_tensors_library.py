@@ -1,4 +1,5 @@
-"""Whole checkpoints that the compressed-tensors library writes, beside the model that the library unpacks again."""
+"""Whole checkpoints that the compressed-tensors library writes, beside the model that the library
+unpacks again."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from torch import Tensor
 WEIGHTS_ONLY = 1e-4
 ROUNDED_FLOATS = 1e-4
 ROUNDED_INTS = 0.05
-"""The library's scale of an int8 input is its largest value over 127.5; vLLM's, and ours, over 127."""
+"""The library's scale of an int8 input is its largest value over 127.5; vLLM's, and ours, over
+127."""
 
 
 def grouped(weight: Tensor, args: QuantizationArgs) -> Tensor:
@@ -41,7 +43,8 @@ def grouped(weight: Tensor, args: QuantizationArgs) -> Tensor:
 
 
 def write(folder: Path, preset: str) -> Quantized:
-    """Quantize to the nearest and save; the model is unpacked again, and rounds inputs as the library does."""
+    """Quantize to the nearest and save; the model is unpacked again, and rounds inputs as the
+    library does."""
     seed = random.randrange(2**31)
     print(f"weights from seed {seed}")
     torch.manual_seed(seed)
@@ -50,10 +53,14 @@ def write(folder: Path, preset: str) -> Quantized:
         if parameter.dim() > 1:
             parameter.data *= 4
     scheme = preset_name_to_scheme(preset, ["Linear"])
-    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    apply_quantization_config(
+        model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    )
     for layer in (layer for layer in model.modules() if hasattr(layer, "quantization_scheme")):
         values = grouped(layer.weight.data, layer.quantization_scheme.weights)
-        made = calculate_qparams(values.amin(-1), values.amax(-1), layer.quantization_scheme.weights)
+        made = calculate_qparams(
+            values.amin(-1), values.amax(-1), layer.quantization_scheme.weights
+        )
         for name, tensor in zip(("weight_scale", "weight_zero_point"), made, strict=True):
             if hasattr(layer, name):
                 kept = getattr(layer, name)
@@ -71,13 +78,20 @@ def write(folder: Path, preset: str) -> Quantized:
 @pytest.mark.parametrize(
     ("preset", "limit"),
     [
-        ("W4A16", WEIGHTS_ONLY), ("W4A16_ASYM", WEIGHTS_ONLY), ("W8A16", WEIGHTS_ONLY), ("W8A8", ROUNDED_INTS),
-        ("W4A8", ROUNDED_INTS), ("FP8_DYNAMIC", ROUNDED_FLOATS), ("FP8", ROUNDED_FLOATS), ("FP8_BLOCK", 0.15),
+        ("W4A16", WEIGHTS_ONLY),
+        ("W4A16_ASYM", WEIGHTS_ONLY),
+        ("W8A16", WEIGHTS_ONLY),
+        ("W8A8", ROUNDED_INTS),
+        ("W4A8", ROUNDED_INTS),
+        ("FP8_DYNAMIC", ROUNDED_FLOATS),
+        ("FP8", ROUNDED_FLOATS),
+        ("FP8_BLOCK", 0.15),
     ],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_what_the_library_saves(preset: str, limit: float, tmp_path: Path) -> None:
-    """By the median prompt, where inputs are rounded: one in many has an input that falls to another code."""
+    """By the median prompt, where inputs are rounded: one in many has an input that falls to
+    another code."""
     made = write(tmp_path, preset)
     found = errors(made, attention="auto", matmul="auto")
     assert found[len(found) // 2] < limit

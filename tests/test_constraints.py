@@ -1,4 +1,5 @@
-"""constraints.txt pins every distribution that the two commands install, within the ranges that the projects declare."""
+"""constraints.txt pins every distribution that the two commands install, within the ranges that the
+projects declare."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def declared(folder: Path) -> Iterator[Requirement]:
 
 
 def installed_for(*roots: str) -> dict[str, str]:
-    """Versions of all distributions that these requirements lead to in this environment, as their metadata says."""
+    """Versions of all distributions that these requirements lead to in this environment, as their
+    metadata says."""
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     todo = [Requirement(root) for root in roots]
@@ -47,21 +49,29 @@ def installed_for(*roots: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("folder", [*projects(), *sorted((ROOT / "examples").glob("*/"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "folder", [*projects(), *sorted((ROOT / "examples").glob("*/"))], ids=lambda p: p.name
+)
 def test_ranges_allow_what_is_pinned(folder: Path) -> None:
     for requirement in declared(folder):
         name = canonical(requirement.name)
         if name in NOT_INSTALLED:
             assert name not in PINNED
             continue
-        assert name in PINNED, f"{folder.name} requires {requirement}, which is not pinned: run `make lock`"
-        assert PINNED[name] in requirement.specifier, f"{folder.name} requires {requirement}, pinned is {PINNED[name]}"
+        assert name in PINNED, (
+            f"{folder.name} requires {requirement}, which is not pinned: run `make lock`"
+        )
+        assert PINNED[name] in requirement.specifier, (
+            f"{folder.name} requires {requirement}, pinned is {PINNED[name]}"
+        )
 
 
 def test_all_that_the_two_commands_install_is_pinned() -> None:
     """Transitive dependencies too. The other way round, nothing is pinned that nothing needs."""
     found = installed_for("dovetail[dev]", *BUILD)
-    third_party = {name: version for name, version in found.items() if not name.startswith("dovetail")}
+    third_party = {
+        name: version for name, version in found.items() if not name.startswith("dovetail")
+    }
     assert third_party == PINNED, "run `make lock`, or reinstall what constraints.txt pins"
 
 
@@ -77,7 +87,11 @@ def test_chosen_versions_are_pinned_with_their_reason(environment: Environment) 
 def test_every_installation_of_the_makefile_is_constrained() -> None:
     """Or takes no dependencies, and names exact versions."""
     rules = (ROOT / "Makefile").read_text().replace("\\\n", " ").splitlines()
-    installs = [line for line in rules if line.startswith("\t") and re.search(r"\$\(PIP\)|\bpip (install|download)\b", line)]
+    installs = [
+        line
+        for line in rules
+        if line.startswith("\t") and re.search(r"\$\(PIP\)|\bpip (install|download)\b", line)
+    ]
     assert len(installs) > 3
     for line in installs:
         assert re.search(r" -c (constraints\.txt|\$<) | --no-deps ", line), line
@@ -85,9 +99,14 @@ def test_every_installation_of_the_makefile_is_constrained() -> None:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("torch>=2", "is not NAME==VERSION"), ("torch==2.13.0+cpu", "is not NAME==VERSION"), ("-e .", "is not NAME==VERSION"),
-     ("a==1\nA==2", "pinned twice"), ("a @ file:///a.whl", "is not NAME==VERSION")],
-)  # fmt: skip
+    [
+        ("torch>=2", "is not NAME==VERSION"),
+        ("torch==2.13.0+cpu", "is not NAME==VERSION"),
+        ("-e .", "is not NAME==VERSION"),
+        ("a==1\nA==2", "pinned twice"),
+        ("a @ file:///a.whl", "is not NAME==VERSION"),
+    ],
+)
 def test_a_line_that_pins_nothing_exactly_is_refused(line: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").write_text(f"# a comment\n{line}\n")
     with pytest.raises(ValueError, match=said):
@@ -95,8 +114,12 @@ def test_a_line_that_pins_nothing_exactly_is_refused(line: str, said: str, tmp_p
 
 
 def test_packages_for_gpus_have_one_version() -> None:
-    """benchmarks/gpu/flashinfer.txt is installed here, benchmarks/gpu/requirements.txt on the machine with a GPU."""
-    here, there = pins(ROOT / "benchmarks/gpu/flashinfer.txt"), pins(ROOT / "benchmarks/gpu/requirements.txt")
+    """benchmarks/gpu/flashinfer.txt is installed here, benchmarks/gpu/requirements.txt on the
+    machine with a GPU."""
+    here, there = (
+        pins(ROOT / "benchmarks/gpu/flashinfer.txt"),
+        pins(ROOT / "benchmarks/gpu/requirements.txt"),
+    )
     both = here.keys() & there.keys()
     assert "flashinfer-python" in both
     assert {name: here[name] for name in both} == {name: there[name] for name in both}

@@ -1,4 +1,5 @@
-"""The documentation says what the code does: generated pages are current, examples run, links lead somewhere."""
+"""The documentation says what the code does: generated pages are current, examples run, links lead
+somewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ import yaml
 from dovetail.plugin.config import EngineConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p for p in ROOT.rglob("*.md") if not any(n.startswith(".") or n == "node_modules" for n in p.relative_to(ROOT).parts)]
+PAGES = [
+    p
+    for p in ROOT.rglob("*.md")
+    if not any(n.startswith(".") or n == "node_modules" for n in p.relative_to(ROOT).parts)
+]
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -28,7 +33,9 @@ def test_generated_pages_are_current() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name, page in module.PAGES.items():
-        assert (ROOT / "docs" / name).read_text() == page(), f"docs/{name} is out of date: run python docs/make.py"
+        assert (ROOT / "docs" / name).read_text() == page(), (
+            f"docs/{name} is out of date: run python docs/make.py"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -38,16 +45,24 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def python_examples() -> list[tuple[str, str]]:
-    return [(f"{p.relative_to(ROOT)}#{i}", code) for p in PAGES for i, code in enumerate(blocks(p, "python"))]
+    return [
+        (f"{p.relative_to(ROOT)}#{i}", code)
+        for p in PAGES
+        for i, code in enumerate(blocks(p, "python"))
+    ]
 
 
-@pytest.mark.parametrize("code", [c for _, c in python_examples()], ids=[n for n, _ in python_examples()])
+@pytest.mark.parametrize(
+    "code", [c for _, c in python_examples()], ids=[n for n, _ in python_examples()]
+)
 def test_python_examples_run(code: str, tmp_path: Path) -> None:
     """A block whose first line is a comment that begins with `# not run` only has to compile."""
     if code.startswith("# not run"):
         compile(code, "example", "exec")
         return
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     assert out.returncode == 0, out.stderr
 
 

@@ -1,4 +1,5 @@
-"""Model code from outside: found, chosen over the bridge, with packed and quantized layers it knows nothing of."""
+"""Model code from outside: found, chosen over the bridge, with packed and quantized layers it knows
+nothing of."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def gpt2(site: Path, checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+def gpt2(
+    site: Path, checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> Checkpoint:
     monkeypatch.syspath_prepend(site)
     return checkpoint("gpt2 (bridge)")
 
@@ -32,12 +35,15 @@ def gpt2(site: Path, checkpoint: Callable[[str], Checkpoint], monkeypatch: pytes
 def tokens_of(folder: Path, file: Path, **values: Any) -> list[list[int]]:
     with LLM(folder, config=file, dtype="float32", device="cpu", **values) as llm:
         assert llm.plan.choices["architecture"].distribution == "dovetail-architecture-gpt2"
-        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=16, temperature=0, ignore_eos=True))
+        outputs = llm.generate(
+            PROMPTS, SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+        )
         return [o.token_ids for o in outputs]
 
 
 def logprobs_of(folder: Path, file: Path, **values: Any) -> list[float]:
-    """Of the first tokens: the weights show in them, where a random model's tokens may well be the same."""
+    """Of the first tokens: the weights show in them, where a random model's tokens may well be the
+    same."""
     with LLM(folder, config=file, dtype="float32", device="cpu", **values) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=1, temperature=0, logprobs=1))
         return [max(o.logprobs[0].values()) for o in outputs if o.logprobs]
@@ -45,7 +51,9 @@ def logprobs_of(folder: Path, file: Path, **values: Any) -> list[float]:
 
 def assert_same(found: list[list[int]], reference: Checkpoint) -> None:
     expected = [reference.greedy(prompt, 16) for prompt in PROMPTS]
-    assert sum(map(len, expected)) > 16, "nearly every step is too close to call: the test says nothing"
+    assert sum(map(len, expected)) > 16, (
+        "nearly every step is too close to call: the test says nothing"
+    )
     for ours, theirs in zip(found, expected, strict=True):
         assert ours[: len(theirs)] == theirs
 
@@ -73,7 +81,10 @@ def test_an_engine_from_a_file_gives_what_transformers_gives(
     worker: str, backend: str, gpt2: Checkpoint, tmp_path: Path
 ) -> None:
     file = tmp_path / "engine.yaml"
-    file.write_text(f"architecture: gpt2\nworker: {worker}\nattention: {backend}\nscheduler: {{max_num_batched_tokens: 24}}\n")
+    file.write_text(
+        f"architecture: gpt2\nworker: {worker}\nattention: {backend}\nscheduler:"
+        " {max_num_batched_tokens: 24}\n"
+    )
     assert_same(tokens_of(gpt2.folder, file), gpt2)
 
 
@@ -84,12 +95,19 @@ def test_checkpoints_without_the_prefix_are_read(gpt2: Checkpoint, tmp_path: Pat
     old = tmp_path / "old"
     old.mkdir()
     (old / "config.json").write_text((gpt2.folder / "config.json").read_text())
-    tensors = {name.removeprefix("transformer."): t for name, t in load_file(gpt2.folder / "model.safetensors").items()}
-    save_file({**tensors, "h.0.attn.bias": tensors["wpe.weight"].clone()}, old / "model.safetensors")
+    tensors = {
+        name.removeprefix("transformer."): t
+        for name, t in load_file(gpt2.folder / "model.safetensors").items()
+    }
+    save_file(
+        {**tensors, "h.0.attn.bias": tensors["wpe.weight"].clone()}, old / "model.safetensors"
+    )
     assert tokens_of(old, file) == tokens_of(gpt2.folder, file)
 
 
-def test_it_can_be_quantized_by_another_stranger(gpt2: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_quantized_by_another_stranger(
+    gpt2: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wheel = tmp_path / "wheel"
     wheel.mkdir()
     monkeypatch.syspath_prepend(site_of("quant_nf4", wheel))

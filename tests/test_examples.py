@@ -1,4 +1,5 @@
-"""Every package in examples/, installed and used as a third party would: a wheel in a fresh environment, no configuration."""
+"""Every package in examples/, installed and used as a third party would: a wheel in a fresh
+environment, no configuration."""
 
 from __future__ import annotations
 
@@ -16,12 +17,20 @@ from third_party import A_SLICE, Environment
 from dovetail.cli.main import _parser
 from dovetail_testing.plugin import make_model
 
-EXAMPLES = sorted(p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/pyproject.toml"))
+EXAMPLES = sorted(
+    p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/pyproject.toml")
+)
 PRIVATE = (
-    "dovetail.engine", "dovetail.assembly", "dovetail.composition", "dovetail.runtime.engine_process", "dovetail.runtime.wire",
-    "dovetail.plugin.discovery", "dovetail.cli",
-)  # fmt: skip
-"""Modules of the core that are no plugin's business (pyproject.toml holds our own plugins to the same)."""
+    "dovetail.engine",
+    "dovetail.assembly",
+    "dovetail.composition",
+    "dovetail.runtime.engine_process",
+    "dovetail.runtime.wire",
+    "dovetail.plugin.discovery",
+    "dovetail.cli",
+)
+"""Modules of the core that are no plugin's business (pyproject.toml holds our own plugins to the
+same)."""
 
 
 GENERATE = ("generate", "import os", "--max-tokens", "12", "--dtype", "float32", "--device", "cpu")
@@ -48,7 +57,8 @@ class Installed:
 
 @pytest.fixture(scope="module", params=EXAMPLES, ids=lambda p: p.name)
 def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """Its wheel, built and installed by pip into a new environment; where it runs there is a GPT-2, in a folder `gpt2`."""
+    """Its wheel, built and installed by pip into a new environment; where it runs there is a GPT-2,
+    in a folder `gpt2`."""
     environment = Environment.make(tmp_path_factory.mktemp(request.param.name) / "venv")
     environment.install(request.param)
     if request.param.name == "architecture_gpt2":
@@ -61,7 +71,9 @@ def make_gpt2(folder: Path) -> None:
     import transformers
 
     make_model(folder)
-    config = transformers.GPT2Config(vocab_size=261, n_embd=32, n_head=2, n_layer=2, n_positions=128, eos_token_id=1)
+    config = transformers.GPT2Config(
+        vocab_size=261, n_embd=32, n_head=2, n_layer=2, n_positions=128, eos_token_id=1
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
@@ -72,7 +84,9 @@ def text_without(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_it_is_found(example: Installed) -> None:
-    listed, explained = example.environment.dovetails(("plugins", "--json"), ("explain", example.composition))
+    listed, explained = example.environment.dovetails(
+        ("plugins", "--json"), ("explain", example.composition)
+    )
     (plugin,) = [p for p in json.loads(listed) if p["distribution"] == example.distribution]
     assert plugin["broken"] is None
     assert plugin["offers"]
@@ -95,11 +109,14 @@ def test_an_engine_composed_by_a_file_runs_with_it(example: Installed, text_with
 
 
 def test_its_readme_says_what_can_be_done(example: Installed) -> None:
-    """Every command of it exists, with its flags; so do the provider, the modules and the engine config that it names."""
+    """Every command of it exists, with its flags; so do the provider, the modules and the engine
+    config that it names."""
     listed = json.loads(example.environment.dovetail("plugins", "--json"))
     (plugin,) = [p for p in listed if p["distribution"] == example.distribution]
     names = [plugin["name"], *(offer["name"] for offer in plugin["offers"])]
-    (block,) = re.findall(r"^```\n(pip install .*?)^```", (example.source / "README.md").read_text(), re.M | re.S)
+    (block,) = re.findall(
+        r"^```\n(pip install .*?)^```", (example.source / "README.md").read_text(), re.M | re.S
+    )
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert {"pip", "dovetail", "pytest"} <= {command[0] for command in commands}
     assert any("engine.yaml" in argument for command in commands for argument in command)
@@ -125,15 +142,26 @@ def test_it_patches_nothing_and_imports_what_is_public(example: Installed) -> No
                 modules = [module, *(f"{module}.{n}" for n in names)] if module else names
                 ours = [m for m in modules if m.split(".")[0] == "dovetail"]
                 assert not [m for m in ours if m.startswith(PRIVATE)], f"{path.name} imports {ours}"
-                assert not [m for m in ours if any(part.startswith("_") for part in m.split("."))], f"{path.name}: {ours}"
-                imported |= {(a.asname or a.name).split(".")[0] for a in node.names} if ours else set()
+                assert not [
+                    m for m in ours if any(part.startswith("_") for part in m.split("."))
+                ], f"{path.name}: {ours}"
+                imported |= (
+                    {(a.asname or a.name).split(".")[0] for a in node.names} if ours else set()
+                )
             if isinstance(node, ast.Name):
-                assert node.id not in ("setattr", "delattr", "monkeypatch", "mock"), f"{path.name} uses {node.id}"
+                assert node.id not in (
+                    "setattr",
+                    "delattr",
+                    "monkeypatch",
+                    "mock",
+                ), f"{path.name} uses {node.id}"
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
                 owner = node.value
                 while isinstance(owner, ast.Attribute):
                     owner = owner.value
-                assert not (isinstance(owner, ast.Name) and owner.id in imported), f"{path.name} sets {ast.unparse(node)}"
+                assert not (isinstance(owner, ast.Name) and owner.id in imported), (
+                    f"{path.name} sets {ast.unparse(node)}"
+                )
 
 
 def test_there_are_examples() -> None:

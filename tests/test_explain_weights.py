@@ -1,4 +1,5 @@
-"""`dovetail explain` says for each linear layer its scheme, what multiplies by it, and its bytes: before a weight is read."""
+"""`dovetail explain` says for each linear layer its scheme, what multiplies by it, and its bytes:
+before a weight is read."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def test_layers_that_are_alike_have_one_line(capsys: pytest.CaptureFixture[str])
     out = explained(capsys, "--model", str(CHECKPOINTS / "gptq_w4_g128_sym"))
     lines = [line.split() for line in out[out.index("weights of linear layers") :].splitlines()[2:]]
     names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    assert [line[0] for line in lines] == [*(f"model.layers.{{0..1}}.{name}" for name in names), "lm_head"]
+    assert [line[0] for line in lines] == [
+        *(f"model.layers.{{0..1}}.{name}" for name in names),
+        "lm_head",
+    ]
     assert re.search(r"512 × 256 +gptq +uint4, groups of 128, zeros +matmul: ", out)
     assert "the checkpoint leaves it out" in out
     assert "weights of linear layers" not in explained(capsys)
@@ -48,10 +52,17 @@ def test_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     matmul = data["choices"]["matmul"]["provider"]
     first, *_, head = data["weights"]
     assert len(data["weights"]) == 2 * 4 + 1
-    assert {key: first[key] for key in ("name", "in_features", "out_features", "key", "scheme", "gemm_backend")} == {
-        "name": "model.layers.0.self_attn.qkv_proj", "in_features": 256, "out_features": 512, "key": "quantization",
-        "scheme": "compressed-tensors", "gemm_backend": f"matmul: {matmul}",
-    }  # fmt: skip
+    assert {
+        key: first[key]
+        for key in ("name", "in_features", "out_features", "key", "scheme", "gemm_backend")
+    } == {
+        "name": "model.layers.0.self_attn.qkv_proj",
+        "in_features": 256,
+        "out_features": 512,
+        "key": "quantization",
+        "scheme": "compressed-tensors",
+        "gemm_backend": f"matmul: {matmul}",
+    }
     assert (head["name"], head["scheme"], head["form"]) == ("lm_head", "none", "bfloat16")
     assert head["remark"] == "the checkpoint leaves it out (ignore)"
 
@@ -83,21 +94,37 @@ def test_a_server_says_it_with_its_plan() -> None:
             await engine.close()
 
     said = asyncio.run(ask(str(CHECKPOINTS / "awq_w4_g128_gemm")))
-    assert [(group["names"], group["count"], group["one"]["scheme"]) for group in said["weights"]][-2:] == [
-        ("model.layers.{0..1}.mlp.down_proj", 2, "awq"), ("lm_head", 1, "none"),
-    ]  # fmt: skip
+    assert [(group["names"], group["count"], group["one"]["scheme"]) for group in said["weights"]][
+        -2:
+    ] == [
+        ("model.layers.{0..1}.mlp.down_proj", 2, "awq"),
+        ("lm_head", 1, "none"),
+    ]
     assert said["attested"]["quantization"]["invoked"]
     assert "weights" not in asyncio.run(ask("demo"))
 
 
 def test_bytes_by_hand() -> None:
     """Of the reference: codes, and a scale and a zero point for each group."""
-    said = weights_of(resolve(load_config(model=str(CHECKPOINTS / "gptq_w4_g128_sym"), device="cpu", matmul="torch")))
-    assert {layer.name: layer.nbytes for layer in said}["model.layers.1.mlp.down_proj"] == 256 * 512 // 2 + 256 * 4 * (4 + 1)
+    said = weights_of(
+        resolve(
+            load_config(model=str(CHECKPOINTS / "gptq_w4_g128_sym"), device="cpu", matmul="torch")
+        )
+    )
+    assert {layer.name: layer.nbytes for layer in said}[
+        "model.layers.1.mlp.down_proj"
+    ] == 256 * 512 // 2 + 256 * 4 * (4 + 1)
 
 
 def test_a_checkpoint_that_does_not_fit_is_an_error_before_it_is_read(tmp_path: Path) -> None:
-    made = quantize(tmp_path, GPTQ, [("lm_head", None), ("*.o_proj", None), ("*", lambda weight: make_gptq(GPTQ, weight))])
+    made = quantize(
+        tmp_path,
+        GPTQ,
+        [("lm_head", None), ("*.o_proj", None), ("*", lambda weight: make_gptq(GPTQ, weight))],
+    )
     assert len(made.tensors) > SIZES["num_hidden_layers"]
-    with pytest.raises(CheckpointError, match=r"self_attn\.o_proj is stored as a plain weight, and quantization_config"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"self_attn\.o_proj is stored as a plain weight, and quantization_config",
+    ):
         weights_of(resolve(load_config(model=str(tmp_path), device="cpu")))

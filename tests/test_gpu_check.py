@@ -1,5 +1,5 @@
-"""The scripts for machines with a GPU run: on a CPU, with tiny sizes, in Triton's interpreter. And what runs their sections
-outlasts sections that hang, crash or print without end."""
+"""The scripts for machines with a GPU run: on a CPU, with tiny sizes, in Triton's interpreter. And
+what runs their sections outlasts sections that hang, crash or print without end."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ harness = Harness(pathlib.Path({out!r}), "run", {seconds!r}, dict(os.environ), {
 failed = harness.run(groups)
 harness.print_summary([s.name for g in groups for s in g])
 sys.exit(len(failed))
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture
@@ -122,7 +122,10 @@ def found(tmp_path):
 
 
 def rows_of(section):
-    return {row["what"]: row.get("error") or row.get("text") or row.get("value") for row in section["rows"]}
+    return {
+        row["what"]: row.get("error") or row.get("text") or row.get("value")
+        for row in section["rows"]
+    }
 
 
 def test_a_section_that_ends_well(run):
@@ -137,10 +140,15 @@ def test_a_section_that_ends_well(run):
 
 def test_one_failure_does_not_hide_the_others(run, tmp_path):
     """Each kind of failure, and its rows; then a section that ends well."""
-    sections, printed = run([("raises", 20)], [("ends_in_half_a_row", 20)], [("leaves_a_process", 20)], [("good", 20)])
+    sections, printed = run(
+        [("raises", 20)], [("ends_in_half_a_row", 20)], [("leaves_a_process", 20)], [("good", 20)]
+    )
     assert {name: one["state"] for name, one in sections.items()} == {
-        "raises": "failed", "ends_in_half_a_row": "failed", "leaves_a_process": "ended", "good": "ended",
-    }  # fmt: skip
+        "raises": "failed",
+        "ends_in_half_a_row": "failed",
+        "leaves_a_process": "ended",
+        "good": "ended",
+    }
     assert rows_of(sections["raises"]) == {"before": 1, "raises": "ValueError: what went wrong"}
     assert rows_of(sections["ends_in_half_a_row"]) == {"before": 1}
     assert "SIGKILL" in sections["ends_in_half_a_row"]["detail"]
@@ -152,7 +160,8 @@ def test_one_failure_does_not_hide_the_others(run, tmp_path):
 
 
 def test_a_section_that_hangs(run, tmp_path):
-    """It is stopped at its limit, after it has printed where it is; the time that sections leave goes to the next."""
+    """It is stopped at its limit, after it has printed where it is; the time that sections leave
+    goes to the next."""
     sections, _ = run([("hangs", 5)], [("good", 20)], seconds=30)
     assert sections["hangs"]["state"] == "timed out"
     assert rows_of(sections["hangs"]) == {"before": 1}
@@ -182,7 +191,8 @@ def test_a_section_that_prints_without_end(run, tmp_path):
 
 
 def test_attempts(run, tmp_path):
-    """One that raises is a row. So is one that ends the process, or hangs; a new process tries the others."""
+    """One that raises is a row. So is one that ends the process, or hangs; a new process tries the
+    others."""
     sections, _ = run([("attempts", 40)])
     found = rows_of(sections["attempts"])
     assert list(found) == ["first", "raises", "crashes", "hangs", "last"]
@@ -210,22 +220,28 @@ def test_sections_of_a_group_run_at_the_same_time(run):
 def test_an_interrupted_run_leaves_its_summary(start, tmp_path, number):
     process = start([[("good", 20)], [("hangs", 50)], [("raises", 20)]], 100)
     until = time.monotonic() + 30
-    while '"section": "hangs"' not in (rows.read_text() if (rows := tmp_path / "out/rows.jsonl").exists() else ""):
+    while '"section": "hangs"' not in (
+        rows.read_text() if (rows := tmp_path / "out/rows.jsonl").exists() else ""
+    ):
         assert time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(number)
     process.communicate(timeout=20)
     sections = found(tmp_path)
     assert {name: one["state"] for name, one in sections.items()} == {
-        "good": "ended", "hangs": "interrupted", "raises": "skipped"
-    }  # fmt: skip
+        "good": "ended",
+        "hangs": "interrupted",
+        "raises": "skipped",
+    }
     assert rows_of(sections["hangs"]) == {"before": 1}
 
 
 def test_a_run_that_is_killed_leaves_what_ended_before(start, tmp_path):
     process = start([[("good", 20)], [("hangs", 50)]], 100)
     until = time.monotonic() + 30
-    while '"section": "hangs"' not in (rows.read_text() if (rows := tmp_path / "out/rows.jsonl").exists() else ""):
+    while '"section": "hangs"' not in (
+        rows.read_text() if (rows := tmp_path / "out/rows.jsonl").exists() else ""
+    ):
         assert time.monotonic() < until
         time.sleep(0.05)
     process.kill()
@@ -247,7 +263,10 @@ def dry_run(script, out, *arguments):
     assert summary["about"]["is_dry"]
     for name, section in summary["sections"].items():
         errors = [row for row in section["rows"] if "error" in row]
-        assert (section["state"], errors) == ("ended", []), f"{name}: {section['detail']}\n{done.stdout[-3000:]}"
+        assert (section["state"], errors) == (
+            "ended",
+            [],
+        ), f"{name}: {section['detail']}\n{done.stdout[-3000:]}"
         assert section["rows"], name
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len([*out.iterdir()]) <= MOST_FILES
@@ -257,17 +276,33 @@ def dry_run(script, out, *arguments):
 def test_first(tmp_path):
     sections, _ = dry_run("first.py", tmp_path)
     assert [*sections] == [
-        "facts", "smoke-attention", "smoke-linear", "smoke-decoder", "tiny", "model", "attention", "linear", "contracts",
-    ]  # fmt: skip
+        "facts",
+        "smoke-attention",
+        "smoke-linear",
+        "smoke-decoder",
+        "tiny",
+        "model",
+        "attention",
+        "linear",
+        "contracts",
+    ]
 
 
 def test_parts_can_be_resumed(tmp_path):
     dry_run("check.py", tmp_path, "facts")
-    (tmp_path / "check.json").write_text((tmp_path / "check.json").read_text().replace('"facts"', '"throughput"'))
+    (tmp_path / "check.json").write_text(
+        (tmp_path / "check.json").read_text().replace('"facts"', '"throughput"')
+    )
     sections, _ = dry_run("check.py", tmp_path, "facts")
     assert {*sections} == {"facts", "throughput"}
     command = [sys.executable, str(GPU / "check.py"), "--dry", "--seconds", "30"]
-    done = subprocess.run(command, env={**os.environ, "OUT": str(tmp_path)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "have a result: facts, throughput" in done.stdout
     assert "left for another run: conformance, attention, linear, model" in done.stdout
     assert done.returncode == 0
@@ -294,7 +329,10 @@ def test_pins_are_those_of_the_constraints(carried):
     import pack
 
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    constraints = {name.lower().replace("_", "-"): version for name, _, version in (line.partition("==") for line in lines)}
+    constraints = {
+        name.lower().replace("_", "-"): version
+        for name, _, version in (line.partition("==") for line in lines)
+    }
     assert pack.pins()
     for name, version in pack.pins().items():
         assert constraints.get(name, version) == version, name
@@ -308,11 +346,26 @@ def test_the_limits_of_the_first_run_fit(carried):
 
 def test_what_the_machine_has_is_not_replaced(carried):
     has = {"tabulate": "1.0", "msgspec": "0.22", "pydantic-core": "3.0", "dovetail-core": "9"}
-    wheels = {"tabulate": "0.9", "msgspec": "0.23.0", "pydantic": "2.14", "pydantic-core": "2.50", "dovetail-core": "0.1"}
-    assert carried.present(wheels, has.get) == ["tabulate"], "pydantic and its core go together, and ours always go along"
-    assert carried.present(wheels, {**has, "pydantic": "3.0"}.get) == ["tabulate", "pydantic", "pydantic-core"]
+    wheels = {
+        "tabulate": "0.9",
+        "msgspec": "0.23.0",
+        "pydantic": "2.14",
+        "pydantic-core": "2.50",
+        "dovetail-core": "0.1",
+    }
+    assert carried.present(wheels, has.get) == ["tabulate"], (
+        "pydantic and its core go together, and ours always go along"
+    )
+    assert carried.present(wheels, {**has, "pydantic": "3.0"}.get) == [
+        "tabulate",
+        "pydantic",
+        "pydantic-core",
+    ]
     assert carried.numbers("2.14.4.post1+cu130") == (2, 14, 4)
-    assert carried.name_and_version(Path("pydantic_core-2.50.5-cp312-cp312-manylinux.whl")) == ("pydantic-core", "2.50.5")
+    assert carried.name_and_version(Path("pydantic_core-2.50.5-cp312-cp312-manylinux.whl")) == (
+        "pydantic-core",
+        "2.50.5",
+    )
 
 
 def test_wheels_that_are_missing_are_named(carried):

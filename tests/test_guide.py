@@ -1,7 +1,8 @@
-"""docs/writing-a-plugin.md, carried out: every command and every change, in order, in a fresh environment without network.
+"""docs/writing-a-plugin.md, carried out: every command and every change, in order, in a fresh
+environment without network.
 
-A `console` block has commands after `$ ` and what they print; `…` stands for anything in a line, or, alone, for any lines. A
-`diff` block names its file in its first line.
+A `console` block has commands after `$ ` and what they print; `…` stands for anything in a line,
+or, alone, for any lines. A `diff` block names its file in its first line.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def matches(expected: list[str], lines: list[str]) -> bool:
     """Whether lines are as expected; runs of blanks count as one."""
 
     def pattern(line: str) -> str:
-        parts = [r"\s+".join(map(re.escape, part.split(" "))) for part in re.sub(" +", " ", line).split("…")]
+        parts = [
+            r"\s+".join(map(re.escape, part.split(" ")))
+            for part in re.sub(" +", " ", line).split("…")
+        ]
         return ".*".join(parts).replace(r"\s+.*\s+", r"\s+(?:.*\s+)?") + r"\s*\n"
 
     whole = "".join(r"(?:.*\n)*?" if line == "…" else pattern(line) for line in expected)
@@ -67,14 +71,21 @@ class Shell:
         """Exit status, and the lines printed: errors too, if it failed."""
         settings = {"cwd": self.folder, "env": self.environment.variables}
         if command.endswith(" &"):
-            self.background.append(subprocess.Popen(["bash", "-c", f"exec {command[:-2]}"], **settings))  # type: ignore[call-overload]
+            self.background.append(
+                subprocess.Popen(["bash", "-c", f"exec {command[:-2]}"], **settings)
+            )  # type: ignore[call-overload]
             return 0, []
         if command == "kill %1":
             server = self.background.pop()
             server.send_signal(signal.SIGTERM)
             return server.wait(timeout=60), []
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=250, **settings)  # type: ignore[call-overload]
-        return done.returncode, (done.stdout + (done.stderr if done.returncode else "")).splitlines()
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=250, **settings
+        )  # type: ignore[call-overload]
+        return (
+            done.returncode,
+            (done.stdout + (done.stderr if done.returncode else "")).splitlines(),
+        )
 
 
 def test_the_guide_is_carried_out(tmp_path: Path) -> None:
@@ -94,8 +105,12 @@ def test_the_guide_is_carried_out(tmp_path: Path) -> None:
                 if expected and (told := re.fullmatch(r"\(exit status (\d+)\)", expected[-1])):
                     wanted, expected = int(told.group(1)), expected[:-1]
                 shown = "\n".join(lines)
-                assert status == wanted, f"$ {command}\n{shown}\nexit status {status}, and {wanted} in the guide"
-                assert matches(expected, lines), f"$ {command}\n{shown}\nand in the guide:\n" + "\n".join(expected)
+                assert status == wanted, (
+                    f"$ {command}\n{shown}\nexit status {status}, and {wanted} in the guide"
+                )
+                assert matches(expected, lines), (
+                    f"$ {command}\n{shown}\nand in the guide:\n" + "\n".join(expected)
+                )
     finally:
         for process in shell.background:
             process.kill()

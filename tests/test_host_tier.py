@@ -14,10 +14,17 @@ from dovetail.types import SamplingParams
 
 # Room for two of the prompts below on the device, and for all in host memory.
 TIGHT: dict[str, Any] = {
-    "model": "demo", "device": "cpu", "dtype": "float32", "max_model_len": 256,
-    "kv_cache": {"use": "paged", "block_size": 16}, "scheduler": {"use": "fcfs", "max_num_seqs": 2},
-}  # fmt: skip
-TEXT = "import os\nimport sys\n\n\ndef main(argv):\n    for name in argv:\n        print(name, len(name))\n    return 0\n\n\n"
+    "model": "demo",
+    "device": "cpu",
+    "dtype": "float32",
+    "max_model_len": 256,
+    "kv_cache": {"use": "paged", "block_size": 16},
+    "scheduler": {"use": "fcfs", "max_num_seqs": 2},
+}
+TEXT = (
+    "import os\nimport sys\n\n\ndef main(argv):\n    for name in argv:\n        print(name,"
+    " len(name))\n    return 0\n\n\n"
+)
 
 
 def prompts(llm: LLM) -> list[list[int]]:
@@ -48,7 +55,11 @@ def test_the_same_tokens_from_either_tier(attention: str, overlap: bool) -> None
             assert {o.num_cached_tokens for o in answers} == {112 if i else 0}
         stats = llm.engine.snapshot()
         assert stats.num_prefix_evicted_blocks["to_host"] > 0
-        assert stats.num_prefix_evicted_blocks["device_full"] == stats.num_prefix_evicted_blocks["host_full"] == 0
+        assert (
+            stats.num_prefix_evicted_blocks["device_full"]
+            == stats.num_prefix_evicted_blocks["host_full"]
+            == 0
+        )
         assert stats.num_prefix_blocks["host"] > 0
         llm.reset_prefix_cache()
         assert llm.engine.snapshot().num_prefix_blocks == {"device": 0, "host": 0}
@@ -59,7 +70,9 @@ def test_the_same_tokens_from_either_tier(attention: str, overlap: bool) -> None
 
 def test_more_host_memory_than_there_is_is_refused() -> None:
     cache = {"use": "hash", "host_memory_gb": 1e6}
-    with pytest.raises(ConfigError, match=r"host_memory_gb: 1e[+]06 GiB is more than this machine has"):
+    with pytest.raises(
+        ConfigError, match=r"host_memory_gb: 1e[+]06 GiB is more than this machine has"
+    ):
         resolve(load_config(**TIGHT, prefix_cache=cache))
 
 
@@ -76,6 +89,11 @@ def test_host_memory_for_less_than_a_block_is_refused() -> None:
 
 def test_a_cache_larger_than_memory_is_refused() -> None:
     huge = {"use": "paged", "memory_gb": 1e6}
-    settings = {**TIGHT, "max_model_len": 2048, "kv_cache": huge, "scheduler": {"use": "fcfs", "max_num_seqs": 10_000_000}}
+    settings = {
+        **TIGHT,
+        "max_model_len": 2048,
+        "kv_cache": huge,
+        "scheduler": {"use": "fcfs", "max_num_seqs": 10_000_000},
+    }
     with pytest.raises(OutOfMemory, match=r"the KV cache of [0-9]+ blocks could not be allocated"):
         LLM(**settings, prefix_cache="hash")

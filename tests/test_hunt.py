@@ -1,4 +1,5 @@
-"""The campaigns of the fault hunt: a fixed slice of each in `make test`, fresh seeds and all of them in `make soak`."""
+"""The campaigns of the fault hunt: a fixed slice of each in `make test`, fresh seeds and all of
+them in `make soak`."""
 
 from __future__ import annotations
 

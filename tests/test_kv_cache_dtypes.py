@@ -1,4 +1,5 @@
-"""KV caches of one byte in engines: near to the plain one, half as large, with scales from the checkpoint or from the model."""
+"""KV caches of one byte in engines: near to the plain one, half as large, with scales from the
+checkpoint or from the model."""
 
 from __future__ import annotations
 
@@ -16,12 +17,20 @@ NUM_LOGPROBS = 10
 PROMPT = [5, 80, 33, 7, 100, 4, 61, 9, 150, 12, 13, 40] * 3
 
 
-def logprobs(folder: Path | str, prompt: Any = PROMPT, max_len: int = 128, **values: Any) -> list[dict[int, float]]:
+def logprobs(
+    folder: Path | str, prompt: Any = PROMPT, max_len: int = 128, **values: Any
+) -> list[dict[int, float]]:
     """At each position, chunk by chunk, so that the cache is read."""
     scheduler = {"max_num_batched_tokens": 7}
-    with LLM(folder, dtype="float32", device="cpu", scheduler=scheduler, max_model_len=max_len, **values) as llm:
+    with LLM(
+        folder, dtype="float32", device="cpu", scheduler=scheduler, max_model_len=max_len, **values
+    ) as llm:
         params = SamplingParams(
-            max_tokens=4, temperature=0, prompt_logprobs=NUM_LOGPROBS, logprobs=NUM_LOGPROBS, ignore_eos=True
+            max_tokens=4,
+            temperature=0,
+            prompt_logprobs=NUM_LOGPROBS,
+            logprobs=NUM_LOGPROBS,
+            ignore_eos=True,
         )
         (out,) = llm.generate([prompt], params)
         assert out.prompt_logprobs
@@ -32,12 +41,17 @@ def logprobs(folder: Path | str, prompt: Any = PROMPT, max_len: int = 128, **val
 def distance(ours: list[dict[int, float]], theirs: list[dict[int, float]]) -> float:
     """Mean, over positions, of the largest difference."""
     assert len(ours) == len(theirs)
-    return sum(max(abs(a[t] - b[t]) for t in a.keys() & b.keys()) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+    return sum(
+        max(abs(a[t] - b[t]) for t in a.keys() & b.keys())
+        for a, b in zip(ours, theirs, strict=True)
+    ) / len(ours)
 
 
 @pytest.mark.parametrize("attention", ["attention-cpu", "torch-reference"])
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])
-def test_one_byte_is_near_the_plain_cache(dtype: str, attention: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_one_byte_is_near_the_plain_cache(
+    dtype: str, attention: str, checkpoint: Callable[[str], Checkpoint]
+) -> None:
     folder = checkpoint("llama-3.1").folder
     plain = logprobs(folder, attention=attention)
     found = distance(logprobs(folder, attention=attention, kv_cache={"dtype": dtype}), plain)
@@ -48,7 +62,8 @@ def test_one_byte_is_near_the_plain_cache(dtype: str, attention: str, checkpoint
 def test_both_attentions_hold_the_same(dtype: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     folder = checkpoint("qwen2").folder  # biases, windows
     ours, theirs = (
-        logprobs(folder, attention=name, kv_cache={"dtype": dtype}) for name in ("attention-cpu", "torch-reference")
+        logprobs(folder, attention=name, kv_cache={"dtype": dtype})
+        for name in ("attention-cpu", "torch-reference")
     )
     assert distance(ours, theirs) < 0.05
 
@@ -85,13 +100,20 @@ def test_models_of_the_bridge(name: str, checkpoint: Callable[[str], Checkpoint]
 
 @pytest.mark.parametrize("attention", ["attention-cpu", "torch-reference"])
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])
-def test_blocks_go_to_host_memory_and_back(dtype: str, attention: str, checkpoint: Callable[[str], Checkpoint]) -> None:
-    """Prompts that do not fit together, asked again: what is cached in host memory gives the tokens that it gave at first."""
+def test_blocks_go_to_host_memory_and_back(
+    dtype: str, attention: str, checkpoint: Callable[[str], Checkpoint]
+) -> None:
+    """Prompts that do not fit together, asked again: what is cached in host memory gives the tokens
+    that it gave at first."""
     prompts = [[(7 * i + j) % 200 + 3 for j in range(96)] for i in range(6)]
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     settings: dict[str, Any] = {
-        "dtype": "float32", "device": "cpu", "max_model_len": 128, "attention": attention, "scheduler": {"max_num_seqs": 1},
-    }  # fmt: skip
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 128,
+        "attention": attention,
+        "scheduler": {"max_num_seqs": 1},
+    }
     folder = checkpoint("llama-3.1").folder
     with LLM(folder, **settings, kv_cache={"dtype": dtype, "block_size": 16}) as llm:
         memory = 10 * llm.engine.kv.groups[0].bytes_per_block / 2**30

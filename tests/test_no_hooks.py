@@ -26,6 +26,8 @@ def test_no_hook_is_called_in_the_loop(overlap: bool, monkeypatch: pytest.Monkey
     with LLM("demo", dtype="float32", overlap=overlap, scheduler={"max_num_seqs": 3}) as llm:
         called.clear()
         prompts = [f"request number {i}, the first words of which are alike" for i in range(8)]
-        llm.generate(prompts, [SamplingParams(max_tokens=6 + i, temperature=i % 2, seed=i) for i in range(8)])
+        llm.generate(
+            prompts, [SamplingParams(max_tokens=6 + i, temperature=i % 2, seed=i) for i in range(8)]
+        )
         assert llm.engine.snapshot().num_steps > 10
     assert called == []

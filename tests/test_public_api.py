@@ -1,4 +1,4 @@
-"""Nobody's plugin is broken by accident: what a plugin may use is compared with the baseline, and breaks are announced."""
+"""The public API is compared with its baseline: a break must be announced."""
 
 from __future__ import annotations
 
@@ -13,22 +13,37 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 
 def test_every_break_of_the_baseline_is_announced() -> None:
     found = unannounced(BASELINE, SOURCES, CHANGELOG)
-    assert not found, "announce these in CHANGELOG.md under '### Breaking', or undo them:\n" + "\n".join(found)
+    assert not found, (
+        "announce these in CHANGELOG.md under '### Breaking', or undo them:\n" + "\n".join(found)
+    )
 
 
 def copied(folder: Path) -> dict[str, Path]:
     ignored = shutil.ignore_patterns("__pycache__")
-    return {name: shutil.copytree(source, folder / name, ignore=ignored) for name, source in SOURCES.items()}
+    return {
+        name: shutil.copytree(source, folder / name, ignore=ignored)
+        for name, source in SOURCES.items()
+    }
 
 
-PLAN = "    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Any:"
+PLAN = "    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Any:"  # noqa: E501
 
 
 @pytest.mark.parametrize(
     ("file", "before", "after", "path"),
     [
-        ("interfaces/attention.py", "block_size: int) -> Any:", "size: int) -> Any:", "AttentionBackend.plan"),
-        ("interfaces/attention.py", PLAN, PLAN.replace("int)", "int, stream: int)"), "AttentionBackend.plan"),
+        (
+            "interfaces/attention.py",
+            "block_size: int) -> Any:",
+            "size: int) -> Any:",
+            "AttentionBackend.plan",
+        ),
+        (
+            "interfaces/attention.py",
+            PLAN,
+            PLAN.replace("int)", "int, stream: int)"),
+            "AttentionBackend.plan",
+        ),
         ("interfaces/attention.py", "class KVCacheSpec", "class CacheSpec", "KVCacheSpec"),
         ("plugin/provider.py", "    summary: str\n", "", "Provider.summary"),
         ("types.py", "    num_preemptions: int = 0\n", "", "EngineStats.num_preemptions"),
@@ -53,7 +68,10 @@ def test_what_is_added_breaks_nobody(tmp_path: Path) -> None:
     before = unannounced(BASELINE, sources, CHANGELOG)
     path = source / "interfaces/attention.py"
     more = PLAN.replace("int)", "int, hint: int = 0)")
-    path.write_text(path.read_text().replace(PLAN, f"    def also(self) -> None: ...\n\n{more}") + "\n\nNEW = 1\n")
+    path.write_text(
+        path.read_text().replace(PLAN, f"    def also(self) -> None: ...\n\n{more}")
+        + "\n\nNEW = 1\n"
+    )
     assert unannounced(BASELINE, sources, CHANGELOG) == before
 
 

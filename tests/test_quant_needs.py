@@ -1,4 +1,5 @@
-"""What a quantized model asks of the matmul extension point: what its own checkpoint and options need, and no more."""
+"""What a quantized model asks of the matmul extension point: what its own checkpoint and options
+need, and no more."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ def registry_with(codes: tuple[Any, ...], inputs: tuple[Any, ...]) -> Registry:
     """With a matmul provider that multiplies by some codes only."""
     registry = load_registry()
     matmul: Provider[object] = Provider(
-        NAME, "for tests", lambda context, options: None, Options, MatmulCapabilities(codes=codes, inputs=inputs)
+        NAME,
+        "for tests",
+        lambda context, options: None,
+        Options,
+        MatmulCapabilities(codes=codes, inputs=inputs),
     )
     offers = [*registry.offers, Offer("matmul", matmul, registry.of("matmul")[0].plugin)]
     return replace(registry, offers=offers)
@@ -32,7 +37,9 @@ def registry_with(codes: tuple[Any, ...], inputs: tuple[Any, ...]) -> Registry:
 def refusal(codes: tuple[str, ...], inputs: tuple[str, ...], **values: Any) -> str | None:
     """Why it cannot multiply for a model; None if it can."""
     try:
-        plan = resolve(load_config(device="cpu", matmul=NAME, **values), registry_with(codes, inputs))
+        plan = resolve(
+            load_config(device="cpu", matmul=NAME, **values), registry_with(codes, inputs)
+        )
     except PluginError as e:
         return e.message
     assert plan.choices["matmul"].provider == NAME
@@ -44,7 +51,11 @@ INT8, UINT4, FLOAT8 = ("int8",), ("uint4",), ("float8_e4m3fn",)
 
 @pytest.mark.parametrize(
     ("checkpoint", "codes", "inputs"),
-    [("ct_int8_w8a8_rtn", INT8, INT8), ("ct_fp8_dynamic", FLOAT8, FLOAT8), ("gptq_w4_g128_sym", UINT4, ())],
+    [
+        ("ct_int8_w8a8_rtn", INT8, INT8),
+        ("ct_fp8_dynamic", FLOAT8, FLOAT8),
+        ("gptq_w4_g128_sym", UINT4, ()),
+    ],
 )
 def test_a_checkpoint_needs_what_its_layers_are_stored_in(
     checkpoint: str, codes: tuple[str, ...], inputs: tuple[str, ...]
@@ -52,7 +63,9 @@ def test_a_checkpoint_needs_what_its_layers_are_stored_in(
     model = str(CHECKPOINTS / checkpoint)
     assert refusal(codes, inputs, model=model) is None
     others = tuple({*INT8, *UINT4, *FLOAT8} - {*codes})
-    assert f"weights of {codes[0]} are not supported" in (refusal(others, inputs, model=model) or "")
+    assert f"weights of {codes[0]} are not supported" in (
+        refusal(others, inputs, model=model) or ""
+    )
     if inputs:
         assert f"inputs of {inputs[0]} are not supported" in (refusal(codes, (), model=model) or "")
 
@@ -72,7 +85,11 @@ def test_needs_that_fail_name_the_provider() -> None:
         raise ZeroDivisionError("oops")
 
     offers = [
-        replace(o, provider=replace(o.provider, needs=broken)) if o.provider.name == "int8" else o for o in registry.offers
+        replace(o, provider=replace(o.provider, needs=broken)) if o.provider.name == "int8" else o
+        for o in registry.offers
     ]
     with pytest.raises(PluginError, match=r"int8: its needs raised ZeroDivisionError: oops"):
-        resolve(load_config(model="demo", device="cpu", quantization="int8"), replace(registry, offers=offers))
+        resolve(
+            load_config(model="demo", device="cpu", quantization="int8"),
+            replace(registry, offers=offers),
+        )

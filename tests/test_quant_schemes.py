@@ -1,4 +1,5 @@
-"""fp8, int8 and bitsandbytes in engines: on the fly, from checkpoints, by rules; against plain models of the same weights."""
+"""fp8, int8 and bitsandbytes in engines: on the fly, from checkpoints, by rules; against plain
+models of the same weights."""
 
 from __future__ import annotations
 
@@ -23,14 +24,18 @@ NUM_LOGPROBS = 20
 
 @pytest.fixture
 def llama(checkpoint: Callable[[str], Checkpoint]) -> Checkpoint:
-    """Its layers have 128, 64 and 96 outputs: of blocks of 128, fused ones have parts that are none."""
+    """Its layers have 128, 64 and 96 outputs: of blocks of 128, fused ones have parts that are
+    none."""
     return checkpoint("llama-3.1")
 
 
 def assert_logprobs(folder: Path, model: Any, limit: float, **values: Any) -> None:
-    """The engine's log-probabilities of the most probable tokens, at each position, are within `limit` of the model's."""
+    """The engine's log-probabilities of the most probable tokens, at each position, are within
+    `limit` of the model's."""
     with LLM(folder, dtype="float32", device="cpu", **values) as llm:
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=NUM_LOGPROBS, logprobs=NUM_LOGPROBS)
+        params = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=NUM_LOGPROBS, logprobs=NUM_LOGPROBS
+        )
         (out,) = llm.generate([PROMPT], params)
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
@@ -41,7 +46,9 @@ def assert_logprobs(folder: Path, model: Any, limit: float, **values: Any) -> No
     worst = 0.0
     for position, row in zip(found, expected, strict=True):
         assert len(position) >= NUM_LOGPROBS
-        worst = max(worst, *(abs(logprob - float(row[token])) for token, logprob in position.items()))
+        worst = max(
+            worst, *(abs(logprob - float(row[token])) for token, logprob in position.items())
+        )
     assert worst <= limit, f"off by {worst:.3g}"
 
 
@@ -92,14 +99,25 @@ ON_THE_FLY: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
 
 
 @pytest.mark.parametrize("matmul", ["auto", "torch"])
-@pytest.mark.parametrize(("scheme", "weight"), ON_THE_FLY, ids=[str(list(s.values())) for s, _ in ON_THE_FLY])
-def test_on_the_fly_is_the_plain_model_of_those_weights(scheme: Any, weight: Any, matmul: str, llama: Checkpoint) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "weight"), ON_THE_FLY, ids=[str(list(s.values())) for s, _ in ON_THE_FLY]
+)
+def test_on_the_fly_is_the_plain_model_of_those_weights(
+    scheme: Any, weight: Any, matmul: str, llama: Checkpoint
+) -> None:
     limit = 5e-3 if scheme["use"] == "bitsandbytes" else 2e-4  # its inputs have 15 bits
-    assert_logprobs(llama.folder, changed(llama, lambda name: weight), limit, quantization=scheme, matmul=matmul)
+    assert_logprobs(
+        llama.folder, changed(llama, lambda name: weight), limit, quantization=scheme, matmul=matmul
+    )
 
 
-@pytest.mark.parametrize(("scheme", "weight", "limit"), [("int8", int8, 0.2), ("fp8", fp8, 0.8), ("bitsandbytes", int8, 0.2)])
-def test_rounded_inputs_are_near_the_plain_model(scheme: str, weight: Any, limit: float, llama: Checkpoint) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "weight", "limit"),
+    [("int8", int8, 0.2), ("fp8", fp8, 0.8), ("bitsandbytes", int8, 0.2)],
+)
+def test_rounded_inputs_are_near_the_plain_model(
+    scheme: str, weight: Any, limit: float, llama: Checkpoint
+) -> None:
     assert_logprobs(llama.folder, changed(llama, lambda name: weight), limit, quantization=scheme)
 
 
@@ -116,7 +134,9 @@ def test_rules_mix_schemes(llama: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("execution", ["plain", "compiled"])
-def test_a_tied_output_projection_is_quantized_where_a_rule_names_it(execution: str, llama: Checkpoint, tmp_path: Path) -> None:
+def test_a_tied_output_projection_is_quantized_where_a_rule_names_it(
+    execution: str, llama: Checkpoint, tmp_path: Path
+) -> None:
     """The embedding, whose weight it shares, stays as it is."""
     tied = Checkpoint(shutil.copytree(llama.folder, tmp_path / "tied"), None)
     tensors = load_file(llama.folder / "model.safetensors")
@@ -126,25 +146,48 @@ def test_a_tied_output_projection_is_quantized_where_a_rule_names_it(execution: 
     (tied.folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
     model = changed(tied, lambda name: int8)
     model.lm_head.weight = torch.nn.Parameter(int8(model.get_input_embeddings().weight.data))
-    rules = [{"match": "lm_head", "use": "int8", "activations": "none"}, {"match": "*", "use": "int8", "activations": "none"}]
-    assert_logprobs(tied.folder, model, 2e-4, quantization=rules, worker={"use": "torch", "execution": execution})
+    rules = [
+        {"match": "lm_head", "use": "int8", "activations": "none"},
+        {"match": "*", "use": "int8", "activations": "none"},
+    ]
+    assert_logprobs(
+        tied.folder,
+        model,
+        2e-4,
+        quantization=rules,
+        worker={"use": "torch", "execution": execution},
+    )
 
 
-def stored(source: Checkpoint, folder: Path, config: dict[str, Any], pack: Callable[[Tensor], dict[str, Tensor]]) -> Path:
+def stored(
+    source: Checkpoint,
+    folder: Path,
+    config: dict[str, Any],
+    pack: Callable[[Tensor], dict[str, Tensor]],
+) -> Path:
     """A checkpoint of a method: `pack` gives a weight's tensors."""
     shutil.copytree(source.folder, folder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in load_file(source.folder / "model.safetensors").items():
         layer, _, kind = name.rpartition(".")
         is_plain = kind != "weight" or tensor.dim() != 2 or "embed" in name or layer == "lm_head"
-        tensors |= {name: tensor} if is_plain else {f"{layer}.{n}": t.contiguous() for n, t in pack(tensor).items()}
+        tensors |= (
+            {name: tensor}
+            if is_plain
+            else {f"{layer}.{n}": t.contiguous() for n, t in pack(tensor).items()}
+        )
     save_file(tensors, folder / "model.safetensors")
     settings = json.loads((source.folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
     return folder
 
 
-BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+BLOCKS = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
 
 
 def pack_blocks(weight: Tensor) -> dict[str, Tensor]:
@@ -165,7 +208,9 @@ def test_a_checkpoint_of_blocks(llama: Checkpoint, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_blocks_says_how_it_is_read(llama: Checkpoint, tmp_path: Path) -> None:
     folder = stored(llama, tmp_path / "fp8", BLOCKS, pack_blocks)
-    with pytest.raises(ConfigError, match=r"'channel' is asked for, and the checkpoint has a scale for each block"):
+    with pytest.raises(
+        ConfigError, match=r"'channel' is asked for, and the checkpoint has a scale for each block"
+    ):
         LLM(folder, device="cpu", quantization={"use": "fp8", "granularity": "channel"})
     with pytest.raises(PluginError, match=r"int8.*the checkpoint is quantized with fp8"):
         LLM(folder, device="cpu", quantization="int8")
@@ -173,10 +218,18 @@ def test_a_checkpoint_of_blocks_says_how_it_is_read(llama: Checkpoint, tmp_path:
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize(
-    "config", [{"weight_block_size": None}, {"ignored_layers": ["lm_head"]}], ids=["transformers", "AutoFP8"]
+    "config",
+    [{"weight_block_size": None}, {"ignored_layers": ["lm_head"]}],
+    ids=["transformers", "AutoFP8"],
 )
-def test_checkpoints_of_one_scale(config: Any, shape: tuple[int, ...], llama: Checkpoint, tmp_path: Path) -> None:
-    names = ("weight_scale_inv", "activation_scale") if "weight_block_size" in config else ("weight_scale", "input_scale")
+def test_checkpoints_of_one_scale(
+    config: Any, shape: tuple[int, ...], llama: Checkpoint, tmp_path: Path
+) -> None:
+    names = (
+        ("weight_scale_inv", "activation_scale")
+        if "weight_block_size" in config
+        else ("weight_scale", "input_scale")
+    )
 
     def pack(weight: Tensor) -> dict[str, Tensor]:
         scale = weight.abs().max() / 448
@@ -198,8 +251,15 @@ def test_scales_of_the_kv_cache(attention: str, llama: Checkpoint, tmp_path: Pat
         config = {**BLOCKS, "kv_cache_scheme": "static"}
         folder = stored(llama, tmp_path / f"{scale}", config, pack_blocks)
         tensors = load_file(folder / "model.safetensors")
-        layers = [name.removesuffix(".weight") for name in tensors if name.endswith(("k_proj.weight", "v_proj.weight"))]
-        save_file(tensors | {f"{n}.output_scale": torch.tensor(scale) for n in layers}, folder / "model.safetensors")
+        layers = [
+            name.removesuffix(".weight")
+            for name in tensors
+            if name.endswith(("k_proj.weight", "v_proj.weight"))
+        ]
+        save_file(
+            tensors | {f"{n}.output_scale": torch.tensor(scale) for n in layers},
+            folder / "model.safetensors",
+        )
         return folder
 
     model = changed(llama, lambda name: by_block)
@@ -211,7 +271,12 @@ def test_scales_of_the_kv_cache(attention: str, llama: Checkpoint, tmp_path: Pat
         assert_logprobs(too_small, model, 0.8, attention=attention, kv_cache={"dtype": "fp8"})
 
 
-BNB = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 0.001}
+BNB = {
+    "quant_method": "bitsandbytes",
+    "load_in_8bit": True,
+    "load_in_4bit": False,
+    "llm_int8_threshold": 0.001,
+}
 
 
 def pack_bitsandbytes(weight: Tensor) -> dict[str, Tensor]:
@@ -229,15 +294,31 @@ def test_a_checkpoint_of_bitsandbytes(llama: Checkpoint, tmp_path: Path) -> None
 
 def test_checkpoints_that_are_refused(llama: Checkpoint, tmp_path: Path) -> None:
     nibbles = BNB | {"load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    with pytest.raises(PluginError, match=r"4-bit weights \(nf4\), and 8-bit ones of bitsandbytes are read"):
+    with pytest.raises(
+        PluginError, match=r"4-bit weights \(nf4\), and 8-bit ones of bitsandbytes are read"
+    ):
         LLM(stored(llama, tmp_path / "4bit", nibbles, pack_bitsandbytes), device="cpu")
-    tiles = stored(llama, tmp_path / "tiles", BNB, lambda w: pack_bitsandbytes(w) | {"weight_format": torch.tensor(1).byte()})
+    tiles = stored(
+        llama,
+        tmp_path / "tiles",
+        BNB,
+        lambda w: pack_bitsandbytes(w) | {"weight_format": torch.tensor(1).byte()},
+    )
     with pytest.raises(CheckpointError, match="stored in tiles for a GPU"):
         LLM(tiles, device="cpu")
-    negative = stored(llama, tmp_path / "negative", BNB, lambda w: pack_bitsandbytes(w) | {"SCB": -w.abs().amax(1)})
-    with pytest.raises(CheckpointError, match=r"_proj\.SCB holds -.* scales are negative, infinite or NaN"):
+    negative = stored(
+        llama,
+        tmp_path / "negative",
+        BNB,
+        lambda w: pack_bitsandbytes(w) | {"SCB": -w.abs().amax(1)},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"_proj\.SCB holds -.* scales are negative, infinite or NaN"
+    ):
         LLM(negative, device="cpu")
-    missing = stored(llama, tmp_path / "missing", BLOCKS, lambda w: {"weight": pack_blocks(w)["weight"]})
+    missing = stored(
+        llama, tmp_path / "missing", BLOCKS, lambda w: {"weight": pack_blocks(w)["weight"]}
+    )
     with pytest.raises(CheckpointError, match=r"lacks .*weight_scale_inv"):
         LLM(missing, device="cpu")
     e5m2 = stored(llama, tmp_path / "e5m2", BLOCKS | {"fmt": "e5m2"}, pack_blocks)

@@ -1,4 +1,5 @@
-"""A quantized model takes the memory that its format promises from the checkpoint's headers: measured in processes."""
+"""A quantized model takes the memory that its format promises from the checkpoint's headers:
+measured in processes."""
 
 from __future__ import annotations
 
@@ -31,31 +32,58 @@ def gptq(outs: int, ins: int) -> dict[str, Tensor]:
 
 def checkpoint(folder: Path, sizes: dict[str, int], is_gptq: bool) -> Path:
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS, "head_dim": HEAD_SIZE, "vocab_size": VOCAB, "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "eos_token_id": 2, **sizes,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_SIZE,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+        **sizes,
+    }
     hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], HEADS * HEAD_SIZE
-    shapes = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (heads, hidden))
+    shapes = dict.fromkeys(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (heads, hidden)
+    )
     shapes |= {"self_attn.o_proj": (hidden, heads), "mlp.down_proj": (hidden, inner)}
     shapes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (inner, hidden))
-    tensors = {"model.embed_tokens.weight": torch.full((VOCAB, hidden), 0.01), "model.norm.weight": torch.ones(hidden)}
+    tensors = {
+        "model.embed_tokens.weight": torch.full((VOCAB, hidden), 0.01),
+        "model.norm.weight": torch.ones(hidden),
+    }
     for i in range(sizes["num_hidden_layers"]):
         at = f"model.layers.{i}"
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}.{name}.weight"] = torch.ones(hidden)
         for name, (outs, ins) in shapes.items():
-            stored = gptq(outs, ins) if is_gptq else {"weight": torch.full((outs, ins), 0.01, dtype=torch.bfloat16)}
+            stored = (
+                gptq(outs, ins)
+                if is_gptq
+                else {"weight": torch.full((outs, ins), 0.01, dtype=torch.bfloat16)}
+            )
             tensors |= {f"{at}.{name}.{key}": tensor for key, tensor in stored.items()}
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": GPTQ} if is_gptq else {})))
-    save_file({n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": GPTQ} if is_gptq else {}))
+    )
+    save_file(
+        {n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "gptq"])
 def test_it_takes_what_the_format_promises(scheme: str, tmp_path: Path) -> None:
-    tiny, one, more = (checkpoint(tmp_path / str(i), sizes, scheme == "gptq") for i, sizes in enumerate((TINY, ONE, MORE)))
+    tiny, one, more = (
+        checkpoint(tmp_path / str(i), sizes, scheme == "gptq")
+        for i, sizes in enumerate((TINY, ONE, MORE))
+    )
     less, all_of_it = in_a_process(tiny, one, scheme), in_a_process(tiny, more, scheme)
     promised = all_of_it["promised"] - less["promised"]
     assert promised > 50e6

@@ -1,4 +1,5 @@
-"""Layers of a scheme that declares `compiled_steps`, in compiled steps; and how the plan's fingerprint holds the rules."""
+"""Layers of a scheme that declares `compiled_steps`, in compiled steps; and how the plan's
+fingerprint holds the rules."""
 
 from __future__ import annotations
 
@@ -24,8 +25,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, execution: str, **values: Any) -> tuple[list[list[int]], Any]:
     worker = {"use": "torch", "execution": execution}
-    with LLM(folder, dtype="float32", device="cpu", attention="attention-cpu", worker=worker, **values) as llm:
-        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=16, temperature=0, ignore_eos=True))
+    with LLM(
+        folder, dtype="float32", device="cpu", attention="attention-cpu", worker=worker, **values
+    ) as llm:
+        outputs = llm.generate(
+            PROMPTS, SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+        )
         return [o.token_ids for o in outputs], llm.plan
 
 
@@ -44,7 +49,9 @@ def test_compiled_steps_with_layers_of_a_scheme(
             layer.weight.data = Int8.dequantize(Int8, None, tensors)
     reference = Checkpoint(tmp_path, model)
     expected = [reference.greedy(prompt, 16) for prompt in PROMPTS]
-    assert sum(map(len, expected)) > 16, "nearly every step is too close to call: the test says nothing"
+    assert sum(map(len, expected)) > 16, (
+        "nearly every step is too close to call: the test says nothing"
+    )
     compiled, plan = run(made.folder, "auto", quantization="kit8")
     if plan.choices["worker"].options["linear"] != "packed":
         pytest.skip("the kernels do not run here")
@@ -56,7 +63,9 @@ def test_compiled_steps_with_layers_of_a_scheme(
             assert ours[: len(theirs)] == theirs
 
 
-def test_rules_are_part_of_the_fingerprint(installed: None, checkpoint: Callable[[str], Checkpoint]) -> None:
+def test_rules_are_part_of_the_fingerprint(
+    installed: None, checkpoint: Callable[[str], Checkpoint]
+) -> None:
     folder = checkpoint("llama-3.1").folder
     _, plain = run(folder, "plain")
     _, whole = run(folder, "plain", quantization="kit8")

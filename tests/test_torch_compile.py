@@ -1,4 +1,5 @@
-"""torch.compile changes no token (numerical sameness, float32): chunks, mixed batches, several engines in a process."""
+"""torch.compile changes no token (numerical sameness, float32): chunks, mixed batches, several
+engines in a process."""
 
 from __future__ import annotations
 
@@ -23,10 +24,18 @@ def test_output_is_the_same_when_compiled(
     prompts = [[rng.randrange(3, 203) for _ in range(length)] for length in (1, 33, 2, 16, 60, 7)]
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
     expected = [made.greedy(prompt, 16) for prompt in prompts]
-    assert sum(map(len, expected)) > 16, "nearly every step is too close to call: the test says nothing"
+    assert sum(map(len, expected)) > 16, (
+        "nearly every step is too close to call: the test says nothing"
+    )
     with (
         caplog.at_level(logging.WARNING),
-        LLM(made.folder, dtype="float32", device="cpu", worker=COMPILE, scheduler={"max_num_batched_tokens": 40}) as a,
+        LLM(
+            made.folder,
+            dtype="float32",
+            device="cpu",
+            worker=COMPILE,
+            scheduler={"max_num_batched_tokens": 40},
+        ) as a,
         LLM(made.folder, dtype="float32", device="cpu", worker=COMPILE, overlap=True) as b,
     ):
         together = [a.generate(prompts, params), b.generate(prompts, params)]

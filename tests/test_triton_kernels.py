@@ -1,7 +1,8 @@
-"""Every Triton kernel compiles for the GPUs it is for, within their shared memory, and spills no registers.
+"""Every Triton kernel compiles for the GPUs it is for, within their shared memory, and spills no
+registers.
 
-`make test` compiles one case of each kernel for sm_90, and compares it with a committed table; the soak compiles all cases for
-all architectures and versions of Triton, and writes the table.
+`make test` compiles one case of each kernel for sm_90, and compares it with a committed table; the
+soak compiles all cases for all architectures and versions of Triton, and writes the table.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def test_every_kernel_has_cases():
 
 def test_the_table_is_of_this_source():
     """Rows of other sources than these say nothing."""
-    assert stale(CASES, read_table(TABLE)) == [], f"rows of {TABLE.name} are missing or of older source: run `{COMMAND}`"
+    assert stale(CASES, read_table(TABLE)) == [], (
+        f"rows of {TABLE.name} are missing or of older source: run `{COMMAND}`"
+    )
 
 
 def test_the_table_keeps_the_limits():
@@ -68,7 +71,9 @@ def test_the_table_keeps_the_limits():
 
 def test_one_case_of_each_kernel():
     """Compiled here and now, it is what the table says."""
-    assert INSTALLED in VERSIONS, f"the table has no rows of Triton {INSTALLED}: add it to VERSIONS, and run `{COMMAND}`"
+    assert INSTALLED in VERSIONS, (
+        f"the table has no rows of Triton {INSTALLED}: add it to VERSIONS, and run `{COMMAND}`"
+    )
     rows = {key_of(row): row for row in read_table(TABLE)}
     firsts = list({case.kernel: case for case in reversed(CASES)}.values())
     for row in compile_kernels(firsts, [90]):
@@ -127,7 +132,8 @@ def hash_of(tmp_path, monkeypatch):
 
 
 def test_kernels_are_found_in_the_source(tmp_path):
-    """Those that are launched, and those that no kernel uses, which a launch in some other form may reach."""
+    """Those that are launched, and those that no kernel uses, which a launch in some other form may
+    reach."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package/kernels.py").write_text(KERNELS.replace("    helper[(1,)](x)\n", ""))
     assert entry_kernels(tmp_path) == ["package.kernels:launched", "package.kernels:nobody_uses"]
@@ -136,13 +142,20 @@ def test_kernels_are_found_in_the_source(tmp_path):
 
 
 COMPILED = {
-    "a helper": ("x + SIZE", "x - SIZE"), "a constant": ("constexpr(4)", "constexpr(8)"), "the kernel": ("(x, y)", "(x, x)"),
-    "its decorator": ("@jit", "@jit()"), "indentation": ("    tl.store(x, y)", "    if x:\n        tl.store(x, y)"),
-}  # fmt: skip
+    "a helper": ("x + SIZE", "x - SIZE"),
+    "a constant": ("constexpr(4)", "constexpr(8)"),
+    "the kernel": ("(x, y)", "(x, x)"),
+    "its decorator": ("@jit", "@jit()"),
+    "indentation": ("    tl.store(x, y)", "    if x:\n        tl.store(x, y)"),
+}
 NOT_COMPILED = {
-    "a comment": ("  # a comment", "  # 1"), "no comment": ("  # another", ""), "a docstring": ("A docstring.", "Another."),
-    "blank lines": ("\n@jit", "\n\n\n@jit"), "another kernel": ("(x, n)\n", "(x, n + 1)\n"), "a launch": ("(1,)", "(2,)"),
-}  # fmt: skip
+    "a comment": ("  # a comment", "  # 1"),
+    "no comment": ("  # another", ""),
+    "a docstring": ("A docstring.", "Another."),
+    "blank lines": ("\n@jit", "\n\n\n@jit"),
+    "another kernel": ("(x, n)\n", "(x, n + 1)\n"),
+    "a launch": ("(1,)", "(2,)"),
+}
 
 
 @pytest.mark.parametrize("what", COMPILED)
@@ -160,7 +173,8 @@ def test_a_hash_follows_nothing_else(hash_of, what):
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_warps": 8}, {"num_stages": 2}, {"constants": {"N": 2}}, {"signature": {"x": "*bf16"}}]
+    "change",
+    [{"num_warps": 8}, {"num_stages": 2}, {"constants": {"N": 2}}, {"signature": {"x": "*bf16"}}],
 )
 def test_a_hash_follows_the_case(hash_of, change):
     assert hash_of(KERNELS) != hash_of(KERNELS, replace(CASE, **change))
@@ -170,7 +184,10 @@ ROW = Compiled("case", 80, "3.7.1", "", 200, 0, 1000, [2, 0], 1, "mma")
 
 
 def test_stale_rows_are_found():
-    rows = [replace(ROW, name=n, architecture=a, triton=v, source=hashed) for (n, a, v), hashed in wanted(CASES).items()]
+    rows = [
+        replace(ROW, name=n, architecture=a, triton=v, source=hashed)
+        for (n, a, v), hashed in wanted(CASES).items()
+    ]
     assert stale(CASES, rows) == []
     changed = [replace(rows[0], source=""), *rows[2:]]
     assert stale(CASES, changed) == [key_of(row) for row in rows[:2]]

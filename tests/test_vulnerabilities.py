@@ -1,4 +1,5 @@
-"""The list in vulnerabilities.py is of tests that there are; and the one of them that has no other place."""
+"""The list in vulnerabilities.py is of tests that there are; and the one of them that has no other
+place."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ ROOT = Path(__file__).parent.parent
 
 def functions_of(path: str) -> set[str]:
     tree = ast.parse((ROOT / path).read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    return {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
 
 
 def test_each_class_has_a_test() -> None:
@@ -31,9 +36,12 @@ def test_each_class_has_a_test() -> None:
     assert len(set(CLASSES.values())) >= 30
 
 
-@pytest.mark.parametrize("given", [b"", b"Bearer f", b"Bearer first-keY", b"Bearer second-key", b"Bearer " + b"x" * 1000])
+@pytest.mark.parametrize(
+    "given", [b"", b"Bearer f", b"Bearer first-keY", b"Bearer second-key", b"Bearer " + b"x" * 1000]
+)
 def test_keys_are_compared_in_constant_time(given: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with each, whatever was found: how long it takes says nothing about how much was right."""
+    """Each with each, whatever was found: how long it takes says nothing about how much was
+    right."""
     compared: list[bytes] = []
 
     def compare(a: bytes, b: bytes) -> bool:
@@ -51,8 +59,15 @@ def test_keys_are_compared_in_constant_time(given: bytes, monkeypatch: pytest.Mo
         answered.append(message.get("status", 0))
 
     keys = [b"first-key", b"second-key", b"third-key"]
-    guard = Guard(app, ServerOptions(), keys, [], lambda: None, SimpleNamespace(answered=lambda *_: None))  # type: ignore[arg-type]
-    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [(b"authorization", given)]}
+    guard = Guard(
+        app, ServerOptions(), keys, [], lambda: None, SimpleNamespace(answered=lambda *_: None)
+    )  # type: ignore[arg-type]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/v1/models",
+        "headers": [(b"authorization", given)],
+    }
     asyncio.run(guard(scope, None, send))  # type: ignore[arg-type]
     assert compared == keys
     assert answered[0] == (200 if given == b"Bearer second-key" else 401)

@@ -1,4 +1,5 @@
-"""PyTorch's OpenMP library really is told how long to spin, in this process and in an engine's own."""
+"""PyTorch's OpenMP library really is told how long to spin, in this process and in an engine's
+own."""
 
 from __future__ import annotations
 
@@ -28,9 +29,21 @@ asyncio.run(run())
 
 
 def told(code: str, **variables: str) -> set[str]:
-    """What the libraries that were loaded say of themselves, as OMP_DISPLAY_ENV has them do at that time."""
-    env = {k: v for k, v in os.environ.items() if k not in OF_USERS} | {"OMP_DISPLAY_ENV": "VERBOSE"} | variables
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=120)
+    """What the libraries that were loaded say of themselves, as OMP_DISPLAY_ENV has them do at that
+    time."""
+    env = (
+        {k: v for k, v in os.environ.items() if k not in OF_USERS}
+        | {"OMP_DISPLAY_ENV": "VERBOSE"}
+        | variables
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     return {line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
 
 

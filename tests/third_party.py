@@ -1,4 +1,5 @@
-"""Packages from outside: built into wheels, installed or laid out as pip would, and used without being known to anyone."""
+"""Packages from outside: built into wheels, installed or laid out as pip would, and used without
+being known to anyone."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ print(json.dumps(answers))
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own. What its packages depend on is that of this environment: a path file leads there, so
-    that nothing is fetched; and nothing could be."""
+    """A virtual environment of its own. What its packages depend on is that of this environment: a
+    path file leads there, so that nothing is fetched; and nothing could be."""
 
     folder: Path
 
@@ -45,13 +46,19 @@ class Environment:
         made = Environment(folder)
         venv.create(folder, with_pip=False)
         here = [p for p in sys.path if p.endswith("site-packages")]
-        ahead = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and "examples" not in p]
+        ahead = [
+            p
+            for p in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+            if p and "examples" not in p
+        ]
         lines = [*ahead, *(f"import site; site.addsitedir({p!r})" for p in here)]
         site = next((folder / "lib").glob("python*")) / "site-packages"
         (site / "dependencies.pth").write_text("\n".join(lines) + "\n")
         for name, module in COMMANDS.items():
             script = folder / "bin" / name
-            script.write_text(f"#!{made.python}\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+            script.write_text(
+                f"#!{made.python}\nimport sys\nfrom {module} import main\nsys.exit(main())\n"
+            )
             script.chmod(0o755)
         return made
 
@@ -61,18 +68,38 @@ class Environment:
 
     @property
     def variables(self) -> dict[str, str]:
-        nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-        own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NO_PROXY", "no_proxy")}
-        pip = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_QUIET": "1"}
+        nowhere = dict.fromkeys(
+            ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+        )
+        own = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NO_PROXY", "no_proxy")
+        }
+        pip = {
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_QUIET": "1",
+        }
         path = os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])
-        # One thread: the sizes are tiny, and threads that wait for each other on busy cores take many times as long.
+        # One thread: the sizes are tiny, and threads that wait for each other on busy cores take
+        # many times as long.
         local = {"no_proxy": "127.0.0.1,localhost", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        return {**own, **nowhere, **pip, **local, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "200"}
+        return {
+            **own,
+            **nowhere,
+            **pip,
+            **local,
+            "PATH": path,
+            "VIRTUAL_ENV": str(self.folder),
+            "COLUMNS": "200",
+        }
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """`command` is what Python is given."""
         settings: Any = {"cwd": cwd or self.folder, "env": self.variables, "timeout": 280}
-        return subprocess.run([str(self.python), *command], capture_output=True, text=True, **settings)
+        return subprocess.run(
+            [str(self.python), *command], capture_output=True, text=True, **settings
+        )
 
     def install(self, *sources: Path) -> None:
         """Build a wheel of each and install them."""
@@ -99,8 +126,18 @@ class Environment:
         return [said for _, said in answers]
 
     def test(self, *folders: Path, arguments: tuple[str, ...] = ()) -> str:
-        """Run packages' own tests, each from its own folder, in one process. Returns the last line."""
-        usual = ("-q", "-c", os.devnull, "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(self.folder))
+        """Run packages' own tests, each from its own folder, in one process. Returns the last
+        line."""
+        usual = (
+            "-q",
+            "-c",
+            os.devnull,
+            "-p",
+            "no:cacheprovider",
+            "--import-mode=importlib",
+            "--rootdir",
+            str(self.folder),
+        )
         out = self.run("-m", "pytest", *usual, *arguments, *map(str, folders))
         assert out.returncode == 0, out.stdout[-5000:]
         return out.stdout.splitlines()[-1]
@@ -119,18 +156,30 @@ def run(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run Python where the package is installed."""
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=250, cwd=site)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, timeout=250, cwd=site
+    )
 
 
 def conform(name: str, site: Path) -> None:
     """The package's own tests pass."""
-    out = run(site, "-m", "pytest", "-p", "no:cacheprovider", str(EXAMPLES / name / "tests"), "--rootdir", str(site))
+    out = run(
+        site,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        str(EXAMPLES / name / "tests"),
+        "--rootdir",
+        str(site),
+    )
     assert out.returncode == 0, out.stdout[-3000:]
     assert " passed" in out.stdout
 
 
 def imports_of(name: str) -> set[str]:
-    """Top-level modules that a package imports, its own aside. Fails if it sets anything on what it imported."""
+    """Top-level modules that a package imports, its own aside. Fails if it sets anything on what it
+    imported."""
     found: set[str] = set()
     for path in (EXAMPLES / name / "src").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -141,14 +190,20 @@ def imports_of(name: str) -> set[str]:
                 found |= {(module or alias.name).split(".")[0] for alias in node.names}
                 imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         for node in ast.walk(tree):
-            assert not (isinstance(node, ast.Name) and node.id in ("setattr", "delattr")), f"{path} patches"
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            assert not (isinstance(node, ast.Name) and node.id in ("setattr", "delattr")), (
+                f"{path} patches"
+            )
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            )
             for target in targets:
                 if isinstance(target, ast.Attribute | ast.Subscript):
                     root = target.value
                     while isinstance(root, ast.Attribute | ast.Subscript):
                         root = root.value
-                    assert not (isinstance(root, ast.Name) and root.id in imported), f"{path} patches {ast.unparse(target)}"
+                    assert not (isinstance(root, ast.Name) and root.id in imported), (
+                        f"{path} patches {ast.unparse(target)}"
+                    )
     return found - {f"dovetail_{name}"} - set(sys.stdlib_module_names)
 
 

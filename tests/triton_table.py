@@ -1,10 +1,12 @@
-"""The table of compiled Triton kernels, benchmarks/results/triton_kernels.json: for each case of a kernel, architecture and
-version of Triton, the registers, shared memory and spills, and whether loads are pipelined.
+"""The table of compiled Triton kernels, benchmarks/results/triton_kernels.json: for each case of a
+kernel, architecture and version of Triton, the registers, shared memory and spills, and whether
+loads are pipelined.
 
     python tests/triton_table.py          compile what is missing or whose source has changed
     python tests/triton_table.py --all    compile everything
 
-Needs no GPU. Versions of Triton that are not installed are installed to build/ (pip, the first time).
+Needs no GPU. Versions of Triton that are not installed are installed to build/ (pip, the first
+time).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ TABLE = ROOT / "benchmarks/results/triton_kernels.json"
 COMMAND = "python tests/triton_table.py"
 INSTALLED = version("triton")
 VERSIONS = ("3.7.1", "3.6.0")
-"""The one that constraints.txt pins, and the one that PyTorch 2.10 and 2.11 for CUDA bring along."""
+"""The one that constraints.txt pins, and the one that PyTorch 2.10 and 2.11 for CUDA bring
+along."""
 AT_A_TIME = 8
 """Cases in a process, after which the table is written."""
 
@@ -62,7 +65,11 @@ def all_cases() -> list[KernelCase]:
 
 def all_kernels() -> list[str]:
     """Every entry kernel of the repository's packages."""
-    return [kernel for folder in sorted([ROOT / "core/src", *ROOT.glob("plugins/*/src")]) for kernel in entry_kernels(folder)]
+    return [
+        kernel
+        for folder in sorted([ROOT / "core/src", *ROOT.glob("plugins/*/src")])
+        for kernel in entry_kernels(folder)
+    ]
 
 
 def key_of(row: Compiled) -> Key:
@@ -72,7 +79,9 @@ def key_of(row: Compiled) -> Key:
 def wanted(cases: Sequence[KernelCase]) -> dict[Key, str]:
     """Rows that the table has to have, and the hash of their source."""
     hashes = {case.name: source_hash(case) for case in cases}
-    return {(c.name, a, v): hashes[c.name] for c in cases for v in VERSIONS for a in c.architectures}
+    return {
+        (c.name, a, v): hashes[c.name] for c in cases for v in VERSIONS for a in c.architectures
+    }
 
 
 def stale(cases: Sequence[KernelCase], rows: Sequence[Compiled]) -> list[Key]:
@@ -82,18 +91,28 @@ def stale(cases: Sequence[KernelCase], rows: Sequence[Compiled]) -> list[Key]:
 
 
 def folder_of(triton: str) -> Path | None:
-    """Where a version of Triton is, installed there if it is not; None for the one in this environment."""
+    """Where a version of Triton is, installed there if it is not; None for the one in this
+    environment."""
     if triton == INSTALLED:
         return None
     folder = ROOT / f"build/triton-{triton}"
     if not (folder / "triton").exists():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         subprocess.run([*command, "--target", str(folder), f"triton=={triton}"], check=True)
     return folder
 
 
 def refresh(everything: bool = False) -> list[Compiled]:
-    """Compile the stale rows, or all, and write the table. Raises `RuntimeError` if a kernel cannot be compiled."""
+    """Compile the stale rows, or all, and write the table. Raises `RuntimeError` if a kernel cannot
+    be compiled."""
     cases = all_cases()
     known = {key_of(row): row for row in read_table(TABLE)} if TABLE.exists() else {}
     todo = list(wanted(cases)) if everything else stale(cases, list(known.values()))
@@ -102,7 +121,9 @@ def refresh(everything: bool = False) -> list[Compiled]:
             names = [name for name, a, v in todo if (a, v) == (architecture, triton)]
             chosen = [case for case in cases if case.name in names]
             for start in range(0, len(chosen), AT_A_TIME):
-                made = compile_kernels(chosen[start : start + AT_A_TIME], [architecture], folder_of(triton))
+                made = compile_kernels(
+                    chosen[start : start + AT_A_TIME], [architecture], folder_of(triton)
+                )
                 print(table(made), flush=True)
                 known |= {key_of(row): row for row in made}
                 rows = [known[key] for key in wanted(cases) if key in known]
@@ -111,8 +132,12 @@ def refresh(everything: bool = False) -> list[Compiled]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="compile everything, not only what has changed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="compile everything, not only what has changed"
+    )
     rows = refresh(parser.parse_args().all)
     of = {case.name: case for case in all_cases()}
     found = [problem for row in rows for problem in problems(of[row.name], row)]

@@ -1,4 +1,5 @@
-"""What no source of ours may do: run code that comes as data, or that somebody else can put in its way. By parsing alone."""
+"""What no source of ours may do: run code that comes as data, or that somebody else can put in its
+way. By parsing alone."""
 
 from __future__ import annotations
 
@@ -6,17 +7,33 @@ import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-UNPICKLERS = frozenset({"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"})
-SHELLS = frozenset({
-    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",
-})  # fmt: skip
+UNPICKLERS = frozenset(
+    {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+)
+SHELLS = frozenset(
+    {
+        "os.system",
+        "os.popen",
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "asyncio.create_subprocess_shell",
+    }
+)
 YAML_LOADS = frozenset({"yaml.load", "yaml.load_all"})
-YAML_UNSAFE = frozenset({"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all"})
+YAML_UNSAFE = frozenset(
+    {"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all"}
+)
 YAML_SAFE_LOADERS = frozenset({"yaml.SafeLoader", "yaml.CSafeLoader"})
-TEMPLATES = frozenset({
-    "jinja2.Environment", "jinja2.environment.Environment", "jinja2.Template", "jinja2.environment.Template",
-    "jinja2.nativetypes.NativeEnvironment", "jinja2.nativetypes.NativeTemplate",
-})  # fmt: skip
+TEMPLATES = frozenset(
+    {
+        "jinja2.Environment",
+        "jinja2.environment.Environment",
+        "jinja2.Template",
+        "jinja2.environment.Template",
+        "jinja2.nativetypes.NativeEnvironment",
+        "jinja2.nativetypes.NativeTemplate",
+    }
+)
 IMPORTS = frozenset({"importlib.import_module", "__import__", "builtins.__import__"})
 
 
@@ -47,7 +64,8 @@ def findings(source: str) -> list[Finding]:
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:
-    """What local names stand for: {"np": "numpy", "load": "torch.load"}. Scopes are not told apart, which errs towards more."""
+    """What local names stand for: {"np": "numpy", "load": "torch.load"}. Scopes are not told apart,
+    which errs towards more."""
     names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -55,12 +73,15 @@ def _imported(tree: ast.AST) -> dict[str, str]:
                 top = alias.name.split(".")[0]
                 names[alias.asname or top] = alias.name if alias.asname else top
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+            names.update(
+                {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            )
     return names
 
 
 def _dotted(node: ast.AST, names: dict[str, str]) -> str:
-    """The full name of `a.b.c`, with its first part as it was imported; empty for any other expression."""
+    """The full name of `a.b.c`, with its first part as it was imported; empty for any other
+    expression."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -75,7 +96,11 @@ def _called(node: ast.AST, names: dict[str, str]) -> str:
 
 
 def _keyword(node: ast.AST, name: str) -> ast.expr | None:
-    return next((k.value for k in node.keywords if k.arg == name), None) if isinstance(node, ast.Call) else None
+    return (
+        next((k.value for k in node.keywords if k.arg == name), None)
+        if isinstance(node, ast.Call)
+        else None
+    )
 
 
 def _is(node: ast.expr | None, value: object) -> bool:
@@ -97,8 +122,9 @@ def _unpickles(node: ast.AST, names: dict[str, str]) -> bool:
 
 
 def _evaluates(node: ast.AST, names: dict[str, str]) -> bool:
-    # The builtin by its name: methods that are called so, such as model.eval() and re.compile(), are attributes of something.
-    # Handed on, as in map(eval, texts), it counts too; only "compile" is also a name that people give to things of their own.
+    # The builtin by its name: methods that are called so, such as model.eval() and re.compile(),
+    # are attributes of something. Handed on, as in map(eval, texts), it counts too; only "compile"
+    # is also a name that people give to things of their own.
     if isinstance(node, ast.Name | ast.Attribute) and _is_handed_on(node):
         return _dotted(node, names).removeprefix("builtins.") in {"eval", "exec"}
     return _called(node, names).removeprefix("builtins.") in {"eval", "exec", "compile"}
@@ -117,7 +143,9 @@ def _shell(node: ast.AST, names: dict[str, str]) -> bool:
 
 
 def _torch_load(node: ast.AST, names: dict[str, str]) -> bool:
-    return _called(node, names) in {"torch.load", "torch.serialization.load"} and not _is(_keyword(node, "weights_only"), True)
+    return _called(node, names) in {"torch.load", "torch.serialization.load"} and not _is(
+        _keyword(node, "weights_only"), True
+    )
 
 
 def _yaml_load(node: ast.AST, names: dict[str, str]) -> bool:
@@ -137,7 +165,10 @@ def _allow_pickle(node: ast.AST, names: dict[str, str]) -> bool:
 
 def _remote_code(node: ast.AST, names: dict[str, str]) -> bool:
     if isinstance(node, ast.Dict):
-        return any(_is_text(k, "trust_remote_code") and _is(v, True) for k, v in zip(node.keys, node.values, strict=True))
+        return any(
+            _is_text(k, "trust_remote_code") and _is(v, True)
+            for k, v in zip(node.keys, node.values, strict=True)
+        )
     return _is(_keyword(node, "trust_remote_code"), True)
 
 

@@ -1,5 +1,5 @@
-"""What travels to a machine without network: wheels and compiled kernels. Installs them there; imports nothing but the standard
-library.
+"""What travels to a machine without network: wheels and compiled kernels. Installs them there;
+imports nothing but the standard library.
 
     python benchmarks/gpu/carried.py        # install
 """
@@ -27,8 +27,15 @@ TOGETHER = {"pydantic-core": "pydantic"}
 
 def environment(*, is_dry: bool) -> dict[str, str]:
     """For the sections of a check."""
-    found = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    found.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))  # one for all sections: a kernel is compiled once
+    found = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    found.setdefault(
+        "TRITON_CACHE_DIR", str(CACHE / "triton")
+    )  # one for all sections: a kernel is compiled once
     if is_dry:
         return {**found, "DOVETAIL_GPU_DRY": "1", "TRITON_INTERPRET": "1"}
     found["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [found.get("PYTHONPATH", "")])])
@@ -37,7 +44,8 @@ def environment(*, is_dry: bool) -> dict[str, str]:
 
 
 def install() -> None:
-    """Into a folder of its own, which the machine's other programs do not see. What the machine has is not replaced."""
+    """Into a folder of its own, which the machine's other programs do not see. What the machine has
+    is not replaced."""
     start, wheels = time.monotonic(), sorted(WHEELS.glob("*.whl"))
     names = {wheel: name_and_version(wheel) for wheel in wheels}
     left_out = present(dict(names.values()), installed)
@@ -45,21 +53,42 @@ def install() -> None:
     stamp, listed = SITE / ".installed", "\n".join(f"{w.name} {w.stat().st_size}" for w in chosen)
     if chosen and not (stamp.is_file() and stamp.read_text() == listed):
         shutil.rmtree(SITE, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--no-cache-dir",
+        ]
         subprocess.run([*command, "--target", str(SITE), *map(str, chosen)], check=True)
         stamp.write_text(listed)
     if (SITE / "flashinfer").is_dir() and VERSION.is_file():
         shutil.copytree(FLASHINFER, SITE / "flashinfer/data/aot", dirs_exist_ok=True)
-    print(f"installed {len(chosen)} wheels in {time.monotonic() - start:.0f} s; here already: {', '.join(left_out) or 'none'}")
+    print(
+        f"installed {len(chosen)} wheels in {time.monotonic() - start:.0f} s; here already:"
+        f" {', '.join(left_out) or 'none'}"
+    )
 
 
 def present(carried: dict[str, str], found: Callable[[str], str | None]) -> list[str]:
-    """Names of carried packages that the machine has, in this version or a newer one; ours always go along."""
+    """Names of carried packages that the machine has, in this version or a newer one; ours always
+    go along."""
     names = [
-        name for name, number in carried.items()
-        if not name.startswith("dovetail") and (has := found(name)) is not None and numbers(has) >= numbers(number)
-    ]  # fmt: skip
-    return [name for name in names if TOGETHER.get(name, name) in names and _partner(name) in (None, *names)]
+        name
+        for name, number in carried.items()
+        if not name.startswith("dovetail")
+        and (has := found(name)) is not None
+        and numbers(has) >= numbers(number)
+    ]
+    return [
+        name
+        for name in names
+        if TOGETHER.get(name, name) in names and _partner(name) in (None, *names)
+    ]
 
 
 def _partner(name: str) -> str | None:

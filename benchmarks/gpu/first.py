@@ -1,6 +1,7 @@
-"""What is run first on a machine with a GPU: in one call, the facts that decide what is done next. See README.md beside this.
+"""What is run first on a machine with a GPU: in one call, the facts that decide what is done next.
+See README.md beside this.
 
-    python benchmarks/gpu/first.py [--seconds 500] [--out FOLDER] [--dry] [SECTION …]
+python benchmarks/gpu/first.py [--seconds 500] [--out FOLDER] [--dry] [SECTION …]
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ GROUPS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sections", nargs="*", metavar="SECTION", help="default: all")
-    parser.add_argument("--seconds", type=float, default=500, help="for the whole run (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=500, help="for the whole run (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="where results go (default: $OUT, or .gpu/out)")
-    parser.add_argument("--dry", action="store_true", help="on a CPU with tiny sizes: figures mean nothing")
+    parser.add_argument(
+        "--dry", action="store_true", help="on a CPU with tiny sizes: figures mean nothing"
+    )
     args = parser.parse_args()
     names = [section.name for group in GROUPS for section in group]
     if unknown := set(args.sections) - set(names):
@@ -44,13 +51,21 @@ def main() -> int:
     wanted = [n for n in args.sections or names if not (args.dry and n == "install")]
     out = args.out or Path(os.environ.get("OUT") or carried.ROOT / ".gpu/out")
     start = time.monotonic()
-    about = {"command": " ".join(["python benchmarks/gpu/first.py", *sys.argv[1:]]), "is_dry": args.dry}
+    about = {
+        "command": " ".join(["python benchmarks/gpu/first.py", *sys.argv[1:]]),
+        "is_dry": args.dry,
+    }
     harness = Harness(out, "first", args.seconds, carried.environment(is_dry=args.dry), about)
 
     def no_gpu() -> str | None:
-        """A reason not to go on: the facts say that there is no GPU. That they are not known in time is none."""
-        errors = [row["error"] for row in harness.rows() if row.get("what") == "GPU" and "error" in row]
-        return next((f"PyTorch finds no GPU: {e}" for e in errors if not e.startswith("did not end")), None)
+        """A reason not to go on: the facts say that there is no GPU. That they are not known in
+        time is none."""
+        errors = [
+            row["error"] for row in harness.rows() if row.get("what") == "GPU" and "error" in row
+        ]
+        return next(
+            (f"PyTorch finds no GPU: {e}" for e in errors if not e.startswith("did not end")), None
+        )
 
     groups = [[s for s in group if s.name in wanted] for group in GROUPS]
     failed = harness.run([group for group in groups if group], no_gpu)

@@ -1,5 +1,5 @@
-"""Attention on one layer of the 8B shape: as it is launched now, beside its bounds, FlashInfer and PyTorch; then launched in
-other ways, to find the ones that read fastest."""
+"""Attention on one layer of the 8B shape: as it is launched now, beside its bounds, FlashInfer and
+PyTorch; then launched in other ways, to find the ones that read fastest."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Way:
 
 @contextlib.contextmanager
 def launched(way: Way) -> Iterator[None]:
-    """Within it, Triton attention is launched in this way. The only place that knows how the plugin chooses: the names are
-    replaced in its modules, and none of them is part of a contract. Raises `AttributeError` if they are no longer there."""
+    """Within it, Triton attention is launched in this way. The only place that knows how the plugin
+    chooses: the names are replaced in its modules, and none of them is part of a contract. Raises
+    `AttributeError` if they are no longer there."""
     names = [f"dovetail_attention_cuda.{module}" for module in ("shapes", "backend")]
     modules = [importlib.import_module(name) for name in names]
     choose = modules[0].launch
@@ -50,7 +51,12 @@ def launched(way: Way) -> Iterator[None]:
         return replace(choose(*arguments, **more), num_stages=way.num_stages, block_n=way.block_n)
 
     values = {"launch": launch, "SHORT_PROGRAMS": way.programs, "LONG_PROGRAMS": way.programs}
-    before = [(module, name, getattr(module, name)) for module in modules for name in values if hasattr(module, name)]
+    before = [
+        (module, name, getattr(module, name))
+        for module in modules
+        for name in values
+        if hasattr(module, name)
+    ]
     if missing := set(values) - {name for module, name, _ in before if module is modules[1]}:
         raise AttributeError(f"dovetail_attention_cuda.backend has no {', '.join(sorted(missing))}")
     try:
@@ -73,15 +79,24 @@ def run(rows: Rows) -> None:
                 if kv_dtype in can.kv_dtypes:
                     what = f"decode, {batch} rows of {context}: {name}, {kv_dtype}"
                     case = Case([context - 1] * batch, [1] * batch, kv_dtype)
-                    rows.attempt(what, decode_of, rows, what, backend, case, bandwidth, {}, name, seconds=40)
+                    rows.attempt(
+                        what, decode_of, rows, what, backend, case, bandwidth, {}, name, seconds=40
+                    )
         what = f"decode, {batch} rows of {context}: torch"
-        rows.attempt(what, lambda b=batch, c=context, w=what: rows.add(Row(w, torch_decode(b, c) * 1e6, "µs")))
+        rows.attempt(
+            what,
+            lambda b=batch, c=context, w=what: rows.add(Row(w, torch_decode(b, c) * 1e6, "µs")),
+        )
     for name, (backend, _) in backends.items():
         if name != "cuda":  # which is slow at it by design
             what = f"prefill of {PREFILL}: {name}"
-            rows.attempt(what, prefill_of, rows, what, backend, Case([0], [PREFILL]), rate, seconds=40)
+            rows.attempt(
+                what, prefill_of, rows, what, backend, Case([0], [PREFILL]), rate, seconds=40
+            )
     rows.attempt(
-        "torch prefill", lambda: rows.add(Row(f"prefill of {PREFILL}: torch", torch_prefill(PREFILL) * 1e6, "µs")), seconds=30
+        "torch prefill",
+        lambda: rows.add(Row(f"prefill of {PREFILL}: torch", torch_prefill(PREFILL) * 1e6, "µs")),
+        seconds=30,
     )
     if "triton" in backends:
         sweep(rows, bandwidth, rate)
@@ -100,14 +115,28 @@ def sweep(rows: Rows, bandwidth: float, rate: float) -> None:
         return
     cases: list[tuple[str, Case, Callable[[], Iterator[tuple[int, int, int]]]]] = [
         (
-            f"decode, {batch} rows of {context}", Case([context - 1] * batch, [1] * batch),
+            f"decode, {batch} rows of {context}",
+            Case([context - 1] * batch, [1] * batch),
             lambda: itertools.product(BLOCKS, STAGES, PROGRAMS),
         )
         for batch, context in DECODE
-    ]  # fmt: skip
-    cases.insert(1, (f"prefill of {PREFILL}", Case([0], [PREFILL]), lambda: itertools.product(BLOCKS, STAGES, LONG_PROGRAMS)))
+    ]
+    cases.insert(
+        1,
+        (
+            f"prefill of {PREFILL}",
+            Case([0], [PREFILL]),
+            lambda: itertools.product(BLOCKS, STAGES, LONG_PROGRAMS),
+        ),
+    )
     if not DRY:
-        cases.append((f"{cases[0][0]}, float8_e4m3fn", replace(cases[0][1], kv_dtype="float8_e4m3fn"), cases[0][2]))
+        cases.append(
+            (
+                f"{cases[0][0]}, float8_e4m3fn",
+                replace(cases[0][1], kv_dtype="float8_e4m3fn"),
+                cases[0][2],
+            )
+        )
     for what, case, ways in cases:
         best: dict[str, float] = {}
         for block_n, num_stages, programs in ways():
@@ -131,7 +160,15 @@ REFERENCES: dict[str, torch.Tensor] = {}
 """Outputs as the plugin launches its kernels, by case."""
 
 
-def one_way(rows: Rows, what: str, way: Way, case: Case, bandwidth: float, rate: float, best: dict[str, float]) -> None:
+def one_way(
+    rows: Rows,
+    what: str,
+    way: Way,
+    case: Case,
+    bandwidth: float,
+    rate: float,
+    best: dict[str, float],
+) -> None:
     provider = providers.usable("attention")["triton"]
     key = str(case)
     if key not in REFERENCES:
@@ -147,7 +184,9 @@ def one_way(rows: Rows, what: str, way: Way, case: Case, bandwidth: float, rate:
     beside = f"{'copy' if is_decode else 'bf16 GEMM'}; largest difference {difference:.2g}"
     rows.add(Row(what, taken * 1e6, "µs", beside, ratio))
     if difference > 0.1:
-        raise AssertionError(f"the output differs by {difference:.3g} from the one of the plugin's own launch")
+        raise AssertionError(
+            f"the output differs by {difference:.3g} from the one of the plugin's own launch"
+        )
     best[str(way)] = taken
 
 

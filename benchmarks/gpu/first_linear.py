@@ -1,4 +1,5 @@
-"""The largest products of an 8B Llama by weights of the formats that matter most, beside bfloat16."""
+"""The largest products of an 8B Llama by weights of the formats that matter most, beside
+bfloat16."""
 
 from __future__ import annotations
 

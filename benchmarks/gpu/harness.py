@@ -1,10 +1,13 @@
-"""Runs sections of a check, each in a process of its own with a time limit, and gathers what they found.
+"""Runs sections of a check, each in a process of its own with a time limit, and gathers what they
+found.
 
-A section writes a JSON line to `rows.jsonl` for every fact, as soon as the fact is known. One that crashes, hangs or prints
-without end is stopped together with the processes that it started, and the next one runs. Nothing here imports torch.
+A section writes a JSON line to `rows.jsonl` for every fact, as soon as the fact is known. One that
+crashes, hangs or prints without end is stopped together with the processes that it started, and the
+next one runs. Nothing here imports torch.
 
-Files in the output folder: `<title>.json`, a summary that is replaced after every section; `rows.jsonl`; `<title>.log`, the
-output of the sections that have ended; and `<section>.log` while a section runs.
+Files in the output folder: `<title>.json`, a summary that is replaced after every section;
+`rows.jsonl`; `<title>.log`, the output of the sections that have ended; and `<section>.log` while a
+section runs.
 """
 
 from __future__ import annotations
@@ -29,12 +32,20 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESTART = 75
-"""Exit code of a section whose process can run no further attempt, because a kernel has broken its device."""
+"""Exit code of a section whose process can run no further attempt, because a kernel has broken its
+device."""
 HEAD, TAIL = 2**21, 2**17
-"""Bytes of a section's output that are kept: the first ones, and the last ones of what comes after them."""
+"""Bytes of a section's output that are kept: the first ones, and the last ones of what comes after
+them."""
 CLOSING_SECONDS = 4.0
 """Of a run's time, for the summary and for processes that end slowly."""
-ENDED, FAILED, TIMED_OUT, SKIPPED, STOPPED = "ended", "failed", "timed out", "skipped", "interrupted"
+ENDED, FAILED, TIMED_OUT, SKIPPED, STOPPED = (
+    "ended",
+    "failed",
+    "timed out",
+    "skipped",
+    "interrupted",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,14 @@ class Outcome:
 class Harness:
     """A run of sections within `seconds` in all."""
 
-    def __init__(self, out: Path, title: str, seconds: float, environment: dict[str, str], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        title: str,
+        seconds: float,
+        environment: dict[str, str],
+        about: dict[str, Any],
+    ) -> None:
         self.out, self.title, self.environment = out, title, environment
         out.mkdir(parents=True, exist_ok=True)
         self._start = time.monotonic()
@@ -71,7 +89,11 @@ class Harness:
         self._run = f"{time.time():.3f}"
         """Tells this run's rows from those of an earlier one in the same folder."""
         self._stopping, self._lock = threading.Event(), threading.Lock()
-        self.about = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "python": platform.python_version(), **about}
+        self.about = {
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "python": platform.python_version(),
+            **about,
+        }
         self.outcomes = self._earlier()
 
     def _earlier(self) -> dict[str, Outcome]:
@@ -85,9 +107,12 @@ class Harness:
     def is_done(self, name: str) -> bool:
         return name in self.outcomes and self.outcomes[name].state == ENDED
 
-    def run(self, groups: Sequence[Sequence[Section]], go_on: Callable[[], str | None] = lambda: None) -> list[str]:
-        """Run groups of sections, one group after the other, the sections of a group at the same time; return the names of
-        those that did not end well. `go_on` is asked before every group but the first: a text is a reason to skip the rest."""
+    def run(
+        self, groups: Sequence[Sequence[Section]], go_on: Callable[[], str | None] = lambda: None
+    ) -> list[str]:
+        """Run groups of sections, one group after the other, the sections of a group at the same
+        time; return the names of those that did not end well. `go_on` is asked before every group
+        but the first: a text is a reason to skip the rest."""
         for section in (s for group in groups for s in group):
             self.outcomes[section.name] = Outcome(SKIPPED, detail="its turn did not come")
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -119,7 +144,9 @@ class Harness:
                 self.add_row(section.name, what=section.name, error=f"skipped: {why}")
                 continue
             print(f"- {section.name} (at most {allowed:.0f} s)", flush=True)
-            threads.append(threading.Thread(target=self._run_section, args=(section, allowed), daemon=True))
+            threads.append(
+                threading.Thread(target=self._run_section, args=(section, allowed), daemon=True)
+            )
             threads[-1].start()
         for thread in threads:
             thread.join()
@@ -139,10 +166,14 @@ class Harness:
             self.outcomes[section.name] = outcome
             self._keep_log(section)
             detail = f": {outcome.detail}" if outcome.detail else ""
-            print(f"- {section.name} {outcome.state} after {outcome.seconds:.0f} s{detail}", flush=True)
+            print(
+                f"- {section.name} {outcome.state} after {outcome.seconds:.0f} s{detail}",
+                flush=True,
+            )
 
     def _until_ended(self, section: Section, outcome: Outcome, attempts: Path, end: float) -> None:
-        """Run the section's process, and another one in its place if it died in an attempt: that one skips what was tried."""
+        """Run the section's process, and another one in its place if it died in an attempt: that
+        one skips what was tried."""
         num_tried = 0
         while True:
             code = self._process(section, attempts, end)
@@ -153,31 +184,55 @@ class Harness:
             if self._stopping.is_set():
                 outcome.state, outcome.detail = STOPPED, "the run was interrupted"
             elif code is None:
-                outcome.state, outcome.detail = TIMED_OUT, f"stopped at its limit of {outcome.limit:.0f} s"
+                outcome.state, outcome.detail = (
+                    TIMED_OUT,
+                    f"stopped at its limit of {outcome.limit:.0f} s",
+                )
             else:
                 outcome.state, outcome.detail = FAILED, _reason_of(code)
             if unfinished:
                 self.add_row(section.name, what=unfinished, error=f"did not end: {outcome.detail}")
             is_new, num_tried = len(tried) > num_tried, len(tried)
             is_attempts_fault = unfinished is not None or code == RESTART
-            if outcome.state != FAILED or not is_attempts_fault or not is_new or end - time.monotonic() < 2:
+            if (
+                outcome.state != FAILED
+                or not is_attempts_fault
+                or not is_new
+                or end - time.monotonic() < 2
+            ):
                 return
             outcome.restarts += 1
 
     def _process(self, section: Section, attempts: Path, end: float) -> int | None:
         """The exit code of the section's process, or None if it was stopped."""
         limit = end - time.monotonic()
-        arguments = [section.name, section.target, self.out / "rows.jsonl", attempts, f"{limit:.1f}", self._run]
+        arguments = [
+            section.name,
+            section.target,
+            self.out / "rows.jsonl",
+            attempts,
+            f"{limit:.1f}",
+            self._run,
+        ]
         command = [sys.executable, "-u", str(HERE / "section.py"), *map(str, arguments)]
         process = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, process_group=0,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
         assert process.stdout is not None
         pipe, code = process.stdout.fileno(), None
         with process.stdout, (self.out / f"{section.name}.log").open("ab") as log:
             copy = Output(log)
-            while (code := process.poll()) is None and time.monotonic() < end and not self._stopping.is_set():
+            while (
+                (code := process.poll()) is None
+                and time.monotonic() < end
+                and not self._stopping.is_set()
+            ):
                 if not copy.take(pipe, 0.2):
                     time.sleep(0.05)  # it has closed its output, and runs on
             _kill(process)  # what it has started and left behind, too
@@ -189,7 +244,9 @@ class Harness:
 
     def add_row(self, section: str, **row: Any) -> None:
         with self._lock, (self.out / "rows.jsonl").open("a") as file:
-            file.write(json.dumps({"section": section, "run": self._run, **row}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"section": section, "run": self._run, **row}, ensure_ascii=False) + "\n"
+            )
 
     def rows(self) -> list[dict[str, Any]]:
         """Of this run."""
@@ -205,18 +262,23 @@ class Harness:
             if name in self.outcomes:
                 self.outcomes[name].rows = rows
         found = {
-            "about": self.about, "seconds": round(time.monotonic() - self._start, 1),
+            "about": self.about,
+            "seconds": round(time.monotonic() - self._start, 1),
             "sections": {name: asdict(outcome) for name, outcome in self.outcomes.items()},
-        }  # fmt: skip
+        }
         fresh = self.out / f"{self.title}.json.new"
         fresh.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         fresh.replace(self.out / f"{self.title}.json")
 
     def print_summary(self, names: Sequence[str], most: int = 40) -> None:
-        """States, errors (shortened: the files have the whole of them) and goals that were missed."""
+        """States, errors (shortened: the files have the whole of them) and goals that were
+        missed."""
         for name in names:
             one = self.outcomes[name]
-            print(f"{name:18} {one.state:12} {one.seconds:6.1f} s  {len(one.rows):4} rows  {one.detail}")
+            print(
+                f"{name:18} {one.state:12} {one.seconds:6.1f} s  {len(one.rows):4} rows "
+                f" {one.detail}"
+            )
         rows = [(name, row) for name in names for row in self.outcomes[name].rows]
         errors = [(name, row) for name, row in rows if "error" in row]
         for name, row in errors[:most]:
@@ -246,7 +308,8 @@ class Harness:
 
 
 class Output:
-    """Copies a process's output to a file: the first HEAD bytes at once, and at the end the last TAIL bytes."""
+    """Copies a process's output to a file: the first HEAD bytes at once, and at the end the last
+    TAIL bytes."""
 
     def __init__(self, log: Any) -> None:
         self._log, self._written, self._dropped = log, 0, 0

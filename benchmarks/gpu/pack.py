@@ -1,4 +1,5 @@
-"""Reports what travels to a machine with a GPU: the tracked files, and what `make gpu-pack` has put in .gpu.
+"""Reports what travels to a machine with a GPU: the tracked files, and what `make gpu-pack` has put
+in .gpu.
 
     python benchmarks/gpu/pack.py [--limit MIB]
 
@@ -24,16 +25,31 @@ REQUIREMENTS = ROOT / "benchmarks/gpu/requirements.txt"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="MIB", help="most of all together (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        metavar="MIB",
+        help="most of all together (default %(default)s)",
+    )
     args = parser.parse_args()
-    kinds = {"tracked files": tracked(), "wheels": under(WHEELS), "FlashInfer's kernels": under(FLASHINFER)}
+    kinds = {
+        "tracked files": tracked(),
+        "wheels": under(WHEELS),
+        "FlashInfer's kernels": under(FLASHINFER),
+    }
     sizes = {path: path.stat().st_size for paths in kinds.values() for path in paths}
     total = sum(sizes.values())
     print(f"{'MiB':>7}  files")
     for kind, paths in kinds.items():
         print(f"{sum(sizes[p] for p in paths) / MIB:7.2f}  {len(paths):5}  {kind}")
-    print(f"{total / MIB:7.2f}  {len(sizes):5}  in all; {args.limit:g} MiB are allowed\n\nthe largest:")
+    print(
+        f"{total / MIB:7.2f}  {len(sizes):5}  in all; {args.limit:g} MiB are allowed\n\nthe"
+        " largest:"
+    )
     for path in sorted(sizes, key=lambda p: -sizes[p])[:LARGEST]:
         print(f"{sizes[path] / MIB:7.2f}  {path.relative_to(ROOT)}")
     print("\ntracked files by folder:")
@@ -44,9 +60,17 @@ def main() -> int:
         print(f"{size / MIB:7.2f}  {folder}")
     problems = missing({name_and_version(wheel)[0] for wheel in kinds["wheels"]})
     if not VERSION.is_file():
-        print("\nFlashInfer's kernels are not there, so that its checks are skipped: make gpu-flashinfer compiles them")
-    elif (count := sum(p.suffix == ".so" for p in kinds["FlashInfer's kernels"])) < len(FOR_THE_CHECK):
-        print(f"\n{count} of {len(FOR_THE_CHECK)} kernels of FlashInfer are there: make gpu-flashinfer compiles the others")
+        print(
+            "\nFlashInfer's kernels are not there, so that its checks are skipped: make"
+            " gpu-flashinfer compiles them"
+        )
+    elif (count := sum(p.suffix == ".so" for p in kinds["FlashInfer's kernels"])) < len(
+        FOR_THE_CHECK
+    ):
+        print(
+            f"\n{count} of {len(FOR_THE_CHECK)} kernels of FlashInfer are there: make"
+            " gpu-flashinfer compiles the others"
+        )
     if problems:
         print(f"\nwheels are missing: {', '.join(problems)}")
     if total > args.limit * MIB:
@@ -66,7 +90,8 @@ def under(folder: Path) -> list[Path]:
 
 
 def missing(names: set[str]) -> list[str]:
-    """Packages that benchmarks/gpu/requirements.txt names, and our own core and kit, of which there is no wheel."""
+    """Packages that benchmarks/gpu/requirements.txt names, and our own core and kit, of which there
+    is no wheel."""
     return sorted({"dovetail-core", "dovetail-testing", *pins()} - names)
 
 

@@ -1,4 +1,5 @@
-"""Attention by every usable provider for GPUs, on one layer: decode and prefill, in bytes and operations a second."""
+"""Attention by every usable provider for GPUs, on one layer: decode and prefill, in bytes and
+operations a second."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCach
 
 BLOCK = 16
 HQ, HKV, D = (4, 2, 64) if DRY else (32, 8, 128)
-DECODE = ((2, 50),) if DRY else ((1, 32768), (8, 8192), (32, 4096), (32, 32768), (64, 8192), (256, 1024), (256, 4096))
+DECODE = (
+    ((2, 50),)
+    if DRY
+    else ((1, 32768), (8, 8192), (32, 4096), (32, 32768), (64, 8192), (256, 1024), (256, 4096))
+)
 """Rows, and tokens of each."""
 PREFILL = (40,) if DRY else (4096, 8192, 16384)
 BLOCKS_AT_A_TIME = 8192
@@ -42,7 +47,10 @@ class Case:
     @property
     def operations(self) -> float:
         """Of the products under the causal mask."""
-        return sum(4 * HQ * D * (n * c + n * (n + 1) / 2) for c, n in zip(self.computed, self.new, strict=True))
+        return sum(
+            4 * HQ * D * (n * c + n * (n + 1) / 2)
+            for c, n in zip(self.computed, self.new, strict=True)
+        )
 
 
 def run(rows: Rows) -> None:
@@ -51,7 +59,9 @@ def run(rows: Rows) -> None:
     rows.add(Row("bfloat16 matrix product", rate / 1e12, "TFLOP/s"))
     backends = usable(rows)
     for batch, context in DECODE:
-        rows.attempt(f"decode of {batch} × {context}", decode, rows, backends, batch, context, bandwidth)
+        rows.attempt(
+            f"decode of {batch} × {context}", decode, rows, backends, batch, context, bandwidth
+        )
     for length in PREFILL:
         rows.attempt(f"prefill of {length}", prefill, rows, backends, length, rate)
 
@@ -80,16 +90,26 @@ def step_of(case: Case, backend: Any) -> tuple[Any, ...]:
     for n in case.new:
         starts.append(starts[-1] + n)
     slots = [
-        int(table[b, p // BLOCK]) * BLOCK + p % BLOCK for b, c in enumerate(case.computed) for p in range(c, case.lens[b])
-    ]  # fmt: skip
+        int(table[b, p // BLOCK]) * BLOCK + p % BLOCK
+        for b, c in enumerate(case.computed)
+        for p in range(c, case.lens[b])
+    ]
 
     def on(values: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(values, dtype=dtype).to(DEVICE)
 
     batch = AttentionBatch(
-        on(starts, torch.int32), on(case.lens, torch.int32), table.to(DEVICE), on(slots, torch.int64), starts, case.lens,
-        len(counts), starts[-1], max(case.new), max(case.lens),
-    )  # fmt: skip
+        on(starts, torch.int32),
+        on(case.lens, torch.int32),
+        table.to(DEVICE),
+        on(slots, torch.int64),
+        starts,
+        case.lens,
+        len(counts),
+        starts[-1],
+        max(case.new),
+        max(case.lens),
+    )
     scales = on([0.02, 0.02], torch.float32) if SIZES[case.kv_dtype] == 1 else None
     # What is run is the second layer: the first may do work of the step.
     first, layer = (AttentionLayer(i, HQ, HKV, D, D**-0.5, kv_scales=scales) for i in range(2))
@@ -104,18 +124,31 @@ def fill(backend: Any, cache: Any, num_blocks: int, dtype: torch.dtype) -> None:
     spread = 50 if dtype.itemsize == 1 else 1
     for first in range(0, num_blocks, BLOCKS_AT_A_TIME):
         ids = list(range(first, min(first + BLOCKS_AT_A_TIME, num_blocks)))
-        keys, values = (torch.randn(len(ids), BLOCK, HKV, D, device=DEVICE).mul_(spread).to(dtype) for _ in range(2))
+        keys, values = (
+            torch.randn(len(ids), BLOCK, HKV, D, device=DEVICE).mul_(spread).to(dtype)
+            for _ in range(2)
+        )
         backend.import_kv(cache, ids, keys, values)
 
 
-def decode(rows: Rows, backends: dict[str, Any], batch: int, context: int, bandwidth: float) -> None:
+def decode(
+    rows: Rows, backends: dict[str, Any], batch: int, context: int, bandwidth: float
+) -> None:
     what, times = f"decode, {batch} rows of {context}", dict[str, float]()
     for name, (backend, can) in backends.items():
         for kv_dtype in ("bfloat16", "float8_e4m3fn", "int8"):
             if kv_dtype in can.kv_dtypes:
                 label = f"{what}: {name}, {kv_dtype}"
                 try:
-                    decode_of(rows, label, backend, Case([context - 1] * batch, [1] * batch, kv_dtype), bandwidth, times, name)
+                    decode_of(
+                        rows,
+                        label,
+                        backend,
+                        Case([context - 1] * batch, [1] * batch, kv_dtype),
+                        bandwidth,
+                        times,
+                        name,
+                    )
                 except Exception as e:
                     rows.failed(label, e)
     taken = torch_decode(batch, context)
@@ -123,7 +156,13 @@ def decode(rows: Rows, backends: dict[str, Any], batch: int, context: int, bandw
 
 
 def decode_of(
-    rows: Rows, label: str, backend: Any, case: Case, bandwidth: float, times: dict[str, float], name: str
+    rows: Rows,
+    label: str,
+    backend: Any,
+    case: Case,
+    bandwidth: float,
+    times: dict[str, float],
+    name: str,
 ) -> None:
     step = step_of(case, backend)
     taken = seconds(captured(lambda: backend.run(*step)))
@@ -133,7 +172,17 @@ def decode_of(
     if is_plain:
         times[name] = taken
     elif name in times:
-        rows.add(Row(f"{label} to bfloat16", taken * 1e6, "µs", "time", taken / times[name], 0.58, is_most=True))
+        rows.add(
+            Row(
+                f"{label} to bfloat16",
+                taken * 1e6,
+                "µs",
+                "time",
+                taken / times[name],
+                0.58,
+                is_most=True,
+            )
+        )
 
 
 def prefill(rows: Rows, backends: dict[str, Any], length: int, rate: float) -> None:
@@ -145,7 +194,16 @@ def prefill(rows: Rows, backends: dict[str, Any], length: int, rate: float) -> N
         except Exception as e:
             rows.failed(f"{what}: {name}", e)
             continue
-        rows.add(Row(f"{what}: {name}", taken * 1e6, "µs", "bf16 GEMM", case.operations / taken / rate, 0.55))
+        rows.add(
+            Row(
+                f"{what}: {name}",
+                taken * 1e6,
+                "µs",
+                "bf16 GEMM",
+                case.operations / taken / rate,
+                0.55,
+            )
+        )
     beside(rows, what, times, torch_prefill(length), 0.9)
 
 
@@ -167,4 +225,13 @@ def beside(rows: Rows, what: str, times: dict[str, float], sdpa: float, goal: fl
     best = min(peers, key=lambda n: peers[n])
     for name, taken in times.items():
         if name not in peers:
-            rows.add(Row(f"{what}: {name} beside {best}", taken * 1e6, "µs", "speed", peers[best] / taken, goal))
+            rows.add(
+                Row(
+                    f"{what}: {name} beside {best}",
+                    taken * 1e6,
+                    "µs",
+                    "speed",
+                    peers[best] / taken,
+                    goal,
+                )
+            )

@@ -1,4 +1,5 @@
-"""The machine: versions, what each provider for GPUs says of it, and the rates that bound everything else."""
+"""The machine: versions, what each provider for GPUs says of it, and the rates that bound
+everything else."""
 
 from __future__ import annotations
 
@@ -12,10 +13,28 @@ import carried
 from rows import DEVICE, DRY, Row, Rows, copy_bandwidth, matrix_rate
 
 DISTRIBUTIONS = (
-    "torch", "triton", "numpy", "transformers", "flashinfer-python", "apache-tvm-ffi", "pydantic", "pydantic-core", "msgspec",
-    "pluggy", "nvidia-ml-py", "tokenizers", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis",
-)  # fmt: skip
-SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,power.draw", "--format=csv")
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "flashinfer-python",
+    "apache-tvm-ffi",
+    "pydantic",
+    "pydantic-core",
+    "msgspec",
+    "pluggy",
+    "nvidia-ml-py",
+    "tokenizers",
+    "pytest",
+    "pytest-xdist",
+    "pytest-timeout",
+    "hypothesis",
+)
+SMI = (
+    "nvidia-smi",
+    "--query-gpu=name,driver_version,memory.total,memory.used,clocks.sm,clocks.mem,power.draw",
+    "--format=csv",
+)
 
 
 def install(rows: Rows) -> None:
@@ -27,36 +46,63 @@ def run(rows: Rows) -> None:
     rows.attempt("versions", versions, rows)
     rows.attempt("GPU", gpu, rows)
     rows.attempt("providers", providers, rows)
-    rows.attempt("device copy", lambda: rows.add(Row("device copy, read and written", copy_bandwidth() / 1e9, "GB/s")))
-    rows.attempt("matrix product", lambda: rows.add(Row("bfloat16 matrix product", matrix_rate() / 1e12, "TFLOP/s")))
+    rows.attempt(
+        "device copy",
+        lambda: rows.add(Row("device copy, read and written", copy_bandwidth() / 1e9, "GB/s")),
+    )
+    rows.attempt(
+        "matrix product",
+        lambda: rows.add(Row("bfloat16 matrix product", matrix_rate() / 1e12, "TFLOP/s")),
+    )
     rows.attempt("nvidia-smi", smi, rows)
 
 
 def versions(rows: Rows) -> None:
-    found = {"python": platform.python_version(), "kernel": platform.release(), "cores": len(os.sched_getaffinity(0))}
+    found = {
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
     for name in DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
     rows.fact("versions", found)
-    rows.fact("programs", {name: shutil.which(name) for name in ("nvcc", "ncu", "compute-sanitizer", "g++", "ninja")})
+    rows.fact(
+        "programs",
+        {name: shutil.which(name) for name in ("nvcc", "ncu", "compute-sanitizer", "g++", "ninja")},
+    )
     rows.fact("disk free, GiB", round(shutil.disk_usage(carried.ROOT).free / 2**30, 1))
 
 
 def gpu(rows: Rows) -> None:
     import torch
 
-    rows.fact("torch", {"version": torch.__version__, "cuda": torch.version.cuda, "git": torch.version.git_version[:12]})
+    rows.fact(
+        "torch",
+        {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "git": torch.version.git_version[:12],
+        },
+    )
     if DRY:
         rows.fact("GPU", {"name": "none: a dry run"})
         return
     found = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
-    rows.fact("GPU", {
-        "name": found.name, "capability": [found.major, found.minor], "multiprocessors": found.multi_processor_count,
-        "free GiB": round(free / 2**30, 2), "total GiB": round(total / 2**30, 2), "count": torch.cuda.device_count(),
-    })  # fmt: skip
+    rows.fact(
+        "GPU",
+        {
+            "name": found.name,
+            "capability": [found.major, found.minor],
+            "multiprocessors": found.multi_processor_count,
+            "free GiB": round(free / 2**30, 2),
+            "total GiB": round(total / 2**30, 2),
+            "count": torch.cuda.device_count(),
+        },
+    )
 
 
 def providers(rows: Rows) -> None:
@@ -74,7 +120,9 @@ def providers(rows: Rows) -> None:
         if offer.extension_point in ("attention", "matmul") and "cuda" in devices:
             what = f"{offer.extension_point} {offer.qualified_name}"
             try:
-                rows.fact(what, {"why_not": [str(reason) for reason in offer.provider.why_not(context)]})
+                rows.fact(
+                    what, {"why_not": [str(reason) for reason in offer.provider.why_not(context)]}
+                )
             except Exception as e:
                 rows.failed(what, e)
 

@@ -1,4 +1,5 @@
-"""Products by quantized weights on the layers of an 8B Llama, each beside the same product in bfloat16."""
+"""Products by quantized weights on the layers of an 8B Llama, each beside the same product in
+bfloat16."""
 
 from __future__ import annotations
 
@@ -35,7 +36,11 @@ class Measured:
 
 
 FORMATS = (
-    Measured("W4A16 in groups of 128", WeightFormat("uint4", 128), {1: 3.3, 16: 2.8, 512: 0.97, 4096: 0.97}),
+    Measured(
+        "W4A16 in groups of 128",
+        WeightFormat("uint4", 128),
+        {1: 3.3, 16: 2.8, 512: 0.97, 4096: 0.97},
+    ),
     Measured("W4A16 in groups of 128, with zeros", WeightFormat("uint4", 128, zeros=True), {}),
     Measured("FP8 W8A8", WeightFormat(F8, inputs=F8), {1: 1.8, 16: 1.8, 64: 1.8, 4096: 1.5}),
     Measured("FP8 W8A8 in groups of 128", WeightFormat(F8, 128, inputs=F8), {}),
@@ -52,13 +57,23 @@ def run(rows: Rows) -> None:
         for count in NUM_ROWS:
             if (one.name, count) in totals and ("bfloat16", count) in totals:
                 what = f"all layers, {count} rows: {one.name}"
-                add(rows, what, totals[one.name, count], totals["bfloat16", count], one.goals.get(count))
+                add(
+                    rows,
+                    what,
+                    totals[one.name, count],
+                    totals["bfloat16", count],
+                    one.goals.get(count),
+                )
 
 
 def measure(
-    rows: Rows, layers: dict[str, tuple[int, int]], formats: Sequence[Measured], num_rows: Sequence[int]
+    rows: Rows,
+    layers: dict[str, tuple[int, int]],
+    formats: Sequence[Measured],
+    num_rows: Sequence[int],
 ) -> dict[tuple[str, int], float]:
-    """Seconds over all layers, by format and number of rows, without those of which a layer could not be measured."""
+    """Seconds over all layers, by format and number of rows, without those of which a layer could
+    not be measured."""
     matmul, found = provided(), dict[tuple[str, int], dict[str, float]]()
 
     def plain(name: str, outs: int, ins: int) -> None:
@@ -66,7 +81,14 @@ def measure(
         for count in num_rows:
             taken = timed([lambda x, w=w: F.linear(x, w) for w in weights], ins, count)
             rate = 2 * outs * ins * count / taken / 1e12
-            rows.add(Row(f"{name} [{outs}, {ins}], {count} rows: bfloat16", taken * 1e6, "µs", f"{rate:.3g} TFLOP/s"))
+            rows.add(
+                Row(
+                    f"{name} [{outs}, {ins}], {count} rows: bfloat16",
+                    taken * 1e6,
+                    "µs",
+                    f"{rate:.3g} TFLOP/s",
+                )
+            )
             found.setdefault(("bfloat16", count), {})[name] = taken
 
     def quantized(name: str, outs: int, ins: int, one: Measured) -> None:
@@ -110,13 +132,15 @@ def timed(products: list[Callable[[torch.Tensor], torch.Tensor]], ins: int, coun
     return seconds(captured(all_in_turn)) / len(products)
 
 
-def random_linear(matmul: Any, format: WeightFormat, outs: int, ins: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def random_linear(
+    matmul: Any, format: WeightFormat, outs: int, ins: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     width, groups = ins // 2 if format.bits == 4 else ins, (outs, format.num_groups(ins))
     codes = torch.randint(0, 120, (outs, width), dtype=torch.uint8, device=DEVICE)
     tensors = {
         "codes": codes if format.bits == 4 else codes.view(getattr(torch, format.codes)),
         "scales": torch.rand(groups, device=DEVICE) * 0.01 + 0.001,
-    }  # fmt: skip
+    }
     if format.zeros:
         tensors["zeros"] = torch.randint(0, 16, groups, dtype=torch.uint8, device=DEVICE)
     layer = LinearLayer("measured", (Part("measured", outs),), ins, False, "bfloat16", DEVICE)

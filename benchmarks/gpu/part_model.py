@@ -1,5 +1,5 @@
-"""The 8B Llama shape with random weights: decode steps of one and of many requests beside their roofline, and how long the GPU
-idles."""
+"""The 8B Llama shape with random weights: decode steps of one and of many requests beside their
+roofline, and how long the GPU idles."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ def run(rows: Rows) -> None:
     built = start(rows, MANY, CONTEXT + STEPS + 64)
     try:
         for count, goal in ((1, 0.85), (MANY, 0.75)):
-            rows.attempt(f"decode of {count}", decode, rows, built, count, CONTEXT, STEPS, bandwidth, goal, seconds=180)
+            rows.attempt(
+                f"decode of {count}",
+                decode,
+                rows,
+                built,
+                count,
+                CONTEXT,
+                STEPS,
+                bandwidth,
+                goal,
+                seconds=180,
+            )
         rows.attempt("idle", idle, rows, built, MANY, CONTEXT, seconds=120)
     finally:
         built.worker.close()
@@ -40,8 +51,11 @@ def memory_used() -> int:
     return total - free
 
 
-def start(rows: Rows, max_num_seqs: int, max_model_len: int, what: str = "start", **more: Any) -> Engine:
-    """Build an engine; a row for each stage of its start says how long it took and what memory it left in use."""
+def start(
+    rows: Rows, max_num_seqs: int, max_model_len: int, what: str = "start", **more: Any
+) -> Engine:
+    """Build an engine; a row for each stage of its start says how long it took and what memory it
+    left in use."""
     begin, stages = time.monotonic(), list[tuple[str, float, int]]()
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -53,10 +67,24 @@ def start(rows: Rows, max_num_seqs: int, max_model_len: int, what: str = "start"
     synchronize()
     stages.append(("", time.monotonic(), memory_used()))
     for (stage, at, used), (_, until, later) in itertools.pairwise(stages):
-        rows.add(Row(f"{what}: {stage}", until - at, "s", f"GPU memory {used / 2**20:.0f} to {later / 2**20:.0f} MiB"))
+        rows.add(
+            Row(
+                f"{what}: {stage}",
+                until - at,
+                "s",
+                f"GPU memory {used / 2**20:.0f} to {later / 2**20:.0f} MiB",
+            )
+        )
         if stage.startswith("capturing"):
             rows.add(Row(f"{what}: memory taken by captured graphs", (later - used) / 2**20, "MiB"))
-    rows.add(Row(f"{what}: in all", time.monotonic() - begin, "s", f"GPU memory before: {before / 2**20:.0f} MiB"))
+    rows.add(
+        Row(
+            f"{what}: in all",
+            time.monotonic() - begin,
+            "s",
+            f"GPU memory before: {before / 2**20:.0f} MiB",
+        )
+    )
     rows.add(Row(f"{what}: blocks of the KV cache", built.snapshot().kv_blocks_total, "blocks"))
     return built
 
@@ -69,7 +97,9 @@ def begin(built: Engine, count: int, context: int, num_tokens: int) -> None:
     """Add requests and run steps until all prompts are computed."""
     params = SamplingParams(max_tokens=num_tokens)
     for i in range(count):
-        built.add(Request(f"{count}-{context}-{i}", prompt_of(context, i), params, num_tokens, 0, []))
+        built.add(
+            Request(f"{count}-{context}-{i}", prompt_of(context, i), params, num_tokens, 0, [])
+        )
     started: set[str] = set()
     while len(started) < count:
         started |= {output.request_id for output in step(built) if output.token_ids}
@@ -93,7 +123,13 @@ def finish(built: Engine) -> None:
 
 
 def decode(
-    rows: Rows, built: Engine, count: int, context: int, steps: int, bandwidth: float, goal: float | None = None
+    rows: Rows,
+    built: Engine,
+    count: int,
+    context: int,
+    steps: int,
+    bandwidth: float,
+    goal: float | None = None,
 ) -> None:
     """Median time of a step in which each of `count` requests gets a token."""
     try:
@@ -109,7 +145,9 @@ def decode(
     taken, what = statistics.median(times), f"decode step, {count} requests of {context}"
     least = (weight_bytes() + kv_bytes(count * (context + steps // 2))) / bandwidth
     rows.add(Row(what, taken * 1e3, "ms", "weights and KV at copy bandwidth", least / taken, goal))
-    rows.add(Row(f"{what}: tokens", count / taken, "tok/s", f"slowest step {max(times) * 1e3:.2f} ms"))
+    rows.add(
+        Row(f"{what}: tokens", count / taken, "tok/s", f"slowest step {max(times) * 1e3:.2f} ms")
+    )
     rows.add(Row(f"{what}: prompts", count * context / prefill, "tok/s", f"{prefill:.2f} s"))
 
 
@@ -136,7 +174,10 @@ def profiled(built: Engine, steps: int) -> list[Span]:
     events = [e for e in profile.events() if e.device_type == where]
     if not events:
         raise RuntimeError("the profiler saw no kernel")
-    return sorted((Span(e.name, e.time_range.start, e.time_range.end) for e in events), key=lambda span: span.begin)
+    return sorted(
+        (Span(e.name, e.time_range.start, e.time_range.end) for e in events),
+        key=lambda span: span.begin,
+    )
 
 
 def idle_share(spans: list[Span]) -> float:
@@ -156,4 +197,14 @@ def idle(rows: Rows, built: Engine, count: int, context: int) -> None:
         share = idle_share(profiled(built, 2 if DRY else 20))
     finally:
         finish(built)
-    rows.add(Row(f"GPU idle in decode steps of {count} requests", 100 * share, "%", "profiler", share, 0.02, is_most=True))
+    rows.add(
+        Row(
+            f"GPU idle in decode steps of {count} requests",
+            100 * share,
+            "%",
+            "profiler",
+            share,
+            0.02,
+            is_most=True,
+        )
+    )

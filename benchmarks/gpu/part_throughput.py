@@ -1,5 +1,5 @@
-"""1000 requests of mixed lengths on the 8B Llama shape, beside transformers on the same ones: one batch after the other by
-`generate`, and its continuous batching where it has some."""
+"""1000 requests of mixed lengths on the 8B Llama shape, beside transformers on the same ones: one
+batch after the other by `generate`, and its continuous batching where it has some."""
 
 from __future__ import annotations
 
@@ -31,21 +31,48 @@ def run(rows: Rows) -> None:
     finally:
         built.worker.close()
     rows.add(Row(f"{COUNT} requests, tokens generated", ours, "tok/s"))
-    for name, run_peer, goal in (("generate", generate, 23.0), ("continuous batching", continuous, 3.0)):
-        rows.attempt(f"transformers {name}", beside, rows, name, run_peer, requests[:PEER_COUNT], ours, goal, seconds=200)
+    for name, run_peer, goal in (
+        ("generate", generate, 23.0),
+        ("continuous batching", continuous, 3.0),
+    ):
+        rows.attempt(
+            f"transformers {name}",
+            beside,
+            rows,
+            name,
+            run_peer,
+            requests[:PEER_COUNT],
+            ours,
+            goal,
+            seconds=200,
+        )
 
 
-def beside(rows: Rows, name: str, run_peer: Callable[[Prompts], float], requests: Prompts, ours: float, goal: float) -> None:
+def beside(
+    rows: Rows,
+    name: str,
+    run_peer: Callable[[Prompts], float],
+    requests: Prompts,
+    ours: float,
+    goal: float,
+) -> None:
     theirs = run_peer(requests)
     rows.add(Row(f"transformers {name}, {len(requests)} of them", theirs, "tok/s"))
-    rows.add(Row(f"beside transformers {name}", ours, "tok/s", "times as many", ours / theirs, goal))
+    rows.add(
+        Row(f"beside transformers {name}", ours, "tok/s", "times as many", ours / theirs, goal)
+    )
 
 
 def mixed_requests(count: int) -> Prompts:
     rng = random.Random(0)
     longest, most = (30, 8) if DRY else (1024, 512)
-    return [([rng.randrange(3, 400) for _ in range(rng.randint(4 if DRY else 32, longest))], rng.randint(4, most))
-            for _ in range(count)]  # fmt: skip
+    return [
+        (
+            [rng.randrange(3, 400) for _ in range(rng.randint(4 if DRY else 32, longest))],
+            rng.randint(4, most),
+        )
+        for _ in range(count)
+    ]
 
 
 def ours_per_second(built: Engine, requests: Prompts) -> float:
@@ -94,7 +121,9 @@ def continuous(requests: Prompts) -> float:
 
     peer = model()
     longest = max(count for _, count in requests)
-    config = transformers.GenerationConfig(max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config = transformers.GenerationConfig(
+        max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     start = time.perf_counter()
     out = peer.generate_batch(inputs=[prompt for prompt, _ in requests], generation_config=config)
     taken = time.perf_counter() - start

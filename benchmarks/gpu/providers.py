@@ -15,9 +15,12 @@ from dovetail_testing.contract import KIT_MODEL
 
 F8 = "float8_e4m3fn"
 FLASHINFER_KERNELS = {
-    "dtypes": ("bfloat16",), "kv_dtypes": ("bfloat16", F8), "head_sizes": (128,), "sliding_window": False,
+    "dtypes": ("bfloat16",),
+    "kv_dtypes": ("bfloat16", F8),
+    "head_sizes": (128,),
+    "sliding_window": False,
     "logit_soft_cap": False,
-}  # fmt: skip
+}
 """What aot_flashinfer.py compiles by default: other kernels would take minutes each."""
 
 
@@ -26,7 +29,8 @@ def context(**needs: Any) -> Context:
 
 
 def usable(extension_point: str, **needs: Any) -> dict[str, Provider[Any]]:
-    """Providers of an extension point that can run on this GPU, by name, the preferred one first."""
+    """Providers of an extension point that can run on this GPU, by name, the preferred one
+    first."""
     facts, found = device_facts(), {}
     if not DRY and not facts.gpus:
         raise RuntimeError(f"no GPU was found by NVML: {facts.gpu_trouble}")
@@ -37,7 +41,9 @@ def usable(extension_point: str, **needs: Any) -> dict[str, Provider[Any]]:
         if provider.name not in INTERPRETED if DRY else provider.why_not(context(**needs)):
             continue
         if provider.name == "flashinfer":
-            provider = replace(provider, capabilities=replace(provider.capabilities, **FLASHINFER_KERNELS))
+            provider = replace(
+                provider, capabilities=replace(provider.capabilities, **FLASHINFER_KERNELS)
+            )
         found[provider.name] = provider
     return dict(sorted(found.items(), key=lambda item: -item[1].priority))
 

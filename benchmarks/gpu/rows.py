@@ -33,8 +33,8 @@ class DeviceLost(Exception):
 
 @dataclass
 class Row:
-    """A figure. `ratio` is its value relative to a bound or a peer; `goal` is the least that it should be, or the most if
-    `is_most`."""
+    """A figure. `ratio` is its value relative to a bound or a peer; `goal` is the least that it
+    should be, or the most if `is_most`."""
 
     what: str
     value: float
@@ -48,7 +48,11 @@ class Row:
     def verdict(self) -> str:
         if self.goal is None or self.ratio is None:
             return ""
-        return "met" if (self.ratio <= self.goal if self.is_most else self.ratio >= self.goal) else "MISSED"
+        return (
+            "met"
+            if (self.ratio <= self.goal if self.is_most else self.ratio >= self.goal)
+            else "MISSED"
+        )
 
 
 class Rows:
@@ -67,7 +71,9 @@ class Rows:
 
     def add(self, row: Row) -> None:
         filled = {k: v for k, v in asdict(row).items() if v not in ("", None, False)}
-        self._write({**filled, "value": row.value, **({"verdict": row.verdict} if row.verdict else {})})
+        self._write(
+            {**filled, "value": row.value, **({"verdict": row.verdict} if row.verdict else {})}
+        )
         print(line(row), flush=True)
 
     def fact(self, what: str, text: object) -> None:
@@ -87,12 +93,18 @@ class Rows:
         print(f"FAILED {what}: {str(row['error'])[:400]}", flush=True)
 
     def attempt(
-        self, what: str, run: Callable[..., object], *arguments: Any, seconds: float = 60.0, is_needed: bool = False
+        self,
+        what: str,
+        run: Callable[..., object],
+        *arguments: Any,
+        seconds: float = 60.0,
+        is_needed: bool = False,
     ) -> bool:
         """Call `run`, and write its error as a row if it raises one; return whether it went well.
 
-        An attempt that takes longer ends the process. The harness then starts the section again, and what was tried is skipped,
-        unless it went well and the next attempts need it (`is_needed`). Raises `DeviceLost`.
+        An attempt that takes longer ends the process. The harness then starts the section again,
+        and what was tried is skipped, unless it went well and the next attempts need it
+        (`is_needed`). Raises `DeviceLost`.
         """
         if what in self._tried and not (is_needed and what in self._done):
             return False
@@ -114,11 +126,13 @@ class Rows:
             self.watch()
 
     def watch(self, seconds: float | None = None) -> None:
-        """Print where the process is if it is still there after so many seconds, and end it; by default print it shortly before
-        the section's limit."""
+        """Print where the process is if it is still there after so many seconds, and end it; by
+        default print it shortly before the section's limit."""
         left = self.seconds_left - DUMP_BEFORE
         is_attempt = seconds is not None and seconds < left
-        faulthandler.dump_traceback_later(max(0.1, seconds if is_attempt and seconds else left), exit=is_attempt)
+        faulthandler.dump_traceback_later(
+            max(0.1, seconds if is_attempt and seconds else left), exit=is_attempt
+        )
 
     def _mark(self, mark: str, what: str) -> None:
         with self._attempts.open("a") as file:
@@ -126,7 +140,11 @@ class Rows:
 
     def _write(self, row: dict[str, Any]) -> None:
         at = round(time.monotonic() - self._start, 2)
-        data = json.dumps({"section": self._section, "run": self._run, **row, "at": at}, ensure_ascii=False, default=str)
+        data = json.dumps(
+            {"section": self._section, "run": self._run, **row, "at": at},
+            ensure_ascii=False,
+            default=str,
+        )
         with self._path.open("ab") as file:
             file.write(data.encode() + b"\n")
 
@@ -153,7 +171,8 @@ def line(row: Row) -> str:
 
 
 def seconds(run: Callable[[], object], *, rounds: int = 5, least: float = 0.05) -> float:
-    """Median over rounds of the time of one `run`; a round takes `least` seconds or a run, whichever is longer."""
+    """Median over rounds of the time of one `run`; a round takes `least` seconds or a run,
+    whichever is longer."""
     run()
     synchronize()
     start = time.perf_counter()
@@ -181,7 +200,8 @@ def _round(run: Callable[[], object], count: int) -> float:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The launches of `run` as a graph, so that the time of the host does not count. In a dry run, `run` itself."""
+    """The launches of `run` as a graph, so that the time of the host does not count. In a dry run,
+    `run` itself."""
     if DRY:
         return run
     import torch
@@ -216,7 +236,10 @@ def copy_bandwidth() -> float:
     import torch
 
     size = 2**20 if DRY else 2**32
-    source, target = torch.zeros(size, dtype=torch.uint8, device=DEVICE), torch.empty(size, dtype=torch.uint8, device=DEVICE)
+    source, target = (
+        torch.zeros(size, dtype=torch.uint8, device=DEVICE),
+        torch.empty(size, dtype=torch.uint8, device=DEVICE),
+    )
     return 2 * size / seconds(lambda: target.copy_(source))
 
 

@@ -1,6 +1,6 @@
 """Runs one section of a check in this process. The harness starts it:
 
-    section.py NAME MODULE:FUNCTION ROWS ATTEMPTS LIMIT RUN
+section.py NAME MODULE:FUNCTION ROWS ATTEMPTS LIMIT RUN
 """
 
 from __future__ import annotations
@@ -44,5 +44,6 @@ def end_with_parent() -> None:
 if __name__ == "__main__":
     code = main(*sys.argv[1:])
     sys.stdout.flush()
-    # Without the interpreter's and the driver's tidying up, which can hang after an error on the device.
+    # Without the interpreter's and the driver's tidying up, which can hang after an error on the
+    # device.
     os._exit(code)

@@ -1,6 +1,8 @@
-"""A benchmark model as a GGUF file of 16 bits, for llama.cpp:  python convert_gguf.py MODEL_FOLDER OUT.gguf
+"""A benchmark model as a GGUF file of 16 bits, for llama.cpp: python convert_gguf.py MODEL_FOLDER
+OUT.gguf
 
-Llama and Qwen3 of models.py, with the package gguf. Matrices stay bfloat16; norms become float32, as llama.cpp has them.
+Llama and Qwen3 of models.py, with the package gguf. Matrices stay bfloat16; norms become float32,
+as llama.cpp has them.
 """
 
 from __future__ import annotations
@@ -16,15 +18,25 @@ import gguf
 import numpy as np
 
 NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 def tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and u16[...] of each tensor: numpy has no bfloat16, so its bits. The file is mapped, not read."""
+    """Name and u16[...] of each tensor: numpy has no bfloat16, so its bits. The file is mapped, not
+    read."""
     with path.open("rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         header = json.loads(f.read(length))
@@ -46,7 +58,8 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of q or k as llama.cpp's Llama rotates them: pairs of neighbours, where the checkpoint pairs halves."""
+    """Rows of q or k as llama.cpp's Llama rotates them: pairs of neighbours, where the checkpoint
+    pairs halves."""
     rows, columns = weight.shape
     halves = weight.reshape(num_heads, 2, rows // num_heads // 2, columns)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
@@ -65,7 +78,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any])
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]])
+    writer.add_token_merges(
+        [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+    )
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_add_bos_token(False)
@@ -97,7 +112,9 @@ def convert(folder: Path, out: Path) -> None:
         if bits.ndim == 1:
             writer.add_tensor(gguf_name(name), (bits.astype(np.uint32) << 16).view(np.float32))
         else:
-            writer.add_tensor(gguf_name(name), bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+            writer.add_tensor(
+                gguf_name(name), bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,9 +18,13 @@ class Dovetail:
     def __init__(self, model: str, threads: int) -> None:
         source: Any = {"config": model} if Path(model).is_file() else {"model": model}
         self._llm = LLM(
-            **source, device="cpu", max_model_len=MAX_MODEL_LEN, scheduler={"max_num_seqs": 64}, kv_cache={"memory_gb": 2},
+            **source,
+            device="cpu",
+            max_model_len=MAX_MODEL_LEN,
+            scheduler={"max_num_seqs": 64},
+            kv_cache={"memory_gb": 2},
             worker={"use": "torch", "num_threads": threads},
-        )  # fmt: skip
+        )
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
@@ -30,9 +34,24 @@ class Dovetail:
 def server(model: str, threads: int, port: int) -> list[str]:
     # Between its rounds the whole process group is stopped: no reason to replace the engine.
     return [
-        sys.executable, "-m", "dovetail.cli.main", "serve", model, "--served-model-name", "m", "--port", str(port),
-        "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "64", "--kv-cache-memory-gb", "2", "--stall-timeout", "86400",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "dovetail.cli.main",
+        "serve",
+        model,
+        "--served-model-name",
+        "m",
+        "--port",
+        str(port),
+        "--max-model-len",
+        str(MAX_MODEL_LEN),
+        "--max-num-seqs",
+        "64",
+        "--kv-cache-memory-gb",
+        "2",
+        "--stall-timeout",
+        "86400",
+    ]
 
 
 if __name__ == "__main__":

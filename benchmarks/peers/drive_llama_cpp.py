@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python's bindings of its C interface: see protocol.py.
 
-A batch is several sequences of one context. The server is llama.cpp's own, a program that stands beside this python.
+A batch is several sequences of one context. The server is llama.cpp's own, a program that stands
+beside this python.
 """
 
 from __future__ import annotations
@@ -38,10 +39,18 @@ class LlamaCpp:
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         context = self._context(len(prompts))
         c.llama_memory_clear(c.llama_get_memory(context), True)
-        rows = [(token, i, seq, i == len(prompt) - 1) for seq, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
+        rows = [
+            (token, i, seq, i == len(prompt) - 1)
+            for seq, prompt in enumerate(prompts)
+            for i, token in enumerate(prompt)
+        ]
         out: list[list[int]] = [[] for _ in prompts]
         for _ in range(num_tokens):
-            drawn = [t for first in range(0, len(rows), BATCH) for t in self._decode(context, rows[first : first + BATCH])]
+            drawn = [
+                t
+                for first in range(0, len(rows), BATCH)
+                for t in self._decode(context, rows[first : first + BATCH])
+            ]
             rows = []
             for seq, token in enumerate(drawn):
                 rows.append((token, len(prompts[seq]) + len(out[seq]), seq, True))
@@ -53,7 +62,12 @@ class LlamaCpp:
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, position, seq, wanted) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = (
+                token,
+                position,
+                1,
+                wanted,
+            )
             batch.seq_id[i][0] = seq
         status = c.llama_decode(context, batch)
         if status != 0:
@@ -61,7 +75,9 @@ class LlamaCpp:
         wanted_rows = sum(r[3] for r in rows)
         if not wanted_rows:
             return []
-        logits = np.ctypeslib.as_array(c.llama_get_logits(context), shape=(wanted_rows, self._vocab_size))
+        logits = np.ctypeslib.as_array(
+            c.llama_get_logits(context), shape=(wanted_rows, self._vocab_size)
+        )
         tokens: list[int] = logits.argmax(axis=1).tolist()
         return tokens
 
@@ -78,9 +94,26 @@ class LlamaCpp:
 def server(model: str, threads: int, port: int) -> list[str]:
     count = str(threads)
     return [
-        str(Path(sys.executable).parent / "llama-server"), "-m", model, "-t", count, "-tb", count, "--host", "127.0.0.1",
-        "--port", str(port), "-np", "16", "-c", str(16 * CONTEXT), "-b", str(BATCH), "-ub", "512",
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "llama-server"),
+        "-m",
+        model,
+        "-t",
+        count,
+        "-tb",
+        count,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "-np",
+        "16",
+        "-c",
+        str(16 * CONTEXT),
+        "-b",
+        str(BATCH),
+        "-ub",
+        "512",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""OpenVINO GenAI: see protocol.py. One request goes to its LLMPipeline, several to its continuous batching."""
+"""OpenVINO GenAI: see protocol.py. One request goes to its LLMPipeline, several to its continuous
+batching."""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ class Transformers:
 
     def __init__(self, model: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
         self._model = loaded.eval()
         self._model.generation_config.eos_token_id = None
 
@@ -20,9 +22,15 @@ class Transformers:
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         ids = torch.tensor(prompts)
         config = transformers.GenerationConfig(
-            do_sample=False, max_new_tokens=num_tokens, min_new_tokens=num_tokens, pad_token_id=0, eos_token_id=None
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=0,
+            eos_token_id=None,
         )
-        out = self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        out = self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config
+        )
         tokens: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return tokens
 

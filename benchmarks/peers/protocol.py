@@ -1,6 +1,8 @@
-"""How `benchmarks/peers.py` talks to an engine: a process that loads once and answers rounds, one JSON line each.
+"""How `benchmarks/peers.py` talks to an engine: a process that loads once and answers rounds, one
+JSON line each.
 
-    python drive_X.py MODEL --threads 2              rounds on stdin, answers on stdout; the first line says that it is ready
+    python drive_X.py MODEL --threads 2              rounds on stdin, answers on stdout; the
+        first line says that it is ready
     python drive_X.py MODEL --threads 2 --serve 8001   becomes the engine's own HTTP server instead
 
     {"case": "A", "seed": 3, "num_requests": 1, "input_len": 128, "output_len": 128}
@@ -33,7 +35,8 @@ class Engine(Protocol):
     version: str
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-        """Complete all prompts at once: greedy, exactly `num_tokens` each, whatever they are. Returns the new token ids."""
+        """Complete all prompts at once: greedy, exactly `num_tokens` each, whatever they are.
+        Returns the new token ids."""
 
 
 def single(engine: Engine, ask: dict[str, Any]) -> dict[str, float]:
@@ -45,8 +48,15 @@ def single(engine: Engine, ask: dict[str, Any]) -> dict[str, float]:
 
 def batch(engine: Engine, ask: dict[str, Any]) -> dict[str, float]:
     """All requests at once, prefill included."""
-    prompts = [prompt(ask["input_len"], 1_000_000 + 1000 * ask["seed"] + i) for i in range(ask["num_requests"])]
-    return {"output tokens/s": len(prompts) * ask["output_len"] / seconds(engine, prompts, ask["output_len"])}
+    prompts = [
+        prompt(ask["input_len"], 1_000_000 + 1000 * ask["seed"] + i)
+        for i in range(ask["num_requests"])
+    ]
+    return {
+        "output tokens/s": (
+            len(prompts) * ask["output_len"] / seconds(engine, prompts, ask["output_len"])
+        )
+    }
 
 
 def seconds(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:
@@ -60,8 +70,11 @@ def seconds(engine: Engine, prompts: list[list[int]], num_tokens: int) -> float:
 CASES: dict[str, Callable[[Engine, dict[str, Any]], dict[str, float]]] = {"A": single, "B": batch}
 
 
-def main(load: Callable[[str, int], Engine], server: Callable[[str, int, int], list[str]] | None = None) -> None:
-    """Run a driver. `load(model, threads)` makes the engine, `server(model, threads, port)` is its server's command."""
+def main(
+    load: Callable[[str, int], Engine], server: Callable[[str, int, int], list[str]] | None = None
+) -> None:
+    """Run a driver. `load(model, threads)` makes the engine, `server(model, threads, port)` is its
+    server's command."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, required=True)

@@ -1,6 +1,8 @@
-"""A GGUF file of 16 bits in one of llama.cpp's quantized types:  python quantize_gguf.py IN.gguf OUT.gguf Q4_K_M
+"""A GGUF file of 16 bits in one of llama.cpp's quantized types: python quantize_gguf.py IN.gguf
+OUT.gguf Q4_K_M
 
-By llama.cpp's own quantizer with its defaults, as `llama-quantize` does: a tied output projection has more bits than the rest.
+By llama.cpp's own quantizer with its defaults, as `llama-quantize` does: a tied output projection
+has more bits than the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The engines with weights of 8 and of 4 bits: for each of our forms, what the others have that is nearest to it."""
+"""The engines with weights of 8 and of 4 bits: for each of our forms, what the others have that is
+nearest to it."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def composed(name: str, rules: list[dict[str, Any]], folder: Path, python: Path)
 
 def composed_gptq(folder: Path, python: Path) -> Path:
     """The shape's GPTQ checkpoint, whose codes are random: what they are changes no time."""
-    return composed("gptq", [HEAD, {"match": "*", "use": "auto"}], gptq_folder_of(folder.name), python)
+    return composed(
+        "gptq", [HEAD, {"match": "*", "use": "auto"}], gptq_folder_of(folder.name), python
+    )
 
 
 def quantized_gguf(kind: str, folder: Path, python: Path) -> Path:
@@ -56,8 +59,18 @@ BY_BITS: dict[int, dict[str, Engine]] = {
     for bits, engines in {
         16: tuple(ENGINES.values()),
         8: (
-            _form(OURS, "", "Dovetail INT8", partial(composed, "int8", [HEAD, {"match": "*", "use": "int8"}])),
-            _form(OURS, "weights", "Dovetail INT8, inputs as they are", partial(composed, "int8-weights", [HEAD, WEIGHTS])),
+            _form(
+                OURS,
+                "",
+                "Dovetail INT8",
+                partial(composed, "int8", [HEAD, {"match": "*", "use": "int8"}]),
+            ),
+            _form(
+                OURS,
+                "weights",
+                "Dovetail INT8, inputs as they are",
+                partial(composed, "int8-weights", [HEAD, WEIGHTS]),
+            ),
             _gguf("Q8_0"),
             _form("openvino", "int8", "OpenVINO INT8", partial(to_openvino, form="int8")),
         ),
@@ -65,7 +78,12 @@ BY_BITS: dict[int, dict[str, Engine]] = {
             _form(OURS, "", "Dovetail GPTQ", composed_gptq),
             _gguf("Q4_0"),
             _gguf("Q4_K_M"),
-            _form("openvino", "int4", "OpenVINO INT4", partial(to_openvino, form="int4", more=IN_GROUPS)),
+            _form(
+                "openvino",
+                "int4",
+                "OpenVINO INT4",
+                partial(to_openvino, form="int4", more=IN_GROUPS),
+            ),
         ),
     }.items()
-}  # fmt: skip
+}

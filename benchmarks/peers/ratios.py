@@ -1,4 +1,5 @@
-"""From rounds that engines took in turn to a table of ratios. No engine, no clock: only arithmetic."""
+"""From rounds that engines took in turn to a table of ratios. No engine, no clock: only
+arithmetic."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of one case: medians by engine, and how many times better ours is than each other's."""
+    """One figure of one case: medians by engine, and how many times better ours is than each
+    other's."""
 
     model: str
     case: str
@@ -32,12 +34,15 @@ class Row:
 
 
 def rows(rounds: list[Round], ours: str) -> list[Row]:
-    """In the order in which the rounds were taken. A ratio is the median over rounds of the ratio within the round, so a
-    machine that is slower for some rounds slows both sides; where ours has no round there is none."""
+    """In the order in which the rounds were taken. A ratio is the median over rounds of the ratio
+    within the round, so a machine that is slower for some rounds slows both sides; where ours has
+    no round there is none."""
     values: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
     for r in rounds:
         for figure, value in r.figures.items():
-            values.setdefault((r.model, r.case, figure), {}).setdefault(r.engine, {})[r.number] = value
+            values.setdefault((r.model, r.case, figure), {}).setdefault(r.engine, {})[r.number] = (
+                value
+            )
     out = []
     for (model, case, figure), by_engine in values.items():
         mine = by_engine.get(ours, {})
@@ -55,7 +60,10 @@ def rows(rounds: list[Round], ours: str) -> list[Row]:
 def markdown(table: list[Row], engines: dict[str, str], ours: str) -> str:
     """The table of the README. `engines` are titles by name, in the order of the columns."""
     others = {name: title for name, title in engines.items() if name != ours}
-    lines = [_line("model", "case", "figure", engines[ours], *others.values()), "|---" * (4 + len(others)) + "|"]
+    lines = [
+        _line("model", "case", "figure", engines[ours], *others.values()),
+        "|---" * (4 + len(others)) + "|",
+    ]
     for row in table:
         cells = [_cell(row, name) for name in others]
         mine = number(row.medians[ours]) if ours in row.medians else "–"

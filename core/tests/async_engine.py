@@ -65,7 +65,13 @@ def quiet(engine: AsyncEngine) -> Callable[[], bool]:
 
     def check() -> bool:
         s = engine.stats
-        return engine.num_live == s.num_requests_running == s.num_requests_waiting == s.kv_blocks_used == 0
+        return (
+            engine.num_live
+            == s.num_requests_running
+            == s.num_requests_waiting
+            == s.kv_blocks_used
+            == 0
+        )
 
     return check
 

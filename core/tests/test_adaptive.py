@@ -1,4 +1,5 @@
-"""How many tokens are drafted, and for whom: as many as pay, and what finding out costs is bounded."""
+"""How many tokens are drafted, and for whom: as many as pay, and what finding out costs is
+bounded."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail.engine.adaptive import MAX_REST, SHARE, START, Adaptive, Curve, EverySequence, StepCosts, best_counts
+from dovetail.engine.adaptive import (
+    MAX_REST,
+    SHARE,
+    START,
+    Adaptive,
+    Curve,
+    EverySequence,
+    StepCosts,
+    best_counts,
+)
 from dovetail.engine.engine import OverlappedEngine
 from dovetail.engine.step_costs import measure
 from dovetail.errors import PluginError
@@ -32,7 +42,7 @@ from dovetail_testing.engines import (
     run,
     setups,
     workloads,
-)  # fmt: skip
+)
 from dovetail_testing.machines import run_machine
 from dovetail_testing.prefix_cache import new_paged, new_scheduler
 from dovetail_testing.scheduler import Knowing
@@ -58,17 +68,28 @@ def rate(counts: Any, chances: list[list[float]], num_seqs: int, of: StepCosts) 
 
 
 @given(st.lists(falling, max_size=3), st.integers(0, 5), costs)
-def test_no_choice_of_counts_is_better(chances: list[list[float]], others: int, of: StepCosts) -> None:
+def test_no_choice_of_counts_is_better(
+    chances: list[list[float]], others: int, of: StepCosts
+) -> None:
     num_seqs = max(1, len(chances) + others)
     counts = best_counts(chances, num_seqs, of)
     assert all(0 <= n <= len(of_seq) for n, of_seq in zip(counts, chances, strict=True))
-    best = max(rate(every, chances, num_seqs, of) for every in itertools.product(*(range(len(c) + 1) for c in chances)))
+    best = max(
+        rate(every, chances, num_seqs, of)
+        for every in itertools.product(*(range(len(c) + 1) for c in chances))
+    )
     assert rate(counts, chances, num_seqs, of) == pytest.approx(best)
     assert rate(counts, chances, num_seqs, of) >= rate([0] * len(chances), chances, num_seqs, of)
 
 
-@given(st.dictionaries(st.integers(1, 100), st.floats(0.1, 10), min_size=1), st.integers(1, 300), st.integers(1, 300))
-def test_a_curve_never_falls_and_passes_below_its_points(points: dict[int, float], a: int, b: int) -> None:
+@given(
+    st.dictionaries(st.integers(1, 100), st.floats(0.1, 10), min_size=1),
+    st.integers(1, 300),
+    st.integers(1, 300),
+)
+def test_a_curve_never_falls_and_passes_below_its_points(
+    points: dict[int, float], a: int, b: int
+) -> None:
     curve = Curve(points)
     assert curve(min(a, b)) <= curve(max(a, b)) + 1e-9
     assert all(curve(n) <= seconds for n, seconds in points.items())
@@ -76,14 +97,18 @@ def test_a_curve_never_falls_and_passes_below_its_points(points: dict[int, float
 
 
 @given(costs, st.integers(1, 9), st.integers(1, 30), st.integers(1, 30))
-def test_more_drafts_never_cost_less_and_any_cost_at_least_what_none_do(of: StepCosts, num_seqs: int, a: int, b: int) -> None:
+def test_more_drafts_never_cost_less_and_any_cost_at_least_what_none_do(
+    of: StepCosts, num_seqs: int, a: int, b: int
+) -> None:
     few, many = of.with_drafts(num_seqs, min(a, b)), of.with_drafts(num_seqs, max(a, b))
     assert of.without(num_seqs) <= few + 1e-9
     assert few <= many + 1e-9
 
 
 def test_costs_between_measured_numbers_of_sequences_are_between_theirs() -> None:
-    of = StepCosts(Curve({1: 1.0, 4: 2.0}), {1: Curve({1: 2.0, 2: 3.0}), 4: Curve({1: 4.0, 4: 5.0, 8: 9.0})})
+    of = StepCosts(
+        Curve({1: 1.0, 4: 2.0}), {1: Curve({1: 2.0, 2: 3.0}), 4: Curve({1: 4.0, 4: 5.0, 8: 9.0})}
+    )
     assert of.with_drafts(1, 2) == 3.0
     assert of.with_drafts(4, 4) == 5.0
     assert of.with_drafts(2, 2) == pytest.approx(2 + (5 - 2) / 3)  # one each: between 2 and 5
@@ -111,9 +136,15 @@ def policy_of(costs: StepCosts, clock: Clock, *sequences: Sequence) -> Adaptive:
     return policy
 
 
-def looks(policy: Adaptive, clock: Clock, running: list[Sequence], num_steps: int, answer: Callable[[int], int]) -> list[int]:
-    """Steps of a second each, in which one sequence is asked and has `answer(step)` of its four drafts accepted; -1: it has no
-    drafts. Returns the steps in which it was asked."""
+def looks(
+    policy: Adaptive,
+    clock: Clock,
+    running: list[Sequence],
+    num_steps: int,
+    answer: Callable[[int], int],
+) -> list[int]:
+    """Steps of a second each, in which one sequence is asked and has `answer(step)` of its four
+    drafts accepted; -1: it has no drafts. Returns the steps in which it was asked."""
     asked = []
     for step in range(num_steps):
         clock.now += 1
@@ -137,7 +168,9 @@ def test_who_finds_nothing_rests_twice_as_long_each_time_up_to_a_bound() -> None
 
 def test_who_errs_rests_and_who_is_right_again_is_asked_in_every_step() -> None:
     seq, clock = sequence(0), Clock()
-    asked = looks(policy_of(FLAT, clock, seq), clock, [seq], 400, lambda step: 0 if step < 60 else 4)
+    asked = looks(
+        policy_of(FLAT, clock, seq), clock, [seq], 400, lambda step: 0 if step < 60 else 4
+    )
     assert 1 < sum(step < 60 for step in asked) < 12
     assert asked[-300:] == list(range(100, 400))
 
@@ -152,8 +185,11 @@ def test_where_perfect_drafts_would_not_pay_nobody_is_asked() -> None:
 
 
 @given(st.lists(st.integers(-1, 0), min_size=1, max_size=50), st.floats(0.001, 0.2), costs)
-def test_what_never_helps_costs_no_more_than_its_share(answers: list[int], look: float, of: StepCosts) -> None:
-    """By the account's own figures, over 2,000 steps: seconds of looking, and of drafts that were verified for nothing."""
+def test_what_never_helps_costs_no_more_than_its_share(
+    answers: list[int], look: float, of: StepCosts
+) -> None:
+    """By the account's own figures, over 2,000 steps: seconds of looking, and of drafts that were
+    verified for nothing."""
     seq, clock = sequence(0), Clock()
     policy = policy_of(of, clock, seq)
     spent = last = passed = 0.0
@@ -175,7 +211,8 @@ def test_what_never_helps_costs_no_more_than_its_share(answers: list[int], look:
 
 
 def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
-    """Drafts that are always right, in steps three times as long as they should be: they stop, and are tried again in time."""
+    """Drafts that are always right, in steps three times as long as they should be: they stop, and
+    are tried again in time."""
     seq, clock, drafted = sequence(0), Clock(), list[int]()
     policy = policy_of(StepCosts(Curve({1: 1.0, 5: 2.0, 100: 40.0})), clock, seq)
     for step in range(3000):
@@ -192,7 +229,8 @@ def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
 
 
 def test_time_in_which_nobody_runs_is_no_step() -> None:
-    """Short sequences, one after the other, an hour between each two: their drafts, always right, are drafted to the end."""
+    """Short sequences, one after the other, an hour between each two: their drafts, always right,
+    are drafted to the end."""
     clock = Clock()
     policy = policy_of(StepCosts(Curve({1: 1.0, 5: 3.8, 100: 80.0})), clock)
     for i in range(50):
@@ -212,7 +250,8 @@ def test_time_in_which_nobody_runs_is_no_step() -> None:
 
 
 def test_where_all_steps_take_longer_than_was_measured_drafts_do_not_look_cheaper() -> None:
-    """Steps without drafts take twice as long as they should; those with any would not have paid, and do not pay now."""
+    """Steps without drafts take twice as long as they should; those with any would not have paid,
+    and do not pay now."""
     seq, clock = sequence(0), Clock()
     policy = policy_of(StepCosts(Curve({1: 1.0}), {1: Curve({1: 2.5, 3: 3.9, 4: 4.0})}), clock, seq)
     for _ in range(500):
@@ -247,9 +286,16 @@ def test_the_past_fades_and_nothing_is_left_of_a_sequence_that_has_ended() -> No
 
 
 def parts(expected: Outputs | None, costs: StepCosts, **values: Any) -> Parts:
-    """With a drafter that knows what comes and errs at every third position, or one that repeats the last token."""
+    """With a drafter that knows what comes and errs at every third position, or one that repeats
+    the last token."""
     drafter = Repeats if expected is None else partial(Knowing, expected)
-    return Parts(new_paged, new_scheduler, drafter, policy=lambda: Adaptive(costs, 4, itertools.count().__next__), **values)
+    return Parts(
+        new_paged,
+        new_scheduler,
+        drafter,
+        policy=lambda: Adaptive(costs, 4, itertools.count().__next__),
+        **values,
+    )
 
 
 class Repeats:
@@ -261,11 +307,19 @@ class Repeats:
 
 
 @settings(deadline=None)
-@given(setups, workloads, st.sampled_from([FLAT, LINEAR, StepCosts(Curve({1: 1.0, 4: 1.2, 8: 3.0}), {2: Curve({1: 1.2})})]))
+@given(
+    setups,
+    workloads,
+    st.sampled_from(
+        [FLAT, LINEAR, StepCosts(Curve({1: 1.0, 4: 1.2, 8: 3.0}), {2: Curve({1: 1.2})})]
+    ),
+)
 def test_adapting_changes_no_output(setup: Setup, workload: list[Any], costs: StepCosts) -> None:
     asked = requests_of(workload)
     expected = alone(Parts(new_paged, new_scheduler), asked, setup.window)
-    assert run(parts(expected, costs).engine(setup), asked, [a.arrival for a in workload]) == expected
+    assert (
+        run(parts(expected, costs).engine(setup), asked, [a.arrival for a in workload]) == expected
+    )
 
 
 def test_engines_that_adapt_whatever_happens() -> None:
@@ -284,15 +338,24 @@ def test_right_drafts_make_fewer_steps_and_are_counted(overlap: bool) -> None:
     assert run(engine, asked) == expected
     stats, num_tokens = engine.snapshot(), len(expected["r0", 0])
     assert stats.num_steps < num_tokens * 0.6
-    assert stats.num_draft_tokens == sum(stats.drafted_by_position) > stats.num_accepted_tokens > num_tokens / 3
+    assert (
+        stats.num_draft_tokens
+        == sum(stats.drafted_by_position)
+        > stats.num_accepted_tokens
+        > num_tokens / 3
+    )
     assert stats.num_accepted_tokens == sum(stats.accepted_by_position)
-    assert all(a <= d for a, d in zip(stats.accepted_by_position, stats.drafted_by_position, strict=True))
+    assert all(
+        a <= d for a, d in zip(stats.accepted_by_position, stats.drafted_by_position, strict=True)
+    )
     assert stats.draft_seconds > 0
 
 
 def test_the_overlapped_loop_pauses_only_for_drafts() -> None:
     """A drafter that never has any leaves every step overlapped."""
-    engine = parts({("r0", 0): []}, FLAT).engine(Setup(budget=MAX_LEN, spare_blocks=50, overlap=True))
+    engine = parts({("r0", 0): []}, FLAT).engine(
+        Setup(budget=MAX_LEN, spare_blocks=50, overlap=True)
+    )
     assert isinstance(engine, OverlappedEngine)
     engine.add(request("r0", [1, 2, 3], 30, seed=1))
     in_flight = []
@@ -318,7 +381,9 @@ class Faulty(Repeats):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("draft", [ValueError("lost"), [64], [-1], [1, 2, 3, 4, 5], "12", [True]], ids=repr)
+@pytest.mark.parametrize(
+    "draft", [ValueError("lost"), [64], [-1], [1, 2, 3, 4, 5], "12", [True]], ids=repr
+)
 def test_a_drafter_that_fails_costs_its_request_and_no_other(draft: Any, overlap: bool) -> None:
     asked = [request("bad", [1, 2], 20, seed=1), request("good", [3, 4], 20, seed=2)]
     expected = alone(Parts(new_paged, new_scheduler), asked)
@@ -339,11 +404,18 @@ def test_a_drafter_that_fails_costs_its_request_and_no_other(draft: Any, overlap
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_costs_are_measured_on_an_engine_that_is_then_as_new(overlap: bool) -> None:
-    engine = Parts(new_paged, new_scheduler).engine(Setup(overlap=overlap, budget=MAX_LEN, max_num_seqs=4, spare_blocks=200))
+    engine = Parts(new_paged, new_scheduler).engine(
+        Setup(overlap=overlap, budget=MAX_LEN, max_num_seqs=4, spare_blocks=200)
+    )
     costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN)
     assert list(costs.plain.points) == [1, 2, 4]
-    assert {n: list(curve.points) for n, curve in costs.drafted.items()} == {1: [1, 2, 3], 4: [1, 4, 8, 12]}
-    assert all(s > 0 for curve in (costs.plain, *costs.drafted.values()) for s in curve.points.values())
+    assert {n: list(curve.points) for n, curve in costs.drafted.items()} == {
+        1: [1, 2, 3],
+        4: [1, 4, 8, 12],
+    }
+    assert all(
+        s > 0 for curve in (costs.plain, *costs.drafted.values()) for s in curve.points.values()
+    )
     assert engine.speculation is None
     assert engine.kv.num_used == 0
     assert engine.snapshot().num_steps == 0
@@ -362,10 +434,16 @@ def test_costs_are_measured_however_short_sequences_must_be(max_len: int) -> Non
 
 def test_measuring_ends_in_time_and_costs_grow_in_proportion_beyond() -> None:
     """Of steps of two seconds only the first kind is measured."""
-    engine = Parts(new_paged, new_scheduler).engine(Setup(budget=MAX_LEN, max_num_seqs=4, spare_blocks=200))
+    engine = Parts(new_paged, new_scheduler).engine(
+        Setup(budget=MAX_LEN, max_num_seqs=4, spare_blocks=200)
+    )
     rng = random.Random(0)
-    clock = itertools.accumulate(itertools.repeat(2.0), lambda t, step: t + step * rng.uniform(1, 1.01)).__next__
-    costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN, clock=clock)
+    clock = itertools.accumulate(
+        itertools.repeat(2.0), lambda t, step: t + step * rng.uniform(1, 1.01)
+    ).__next__
+    costs = measure(
+        engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN, clock=clock
+    )
     assert list(costs.plain.points) == [1]
     assert costs.drafted == {}
     assert costs.without(8) == pytest.approx(8 * costs.without(1))

@@ -36,8 +36,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(__import__("sys").modules, "some_package", module)
 
     def install(**values: str) -> None:
-        entries = [importlib.metadata.EntryPoint(name, value, GROUP) for name, value in values.items()]
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == GROUP else [])
+        entries = [
+            importlib.metadata.EntryPoint(name, value, GROUP) for name, value in values.items()
+        ]
+        monkeypatch.setattr(
+            importlib.metadata, "entry_points", lambda group: entries if group == GROUP else []
+        )
 
     return install
 
@@ -55,7 +59,8 @@ def test_a_package_adds_a_command(installed: Any, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("value", "why"), [("no_such_module:X", "ModuleNotFoundError"), ("some_package:WRONG", "not a Command")]
+    ("value", "why"),
+    [("no_such_module:X", "ModuleNotFoundError"), ("some_package:WRONG", "not a Command")],
 )
 def test_a_broken_command_is_listed_and_refused(
     value: str, why: str, installed: Any, capsys: pytest.CaptureFixture[str]
@@ -66,13 +71,20 @@ def test_a_broken_command_is_listed_and_refused(
     assert main(["say", "hello"]) == 7
 
 
-def test_two_of_one_name_are_refused_and_both_are_named(installed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_of_one_name_are_refused_and_both_are_named(
+    installed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     installed(chat="some_package:SAY")
     assert main(["say"]) == 2
-    assert "two commands are named 'chat': one from dovetail-core, one from some_package:SAY" in capsys.readouterr().err
+    assert (
+        "two commands are named 'chat': one from dovetail-core, one from some_package:SAY"
+        in capsys.readouterr().err
+    )
 
 
-def test_the_engines_own_commands_ask_nobody(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_own_commands_ask_nobody(
+    installed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Starting a server does not wait for the metadata of commands."""
     monkeypatch.setattr("dovetail.cli.added.add_installed", lambda *_: pytest.fail("asked"))
     with pytest.raises(SystemExit):

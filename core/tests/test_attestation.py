@@ -67,7 +67,9 @@ def test_an_error_passes_through_and_still_counts() -> None:
     assert attestation.invoked == {"a": True}
 
 
-@pytest.mark.parametrize("built", [None, 3, type("Slots", (), {"__slots__": (), "plan": lambda self: 1})(), lambda: 1])
+@pytest.mark.parametrize(
+    "built", [None, 3, type("Slots", (), {"__slots__": (), "plan": lambda self: 1})(), lambda: 1]
+)
 def test_what_cannot_be_watched_is_not_claimed(built: Any) -> None:
     attestation = Attestation()
     attestation.watch("a", STEP, built)

@@ -24,7 +24,9 @@ class Machine:
 
     def mount(self, at: str, kind: str, controllers: str = "", root: str = "/") -> None:
         point = str(self.sys / at).replace(" ", "\\040")
-        self.mounts += f"31 22 0:28 {root} {point} rw,relatime shared:9 - {kind} {kind} rw,{controllers}\n"
+        self.mounts += (
+            f"31 22 0:28 {root} {point} rw,relatime shared:9 - {kind} {kind} rw,{controllers}\n"
+        )
         (self.proc / "mountinfo").write_text(self.mounts)
 
     def belong(self, controllers: str, path: str) -> None:
@@ -51,7 +53,13 @@ def machine(tmp_path: Path) -> Machine:
 def v2(machine: Machine) -> Machine:
     machine.mount("", "cgroup2")
     machine.belong("", "/pods/pod/container")
-    machine.write("pods/pod/container", cpu_max="max 100000", memory_max="max", memory_high="max", memory_current=7)
+    machine.write(
+        "pods/pod/container",
+        cpu_max="max 100000",
+        memory_max="max",
+        memory_high="max",
+        memory_current=7,
+    )
     return machine
 
 
@@ -68,18 +76,35 @@ def test_no_groups_at_all(machine: Machine) -> None:
 @pytest.mark.parametrize("group", ["pods/pod/container", "pods/pod", "pods", ""])
 def test_the_limit_of_any_group_above_counts(v2: Machine, group: str) -> None:
     v2.write(group, cpu_max="150000 100000", memory_max=100 * MIB, memory_current=30 * MIB)
-    v2.write(group, memory_stat=f"anon {20 * MIB}\nfile {10 * MIB}\ninactive_file {4 * MIB}\nactive_file {6 * MIB}")
+    v2.write(
+        group,
+        memory_stat=(
+            f"anon {20 * MIB}\nfile {10 * MIB}\ninactive_file {4 * MIB}\nactive_file {6 * MIB}"
+        ),
+    )
     assert v2.limits == CgroupLimits(1.5, 100 * MIB, 74 * MIB)
 
 
 def test_the_tightest_counts(v2: Machine) -> None:
     for group, limit, used in (("pods", 1000, 990), ("pods/pod", 100, 10)):
-        v2.write(group, cpu_max=f"{limit * 100} 100000", memory_max=limit * MIB, memory_current=used * MIB, memory_stat="")
+        v2.write(
+            group,
+            cpu_max=f"{limit * 100} 100000",
+            memory_max=limit * MIB,
+            memory_current=used * MIB,
+            memory_stat="",
+        )
     assert v2.limits == CgroupLimits(0.1, 100 * MIB, 10 * MIB)
 
 
 def test_high_is_a_limit(v2: Machine) -> None:
-    v2.write("pods/pod/container", memory_max=100 * MIB, memory_high=80 * MIB, memory_current=90 * MIB, memory_stat="")
+    v2.write(
+        "pods/pod/container",
+        memory_max=100 * MIB,
+        memory_high=80 * MIB,
+        memory_current=90 * MIB,
+        memory_stat="",
+    )
     assert v2.limits == CgroupLimits(None, 80 * MIB, 0)
 
 
@@ -118,7 +143,12 @@ def v1(machine: Machine) -> Machine:
     machine.belong("memory", "/docker/abc")
     machine.belong("name=systemd", "/docker/abc")
     machine.write("cpu,cpuacct/docker/abc", cpu_cfs_quota_us=-1, cpu_cfs_period_us=100000)
-    machine.write("memory/docker/abc", memory_limit_in_bytes=UNLIMITED_V1, memory_usage_in_bytes=5 * MIB, memory_stat="")
+    machine.write(
+        "memory/docker/abc",
+        memory_limit_in_bytes=UNLIMITED_V1,
+        memory_usage_in_bytes=5 * MIB,
+        memory_stat="",
+    )
     return machine
 
 
@@ -160,6 +190,8 @@ def test_available_memory(v2: Machine, tmp_path: Path) -> None:
 
 
 def test_facts_of_the_machine_are_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dovetail.facts.device.read_limits", lambda: CgroupLimits(1.5, 64 * MIB, 32 * MIB))
+    monkeypatch.setattr(
+        "dovetail.facts.device.read_limits", lambda: CgroupLimits(1.5, 64 * MIB, 32 * MIB)
+    )
     facts = device_facts.__wrapped__()
     assert (facts.num_cores, facts.memory_bytes) == (1, 64 * MIB)

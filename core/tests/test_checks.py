@@ -1,4 +1,5 @@
-"""What stands between plugins and the loop: each mistake is caught where it is made, and costs no more than it must."""
+"""What stands between plugins and the loop: each mistake is caught where it is made, and costs no
+more than it must."""
 
 from __future__ import annotations
 
@@ -29,9 +30,13 @@ def responsible(error: BaseException, part: str) -> str:
 
 
 def engine_with(
-    *, overlap: bool = False, scheduler: Callable[[Any], Any] = lambda s: s, kv: Callable[[Any], Any] = lambda kv: kv,
-    worker: Callable[[Any], Any] = lambda w: w, window: int | None = None,
-) -> Engine:  # fmt: skip
+    *,
+    overlap: bool = False,
+    scheduler: Callable[[Any], Any] = lambda s: s,
+    kv: Callable[[Any], Any] = lambda kv: kv,
+    worker: Callable[[Any], Any] = lambda w: w,
+    window: int | None = None,
+) -> Engine:
     """Parts as they are, each given to a function that breaks it."""
     groups = groups_of(window)
     num_blocks = [40] * len(groups)
@@ -41,7 +46,13 @@ def engine_with(
     inner = scheduler(TokenBudgetScheduler(blocks, fcfs, max_num_seqs=2, max_num_batched_tokens=16))
     checked = CheckedScheduler(inner, NAMES[0], responsible, 16)
     loop = OverlappedEngine if overlap else Engine
-    return loop(checked, blocks, CheckedWorker(worker(simulated), NAMES[2], 64), max_num_waiting=99, responsible=responsible)
+    return loop(
+        checked,
+        blocks,
+        CheckedWorker(worker(simulated), NAMES[2], 64),
+        max_num_waiting=99,
+        responsible=responsible,
+    )
 
 
 def breaking(method: str, at: int, instead: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -134,7 +145,11 @@ BAD_BLOCKS = {
         *(("worker", "sample", bad, NAMES[2]) for bad in BAD_RESULTS.values()),
         *(("kv", "grow", bad, NAMES[1]) for bad in BAD_BLOCKS.values()),
     ],
-    ids=[*(f"plan: {k}" for k in BAD_PLANS), *(f"result: {k}" for k in BAD_RESULTS), *(f"blocks: {k}" for k in BAD_BLOCKS)],
+    ids=[
+        *(f"plan: {k}" for k in BAD_PLANS),
+        *(f"result: {k}" for k in BAD_RESULTS),
+        *(f"blocks: {k}" for k in BAD_BLOCKS),
+    ],
 )
 def test_a_wrong_answer_fails_the_step_and_nobody_else(
     part: str, method: str, bad: Callable[[Any], Any], name: str, overlap: bool
@@ -144,7 +159,9 @@ def test_a_wrong_answer_fails_the_step_and_nobody_else(
     tokens, errors = run(engine_with(overlap=overlap, **{part: breaking(method, 4, bad)}))  # type: ignore[arg-type]
     assert 1 <= len(errors) <= 2
     assert all(name in message for message in errors.values()), errors
-    assert {k: t for k, t in tokens.items() if k[0] not in errors} == {k: t for k, t in expected.items() if k[0] not in errors}
+    assert {k: t for k, t in tokens.items() if k[0] not in errors} == {
+        k: t for k, t in expected.items() if k[0] not in errors
+    }
 
 
 def test_a_scheduler_that_does_not_take_a_request_fails_that_request() -> None:
@@ -164,13 +181,23 @@ def test_a_block_manager_that_fails_after_a_step_fails_that_sequence(method: str
 
 
 def test_a_scheduler_that_does_not_let_go_ends_the_engine_by_name() -> None:
-    with pytest.raises(PluginError, match=r"scheduler .*: failed to let go of a sequence: RuntimeError: boom"):
+    with pytest.raises(
+        PluginError, match=r"scheduler .*: failed to let go of a sequence: RuntimeError: boom"
+    ):
         run(engine_with(scheduler=breaking("remove", 1, boom)))
 
 
 def test_drafts_and_rows_that_failed_may_have_other_numbers_of_tokens() -> None:
     worker = CheckedWorker(SimulatedWorker(groups_of(None)), "w", 64)
-    plan = StepPlan(0, [1, 2, 3], [3, 1, 4], [5, 5, 0], [True, True, False], [[], [], []], draft_token_ids=[[7, 7], [], []])
+    plan = StepPlan(
+        0,
+        [1, 2, 3],
+        [3, 1, 4],
+        [5, 5, 0],
+        [True, True, False],
+        [[], [], []],
+        draft_token_ids=[[7, 7], [], []],
+    )
     for rows, failed in (([[7, 7, 1], [2], []], {}), ([[1], [], []], {2: "NaN"})):
         result = StepResult(0, rows, failed=failed)
         assert worker.sample((plan, result)) is result

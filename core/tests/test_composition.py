@@ -28,13 +28,19 @@ class Tuned(Options):
 
 def test_auto_takes_the_best_usable_and_says_why_not_the_others(model: Path) -> None:
     plan = resolved(
-        model, attention("plain"), attention("fast", 50), attention("broken", 90, ("no compiler",)),
+        model,
+        attention("plain"),
+        attention("fast", 50),
+        attention("broken", 90, ("no compiler",)),
         attention("narrow", 99, head_sizes=(128,), dtypes=("bfloat16",)),
-    )  # fmt: skip
+    )
     choice = plan.choices["attention.full"]
     assert (choice.provider, choice.requested) == ("fast", "auto")
     assert why_not(choice, "broken") == ["no compiler"]
-    dtype, head_size = "dtype float32 is not supported (has bfloat16)", "head size 16 is not supported (has 128)"
+    dtype, head_size = (
+        "dtype float32 is not supported (has bfloat16)",
+        "head size 16 is not supported (has 128)",
+    )
     assert why_not(choice, "narrow") == [dtype, head_size]
     assert why_not(choice, "plain") == ["priority 0; fast has 50 (set attention.full: plain)"]
     codes = {r.provider: {reason.code for reason in r.reasons} for r in choice.rejected}
@@ -44,7 +50,9 @@ def test_auto_takes_the_best_usable_and_says_why_not_the_others(model: Path) -> 
 
 def test_asked_for_and_impossible_is_an_error_with_the_alternatives(model: Path) -> None:
     offers = attention("plain"), attention("gpu-only", 9, devices=("cuda",))
-    with pytest.raises(PluginError, match=r"attention\.full: 'gpu-only' cannot .* device cpu .* Usable: plain"):
+    with pytest.raises(
+        PluginError, match=r"attention\.full: 'gpu-only' cannot .* device cpu .* Usable: plain"
+    ):
         resolved(model, *offers, attention="gpu-only")
     plan = resolved(model, *offers, attention={"use": "gpu-only", "on_unsupported": "fallback"})
     choice = plan.choices["attention.full"]
@@ -69,27 +77,46 @@ def test_layer_kinds_are_chosen_apart(tmp_path: Path) -> None:
     assert {plan.choices[f"attention.{k}"].provider for k in plan.layer_kinds} == {"windowed"}
 
 
-@pytest.mark.parametrize(("length", "size"), [(256, 16), (257, 32), (900, 64), (2048, 128), (4096, 256), (100_000, 256)])
-def test_a_block_size_left_open_is_what_attention_asks_for(tmp_path: Path, length: int, size: int) -> None:
-    """So that a sequence of maximum length has 16 blocks at most, in powers of two from 16 to 256."""
+@pytest.mark.parametrize(
+    ("length", "size"), [(256, 16), (257, 32), (900, 64), (2048, 128), (4096, 256), (100_000, 256)]
+)
+def test_a_block_size_left_open_is_what_attention_asks_for(
+    tmp_path: Path, length: int, size: int
+) -> None:
+    """So that a sequence of maximum length has 16 blocks at most, in powers of two from 16 to
+    256."""
     model = make_model(tmp_path / "long", max_len=length)
     few = attention("few", blocks_per_sequence=16)
     plan = resolved(model, few)
     assert plan.choices["kv_cache"].options["block_size"] == size
-    assert resolved(model, few, kv_cache={"block_size": 48}).choices["kv_cache"].options["block_size"] == 48
+    assert (
+        resolved(model, few, kv_cache={"block_size": 48}).choices["kv_cache"].options["block_size"]
+        == 48
+    )
     assert resolved(model, attention("any")).choices["kv_cache"].options["block_size"] == 16
-    assert Plan.decode(plan.encode()).fingerprint == resolved(model, few, kv_cache={"block_size": size}).fingerprint
+    assert (
+        Plan.decode(plan.encode()).fingerprint
+        == resolved(model, few, kv_cache={"block_size": size}).fingerprint
+    )
 
 
 def test_a_block_size_left_open_is_held_against_what_is_declared(model: Path) -> None:
     plan = resolved(model, attention("plain"), attention("large", 9, block_sizes=(32,)))
-    assert list(map(str, plan.choices["attention.full"].rejected[0].reasons)) == ["block size 16 is not supported (has 32)"]
+    assert list(map(str, plan.choices["attention.full"].rejected[0].reasons)) == [
+        "block size 16 is not supported (has 32)"
+    ]
 
 
 def test_layer_kinds_must_agree_on_a_block_size(tmp_path: Path) -> None:
     model = make_model(tmp_path / "sliding", window=8, max_len=1024)
-    offers = attention("few", 50, blocks_per_sequence=16), attention("windowed", sliding_window=True)
-    with pytest.raises(ConfigError, match=r"block_size: .* attention\.full asks for 64, attention\.sliding asks for 16: give"):
+    offers = (
+        attention("few", 50, blocks_per_sequence=16),
+        attention("windowed", sliding_window=True),
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"block_size: .* attention\.full asks for 64, attention\.sliding asks for 16: give",
+    ):
         resolved(model, *offers)
     assert resolved(model, *offers, kv_cache={"block_size": 32}).layer_kinds == ["full", "sliding"]
 
@@ -104,7 +131,9 @@ def test_one_name_from_two_plugins_must_be_qualified(model: Path) -> None:
     worker = module_with(dovetail_workers=[Provider("w", "", lambda c, o: None)])
     one, two = (module_with(dovetail_attention=[attention("same")]) for _ in range(2))
     registry = registry_of(w=worker, one=one, two=two)
-    with pytest.raises(PluginError, match=r"several plugins offer 'same'.*dist-one:same, dist-two:same"):
+    with pytest.raises(
+        PluginError, match=r"several plugins offer 'same'.*dist-one:same, dist-two:same"
+    ):
         resolve(load_config(model=str(model), attention="same"), registry)
     plan = resolve(load_config(model=str(model), attention="dist-two:same"), registry)
     assert plan.choices["attention.full"].distribution == "dist-two"
@@ -124,13 +153,30 @@ def test_two_plugins_of_one_name_are_refused_and_both_owners_named() -> None:
     [
         ("raise RuntimeError('boom')", "RuntimeError: boom"),
         ("import no_such_module", "ModuleNotFoundError"),
-        ("from dovetail import hookimpl\n@hookimpl\ndef dovetail_atention(): return []", "dovetail_atention"),
-        ("from dovetail import hookimpl\n@hookimpl\ndef dovetail_attention(): return [1]", "returned int, not a Provider"),
-        ("from dovetail import hookimpl\n@hookimpl\ndef dovetail_attention(): raise OSError('disk')", "disk"),
+        (
+            "from dovetail import hookimpl\n@hookimpl\ndef dovetail_atention(): return []",
+            "dovetail_atention",
+        ),
+        (
+            "from dovetail import hookimpl\n@hookimpl\ndef dovetail_attention(): return [1]",
+            "returned int, not a Provider",
+        ),
+        (
+            (
+                "from dovetail import hookimpl\n@hookimpl\ndef dovetail_attention(): raise"
+                " OSError('disk')"
+            ),
+            "disk",
+        ),
     ],
 )
 def test_a_broken_plugin_hides_no_other(
-    source: str, reason: str, tmp_path: Path, model: Path, simulated: Path, monkeypatch: pytest.MonkeyPatch
+    source: str,
+    reason: str,
+    tmp_path: Path,
+    model: Path,
+    simulated: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (simulated / "broken_plugin.py").write_text(source)
     install(simulated, "broken_plugin", "broken")
@@ -146,14 +192,24 @@ def test_a_broken_plugin_hides_no_other(
 def test_a_scheduler_without_the_limits_that_others_read_is_broken() -> None:
     module = module_with(dovetail_schedulers=[Provider("lottery", "", lambda c, o: None, Tuned)])
     registry = registry_of(x=module)
-    assert "the options of lottery must extend dovetail.plugin.provider.SchedulerOptions" in registry.broken["dist-x"]
+    assert (
+        "the options of lottery must extend dovetail.plugin.provider.SchedulerOptions"
+        in registry.broken["dist-x"]
+    )
 
 
 def test_a_why_not_that_raises_is_a_reason(model: Path) -> None:
     def raises(context: Context) -> list[Reason]:
         raise KeyError("oops")
 
-    bad = Provider("bad", "", lambda c, o: None, capabilities=AttentionCapabilities(), why_not=raises, priority=9)
+    bad = Provider(
+        "bad",
+        "",
+        lambda c, o: None,
+        capabilities=AttentionCapabilities(),
+        why_not=raises,
+        priority=9,
+    )
     choice = resolved(model, attention("plain"), bad).choices["attention.full"]
     assert choice.provider == "plain"
     assert "its why_not raised KeyError" in why_not(choice, "bad")[0]
@@ -165,16 +221,23 @@ def test_a_build_that_fails_is_an_error_not_a_second_choice(model: Path) -> None
 
     worker = Provider("w", "", explode, priority=9)
     registry = registry_of(
-        x=module_with(dovetail_workers=[worker, Provider("w2", "", explode)], dovetail_attention=[attention("plain")])
+        x=module_with(
+            dovetail_workers=[worker, Provider("w2", "", explode)],
+            dovetail_attention=[attention("plain")],
+        )
     )
     plan = resolve(load_config(model=str(model)), registry)
-    with pytest.raises(PluginError, match="worker: dist-x:w could not be built: ValueError: no such device"):
+    with pytest.raises(
+        PluginError, match="worker: dist-x:w could not be built: ValueError: no such device"
+    ):
         build_engine(plan, lambda *a: None, registry)
 
 
 def test_unknown_options_list_the_known_ones(model: Path) -> None:
     offer = Provider("tuned", "", lambda c, o: None, Tuned, AttentionCapabilities())
-    with pytest.raises(ConfigError, match=r"attention\.full\.worksapce_mb: Extra .* Options of tuned: workspace_mb"):
+    with pytest.raises(
+        ConfigError, match=r"attention\.full\.worksapce_mb: Extra .* Options of tuned: workspace_mb"
+    ):
         resolved(model, offer, attention={"use": "tuned", "worksapce_mb": 1})
     with pytest.raises(ConfigError, match=r"attention\.full\.workspace_mb: .*integer"):
         resolved(model, offer, attention={"use": "tuned", "workspace_mb": "much"})
@@ -189,7 +252,12 @@ def test_the_fingerprint_is_of_what_is_computed(model: Path, tmp_path: Path) -> 
     moved = make_model(tmp_path / "elsewhere")
     same = resolve(
         load_config(model=str(moved), served_model_name=plan.served_model_name),
-        registry_of(x=module_with(dovetail_workers=[Provider("w", "", lambda c, o: None)], dovetail_attention=list(offers))),
+        registry_of(
+            x=module_with(
+                dovetail_workers=[Provider("w", "", lambda c, o: None)],
+                dovetail_attention=list(offers),
+            )
+        ),
     )
     assert same.folder != plan.folder
     assert resolved(model, *offers, attention="other").fingerprint != plan.fingerprint
@@ -216,9 +284,14 @@ def test_bad_files_name_file_and_path(text: str, message: str, tmp_path: Path) -
 
 def test_precedence_is_code_over_environment_over_file(tmp_path: Path) -> None:
     path = tmp_path / "engine.toml"
-    path.write_text('dtype = "float16"\nmax_num_waiting = 5\n[scheduler]\nmax_num_seqs = 3\nmax_num_batched_tokens = 64\n')
+    path.write_text(
+        'dtype = "float16"\nmax_num_waiting = 5\n[scheduler]\nmax_num_seqs ='
+        " 3\nmax_num_batched_tokens = 64\n"
+    )
     env = {"DOVETAIL_DTYPE": "bfloat16", "DOVETAIL_MAX_NUM_WAITING": "7", "DOVETAIL_UNRELATED": "x"}
-    config = load_config(path, env, dtype="float32", scheduler={"use": "priority", "max_num_seqs": 9})
+    config = load_config(
+        path, env, dtype="float32", scheduler={"use": "priority", "max_num_seqs": 9}
+    )
     assert (config.dtype, config.max_num_waiting) == ("float32", 7)
     assert config.scheduler.use == "priority"
     assert config.scheduler.options == {"max_num_seqs": 9, "max_num_batched_tokens": 64}
@@ -238,7 +311,9 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         resolve(load_config(model=str(tmp_path)), registry)
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
-    with pytest.raises(CheckpointError, match="hidden_size must be a positive integer, found 'wide'"):
+    with pytest.raises(
+        CheckpointError, match="hidden_size must be a positive integer, found 'wide'"
+    ):
         resolve(load_config(model=str(tmp_path)), registry)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(CheckpointError, match="cannot be read"):
@@ -246,7 +321,9 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_context_longer_than_the_models_is_refused(model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"max_model_len: 999 is longer than the model's context of 256"):
+    with pytest.raises(
+        ConfigError, match=r"max_model_len: 999 is longer than the model's context of 256"
+    ):
         resolved(model, attention("plain"), max_model_len=999)
 
 
@@ -266,7 +343,9 @@ def test_too_little_kv_memory_says_what_would_fit(model: Path, simulated: Path) 
         build_engine(plan, lambda *a: None, load_registry([core, info], {info.module: module}))
     assert small.closed
     fits = int(str(e.value).split("lower max_model_len to ")[1].split(",")[0])
-    smaller = resolve(load_config(model=str(model), prefix_cache="none", max_model_len=fits, **SIMULATED))
+    smaller = resolve(
+        load_config(model=str(model), prefix_cache="none", max_model_len=fits, **SIMULATED)
+    )
     build_engine(smaller, lambda *a: None, load_registry([core, info], {info.module: module}))
 
 

@@ -1,4 +1,5 @@
-"""Versions of contracts, what providers say about each other, and extension points that plugins add."""
+"""Versions of contracts, what providers say about each other, and extension points that plugins
+add."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ WORKER: Provider[Any] = Provider("w", "", lambda c, o: None)
 
 
 @pytest.mark.parametrize(
-    ("value", "first", "last"), [("v0_1", "0.1", "0.1"), ("v0_1:v0_2", "0.1", "0.2"), ("v0_9 : v0_10", "0.9", "0.10")]
+    ("value", "first", "last"),
+    [("v0_1", "0.1", "0.1"), ("v0_1:v0_2", "0.1", "0.2"), ("v0_9 : v0_10", "0.9", "0.10")],
 )
 def test_ranges_are_read(value: str, first: str, last: str) -> None:
     assert parse(value) == WrittenFor(first, last)
@@ -59,8 +61,13 @@ def test_this_version_and_the_one_before_are_served(model: Path) -> None:
     assert remark.endswith("until 0.3")
 
 
-@pytest.mark.parametrize(("first", "last", "hint"), [("0.0", "0.0", "release of the plugin"), ("0.3", "0.4", "dovetail-core")])
-def test_other_versions_are_refused_with_the_reason(model: Path, first: str, last: str, hint: str) -> None:
+@pytest.mark.parametrize(
+    ("first", "last", "hint"),
+    [("0.0", "0.0", "release of the plugin"), ("0.3", "0.4", "dovetail-core")],
+)
+def test_other_versions_are_refused_with_the_reason(
+    model: Path, first: str, last: str, hint: str
+) -> None:
     choice = resolved_for(model, first, last).choices["attention.full"]
     assert choice.provider == "plain"
     (why,) = why_not(choice, "old")
@@ -94,11 +101,15 @@ class OldBackend:
 
 
 def test_an_object_of_the_version_before_is_adapted(model: Path) -> None:
-    old = Provider("old", "", lambda c, o: OldBackend(), capabilities=attention("x").capabilities, priority=9)
+    old = Provider(
+        "old", "", lambda c, o: OldBackend(), capabilities=attention("x").capabilities, priority=9
+    )
     module = module_with(dovetail_workers=[WORKER], dovetail_attention=[old])
     registry = registry_of({"attention": WrittenFor("0.1", "0.1")}, x=module)
     plan = resolve(load_config(model=str(model), device="cpu"), registry)
-    backend = PlanContext(plan, registry, device_facts(), model_facts(model)).build("attention.full")
+    backend = PlanContext(plan, registry, device_facts(), model_facts(model)).build(
+        "attention.full"
+    )
     assert backend.plan(None, [], 16) == "planned"
     assert backend.export_kv(10, [1, 2]) == ([11, 12], [-1, -2])
     out = (_Array(), _Array())
@@ -117,8 +128,17 @@ class _Array:
 # Relations.
 
 
-def with_relations(name: str, priority: int = 0, **relations: tuple[Relation, ...]) -> Provider[Any]:
-    return Provider(name, "", lambda c, o: None, capabilities=attention("x").capabilities, priority=priority, **relations)  # type: ignore[arg-type]
+def with_relations(
+    name: str, priority: int = 0, **relations: tuple[Relation, ...]
+) -> Provider[Any]:
+    return Provider(
+        name,
+        "",
+        lambda c, o: None,
+        capabilities=attention("x").capabilities,
+        priority=priority,
+        **relations,
+    )  # type: ignore[arg-type]
 
 
 def registry_with(attention: list[Provider[Any]], workers: list[Provider[Any]]) -> Registry:
@@ -133,7 +153,9 @@ NOT_W = (Relation("worker", ("w",), "it overwrites its queries"),)
 
 
 def test_auto_gives_way_to_what_was_asked_for(model: Path) -> None:
-    registry = registry_with([with_relations("best", 9, conflicts=NOT_W), with_relations("second", 5)], [WORKER])
+    registry = registry_with(
+        [with_relations("best", 9, conflicts=NOT_W), with_relations("second", 5)], [WORKER]
+    )
     plan = chosen(model, registry, worker="w")
     choice = plan.choices["attention.full"]
     assert choice.provider == "second"
@@ -143,14 +165,37 @@ def test_auto_gives_way_to_what_was_asked_for(model: Path) -> None:
 
 
 def test_auto_gives_way_where_nothing_else_is_left(model: Path) -> None:
-    other = Provider("other", "", lambda c, o: None, priority=-1, requires=(Relation("attention", ("third",), "shapes"),))
-    offers = [with_relations("best", 9, conflicts=NOT_W), with_relations("second", 5, conflicts=NOT_W), with_relations("third")]
+    other = Provider(
+        "other",
+        "",
+        lambda c, o: None,
+        priority=-1,
+        requires=(Relation("attention", ("third",), "shapes"),),
+    )
+    offers = [
+        with_relations("best", 9, conflicts=NOT_W),
+        with_relations("second", 5, conflicts=NOT_W),
+        with_relations("third"),
+    ]
     plan = chosen(model, registry_with(offers, [WORKER, other]))
-    assert plan.choices["worker"].provider == "other" or plan.choices["attention.full"].provider == "third"
-    plan = chosen(model, registry_with(offers[:1], [WORKER, Provider("only", "", lambda c, o: None, priority=-5)]))
-    assert (plan.choices["attention.full"].provider, plan.choices["worker"].provider) == ("best", "only")
+    assert (
+        plan.choices["worker"].provider == "other"
+        or plan.choices["attention.full"].provider == "third"
+    )
+    plan = chosen(
+        model,
+        registry_with(offers[:1], [WORKER, Provider("only", "", lambda c, o: None, priority=-5)]),
+    )
+    assert (plan.choices["attention.full"].provider, plan.choices["worker"].provider) == (
+        "best",
+        "only",
+    )
     (why,) = why_not(plan.choices["worker"], "w")
-    assert why == "attention.full is best, which does not go with w (worker): it overwrites its queries (change attention.full)"
+    assert (
+        why
+        == "attention.full is best, which does not go with w (worker): it overwrites its queries"
+        " (change attention.full)"
+    )
 
 
 def test_what_is_required_must_be_there(model: Path) -> None:
@@ -158,8 +203,15 @@ def test_what_is_required_must_be_there(model: Path) -> None:
     picky = Provider("picky", "", lambda c, o: None, priority=9, requires=needs)
     plan = chosen(model, registry_with([with_relations("plain")], [picky, WORKER]))
     assert plan.choices["worker"].provider == "w"
-    assert "needs attention: paged-9, and attention.full is plain" in why_not(plan.choices["worker"], "picky")[0]
-    plan = chosen(model, registry_with([with_relations("plain"), with_relations("paged-9")], [picky]), worker="picky")
+    assert (
+        "needs attention: paged-9, and attention.full is plain"
+        in why_not(plan.choices["worker"], "picky")[0]
+    )
+    plan = chosen(
+        model,
+        registry_with([with_relations("plain"), with_relations("paged-9")], [picky]),
+        worker="picky",
+    )
     assert plan.choices["attention.full"].provider == "paged-9"
 
 
@@ -183,12 +235,17 @@ class Dressed(NamedTuple):
 
 def offering_server(**added: Any) -> Registry:
     server = module_with(
-        dovetail_extension_points=[ExtensionPoint("topping", "dovetail_toppings", "one", within="server"),
-                          ExtensionPoint("extras", "dovetail_extras", "any number", within="server", many=True)],
-        dovetail_servers=[Provider("s", "", lambda c, o: Dressed(c.build("topping"), c.build_all("extras")))],
+        dovetail_extension_points=[
+            ExtensionPoint("topping", "dovetail_toppings", "one", within="server"),
+            ExtensionPoint("extras", "dovetail_extras", "any number", within="server", many=True),
+        ],
+        dovetail_servers=[
+            Provider("s", "", lambda c, o: Dressed(c.build("topping"), c.build_all("extras")))
+        ],
         dovetail_toppings=[Provider("salt", "", lambda c, o: "salt", priority=5)],
-        dovetail_workers=[WORKER], dovetail_attention=[attention("plain")],
-    )  # fmt: skip
+        dovetail_workers=[WORKER],
+        dovetail_attention=[attention("plain")],
+    )
     return registry_of(s=server, other=module_with(**added))
 
 
@@ -202,10 +259,15 @@ def test_an_extension_point_of_a_plugin_is_filled_like_any_other(model: Path) ->
 
     def built(**values: Any) -> Any:
         plan = resolve(load_config(model=str(model), device="cpu", **values), registry, server=True)
-        return PlanContext(Plan.decode(plan.encode()), registry, device_facts(), model_facts(model)).build("server")
+        return PlanContext(
+            Plan.decode(plan.encode()), registry, device_facts(), model_facts(model)
+        ).build("server")
 
     assert built() == ("salt", {"a": "a", "b": "b", "c": "c"})
-    assert built(server={"use": "s", "topping": "pepper", "extras": ["c", {"use": "a"}]}) == ("pepper", {"c": "c", "a": "a"})
+    assert built(server={"use": "s", "topping": "pepper", "extras": ["c", {"use": "a"}]}) == (
+        "pepper",
+        {"c": "c", "a": "a"},
+    )
     with pytest.raises(PluginError, match=r"no provider 'pepr'\. Did you mean 'pepper'"):
         built(server={"topping": "pepr"})
     with pytest.raises(ConfigError, match="a is named more than once"):
@@ -222,7 +284,10 @@ def test_a_hook_of_an_extension_point_that_is_not_installed_breaks_that_plugin_a
 
 
 def test_two_extension_points_of_one_name_are_refused() -> None:
-    twice = [ExtensionPoint("attention", "dovetail_other_attention", "taken"), ExtensionPoint("fresh", "dovetail_workers", "taken too")]
+    twice = [
+        ExtensionPoint("attention", "dovetail_other_attention", "taken"),
+        ExtensionPoint("fresh", "dovetail_workers", "taken too"),
+    ]
     for extension_point in twice:
         registry = registry_of(other=module_with(dovetail_extension_points=[extension_point]))
         assert "has a name that is already in use" in registry.broken["dist-other"]
@@ -232,17 +297,29 @@ def test_an_optional_extension_point_may_stay_empty(model: Path) -> None:
     plan = resolved(model, attention("plain"))
     assert plan.choices["speculation"].is_empty
     drafter = Provider("guess", "", lambda c, o: "guesser", options=_drafter_options())
-    module = module_with(dovetail_workers=[WORKER], dovetail_attention=[attention("plain")], dovetail_drafters=[drafter])
+    module = module_with(
+        dovetail_workers=[WORKER],
+        dovetail_attention=[attention("plain")],
+        dovetail_drafters=[drafter],
+    )
     registry = registry_of(x=module)
     choice = resolve(load_config(model=str(model)), registry).choices["speculation"]
     assert choice.is_empty
     assert why_not(choice, "guess") == ["none was asked for (set speculation: auto)"]
-    taken = resolve(load_config(model=str(model), speculation="auto"), registry).choices["speculation"]
+    taken = resolve(load_config(model=str(model), speculation="auto"), registry).choices[
+        "speculation"
+    ]
     assert (taken.provider, taken.options) == ("guess", {"num_draft_tokens": 4, "adaptive": True})
     with pytest.raises(ConfigError, match="nobody to take them"):
-        resolve(load_config(model=str(model), speculation={"use": "none", "num_draft_tokens": 3}), registry)
+        resolve(
+            load_config(model=str(model), speculation={"use": "none", "num_draft_tokens": 3}),
+            registry,
+        )
     with pytest.raises(ConfigError, match="num_draft_tokens"):
-        resolve(load_config(model=str(model), speculation={"use": "guess", "num_draft_tokens": 1000}), registry)
+        resolve(
+            load_config(model=str(model), speculation={"use": "guess", "num_draft_tokens": 1000}),
+            registry,
+        )
 
 
 def _drafter_options() -> Any:
@@ -255,7 +332,9 @@ def test_every_installed_plugin_says_what_it_was_written_for() -> None:
     registry = load_registry()
     for offer in registry.offers:
         if offer.plugin.distribution.startswith("dovetail-"):
-            assert offer.plugin.written_for(offer.extension_point), f"{offer.qualified_name}: no version of {offer.extension_point}"
+            assert offer.plugin.written_for(offer.extension_point), (
+                f"{offer.qualified_name}: no version of {offer.extension_point}"
+            )
     assert installed_plugins()
 
 
@@ -264,8 +343,17 @@ def test_every_installed_plugin_says_what_it_was_written_for() -> None:
 
 def test_a_worker_without_a_host_tier_is_refused_with_the_reason(model: Path) -> None:
     cache: Provider[Any] = Provider("c", "", lambda c, o: None, TieredCacheOptions)
-    module = module_with(dovetail_workers=[WORKER], dovetail_attention=[attention("a")], dovetail_prefix_caches=[cache])
+    module = module_with(
+        dovetail_workers=[WORKER],
+        dovetail_attention=[attention("a")],
+        dovetail_prefix_caches=[cache],
+    )
     asked = {"prefix_cache": {"use": "c", "host_memory_gb": 1}}
-    with pytest.raises(PluginError, match=r"keeps no KV blocks in host memory \(remove prefix_cache.host_memory_gb\)"):
+    with pytest.raises(
+        PluginError,
+        match=r"keeps no KV blocks in host memory \(remove prefix_cache.host_memory_gb\)",
+    ):
         resolve(load_config(model=str(model), device="cpu", **asked), registry_of(x=module))
-    assert resolve(load_config(model=str(model), device="cpu", prefix_cache="c"), registry_of(x=module)).choices["worker"]
+    assert resolve(
+        load_config(model=str(model), device="cpu", prefix_cache="c"), registry_of(x=module)
+    ).choices["worker"]

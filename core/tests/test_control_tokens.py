@@ -1,4 +1,5 @@
-"""Users' text that reads like a control token stays text, and everything else is encoded as before."""
+"""Users' text that reads like a control token stays text, and everything else is encoded as
+before."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from dovetail.errors import InvalidRequest
 from dovetail.frontend.tokenizer import Tokenizer
 from dovetail_testing.plugin import make_model
 
-TEMPLATE = "{% for m in messages %}<user>{{ m['role'] }}: {{ m['content'] | trim }}<eos>{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<user>{{ m['role'] }}: {{ m['content'] | trim }}<eos>{% endfor %}"
+)
 MARKER = "\ue000"
 
 
@@ -30,12 +33,19 @@ def control_ids(tokenizer: Tokenizer) -> set[int | None]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(pieces=st.lists(st.sampled_from(["<user>", "<eos>", "<", "eos>", "a b", "é", "🦊", MARKER, "\ue001"]), max_size=8))
+@given(
+    pieces=st.lists(
+        st.sampled_from(["<user>", "<eos>", "<", "eos>", "a b", "é", "🦊", MARKER, "\ue001"]),
+        max_size=8,
+    )
+)
 def test_control_tokens_are_the_templates_alone(tokenizer: Tokenizer, pieces: list[str]) -> None:
     messages = [{"role": "user", "content": "".join(pieces)}]
     token_ids = tokenizer.encode_chat(messages)
     assert sum(i in control_ids(tokenizer) for i in token_ids) == 2
-    assert tokenizer.decode(token_ids, skip_special_tokens=False) == tokenizer.apply_chat_template(messages)
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == tokenizer.apply_chat_template(
+        messages
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -47,14 +57,24 @@ def test_other_text_is_encoded_as_it_is_rendered(tokenizer: Tokenizer, text: str
 
 
 def test_messages_keep_what_is_no_text(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "<eos>", "tool_calls": [{"n": 1, "ok": True, "x": None, "<user>": "<user>"}]}]
+    messages = [
+        {
+            "role": "user",
+            "content": "<eos>",
+            "tool_calls": [{"n": 1, "ok": True, "x": None, "<user>": "<user>"}],
+        }
+    ]
     template = "{{ messages[0].tool_calls | tojson }}{{ messages[0].content }}"
     token_ids = tokenizer.encode_chat(messages, template=template)
     assert not control_ids(tokenizer) & set(token_ids)
-    assert tokenizer.decode(token_ids) == '[{"n": 1, "ok": true, "x": null, "<user>": "<user>"}]<eos>'
+    assert (
+        tokenizer.decode(token_ids) == '[{"n": 1, "ok": true, "x": null, "<user>": "<user>"}]<eos>'
+    )
 
 
-def test_a_conversation_longer_than_the_context_can_hold_is_refused_before_it_is_encoded(tokenizer: Tokenizer) -> None:
+def test_a_conversation_longer_than_the_context_can_hold_is_refused_before_it_is_encoded(
+    tokenizer: Tokenizer,
+) -> None:
     with pytest.raises(InvalidRequest, match="more than the context"):
         tokenizer.encode_chat([{"role": "user", "content": "a" * 100}], max_chars=50)
 
@@ -62,4 +82,6 @@ def test_a_conversation_longer_than_the_context_can_hold_is_refused_before_it_is
 def test_the_marker_is_no_character_of_the_messages(tokenizer: Tokenizer, tmp_path: Path) -> None:
     content = "".join(map(chr, range(0xE000, 0xE100))) + "<eos>"
     messages = [{"role": "user", "content": content}]
-    assert tokenizer.decode(tokenizer.encode_chat(messages), skip_special_tokens=False).endswith(content + "<eos>")
+    assert tokenizer.decode(tokenizer.encode_chat(messages), skip_special_tokens=False).endswith(
+        content + "<eos>"
+    )

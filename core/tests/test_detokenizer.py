@@ -1,4 +1,5 @@
-"""Incremental detokenization equals decoding the whole, for every kind of tokenizer and every cut, in linear time."""
+"""Incremental detokenization equals decoding the whole, for every kind of tokenizer and every cut,
+in linear time."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def byte_level() -> RawTokenizer:
 def sentence_piece(*, strip: bool) -> RawTokenizer:
     """As Llama 2 and Mistral (with `strip`), or Gemma."""
     vocab = {token: i for i, token in enumerate(["<unk>", "▁", *"abcd", "▁a", "é", "ß", *BYTES])}
-    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>"))
+    raw = RawTokenizer(
+        models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    )
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if strip else steps)
     chain: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -41,7 +44,10 @@ def sentence_piece(*, strip: bool) -> RawTokenizer:
 
 
 def word_piece() -> RawTokenizer:
-    vocab = {token: i for i, token in enumerate(["[UNK]", *"abcd", *(f"##{c}" for c in "abcd"), "é", ".", "'"])}
+    vocab = {
+        token: i
+        for i, token in enumerate(["[UNK]", *"abcd", *(f"##{c}" for c in "abcd"), "é", ".", "'"])
+    }
     raw = RawTokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.decoder = decoders.WordPiece()
@@ -68,7 +74,9 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return found
 
 
-def pushed(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: list[int], *, skip: bool) -> str:
+def pushed(
+    tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: list[int], *, skip: bool
+) -> str:
     decoding, text = detokenizer(tokenizer, prompt, skip_special_tokens=skip), ""
     bounds = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
     for begin, end in pairwise(bounds):
@@ -79,7 +87,9 @@ def pushed(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: list[i
 @settings(max_examples=400, deadline=None)
 @given(
     kind=st.sampled_from(sorted(RAW)),
-    parts=st.lists(st.text(ALPHABET, max_size=8) | st.sampled_from(["<s>", "</s>", "<tool>", "."]), max_size=8),
+    parts=st.lists(
+        st.text(ALPHABET, max_size=8) | st.sampled_from(["<s>", "</s>", "<tool>", "."]), max_size=8
+    ),
     at=st.integers(0, 400),
     cuts=st.lists(st.integers(0, 200), max_size=8),
     skip=st.booleans(),
@@ -87,26 +97,40 @@ def pushed(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: list[i
 )
 @example(kind="sentence piece", parts=["ab🦊🦊", "\n hé"], at=10, cuts=[], skip=True, hidden=0)
 @example(kind="sentence piece", parts=["🦊🦊🦊🦊"], at=7, cuts=[], skip=True, hidden=0)
-@example(kind="sentence piece, stripped", parts=["a", "</s>", " a"], at=0, cuts=[1], skip=True, hidden=40)
+@example(
+    kind="sentence piece, stripped", parts=["a", "</s>", " a"], at=0, cuts=[1], skip=True, hidden=40
+)
 def test_every_cut_of_a_text_decodes_to_the_whole(
-    kinds: dict[str, Tokenizer], kind: str, parts: list[str], at: int, cuts: list[int], skip: bool, hidden: int
+    kinds: dict[str, Tokenizer],
+    kind: str,
+    parts: list[str],
+    at: int,
+    cuts: list[int],
+    skip: bool,
+    hidden: int,
 ) -> None:
-    """Cut into prompt and output, and the output into pushes, anywhere, within characters too. Tokens without text (special
-    ones, ids outside the vocabulary) lie between."""
+    """Cut into prompt and output, and the output into pushes, anywhere, within characters too.
+    Tokens without text (special ones, ids outside the vocabulary) lie between."""
     tokenizer = kinds[kind]
     ids = tokenizer.encode("".join(parts), add_special_tokens=False)
     at %= len(ids) + 1
     prompt, output = ids[:at], [tokenizer.vocab_size + 7] * hidden + ids[at:]
     # A character that the prompt leaves incomplete belongs to the output.
-    unfinished = next(n for n in range(4) if not tokenizer.decode(prompt[: at - n]).endswith("\ufffd"))
-    whole, before = (tokenizer.decode(x, skip_special_tokens=skip) for x in (ids, prompt[: at - unfinished]))
+    unfinished = next(
+        n for n in range(4) if not tokenizer.decode(prompt[: at - n]).endswith("\ufffd")
+    )
+    whole, before = (
+        tokenizer.decode(x, skip_special_tokens=skip) for x in (ids, prompt[: at - unfinished])
+    )
     expected = whole.removeprefix(before) if at < len(ids) else ""
     assert pushed(tokenizer, prompt, output, cuts, skip=skip) == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(kind=st.sampled_from(sorted(RAW)), data=st.data())
-def test_any_tokens_say_the_same_however_they_are_cut(kinds: dict[str, Tokenizer], kind: str, data: st.DataObject) -> None:
+def test_any_tokens_say_the_same_however_they_are_cut(
+    kinds: dict[str, Tokenizer], kind: str, data: st.DataObject
+) -> None:
     tokenizer = kinds[kind]
     some = st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=60)
     prompt, ids = data.draw(some), data.draw(some)
@@ -119,10 +143,17 @@ def test_any_tokens_say_the_same_however_they_are_cut(kinds: dict[str, Tokenizer
 
 @pytest.mark.parametrize("kind", sorted(RAW))
 @pytest.mark.parametrize("what", ["special", "unknown", "bytes"])
-def test_the_window_stays_short(kinds: dict[str, Tokenizer], kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens decoded in all grow with the number of tokens, not with its square, whatever the tokens are."""
+def test_the_window_stays_short(
+    kinds: dict[str, Tokenizer], kind: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens decoded in all grow with the number of tokens, not with its square, whatever the
+    tokens are."""
     tokenizer = kinds[kind]
-    tokens = {"special": tokenizer.token_id("</s>"), "unknown": tokenizer.vocab_size + 9, "bytes": tokenizer.token_id("<0xFF>")}
+    tokens = {
+        "special": tokenizer.token_id("</s>"),
+        "unknown": tokenizer.vocab_size + 9,
+        "bytes": tokenizer.token_id("<0xFF>"),
+    }
     token = tokens[what] or 0
     decoded = 0
     plain = Tokenizer.decode

@@ -22,7 +22,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"num_hidden_layers": 2}, [None, None]),
         ({"num_hidden_layers": 2, "sliding_window": None}, [None, None]),
         ({"num_hidden_layers": 2, "sliding_window": W}, [W, W]),  # Phi-3
-        ({"num_hidden_layers": 2, "sliding_window": W, "model_type": "mistral", "use_sliding_window": False}, [W, W]),
+        (
+            {
+                "num_hidden_layers": 2,
+                "sliding_window": W,
+                "model_type": "mistral",
+                "use_sliding_window": False,
+            },
+            [W, W],
+        ),
         ({"num_hidden_layers": 2, "model_type": "mistral"}, [4096, 4096]),
         ({"num_hidden_layers": 2, "model_type": "mistral", "sliding_window": None}, [None, None]),
         ({"num_hidden_layers": 2, "model_type": "llama", "sliding_window": W}, [None, None]),
@@ -35,8 +43,14 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (QWEN, [None] * 3),
         # Gemma 2 and 3, Command R7B, from before layer_types
         ({"num_hidden_layers": 3, "sliding_window": W, "model_type": "gemma2"}, [W, None, W]),
-        ({"num_hidden_layers": 7, "sliding_window": W, "model_type": "gemma3_text"}, [W, W, W, W, W, None, W]),
-        ({"num_hidden_layers": 4, "sliding_window": W, "sliding_window_pattern": 3}, [W, W, None, W]),
+        (
+            {"num_hidden_layers": 7, "sliding_window": W, "model_type": "gemma3_text"},
+            [W, W, W, W, W, None, W],
+        ),
+        (
+            {"num_hidden_layers": 4, "sliding_window": W, "sliding_window_pattern": 3},
+            [W, W, None, W],
+        ),
     ],
 )
 def test_windows(config: dict[str, Any], windows: list[int | None]) -> None:
@@ -56,13 +70,23 @@ def test_windows(config: dict[str, Any], windows: list[int | None]) -> None:
 )
 def test_yarn_stretches_the_context(changes: dict[str, Any], length: int, tmp_path: Path) -> None:
     config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32} | changes))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 32} | changes)
+    )
     assert model_facts(tmp_path).max_position_embeddings == length
 
 
 def test_the_words_of_gpt2(tmp_path: Path) -> None:
-    config = {"architectures": ["GPTBigCodeForCausalLM"], "n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 32}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 100, "multi_query": True}))
+    config = {
+        "architectures": ["GPTBigCodeForCausalLM"],
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 3,
+        "n_positions": 32,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"vocab_size": 100, "multi_query": True})
+    )
     facts = model_facts(tmp_path)
     assert (facts.num_layers, facts.hidden_size, facts.max_position_embeddings) == (3, 64, 32)
     assert (facts.num_heads, facts.num_kv_heads, facts.head_size) == (4, 1, 16)
@@ -73,8 +97,15 @@ def test_the_words_of_gpt2(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('{"a": ' * 100_000 + "1" + "}" * 100_000, "recursion"),
-        ('{"num_hidden_layers": 1000000000, "vocab_size": 5, "hidden_size": 4, "n_head": 1}', "layers is above"),
-        ('{"vocab_size": 1%s, "hidden_size": 4, "num_attention_heads": 1, "n_layer": 1}' % ("0" * 400), "vocab_size is above"),
+        (
+            '{"num_hidden_layers": 1000000000, "vocab_size": 5, "hidden_size": 4, "n_head": 1}',
+            "layers is above",
+        ),
+        (
+            '{"vocab_size": 1%s, "hidden_size": 4, "num_attention_heads": 1, "n_layer": 1}'
+            % ("0" * 400),
+            "vocab_size is above",
+        ),
         ('{"text_config": [1]}', "text_config must be an object"),
     ],
     ids=["deep", "a billion layers", "a huge number", "no object"],

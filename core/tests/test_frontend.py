@@ -35,13 +35,16 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """SentencePiece style: characters that are no tokens fall back to bytes, and spaces are underscores."""
+    """SentencePiece style: characters that are no tokens fall back to bytes, and spaces are
+    underscores."""
     folder = make_model(tmp_path_factory.mktemp("fallback"))
     letters = ["<unk>", "▁", *"abcdefghij", *(f"<0x{b:02X}>" for b in range(256))]
     vocab = {t: i for i, t in enumerate(letters)}
     raw = RawTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     raw.save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)
 
@@ -54,7 +57,10 @@ def test_pieces_add_up_and_are_never_half_a_character(
     tokenizer: Tokenizer, byte_fallback: Tokenizer, text: str, prompt: str, fallback: bool
 ) -> None:
     t = byte_fallback if fallback else tokenizer
-    prompt_ids, ids = t.encode(prompt, add_special_tokens=False), t.encode(text, add_special_tokens=False)
+    prompt_ids, ids = (
+        t.encode(prompt, add_special_tokens=False),
+        t.encode(text, add_special_tokens=False),
+    )
     decoding = detokenizer(t, prompt_ids)
     pieces = [decoding.push([i]) for i in ids]
     assert decoding.flush() == "" or "\ufffd" in text
@@ -71,7 +77,11 @@ def test_any_tokens_at_all_decode_to_the_same_text(tokenizer: Tokenizer, ids: li
     assert text == tokenizer.decode(ids)
 
 
-@given(ids=st.lists(st.integers(5, 260), max_size=80), cuts=st.lists(st.integers(0, 80), max_size=8), fallback=st.booleans())
+@given(
+    ids=st.lists(st.integers(5, 260), max_size=80),
+    cuts=st.lists(st.integers(0, 80), max_size=8),
+    fallback=st.booleans(),
+)
 def test_many_tokens_at_once_say_what_single_ones_say(
     tokenizer: Tokenizer, byte_fallback: Tokenizer, ids: list[int], cuts: list[int], fallback: bool
 ) -> None:
@@ -86,18 +96,25 @@ def test_many_tokens_at_once_say_what_single_ones_say(
 
 @given(cuts=st.lists(st.integers(1, 12), max_size=6))
 @example(cuts=[])
-def test_a_text_that_is_made_at_its_end_is_the_streamed_one(tokenizer: Tokenizer, folder: Path, cuts: list[int]) -> None:
+def test_a_text_that_is_made_at_its_end_is_the_streamed_one(
+    tokenizer: Tokenizer, folder: Path, cuts: list[int]
+) -> None:
     maker = RequestMaker(model_facts(folder), 256, tokenizer)
     request = maker.make("hi", SamplingParams(max_tokens=50, stop_token_ids=(7,)))
     ids = [*tokenizer.encode("größer als 🦊", add_special_tokens=False), 7]
-    parts = [ids[a:b] for a, b in pairwise([0, *sorted({c for c in cuts if c < len(ids)}), len(ids)])]
+    parts = [
+        ids[a:b] for a, b in pairwise([0, *sorted({c for c in cuts if c < len(ids)}), len(ids)])
+    ]
 
     def news() -> list[SequenceOutput]:
         outputs = [SequenceOutput(request.request_id, 0, list(part)) for part in parts]
         outputs[-1].finish_reason, outputs[-1].stop_token_id = "stop", 7
         return outputs
 
-    streamed, gathered = RequestState(request, tokenizer), RequestState(request, tokenizer, stream=False)
+    streamed, gathered = (
+        RequestState(request, tokenizer),
+        RequestState(request, tokenizer, stream=False),
+    )
     whole = Delta(0)
     for output in news():
         delta, _ = streamed.push(output)
@@ -112,7 +129,8 @@ def test_a_text_that_is_made_at_its_end_is_the_streamed_one(tokenizer: Tokenizer
 
 
 def earliest_completion(text: str, stops: list[str]) -> int:
-    """The plain way: the first prefix of the text that ends with a stop string. Returns where that begins."""
+    """The plain way: the first prefix of the text that ends with a stop string. Returns where that
+    begins."""
     for end in range(len(text) + 1):
         for stop in stops:
             if text[:end].endswith(stop):
@@ -167,7 +185,9 @@ def outputs_of(tokenizer: Tokenizer, folder: Path, text: str, **params: Any) -> 
 def test_stop_strings_cut_the_text_and_give_the_reason(tokenizer: Tokenizer, folder: Path) -> None:
     text, last = outputs_of(tokenizer, folder, "one two three", stop=("two", "three"))
     assert (text, last.finish_reason, last.stop_reason) == ("one ", "stop", "two")
-    text, _ = outputs_of(tokenizer, folder, "one two three", stop=("two",), include_stop_str_in_output=True)
+    text, _ = outputs_of(
+        tokenizer, folder, "one two three", stop=("two",), include_stop_str_in_output=True
+    )
     assert text == "one two"
     text, last = outputs_of(tokenizer, folder, "one two one two", stop=("two",), min_tokens=7)
     assert (text, last.stop_reason) == ("one two one ", "two")
@@ -191,14 +211,35 @@ def test_chat_template_is_sandboxed(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", math.nan), ("temperature", -1), ("temperature", math.inf), ("max_tokens", -1), ("top_p", 0),
-        ("top_p", 1.1), ("top_p", math.nan), ("top_k", -2), ("min_p", 1.5), ("n", 0), ("n", 10**9), ("min_tokens", -1),
-        ("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", math.nan), ("seed", 2**63),
-        ("logprobs", 10**6), ("stop", ("x",) * 10_000), ("stop", ("",)), ("stop", ("x" * 10_000,)),
-        ("max_tokens", 1.5), ("max_tokens", "5"), ("n", True), ("temperature", "hot"), ("stop", (1,)),
-        ("logit_bias", {1: math.nan}), ("logit_bias", dict.fromkeys(range(5000), 0.0)),
+        ("temperature", math.nan),
+        ("temperature", -1),
+        ("temperature", math.inf),
+        ("max_tokens", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("top_k", -2),
+        ("min_p", 1.5),
+        ("n", 0),
+        ("n", 10**9),
+        ("min_tokens", -1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", math.nan),
+        ("seed", 2**63),
+        ("logprobs", 10**6),
+        ("stop", ("x",) * 10_000),
+        ("stop", ("",)),
+        ("stop", ("x" * 10_000,)),
+        ("max_tokens", 1.5),
+        ("max_tokens", "5"),
+        ("n", True),
+        ("temperature", "hot"),
+        ("stop", (1,)),
+        ("logit_bias", {1: math.nan}),
+        ("logit_bias", dict.fromkeys(range(5000), 0.0)),
     ],
-)  # fmt: skip
+)
 def test_bad_parameters_name_their_field(field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=field if field != "stop" else "stop") as e:
         SamplingParams(**{field: value})
@@ -207,17 +248,25 @@ def test_bad_parameters_name_their_field(field: str, value: Any) -> None:
 
 def test_a_single_stop_string_is_one_stop_string() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
-    assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]) == SamplingParams(stop=("a", "b"), stop_token_ids=(3,))
+    assert SamplingParams(stop=["a", "b"], stop_token_ids=[3]) == SamplingParams(
+        stop=("a", "b"), stop_token_ids=(3,)
+    )
 
 
 def test_bad_prompts(tokenizer: Tokenizer, folder: Path) -> None:
     maker = RequestMaker(model_facts(folder), 32, tokenizer)
     some = SamplingParams()
     for prompt, message in (
-        ("", "empty"), ([], "empty"), ([5] * 33, "33 tokens and the context is 32"), ([5] * 32, "no room"),
-        ([999], "999 is not in the vocabulary"), ([-1], "-1 is not"), ("x" * 10**7, "characters"), ("\ud800", "surrogate"),
+        ("", "empty"),
+        ([], "empty"),
+        ([5] * 33, "33 tokens and the context is 32"),
+        ([5] * 32, "no room"),
+        ([999], "999 is not in the vocabulary"),
+        ([-1], "-1 is not"),
+        ("x" * 10**7, "characters"),
+        ("\ud800", "surrogate"),
         ([True], "True is not"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InvalidRequest, match=message):
             maker.make(prompt, some)
     with pytest.raises(InvalidRequest, match="logit_bias"):

@@ -42,7 +42,12 @@ def nvml(fail_at=None, error=999):
         "nvmlDeviceGetCudaComputeCapability": lambda i: (7, 5) if i == 2 else (9, 0),
     }
     calls = {name: call(name, answer) for name, answer in functions.items()}
-    return SimpleNamespace(NVMLError=NVMLError, NVML_ERROR_LIBRARY_NOT_FOUND=12, NVML_ERROR_DRIVER_NOT_LOADED=9, **calls)
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_ERROR_LIBRARY_NOT_FOUND=12,
+        NVML_ERROR_DRIVER_NOT_LOADED=9,
+        **calls,
+    )
 
 
 def test_all_that_nvml_shows():
@@ -54,7 +59,16 @@ def test_all_that_nvml_shows():
 
 @pytest.mark.parametrize(
     ("wanted", "indices"),
-    [("0,2", [0, 2]), ("2,0", [2, 0]), ("GPU-ab", [1]), ("GPU-a", []), ("1,9,0", [1]), ("1,1", [1]), ("", []), ("-1", [])],
+    [
+        ("0,2", [0, 2]),
+        ("2,0", [2, 0]),
+        ("GPU-ab", [1]),
+        ("GPU-a", []),
+        ("1,9,0", [1]),
+        ("1,1", [1]),
+        ("", []),
+        ("-1", []),
+    ],
 )
 def test_cuda_visible_devices(wanted, indices):
     assert visible(wanted, UUIDS) == indices
@@ -76,16 +90,24 @@ def test_a_driver_that_fails_is_said(call):
 
 
 def test_too_old():
-    gpus = (GpuFacts("NVIDIA H200", (9, 0), 2**37, (13, 0)), GpuFacts("Tesla T4", (7, 5), 2**34, (11, 4)))
+    gpus = (
+        GpuFacts("NVIDIA H200", (9, 0), 2**37, (13, 0)),
+        GpuFacts("Tesla T4", (7, 5), 2**34, (11, 4)),
+    )
     facts = DeviceFacts("Linux", "x86_64", 4, 2**33, frozenset(), None, gpus=gpus)
 
     def reasons(device, **least):
-        return [(r.code, str(r)) for r in why_not_gpu(Context(facts, None, device, "bfloat16"), **least)]
+        return [
+            (r.code, str(r)) for r in why_not_gpu(Context(facts, None, device, "bfloat16"), **least)
+        ]
 
     assert facts.devices == ["cuda:0", "cuda:1", "cpu"]
     assert reasons("cpu") == reasons("cuda:0") == []
     (_, architecture), (code, driver) = reasons("cuda:1")
     assert code == "device"
     assert architecture == "needs sm_80 or newer, and cuda:1 (Tesla T4) is sm_75"
-    assert driver == "the driver of cuda:1 runs CUDA 11.4 at most, and 12.0 is needed (install a newer driver)"
+    assert (
+        driver == "the driver of cuda:1 runs CUDA 11.4 at most, and 12.0 is needed (install a newer"
+        " driver)"
+    )
     assert [code for code, _ in reasons("cuda:0", architecture=(10, 0))] == ["device"]

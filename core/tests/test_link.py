@@ -33,5 +33,7 @@ os._exit(0)
 
 
 def test_news_never_block_and_come_in_order() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout == "last words\n", done.stderr

@@ -1,4 +1,5 @@
-"""`LLM` in one thread: interrupts, several streams at once, scoring, defaults, and what could never start."""
+"""`LLM` in one thread: interrupts, several streams at once, scoring, defaults, and what could never
+start."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ def ids(deltas: Iterator[Delta]) -> list[int]:
 
 def is_unused(llm: LLM) -> bool:
     stats = llm.engine.snapshot()
-    return not llm.engine.has_work and stats.kv_blocks_used == stats.num_requests_running == stats.num_requests_waiting == 0
+    return (
+        not llm.engine.has_work
+        and stats.kv_blocks_used == stats.num_requests_running == stats.num_requests_waiting == 0
+    )
 
 
 # Ctrl-C.
@@ -44,7 +48,9 @@ def is_unused(llm: LLM) -> bool:
 
 @pytest.mark.parametrize("method", ["submit", "sample"])
 @pytest.mark.parametrize("step", [1, 2, 7])
-def test_ctrl_c_within_a_step_ends_the_call_and_nothing_else(llm: LLM, method: str, step: int) -> None:
+def test_ctrl_c_within_a_step_ends_the_call_and_nothing_else(
+    llm: LLM, method: str, step: int
+) -> None:
     expected = llm.generate(["a", "b"], LONG)
     worker: Any = llm.engine.worker
     plain: Callable[..., Any] = getattr(worker, method)
@@ -112,7 +118,9 @@ def test_an_engine_whose_every_step_fails_says_so(llm: LLM) -> None:
     for _ in range(MAX_FAILED_STEPS - 1):
         with pytest.raises(StepFailed, match="no device"):
             llm.generate("a", LONG)
-    with pytest.raises(EngineDead, match=f"{MAX_FAILED_STEPS} steps in a row have failed; the last: no device"):
+    with pytest.raises(
+        EngineDead, match=f"{MAX_FAILED_STEPS} steps in a row have failed; the last: no device"
+    ):
         llm.generate("a", LONG)
 
 
@@ -122,7 +130,9 @@ def test_an_engine_whose_every_step_fails_says_so(llm: LLM) -> None:
 def test_interleaved_streams_and_calls_say_what_each_says_alone(llm: LLM) -> None:
     rng = random.Random()
     prompts = [rng.choice("abcdef") * rng.randint(1, 40) for _ in range(5)]
-    params = [SamplingParams(max_tokens=rng.randint(1, 50), seed=i, ignore_eos=True) for i in range(5)]
+    params = [
+        SamplingParams(max_tokens=rng.randint(1, 50), seed=i, ignore_eos=True) for i in range(5)
+    ]
     expected = [llm.generate(p, s)[0] for p, s in zip(prompts, params, strict=True)]
     streams = {i: llm.stream(p, s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))}
     found: dict[int, list[int]] = {i: [] for i in streams}
@@ -154,7 +164,9 @@ def test_a_stream_that_is_left_does_not_run_the_others_to_their_end(llm: LLM) ->
     assert is_unused(llm)
 
 
-def test_ctrl_c_while_a_request_is_added_leaves_nothing_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_a_request_is_added_leaves_nothing_of_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = llm.generate("a", LONG)[0].token_ids
 
     def pressed(seq_id: int, request: Any, index: int, *rest: Any) -> Sequence:
@@ -183,8 +195,13 @@ def test_what_has_ended_holds_nothing(llm: LLM) -> None:
 
 @pytest.mark.parametrize("chunk", [16, 33, 256])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_every_prompt_token_is_scored_however_the_prompt_is_chunked(model: Path, overlap: bool, chunk: int) -> None:
-    params, prompt = SamplingParams(max_tokens=0, prompt_logprobs=1), [5 + i % 90 for i in range(180)]
+def test_every_prompt_token_is_scored_however_the_prompt_is_chunked(
+    model: Path, overlap: bool, chunk: int
+) -> None:
+    params, prompt = (
+        SamplingParams(max_tokens=0, prompt_logprobs=1),
+        [5 + i % 90 for i in range(180)],
+    )
     scheduler = {"max_num_seqs": 4, "max_num_batched_tokens": chunk}
     with LLM(model, device="cpu", overlap=overlap, scheduler=scheduler, **SIMULATED) as llm:
         for out in llm.generate([prompt, prompt[:100]], params):
@@ -198,18 +215,24 @@ def test_every_prompt_token_is_scored_however_the_prompt_is_chunked(model: Path,
 
 
 def test_sampling_defaults_are_those_of_the_checkpoint(model: Path) -> None:
-    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.0, "top_k": 7, "repetition_penalty": 1.1}))
+    (model / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.0, "top_k": 7, "repetition_penalty": 1.1})
+    )
     with LLM(model, device="cpu", **SIMULATED) as llm:
         defaults = llm.default_params(max_tokens=None)
         assert (defaults.temperature, defaults.top_k, defaults.repetition_penalty) == (0, 7, 1.1)
         messages = [{"role": "user", "content": "hello"}]
         explicit = SamplingParams(max_tokens=None, temperature=0, top_k=7, repetition_penalty=1.1)
         assert llm.chat(messages).token_ids == llm.chat(messages, explicit).token_ids
-        assert llm.generate("x")[0].token_ids == llm.generate("x", llm.default_params())[0].token_ids
+        assert (
+            llm.generate("x")[0].token_ids == llm.generate("x", llm.default_params())[0].token_ids
+        )
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e400", "-1", "1e308", '"hot"', "true"])
-def test_defaults_that_no_request_could_have_are_refused_at_the_start(model: Path, value: str) -> None:
+def test_defaults_that_no_request_could_have_are_refused_at_the_start(
+    model: Path, value: str
+) -> None:
     (model / "generation_config.json").write_text(f'{{"temperature": {value}}}')
     with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature must be"):
         LLM(model, device="cpu", **SIMULATED)
@@ -227,7 +250,10 @@ def test_temperatures_next_to_zero_are_greedy(temperature: float) -> None:
     assert SamplingParams(temperature=temperature).greedy
 
 
-@pytest.mark.parametrize("values", [{"temperature": 1e308}, {"repetition_penalty": 1e308}, {"repetition_penalty": 1e-300}])
+@pytest.mark.parametrize(
+    "values",
+    [{"temperature": 1e308}, {"repetition_penalty": 1e308}, {"repetition_penalty": 1e-300}],
+)
 def test_numbers_that_float32_cannot_work_with_are_refused(values: dict[str, float]) -> None:
     (name,) = values
     with pytest.raises(InvalidRequest, match=f"{name} must be"):

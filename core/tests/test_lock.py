@@ -20,11 +20,11 @@ from dovetail.plugin.config import load_config
 from dovetail.plugin.discovery import load_registry
 from dovetail_testing.plugin import SIMULATED, install, make_model
 
-PLUGIN = '''from dovetail.plugin.hookspecs import hookimpl
+PLUGIN = """from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Provider, SchedulerOptions
 @hookimpl
-def dovetail_schedulers(): return [Provider("mine", "a scheduler to be locked", print, SchedulerOptions)]
-'''
+def dovetail_schedulers(): return [Provider("mine", "a scheduler to lock", print, SchedulerOptions)]
+"""
 
 
 def locked(model: Path, **values: Any) -> dict[str, Any]:
@@ -53,7 +53,9 @@ def test_the_same_composition_has_the_same_bytes(model: Path, mine: Path) -> Non
         texts.add(encode(make_lock(plan, registry)))
     (text,) = texts
     assert str(mine) not in text, "a lock holds no path of this machine"
-    assert {"dovetail-core", "dovetail-mine", "dovetail-simulated"} <= set(json.loads(text)["distributions"])
+    assert {"dovetail-core", "dovetail-mine", "dovetail-simulated"} <= set(
+        json.loads(text)["distributions"]
+    )
 
 
 def test_every_kind_of_drift_is_named(model: Path, mine: Path) -> None:
@@ -63,7 +65,9 @@ def test_every_kind_of_drift_is_named(model: Path, mine: Path) -> None:
     (lines,) = [drift(before, locked(model, scheduler={"use": "mine", "max_num_seqs": 3}))]
     assert lines == ["choices.scheduler.options.max_num_seqs: 256 → 3"]
 
-    assert "choices.scheduler.provider: \"mine\" → \"fcfs\"" in drift(before, locked(model, scheduler="fcfs"))
+    assert 'choices.scheduler.provider: "mine" → "fcfs"' in drift(
+        before, locked(model, scheduler="fcfs")
+    )
 
     (mine / "mine_plugin/data.txt").write_text("two")
     (line,) = drift(before, locked(model, scheduler="mine"))
@@ -98,7 +102,12 @@ def test_another_machine_is_drift(model: Path, simulated: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is no lock"), ("[]", "not a lock of version"), ('{"lock": 99}', "make it again"), (None, "cannot read")],
+    [
+        ("{", "is no lock"),
+        ("[]", "not a lock of version"),
+        ('{"lock": 99}', "make it again"),
+        (None, "cannot read"),
+    ],
 )
 def test_what_is_no_lock_is_said(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "engine.lock"
@@ -110,8 +119,11 @@ def test_what_is_no_lock_is_said(text: str | None, message: str, tmp_path: Path)
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 
 
 @given(values, values)
@@ -123,7 +135,9 @@ def test_there_is_drift_exactly_where_there_is_a_difference(a: Any, b: Any) -> N
 
 def cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dovetail.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ, timeout=60)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=os.environ, timeout=60
+    )
 
 
 def test_the_command_writes_and_refuses(simulated: Path, tmp_path: Path) -> None:
@@ -134,7 +148,16 @@ def test_the_command_writes_and_refuses(simulated: Path, tmp_path: Path) -> None
     assert cli("lock", "engine.yaml", "-o", "again.lock", folder=tmp_path).returncode == 0
     assert (tmp_path / "again.lock").read_bytes() == first
     assert {p.name for p in tmp_path.iterdir()} >= {"engine.lock", "again.lock"}
-    run = ("generate", "hello", "--max-tokens", "3", "--config", "engine.yaml", "--locked", "engine.lock")
+    run = (
+        "generate",
+        "hello",
+        "--max-tokens",
+        "3",
+        "--config",
+        "engine.yaml",
+        "--locked",
+        "engine.lock",
+    )
     good = cli(*run, folder=tmp_path)
     assert good.returncode == 0, good.stderr
     bad = cli(*run, "--max-num-seqs", "7", folder=tmp_path)

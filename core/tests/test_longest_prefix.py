@@ -28,7 +28,9 @@ class Recording(ReusingKVCache):
     """Knows who was told to wait for another one since it was last asked."""
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups)))
+        super().__init__(
+            setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups))
+        )
         self.told_to_wait: set[int] = set()
 
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
@@ -41,8 +43,11 @@ class Recording(ReusingKVCache):
 def make_engine(setup: Setup, max_overtaken: int = 64) -> WatchedEngine:
     def scheduler(limits: Setup, kv: Recording) -> LongestPrefixScheduler:
         return LongestPrefixScheduler(
-            kv, max_overtaken, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget
-        )  # fmt: skip
+            kv,
+            max_overtaken,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.budget,
+        )
 
     return Parts(Recording, scheduler).engine(setup)
 
@@ -52,7 +57,11 @@ def test_what_is_cached_begins_first() -> None:
     engine.add(request("before", list(range(1, 30)), 2))
     while engine.has_work:
         collect(engine.step(), outputs)
-    for name, prompt in (("none", [50] * 20), ("some", [*range(1, 13), 50]), ("most", [*range(1, 25), 50])):
+    for name, prompt in (
+        ("none", [50] * 20),
+        ("some", [*range(1, 13), 50]),
+        ("most", [*range(1, 25), 50]),
+    ):
         engine.add(request(name, prompt, 2))
     ended: list[str] = []
     while engine.has_work:
@@ -62,13 +71,18 @@ def test_what_is_cached_begins_first() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    workload=workloads_alike, max_num_seqs=st.integers(1, 3), max_overtaken=st.integers(0, 4), overlap=st.booleans(),
+    workload=workloads_alike,
+    max_num_seqs=st.integers(1, 3),
+    max_overtaken=st.integers(0, 4),
+    overlap=st.booleans(),
     spare_blocks=st.integers(0, 12),
-)  # fmt: skip
+)
 def test_nobody_is_overtaken_more_often_than_allowed(
     workload: list[Asked], max_num_seqs: int, max_overtaken: int, overlap: bool, spare_blocks: int
 ) -> None:
-    engine = make_engine(Setup(overlap, max_num_seqs=max_num_seqs, spare_blocks=spare_blocks), max_overtaken)
+    engine = make_engine(
+        Setup(overlap, max_num_seqs=max_num_seqs, spare_blocks=spare_blocks), max_overtaken
+    )
     assert isinstance(engine.kv, Recording)
     pending = [r for _ in range(4) for r in requests_of(workload)]
     overtaken: Counter[int] = Counter()

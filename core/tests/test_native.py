@@ -50,7 +50,9 @@ def test_no_compiler(tmp_path):
 
 
 def test_a_failed_build_shows_the_compilers_last_lines(compiler, tmp_path):
-    facts = compiler("for i in $(seq 40); do echo line $i >&2; done; echo error: no such register >&2; exit 1")
+    facts = compiler(
+        "for i in $(seq 40); do echo line $i >&2; done; echo error: no such register >&2; exit 1"
+    )
     with pytest.raises(PluginError, match="error: no such register") as caught:
         build(facts, tmp_path / "cache")
     assert "line 40" in caught.value.message
@@ -81,7 +83,8 @@ def test_a_broken_library_is_built_again(compiler, tmp_path, caplog):
     elsewhere = multiprocessing.get_context("spawn").Process(
         target=build, args=(facts, tmp_path / "cache")
     )
-    elsewhere.start()  # this process would find again what it has loaded, whatever became of the file
+    # this process would find again what it has loaded, whatever became of the file
+    elsewhere.start()
     elsewhere.join()
     (library,) = (tmp_path / "cache").glob("*.so")
     library.write_bytes(library.read_bytes()[:100])
@@ -105,21 +108,27 @@ def test_two_processes_build_once(compiler, tmp_path):
 
 
 def test_the_folder_is_its_owners(compiler, tmp_path):
-    library = build_library("kernels", sources(tmp_path), compiler(TINY), folder=tmp_path / "new" / "cache")
+    library = build_library(
+        "kernels", sources(tmp_path), compiler(TINY), folder=tmp_path / "new" / "cache"
+    )
     for made in (tmp_path / "new", library.parent, library, library.with_suffix(".lock")):
         assert made.stat().st_mode & 0o077 == 0, made
 
 
 def mark(library, text):
     """A library that says so when it is loaded."""
-    body = f'__attribute__((constructor)) static void f(void) {{ FILE* x = fopen("{text}", "w"); if (x) fclose(x); }}'
+    body = (
+        f'__attribute__((constructor)) static void f(void) {{ FILE* x = fopen("{text}", "w"); if'
+        " (x) fclose(x); }"
+    )
     command = ["cc", "-x", "c", "-shared", "-fPIC", "-", "-o", str(library)]
     subprocess.run(command, input=f"#include <stdio.h>\n{body}\n", text=True, check=True)
 
 
 @pytest.fixture
 def planted(compiler, tmp_path):
-    """Facts, the library that `build` wants in a fresh cache, made by somebody else, and the file that it writes if loaded."""
+    """Facts, the library that `build` wants in a fresh cache, made by somebody else, and the file
+    that it writes if loaded."""
     facts = compiler(TINY)
     library = tmp_path / "cache" / build(facts, tmp_path / "first").name
     library.parent.mkdir(mode=0o700)
@@ -174,7 +183,9 @@ def test_somebody_elses_library_is_built_again(planted, caplog):
 def test_somebody_elses_folder_is_refused(planted):
     facts, library, loaded = planted
     os.chown(library.parent, 12345, -1)
-    with pytest.raises(PluginError, match=r"does not load code from .* belongs to user 12345.*set XDG_CACHE_HOME"):
+    with pytest.raises(
+        PluginError, match=r"does not load code from .* belongs to user 12345.*set XDG_CACHE_HOME"
+    ):
         build(facts, library.parent)
     assert not loaded.exists()
 
@@ -182,7 +193,9 @@ def test_somebody_elses_folder_is_refused(planted):
 def test_a_folder_that_others_can_write_to_is_refused(planted):
     facts, library, loaded = planted
     library.parent.chmod(0o1777)  # of a sticky folder too: others can add a library there
-    with pytest.raises(PluginError, match=r"does not load code from .* by everybody .* `chmod go-w"):
+    with pytest.raises(
+        PluginError, match=r"does not load code from .* by everybody .* `chmod go-w"
+    ):
         build(facts, library.parent)
     assert not loaded.exists()
 
@@ -209,7 +222,10 @@ def test_nor_may_the_owner_of_what_it_lies_in(planted, tmp_path, mode):
     library.parent.rename(folder)
     (tmp_path / "theirs").chmod(mode)
     os.chown(tmp_path / "theirs", 12345, -1)
-    with pytest.raises(PluginError, match=r"which lies in .*/theirs, because it belongs to user 12345.*of your own$"):
+    with pytest.raises(
+        PluginError,
+        match=r"which lies in .*/theirs, because it belongs to user 12345.*of your own$",
+    ):
         build(facts, folder)
     assert not loaded.exists()
     os.chown(tmp_path / "theirs", 65534, -1)  # in a user namespace: the host's
@@ -225,7 +241,9 @@ def test_nor_may_the_owner_of_a_link(planted, tmp_path, linked):
     link.symlink_to(target)
     folder = link if linked == "folder" else link / library.parent.name
     os.lchown(link, 12345, -1)
-    with pytest.raises(PluginError, match=r"/link.* because it is a link that belongs to user 12345"):
+    with pytest.raises(
+        PluginError, match=r"/link.* because it is a link that belongs to user 12345"
+    ):
         build(facts, folder)
     assert not loaded.exists()
     os.lchown(link, 0, -1)

@@ -1,4 +1,5 @@
-"""What the core's own scheduler and loops promise beyond the contract, which is in test_builtins_conform.py."""
+"""What the core's own scheduler and loops promise beyond the contract, which is in
+test_builtins_conform.py."""
 
 from __future__ import annotations
 
@@ -14,13 +15,19 @@ from dovetail_testing.engines import Setup, collect, request, run
 from dovetail_testing.simulated import Faults, SimulatedWorker
 
 
-def make_engine(*, order: Any = fcfs, faults: Faults | None = None, max_num_waiting: int = 1000, **setup: Any) -> Engine:
+def make_engine(
+    *, order: Any = fcfs, faults: Faults | None = None, max_num_waiting: int = 1000, **setup: Any
+) -> Engine:
     limits = Setup(**setup)
     worker = SimulatedWorker(limits.groups, faults=faults)
     worker.allocate(limits.num_blocks)
     kv = PagedKVCache(limits.groups, limits.num_blocks)
-    scheduler = TokenBudgetScheduler(kv, order, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget)
-    return (OverlappedEngine if limits.overlap else Engine)(scheduler, kv, worker, max_num_waiting=max_num_waiting)
+    scheduler = TokenBudgetScheduler(
+        kv, order, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget
+    )
+    return (OverlappedEngine if limits.overlap else Engine)(
+        scheduler, kv, worker, max_num_waiting=max_num_waiting
+    )
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -41,7 +48,9 @@ def test_a_step_in_flight_delays_preemption_until_it_has_ended() -> None:
     assert plan is not None
     assert len(plan.seq_ids) == 1, "the other one finds no block"
     steps.append(engine.submit(plan))
-    assert engine.schedule(in_flight=True) is None, "somebody waits for a block: the pipeline must run dry first"
+    assert engine.schedule(in_flight=True) is None, (
+        "somebody waits for a block: the pipeline must run dry first"
+    )
     for step in steps:
         assert step is not None
         engine.finish_step(step)
@@ -83,7 +92,9 @@ def test_a_failing_step_fails_its_requests_and_no_others(overlap: bool) -> None:
     workload = [request(f"r{i}", [i] * 10, 12, n=1 + i % 2, seed=i) for i in range(4)]
     later = request("later", [9, 9, 9], 10)
     expected = run(make_engine(spare_blocks=99), [later])
-    engine = make_engine(overlap=overlap, spare_blocks=99, max_num_seqs=8, faults=Faults(raise_at=3))
+    engine = make_engine(
+        overlap=overlap, spare_blocks=99, max_num_seqs=8, faults=Faults(raise_at=3)
+    )
     for r in workload:
         engine.add(r)
     errors, tokens = {}, {}
@@ -96,6 +107,8 @@ def test_a_failing_step_fails_its_requests_and_no_others(overlap: bool) -> None:
             later = None
         collect([o for o in outputs if o.request_id == "later"], tokens)
     assert len(errors) == 6
-    assert all(code == "step_failed" and "simulated fault" in message for code, message in errors.values())
+    assert all(
+        code == "step_failed" and "simulated fault" in message for code, message in errors.values()
+    )
     assert tokens == expected
     assert engine.kv.num_used == 0

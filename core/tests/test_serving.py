@@ -1,4 +1,5 @@
-"""`AsyncEngine` with real engine processes: the same answers as in one process, and an end that loses nothing."""
+"""`AsyncEngine` with real engine processes: the same answers as in one process, and an end that
+loses nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +13,18 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from async_engine import LONG, PATIENCE, alive, complete, engine_of, faulty, outcome, quiet, run, until
+from async_engine import (
+    LONG,
+    PATIENCE,
+    alive,
+    complete,
+    engine_of,
+    faulty,
+    outcome,
+    quiet,
+    run,
+    until,
+)
 
 from dovetail.errors import DovetailError, EngineDead, EngineUnavailable, InvalidRequest, Overloaded
 from dovetail.frontend.outputs import Delta
@@ -31,18 +43,28 @@ pytestmark = pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("overlap", [False, True])
 def test_many_at_once_answer_as_in_one_process(model: Path, overlap: bool) -> None:
     texts = [f"prompt number {i}" * (1 + i % 3) for i in range(24)]
-    params = [SamplingParams(max_tokens=20 + i, seed=i, n=1 + i % 3, logprobs=2 if i % 5 == 0 else None) for i in range(24)]
+    params = [
+        SamplingParams(max_tokens=20 + i, seed=i, n=1 + i % 3, logprobs=2 if i % 5 == 0 else None)
+        for i in range(24)
+    ]
     with LLM(str(model), device="cpu", **SIMULATED) as llm:
         expected = llm.generate(texts, params)
 
     async def test() -> None:
         async with engine_of(model, overlap=overlap) as engine:
-            answers = await asyncio.gather(*(complete(engine, t, p) for t, p in zip(texts, params, strict=True)))
+            answers = await asyncio.gather(
+                *(complete(engine, t, p) for t, p in zip(texts, params, strict=True))
+            )
             for answer, want in zip(answers, expected, strict=True):
                 for delta, sample in zip(answer, want.outputs, strict=True):
                     assert (delta.token_ids, delta.text) == (sample.token_ids, sample.text)
-                    assert (delta.finish_reason, delta.stop_reason) == (sample.finish_reason, sample.stop_reason)
-                    given = [dict(zip(p.token_ids, p.logprobs, strict=True)) for p in delta.logprobs]
+                    assert (delta.finish_reason, delta.stop_reason) == (
+                        sample.finish_reason,
+                        sample.stop_reason,
+                    )
+                    given = [
+                        dict(zip(p.token_ids, p.logprobs, strict=True)) for p in delta.logprobs
+                    ]
                     assert given == (sample.logprobs or [])
             await until(quiet(engine))
             assert engine.stats.num_prompt_tokens > 0
@@ -57,7 +79,11 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(model: Path) -> None:
             assert len(whole.token_ids) == 200
             stop = whole.text[10:13]
             before = engine.stats.num_generation_tokens
-            [cut] = await complete(engine, "go on", SamplingParams(max_tokens=200, ignore_eos=True, seed=1, stop=(stop,)))
+            [cut] = await complete(
+                engine,
+                "go on",
+                SamplingParams(max_tokens=200, ignore_eos=True, seed=1, stop=(stop,)),
+            )
             assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.find(stop)], "stop")
             assert cut.stop_reason == stop
             assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
@@ -91,7 +117,9 @@ def test_a_slow_reader_gets_merged_news(model: Path) -> None:
             [whole] = await complete(engine, "a", LONG)
             deltas = engine.generate("a", LONG)
             first = await anext(deltas)
-            await until(lambda: engine.stats.num_requests_running == 0)  # all of it has arrived, and nobody has looked
+            await until(
+                lambda: engine.stats.num_requests_running == 0
+            )  # all of it has arrived, and nobody has looked
             rest = [d async for d in deltas]
             assert len(rest) == 1
             assert first.token_ids + rest[0].token_ids == whole.token_ids
@@ -108,9 +136,12 @@ def test_bad_requests_are_refused_before_the_engine_sees_them(model: Path) -> No
     async def test() -> None:
         async with engine_of(model, max_num_waiting=4) as engine:
             for prompt, params in (
-                ("", SamplingParams()), ([1, 10_000], SamplingParams()), ("x" * 300, SamplingParams()),
-                ("x", SamplingParams(n=5)), ("x", SamplingParams(stop_token_ids=(2**70,))),
-            ):  # fmt: skip
+                ("", SamplingParams()),
+                ([1, 10_000], SamplingParams()),
+                ("x" * 300, SamplingParams()),
+                ("x", SamplingParams(n=5)),
+                ("x", SamplingParams(stop_token_ids=(2**70,))),
+            ):
                 with pytest.raises(InvalidRequest):
                     await anext(engine.generate(prompt, params))
             with pytest.raises(InvalidRequest, match="priority"):
@@ -131,7 +162,9 @@ def test_overload_is_refused_and_loses_nothing(model: Path) -> None:
     async def test() -> None:
         async with engine_of(model, **limits, **faulty(step_seconds=0.002)) as engine:
             params = SamplingParams(max_tokens=20, ignore_eos=True)
-            results = await asyncio.gather(*(outcome(complete(engine, f"{i}", params)) for i in range(40)))
+            results = await asyncio.gather(
+                *(outcome(complete(engine, f"{i}", params)) for i in range(40))
+            )
             refused = [r for r in results if isinstance(r, Overloaded)]
             done = [r[0] for r in results if not isinstance(r, DovetailError)]
             assert len(refused) + len(done) == 40
@@ -246,7 +279,9 @@ def test_two_engines_live_side_by_side(model: Path, tmp_path: Path) -> None:
         async with engine_of(model) as one, engine_of(other) as two:
             params = SamplingParams(max_tokens=5, seed=3, ignore_eos=True)
             a, b = await asyncio.gather(complete(one, "x", params), complete(two, "x", params))
-            assert [(d.token_ids, d.text, d.finish_reason) for d in a] == [(d.token_ids, d.text, d.finish_reason) for d in b]
+            assert [(d.token_ids, d.text, d.finish_reason) for d in a] == [
+                (d.token_ids, d.text, d.finish_reason) for d in b
+            ]
             assert one.pid != two.pid
             assert (one.plan.max_model_len, two.plan.max_model_len) == (256, 64)
 

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from async_engine import LONG, PATIENCE, complete, engine_of, faulty, outcome, quiet, run, until
 
-from dovetail.errors import CheckpointError, DovetailError, EngineDead, EngineUnavailable, PluginError, StepFailed
+from dovetail.errors import (
+    CheckpointError,
+    DovetailError,
+    EngineDead,
+    EngineUnavailable,
+    PluginError,
+    StepFailed,
+)
 from dovetail.plan import Plan
 from dovetail.plugin.config import load_config
 from dovetail.runtime import restarts, wire
@@ -32,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("simulated")
 def test_a_killed_process_is_replaced(model: Path) -> None:
     async def test() -> None:
         async with engine_of(model, **faulty(step_seconds=0.02)) as engine:
-            waiters = [asyncio.create_task(outcome(complete(engine, f"{i}", LONG))) for i in range(5)]
+            waiters = [
+                asyncio.create_task(outcome(complete(engine, f"{i}", LONG))) for i in range(5)
+            ]
             await until(lambda: engine.stats.num_requests_running == 5)
             old = engine.pid
             assert old is not None
@@ -47,25 +56,42 @@ def test_a_killed_process_is_replaced(model: Path) -> None:
             await until(lambda: engine.state == "ready")
             assert engine.pid != old
             assert engine.num_restarts == 1
-            assert len((await complete(engine, "x", SamplingParams(max_tokens=3, ignore_eos=True)))[0].token_ids) == 3
+            assert (
+                len(
+                    (await complete(engine, "x", SamplingParams(max_tokens=3, ignore_eos=True)))[
+                        0
+                    ].token_ids
+                )
+                == 3
+            )
 
     run(test())
 
 
 @pytest.mark.parametrize("how", ["exit", "hang", "stop"])
 def test_a_process_that_ends_or_stalls_in_a_step_is_replaced(model: Path, how: str) -> None:
-    faults: dict[str, Any] = {"exit": {"exit_at": 3}, "hang": {"hang_at": 3}, "stop": {"step_seconds": 0.02}}[how]
+    faults: dict[str, Any] = {
+        "exit": {"exit_at": 3},
+        "hang": {"hang_at": 3},
+        "stop": {"step_seconds": 0.02},
+    }[how]
 
     async def test() -> None:
         async with engine_of(model, stall_timeout=1, **faulty(**faults)) as engine:
-            waiters = [asyncio.create_task(outcome(complete(engine, f"{i}", LONG))) for i in range(2)]
+            waiters = [
+                asyncio.create_task(outcome(complete(engine, f"{i}", LONG))) for i in range(2)
+            ]
             if how == "stop":
                 await until(lambda: engine.stats.num_requests_running > 0)
                 assert engine.pid is not None
                 os.kill(engine.pid, signal.SIGSTOP)
             errors = await asyncio.gather(*waiters)
             assert {type(e) for e in errors} == {EngineDead}
-            assert {"exit": "exit status 3", "hang": "step has not ended", "stop": "no sign of life"}[how] in errors[0].message
+            assert {
+                "exit": "exit status 3",
+                "hang": "step has not ended",
+                "stop": "no sign of life",
+            }[how] in errors[0].message
             await until(lambda: engine.state == "ready")
             assert (await complete(engine, "x", SamplingParams(max_tokens=1)))[0].finish_reason
 
@@ -114,7 +140,9 @@ def dovetail_workers():
 """
 
 
-def test_the_end_of_a_process_is_noticed_though_a_child_holds_its_socket(model: Path, simulated: Path) -> None:
+def test_the_end_of_a_process_is_noticed_though_a_child_holds_its_socket(
+    model: Path, simulated: Path
+) -> None:
     (simulated / "forks.py").write_text(FORKING)
     install(simulated, "forks", "forks")
 
@@ -131,7 +159,9 @@ def test_the_end_of_a_process_is_noticed_though_a_child_holds_its_socket(model: 
     run(test())
 
 
-def test_an_engine_that_serves_nobody_is_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_serves_nobody_is_given_up(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(restarts, "FIRST_BACKOFF", 0.01)
 
     async def test() -> None:
@@ -140,7 +170,9 @@ def test_an_engine_that_serves_nobody_is_given_up(model: Path, monkeypatch: pyte
                 await until(lambda: engine.state == "ready")
                 assert isinstance(await outcome(complete(engine, "x", LONG)), EngineDead)
             await asyncio.wait_for(engine.failed.wait(), 5)
-            with pytest.raises(EngineUnavailable, match="given up: the process ended with exit status 3"):
+            with pytest.raises(
+                EngineUnavailable, match="given up: the process ended with exit status 3"
+            ):
                 engine.check_ready()
 
     run(test())
@@ -170,7 +202,9 @@ def test_a_step_that_raises_fails_its_requests_only(model: Path, overlap: bool) 
     async def test() -> None:
         async with engine_of(model, overlap=overlap, **faulty(raise_at=5)) as engine:
             pid = engine.pid
-            errors = await asyncio.gather(*(outcome(complete(engine, f"{i}", LONG)) for i in range(3)))
+            errors = await asyncio.gather(
+                *(outcome(complete(engine, f"{i}", LONG)) for i in range(3))
+            )
             assert any(isinstance(e, StepFailed) and "simulated fault" in e.message for e in errors)
             await until(quiet(engine))
             assert (await complete(engine, "x", LONG))[0].finish_reason == "length"
@@ -204,8 +238,16 @@ def dovetail_workers():
 @pytest.mark.parametrize(
     ("error", "expected", "message"),
     [
-        ("ValueError('no such device')", PluginError, "dovetail-breaks:breaks could not be built: ValueError: no such device"),
-        ("__import__('dovetail').errors.CheckpointError('model.safetensors: cut short')", CheckpointError, "cut short"),
+        (
+            "ValueError('no such device')",
+            PluginError,
+            "dovetail-breaks:breaks could not be built: ValueError: no such device",
+        ),
+        (
+            "__import__('dovetail').errors.CheckpointError('model.safetensors: cut short')",
+            CheckpointError,
+            "cut short",
+        ),
         ("SystemExit(7)", EngineDead, "exit status 7"),
     ],
 )
@@ -216,7 +258,9 @@ def test_what_keeps_the_process_from_starting_is_raised(
     install(simulated, f"breaks_{expected.code}", "breaks")
 
     async def test() -> None:
-        engine = AsyncEngine(load_config(model=str(model), device="cpu", attention="simulated", worker="breaks"))
+        engine = AsyncEngine(
+            load_config(model=str(model), device="cpu", attention="simulated", worker="breaks")
+        )
         with pytest.raises(expected, match=message):
             await engine.start()
         assert engine.state == "closed"
@@ -244,7 +288,9 @@ def test_another_version_than_ours_is_refused(model: Path, simulated: Path) -> N
     async def test() -> None:
         engine = AsyncEngine(load_config(model=str(model), device="cpu", **SIMULATED))
         metadata.write_text(metadata.read_text().replace("Version: 0.1.0", "Version: 0.2.0"))
-        with pytest.raises(PluginError, match=r"the plan has dovetail-simulated 0\.1\.0, here is 0\.2\.0"):
+        with pytest.raises(
+            PluginError, match=r"the plan has dovetail-simulated 0\.1\.0, here is 0\.2\.0"
+        ):
             await engine.start()
         await engine.close()
 
@@ -276,20 +322,31 @@ async def _send_and_read(ours: socket.socket, theirs: socket.socket, frame: byte
     return body
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", (3).to_bytes(4, "little") + b"\xc1\xc1\xc1"])
+@pytest.mark.parametrize(
+    "garbage", [b"\xff\xff\xff\xff", (3).to_bytes(4, "little") + b"\xc1\xc1\xc1"]
+)
 def test_an_engine_that_hears_nonsense_ends(garbage: bytes) -> None:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            command = [sys.executable, "-m", "dovetail.runtime.engine_process", str(theirs.fileno())]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True)
+            command = [
+                sys.executable,
+                "-m",
+                "dovetail.runtime.engine_process",
+                str(theirs.fileno()),
+            ]
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True
+            )
         ours.sendall(garbage)
         _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "Error" in errors
 
 
-def test_an_engine_that_talks_nonsense_is_replaced(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_talks_nonsense_is_replaced(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test() -> None:
         async with engine_of(model, **faulty(step_seconds=0.02)) as engine:
             waiter = asyncio.create_task(outcome(complete(engine, "x", LONG)))
@@ -306,7 +363,9 @@ def test_a_signal_for_the_whole_group_leaves_the_engine_to_its_front_end(model: 
     async def test() -> None:
         async with engine_of(model, **faulty(step_seconds=0.01)) as engine:
             assert engine.pid is not None
-            running = asyncio.create_task(complete(engine, "x", SamplingParams(max_tokens=30, ignore_eos=True)))
+            running = asyncio.create_task(
+                complete(engine, "x", SamplingParams(max_tokens=30, ignore_eos=True))
+            )
             await until(lambda: engine.num_live == 1)
             for number in (signal.SIGINT, signal.SIGTERM):
                 os.kill(engine.pid, number)

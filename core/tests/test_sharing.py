@@ -1,4 +1,5 @@
-"""Sequences that wait for what another one is computing: how much is computed, and what becomes of them when it ends early."""
+"""Sequences that wait for what another one is computing: how much is computed, and what becomes of
+them when it ends early."""
 
 from __future__ import annotations
 
@@ -23,12 +24,18 @@ SHARED = list(range(1, 25))
 
 def make_engine(faults: Faults | None = None, **setup: int) -> WatchedEngine:
     def kv(limits: Setup) -> ReusingKVCache:
-        return ReusingKVCache(limits.groups, limits.num_blocks, DictionaryIndex(limits.block_size, len(limits.groups)))
+        return ReusingKVCache(
+            limits.groups, limits.num_blocks, DictionaryIndex(limits.block_size, len(limits.groups))
+        )
 
     def scheduler(limits: Setup, manager: ReusingKVCache) -> TokenBudgetScheduler:
-        return TokenBudgetScheduler(manager, fcfs, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget)
+        return TokenBudgetScheduler(
+            manager, fcfs, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget
+        )
 
-    return Parts(kv, scheduler).engine(Setup(**{"spare_blocks": 200, "batch rows": 8, "budget": 16, **setup}), faults)
+    return Parts(kv, scheduler).engine(
+        Setup(**{"spare_blocks": 200, "batch rows": 8, "budget": 16, **setup}), faults
+    )
 
 
 def alike(count: int = 6) -> list[Request]:
@@ -121,7 +128,10 @@ def test_a_prefix_cache_that_lies_delays_and_stops_nobody() -> None:
     setup = Setup(spare_blocks=200, max_num_seqs=8)
     kv = ReusingKVCache(setup.groups, setup.num_blocks, Liar(4, 1))
     engine = Parts(
-        lambda s: kv, lambda s, manager: TokenBudgetScheduler(manager, fcfs, max_num_seqs=8, max_num_batched_tokens=16)
+        lambda s: kv,
+        lambda s, manager: TokenBudgetScheduler(
+            manager, fcfs, max_num_seqs=8, max_num_batched_tokens=16
+        ),
     ).engine(setup)
     assert run(engine, alike()) == said_alone()
 
@@ -149,8 +159,20 @@ class OldBlocks:
     """A KV-cache manager as it was, over one of today."""
 
     def __init__(self, setup: Setup) -> None:
-        self._kv = ReusingKVCache(setup.groups, setup.num_blocks, prefix_cache_from_0_1(OldIndex(4, 1)))
-        for name in ("groups", "num_blocks", "faults", "grow", "share", "computed", "block_ids", "trim", "free"):
+        self._kv = ReusingKVCache(
+            setup.groups, setup.num_blocks, prefix_cache_from_0_1(OldIndex(4, 1))
+        )
+        for name in (
+            "groups",
+            "num_blocks",
+            "faults",
+            "grow",
+            "share",
+            "computed",
+            "block_ids",
+            "trim",
+            "free",
+        ):
             setattr(self, name, getattr(self._kv, name))
 
     def reuse(self, seq: Sequence, num_tokens: int) -> int:

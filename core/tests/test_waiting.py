@@ -43,7 +43,9 @@ def test_the_environment_is_as_before_afterwards(environment: pytest.MonkeyPatch
     assert os.environ == before
 
 
-def test_a_library_that_is_there_is_said(environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_library_that_is_there_is_said(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     environment.setattr(waiting, "_is_loaded", lambda: True)
     with caplog.at_level(logging.INFO), bounded_spinning():
         assert VARIABLE not in os.environ

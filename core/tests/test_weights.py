@@ -14,7 +14,11 @@ def named(name: str, **changes: object) -> LayerWeights:
 
 
 def test_layers_that_differ_in_their_number_alone() -> None:
-    layers = [named(f"model.layers.{i}.mlp.{which}") for i in range(12) for which in ("up_proj", "down_proj")]
+    layers = [
+        named(f"model.layers.{i}.mlp.{which}")
+        for i in range(12)
+        for which in ("up_proj", "down_proj")
+    ]
     found = alike([*layers, named("lm_head", scheme="none")])
     assert [(group.names, group.count, group.nbytes) for group in found] == [
         ("model.layers.{0..11}.mlp.up_proj", 12, 12000),
@@ -25,10 +29,13 @@ def test_layers_that_differ_in_their_number_alone() -> None:
 
 def test_layers_that_differ_in_more() -> None:
     kinds = ["awq", "awq", "none", "awq", "none", "awq", "awq", "awq"]
-    found = alike(named(f"model.layers.{i}.mlp.up_proj", scheme=kind) for i, kind in enumerate(kinds))
+    found = alike(
+        named(f"model.layers.{i}.mlp.up_proj", scheme=kind) for i, kind in enumerate(kinds)
+    )
     assert [(group.names, group.one.scheme) for group in found] == [
-        ("model.layers.{0..1,3,5..7}.mlp.up_proj", "awq"), ("model.layers.{2,4}.mlp.up_proj", "none"),
-    ]  # fmt: skip
+        ("model.layers.{0..1,3,5..7}.mlp.up_proj", "awq"),
+        ("model.layers.{2,4}.mlp.up_proj", "none"),
+    ]
 
 
 def test_one_layer_is_itself() -> None:

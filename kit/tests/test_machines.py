@@ -1,4 +1,5 @@
-"""State machines of the kit: what fails is found, and shown as few operations with small arguments."""
+"""State machines of the kit: what fails is found, and shown as few operations with small
+arguments."""
 
 from __future__ import annotations
 

@@ -1,1 +1,2 @@
-"""Campaigns of the fault hunt: many random trials of one kind, each made from a seed. `tests/hunt.py` runs them by name."""
+"""Campaigns of the fault hunt: many random trials of one kind, each made from a seed.
+`tests/hunt.py` runs them by name."""

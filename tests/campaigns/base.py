@@ -1,4 +1,5 @@
-"""What all campaigns share: trials from seeds, counters of what they did, and the faults that they found."""
+"""What all campaigns share: trials from seeds, counters of what they did, and the faults that they
+found."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Report:
     times_ms: dict[str, list[float]] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     goals: list[dict[str, Any]] = field(default_factory=list)
-    """`{what, value, at_most or at_least, met}`: what depends on the machine is no fault when it is missed."""
+    """`{what, value, at_most or at_least, met}`: what depends on the machine is no fault when it is
+    missed."""
     faults: list[dict[str, Any]] = field(default_factory=list)
     """`{seed, replay, what}`."""
     at_length: bool = True
@@ -40,22 +42,36 @@ class Report:
     def took(self, what: str, seconds: float) -> None:
         self.times_ms.setdefault(what, []).append(seconds * 1e3)
 
-    def goal(self, what: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf) -> None:
+    def goal(
+        self, what: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf
+    ) -> None:
         limit = {"at_most": at_most} if at_most < math.inf else {"at_least": at_least}
-        self.goals.append({"what": what, "value": round(value, 3), **limit, "met": at_least <= value <= at_most})
+        self.goals.append(
+            {"what": what, "value": round(value, 3), **limit, "met": at_least <= value <= at_most}
+        )
 
     def as_json(self) -> dict[str, Any]:
         times = {
-            what: {"count": len(all_ms), **{name: round(quantile(all_ms, q), 1) for name, q in PERCENTILES.items()}}
+            what: {
+                "count": len(all_ms),
+                **{name: round(quantile(all_ms, q), 1) for name, q in PERCENTILES.items()},
+            }
             for what, all_ms in self.times_ms.items()
         }
         figures = {what: round(value, 3) for what, value in self.figures.items()}
         counts = dict(sorted(self.counts.items()))
-        return {"counts": counts, "times_ms": times, "figures": figures, "goals": self.goals, "faults": self.faults}
+        return {
+            "counts": counts,
+            "times_ms": times,
+            "figures": figures,
+            "goals": self.goals,
+            "faults": self.faults,
+        }
 
 
 Trial = Callable[[int], None]
-"""One try, all of whose choices follow from the seed. Raises `AssertionError` where the engine is wrong."""
+"""One try, all of whose choices follow from the seed. Raises `AssertionError` where the engine is
+wrong."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +88,23 @@ class Campaign:
 
 
 def run(
-    campaign: Campaign, count: int, first_seed: int, *, seconds: float = math.inf, at_length: bool = True
+    campaign: Campaign,
+    count: int,
+    first_seed: int,
+    *,
+    seconds: float = math.inf,
+    at_length: bool = True,
 ) -> Report:
     """`count` trials, of seeds that follow each other, within about `seconds`."""
     report, began = Report(at_length=at_length), time.monotonic()
 
     def fault(seed: int, count: int, error: Exception) -> None:
         what = f"{type(error).__name__}: {error}"
-        print(f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        print(
+            f"{campaign.name}: seed {seed}: {what}\n{traceback.format_exc()}",
+            file=sys.stderr,
+            flush=True,
+        )
         replay = f"python tests/hunt.py {campaign.name} --seed {seed} --count {count}"
         report.faults.append({"seed": seed, "replay": replay, "what": what[:2000]})
 
@@ -106,7 +131,8 @@ def quantile(values: list[float], percent: float) -> float:
 
 @contextlib.contextmanager
 def plugins(site: Path, *names: str) -> Iterator[None]:
-    """Install the simulated worker and modules of `tests/`, by name, for this process and those that it starts."""
+    """Install the simulated worker and modules of `tests/`, by name, for this process and those
+    that it starts."""
     install(site)
     for name in names:
         install(site, name, name)

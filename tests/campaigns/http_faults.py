@@ -1,4 +1,5 @@
-"""`dovetail serve` with clients in flight: engines that are killed, SIGTERM, and ten times the load that it can take."""
+"""`dovetail serve` with clients in flight: engines that are killed, SIGTERM, and ten times the load
+that it can take."""
 
 from __future__ import annotations
 
@@ -29,9 +30,13 @@ SLOW = {"worker": {"use": "simulated", "step_seconds": STEP_SECONDS}}
 
 def body_of(rng: random.Random, num_tokens: int, *, stream: bool) -> dict[str, Any]:
     return {
-        "prompt": rng.choice("abc") * rng.randint(1, 30), "max_tokens": num_tokens, "ignore_eos": True,
-        "seed": rng.randrange(9), "stream": stream, "return_token_ids": True,
-    }  # fmt: skip
+        "prompt": rng.choice("abc") * rng.randint(1, 30),
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "seed": rng.randrange(9),
+        "stream": stream,
+        "return_token_ids": True,
+    }
 
 
 async def started(port: int, bodies: list[dict[str, Any]]) -> list[asyncio.Task[Answer]]:
@@ -45,7 +50,10 @@ async def started(port: int, bodies: list[dict[str, Any]]) -> list[asyncio.Task[
         if num_begun >= num_streams:
             all_begun.set()
 
-    clients = [asyncio.create_task(ask(port, b, begun=begun if b["stream"] else lambda: None)) for b in bodies]
+    clients = [
+        asyncio.create_task(ask(port, b, begun=begun if b["stream"] else lambda: None))
+        for b in bodies
+    ]
     await all_begun.wait()
     return clients
 
@@ -75,7 +83,11 @@ def kills_opened(report: Report) -> Iterator[Trial]:
         server.assert_no_traceback()
         assert server.stop() == 0, "the server did not end well"
         if told := report.times_ms.get("from the kill to the last client told"):
-            report.goal("from the kill to the last client told, p99 ms", quantile(told, 99), at_most=TOLD_GOAL_MS)
+            report.goal(
+                "from the kill to the last client told, p99 ms",
+                quantile(told, 99),
+                at_most=TOLD_GOAL_MS,
+            )
 
 
 async def _kill(server: Server, rng: random.Random, report: Report) -> None:
@@ -88,7 +100,9 @@ async def _kill(server: Server, rng: random.Random, report: Report) -> None:
     answers = await asyncio.gather(*clients)
     told = [a.end - killed for a in answers]
     for answer in answers:
-        assert answer.error_code == 503, f"a client was told {answer.error_code}: {answer.body[-200:]!r}"
+        assert answer.error_code == 503, (
+            f"a client was told {answer.error_code}: {answer.body[-200:]!r}"
+        )
         assert answer.whole, f"a client's answer broke off: {answer.body[-200:]!r}"
         report.took("from the kill to each client told", answer.end - killed)
     report.took("from the kill to the last client told", max(told))
@@ -98,9 +112,12 @@ async def _kill(server: Server, rng: random.Random, report: Report) -> None:
 
 
 KILLS = Campaign(
-    "kills", f"the engine killed under {NUM_CLIENTS} clients: all of them told, and a new one serves", kills_opened,
-    full=200, slice=1,
-)  # fmt: skip
+    "kills",
+    f"the engine killed under {NUM_CLIENTS} clients: all of them told, and a new one serves",
+    kills_opened,
+    full=200,
+    slice=1,
+)
 
 
 # SIGTERM.
@@ -131,22 +148,35 @@ async def _drain(server: Server, rng: random.Random, report: Report) -> None:
     late = [asyncio.create_task(ask(server.port, body_of(rng, 5, stream=False))) for _ in range(8)]
     for body, answer in zip(bodies, await asyncio.gather(*clients), strict=True):
         if not body["stream"] and answer.status == 503 and b"draining" in answer.body:
-            report.counts["came too late to be admitted"] += 1  # of those without a stream nobody knows when they are
+            report.counts["came too late to be admitted"] += (
+                1  # of those without a stream nobody knows when they are
+            )
             continue
-        assert (answer.status, answer.whole, answer.error_code) == (200, True, 0), f"cut off: {answer.body[-300:]!r}"
-        assert answer.num_tokens == body["max_tokens"], f"{answer.num_tokens} of {body['max_tokens']} tokens"
+        assert (answer.status, answer.whole, answer.error_code) == (
+            200,
+            True,
+            0,
+        ), f"cut off: {answer.body[-300:]!r}"
+        assert answer.num_tokens == body["max_tokens"], (
+            f"{answer.num_tokens} of {body['max_tokens']} tokens"
+        )
         report.counts["admitted and answered in full"] += 1
     for answer in await asyncio.gather(*late):
         assert answer.status in (0, 200, 503), f"a late client was told {answer.status}"
-        assert answer.status == 0 or answer.whole, f"a late client's answer broke off: {answer.body!r}"
+        assert answer.status == 0 or answer.whole, (
+            f"a late client's answer broke off: {answer.body!r}"
+        )
         report.counts[f"late clients: {answer.status or 'no connection'}"] += 1
     report.took("from SIGTERM to the last answer", time.perf_counter() - began)
 
 
 DRAINS = Campaign(
-    "drains", f"SIGTERM with {NUM_CLIENTS} clients in flight: all that were admitted are answered in full", drains_opened,
-    full=100, slice=1,
-)  # fmt: skip
+    "drains",
+    f"SIGTERM with {NUM_CLIENTS} clients in flight: all that were admitted are answered in full",
+    drains_opened,
+    full=100,
+    slice=1,
+)
 
 
 # Overload.
@@ -154,17 +184,27 @@ DRAINS = Campaign(
 
 @contextlib.contextmanager
 def overload_opened(report: Report) -> Iterator[Trial]:
-    """A trial is a minute, or seconds in `make test`, of ten times the requests that the server can answer."""
+    """A trial is a minute, or seconds in `make test`, of ten times the requests that the server can
+    answer."""
     minute, each = (60.0, 12.0) if report.at_length else (2.0, 1.0)
     with servers() as serve:
         # The engine's pace is set by its steps, not by a machine that clients and server share.
-        limits = {"scheduler": {"max_num_seqs": 8}, "max_num_waiting": 8, "worker": {"use": "simulated", "step_seconds": 0.03}}
+        limits = {
+            "scheduler": {"max_num_seqs": 8},
+            "max_num_waiting": 8,
+            "worker": {"use": "simulated", "step_seconds": 0.03},
+        }
         server = serve(**limits)
 
         def trial(seed: int) -> None:
-            peak = max((drive(server.port, Load(each, seed, concurrency=c)) for c in (8, 16)), key=lambda d: d.goodput)
+            peak = max(
+                (drive(server.port, Load(each, seed, concurrency=c)) for c in (8, 16)),
+                key=lambda d: d.goodput,
+            )
             with ThreadPoolExecutor(1) as pool:
-                driving = pool.submit(drive, server.port, Load(minute, seed, rate=10 * peak.finished))
+                driving = pool.submit(
+                    drive, server.port, Load(minute, seed, rate=10 * peak.finished)
+                )
                 resident = _probe(server, minute, report)
                 _conclude(peak, driving.result(), resident, report)
 
@@ -174,9 +214,11 @@ def overload_opened(report: Report) -> Iterator[Trial]:
 
 
 def _probe(server: Server, seconds: float, report: Report) -> list[float]:
-    """One client that does nothing else: from the complete request to the first byte of its refusal. Returns the front-end's
-    memory (MiB) meanwhile."""
-    request = encode({"prompt": "probe", "max_tokens": 1, "ignore_eos": True})  # one that is admitted costs little
+    """One client that does nothing else: from the complete request to the first byte of its
+    refusal. Returns the front-end's memory (MiB) meanwhile."""
+    request = encode(
+        {"prompt": "probe", "max_tokens": 1, "ignore_eos": True}
+    )  # one that is admitted costs little
     limit, resident = time.monotonic() + seconds, list[float]()
     while time.monotonic() < limit:
         with socket.create_connection((HOST, server.port), timeout=PATIENCE) as sock:
@@ -192,20 +234,37 @@ def _probe(server: Server, seconds: float, report: Report) -> list[float]:
 
 
 def _conclude(peak: Driven, driven: Driven, resident: list[float], report: Report) -> None:
-    report.counts.update({f"answers {status or 'none'}": n for status, n in driven.statuses.items()})
+    report.counts.update(
+        {f"answers {status or 'none'}": n for status, n in driven.statuses.items()}
+    )
     assert set(driven.statuses) <= {200, 429, 503}, f"answers {driven.statuses}"
     assert {429, 503} & set(driven.statuses), "nobody was refused: that was no overload"
     report.figures |= {
-        "peak requests/s": peak.finished, "peak tokens/s": peak.goodput,
-        "offered requests/s": driven.offered, "finished requests/s": driven.finished, "finished tokens/s": driven.goodput,
-    }  # fmt: skip
-    report.goal("goodput under overload / at its best", driven.goodput / peak.goodput, at_least=GOODPUT_GOAL)
+        "peak requests/s": peak.finished,
+        "peak tokens/s": peak.goodput,
+        "offered requests/s": driven.offered,
+        "finished requests/s": driven.finished,
+        "finished tokens/s": driven.goodput,
+    }
+    report.goal(
+        "goodput under overload / at its best", driven.goodput / peak.goodput, at_least=GOODPUT_GOAL
+    )
     if refused := report.times_ms.get(REFUSAL):
-        report.goal("refusal, measured by a client, p99 ms", quantile(refused, 99), at_most=REFUSED_GOAL_MS)
+        report.goal(
+            "refusal, measured by a client, p99 ms", quantile(refused, 99), at_most=REFUSED_GOAL_MS
+        )
     quarter = len(resident) // 4 + 1
-    report.goal("front-end's growth, MiB", max(resident[-quarter:]) - max(resident[:quarter]), at_most=GROWTH_GOAL_MIB)
+    report.goal(
+        "front-end's growth, MiB",
+        max(resident[-quarter:]) - max(resident[:quarter]),
+        at_most=GROWTH_GOAL_MIB,
+    )
 
 
 OVERLOAD = Campaign(
-    "overload", "ten times the load for a minute: goodput, quick refusals, flat memory", overload_opened, full=1, slice=1,
-)  # fmt: skip
+    "overload",
+    "ten times the load for a minute: goodput, quick refusals, flat memory",
+    overload_opened,
+    full=1,
+    slice=1,
+)

@@ -1,7 +1,8 @@
-"""Ctrl-C anywhere in `LLM.generate`, `stream` and `chat`: the call ends within a step, and the LLM goes on.
+"""Ctrl-C anywhere in `LLM.generate`, `stream` and `chat`: the call ends within a step, and the LLM
+goes on.
 
-The interrupt comes at a line of the engine's own code that is counted, so that a trial can be repeated; a second one sometimes
-follows at once, where it finds the worker at work.
+The interrupt comes at a line of the engine's own code that is counted, so that a trial can be
+repeated; a second one sometimes follows at once, where it finds the worker at work.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Endless(BaseException):
 
 
 class Lines:
-    """Counts the lines that are run in `dovetail`, and interrupts at one of them. Ends a call that does not end."""
+    """Counts the lines that are run in `dovetail`, and interrupts at one of them. Ends a call that
+    does not end."""
 
     def __init__(self, llm: LLM, at: int | None = None, *, twice: bool = False) -> None:
         self._llm, self._stats, self._at, self._twice = llm, llm.engine.stats, at, twice
@@ -84,7 +86,9 @@ def _place(frame: Any) -> str:
 
 
 def calls(llm: LLM, rng: random.Random) -> dict[str, Call]:
-    params = SamplingParams(max_tokens=rng.randint(2, 12), seed=rng.randrange(99), n=rng.choice([1, 2]), ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=rng.randint(2, 12), seed=rng.randrange(99), n=rng.choice([1, 2]), ignore_eos=True
+    )
     prompts = [rng.choice("abc") * rng.randint(1, 30) for _ in range(rng.randint(1, 4))]
     messages = [{"role": "user", "content": prompts[0]}]
 
@@ -92,7 +96,9 @@ def calls(llm: LLM, rng: random.Random) -> dict[str, Call]:
         return sorted((d.index, t) for d in llm.stream(prompts[0], params) for t in d.token_ids)
 
     return {
-        "generate": lambda: [c.token_ids for out in llm.generate(prompts, params) for c in out.outputs],
+        "generate": lambda: [
+            c.token_ids for out in llm.generate(prompts, params) for c in out.outputs
+        ],
         "stream": streamed,
         "chat": lambda: [c.token_ids for c in llm.chat(messages, params).outputs],
     }
@@ -101,11 +107,16 @@ def calls(llm: LLM, rng: random.Random) -> dict[str, Call]:
 def settings(rng: random.Random) -> dict[str, Any]:
     speculation = {"use": "ngram", "num_draft_tokens": 3, "adaptive": False, "min_ngram": 1}
     return {
-        "overlap": rng.random() < 0.5, "speculation": rng.choice(["none", speculation]),
-        "prefix_cache": rng.choice(["none", "hash"]), "max_num_waiting": rng.choice([2, 100]),
-        "scheduler": {"max_num_seqs": rng.randint(1, 4), "max_num_batched_tokens": rng.choice([5, 100])},
+        "overlap": rng.random() < 0.5,
+        "speculation": rng.choice(["none", speculation]),
+        "prefix_cache": rng.choice(["none", "hash"]),
+        "max_num_waiting": rng.choice([2, 100]),
+        "scheduler": {
+            "max_num_seqs": rng.randint(1, 4),
+            "max_num_batched_tokens": rng.choice([5, 100]),
+        },
         "kv_cache": {"block_size": 4},
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
@@ -132,7 +143,9 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
     counting.run(call)  # as the next run will be, with the same prompts in the prefix cache
     first = mark(llm, rng.randrange(9_000))
     at = rng.randint(1, counting.count)  # mostly within a step
-    if rng.random() < 0.6:  # every line between steps is as likely as any other, however often it is run
+    if (
+        rng.random() < 0.6
+    ):  # every line between steps is as likely as any other, however often it is run
         at = rng.choice(rng.choice(list(counting.between_steps.values())))
     lines = Lines(llm, at, twice=rng.random() < 0.3)
     try:
@@ -145,7 +158,9 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
     if lines.num_steps_before is not None:
         num_steps = llm.engine.stats.num_steps - lines.num_steps_before
         assert num_steps <= MOST_STEPS_AFTER, f"{where}: {num_steps} more steps"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, f"{where}: the handler was not put back"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, (
+        f"{where}: the handler was not put back"
+    )
     try:
         again = Lines(llm).run(call)
         assert again == expected, f"then it says {again}, and before {expected}"
@@ -155,6 +170,9 @@ def _interrupt(llm: LLM, rng: random.Random, report: Report) -> None:
 
 
 INTERRUPTS = Campaign(
-    "interrupts", "Ctrl-C at any line of generate, stream and chat: it ends within a step, and the LLM goes on", opened,
-    full=500 // INTERRUPTS_PER_LLM, slice=6,
-)  # fmt: skip
+    "interrupts",
+    "Ctrl-C at any line of generate, stream and chat: it ends within a step, and the LLM goes on",
+    opened,
+    full=500 // INTERRUPTS_PER_LLM,
+    slice=6,
+)

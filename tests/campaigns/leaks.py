@@ -14,8 +14,17 @@ from dovetail.sequence import Sequence
 from dovetail.types import SamplingParams
 from dovetail_testing.engines import blocks_add_up
 
-LATER = ("_released", "seat_of", "_known", "_row_seq_ids", "_waiting", "_last.seq_ids", "_last.released")
-"""What changes with the next plan: it tells the worker which sequences have ended, and replaces the last one."""
+LATER = (
+    "_released",
+    "seat_of",
+    "_known",
+    "_row_seq_ids",
+    "_waiting",
+    "_last.seq_ids",
+    "_last.released",
+)
+"""What changes with the next plan: it tells the worker which sequences have ended, and replaces the
+last one."""
 BOUNDED = ("_due_at",)
 """Of the policy of drafting: by step, whom it looks at then. Who has ended by then is dropped."""
 MAX_DEPTH = 12
@@ -29,7 +38,8 @@ def mark(llm: LLM, number: int) -> int:
 
 
 def assert_idle(llm: LLM, first_seq_id: int, request_ids: set[str]) -> None:
-    """Nothing of these sequences and requests is left; with the next plan the worker, too, has forgotten them."""
+    """Nothing of these sequences and requests is left; with the next plan the worker, too, has
+    forgotten them."""
     engine = llm.engine
     seq_ids = set(range(first_seq_id, engine._next_seq_id))
     assert not engine.has_work, "the engine has work"
@@ -39,7 +49,11 @@ def assert_idle(llm: LLM, first_seq_id: int, request_ids: set[str]) -> None:
     assert not llm._outputs, "outputs are kept for nobody"
     if isinstance(engine.kv, PagedKVCache):
         blocks_add_up(engine.kv)
-    found = [path for path in _holders(engine, seq_ids | request_ids) if not path.endswith(LATER + BOUNDED)]
+    found = [
+        path
+        for path in _holders(engine, seq_ids | request_ids)
+        if not path.endswith(LATER + BOUNDED)
+    ]
     assert not found, f"state of ended sequences is left in {found}"
     llm.generate([[5]], SamplingParams(max_tokens=3, ignore_eos=True))
     found = [path for path in _holders(engine, seq_ids | request_ids) if not path.endswith(BOUNDED)]
@@ -64,8 +78,13 @@ def _holders(root: Any, wanted: set[Any]) -> Iterator[str]:
                 if not isinstance(item, int | float | str | bytes | None):
                     queue.append((path, item, depth + 1))
         elif type(value).__module__.startswith("dovetail"):
-            names = [*getattr(value, "__dict__", ()), *(n for c in type(value).__mro__ for n in getattr(c, "__slots__", ()))]
-            queue.extend((f"{path}.{name}", getattr(value, name, None), depth + 1) for name in names)
+            names = [
+                *getattr(value, "__dict__", ()),
+                *(n for c in type(value).__mro__ for n in getattr(c, "__slots__", ())),
+            ]
+            queue.extend(
+                (f"{path}.{name}", getattr(value, name, None), depth + 1) for name in names
+            )
 
 
 def assert_none_alive() -> None:

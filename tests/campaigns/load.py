@@ -1,4 +1,5 @@
-"""Load on a server, from a process of its own: so many clients, or so many requests a second whatever becomes of them."""
+"""Load on a server, from a process of its own: so many clients, or so many requests a second
+whatever becomes of them."""
 
 from __future__ import annotations
 
@@ -37,7 +38,13 @@ class Driven(msgspec.Struct):
 
 
 def drive(port: int, load: Load) -> Driven:
-    command = [sys.executable, "-m", "campaigns.load", str(port), msgspec.json.encode(load).decode()]
+    command = [
+        sys.executable,
+        "-m",
+        "campaigns.load",
+        str(port),
+        msgspec.json.encode(load).decode(),
+    ]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return msgspec.json.decode(out.stdout, type=Driven)
 
@@ -55,7 +62,11 @@ class _Driver:
         else:
             await self._open()
         first, last = self._began + WARM_UP * self._load.seconds, self._began + self._load.seconds
-        finished = [tokens for a, tokens in self._answers if a.status == 200 and a.whole and first < a.end <= last]
+        finished = [
+            tokens
+            for a, tokens in self._answers
+            if a.status == 200 and a.whole and first < a.end <= last
+        ]
         return Driven(
             statuses=Counter(a.status for a, _ in self._answers),
             offered=len(self._answers) / self._load.seconds,
@@ -82,10 +93,16 @@ class _Driver:
 
     async def _ask(self) -> None:
         """Answers of many lengths, so that they do not all end at once."""
-        body = {"prompt": "a" * self._rng.randint(1, 40), "max_tokens": self._rng.randint(5, 20), "ignore_eos": True}
+        body = {
+            "prompt": "a" * self._rng.randint(1, 40),
+            "max_tokens": self._rng.randint(5, 20),
+            "ignore_eos": True,
+        }
         self._answers.append((await ask(self._port, body), body["max_tokens"]))
 
 
 if __name__ == "__main__":
     given = msgspec.json.decode(sys.argv[2], type=Load)
-    sys.stdout.buffer.write(msgspec.json.encode(asyncio.run(_Driver(int(sys.argv[1]), given).run())))
+    sys.stdout.buffer.write(
+        msgspec.json.encode(asyncio.run(_Driver(int(sys.argv[1]), given).run()))
+    )

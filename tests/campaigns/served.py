@@ -1,4 +1,5 @@
-"""`dovetail serve` over the simulated worker in a process of its own, and clients of raw sockets that see what really comes."""
+"""`dovetail serve` over the simulated worker in a process of its own, and clients of raw sockets
+that see what really comes."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ class Server:
     def until(self, condition: Callable[[], bool]) -> None:
         limit = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < limit, f"waited in vain; the server said:\n{self.output()[-3000:]}"
+            assert time.monotonic() < limit, (
+                f"waited in vain; the server said:\n{self.output()[-3000:]}"
+            )
             assert self.process.poll() is None, f"the server ended:\n{self.output()[-3000:]}"
             time.sleep(0.02)
 
@@ -59,7 +62,9 @@ class Server:
 
     def resident_mib(self) -> float:
         """Of the front-end, without the engine."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        found = re.search(
+            r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text()
+        )
         assert found is not None
         return int(found[1]) / 1024
 
@@ -85,11 +90,29 @@ def servers() -> Iterator[Serve]:
 
         def serve(*flags: str, **values: Any) -> Server:
             log, config = (Path(folder) / f"{len(started)}.{kind}" for kind in ("log", "yaml"))
-            settings = {"model": str(model), "served_model_name": NAME, "device": "cpu", **SIMULATED, **values}
+            settings = {
+                "model": str(model),
+                "served_model_name": NAME,
+                "device": "cpu",
+                **SIMULATED,
+                **values,
+            }
             config.write_text(yaml.safe_dump(settings))
-            command = [sys.executable, "-m", "dovetail.cli.main", "serve", "--config", str(config), "--port", "0", *flags]
+            command = [
+                sys.executable,
+                "-m",
+                "dovetail.cli.main",
+                "serve",
+                "--config",
+                str(config),
+                "--port",
+                "0",
+                *flags,
+            ]
             with log.open("w") as out:
-                process = subprocess.Popen(command, env=os.environ, stdout=out, stderr=subprocess.STDOUT, text=True)
+                process = subprocess.Popen(
+                    command, env=os.environ, stdout=out, stderr=subprocess.STDOUT, text=True
+                )
             started.append(Server(process, log))
             started[-1].wait_ready()
             return started[-1]
@@ -128,16 +151,25 @@ class Answer:
     def num_tokens(self) -> int:
         """Of the first choice, where token ids were asked for."""
         parts = self.events or [json.loads(self.body)]
-        return sum(len(choice.get("token_ids") or ()) for part in parts for choice in part.get("choices", ())[:1])
+        return sum(
+            len(choice.get("token_ids") or ())
+            for part in parts
+            for choice in part.get("choices", ())[:1]
+        )
 
 
 def encode(body: dict[str, Any], path: str = COMPLETIONS) -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type:"
+        " application/json\r\n"
+    )
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
-async def ask(port: int, body: dict[str, Any], *, begun: Callable[[], None] = lambda: None) -> Answer:
+async def ask(
+    port: int, body: dict[str, Any], *, begun: Callable[[], None] = lambda: None
+) -> Answer:
     """Send a completion and read all that comes. `begun` is called with the first byte."""
     answer = Answer()
     try:

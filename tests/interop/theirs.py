@@ -1,6 +1,8 @@
-"""How others read a checkpoint: `python theirs.py OUT FOLDER…`, in their environment (`make interop`).
+"""How others read a checkpoint: `python theirs.py OUT FOLDER…`, in their environment (`make
+interop`).
 
-Writes, by reader and folder, the logits of `PROMPT`, or why there are none; and the versions of the libraries.
+Writes, by reader and folder, the logits of `PROMPT`, or why there are none; and the versions of the
+libraries.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ LIBRARIES = ("gptqmodel", "optimum", "transformers", "torch")
 
 
 def import_gptqmodel() -> ModuleType:
-    """It imports torchvision for models of images, of which there is no build for every torch for CPUs."""
+    """It imports torchvision for models of images, of which there is no build for every torch for
+    CPUs."""
     pictures = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
     for name in pictures:
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None), __path__=[])
@@ -37,15 +40,24 @@ def import_gptqmodel() -> ModuleType:
 def load(reader: str, folder: Path, gptqmodel: Any) -> Any:
     """In float16, which both have kernels for on a CPU."""
     if reader == "gptqmodel":
-        method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+        method = json.loads((folder / "config.json").read_text())["quantization_config"][
+            "quant_method"
+        ]
         backend = {"awq": gptqmodel.BACKEND.AWQ_TORCH, "gptq": gptqmodel.BACKEND.GPTQ_TORCH}[method]
-        return gptqmodel.GPTQModel.load(str(folder), backend=backend, device="cpu", dtype=torch.float16).model
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+        return gptqmodel.GPTQModel.load(
+            str(folder), backend=backend, device="cpu", dtype=torch.float16
+        ).model
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float16, device_map="cpu"
+    )
 
 
 def main() -> None:
     out, gptqmodel = Path(sys.argv[1]), import_gptqmodel()
-    found: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in LIBRARIES}, "reads": []}
+    found: dict[str, Any] = {
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "reads": [],
+    }
     for folder in map(Path, sys.argv[2:]):
         for reader in ("gptqmodel", "transformers"):
             read: dict[str, Any] = {"folder": folder.name, "reader": reader}

@@ -1,4 +1,5 @@
-"""Plugins that are wrong on purpose, one mistake each: the conformance kit must catch every one of them."""
+"""Plugins that are wrong on purpose, one mistake each: the conformance kit must catch every one of
+them."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Sabotage:
     """Of the contract class: what else a plugin's own test would set."""
 
     def contract(self, seed: int) -> type[Contract]:
-        """The extension point's contract with this provider, as a plugin's own test would subclass it."""
+        """The extension point's contract with this provider, as a plugin's own test would subclass
+        it."""
         base = contract_of(load_registry().extension_points[self.extension_point])
         assert base is not None
         own = {"provider": self.provider, "options": self.options, "seed": seed}
@@ -44,25 +46,61 @@ class Sabotage:
 class Sabotages(list[Sabotage]):
     """Those of one extension point, over one correct provider."""
 
-    def __init__(self, extension_point: str, provider: Provider[Any], options: dict[str, Any] | None = None, **attributes: Any) -> None:
+    def __init__(
+        self,
+        extension_point: str,
+        provider: Provider[Any],
+        options: dict[str, Any] | None = None,
+        **attributes: Any,
+    ) -> None:
         super().__init__()
-        self.control = Sabotage("control", extension_point, "nothing", provider, options=options or {}, attributes=attributes)
+        self.control = Sabotage(
+            "control",
+            extension_point,
+            "nothing",
+            provider,
+            options=options or {},
+            attributes=attributes,
+        )
 
-    def add(self, made: Any, caught_by: tuple[str, ...], attributes: dict[str, Any] | None = None, **changes: Any) -> Any:
-        """A function or class named for its mistake, whose docstring says it. `changes` are of the provider, `attributes` of
-        the contract class."""
-        words = "".join(f" {c.lower()}" if c.isupper() else c for c in made.__name__.replace("_", " "))
+    def add(
+        self,
+        made: Any,
+        caught_by: tuple[str, ...],
+        attributes: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Any:
+        """A function or class named for its mistake, whose docstring says it. `changes` are of the
+        provider, `attributes` of the contract class."""
+        words = "".join(
+            f" {c.lower()}" if c.isupper() else c for c in made.__name__.replace("_", " ")
+        )
         provider = replace(self.control.provider, **changes)
         attributes = {**self.control.attributes, **(attributes or {})}
         wrong = " ".join(made.__doc__.split())
-        self.append(Sabotage(words.strip(), self.control.extension_point, wrong, provider, caught_by, self.control.options, attributes))
+        self.append(
+            Sabotage(
+                words.strip(),
+                self.control.extension_point,
+                wrong,
+                provider,
+                caught_by,
+                self.control.options,
+                attributes,
+            )
+        )
         return made
 
-    def of_class(self, build: Callable[[Any, Any, Any], Any]) -> Callable[..., Callable[[type], type]]:
-        """The decorator `@sabotage(*checks, **changes)` for classes; `build(class, context, options)` makes what is served."""
+    def of_class(
+        self, build: Callable[[Any, Any, Any], Any]
+    ) -> Callable[..., Callable[[type], type]]:
+        """The decorator `@sabotage(*checks, **changes)` for classes; `build(class, context,
+        options)` makes what is served."""
 
         def sabotage(*caught_by: str, **changes: Any) -> Callable[[type], type]:
-            return lambda cls: self.add(cls, caught_by, **{"build": lambda c, o: build(cls, c, o), **changes})
+            return lambda cls: self.add(
+                cls, caught_by, **{"build": lambda c, o: build(cls, c, o), **changes}
+            )
 
         return sabotage
 
@@ -97,6 +135,19 @@ def _modules() -> list[Any]:
     )
 
     return [
-        attention, one_byte_caches, quantization, matmuls, architectures, schedulers, kv_caches, prefix_caches, eviction,
-        drafters, workers, worker_weights, models, servers, routes,
-    ]  # fmt: skip
+        attention,
+        one_byte_caches,
+        quantization,
+        matmuls,
+        architectures,
+        schedulers,
+        kv_caches,
+        prefix_caches,
+        eviction,
+        drafters,
+        workers,
+        worker_weights,
+        models,
+        servers,
+        routes,
+    ]

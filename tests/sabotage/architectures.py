@@ -21,11 +21,16 @@ def right_logits(config, tensors, token_ids):
         return model(torch.tensor([token_ids])).logits[0]
 
 
-SABOTAGES = Sabotages("architecture", PROVIDER, configs=(TINY,), reference_logits=staticmethod(right_logits))
+SABOTAGES = Sabotages(
+    "architecture", PROVIDER, configs=(TINY,), reference_logits=staticmethod(right_logits)
+)
 ATTENTION, PIECES, COPIES, REFERENCE, LOGITS = (
-    "test_attention_is_called_once_a_layer_in_order", "test_pieces_are_the_whole",
-    "test_weights_are_copies_in_the_models_dtype", "test_reference", "test_logits",
-)  # fmt: skip
+    "test_attention_is_called_once_a_layer_in_order",
+    "test_pieces_are_the_whole",
+    "test_weights_are_copies_in_the_models_dtype",
+    "test_reference",
+    "test_logits",
+)
 
 
 class Architecture:
@@ -77,7 +82,9 @@ class LayersBackwards(GPT2):
     """Layers attend in another order than they are numbered."""
 
     def forward(self, token_ids, positions, attend):
-        return super().forward(token_ids, positions, lambda layer, q, k, v: attend(1 - layer, q, k, v))
+        return super().forward(
+            token_ids, positions, lambda layer, q, k, v: attend(1 - layer, q, k, v)
+        )
 
 
 @sabotage(ATTENTION)
@@ -139,7 +146,9 @@ class AnotherScale(GPT2):
 
     def __init__(self, build):
         super().__init__(build)
-        self.attention_layers = [replace(layer, scale=2 * layer.scale) for layer in self.attention_layers]
+        self.attention_layers = [
+            replace(layer, scale=2 * layer.scale) for layer in self.attention_layers
+        ]
 
 
 @sabotage(REFERENCE)
@@ -195,7 +204,10 @@ class KeepsAView(GPT2):
         def keep(tensor):
             self.positions = tensor
 
-        return {**super().targets(), "transformer.wpe.weight": Target(tuple(self.positions.shape), torch.float32, keep)}
+        return {
+            **super().targets(),
+            "transformer.wpe.weight": Target(tuple(self.positions.shape), torch.float32, keep),
+        }
 
 
 @sabotage("test_models_of_a_process_do_not_meet")
@@ -227,7 +239,10 @@ class LinearsOfItsOwn(GPT2):
 
 
 @sabotage(
-    "test_declaration", capabilities=replace(CAPABILITIES, architectures=("GPT2LMHeadModel", "OtherForCausalLM"), examples=())
+    "test_declaration",
+    capabilities=replace(
+        CAPABILITIES, architectures=("GPT2LMHeadModel", "OtherForCausalLM"), examples=()
+    ),
 )
 class ArchitectureThatLies(GPT2):
     """An architecture is declared, and no configuration of it given."""

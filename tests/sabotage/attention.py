@@ -12,14 +12,20 @@ from sabotage.plain_attention import PlainAttention, provider
 
 SABOTAGES = Sabotages("attention", provider())
 RANDOM, SIZES, WINDOW, CAP, SINKS = (
-    "test_random_step", "test_every_declared_size_and_type", "test_sliding_window", "test_logit_soft_cap", "test_sinks",
-)  # fmt: skip
+    "test_random_step",
+    "test_every_declared_size_and_type",
+    "test_sliding_window",
+    "test_logit_soft_cap",
+    "test_sinks",
+)
 
 
 def sabotage(*caught_by, **changes):
     def note(cls):
         made = provider(cls, **changes)
-        return SABOTAGES.add(cls, caught_by, build=made.build, capabilities=made.capabilities, why_not=made.why_not)
+        return SABOTAGES.add(
+            cls, caught_by, build=made.build, capabilities=made.capabilities, why_not=made.why_not
+        )
 
     return note
 
@@ -82,22 +88,29 @@ class FixedBlockStride(PlainAttention):
     """Slots are computed for blocks of 16, whatever the block size."""
 
     def slots(self, plan, b, positions):
-        found = plan.batch.block_table[b, positions // plan.block_size].long() * 16 + positions % plan.block_size
+        found = (
+            plan.batch.block_table[b, positions // plan.block_size].long() * 16
+            + positions % plan.block_size
+        )
         return found.clamp(max=int(plan.batch.slot_mapping.max()))
 
 
 @sabotage("test_single_token", "test_nothing_behind_a_sequence_is_read")
 class ReadsTheWholeBlock(PlainAttention):
-    """Reads a sequence's last block to its end, and multiplies what lies behind the sequence by zero."""
+    """Reads a sequence's last block to its end, and multiplies what lies behind the sequence by
+    zero."""
 
     def row(self, layer, q, cache, plan, b):
         last = plan.batch.block_table[b, (plan.batch.host_seq_lens[b] - 1) // plan.block_size]
-        return super().row(layer, q, cache, plan, b) + (cache[1][last].float().sum() * 0).to(q.dtype)
+        return super().row(layer, q, cache, plan, b) + (cache[1][last].float().sum() * 0).to(
+            q.dtype
+        )
 
 
 @sabotage("test_nothing_behind_a_sequence_is_read")
 class ReadsOneTokenMore(PlainAttention):
-    """One slot behind the sequence takes part in the softmax, unless the sequence ends with its block."""
+    """One slot behind the sequence takes part in the softmax, unless the sequence ends with its
+    block."""
 
     def row(self, layer, q, cache, plan, b):
         out, length = super().row(layer, q, cache, plan, b), plan.batch.host_seq_lens[b]
@@ -110,7 +123,8 @@ class ReadsOneTokenMore(PlainAttention):
 
 @sabotage("test_buffers_are_reused_between_steps")
 class StaleBlockTable(PlainAttention):
-    """A plan is looked up by the table's address, which a worker's buffers keep from step to step."""
+    """A plan is looked up by the table's address, which a worker's buffers keep from step to
+    step."""
 
     def __init__(self):
         self.plans = {}
@@ -179,7 +193,9 @@ class CapAfterMask(PlainAttention):
     def softmax(self, layer, logits, seen):
         if layer.logit_soft_cap is None:
             return super().softmax(layer, logits, seen)
-        return super().softmax(layer, logits.masked_fill(~seen, -layer.logit_soft_cap), torch.ones_like(seen))
+        return super().softmax(
+            layer, logits.masked_fill(~seen, -layer.logit_soft_cap), torch.ones_like(seen)
+        )
 
 
 @sabotage(CAP)
@@ -204,7 +220,10 @@ class LargeGroups(PlainAttention):
 
     def spread(self, layer, x):
         group = layer.num_heads // layer.num_kv_heads
-        heads = [min(h // group + (h % group >= 8), layer.num_kv_heads - 1) for h in range(layer.num_heads)]
+        heads = [
+            min(h // group + (h % group >= 8), layer.num_kv_heads - 1)
+            for h in range(layer.num_heads)
+        ]
         return x.float()[:, heads].transpose(0, 1)
 
 
@@ -266,7 +285,9 @@ class VariesWithTheBatch(PlainAttention):
     """Batch invariance is declared, and the number of splits follows the number of rows."""
 
     def row(self, layer, q, cache, plan, b):
-        return torch.nextafter(out := super().row(layer, q, cache, plan, b), out + plan.batch.num_seqs % 2)
+        return torch.nextafter(
+            out := super().row(layer, q, cache, plan, b), out + plan.batch.num_seqs % 2
+        )
 
 
 @sabotage(SIZES, head_sizes=(40, 64, 128))
@@ -279,7 +300,10 @@ class HeadSizeThatLies(PlainAttention):
         return super().logits(layer, q, k)
 
 
-@sabotage("test_what_is_declared_is_taken", why_not=lambda c: [Reason("no windows")] if c.needs.get("sliding_window") else [])
+@sabotage(
+    "test_what_is_declared_is_taken",
+    why_not=lambda c: [Reason("no windows")] if c.needs.get("sliding_window") else [],
+)
 class DeclaredAndRefused(PlainAttention):
     """The capabilities declare windows, and `why_not` refuses them."""
 

@@ -1,4 +1,5 @@
-"""Mistakes that attention backends make with plans, with the cache, and with long or wide steps: they join attention's."""
+"""Mistakes that attention backends make with plans, with the cache, and with long or wide steps:
+they join attention's."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class CopiedTable(PlainAttention):
     """`plan` copies the block table to a place of its own, a new one each time."""
 
     def plan(self, batch, layers, block_size):
-        return super().plan(replace(batch, block_table=batch.block_table.clone()), layers, block_size)
+        return super().plan(
+            replace(batch, block_table=batch.block_table.clone()), layers, block_size
+        )
 
 
 @sabotage("test_rows_of_a_step_share_blocks")
@@ -40,7 +43,9 @@ class RowByRow(PlainAttention):
 
     def row(self, layer, q, cache, plan, b):
         start, end = plan.batch.host_query_start[b : b + 2]
-        one = replace(plan, batch=replace(plan.batch, slot_mapping=plan.batch.slot_mapping[start:end]))
+        one = replace(
+            plan, batch=replace(plan.batch, slot_mapping=plan.batch.slot_mapping[start:end])
+        )
         PlainAttention.write(self, cache, one, *(x[start:end] for x in self.pending))
         return super().row(layer, q, cache, plan, b)
 
@@ -96,8 +101,12 @@ class SplitsWithoutRescaling(PlainAttention):
     def softmax(self, layer, logits, seen):
         if logits.shape[-1] <= 1024 or layer.sinks is not None:
             return super().softmax(layer, logits, seen)
-        parts = [super(SplitsWithoutRescaling, self).softmax(layer, x, s) * x.shape[-1] / logits.shape[-1]
-                 for x, s in zip(logits.split(1024, -1), seen.split(1024, -1), strict=True)]  # fmt: skip
+        parts = [
+            super(SplitsWithoutRescaling, self).softmax(layer, x, s)
+            * x.shape[-1]
+            / logits.shape[-1]
+            for x, s in zip(logits.split(1024, -1), seen.split(1024, -1), strict=True)
+        ]
         return torch.cat(parts, -1)
 
 
@@ -119,7 +128,8 @@ class FewRowsOnly(PlainAttention):
 
 @sabotage(SIZES)
 class FloatCacheOnly(PlainAttention):
-    """A KV dtype is declared in which the keys lose their exponent's range: they are halved when they are stored."""
+    """A KV dtype is declared in which the keys lose their exponent's range: they are halved when
+    they are stored."""
 
     def write(self, cache, plan, k, v):
         narrow = cache[0].dtype != torch.float32

@@ -42,8 +42,9 @@ class Copier:
 
 CAPABILITIES = DrafterCapabilities()
 SABOTAGES = Sabotages(
-    "speculation", Provider("copier", "for tests", lambda c, o: Copier(), DrafterOptions, CAPABILITIES)
-)  # fmt: skip
+    "speculation",
+    Provider("copier", "for tests", lambda c, o: Copier(), DrafterOptions, CAPABILITIES),
+)
 sabotage = SABOTAGES.of_class(lambda cls, context, options: cls())
 
 
@@ -177,7 +178,8 @@ class RaisesForShortSequences(Copier):
 
 @sabotage(PROPOSALS)
 class RaisesWhenAskedAgain(Copier):
-    """It takes for granted that a sequence has grown since it was last asked about; its step may have had no room for it."""
+    """It takes for granted that a sequence has grown since it was last asked about; its step may
+    have had no room for it."""
 
     def propose(self, seq, max_tokens):
         assert self.num_indexed.get(seq.seq_id) != len(seq.tokens)

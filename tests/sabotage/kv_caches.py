@@ -8,10 +8,14 @@ from sabotage import Sabotages
 
 SABOTAGES = Sabotages("kv_cache", dovetail_kv_caches()[0])
 CONSERVED, LAST, ENGINE, BACK = (
-    "test_blocks_are_conserved", "test_the_last_block_can_be_had", "test_an_engine_runs_on_it",
+    "test_blocks_are_conserved",
+    "test_the_last_block_can_be_had",
+    "test_an_engine_runs_on_it",
     "test_whatever_happens_blocks_come_back",
-)  # fmt: skip
-sabotage = SABOTAGES.of_class(lambda cls, context, o: cls(list(context.kv_groups), list(context.num_blocks)))
+)
+sabotage = SABOTAGES.of_class(
+    lambda cls, context, o: cls(list(context.kv_groups), list(context.num_blocks))
+)
 
 
 @sabotage(CONSERVED)
@@ -20,7 +24,9 @@ class SharesPartialBlocks(PagedKVCache):
 
     def share(self, source, target, num_tokens):
         tables = self.tables[source]
-        heads = [t[: -(-num_tokens // g.block_size)] for t, g in zip(tables, self.groups, strict=True)]
+        heads = [
+            t[: -(-num_tokens // g.block_size)] for t, g in zip(tables, self.groups, strict=True)
+        ]
         if num_tokens == 0 or any(NULL_BLOCK in h for h in heads):
             return 0
         for pool, head in zip(self.pools, heads, strict=True):

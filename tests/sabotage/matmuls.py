@@ -12,12 +12,20 @@ from dovetail.plugin.discovery import load_registry
 from dovetail_worker_torch.matmul import TorchMatmul, round_inputs
 from sabotage import Sabotages
 
-PROVIDER = next(o.provider for o in load_registry().of("matmul") if o.qualified_name == "dovetail-worker-torch:torch")
+PROVIDER = next(
+    o.provider
+    for o in load_registry().of("matmul")
+    if o.qualified_name == "dovetail-worker-torch:torch"
+)
 SABOTAGES = Sabotages("matmul", PROVIDER)
 PRODUCTS, ROUNDED, ZEROS, NANS, MEMORY, DECLARED = (
-    "test_products_are_those_of_the_dequantized_weight", "test_rounded_inputs", "test_zeros_are_zeros",
-    "test_what_is_no_number_stays_none", "test_memory_is_as_declared", "test_declaration",
-)  # fmt: skip
+    "test_products_are_those_of_the_dequantized_weight",
+    "test_rounded_inputs",
+    "test_zeros_are_zeros",
+    "test_what_is_no_number_stays_none",
+    "test_memory_is_as_declared",
+    "test_declaration",
+)
 sabotage = SABOTAGES.of_class(lambda cls, c, o: cls())
 
 
@@ -28,7 +36,11 @@ class Product(TorchMatmul):
         return dequantized(format, layer.in_features, tensors)
 
     def inputs(self, x, format, tensors):
-        return x if format.inputs is None else round_inputs(x, format.inputs, tensors.get("input_scale"))
+        return (
+            x
+            if format.inputs is None
+            else round_inputs(x, format.inputs, tensors.get("input_scale"))
+        )
 
     def product(self, x, weight, bias):
         return F.linear(x, weight, bias)
@@ -38,7 +50,9 @@ class Product(TorchMatmul):
 
         def multiply(x):
             bias = kept["bias"].float() if layer.bias else None
-            return self.product(self.inputs(x.float(), format, kept), self.weight(format, layer, kept), bias).to(x.dtype)
+            return self.product(
+                self.inputs(x.float(), format, kept), self.weight(format, layer, kept), bias
+            ).to(x.dtype)
 
         return multiply
 
@@ -84,7 +98,10 @@ class LastGroupLeftOut(Product):
     """A last group that is smaller than the others is taken for zeros."""
 
     def weight(self, format, layer, tensors):
-        weight, size = super().weight(format, layer, tensors), format.group_size or layer.in_features
+        weight, size = (
+            super().weight(format, layer, tensors),
+            format.group_size or layer.in_features,
+        )
         order = tensors["order"] if format.order else torch.arange(layer.in_features)
         weight[:, order[layer.in_features // size * size :]] = 0
         return weight
@@ -175,7 +192,9 @@ class RoundedTowardsZero(Product):
     def inputs(self, x, format, tensors):
         if format.inputs != "int8":
             return super().inputs(x, format, tensors)
-        scale = tensors["input_scale"] if format.input_scale else x.abs().amax(1, keepdim=True) / 127
+        scale = (
+            tensors["input_scale"] if format.input_scale else x.abs().amax(1, keepdim=True) / 127
+        )
         return (x / scale.clamp_min(1e-30)).clamp(-127, 127).trunc() * scale
 
 
@@ -194,7 +213,9 @@ class WrapsAround(Product):
     def inputs(self, x, format, tensors):
         if format.inputs != "int8" or not format.input_scale:
             return super().inputs(x, format, tensors)
-        return (x / tensors["input_scale"]).round().to(torch.int32).to(torch.int8).float() * tensors["input_scale"]
+        return (x / tensors["input_scale"]).round().to(torch.int32).to(
+            torch.int8
+        ).float() * tensors["input_scale"]
 
 
 @sabotage(ZEROS)

@@ -31,8 +31,11 @@ def source(damage):
 
 SABOTAGES = Sabotages("model", Provider("tiny", "for tests", source(lambda folder: None)))
 DECLARED, CONFIG, WEIGHTS, TOKENIZER = (
-    "test_declaration", "test_the_config_says_what_is_asked", "test_the_weights_are_whole", "test_the_tokenizer_keeps_texts",
-)  # fmt: skip
+    "test_declaration",
+    "test_the_config_says_what_is_asked",
+    "test_the_weights_are_whole",
+    "test_the_tokenizer_keeps_texts",
+)
 
 
 def sabotage(*caught_by):

@@ -9,7 +9,11 @@ from sabotage.plain_attention import CAPABILITIES, OneByteAttention, provider
 
 KV_DTYPES = (*CAPABILITIES.kv_dtypes, "float8_e4m3fn", "int8")
 SABOTAGES = Sabotages("attention", provider(OneByteAttention, kv_dtypes=KV_DTYPES))
-SCALES, SIZES, MOVED = "test_scales_of_keys_and_values", "test_every_declared_size_and_type", "test_export_and_import"
+SCALES, SIZES, MOVED = (
+    "test_scales_of_keys_and_values",
+    "test_every_declared_size_and_type",
+    "test_export_and_import",
+)
 
 
 def sabotage(*caught_by):

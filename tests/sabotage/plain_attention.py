@@ -1,4 +1,5 @@
-"""Paged attention in small methods, so that a sabotage overrides one of them. Itself it keeps the contract."""
+"""Paged attention in small methods, so that a sabotage overrides one of them. Itself it keeps the
+contract."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import torch
 from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities
 from dovetail.plugin.provider import Options, Provider
 
-CAPABILITIES = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True, graph_capture=True)
+CAPABILITIES = AttentionCapabilities(
+    sliding_window=True, logit_soft_cap=True, sinks=True, graph_capture=True
+)
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
@@ -24,7 +27,9 @@ class PlainPlan:
 class PlainAttention:
     def allocate_cache(self, spec):
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
-        return torch.zeros(shape, dtype=getattr(torch, spec.dtype)), torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype)), torch.zeros(
+            shape, dtype=getattr(torch, spec.dtype)
+        )
 
     def plan(self, batch, layers, block_size):
         return PlainPlan(batch, block_size, layers)
@@ -82,7 +87,9 @@ class PlainAttention:
     def softmax(self, layer, logits, seen):
         logits = logits.masked_fill(~seen, float("-inf"))
         if layer.sinks is not None:
-            logits = torch.cat([logits, self.sinks(layer)[:, None, None].expand(-1, logits.shape[1], 1)], -1)
+            logits = torch.cat(
+                [logits, self.sinks(layer)[:, None, None].expand(-1, logits.shape[1], 1)], -1
+            )
         weights = torch.softmax(logits, -1)
         return weights if layer.sinks is None else weights[..., :-1]
 
@@ -105,11 +112,14 @@ class PlainAttention:
 
 
 class OneByteAttention(PlainAttention):
-    """With caches of one byte too: numbers are limited and rounded on the way in, and scaled back on the way out."""
+    """With caches of one byte too: numbers are limited and rounded on the way in, and scaled back
+    on the way out."""
 
     def run(self, layer, q, k, v, cache, plan, out):
         if cache[0].dtype in LARGEST:
-            k, v = (self.code(layer, x.float(), which, cache[0].dtype) for which, x in enumerate((k, v)))
+            k, v = (
+                self.code(layer, x.float(), which, cache[0].dtype) for which, x in enumerate((k, v))
+            )
         super().run(layer, q, k, v, cache, plan, out)
 
     def row(self, layer, q, cache, plan, b):
@@ -118,7 +128,8 @@ class OneByteAttention(PlainAttention):
         return super().row(layer, q, cache, plan, b)
 
     def code(self, layer, x, which, dtype):
-        """Numbers `f32[T, Hkv, D]` that the type holds, or that its cast rounds to one: of keys (0) or values (1)."""
+        """Numbers `f32[T, Hkv, D]` that the type holds, or that its cast rounds to one: of keys (0)
+        or values (1)."""
         limited = self.limited(x / self.scale(layer, which), LARGEST[dtype])
         return self.rounded(limited) if dtype == torch.int8 else limited
 
@@ -136,6 +147,14 @@ class OneByteAttention(PlainAttention):
 
 
 def provider(backend=PlainAttention, **changes):
-    """A provider of a backend's class; `changes` are of the capabilities, or of the provider where it has such a field."""
+    """A provider of a backend's class; `changes` are of the capabilities, or of the provider where
+    it has such a field."""
     own = {k: changes.pop(k) for k in ("why_not",) if k in changes}
-    return Provider("plain", "for tests", lambda c, o: backend(), Options, replace(CAPABILITIES, **changes), **own)
+    return Provider(
+        "plain",
+        "for tests",
+        lambda c, o: backend(),
+        Options,
+        replace(CAPABILITIES, **changes),
+        **own,
+    )

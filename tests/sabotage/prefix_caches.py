@@ -12,12 +12,20 @@ from sabotage import Sabotages
 LRU, _ = dovetail_eviction_policies()
 SABOTAGES = Sabotages("prefix_cache", dovetail_prefix_caches()[0], inner={"eviction": LRU})
 BOOKS, FOUND, APART, RESET, ENGINE, REUSE = (
-    "test_the_books_stay_right", "test_what_was_computed_is_found", "test_nothing_is_shared_across_salts_and_adapters",
-    "test_reset_forgets_everything", "test_an_engine_whatever_happens", "test_reuse_changes_no_output",
-)  # fmt: skip
+    "test_the_books_stay_right",
+    "test_what_was_computed_is_found",
+    "test_nothing_is_shared_across_salts_and_adapters",
+    "test_reset_forgets_everything",
+    "test_an_engine_whatever_happens",
+    "test_reuse_changes_no_output",
+)
 sabotage = SABOTAGES.of_class(
     lambda cls, context, o: cls(
-        context.kv_groups[0].block_size, list(context.num_blocks), context.build("eviction"), None, context.num_host_blocks
+        context.kv_groups[0].block_size,
+        list(context.num_blocks),
+        context.build("eviction"),
+        None,
+        context.num_host_blocks,
     )
 )
 
@@ -76,7 +84,9 @@ class SaltAndAdapterJoined(HashIndex):
     """Adapter and salt are joined without saying where one ends, and None is the empty string."""
 
     def _root(self, request):
-        return self._hash(self._secret, f"{request.adapter_id or ''}{request.cache_salt or ''}".encode())
+        return self._hash(
+            self._secret, f"{request.adapter_id or ''}{request.cache_salt or ''}".encode()
+        )
 
 
 @sabotage(BOOKS, REUSE)
@@ -263,7 +273,9 @@ class GapsEndTheInsert(HashIndex):
 
     def insert(self, seq, first, block_ids):
         gaps = [blocks.index(NOT_HERE) for blocks in block_ids if NOT_HERE in blocks]
-        super().insert(seq, first, [blocks[: min(gaps)] if gaps else blocks for blocks in block_ids])
+        super().insert(
+            seq, first, [blocks[: min(gaps)] if gaps else blocks for blocks in block_ids]
+        )
 
 
 @sabotage(BOOKS)
@@ -364,7 +376,8 @@ class ForgetsWhatIsMoved(HashIndex):
 
 @sabotage(TIER)
 class PromotedAndStillInTheOrder(HashIndex):
-    """A host block whose contents have moved to the device stays in the host's order of eviction."""
+    """A host block whose contents have moved to the device stays in the host's order of
+    eviction."""
 
     def claim(self, group, block_ids):
         super().claim(group, block_ids)

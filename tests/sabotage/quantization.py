@@ -12,13 +12,20 @@ from dovetail_quant_nf4 import CAPABILITIES, PROVIDER
 from dovetail_quant_nf4.scheme import NF4
 from sabotage import Sabotages
 
-SABOTAGES = Sabotages("quantization", PROVIDER, declined=("model.layers.3.mlp.kit_proj",), weight_error=0.12)
+SABOTAGES = Sabotages(
+    "quantization", PROVIDER, declined=("model.layers.3.mlp.kit_proj",), weight_error=0.12
+)
 PRODUCTS, FUSED, SHARDED, TAKEN, LISTED, WEIGHTS = (
-    "test_products_are_those_of_the_dequantized_weight", "test_fused_is_its_parts", "test_sharded_is_whole",
-    "test_every_layer_is_taken_or_declined_with_a_reason", "test_layers_that_are_not_quantized_are_declined",
+    "test_products_are_those_of_the_dequantized_weight",
+    "test_fused_is_its_parts",
+    "test_sharded_is_whole",
+    "test_every_layer_is_taken_or_declined_with_a_reason",
+    "test_layers_that_are_not_quantized_are_declined",
     "test_weights_are_near_the_plain_ones",
-)  # fmt: skip
-sabotage = SABOTAGES.of_class(lambda cls, c, o: cls(c.model.quantization_config or {}, o.block_size))
+)
+sabotage = SABOTAGES.of_class(
+    lambda cls, c, o: cls(c.model.quantization_config or {}, o.block_size)
+)
 
 
 class Product(NF4):
@@ -34,7 +41,9 @@ class CodesSwapped(NF4):
     """The two codes of a byte are in another order."""
 
     def linear(self, layer, tensors):
-        return super().linear(layer, {**tensors, "codes": tensors["codes"] << 4 | tensors["codes"] >> 4})
+        return super().linear(
+            layer, {**tensors, "codes": tensors["codes"] << 4 | tensors["codes"] >> 4}
+        )
 
 
 @sabotage(PRODUCTS)
@@ -115,7 +124,10 @@ class InputsNotDeclared(NF4):
         found = super().parameters(layer)
         if isinstance(found, Declined):
             return found
-        return {**found, "scales": Parameter((OUT, layer.in_features // self._block_size), "float16")}
+        return {
+            **found,
+            "scales": Parameter((OUT, layer.in_features // self._block_size), "float16"),
+        }
 
 
 @sabotage(PRODUCTS)
@@ -124,7 +136,11 @@ class WrongPackFactor(NF4):
 
     def parameters(self, layer):
         found = super().parameters(layer)
-        return found if isinstance(found, Declined) else {**found, "codes": Parameter((OUT, Axis("in", 4)), "uint8")}
+        return (
+            found
+            if isinstance(found, Declined)
+            else {**found, "codes": Parameter((OUT, Axis("in", 4)), "uint8")}
+        )
 
 
 @sabotage(TAKEN)
@@ -148,7 +164,9 @@ class ListNotRead(NF4):
     """The checkpoint's list of layers to leave out is not read."""
 
     def __init__(self, config, block_size):
-        super().__init__({k: v for k, v in config.items() if k != "modules_to_not_convert"}, block_size)
+        super().__init__(
+            {k: v for k, v in config.items() if k != "modules_to_not_convert"}, block_size
+        )
 
 
 @sabotage(LISTED)
@@ -183,7 +201,11 @@ class ScaleNotDeclared(NF4):
 
     def parameters(self, layer):
         found = super().parameters(layer)
-        return found if isinstance(found, Declined) else {**found, "scales": replace(found["scales"], scale=None)}
+        return (
+            found
+            if isinstance(found, Declined)
+            else {**found, "scales": replace(found["scales"], scale=None)}
+        )
 
 
 @sabotage("test_zeros_stay_zero")
@@ -192,7 +214,11 @@ class ScaleNeverZero(NF4):
 
     def parameters(self, layer):
         found = super().parameters(layer)
-        return found if isinstance(found, Declined) else {**found, "scales": replace(found["scales"], scale="positive")}
+        return (
+            found
+            if isinstance(found, Declined)
+            else {**found, "scales": replace(found["scales"], scale="positive")}
+        )
 
 
 @sabotage(WEIGHTS)
@@ -220,6 +246,8 @@ class TensorsOfAnotherType(NF4):
         return {**found, "scales": found["scales"].float()}
 
 
-@sabotage("test_declaration", capabilities=replace(CAPABILITIES, methods=(*CAPABILITIES.methods, "awq")))
+@sabotage(
+    "test_declaration", capabilities=replace(CAPABILITIES, methods=(*CAPABILITIES.methods, "awq"))
+)
 class MethodThatLies(NF4):
     """A method is declared, and no configuration of it given."""

@@ -8,10 +8,15 @@ from dovetail_route_perplexity import PROVIDER
 from dovetail_route_perplexity.route import Body, make_router
 from sabotage import Sabotages
 
-SABOTAGES = Sabotages("routes", PROVIDER, requests=(("POST", "/v1/perplexity", {"text": "import os"}),))
+SABOTAGES = Sabotages(
+    "routes", PROVIDER, requests=(("POST", "/v1/perplexity", {"text": "import os"}),)
+)
 MADE, STAY, PROMISED, HURT = (
-    "test_a_router_is_made", "test_the_servers_own_routes_stay", "test_what_it_promises", "test_bad_bodies_hurt_nobody",
-)  # fmt: skip
+    "test_a_router_is_made",
+    "test_the_servers_own_routes_stay",
+    "test_what_it_promises",
+    "test_bad_bodies_hurt_nobody",
+)
 
 
 def sabotage(*caught_by):

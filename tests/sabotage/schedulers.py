@@ -10,9 +10,12 @@ from sabotage import Sabotages
 
 SABOTAGES = Sabotages("scheduler", dovetail_schedulers()[0])
 ADDS_UP, SAME, STARVES, ORDER, TIGHT = (
-    "test_whatever_happens_everything_adds_up", "test_scheduling_changes_no_output",
-    "test_nobody_starves_while_others_keep_coming", "test_declared_order", "test_tight_memory_changes_no_output",
-)  # fmt: skip
+    "test_whatever_happens_everything_adds_up",
+    "test_scheduling_changes_no_output",
+    "test_nobody_starves_while_others_keep_coming",
+    "test_declared_order",
+    "test_tight_memory_changes_no_output",
+)
 
 
 def sabotage(*caught_by, order=fcfs, can=None):
@@ -139,12 +142,20 @@ class RepeatsAToken(RowsChanged):
             seq.num_computed_tokens -= 1
 
 
-@sabotage(ORDER, order=lambda seq: (-seq.request.priority, seq.seq_id), can=SchedulerCapabilities("priority"))
+@sabotage(
+    ORDER,
+    order=lambda seq: (-seq.request.priority, seq.seq_id),
+    can=SchedulerCapabilities("priority"),
+)
 class PriorityReversed(TokenBudgetScheduler):
     """Priority is declared, and higher numbers run first."""
 
 
-@sabotage(ORDER, order=lambda seq: (len(seq.tokens) % 2, -seq.seq_id), can=SchedulerCapabilities("arrival"))
+@sabotage(
+    ORDER,
+    order=lambda seq: (len(seq.tokens) % 2, -seq.seq_id),
+    can=SchedulerCapabilities("arrival"),
+)
 class OrderThatLies(TokenBudgetScheduler):
     """Order of arrival is declared, and the last one runs first."""
 
@@ -166,11 +177,14 @@ class ForeignCapabilities(TokenBudgetScheduler):
 
 @sabotage("test_shared_beginnings_change_no_output")
 class DropsWhoeverWaits(TokenBudgetScheduler):
-    """A sequence that has to wait for another one's blocks is left out of the list of those that wait."""
+    """A sequence that has to wait for another one's blocks is left out of the list of those that
+    wait."""
 
     def _admit(self, plan, budget):
         super()._admit(plan, budget)
-        if self.running and any(self.kv.reuse(s, len(s.tokens) - 1, may_wait=True) is None for s in self.waiting[:1]):
+        if self.running and any(
+            self.kv.reuse(s, len(s.tokens) - 1, may_wait=True) is None for s in self.waiting[:1]
+        ):
             self.waiting.pop(0)
 
 

@@ -1,4 +1,5 @@
-"""Mistakes that servers make, over ours. Each runs in a process of its own, in which it may change what it likes."""
+"""Mistakes that servers make, over ours. Each runs in a process of its own, in which it may change
+what it likes."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ from sabotage import Sabotages
 
 SABOTAGES = Sabotages("server", dovetail_servers()[0])
 STOPS, LOADS, TAKEN, START, DRAINS = (
-    "test_it_serves_until_told_to_stop", "test_it_can_be_stopped_while_it_loads", "test_a_taken_address_is_an_error",
-    "test_an_engine_that_does_not_start_is_an_error", "test_requests_in_flight_are_finished",
-)  # fmt: skip
+    "test_it_serves_until_told_to_stop",
+    "test_it_can_be_stopped_while_it_loads",
+    "test_a_taken_address_is_an_error",
+    "test_an_engine_that_does_not_start_is_an_error",
+    "test_requests_in_flight_are_finished",
+)
 SHORT = {"patience": 8}
 """For those that do nothing where something is waited for."""
 
@@ -101,7 +105,9 @@ class KeepsListening(OpenAIServer):
 
         def bound(host, port):
             kept.append(bind(host, port))
-            return socket.socket(fileno=kept[0].dup().detach()) if hasattr(kept[0], "dup") else kept[0]
+            return (
+                socket.socket(fileno=kept[0].dup().detach()) if hasattr(kept[0], "dup") else kept[0]
+            )
 
         server._bind = bound
         super().run(engine, host, port, on_ready)

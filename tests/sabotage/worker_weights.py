@@ -16,8 +16,10 @@ from sabotage import Sabotages
 (TORCH,) = dovetail_workers()
 SABOTAGES = Sabotages("worker", TORCH, {"execution": "plain"})
 DESCRIBED, DAMAGED, CACHE = (
-    "test_weights_are_described", "test_damaged_scales_are_named", "test_scales_of_the_kv_cache",
-)  # fmt: skip
+    "test_weights_are_described",
+    "test_damaged_scales_are_named",
+    "test_scales_of_the_kv_cache",
+)
 sabotage = SABOTAGES.of_class(lambda cls, context, options: cls(context, options))
 
 
@@ -26,7 +28,10 @@ class BytesOfThePlainWeight(TorchWorker):
     """The bytes told are those of the weight before it was quantized."""
 
     def weights(self):
-        return [msgspec.structs.replace(w, nbytes=w.in_features * w.out_features * 4) for w in super().weights()]
+        return [
+            msgspec.structs.replace(w, nbytes=w.in_features * w.out_features * 4)
+            for w in super().weights()
+        ]
 
 
 @sabotage(DESCRIBED)

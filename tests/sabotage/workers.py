@@ -18,14 +18,18 @@ from sabotage import Sabotages
 DRAFTS = "test_drafts_change_no_output"
 SABOTAGES = Sabotages("worker", TORCH, {"execution": "plain"})
 GREEDY, BATCH, SEEDS, PREEMPTED, PARAMETERS = (
-    "test_greedy_is_the_references", "test_a_batch_is_each_alone", "test_seeds", "test_preemption_changes_nothing",
+    "test_greedy_is_the_references",
+    "test_a_batch_is_each_alone",
+    "test_seeds",
+    "test_preemption_changes_nothing",
     "test_sampling_parameters",
-)  # fmt: skip
+)
 sabotage = SABOTAGES.of_class(lambda cls, context, options: cls(context, options))
 
 
 class Meddling(TorchWorker):
-    """Gets hold of a plan's starts on the way in, and of a result on the way out. `lives` once it is warmed up."""
+    """Gets hold of a plan's starts on the way in, and of a result on the way out. `lives` once it
+    is warmed up."""
 
     lives = False
 
@@ -132,7 +136,9 @@ class NanIsAToken(Meddling):
     """A row whose logits are NaN is answered with token 0."""
 
     def result(self, result):
-        return msgspec.structs.replace(result, token_ids=[ids or [0] for ids in result.token_ids], failed={})
+        return msgspec.structs.replace(
+            result, token_ids=[ids or [0] for ids in result.token_ids], failed={}
+        )
 
 
 @sabotage("test_chunks_are_the_whole")
@@ -145,7 +151,9 @@ class ChunksBeginAtZero(Meddling):
 
         def from_zero(token_ids, positions, attention):
             one_chunk = len(positions) > 1 and bool((positions.diff() == 1).all())
-            return forward(token_ids, positions - positions[0] if one_chunk else positions, attention)
+            return forward(
+                token_ids, positions - positions[0] if one_chunk else positions, attention
+            )
 
         model.forward = from_zero
 
@@ -189,7 +197,9 @@ class RankFromZero(Meddling):
     """The likeliest token has rank 0."""
 
     def result(self, result):
-        for entry in (e for rows in (result.logprobs, result.prompt_logprobs) for row in rows for e in row):
+        for entry in (
+            e for rows in (result.logprobs, result.prompt_logprobs) for row in rows for e in row
+        ):
             entry.rank -= 1
         return result
 
@@ -244,13 +254,19 @@ class HalfTheBytes(Meddling):
     """A block's bytes are counted for the keys alone."""
 
     def kv_groups(self):
-        return [msgspec.structs.replace(g, bytes_per_block=g.bytes_per_block // 2) for g in super().kv_groups()]
+        return [
+            msgspec.structs.replace(g, bytes_per_block=g.bytes_per_block // 2)
+            for g in super().kv_groups()
+        ]
 
 
 def settle_by_time(context, options):
     """Decides an option by what differs from call to call."""
     settled, remarks = TORCH.resolve_options(context, options)
-    return settled.model_copy(update={"num_threads": 1 + len(remarks_so_far)}), remarks_so_far.append(os.getpid()) or remarks
+    return (
+        settled.model_copy(update={"num_threads": 1 + len(remarks_so_far)}),
+        remarks_so_far.append(os.getpid()) or remarks,
+    )
 
 
 remarks_so_far: list[int] = []
@@ -315,7 +331,11 @@ class RejectedDraftStays(Verifying):
 
         def last_only(max_num_seqs, lengths, token_ids):
             last = {int(seat): i for i, seat in enumerate(max_num_seqs)}
-            append(max_num_seqs[list(last.values())], lengths[list(last.values())], [token_ids[i] for i in last.values()])
+            append(
+                max_num_seqs[list(last.values())],
+                lengths[list(last.values())],
+                [token_ids[i] for i in last.values()],
+            )
 
         runner.table.append = last_only
 
@@ -361,7 +381,9 @@ class PenaltiesWithoutDrafts(Verifying):
 
         def without(step, max_num_seqs, lengths, masks, result):
             kept = table.token_ids.copy()
-            for seat, length, left in zip(max_num_seqs, lengths, step.behind, strict=bool(step.behind)):
+            for seat, length, left in zip(
+                max_num_seqs, lengths, step.behind, strict=bool(step.behind)
+            ):
                 table.token_ids[seat, length : length + left] = 0
             drawn = draw(step, max_num_seqs, lengths, masks, result)
             table.token_ids[:] = kept

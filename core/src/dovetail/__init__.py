@@ -1,4 +1,5 @@
-"""Dovetail: an LLM inference engine made of joints. This is the public API of the core; it imports no tensor library."""
+"""Dovetail: an LLM inference engine made of joints. This is the public API of the core; it imports
+no tensor library."""
 
 from __future__ import annotations
 
@@ -16,15 +17,32 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "LLM": "runtime.llm", "Completion": "runtime.llm", "RequestOutput": "runtime.llm", "AsyncEngine": "runtime.serving",
-    "SamplingParams": "types", "EngineConfig": "plugin.config", "load_config": "plugin.config",
-    "hookimpl": "plugin.hookspecs", "Options": "plugin.provider", "Provider": "plugin.provider", "Reason": "plan",
-}  # fmt: skip
+    "LLM": "runtime.llm",
+    "Completion": "runtime.llm",
+    "RequestOutput": "runtime.llm",
+    "AsyncEngine": "runtime.serving",
+    "SamplingParams": "types",
+    "EngineConfig": "plugin.config",
+    "load_config": "plugin.config",
+    "hookimpl": "plugin.hookspecs",
+    "Options": "plugin.provider",
+    "Provider": "plugin.provider",
+    "Reason": "plan",
+}
 
 __all__ = [
-    "LLM", "AsyncEngine", "Completion", "EngineConfig", "Options", "Provider", "Reason", "RequestOutput",
-    "SamplingParams", "hookimpl", "load_config",
-]  # fmt: skip
+    "LLM",
+    "AsyncEngine",
+    "Completion",
+    "EngineConfig",
+    "Options",
+    "Provider",
+    "Reason",
+    "RequestOutput",
+    "SamplingParams",
+    "hookimpl",
+    "load_config",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Every error that Dovetail raises on purpose.
 
-Each has a stable `code`, the HTTP status that the server answers with, whether trying again can help, and the
-provider concerned where there is one. The message says what was wrong, where, and what to do.
+Each has a stable `code`, the HTTP status that the server answers with, whether trying again can
+help, and the provider concerned where there is one. The message says what was wrong, where, and
+what to do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ class DovetailError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(
-        self, message: str, *, param: str | None = None, provider: str | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        provider: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -58,20 +64,23 @@ class EngineUnavailable(DovetailError):
 
 
 class EngineDead(EngineUnavailable):
-    """The engine process died or stalled while the request was in flight; its output so far is all there is."""
+    """The engine process died or stalled while the request was in flight; its output so far is all
+    there is."""
 
     code = "engine_dead"
 
 
 class DeadlineExceeded(DovetailError):
-    """The request ran longer than the server gives one (`request_timeout`); its output so far is all there is."""
+    """The request ran longer than the server gives one (`request_timeout`); its output so far is
+    all there is."""
 
     code = "deadline_exceeded"
     http_status = 504
 
 
 class StepFailed(DovetailError):
-    """A step-scoped part (worker, attention, quantization, scheduler) raised; the step's requests failed with it."""
+    """A step-scoped part (worker, attention, quantization, scheduler) raised; the step's requests
+    failed with it."""
 
     code = "step_failed"
     retryable = True
@@ -96,15 +105,27 @@ class CheckpointError(DovetailError):
 
 
 class OutOfMemory(DovetailError):
-    """The model or its KV cache does not fit. The message says which setting to lower, and to what."""
+    """The model or its KV cache does not fit. The message says which setting to lower, and to
+    what."""
 
     code = "out_of_memory"
 
 
 ERRORS: dict[str, type[DovetailError]] = {
-    cls.code: cls for cls in (
-        DovetailError, InvalidRequest, ModelNotFound, Overloaded, EngineUnavailable, EngineDead, DeadlineExceeded,
-        StepFailed, ConfigError, PluginError, CheckpointError, OutOfMemory,
+    cls.code: cls
+    for cls in (
+        DovetailError,
+        InvalidRequest,
+        ModelNotFound,
+        Overloaded,
+        EngineUnavailable,
+        EngineDead,
+        DeadlineExceeded,
+        StepFailed,
+        ConfigError,
+        PluginError,
+        CheckpointError,
+        OutOfMemory,
     )
-}  # fmt: skip
+}
 """By code: how an error travels between processes."""

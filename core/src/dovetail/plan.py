@@ -1,4 +1,5 @@
-"""The resolved composition: the one truth that every process builds from and every status page prints."""
+"""The resolved composition: the one truth that every process builds from and every status page
+prints."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ SHADOW_PREFIX = "shadow."
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a provider cannot be used here, in words for a person; `hint` says what would change that."""
+    """Why a provider cannot be used here, in words for a person; `hint` says what would change
+    that."""
 
     text: str
     hint: str = ""
@@ -30,7 +32,10 @@ REASONS = {
     "unusable": "its own `why_not` says so",
     "unsupported": "the composition needs what it does not declare",
     "contract": "it was written for a version of the contract that this core does not serve",
-    "requires": "it needs another choice in another extension point, or another extension point's choice needs another one here",
+    "requires": (
+        "it needs another choice in another extension point, or another extension point's choice"
+        " needs another one here"
+    ),
     "conflicts": "it does not go with what another extension point takes",
     "priority": "another usable one has a higher priority",
     "not-asked": "the configuration names another one, or none",
@@ -98,15 +103,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     layer_kinds: list[str]
     choices: dict[str, Choice]
-    """By extension point. Attention has one for each layer kind: attention.full, attention.sliding; quantization for each rule:
-    quantization.0, … (quantization, if there is one), of which the first that matches a layer counts; an extension point of many has
-    one for each that it takes: routes.NAME. A draft model has its own: model.draft, architecture.draft, attention.draft."""
+    """By extension point. Attention has one for each layer kind: attention.full, attention.sliding;
+    quantization for each rule: quantization.0, … (quantization, if there is one), of which the
+    first that matches a layer counts; an extension point of many has one for each that it takes:
+    routes.NAME. A draft model has its own: model.draft, architecture.draft, attention.draft."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool
     architecture: str
     shadow_share: float = 0.0
-    """Of the steps, on which the candidates run: the choices `shadow.attention.full`, … and `shadow.quantization`."""
+    """Of the steps, on which the candidates run: the choices `shadow.attention.full`, … and
+    `shadow.quantization`."""
     draft: DraftModel | None = None
     """Where the drafter runs in the worker."""
     revision: str | None = None
@@ -114,7 +121,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is computed: no paths, no process ids, no list of those not taken."""
+        """Of all that decides what is computed: no paths, no process ids, no list of those not
+        taken."""
         data = msgspec.to_builtins(self)
         del data["folder"]
         if data["draft"] is not None:
@@ -126,11 +134,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def quantization_rules(self) -> dict[str, Choice]:
         """By key, in their order."""
-        return {k: c for k, c in self.choices.items() if c.extension_point == "quantization" and not k.startswith(SHADOW_PREFIX)}
+        return {
+            k: c
+            for k, c in self.choices.items()
+            if c.extension_point == "quantization" and not k.startswith(SHADOW_PREFIX)
+        }
 
     def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:
-        """The plan for people and machines: with its fingerprint, and for each key what was asked for, what was taken and
-        whether that was seen at work (null: it cannot be watched)."""
+        """The plan for people and machines: with its fingerprint, and for each key what was asked
+        for, what was taken and whether that was seen at work (null: it cannot be watched)."""
         attested = {
             key: {"requested": c.requested, "effective": c.provider, "invoked": invoked.get(key)}
             for key, c in self.choices.items()

@@ -1,4 +1,5 @@
-"""The engine's view of a sequence: known tokens, computed tokens, and what steps in flight will add."""
+"""The engine's view of a sequence: known tokens, computed tokens, and what steps in flight will
+add."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ NO_BLOCKS: list[list[int]] = []
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One sample of a request. Changed by the scheduler (what is computed) and by commit (what is known)."""
+    """One sample of a request. Changed by the scheduler (what is computed) and by commit (what is
+    known)."""
 
     seq_id: int
     request: Request
@@ -21,7 +23,8 @@ class Sequence:
     tokens: list[int]
     """Known tokens: prompt and committed output."""
     siblings: list[Sequence] = field(default_factory=list)
-    """The other samples of the request that are alive, and this one: they can share prompt blocks."""
+    """The other samples of the request that are alive, and this one: they can share prompt
+    blocks."""
 
     num_prompt_tokens: int = field(init=False)
     max_len: int = field(init=False)
@@ -42,7 +45,8 @@ class Sequence:
     num_prompt_counted: int = 0
     """Prompt tokens that the stats have counted, for the same reason as the next."""
     num_prompt_logprobs: int = 0
-    """Prompt log-probabilities given out: a preempted prompt is computed again, not reported again."""
+    """Prompt log-probabilities given out: a preempted prompt is computed again, not reported
+    again."""
     on_worker: bool = False
     """The worker knows this sequence."""
     finish_reason: FinishReason | None = None
@@ -64,32 +68,40 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens, with those that steps in flight will sample, and drafts: what `num_computed_tokens` must catch up
-        with."""
+        """Known tokens, with those that steps in flight will sample, and drafts: what
+        `num_computed_tokens` must catch up with."""
         return len(self.tokens) + self.num_in_flight + len(self.draft_token_ids)
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens to catch up with now. 0 when all output is known or coming: a last token needs no KV of its own."""
+        """Tokens to catch up with now. 0 when all output is known or coming: a last token needs no
+        KV of its own."""
         if self.num_in_flight + self.num_output_tokens > 0 and self.num_tokens >= self.max_len:
             return 0
         return self.num_tokens - self.num_computed_tokens
 
-    def add_row(self, plan: StepPlan, count: int, added: list[list[int]], tables: list[list[int]]) -> None:
-        """Put a row of its next `count` tokens into a plan: the last thing a scheduler does with a sequence in a step.
+    def add_row(
+        self, plan: StepPlan, count: int, added: list[list[int]], tables: list[list[int]]
+    ) -> None:
+        """Put a row of its next `count` tokens into a plan: the last thing a scheduler does with a
+        sequence in a step.
 
-        Per KV group, `tables` has all its blocks and `added` those that it got for this row. Drafts for which `count` has
-        no room are dropped.
+        Per KV group, `tables` has all its blocks and `added` those that it got for this row. Drafts
+        for which `count` has no room are dropped.
         """
         if not self.on_worker:
             # The blocks shared so far; those of this step travel in the row.
-            plan.starts.append(self.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)]))
+            plan.starts.append(
+                self.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)])
+            )
             self.on_worker = True
             self.started_at = self.started_at or time.monotonic()
         if self.draft_token_ids:
             known = len(self.tokens) + self.num_in_flight - self.num_computed_tokens
             del self.draft_token_ids[max(0, count - known) :]
-            plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
+            plan.draft_token_ids += [
+                [] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))
+            ]
             plan.draft_token_ids.append(self.draft_token_ids)
         samples = self.num_computed_tokens + count == self.num_tokens < self.max_len
         plan.seq_ids.append(self.seq_id)
@@ -105,7 +117,8 @@ class Sequence:
         self.steps_in_flight += 1
 
     def restart(self) -> None:
-        """Its blocks have been taken: it is computed again from the beginning, with what it has said so far."""
+        """Its blocks have been taken: it is computed again from the beginning, with what it has
+        said so far."""
         self.num_computed_tokens = self.num_slots = 0
         self.draft_token_ids = []
 
@@ -113,6 +126,15 @@ class Sequence:
         """What a worker must be told before the first row of this sequence."""
         r = self.request
         return SequenceStart(
-            self.seq_id, r.request_id, self.sample_index, list(self.tokens), self.num_prompt_tokens, block_ids,
-            r.params, r.seed, r.eos_token_ids, self.max_len, r.adapter_id,
-        )  # fmt: skip
+            self.seq_id,
+            r.request_id,
+            self.sample_index,
+            list(self.tokens),
+            self.num_prompt_tokens,
+            block_ids,
+            r.params,
+            r.seed,
+            r.eos_token_ids,
+            self.max_len,
+            r.adapter_id,
+        )

@@ -1,6 +1,8 @@
-"""What the parts of an engine say to each other: requests, step plans, step results. No tensors, no behaviour.
+"""What the parts of an engine say to each other: requests, step plans, step results. No tensors, no
+behaviour.
 
-All are msgspec structs, so the same objects pass by reference inside one process and as msgpack between two.
+All are msgspec structs, so the same objects pass by reference inside one process and as msgpack
+between two.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ _INT32, _INT64 = 2**31, 2**63
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of one request are sampled, and when it ends.
 
-    Raises `InvalidRequest`, naming the field, for values out of range. Order of application to the logits:
-    logit_bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p, min_p, draw.
+    Raises `InvalidRequest`, naming the field, for values out of range. Order of application to the
+    logits: logit_bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k,
+    top_p, min_p, draw.
     """
 
     n: int = 1
-    """Sequences sampled from the same prompt. Sample i of a seeded request is the same whatever `n` is."""
+    """Sequences sampled from the same prompt. Sample i of a seeded request is the same whatever `n`
+    is."""
     max_tokens: int | None = 16
     """Most tokens to generate; None is up to the end of the context. 0 only scores the prompt."""
     min_tokens: int = 0
-    """End-of-sequence and stop tokens cannot be sampled, and stop strings do not count, before this many tokens."""
+    """End-of-sequence and stop tokens cannot be sampled, and stop strings do not count, before this
+    many tokens."""
     temperature: float = 1.0
     """0, or anything below 1e-5, is greedy."""
     top_k: int = 0
@@ -63,7 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
-    """Log-probabilities of the raw model distribution: of the chosen token and of this many most likely ones."""
+    """Log-probabilities of the raw model distribution: of the chosen token and of this many most
+    likely ones."""
     prompt_logprobs: int | None = None
     """The same for every prompt token but the first."""
 
@@ -72,36 +78,53 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         msgspec.structs.force_setattr(self, "stop", stop)
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids))
         for name, low, high in (
-            ("n", 1, MAX_N), ("max_tokens", 0, None), ("min_tokens", 0, None), ("top_k", -1, _INT32 - 1),
-            ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS), ("seed", -_INT64, _INT64 - 1),
-        ):  # fmt: skip
+            ("n", 1, MAX_N),
+            ("max_tokens", 0, None),
+            ("min_tokens", 0, None),
+            ("top_k", -1, _INT32 - 1),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+            ("seed", -_INT64, _INT64 - 1),
+        ):
             check_range(name, getattr(self, name), low, high, whole=True)
         bounds: tuple[tuple[str, float, float | None], ...] = (
-            ("temperature", 0, MAX_TEMPERATURE), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("temperature", 0, MAX_TEMPERATURE),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
             ("repetition_penalty", 0, MAX_REPETITION_PENALTY),
-            ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
-        )  # fmt: skip
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+        )
         for name, least, most in bounds:
             check_range(name, getattr(self, name), least, most)
         for name, least in (("top_p", 0.0), ("repetition_penalty", 1 / MAX_REPETITION_PENALTY)):
             if getattr(self, name) <= 0 or getattr(self, name) < least:
-                raise InvalidRequest(f"{name} must be {f'at least {least:g}' if least else 'above 0'}", param=name)
+                raise InvalidRequest(
+                    f"{name} must be {f'at least {least:g}' if least else 'above 0'}", param=name
+                )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})", param="min_tokens"
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})",
+                param="min_tokens",
             )
         if len(self.stop) > MAX_STOP_STRINGS or len(self.stop_token_ids) > MAX_STOP_STRINGS:
             raise InvalidRequest(
                 f"at most {MAX_STOP_STRINGS} stop strings and as many stop token ids, "
-                f"not {len(self.stop)} and {len(self.stop_token_ids)}", param="stop",
-            )  # fmt: skip
+                f"not {len(self.stop)} and {len(self.stop_token_ids)}",
+                param="stop",
+            )
         if not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_STRING_CHARS for s in self.stop):
-            raise InvalidRequest(f"a stop string has 1 to {MAX_STOP_STRING_CHARS} characters", param="stop")
+            raise InvalidRequest(
+                f"a stop string has 1 to {MAX_STOP_STRING_CHARS} characters", param="stop"
+            )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(f"at most {MAX_LOGIT_BIAS} logit_bias entries", param="logit_bias")
         for token, bias in self.logit_bias.items():
             if not math.isfinite(bias) or abs(bias) > 100:
-                raise InvalidRequest(f"logit_bias of token {token} must be in [-100, 100], not {bias}", param="logit_bias")
+                raise InvalidRequest(
+                    f"logit_bias of token {token} must be in [-100, 100], not {bias}",
+                    param="logit_bias",
+                )
 
     @property
     def greedy(self) -> bool:
@@ -109,15 +132,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def penalized(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
 
-def check_range(name: str, value: float | None, low: float | None, high: float | None, *, whole: bool = False) -> None:
-    """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]; an open end is None."""
+def check_range(
+    name: str, value: float | None, low: float | None, high: float | None, *, whole: bool = False
+) -> None:
+    """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]; an open end
+    is None."""
     if value is None:
         return
     if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
-        raise InvalidRequest(f"{name} must be {'an integer' if whole else 'a number'}, not {value!r}", param=name)
+        raise InvalidRequest(
+            f"{name} must be {'an integer' if whole else 'a number'}, not {value!r}", param=name
+        )
     # An integer is always finite, also one that no float can hold.
     infinite = isinstance(value, float) and not math.isfinite(value)
     if infinite or (low is not None and value < low) or (high is not None and value > high):
@@ -126,7 +158,8 @@ def check_range(name: str, value: float | None, low: float | None, high: float |
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One prompt on its way into an engine: tokenized, checked against the model, with its seed sampled."""
+    """One prompt on its way into an engine: tokenized, checked against the model, with its seed
+    sampled."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -146,7 +179,8 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
-    """One position: `token_ids[0]` is the token that stands there, the others the most likely, best first."""
+    """One position: `token_ids[0]` is the token that stands there, the others the most likely, best
+    first."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -174,8 +208,9 @@ class SequenceStart(msgspec.Struct, array_like=True):
 
 
 class BlockOp(msgspec.Struct, array_like=True):
-    """Move KV before the step's kernels run: `kind` copy (within the device), out (to block `dst` of the host tier) or in (from
-    block `src` of the host tier, counted from 0). Moves are done in the order of the plan: one may read what another wrote."""
+    """Move KV before the step's kernels run: `kind` copy (within the device), out (to block `dst`
+    of the host tier) or in (from block `src` of the host tier, counted from 0). Moves are done in
+    the order of the plan: one may read what another wrote."""
 
     kind: Literal["copy", "out", "in"]
     group: int
@@ -184,11 +219,13 @@ class BlockOp(msgspec.Struct, array_like=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """What one step computes. Flat lists with one entry a row; only what changed since the last plan.
+    """What one step computes. Flat lists with one entry a row; only what changed since the last
+    plan.
 
-    Row i computes tokens `num_computed[i] … num_computed[i] + num_tokens[i] - 1` of sequence `seq_ids[i]`. The worker
-    knows each sequence's tokens: from its `SequenceStart`, and because it appends what it samples itself. So a row's
-    input may be a token that a step still in flight will sample, and nobody has to send it.
+    Row i computes tokens `num_computed[i] … num_computed[i] + num_tokens[i] - 1` of sequence
+    `seq_ids[i]`. The worker knows each sequence's tokens: from its `SequenceStart`, and because it
+    appends what it samples itself. So a row's input may be a token that a step still in flight will
+    sample, and nobody has to send it.
     """
 
     step_id: int
@@ -198,10 +235,12 @@ class StepPlan(msgspec.Struct, array_like=True):
     samples: list[bool]
     """The row reaches its sequence's last token, and a token is sampled after it."""
     new_block_ids: list[list[list[int]]]
-    """Per row: the blocks to append to its block table, per KV group; an empty list where there are none."""
+    """Per row: the blocks to append to its block table, per KV group; an empty list where there are
+    none."""
     draft_token_ids: list[list[int]] = []
-    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts them. A row's are tokens, or all
-    `DRAFTED_BY_WORKER` (-1): the worker drafts as many itself, and then verifies them in the same step."""
+    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts
+    them. A row's are tokens, or all `DRAFTED_BY_WORKER` (-1): the worker drafts as many itself, and
+    then verifies them in the same step."""
     starts: list[SequenceStart] = []
     """Sequences to take in before the rows are looked up."""
     released: list[int] = []
@@ -218,7 +257,8 @@ class StepResult(msgspec.Struct, array_like=True):
 
     step_id: int
     token_ids: list[list[int]]
-    """Tokens sampled: none for a row that does not sample, else one, and one more for each accepted draft token."""
+    """Tokens sampled: none for a row that does not sample, else one, and one more for each accepted
+    draft token."""
     logprobs: list[list[TokenLogprobs]] = []
     """Like `token_ids`, for the rows that asked; else empty."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
@@ -238,7 +278,8 @@ class RequestTimes(msgspec.Struct, array_like=True, gc=False):
 
 
 class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
-    """News of one sequence, from the engine to the front-end. Never part of a cycle, so the collector need not look."""
+    """News of one sequence, from the engine to the front-end. Never part of a cycle, so the
+    collector need not look."""
 
     request_id: str
     sample_index: int

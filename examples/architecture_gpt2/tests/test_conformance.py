@@ -1,4 +1,5 @@
-"""All that this plugin needs to test: it keeps the contract it declares, and computes what transformers' GPT-2 computes."""
+"""All that this plugin needs to test: it keeps the contract it declares, and computes what
+transformers' GPT-2 computes."""
 
 import torch
 import transformers

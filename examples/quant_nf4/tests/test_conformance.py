@@ -8,4 +8,3 @@ class TestNF4(QuantizationContract):
     provider = PROVIDER
     declined = ("model.layers.3.mlp.kit_proj",)
     weight_error = 0.12
-

@@ -1,4 +1,5 @@
-"""All that this plugin needs to test: it keeps the contract of schedulers, with little ageing and with much."""
+"""All that this plugin needs to test: it keeps the contract of schedulers, with little ageing and
+with much."""
 
 from dovetail_scheduler_srf import PROVIDER
 from dovetail_testing.scheduler import SchedulerContract

@@ -1,4 +1,5 @@
-"""Tiny models with random weights, and steps to run them in: attention is slow and obviously right."""
+"""Tiny models with random weights, and steps to run them in: attention is slow and obviously
+right."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 class PlainLinear:
     """A linear layer that offers what the contract has, and nothing else."""
 
-    def __init__(self, maker: PlainLayers, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> None:
+    def __init__(
+        self, maker: PlainLayers, name: str, parts: Sequence[Part], in_features: int, bias: bool
+    ) -> None:
         import torch
 
         out_features = sum(part.out_features for part in parts)
@@ -87,7 +90,9 @@ def random_tensors(targets: dict[str, Target], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, target in sorted(targets.items()):
-        tensor = torch.randn(target.shape, generator=generator) * (0.1 if len(target.shape) > 1 else 0.3)
+        tensor = torch.randn(target.shape, generator=generator) * (
+            0.1 if len(target.shape) > 1 else 0.3
+        )
         # A vector of weights belongs to a norm.
         tensors[name] = tensor + 1 if len(target.shape) == 1 and name.endswith("weight") else tensor
     return tensors
@@ -98,14 +103,18 @@ def store(model: Model, tensors: dict[str, Tensor]) -> None:
     for name, target in model.targets().items():
         lent = tensors[name].clone()
         if tuple(lent.shape) != target.shape:
-            raise Broken(f"target {name} has shape {list(target.shape)}, and {list(lent.shape)} in the first model")
+            raise Broken(
+                f"target {name} has shape {list(target.shape)}, and {list(lent.shape)} in the first"
+                " model"
+            )
         target.store(lent)
         lent.fill_(float("nan"))
 
 
 @dataclass
 class DenseAttention:
-    """An `Attend` over sequences whose keys and values are kept in lists. Its results are good until the next call."""
+    """An `Attend` over sequences whose keys and values are kept in lists. Its results are good
+    until the next call."""
 
     layers: list[AttentionLayer]
     dtype: Any
@@ -126,10 +135,17 @@ class DenseAttention:
             self._last.fill_(float("nan"))
         self.called.append(layer)
         of, count = self.layers[layer], sum(n for _, n in self.rows)
-        for what, tensor, heads in (("q", q, of.num_heads), ("k", k, of.num_kv_heads), ("v", v, of.num_kv_heads)):
+        for what, tensor, heads in (
+            ("q", q, of.num_heads),
+            ("k", k, of.num_kv_heads),
+            ("v", v, of.num_kv_heads),
+        ):
             shape = (count, heads, of.head_size)
             if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
-                raise Broken(f"{what} of layer {layer} is {list(tensor.shape)} {tensor.dtype}, not {list(shape)} {self.dtype}")
+                raise Broken(
+                    f"{what} of layer {layer} is {list(tensor.shape)} {tensor.dtype}, not"
+                    f" {list(shape)} {self.dtype}"
+                )
             if not tensor.is_contiguous():
                 raise Broken(f"{what} of layer {layer} is not contiguous")
         out, start = torch.empty_like(q), 0
@@ -158,7 +174,9 @@ class DenseAttention:
         return torch.einsum("hqk,khd->qhd", logits.softmax(-1)[..., : len(k)], v)
 
 
-def run_step(model: Model, attention: DenseAttention, rows: list[tuple[int, range]], prompts: list[list[int]]) -> Tensor:
+def run_step(
+    model: Model, attention: DenseAttention, rows: list[tuple[int, range]], prompts: list[list[int]]
+) -> Tensor:
     """One pass over spans of some sequences; hidden states `[T, H]`."""
     import torch
 
@@ -177,13 +195,17 @@ def whole_logits(model: Model, prompt: list[int], dtype: Any) -> Tensor:
     """f32[T, V] of a prompt that is alone, in one step."""
     import torch
 
-    hidden = run_step(model, DenseAttention(model.attention_layers, dtype), [(0, range(len(prompt)))], [prompt])
+    hidden = run_step(
+        model, DenseAttention(model.attention_layers, dtype), [(0, range(len(prompt)))], [prompt]
+    )
     with torch.inference_mode():
         logits: Tensor = model.logits(hidden)
     return logits
 
 
-def ragged_logits(model: Model, prompts: list[list[int]], dtype: Any, rng: random.Random) -> list[Tensor]:
+def ragged_logits(
+    model: Model, prompts: list[list[int]], dtype: Any, rng: random.Random
+) -> list[Tensor]:
     """The same by prompt, in steps that give each sequence 0 to 6 tokens, in any order."""
     import torch
 

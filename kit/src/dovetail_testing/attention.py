@@ -4,7 +4,8 @@
         provider = PROVIDER
         device = "cuda:0"
 
-What is tried follows from the provider's declared capabilities; the oracle is softmax(q·k) v in float64.
+What is tried follows from the provider's declared capabilities; the oracle is softmax(q·k) v in
+float64.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ from dovetail_testing.attention_trial import AttentionTrial, same
 from dovetail_testing.contract import common_causes
 
 NUM_RANDOM_STEPS = 40
-HOST_FIELDS = ("host_query_start", "host_seq_lens", "num_seqs", "num_tokens", "max_query_len", "max_seq_len")
+HOST_FIELDS = (
+    "host_query_start",
+    "host_seq_lens",
+    "num_seqs",
+    "num_tokens",
+    "max_query_len",
+    "max_seq_len",
+)
 
 
 class AttentionContract(AttentionTrial):
@@ -45,30 +53,41 @@ class AttentionContract(AttentionTrial):
 
     @common_causes("a field of AttentionCapabilities left empty")
     def test_declaration(self) -> None:
-        """The capabilities name the framework, at least one dtype and KV dtype, and the device under test."""
+        """The capabilities name the framework, at least one dtype and KV dtype, and the device
+        under test."""
         can = self.can
         assert can.framework == "torch", "this kit's tensors are torch's"
-        assert self.device.split(":")[0] in can.devices, f"the device under test, {self.device}, must be declared"
+        assert self.device.split(":")[0] in can.devices, (
+            f"the device under test, {self.device}, must be declared"
+        )
         assert can.dtypes, "at least one dtype must be declared"
         assert can.kv_dtypes, "at least one KV dtype must be declared"
 
-    @common_causes("`why_not` refuses what the capabilities promise", "a size or type declared that was never tried")
+    @common_causes(
+        "`why_not` refuses what the capabilities promise",
+        "a size or type declared that was never tried",
+    )
     def test_what_is_declared_is_taken(self) -> None:
         """Asked for by name, the core takes the provider for all that it declares."""
         for context in self.contexts(declared=True):
             refusal = self.refusal(context)
             assert refusal is None, f"{_asked(context)} is declared, and refused: {refusal}"
 
-    @common_causes("a capability declared by mistake", "head_sizes or block_sizes left at None, which means any")
+    @common_causes(
+        "a capability declared by mistake",
+        "head_sizes or block_sizes left at None, which means any",
+    )
     def test_what_is_not_declared_is_refused(self) -> None:
-        """Asked for by name for anything that it does not declare, the provider is refused with a reason."""
+        """Asked for by name for anything that it does not declare, the provider is refused with a
+        reason."""
         for context in self.contexts(declared=False):
             refusal = self.refusal(context)
             assert refusal is not None, f"{_asked(context)} is not declared, and not refused"
 
     @common_causes("`out` ignored", "new arrays returned in place of `out`")
     def test_export_fills_what_it_is_given(self) -> None:
-        """`export_kv` with `out` writes the blocks there, the same as without, and returns `out`."""
+        """`export_kv` with `out` writes the blocks there, the same as without, and returns
+        `out`."""
         import torch
 
         step = Step(plain(self.can, Row(0, 60), Row(30, 2), seed=self.seed), self.device)
@@ -78,36 +97,57 @@ class AttentionContract(AttentionTrial):
         exported = self.backend.export_kv(cache, blocks, out=(keys, values))
         for given, got, expected in zip((keys, values), exported, plain_export, strict=True):
             assert given is got, "`out` must be returned"
-            assert same(given, expected.cpu()), "what was written to `out` is not what the blocks hold"
+            assert same(given, expected.cpu()), (
+                "what was written to `out` is not what the blocks hold"
+            )
 
     # What comes out, over all that is declared.
 
     @pytest.mark.parametrize("index", range(NUM_RANDOM_STEPS))
-    @common_causes("block table or slots indexed by the wrong stride", "the mask of a chunk, whose first query is not at 0")
+    @common_causes(
+        "block table or slots indexed by the wrong stride",
+        "the mask of a chunk, whose first query is not at 0",
+    )
     def test_random_step(self, index: int) -> None:
-        """Any ragged mix of prefill, chunks and decode of what is declared gives softmax(scale · q·k) v."""
+        """Any ragged mix of prefill, chunks and decode of what is declared gives softmax(scale ·
+        q·k) v."""
         self.check(random_spec(self.can, self.seed + index))
 
-    @common_causes("a size assumed to be a power of two", "sums kept in the storage type instead of float32")
+    @common_causes(
+        "a size assumed to be a power of two", "sums kept in the storage type instead of float32"
+    )
     def test_every_declared_size_and_type(self) -> None:
         """Every declared head size, block size, dtype and KV dtype works."""
         rows = (Row(0, 37), Row(300, 1), Row(17, 20))
         usual = plain(self.can, *rows, seed=self.seed)
         specs = [replace(usual, head_size=n) for n in head_sizes(self.can)]
         specs += [replace(usual, block_size=n) for n in block_sizes(self.can)]
-        specs += [replace(usual, dtype=d, kv_dtype=kv) for d in self.can.dtypes for kv in self.can.kv_dtypes]
+        specs += [
+            replace(usual, dtype=d, kv_dtype=kv)
+            for d in self.can.dtypes
+            for kv in self.can.kv_dtypes
+        ]
         for spec in specs:
             self.check(spec)
 
     @pytest.mark.parametrize("group", [1, 2, 5, 8, 16])
-    @common_causes("head h mapped to KV head h % Hkv; it is h // (Hq / Hkv)", "a group size that does not fill a tile")
+    @common_causes(
+        "head h mapped to KV head h % Hkv; it is h // (Hq / Hkv)",
+        "a group size that does not fill a tile",
+    )
     def test_query_heads_share_kv_heads(self, group: int) -> None:
         """Query head h reads KV head h // (Hq / Hkv)."""
-        self.check(plain(self.can, Row(0, 50), Row(90, 1), Row(90, 3), num_heads=2 * group, seed=self.seed))
+        self.check(
+            plain(self.can, Row(0, 50), Row(90, 1), Row(90, 3), num_heads=2 * group, seed=self.seed)
+        )
 
-    @common_causes("split softmax merged without rescaling by the maxima", "sums kept in a type narrower than float32")
+    @common_causes(
+        "split softmax merged without rescaling by the maxima",
+        "sums kept in a type narrower than float32",
+    )
     def test_long_context_of_few_rows(self) -> None:
-        """Few rows of some thousands of tokens, whose keys a kernel may split over workers, are as exact as others."""
+        """Few rows of some thousands of tokens, whose keys a kernel may split over workers, are as
+        exact as others."""
         for rows in ((Row(2999, 1),), (Row(4095, 1), Row(10, 1)), (Row(2500, 30),)):
             self.check(plain(self.can, *rows, num_heads=2, num_kv_heads=1, seed=self.seed))
 
@@ -116,30 +156,42 @@ class AttentionContract(AttentionTrial):
         """A step may have many rows."""
         self.check(plain(self.can, *(Row(n, 1) for n in range(70)), seed=self.seed))
 
-    @common_causes("an empty loop over earlier blocks", "slots of the last block behind the sequence's end were read")
+    @common_causes(
+        "an empty loop over earlier blocks",
+        "slots of the last block behind the sequence's end were read",
+    )
     def test_single_token(self) -> None:
         """A sequence of one token attends to itself."""
         self.check(plain(self.can, Row(0, 1), seed=self.seed))
 
     @pytest.mark.parametrize("window", [1, 2, 16, 17, 100, 10_000])
-    @common_causes("off by one: a token sees itself and window - 1 before it", "table entries before the window were followed")
+    @common_causes(
+        "off by one: a token sees itself and window - 1 before it",
+        "table entries before the window were followed",
+    )
     def test_sliding_window(self, window: int) -> None:
-        """With a window, a token sees itself and the window - 1 tokens before it, and no entry before that is followed."""
+        """With a window, a token sees itself and the window - 1 tokens before it, and no entry
+        before that is followed."""
         self.needs_feature("sliding_window")
         rows = (Row(0, 130), Row(700, 1), Row(301, 40), Row(3, 1))
         for canary in (False, True):
             self.check(plain(self.can, *rows, window=window, canary=canary, seed=self.seed))
 
     @pytest.mark.parametrize("cap", [1.0, 30.0])
-    @common_causes("the cap applied before the scale", "the cap applied after masking, which makes -inf finite")
+    @common_causes(
+        "the cap applied before the scale", "the cap applied after masking, which makes -inf finite"
+    )
     def test_logit_soft_cap(self, cap: float) -> None:
         """A soft cap turns the scaled logit x into cap · tanh(x / cap), before the softmax."""
         self.needs_feature("logit_soft_cap")
-        self.check(plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, scale=1.0, seed=self.seed))
+        self.check(
+            plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, scale=1.0, seed=self.seed)
+        )
         self.check(plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, seed=self.seed))
 
     @common_causes(
-        "the sink left out of the sum, or counted once for each split", "the sink scaled or capped: it is a logit as is"
+        "the sink left out of the sum, or counted once for each split",
+        "the sink scaled or capped: it is a logit as is",
     )
     def test_sinks(self) -> None:
         """A sink takes part in the softmax of its head, as one more logit that carries no value."""
@@ -148,50 +200,91 @@ class AttentionContract(AttentionTrial):
         self.check(plain(self.can, *rows, sinks=True, seed=self.seed))
         self.check(plain(self.can, *rows, sinks=True, scale=0.5, seed=self.seed))
 
-    @common_causes("exp without subtracting the row's maximum", "weights kept in float16, whose largest number is 65504")
+    @common_causes(
+        "exp without subtracting the row's maximum",
+        "weights kept in float16, whose largest number is 65504",
+    )
     def test_large_logits(self) -> None:
-        """Logits of some hundreds neither overflow nor lose all but infinity: the softmax subtracts its maximum."""
+        """Logits of some hundreds neither overflow nor lose all but infinity: the softmax subtracts
+        its maximum."""
         self.check(plain(self.can, Row(0, 70), Row(600, 1), scale=20.0, seed=self.seed))
 
     @pytest.mark.parametrize("largest", [(0.5, 4.0), (6.0, 0.25)])
-    @common_causes("the keys' scale used for values", "codes not limited before they are cast", "a scale for each head")
+    @common_causes(
+        "the keys' scale used for values",
+        "codes not limited before they are cast",
+        "a scale for each head",
+    )
     def test_scales_of_keys_and_values(self, largest: tuple[float, float]) -> None:
-        """In a KV type of one byte keys have a scale and values another; what is too large for it becomes its largest."""
+        """In a KV type of one byte keys have a scale and values another; what is too large for it
+        becomes its largest."""
         kinds = [kv_dtype for kv_dtype in self.can.kv_dtypes if kv_dtype in LARGEST]
         if not kinds:
             pytest.skip(f"no KV dtype of one byte is declared: {', '.join(LARGEST)}")
         for kv_dtype in kinds:
-            self.check(plain(self.can, Row(0, 37), Row(90, 1), kv_dtype=kv_dtype, kv_range=largest, seed=self.seed))
+            self.check(
+                plain(
+                    self.can,
+                    Row(0, 37),
+                    Row(90, 1),
+                    kv_dtype=kv_dtype,
+                    kv_range=largest,
+                    seed=self.seed,
+                )
+            )
 
     # What is read and what is written.
 
     @pytest.mark.parametrize("index", range(6))
-    @common_causes("padding rows or tokens written to block 0", "a whole block written where the step has part of it")
+    @common_causes(
+        "padding rows or tokens written to block 0",
+        "a whole block written where the step has part of it",
+    )
     def test_only_the_steps_slots_are_written(self, index: int) -> None:
-        """A step writes the slots of its tokens and no other: each other slot holds a number of its own, and keeps it."""
+        """A step writes the slots of its tokens and no other: each other slot holds a number of its
+        own, and keeps it."""
         self.check(replace(random_spec(self.can, self.seed + 4000 + index), canary=True))
 
-    @common_causes("0 · NaN is NaN: masked weights still multiply what they should not touch", "reads up to the block's end")
+    @common_causes(
+        "0 · NaN is NaN: masked weights still multiply what they should not touch",
+        "reads up to the block's end",
+    )
     def test_nothing_behind_a_sequence_is_read(self) -> None:
-        """No slot behind a sequence's end is read, in whatever place of a block it ends: they hold NaN, or other numbers."""
+        """No slot behind a sequence's end is read, in whatever place of a block it ends: they hold
+        NaN, or other numbers."""
         size = plain(self.can).block_size
-        rows = [Row(2 * size + extra, 1) for extra in dict.fromkeys((0, 1, size // 2, size - 2, size - 1)) if extra >= 0]
+        rows = [
+            Row(2 * size + extra, 1)
+            for extra in dict.fromkeys((0, 1, size // 2, size - 2, size - 1))
+            if extra >= 0
+        ]
         for canary in (False, True):
             self.check(plain(self.can, *rows, canary=canary, seed=self.seed))
 
     @common_causes("each row's keys written when its turn comes, instead of all before any is read")
     def test_rows_of_a_step_share_blocks(self) -> None:
-        """Rows read blocks that another row of the same step writes: all is written before any is read."""
+        """Rows read blocks that another row of the same step writes: all is written before any is
+        read."""
         size = plain(self.can).block_size
         lender = Row(size // 2, 5 * size)
-        borrowers = [Row(n * size + extra, 1 + extra, shares=(0, n * size)) for n in (1, 3, 5) for extra in (0, 3)]
+        borrowers = [
+            Row(n * size + extra, 1 + extra, shares=(0, n * size))
+            for n in (1, 3, 5)
+            for extra in (0, 3)
+        ]
         self.check(plain(self.can, lender, *borrowers, seed=self.seed))
 
-    @common_causes("a table, its lengths or its splits kept from the step before", "a plan looked up by a buffer's address")
+    @common_causes(
+        "a table, its lengths or its splits kept from the step before",
+        "a plan looked up by a buffer's address",
+    )
     def test_buffers_are_reused_between_steps(self) -> None:
-        """The worker reuses its buffers: a step's numbers count, though they stand where the last step's stood."""
+        """The worker reuses its buffers: a step's numbers count, though they stand where the last
+        step's stood."""
         rows = ((Row(40, 1), Row(0, 33)), (Row(33, 1), Row(8, 33)))
-        first, second = (Step(plain(self.can, *r, seed=self.seed + i), self.device) for i, r in enumerate(rows))
+        first, second = (
+            Step(plain(self.can, *r, seed=self.seed + i), self.device) for i, r in enumerate(rows)
+        )
         batches = [s.batch(width=first.table_width + second.table_width) for s in (first, second)]
         for step, batch in zip((first, second), batches, strict=True):
             for name in ("query_start", "seq_lens", "block_table", "slot_mapping"):
@@ -204,12 +297,20 @@ class AttentionContract(AttentionTrial):
 
     @common_causes("the plan kept in the backend, and overwritten by another group's")
     def test_two_plans_live_side_by_side(self) -> None:
-        """A plan is good until the next one of the same KV group; another group's does not end it."""
+        """A plan is good until the next one of the same KV group; another group's does not end
+        it."""
         first = Step(plain(self.can, Row(0, 60), Row(500, 1), seed=self.seed), self.device)
         window = 50 if self.can.sliding_window else None
-        second = Step(plain(self.can, Row(0, 20), Row(2000, 1), num_heads=8, window=window, seed=self.seed + 1), self.device)
+        second = Step(
+            plain(
+                self.can, Row(0, 20), Row(2000, 1), num_heads=8, window=window, seed=self.seed + 1
+            ),
+            self.device,
+        )
         caches = [self.fill(s) for s in (first, second)]
-        plans = [self.backend.plan(s.batch(), [s.layer], s.spec.block_size) for s in (first, second)]
+        plans = [
+            self.backend.plan(s.batch(), [s.layer], s.spec.block_size) for s in (first, second)
+        ]
         for step, cache, plan in zip((first, second), caches, plans, strict=True):
             out = self.new_out(step)
             self.backend.run(step.layer, step.q, step.k, step.v, cache, plan, out)
@@ -234,7 +335,10 @@ class AttentionContract(AttentionTrial):
 
     # Sameness.
 
-    @common_causes("sums by atomic additions, in the order that threads arrive", "memory that is read before it is written")
+    @common_causes(
+        "sums by atomic additions, in the order that threads arrive",
+        "memory that is read before it is written",
+    )
     def test_deterministic(self) -> None:
         """The same step gives the same bits each time."""
         import torch
@@ -245,17 +349,25 @@ class AttentionContract(AttentionTrial):
             assert all(torch.equal(out, outs[0]) for out in outs), "the same step gave two results"
 
         for i in range(3):
-            self.attempt(random_spec(self.can, self.seed + 1000 + i), twice, partial(simpler, self.can))
+            self.attempt(
+                random_spec(self.can, self.seed + 1000 + i), twice, partial(simpler, self.can)
+            )
 
     @pytest.mark.parametrize("index", range(6))
-    @common_causes("the number of splits follows the batch", "a matrix product whose order of summation follows its shape")
+    @common_causes(
+        "the number of splits follows the batch",
+        "a matrix product whose order of summation follows its shape",
+    )
     def test_batch_invariance(self, index: int) -> None:
-        """A token's output has the same bits alone, among neighbours, and however its prompt was cut."""
+        """A token's output has the same bits alone, among neighbours, and however its prompt was
+        cut."""
         import torch
 
         self.needs_feature("batch_invariant")
         rng = random.Random(self.seed + index)
-        spec = replace(random_spec(self.can, self.seed + 2000 + index), rows=(Row(0, rng.randint(300, 1500)),))
+        spec = replace(
+            random_spec(self.can, self.seed + 2000 + index), rows=(Row(0, rng.randint(300, 1500)),)
+        )
         whole = Step(spec, self.device)
         out = self.run(whole)[0]
         length = spec.rows[0].seq_len
@@ -264,16 +376,24 @@ class AttentionContract(AttentionTrial):
         def compare_part(given: tuple[int, int, tuple[Row, ...]]) -> None:
             begin, end, other_choices = given
             rows = (*other_choices, Row(begin, end - begin))
-            part = self.transplant(whole, replace(spec, rows=rows, seed=spec.seed + 1), len(other_choices))
+            part = self.transplant(
+                whole, replace(spec, rows=rows, seed=spec.seed + 1), len(other_choices)
+            )
             start = sum(r.num_new for r in other_choices)
             assert torch.equal(self.run(part)[0][start:], out[begin:end]), (
-                f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out different "
-                f"beside {len(other_choices)} other rows than in one prefill; in all: {spec}"
+                f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out"
+                f" different beside {len(other_choices)} other rows than in one prefill; in all:"
+                f" {spec}"
             )
 
-        def with_less(given: tuple[int, int, tuple[Row, ...]]) -> list[tuple[int, int, tuple[Row, ...]]]:
+        def with_less(
+            given: tuple[int, int, tuple[Row, ...]],
+        ) -> list[tuple[int, int, tuple[Row, ...]]]:
             begin, end, other_choices = given
-            fewer = [(begin, end, other_choices[:i] + other_choices[i + 1 :]) for i in range(len(other_choices))]
+            fewer = [
+                (begin, end, other_choices[:i] + other_choices[i + 1 :])
+                for i in range(len(other_choices))
+            ]
             return fewer + ([(begin, (begin + end) // 2, other_choices)] if end - begin > 1 else [])
 
         other_choices: tuple[Row, ...] = (Row(0, 33), Row(900, 1), Row(10, 7))
@@ -281,19 +401,30 @@ class AttentionContract(AttentionTrial):
             self.attempt((begin, end, other_choices), compare_part, with_less)
 
     @pytest.mark.parametrize("index", range(8))
-    @common_causes("pieces that depend on the order of pieces", "the strides of AttentionCall taken for contiguous ones")
+    @common_causes(
+        "pieces that depend on the order of pieces",
+        "the strides of AttentionCall taken for contiguous ones",
+    )
     def test_compiled_steps_do_what_run_does(self, index: int) -> None:
-        """The operations of a compiled step give the bits of `run`, whatever the order of an operation's pieces and whoever
-        does them; q, k and v lie side by side in one buffer, as they leave a fused projection."""
+        """The operations of a compiled step give the bits of `run`, whatever the order of an
+        operation's pieces and whoever does them; q, k and v lie side by side in one buffer, as they
+        leave a fused projection."""
         if not self.can.compiled_steps:
             pytest.skip(f"{self.provider.name} does not declare compiled_steps")
-        self.attempt(random_spec(self.can, self.seed + 3000 + index), self.compiled_once, partial(simpler, self.can))
+        self.attempt(
+            random_spec(self.can, self.seed + 3000 + index),
+            self.compiled_once,
+            partial(simpler, self.can),
+        )
 
     @pytest.mark.parametrize("index", range(6))
-    @common_causes("lengths, splits or a grid taken from the host's numbers", "buffers made anew by each `plan`")
+    @common_causes(
+        "lengths, splits or a grid taken from the host's numbers",
+        "buffers made anew by each `plan`",
+    )
     def test_an_old_plan_does_the_new_step(self, index: int) -> None:
-        """With graph capture, a decode step's `plan` writes what launches captured with the plan before it read, rows of
-        padding included: `run` with the old plan is then the new step."""
+        """With graph capture, a decode step's `plan` writes what launches captured with the plan
+        before it read, rows of padding included: `run` with the old plan is then the new step."""
         import torch
 
         if not self.can.graph_capture:
@@ -303,7 +434,9 @@ class AttentionContract(AttentionTrial):
         like = replace(random_spec(self.can, self.seed + 5000 + index), fused=False)
 
         def decode(seed: int) -> Step:
-            rows = tuple(Row(rng.choice((0, 30, 300, 2000)) + rng.randint(0, 20), 1) for _ in range(num_rows))
+            rows = tuple(
+                Row(rng.choice((0, 30, 300, 2000)) + rng.randint(0, 20), 1) for _ in range(num_rows)
+            )
             return Step(replace(like, rows=rows, seed=seed), self.device)
 
         old, new = decode(like.seed), decode(like.seed + 1)
@@ -313,29 +446,56 @@ class AttentionContract(AttentionTrial):
         batch = padded(new.batch(width), num_padding)
         for name in ("query_start", "seq_lens", "block_table", "slot_mapping"):
             getattr(buffers, name).copy_(getattr(batch, name))
-        self.backend.plan(replace(buffers, **{n: getattr(batch, n) for n in HOST_FIELDS}), [new.layer], like.block_size)
-        cache, (q, k, v) = self.fill(new), (torch.cat([x, x[:1].expand(num_padding, -1, -1)]) for x in (new.q, new.k, new.v))
+        self.backend.plan(
+            replace(buffers, **{n: getattr(batch, n) for n in HOST_FIELDS}),
+            [new.layer],
+            like.block_size,
+        )
+        cache, (q, k, v) = (
+            self.fill(new),
+            (torch.cat([x, x[:1].expand(num_padding, -1, -1)]) for x in (new.q, new.k, new.v)),
+        )
         out = q.new_full(q.shape, float("nan"))
         self.backend.run(new.layer, q, k, v, cache, plan, out)
-        self.compare(new, out[:num_rows], f"with the plan of a step before, and {num_padding} rows of padding")
+        self.compare(
+            new,
+            out[:num_rows],
+            f"with the plan of a step before, and {num_padding} rows of padding",
+        )
 
     # The cache.
 
-    @common_causes("the own layout's order of heads and slots left in what is exported", "blocks sorted before they are copied")
+    @common_causes(
+        "the own layout's order of heads and slots left in what is exported",
+        "blocks sorted before they are copied",
+    )
     def test_export_and_import(self) -> None:
-        """Both are in the canonical layout `[blocks, block_size, Hkv, D]`, in the order asked for, and lose nothing."""
+        """Both are in the canonical layout `[blocks, block_size, Hkv, D]`, in the order asked for,
+        and lose nothing."""
         for kv_dtype in self.can.kv_dtypes:
-            step = Step(plain(self.can, Row(20, 50), kv_dtype=kv_dtype, seed=self.seed), self.device)
+            step = Step(
+                plain(self.can, Row(20, 50), kv_dtype=kv_dtype, seed=self.seed), self.device
+            )
             cache = self.fill(step)
             wanted = [step.blocks[0][1], step.poison, step.blocks[0][0]]
             keys, values = self.backend.export_kv(cache, wanted)
-            for got, truth, what in ((keys, step.before[0], "keys"), (values, step.before[1], "values")):
-                assert tuple(got.shape) == (3, *truth.shape[1:]), f"exported {what} must be [blocks, block_size, Hkv, D]"
-                assert same(got.cpu(), truth[wanted]), f"exported {what} differ from what was imported ({kv_dtype})"
+            for got, truth, what in (
+                (keys, step.before[0], "keys"),
+                (values, step.before[1], "values"),
+            ):
+                assert tuple(got.shape) == (
+                    3,
+                    *truth.shape[1:],
+                ), f"exported {what} must be [blocks, block_size, Hkv, D]"
+                assert same(got.cpu(), truth[wanted]), (
+                    f"exported {what} differ from what was imported ({kv_dtype})"
+                )
             moved = [wanted[1], wanted[0]]
             self.backend.import_kv(cache, moved, keys[:2], values[:2])
             again, _ = self.backend.export_kv(cache, wanted)
-            assert same(again.cpu(), keys.cpu()[[1, 0, 2]]), "import_kv must write these blocks and no other"
+            assert same(again.cpu(), keys.cpu()[[1, 0, 2]]), (
+                "import_kv must write these blocks and no other"
+            )
 
 
 def _asked(context: Context) -> str:

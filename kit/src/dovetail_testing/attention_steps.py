@@ -1,8 +1,9 @@
-"""Steps to try attention on: random ragged batches over a poisoned cache, and the oracle that knows their answer.
+"""Steps to try attention on: random ragged batches over a poisoned cache, and the oracle that knows
+their answer.
 
-A step is described in the words of the contract (`StepSpec`), then built (`Step`): the logical keys and values of every
-sequence, the canonical cache as it is before the step, with NaN in every slot that must not be read, and the cache and
-output that must come of it.
+A step is described in the words of the contract (`StepSpec`), then built (`Step`): the logical keys
+and values of every sequence, the canonical cache as it is before the step, with NaN in every slot
+that must not be read, and the cache and output that must come of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dovetail.interfaces.attention import AttentionBatch, AttentionCapabilities, AttentionLayer, KVCacheSpec
+from dovetail.interfaces.attention import (
+    AttentionBatch,
+    AttentionCapabilities,
+    AttentionLayer,
+    KVCacheSpec,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +38,8 @@ class Row:
     num_new: int
     """Tokens of the step."""
     shares: tuple[int, int] | None = None
-    """(row, n): the first n tokens lie in that earlier row's blocks, which may be written in this very step."""
+    """(row, n): the first n tokens lie in that earlier row's blocks, which may be written in this
+    very step."""
 
     @property
     def seq_len(self) -> int:
@@ -61,10 +68,14 @@ class StepSpec:
     """What the step must not touch holds a number of its own in each slot, instead of NaN."""
     seed: int = 0
     kv_range: tuple[float, float] | None = None
-    """In a KV type of one byte: the largest keys and values that its scales provide for. None: of some, by the seed."""
+    """In a KV type of one byte: the largest keys and values that its scales provide for. None: of
+    some, by the seed."""
 
     def __str__(self) -> str:
-        rows = ", ".join(f"{r.num_computed}+{r.num_new}" + (f" sharing {r.shares}" if r.shares else "") for r in self.rows)
+        rows = ", ".join(
+            f"{r.num_computed}+{r.num_new}" + (f" sharing {r.shares}" if r.shares else "")
+            for r in self.rows
+        )
         rest = {k: v for k, v in vars(self).items() if k != "rows" and v not in (None, False)}
         return f"rows [{rows}] (computed+new), " + ", ".join(f"{k}={v}" for k, v in rest.items())
 
@@ -86,14 +97,19 @@ def plain(can: AttentionCapabilities, *rows: Row, seed: int = 0, **changes: Any)
     """A step of a kind that the provider declares, as ordinary as can be."""
     dtype = preferred(can.dtypes, "float32")
     spec = StepSpec(
-        rows, dtype, preferred(can.kv_dtypes, dtype),
-        head_size=preferred(head_sizes(can), 64), block_size=preferred(block_sizes(can), 16), seed=seed,
-    )  # fmt: skip
+        rows,
+        dtype,
+        preferred(can.kv_dtypes, dtype),
+        head_size=preferred(head_sizes(can), 64),
+        block_size=preferred(block_sizes(can), 16),
+        seed=seed,
+    )
     return replace(spec, **changes)
 
 
 def random_spec(can: AttentionCapabilities, seed: int) -> StepSpec:
-    """Any step of what the provider declares: prefill, chunks and decode side by side, sharing blocks now and then."""
+    """Any step of what the provider declares: prefill, chunks and decode side by side, sharing
+    blocks now and then."""
     rng = random.Random(seed)
     block_size = rng.choice(block_sizes(can))
     dtype = rng.choice(can.dtypes)
@@ -102,38 +118,82 @@ def random_spec(can: AttentionCapabilities, seed: int) -> StepSpec:
     for _ in range(rng.randint(1, 7)):
         kind = rng.choice(("prefill", "chunk", "decode", "decode"))
         computed = 0 if kind == "prefill" else rng.choice((rng.randint(1, 40), rng.randint(1, 800)))
-        rows.append(Row(computed, 1 if kind == "decode" else rng.choice((rng.randint(1, 12), rng.randint(1, 150)))))
+        rows.append(
+            Row(
+                computed,
+                1 if kind == "decode" else rng.choice((rng.randint(1, 12), rng.randint(1, 150))),
+            )
+        )
     lender = rng.randrange(len(rows))
     if rows[lender].seq_len > block_size and rng.random() < 0.4:
         shared = rng.randint(1, (rows[lender].seq_len - 1) // block_size) * block_size
         rows.append(Row(shared + rng.randint(0, 20), rng.randint(1, 20), shares=(lender, shared)))
     return StepSpec(
-        tuple(rows), dtype, dtype if dtype in can.kv_dtypes and rng.random() < 0.7 else rng.choice(can.kv_dtypes),
-        num_heads=num_kv_heads * rng.choice((1, 2, 3, 4, 7, 8)), num_kv_heads=num_kv_heads,
-        head_size=rng.choice(head_sizes(can)), block_size=block_size,
-        window=rng.choice((None, rng.randint(1, 20), rng.randint(1, 600))) if can.sliding_window else None,
+        tuple(rows),
+        dtype,
+        dtype if dtype in can.kv_dtypes and rng.random() < 0.7 else rng.choice(can.kv_dtypes),
+        num_heads=num_kv_heads * rng.choice((1, 2, 3, 4, 7, 8)),
+        num_kv_heads=num_kv_heads,
+        head_size=rng.choice(head_sizes(can)),
+        block_size=block_size,
+        window=(
+            rng.choice((None, rng.randint(1, 20), rng.randint(1, 600)))
+            if can.sliding_window
+            else None
+        ),
         logit_soft_cap=rng.choice((None, None, 5.0, 50.0)) if can.logit_soft_cap else None,
-        sinks=can.sinks and rng.random() < 0.3, fused=rng.random() < 0.5, canary=rng.random() < 0.3, seed=seed,
-    )  # fmt: skip
+        sinks=can.sinks and rng.random() < 0.3,
+        fused=rng.random() < 0.5,
+        canary=rng.random() < 0.3,
+        seed=seed,
+    )
 
 
 def simpler(can: AttentionCapabilities, spec: StepSpec) -> list[StepSpec]:
     """Steps with one thing less, the greatest reductions first."""
-    out = [replace(spec, rows=_without(spec.rows, i)) for i in range(len(spec.rows)) if len(spec.rows) > 1]
+    out = [
+        replace(spec, rows=_without(spec.rows, i))
+        for i in range(len(spec.rows))
+        if len(spec.rows) > 1
+    ]
     plain_values: tuple[tuple[str, Any], ...] = (
-        ("sinks", False), ("logit_soft_cap", None), ("window", None), ("scale", None), ("fused", False), ("canary", False),
-        ("dtype", preferred(can.dtypes, "float32")), ("kv_dtype", preferred(can.kv_dtypes, spec.dtype)),
-        ("head_size", min(head_sizes(can))), ("block_size", preferred(block_sizes(can), 16)),
-    )  # fmt: skip
-    out += [replace(spec, **{name: value}) for name, value in plain_values if getattr(spec, name) != value]
+        ("sinks", False),
+        ("logit_soft_cap", None),
+        ("window", None),
+        ("scale", None),
+        ("fused", False),
+        ("canary", False),
+        ("dtype", preferred(can.dtypes, "float32")),
+        ("kv_dtype", preferred(can.kv_dtypes, spec.dtype)),
+        ("head_size", min(head_sizes(can))),
+        ("block_size", preferred(block_sizes(can), 16)),
+    )
+    out += [
+        replace(spec, **{name: value})
+        for name, value in plain_values
+        if getattr(spec, name) != value
+    ]
     group = spec.num_heads // spec.num_kv_heads
-    heads = [(group, 1), (spec.num_kv_heads, spec.num_kv_heads), (2 * spec.num_kv_heads, spec.num_kv_heads)]
+    heads = [
+        (group, 1),
+        (spec.num_kv_heads, spec.num_kv_heads),
+        (2 * spec.num_kv_heads, spec.num_kv_heads),
+    ]
     out += [replace(spec, num_heads=h, num_kv_heads=kv) for h, kv in heads if h < spec.num_heads]
     for i, row in enumerate(spec.rows):
         smaller = [replace(row, shares=None)] if row.shares else []
-        smaller += [replace(row, num_computed=n) for n in dict.fromkeys((0, row.num_computed // 2, row.num_computed - 1))]
-        smaller += [replace(row, num_new=n) for n in dict.fromkeys((1, row.num_new // 2, row.num_new - 1))]
-        out += [replace(spec, rows=(*spec.rows[:i], r, *spec.rows[i + 1 :])) for r in smaller if r != row]
+        smaller += [
+            replace(row, num_computed=n)
+            for n in dict.fromkeys((0, row.num_computed // 2, row.num_computed - 1))
+        ]
+        smaller += [
+            replace(row, num_new=n) for n in dict.fromkeys((1, row.num_new // 2, row.num_new - 1))
+        ]
+        out += [
+            replace(spec, rows=(*spec.rows[:i], r, *spec.rows[i + 1 :]))
+            for r in smaller
+            if r != row
+        ]
     return [s for s in out if _is_possible(s)]
 
 
@@ -141,25 +201,33 @@ def _without(rows: tuple[Row, ...], gone: int) -> tuple[Row, ...]:
     def moved(row: Row) -> Row:
         if row.shares is None or row.shares[0] < gone:
             return row
-        return replace(row, shares=None if row.shares[0] == gone else (row.shares[0] - 1, row.shares[1]))
+        return replace(
+            row, shares=None if row.shares[0] == gone else (row.shares[0] - 1, row.shares[1])
+        )
 
     return tuple(moved(r) for i, r in enumerate(rows) if i != gone)
 
 
 def _is_possible(spec: StepSpec) -> bool:
-    """Rows have tokens, and what is shared is whole blocks that the lender has and the borrower does not compute."""
+    """Rows have tokens, and what is shared is whole blocks that the lender has and the borrower
+    does not compute."""
     return all(
-        r.num_new >= 1 and r.num_computed >= 0 and (
-            r.shares is None or (
-                r.shares[1] <= min(spec.rows[r.shares[0]].seq_len, r.num_computed) and r.shares[1] % spec.block_size == 0
+        r.num_new >= 1
+        and r.num_computed >= 0
+        and (
+            r.shares is None
+            or (
+                r.shares[1] <= min(spec.rows[r.shares[0]].seq_len, r.num_computed)
+                and r.shares[1] % spec.block_size == 0
             )
         )
         for r in spec.rows
-    )  # fmt: skip
+    )
 
 
 class Step:
-    """A spec's tensors, on a device. `blocks[b]` are row b's block ids, all of them, whatever its window."""
+    """A spec's tensors, on a device. `blocks[b]` are row b's block ids, all of them, whatever its
+    window."""
 
     def __init__(self, spec: StepSpec, device: str) -> None:
         import torch
@@ -168,7 +236,9 @@ class Step:
         generator = torch.Generator().manual_seed(spec.seed)
 
         def normal(*shape: int, dtype: str) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32).to(getattr(torch, dtype))
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(
+                getattr(torch, dtype)
+            )
 
         self.keys: list[Tensor] = []
         """Per row `[seq_len, Hkv, D]`, in the model's dtype."""
@@ -181,14 +251,24 @@ class Step:
             queries.append(normal(row.num_new, spec.num_heads, spec.head_size, dtype=spec.dtype))
             if row.shares:
                 lender, n = row.shares
-                self.keys[-1][:n], self.values[-1][:n] = self.keys[lender][:n], self.values[lender][:n]
+                self.keys[-1][:n], self.values[-1][:n] = (
+                    self.keys[lender][:n],
+                    self.values[lender][:n],
+                )
         self.queries = queries
         sinks = normal(spec.num_heads, dtype="float32").to(device) if spec.sinks else None
         scale = spec.head_size**-0.5 if spec.scale is None else spec.scale
         self.layer = AttentionLayer(
-            0, spec.num_heads, spec.num_kv_heads, spec.head_size, scale, spec.window, spec.logit_soft_cap, sinks,
+            0,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_size,
+            scale,
+            spec.window,
+            spec.logit_soft_cap,
+            sinks,
             _kv_scales(spec, device),
-        )  # fmt: skip
+        )
         self._place_blocks()
         self.rebuilt()
 
@@ -201,7 +281,11 @@ class Step:
         q, k, v = (torch.cat(x).to(self.device) for x in tensors)
         if self.spec.fused:
             fused, heads = torch.cat([q, k, v], dim=1), q.shape[1]
-            q, k, v = fused[:, :heads], fused[:, heads : heads + k.shape[1]], fused[:, heads + k.shape[1] :]
+            q, k, v = (
+                fused[:, :heads],
+                fused[:, heads : heads + k.shape[1]],
+                fused[:, heads + k.shape[1] :],
+            )
         self.q, self.k, self.v = q, k, v
         return self
 
@@ -214,9 +298,12 @@ class Step:
         return [x[row.num_computed :] for row, x in zip(self.spec.rows, per_row, strict=True)]
 
     def _place_blocks(self) -> None:
-        """Shuffled block ids. Block 0 and the last two belong to nobody: they hold poison, and padding points to one."""
+        """Shuffled block ids. Block 0 and the last two belong to nobody: they hold poison, and
+        padding points to one."""
         size = self.spec.block_size
-        needed = [-(-r.seq_len // size) - (r.shares[1] // size if r.shares else 0) for r in self.spec.rows]
+        needed = [
+            -(-r.seq_len // size) - (r.shares[1] // size if r.shares else 0) for r in self.spec.rows
+        ]
         self.num_blocks = sum(needed) + 3
         self.poison = self.num_blocks - 1
         ids = list(range(1, self.num_blocks - 2))
@@ -242,7 +329,9 @@ class Step:
         if largest is None:
             return x.to(dtype)
         scales = self.layer.kv_scales
-        limited = (x.float() / (1.0 if scales is None else scales[which].cpu())).clamp(-largest, largest)
+        limited = (x.float() / (1.0 if scales is None else scales[which].cpu())).clamp(
+            -largest, largest
+        )
         return (limited.round() if dtype is torch.int8 else limited).to(dtype)
 
     def _read(self, x: Tensor, which: int) -> Tensor:
@@ -251,24 +340,38 @@ class Step:
         return x.double() * (1.0 if scales is None else scales[which].double().cpu())
 
     def _fill_cache(self) -> None:
-        """`before`: NaN but in what the rows see of earlier steps. `after`: the same, with this step's tokens. In int8, which
-        has no NaN, -128 takes its place: a number that is never stored."""
+        """`before`: NaN but in what the rows see of earlier steps. `after`: the same, with this
+        step's tokens. In int8, which has no NaN, -128 takes its place: a number that is never
+        stored."""
         import torch
 
         s = self.spec
         dtype = getattr(torch, s.kv_dtype)
         shape = (2, self.num_blocks * s.block_size, s.num_kv_heads, s.head_size)
-        before = torch.full(shape, -128, dtype=dtype) if s.kv_dtype == "int8" else torch.full(shape, float("nan")).to(dtype)
+        before = (
+            torch.full(shape, -128, dtype=dtype)
+            if s.kv_dtype == "int8"
+            else torch.full(shape, float("nan")).to(dtype)
+        )
         if s.canary:  # large enough to show in any sum, exact in every type
             own = torch.arange(shape[1]) % 100
-            numbers = (own + 20).to(torch.uint8).view(dtype) if s.kv_dtype in LARGEST else (1024 + 8 * own).to(dtype)
+            numbers = (
+                (own + 20).to(torch.uint8).view(dtype)
+                if s.kv_dtype in LARGEST
+                else (1024 + 8 * own).to(dtype)
+            )
             before[:] = numbers[:, None, None]
-        self.slots = [self.slot(b, p) for b, r in enumerate(s.rows) for p in range(r.num_computed, r.seq_len)]
+        self.slots = [
+            self.slot(b, p) for b, r in enumerate(s.rows) for p in range(r.num_computed, r.seq_len)
+        ]
         written = set(self.slots)
         for b, row in enumerate(s.rows):
             for p in range(self._visible_from(row), row.num_computed):
                 if (slot := self.slot(b, p)) not in written:
-                    before[0, slot], before[1, slot] = self._stored(self.keys[b][p], 0), self._stored(self.values[b][p], 1)
+                    before[0, slot], before[1, slot] = (
+                        self._stored(self.keys[b][p], 0),
+                        self._stored(self.values[b][p], 1),
+                    )
         after = before.clone()
         for which, tensors in enumerate((self.keys, self.values)):
             after[which, self.slots] = self._stored(torch.cat(self._new(tensors)), which)
@@ -280,7 +383,8 @@ class Step:
         return max(len(blocks) for blocks in self.blocks)
 
     def batch(self, width: int | None = None) -> AttentionBatch:
-        """The step as a worker gives it: the table is a view of a wider buffer, and its undefined entries are poison."""
+        """The step as a worker gives it: the table is a view of a wider buffer, and its undefined
+        entries are poison."""
         import torch
 
         s, size = self.spec, self.spec.block_size
@@ -292,19 +396,29 @@ class Step:
         table = torch.full((len(s.rows) + 1, width + 3), self.poison, dtype=torch.int32)
         for b, row in enumerate(s.rows):
             first = self._visible_from(row) // size
-            table[b, first : len(self.blocks[b])] = torch.tensor(self.blocks[b][first:], dtype=torch.int32)
+            table[b, first : len(self.blocks[b])] = torch.tensor(
+                self.blocks[b][first:], dtype=torch.int32
+            )
 
         def ints(values: list[int], dtype: Any) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
         return AttentionBatch(
-            ints(starts, torch.int32), ints(lengths, torch.int32), table.to(self.device)[: len(s.rows), :width],
-            ints(self.slots, torch.int64), starts, lengths,
-            len(s.rows), starts[-1], max(r.num_new for r in s.rows), max(lengths),
-        )  # fmt: skip
+            ints(starts, torch.int32),
+            ints(lengths, torch.int32),
+            table.to(self.device)[: len(s.rows), :width],
+            ints(self.slots, torch.int64),
+            starts,
+            lengths,
+            len(s.rows),
+            starts[-1],
+            max(r.num_new for r in s.rows),
+            max(lengths),
+        )
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """The output `[T, Hq, D]` and the error allowed in each of its elements, both float64, from the logical tensors."""
+        """The output `[T, Hq, D]` and the error allowed in each of its elements, both float64, from
+        the logical tensors."""
         import torch
 
         parts = [self._attend(b) for b in range(len(self.spec.rows))]
@@ -318,11 +432,17 @@ class Step:
         group = s.num_heads // s.num_kv_heads
         q = self.queries[b].double().transpose(0, 1)  # [Hq, n, D]
         stored = [self._stored(x[b], which) for which, x in enumerate((self.keys, self.values))]
-        k, v = (self._read(x, which).repeat_interleave(group, 1).transpose(0, 1) for which, x in enumerate(stored))
+        k, v = (
+            self._read(x, which).repeat_interleave(group, 1).transpose(0, 1)
+            for which, x in enumerate(stored)
+        )
         logits = q @ k.transpose(1, 2) * layer.scale  # [Hq, n, S]
         if s.logit_soft_cap is not None:
             logits = s.logit_soft_cap * torch.tanh(logits / s.logit_soft_cap)
-        query_at, key_at = torch.arange(row.num_computed, row.seq_len)[:, None], torch.arange(row.seq_len)
+        query_at, key_at = (
+            torch.arange(row.num_computed, row.seq_len)[:, None],
+            torch.arange(row.seq_len),
+        )
         seen = (key_at <= query_at) & (key_at > query_at - (s.window or row.seq_len + 1))
         largest = logits.abs().masked_fill(~seen, 0).amax()
         logits = logits.masked_fill(~seen, float("-inf"))
@@ -331,7 +451,10 @@ class Step:
             logits = torch.cat([logits, sinks], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., : row.seq_len]
         out = weights @ v
-        error = relative_error(s.dtype, s.kv_dtype, float(largest)) * (weights @ v.abs() + out.abs()) + SMALLEST[s.dtype]
+        error = (
+            relative_error(s.dtype, s.kv_dtype, float(largest)) * (weights @ v.abs() + out.abs())
+            + SMALLEST[s.dtype]
+        )
         return out.transpose(0, 1), error.transpose(0, 1)
 
 
@@ -341,26 +464,38 @@ def _kv_scales(spec: StepSpec, device: str) -> Tensor | None:
 
     rng = random.Random(spec.seed)
     if spec.kv_dtype in LARGEST and spec.kv_range is not None:
-        return torch.tensor([n / LARGEST[spec.kv_dtype] for n in spec.kv_range], dtype=torch.float32, device=device)
+        return torch.tensor(
+            [n / LARGEST[spec.kv_dtype] for n in spec.kv_range], dtype=torch.float32, device=device
+        )
     if spec.kv_dtype not in LARGEST or (spec.kv_dtype == "float8_e4m3fn" and rng.random() < 0.3):
         return None
     largest = [rng.uniform(1.5, 4.0) for _ in range(2)]
-    return torch.tensor([n / LARGEST[spec.kv_dtype] for n in largest], dtype=torch.float32, device=device)
+    return torch.tensor(
+        [n / LARGEST[spec.kv_dtype] for n in largest], dtype=torch.float32, device=device
+    )
 
 
-ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float8_e4m3fn": 2.0**-8, "int8": 2.0**-8}
-"""Half of the distance from 1 to the next number. Types of one byte: of bfloat16, which holds all their numbers and is what a
-kernel may multiply them in."""
+ROUNDING = {
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float8_e4m3fn": 2.0**-8,
+    "int8": 2.0**-8,
+}
+"""Half of the distance from 1 to the next number. Types of one byte: of bfloat16, which holds all
+their numbers and is what a kernel may multiply them in."""
 SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
-"""What a result next to zero may be off by: float16's smallest step; others may flush what is below a normal number."""
+"""What a result next to zero may be off by: float16's smallest step; others may flush what is below
+a normal number."""
 
 
 def relative_error(dtype: str, kv_dtype: str, largest_logit: float) -> float:
     """What a correct kernel may be off by, relative to Σ weight·|v| + |out|.
 
-    Sums and softmax are float32: an error in a logit is the same relative error in its weight, and a logit of size x carries
-    some 2^-24 · x for each partial sum. On top, the output is rounded to its dtype, and a kernel may round the weights, and the
-    queries where KV is stored in another type, to the coarser of the two types before it multiplies.
+    Sums and softmax are float32: an error in a logit is the same relative error in its weight, and
+    a logit of size x carries some 2^-24 · x for each partial sum. On top, the output is rounded to
+    its dtype, and a kernel may round the weights, and the queries where KV is stored in another
+    type, to the coarser of the two types before it multiplies.
     """
     float32 = ROUNDING["float32"] * (64 + 16 * largest_logit)
     coarsest = max(ROUNDING[dtype], ROUNDING[kv_dtype])
@@ -370,15 +505,22 @@ def relative_error(dtype: str, kv_dtype: str, largest_logit: float) -> float:
 
 
 def padded(batch: AttentionBatch, count: int) -> AttentionBatch:
-    """A decode step with `count` rows of padding behind its own (`AttentionCapabilities.graph_capture`)."""
+    """A decode step with `count` rows of padding behind its own
+    (`AttentionCapabilities.graph_capture`)."""
     import torch
 
     start, table = batch.host_query_start[-1], batch.block_table
     more = torch.arange(start + 1, start + count + 1, dtype=torch.int32, device=table.device)
     ones = torch.ones_like(more)
     return AttentionBatch(
-        torch.cat([batch.query_start, more]), torch.cat([batch.seq_lens, ones]),
-        torch.cat([table, table.new_zeros(count, table.shape[1])]), torch.cat([batch.slot_mapping, ones.long() * 0]),
-        batch.host_query_start + more.tolist(), batch.host_seq_lens + ones.tolist(),
-        batch.num_seqs + count, batch.num_tokens + count, 1, batch.max_seq_len,
-    )  # fmt: skip
+        torch.cat([batch.query_start, more]),
+        torch.cat([batch.seq_lens, ones]),
+        torch.cat([table, table.new_zeros(count, table.shape[1])]),
+        torch.cat([batch.slot_mapping, ones.long() * 0]),
+        batch.host_query_start + more.tolist(),
+        batch.host_seq_lens + ones.tolist(),
+        batch.num_seqs + count,
+        batch.num_tokens + count,
+        1,
+        batch.max_seq_len,
+    )

@@ -1,4 +1,5 @@
-"""How one step is tried on an attention backend: from a poisoned cache, against the oracle. The checks are in attention.py."""
+"""How one step is tried on an attention backend: from a poisoned cache, against the oracle. The
+checks are in attention.py."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class AttentionTrial(Contract):
     @property
     def can(self) -> AttentionCapabilities:
         can = self.provider.capabilities
-        assert isinstance(can, AttentionCapabilities), "a provider of attention declares an AttentionCapabilities"
+        assert isinstance(can, AttentionCapabilities), (
+            "a provider of attention declares an AttentionCapabilities"
+        )
         return can
 
     def check(self, spec: StepSpec) -> None:
@@ -44,7 +47,8 @@ class AttentionTrial(Contract):
         self.attempt(spec, self.once, partial(simpler, self.can))
 
     def once(self, spec: StepSpec) -> None:
-        """From a poisoned cache: the output is the oracle's, and the cache what it was but for the step's slots."""
+        """From a poisoned cache: the output is the oracle's, and the cache what it was but for the
+        step's slots."""
         step = Step(spec, self.device)
         out, cache = self.run(step)
         self.compare(step, out)
@@ -53,21 +57,37 @@ class AttentionTrial(Contract):
             if not same(got.cpu(), after):
                 slots = differing_slots(got.cpu(), after)
                 mine = [s for s in slots if s in step.slots]
-                wrong = f"slot {mine[0]} lacks its token's {what}" if mine else f"{what} of slot {slots[0]} were changed"
-                raise Broken(f"run must write the step's slots, and no other: {wrong}", input=str(spec))
+                wrong = (
+                    f"slot {mine[0]} lacks its token's {what}"
+                    if mine
+                    else f"{what} of slot {slots[0]} were changed"
+                )
+                raise Broken(
+                    f"run must write the step's slots, and no other: {wrong}", input=str(spec)
+                )
 
     def compiled_once(self, spec: StepSpec) -> None:
         import torch
 
         step, backend = Step(spec, self.device), cast(CompiledAttention, self.backend)
         expected, expected_cache = self.run(step)
-        cache, plan = self.fill(step), backend.plan(step.batch(), [step.layer], step.spec.block_size)
+        cache, plan = (
+            self.fill(step),
+            backend.plan(step.batch(), [step.layer], step.spec.block_size),
+        )
         call, out = operands(step)
         compiled = backend.compile(step.layer, cache, call)
-        run_operations(compiled.ops, {step.layer.index: backend.address(step.layer, plan)}, len(step.q), spec.seed)
+        run_operations(
+            compiled.ops,
+            {step.layer.index: backend.address(step.layer, plan)},
+            len(step.q),
+            spec.seed,
+        )
         assert torch.equal(out, expected), "compiled operations and run differ"
         blocks = list(range(step.num_blocks))
-        for ours, theirs in zip(backend.export_kv(cache, blocks), backend.export_kv(expected_cache, blocks), strict=True):
+        for ours, theirs in zip(
+            backend.export_kv(cache, blocks), backend.export_kv(expected_cache, blocks), strict=True
+        ):
             assert same(ours, theirs), "compiled operations and run leave different caches"
 
     def run(self, step: Step) -> tuple[Tensor, Any]:
@@ -97,22 +117,31 @@ class AttentionTrial(Contract):
         token, head, d = (int(i) for i in wrong.nonzero()[0])
         row = next(b for b, end in enumerate(step.batch().host_query_start[1:]) if token < end)
         why = (
-            "NaN: a slot outside the row's sequence and window was read, or an element was not written"
+            "NaN: a slot outside the row's sequence and window was read, or an element was not"
+            " written"
             if torch.isnan(got[token, head]).any()
-            else f"{got[token, head, d]:.7g} instead of {expected[token, head, d]:.7g} ± {allowed[token, head, d]:.1g}"
+            else (
+                f"{got[token, head, d]:.7g} instead of {expected[token, head, d]:.7g} ±"
+                f" {allowed[token, head, d]:.1g}"
+            )
         )
         raise Broken(
-            f"out must be softmax(scale · q·k) v over the row's own visible tokens{when and ' '}{when}: row {row}, "
-            f"token {token}, head {head} has {why}; {int(wrong.any(-1).sum())} of {wrong[..., 0].numel()} (token, head) "
-            "pairs are wrong", input=str(step.spec),
-        )  # fmt: skip
+            "out must be softmax(scale · q·k) v over the row's own visible"
+            f" tokens{when and ' '}{when}: row {row}, token {token}, head {head} has {why};"
+            f" {int(wrong.any(-1).sum())} of {wrong[..., 0].numel()} (token, head) pairs are wrong",
+            input=str(step.spec),
+        )
 
     def transplant(self, source: Step, spec: StepSpec, place: int) -> Step:
-        """A step of `spec` whose row `place` continues the source's only sequence, with the source's layer."""
+        """A step of `spec` whose row `place` continues the source's only sequence, with the
+        source's layer."""
         step = Step(spec, self.device)
         row = spec.rows[place]
         step.layer = source.layer
-        step.keys[place], step.values[place] = source.keys[0][: row.seq_len], source.values[0][: row.seq_len]
+        step.keys[place], step.values[place] = (
+            source.keys[0][: row.seq_len],
+            source.values[0][: row.seq_len],
+        )
         step.queries[place] = source.queries[0][row.num_computed : row.seq_len]
         return step.rebuilt()
 
@@ -122,7 +151,11 @@ class AttentionTrial(Contract):
     def asking(self, dtype: str | None = None, /, **needs: Any) -> Context:
         """For as ordinary a layer as the provider declares, but for `needs`."""
         usual = plain(self.can)
-        ordinary = {"head_size": usual.head_size, "block_size": usual.block_size, "kv_dtype": usual.kv_dtype}
+        ordinary = {
+            "head_size": usual.head_size,
+            "block_size": usual.block_size,
+            "kv_dtype": usual.kv_dtype,
+        }
         return self.selection_context(dtype or usual.dtype, **{**ordinary, **needs})
 
     def contexts(self, *, declared: bool) -> list[Context]:
@@ -130,13 +163,23 @@ class AttentionTrial(Contract):
         can = self.can
         out = [self.asking(**{f: True}) for f in FEATURES if getattr(can, f) == declared]
         if declared:
-            out += [self.asking(d) for d in can.dtypes] + [self.asking(kv_dtype=d) for d in can.kv_dtypes]
+            out += [self.asking(d) for d in can.dtypes] + [
+                self.asking(kv_dtype=d) for d in can.kv_dtypes
+            ]
             out += [self.asking(head_size=n) for n in can.head_sizes or ()]
             return out + [self.asking(block_size=n) for n in can.block_sizes or ()]
         out += [self.asking(d) for d in DTYPES if d not in can.dtypes]
         out += [self.asking(kv_dtype=d) for d in DTYPES if d not in can.kv_dtypes]
-        out += [self.asking(head_size=n) for n in range(1, 300) if can.head_sizes and n not in can.head_sizes]
-        out += [self.asking(block_size=n) for n in range(1, 300) if can.block_sizes and n not in can.block_sizes]
+        out += [
+            self.asking(head_size=n)
+            for n in range(1, 300)
+            if can.head_sizes and n not in can.head_sizes
+        ]
+        out += [
+            self.asking(block_size=n)
+            for n in range(1, 300)
+            if can.block_sizes and n not in can.block_sizes
+        ]
         return [*out, replace(self.asking(), device_name="nowhere:0")]
 
 

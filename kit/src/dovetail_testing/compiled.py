@@ -1,4 +1,5 @@
-"""Operations of a compiled step, run from Python: one piece at a time, in an order that a team of threads might have."""
+"""Operations of a compiled step, run from Python: one piece at a time, in an order that a team of
+threads might have."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _PIECE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32
 
 
 def operands(step: Step) -> tuple[AttentionCall, Tensor]:
-    """The step's q, k and v in one buffer `[T, Hq + 2 Hkv, D]`, and the output `[T, Hq, D]`, NaN, a view of wider rows."""
+    """The step's q, k and v in one buffer `[T, Hq + 2 Hkv, D]`, and the output `[T, Hq, D]`, NaN, a
+    view of wider rows."""
     import torch
 
     num_tokens, num_heads, head_size = step.q.shape
@@ -29,9 +31,16 @@ def operands(step: Step) -> tuple[AttentionCall, Tensor]:
     kind = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[step.q.dtype]
     stride = fused.stride(0)
     call = AttentionCall(
-        at, at + num_heads * size, at + (num_heads + num_kv_heads) * size, out.data_ptr(), stride, stride, stride,
-        out.stride(0), kind,
-    )  # fmt: skip
+        at,
+        at + num_heads * size,
+        at + (num_heads + num_kv_heads) * size,
+        out.data_ptr(),
+        stride,
+        stride,
+        stride,
+        out.stride(0),
+        kind,
+    )
     call.kept = (fused, out)
     return call, out[:, :num_heads]
 
@@ -41,7 +50,9 @@ def run_operations(ops: list[Op], attention: dict[int, int], num_tokens: int, se
     import torch
 
     rng, num_threads = random.Random(seed), torch.get_num_threads()
-    addresses = (ctypes.c_void_p * (max(attention) + 1))(*(attention.get(i) for i in range(max(attention) + 1)))
+    addresses = (ctypes.c_void_p * (max(attention) + 1))(
+        *(attention.get(i) for i in range(max(attention) + 1))
+    )
     header = StepHeader(num_tokens, num_threads, None, None, ctypes.addressof(addresses))
     for op in ops:
         count = _PIECES(op.pieces)(op.self, ctypes.addressof(header))

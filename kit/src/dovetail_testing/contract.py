@@ -1,10 +1,12 @@
-"""What all contract classes have in common. A plugin's whole conformance test is a subclass of its extension point's contract:
+"""What all contract classes have in common. A plugin's whole conformance test is a subclass of its
+extension point's contract:
 
     class TestMyScheduler(SchedulerContract):
         provider = PROVIDER
 
-What the provider declares is tested; what it does not declare must be refused with a reason. Inputs are fresh in each run;
-a failure says what the contract asks, the smallest input that fails, and what usually causes it.
+What the provider declares is tested; what it does not declare must be refused with a reason. Inputs
+are fresh in each run; a failure says what the contract asks, the smallest input that fails, and
+what usually causes it.
 """
 
 from __future__ import annotations
@@ -43,23 +45,29 @@ Input = TypeVar("Input")
 
 
 class Broken(AssertionError):
-    """A provider does not do what its contract asks. Raised with what was found; the check adds the rest."""
+    """A provider does not do what its contract asks. Raised with what was found; the check adds the
+    rest."""
 
-    def __init__(self, found: str, *, input: str = "", asks: str = "", causes: str = "", seed: int = RUN_SEED) -> None:
+    def __init__(
+        self, found: str, *, input: str = "", asks: str = "", causes: str = "", seed: int = RUN_SEED
+    ) -> None:
         self.found, self.input, self.asks, self.causes, self.seed = found, input, asks, causes, seed
         super().__init__(found)
 
     def __str__(self) -> str:
         lines = (
-            ("the contract asks", self.asks), ("smallest failing input", self.input), ("common causes", self.causes),
+            ("the contract asks", self.asks),
+            ("smallest failing input", self.input),
+            ("common causes", self.causes),
             ("to repeat", f"DOVETAIL_TEST_SEED={self.seed}"),
-        )  # fmt: skip
+        )
         rows = [f"{what}: {text}" for what, text in lines if text]
         return "\n  ".join([self.found, *(line for row in rows for line in row.splitlines())])
 
 
 def common_causes(*causes: str) -> Callable[[Check], Check]:
-    """Make a method a check of a contract: its docstring is what the contract asks, and every failure becomes a `Broken`."""
+    """Make a method a check of a contract: its docstring is what the contract asks, and every
+    failure becomes a `Broken`."""
 
     def decorate(check: Check) -> Check:
         asks = " ".join((check.__doc__ or "").split())
@@ -83,16 +91,23 @@ def completed(error: Exception, given: str, asks: str, causes: str, seed: int) -
     if isinstance(error, Broken):
         found, input = error.found, error.input
     else:  # an assertion of the check speaks for itself; any other error is the provider's
-        found = str(error) if isinstance(error, AssertionError) else f"it raised {type(error).__name__}: {error}"
+        found = (
+            str(error)
+            if isinstance(error, AssertionError)
+            else f"it raised {type(error).__name__}: {error}"
+        )
         input = ""
     example = "\n".join(getattr(error, "__notes__", ()))  # where hypothesis writes it
-    example = re.sub(r"  # or any other.*|^ *# The test always.*\n|^Failing test case: ", "", example, flags=re.M)
+    example = re.sub(
+        r"  # or any other.*|^ *# The test always.*\n|^Failing test case: ", "", example, flags=re.M
+    )
     input = input or example or given or "none: as the provider is declared and built"
     return Broken(found or "an assertion failed", input=input, asks=asks, causes=causes, seed=seed)
 
 
 class Contract:
-    """Base of all contract classes. A class that sets `extension point` is a contract; any other is a plugin's test of one.
+    """Base of all contract classes. A class that sets `extension point` is a contract; any other is
+    a plugin's test of one.
 
     A check cannot be overridden; it can be expected to fail.
     """
@@ -102,27 +117,48 @@ class Contract:
     device: ClassVar[str] = "cpu"
     options: ClassVar[dict[str, Any]] = {}
     version: ClassVar[str] = ""
-    """Of the extension point's contract: the one that the provider was written for, if that is not the present one."""
+    """Of the extension point's contract: the one that the provider was written for, if that is not
+    the present one."""
     inner: ClassVar[dict[str, Provider[Any]]] = {}
-    """For a provider whose plugin opens extension points of its own: who fills those, by extension point."""
+    """For a provider whose plugin opens extension points of its own: who fills those, by extension
+    point."""
     added: ClassVar[tuple[ExtensionPoint, ...]] = ()
     """Extension points that plugins add, as far as the contract needs them."""
     expected_failures: ClassVar[dict[str, str]] = {}
-    """By name of a check: the reason why this provider does not pass it yet. One that passes after all fails."""
+    """By name of a check: the reason why this provider does not pass it yet. One that passes after
+    all fails."""
     seed: ClassVar[int] = RUN_SEED
 
     def __init_subclass__(cls) -> None:
         if "extension_point" in vars(cls):
             for name, check in vars(cls).items():
-                if name.startswith("test_") and not (hasattr(check, "contract_check") and check.__doc__):
-                    raise TypeError(f"{cls.__name__}.{name} needs a docstring (what the contract asks) and @common_causes")
+                if name.startswith("test_") and not (
+                    hasattr(check, "contract_check") and check.__doc__
+                ):
+                    raise TypeError(
+                        f"{cls.__name__}.{name} needs a docstring (what the contract asks) and"
+                        " @common_causes"
+                    )
             return
-        contracts = [base for base in cls.__mro__ if "extension_point" in vars(base) or base is Contract]
-        fixed = {n for base in contracts for n, v in vars(base).items() if callable(v) and not n.startswith("__")}
+        contracts = [
+            base for base in cls.__mro__ if "extension_point" in vars(base) or base is Contract
+        ]
+        fixed = {
+            n
+            for base in contracts
+            for n, v in vars(base).items()
+            if callable(v) and not n.startswith("__")
+        }
         if overridden := sorted(fixed & set(vars(cls))):
-            raise TypeError(f"{cls.__name__} overrides {', '.join(overridden)} of the contract: use expected_failures")
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(overridden)} of the contract: use"
+                " expected_failures"
+            )
         if unknown := sorted(set(cls.expected_failures) - fixed):
-            raise TypeError(f"{cls.__name__} expects checks to fail that the contract does not have: {', '.join(unknown)}")
+            raise TypeError(
+                f"{cls.__name__} expects checks to fail that the contract does not have:"
+                f" {', '.join(unknown)}"
+            )
 
     @pytest.fixture(autouse=True)
     def _prepared(self, request: pytest.FixtureRequest) -> None:
@@ -131,7 +167,13 @@ class Contract:
         try:
             self.prepare()
         except Exception as e:
-            raise completed(e, str(self.options), BUILDS, "an import or a device that is missing here", self.seed) from e
+            raise completed(
+                e,
+                str(self.options),
+                BUILDS,
+                "an import or a device that is missing here",
+                self.seed,
+            ) from e
 
     def prepare(self) -> None:
         """Called before each check. For contracts whose checks share an object."""
@@ -141,7 +183,9 @@ class Contract:
     def settled_options(self, model: ModelFacts | None = None) -> Options:
         """The options under test, with what they leave open decided as a plan would."""
         given = self.provider.options.model_validate(self.options)
-        return self.provider.resolve_options(replace(self.selection_context(), model=model or KIT_MODEL), given)[0]
+        return self.provider.resolve_options(
+            replace(self.selection_context(), model=model or KIT_MODEL), given
+        )[0]
 
     def build(self, context: BuildContext | None = None) -> Any:
         context = context or self.build_context()
@@ -149,24 +193,42 @@ class Contract:
         return self.registry().extension_points[self.extension_point].adapted(self.version, built)
 
     def build_context(self, **changes: Any) -> BuildContext:
-        """What the core gives to `build`, for a tiny made-up model. `changes` are fields of `BuildContext` but `plan`."""
-        defaults: dict[str, type[Options]] = {"kv_cache": KVCacheOptions, "scheduler": SchedulerOptions}
+        """What the core gives to `build`, for a tiny made-up model. `changes` are fields of
+        `BuildContext` but `plan`."""
+        defaults: dict[str, type[Options]] = {
+            "kv_cache": KVCacheOptions,
+            "scheduler": SchedulerOptions,
+        }
         options = {key: kind.model_validate({}) for key, kind in defaults.items()}
         options[self.extension_point] = self.settled_options(changes.get("model"))
         options |= {name: provider.options() for name, provider in self.inner.items()}
         names = {name: provider.name for name, provider in self.inner.items()}
         choices = {
             key: Choice(
-                extension_point=key, requested="auto", provider=names.get(key, self.provider.name), distribution=DISTRIBUTION,
-                version="0", contract=self.registry().extension_points[key].contract, options=value.model_dump(mode="json"),
+                extension_point=key,
+                requested="auto",
+                provider=names.get(key, self.provider.name),
+                distribution=DISTRIBUTION,
+                version="0",
+                contract=self.registry().extension_points[key].contract,
+                options=value.model_dump(mode="json"),
             )
             for key, value in options.items()
-        }  # fmt: skip
+        }
         plan = Plan(
-            model="kit", served_model_name="kit", folder=str(KIT_MODEL.folder), device=self.device, dtype="float32",
-            max_model_len=KIT_MODEL.max_position_embeddings, layer_kinds=["full"], choices=choices, overlap=False,
-            max_num_waiting=1024, trust_remote_code=False, architecture=KIT_MODEL.architecture,
-        )  # fmt: skip
+            model="kit",
+            served_model_name="kit",
+            folder=str(KIT_MODEL.folder),
+            device=self.device,
+            dtype="float32",
+            max_model_len=KIT_MODEL.max_position_embeddings,
+            layer_kinds=["full"],
+            choices=choices,
+            overlap=False,
+            max_num_waiting=1024,
+            trust_remote_code=False,
+            architecture=KIT_MODEL.architecture,
+        )
         return replace(PlanContext(plan, self.registry(), device_facts(), KIT_MODEL), **changes)
 
     # What is declared, and what is refused.
@@ -174,8 +236,14 @@ class Contract:
     def registry(self) -> Registry:
         """One that offers the provider under test, and nothing else."""
         plugin = PluginInfo("under-test", DISTRIBUTION, "0", "", "under_test")
-        offers = [Offer(self.extension_point, self.provider, plugin), *(Offer(s, p, plugin) for s, p in self.inner.items())]
-        added = {name: ExtensionPoint(name, f"dovetail_{name}", "", within=self.extension_point) for name in self.inner}
+        offers = [
+            Offer(self.extension_point, self.provider, plugin),
+            *(Offer(s, p, plugin) for s, p in self.inner.items()),
+        ]
+        added = {
+            name: ExtensionPoint(name, f"dovetail_{name}", "", within=self.extension_point)
+            for name in self.inner
+        }
         extension_points = added | {s.name: s for s in (*EXTENSION_POINTS, *self.added)}
         return Registry([plugin], extension_points, offers=offers)
 
@@ -183,15 +251,22 @@ class Contract:
         return Context(device_facts(), KIT_MODEL, self.device, dtype, needs)
 
     def refusal(self, context: Context) -> str | None:
-        """Why the core would not take this provider when asked for it by name, or None if it would."""
+        """Why the core would not take this provider when asked for it by name, or None if it
+        would."""
         try:
-            choose(self.registry(), self.extension_point, ProviderConfig(use=self.provider.name, options=dict(self.options)), context)
+            choose(
+                self.registry(),
+                self.extension_point,
+                ProviderConfig(use=self.provider.name, options=dict(self.options)),
+                context,
+            )
         except PluginError as e:
             return e.message
         return None
 
     def needs(self, declared: object, what: str, context: Context) -> None:
-        """Go on with a check if `what` is declared. If not, the core must refuse it with a reason, and the check ends here."""
+        """Go on with a check if `what` is declared. If not, the core must refuse it with a reason,
+        and the check ends here."""
         refusal = self.refusal(context)
         if declared:
             assert refusal is None, f"{what} is declared, and refused: {refusal}"
@@ -206,17 +281,27 @@ class Contract:
         found = run_machine(new, self.seed, examples=examples * SCALE, steps=steps)
         if found is not None:
             error, calls = found
-            raise Broken(completed(error, "", "", "", self.seed).found, input=shown(calls)) from error
+            raise Broken(
+                completed(error, "", "", "", self.seed).found, input=shown(calls)
+            ) from error
 
-    def run_examples(self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]) -> None:
-        """Call `test` with examples sampled by hypothesis; a failure shows the simplest example that fails."""
+    def run_examples(
+        self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]
+    ) -> None:
+        """Call `test` with examples sampled by hypothesis; a failure shows the simplest example
+        that fails."""
         phases = (Phase.generate, Phase.shrink)  # the last one, explain, traces every line
         seed(self.seed)(limits(examples * SCALE, phases=phases)(given(**strategies)(test)))()
 
     def attempt(
-        self, given: Input, attempt: Callable[[Input], None], simpler: Callable[[Input], list[Input]], limit: int = 60
+        self,
+        given: Input,
+        attempt: Callable[[Input], None],
+        simpler: Callable[[Input], list[Input]],
+        limit: int = 60,
     ) -> None:
-        """Call `attempt(given)`. If it fails, fail with the simplest input that does, found greedily in `limit` attempts."""
+        """Call `attempt(given)`. If it fails, fail with the simplest input that does, found
+        greedily in `limit` attempts."""
         error = failure_of(attempt, given)
         if error is None:
             return
@@ -238,10 +323,24 @@ def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | No
 
 
 DISTRIBUTION = "under-test"
-BUILDS = "With the options under test, `build` returns the object that its extension point asks for."
+BUILDS = (
+    "With the options under test, `build` returns the object that its extension point asks for."
+)
 KIT_MODEL = ModelFacts(
-    folder=Path("kit-model"), architecture="KitForCausalLM", model_type="kit", dtype="float32", num_layers=1, hidden_size=128,
-    num_heads=2, num_kv_heads=2, head_size=64, vocab_size=64, max_position_embeddings=4096,
-    layer_kinds=(LayerKind("full", None),), logit_soft_cap=None, eos_token_ids=(), has_sinks=False,
-)  # fmt: skip
+    folder=Path("kit-model"),
+    architecture="KitForCausalLM",
+    model_type="kit",
+    dtype="float32",
+    num_layers=1,
+    hidden_size=128,
+    num_heads=2,
+    num_kv_heads=2,
+    head_size=64,
+    vocab_size=64,
+    max_position_embeddings=4096,
+    layer_kinds=(LayerKind("full", None),),
+    logit_soft_cap=None,
+    eos_token_ids=(),
+    has_sinks=False,
+)
 """What a provider under test is asked about, where no real model takes part."""

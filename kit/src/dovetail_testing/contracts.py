@@ -1,4 +1,5 @@
-"""Which contract class belongs to an extension point. An extension point that a plugin adds names its own, in `ExtensionPoint.contract_class`."""
+"""Which contract class belongs to an extension point. An extension point that a plugin adds names
+its own, in `ExtensionPoint.contract_class`."""
 
 from __future__ import annotations
 

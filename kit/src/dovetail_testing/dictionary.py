@@ -1,4 +1,5 @@
-"""The simplest prefix cache there is, for tests of the parts around it: whole beginnings as keys, in order of their coming."""
+"""The simplest prefix cache there is, for tests of the parts around it: whole beginnings as keys,
+in order of their coming."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The contract of the drafter's extension point (`speculation`), as tests. A plugin's test is a subclass:
+"""The contract of the drafter's extension point (`speculation`), as tests. A plugin's test is a
+subclass:
 
-    class TestMyDrafter(DrafterContract):
-        provider = PROVIDER
+class TestMyDrafter(DrafterContract):
+    provider = PROVIDER
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from dovetail.plugin.provider import DrafterOptions, DraftModelOptions, Provider
 from dovetail.sequence import Sequence
 from dovetail.types import DRAFTED_BY_WORKER, Request, SamplingParams
 from dovetail_testing.contract import KIT_MODEL, Contract, common_causes
-from dovetail_testing.engines import Asked, EngineMachine, Parts, Setup, alone, requests_of, run, setups, workloads
+from dovetail_testing.engines import (
+    Asked,
+    EngineMachine,
+    Parts,
+    Setup,
+    alone,
+    requests_of,
+    run,
+    setups,
+    workloads,
+)
 from dovetail_testing.machines import Machine, beginning, operation
 from dovetail_testing.prefix_cache import new_paged, new_scheduler
 
@@ -33,35 +44,50 @@ class DrafterContract(Contract):
     def parts(self) -> Parts:
         options = self.settled_options()
         assert isinstance(options, DrafterOptions), "the options must extend DrafterOptions"
-        return Parts(new_paged, new_scheduler, self.new, options.num_draft_tokens, runs_in_worker(self.provider))
+        return Parts(
+            new_paged,
+            new_scheduler,
+            self.new,
+            options.num_draft_tokens,
+            runs_in_worker(self.provider),
+        )
 
     def new(self) -> Drafter:
         drafter: Drafter = self.build()
         return drafter
 
-    @common_causes("the options do not extend DrafterOptions or DraftModelOptions", "capabilities of another extension point, or none")
+    @common_causes(
+        "the options do not extend DrafterOptions or DraftModelOptions",
+        "capabilities of another extension point, or none",
+    )
     def test_declaration(self) -> None:
-        """The options extend `DrafterOptions` (`DraftModelOptions`, if it runs in the worker), and the capabilities are
-        `DrafterCapabilities`."""
+        """The options extend `DrafterOptions` (`DraftModelOptions`, if it runs in the worker), and
+        the capabilities are `DrafterCapabilities`."""
         can = self.provider.capabilities
         assert isinstance(can, DrafterCapabilities), f"capabilities are a {type(can).__name__}"
         base = DraftModelOptions if runs_in_worker(self.provider) else DrafterOptions
         assert issubclass(self.provider.options, base), f"the options must extend {base.__name__}"
 
     @common_causes(
-        "more tokens than were asked for", "a token that does not exist", "`seq.tokens` appended to, or kept and changed",
-        "an index keyed by anything but seq_id", "state of an ended sequence that meets another of the same seq_id",
+        "more tokens than were asked for",
+        "a token that does not exist",
+        "`seq.tokens` appended to, or kept and changed",
+        "an index keyed by anything but seq_id",
+        "state of an ended sequence that meets another of the same seq_id",
         "an index that is not continued where it ended",
-    )  # fmt: skip
+    )
     def test_proposals(self) -> None:
-        """At most `max_tokens` tokens that exist (or are left to the worker, if it runs there), for a sequence that is only
-        read; unless it declares to learn from other requests, what a fresh drafter says of the same tokens: nothing leaks from
-        one sequence into another."""
+        """At most `max_tokens` tokens that exist (or are left to the worker, if it runs there), for
+        a sequence that is only read; unless it declares to learn from other requests, what a fresh
+        drafter says of the same tokens: nothing leaks from one sequence into another."""
         self.run_machine(partial(ProposalsMachine, self), examples=120)
 
-    @common_causes("it raises for short sequences", "it returns something other than a list of ints")
+    @common_causes(
+        "it raises for short sequences", "it returns something other than a list of ints"
+    )
     def test_drafting_changes_no_output(self) -> None:
-        """A sequence says what it says without drafts, greedy and sampled, however it was batched, preempted and resumed."""
+        """A sequence says what it says without drafts, greedy and sampled, however it was batched,
+        preempted and resumed."""
 
         def same_as_without(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
@@ -72,14 +98,19 @@ class DrafterContract(Contract):
 
         self.run_examples(same_as_without, examples=60, setup=setups, workload=workloads)
 
-    @common_causes("forget raises for a sequence that was never asked about", "propose raises after a preemption")
+    @common_causes(
+        "forget raises for a sequence that was never asked about",
+        "propose raises after a preemption",
+    )
     def test_an_engine_whatever_happens(self) -> None:
-        """Requests come, run and are aborted at any moment, between draft and verification too: no request fails."""
+        """Requests come, run and are aborted at any moment, between draft and verification too: no
+        request fails."""
         self.run_machine(partial(EngineMachine, self.parts), examples=40)
 
     @common_causes("state kept by the class or the module instead of the object")
     def test_two_engines_do_not_meet(self) -> None:
-        """What one object is asked changes nothing of what another says, though both know sequences of the same `seq_id`."""
+        """What one object is asked changes nothing of what another says, though both know sequences
+        of the same `seq_id`."""
         texts = [[1, 2, 3, 1, 2, 3, 1, 2], [3, 2, 1, 3, 2, 1, 3]]
         alone = []
         for tokens in texts:
@@ -92,14 +123,19 @@ class DrafterContract(Contract):
             for drafter, seq, said in zip(pair, sequences, together, strict=True):
                 said.append(drafter.propose(seq, 4))
         for said, expected in zip(together, alone, strict=True):
-            assert said == expected[: len(said)], f"beside another it proposes {said}, and alone {expected[: len(said)]}"
+            assert said == expected[: len(said)], (
+                f"beside another it proposes {said}, and alone {expected[: len(said)]}"
+            )
 
     @common_causes("sequences kept in a list or as keys, which `forget` does not look through")
     def test_ended_sequences_are_let_go(self) -> None:
-        """After `forget` nothing refers to the sequence any more: a server has millions of them in its life."""
+        """After `forget` nothing refers to the sequence any more: a server has millions of them in
+        its life."""
         drafter, ended = self.new(), []
         for seq_id in range(3):
-            seq = Watched(seq_id, Request("r", [1, 2, 1], SamplingParams(), 99, 0, []), 0, [1, 2, 1])
+            seq = Watched(
+                seq_id, Request("r", [1, 2, 1], SamplingParams(), 99, 0, []), 0, [1, 2, 1]
+            )
             drafter.propose(seq, 4)
             drafter.forget(seq_id)
             ended.append(weakref.ref(seq))
@@ -123,16 +159,22 @@ class Watched(Sequence):
 def growing(tokens: list[int]) -> list[Sequence]:
     """One sequence of seq_id 0 at every length from 1 on."""
     request = Request("r", tokens[:1], SamplingParams(), 99, 0, [])
-    return [Sequence(0, request, 0, tokens[:i], num_computed_tokens=i - 1) for i in range(1, len(tokens) + 1)]
+    return [
+        Sequence(0, request, 0, tokens[:i], num_computed_tokens=i - 1)
+        for i in range(1, len(tokens) + 1)
+    ]
 
 
 def state_of(seq: Sequence) -> dict[str, Any]:
     values = {f.name: getattr(seq, f.name) for f in fields(seq)}
-    return {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {
+        name: list(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 class ProposalsMachine(Machine):
-    """Sequences that grow by what was proposed, by something else, or by both, and end at any moment."""
+    """Sequences that grow by what was proposed, by something else, or by both, and end at any
+    moment."""
 
     drafter: Drafter
 
@@ -145,23 +187,39 @@ class ProposalsMachine(Machine):
     def build(self) -> None:
         self.drafter = self.contract.new()
 
-    @operation(seq_id=st.integers(0, 5), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30))
+    @operation(
+        seq_id=st.integers(0, 5), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30)
+    )
     def start(self, seq_id: int, prompt: list[int]) -> None:
         if seq_id not in self.sequences:
             self._start(seq_id, prompt)
 
     def _start(self, seq_id: int, prompt: list[int]) -> None:
         other = self.sequences.get(seq_id ^ 1)  # the other sample of its request
-        request = other.request if other else Request(f"r{seq_id // 2}", prompt, SamplingParams(n=2), 1000, 0, [])
-        self.sequences[seq_id] = Sequence(seq_id, request, seq_id % 2, list(request.prompt_token_ids))
+        request = (
+            other.request
+            if other
+            else Request(f"r{seq_id // 2}", prompt, SamplingParams(n=2), 1000, 0, [])
+        )
+        self.sequences[seq_id] = Sequence(
+            seq_id, request, seq_id % 2, list(request.prompt_token_ids)
+        )
 
-    @operation(which=st.integers(0, 9), accepted=st.integers(0, 8), token=st.integers(0, 63), room=st.integers(1, 8))
+    @operation(
+        which=st.integers(0, 9),
+        accepted=st.integers(0, 8),
+        token=st.integers(0, 63),
+        room=st.integers(1, 8),
+    )
     def step(self, which: int, accepted: int, token: int, room: int) -> None:
         if self.sequences:
             seq = list(self.sequences.values())[which % len(self.sequences)]
             draft = self._propose(seq, room)
             # What the worker drafts is some token.
-            seq.tokens += [*(token if t == DRAFTED_BY_WORKER else t for t in draft[:accepted]), token]
+            seq.tokens += [
+                *(token if t == DRAFTED_BY_WORKER else t for t in draft[:accepted]),
+                token,
+            ]
 
     @operation(which=st.integers(0, 9), room=st.integers(1, 8))
     def step_without_room(self, which: int, room: int) -> None:
@@ -177,20 +235,32 @@ class ProposalsMachine(Machine):
         changed = [name for name in before if after[name] != before[name]]
         assert not changed, f"propose changed {changed} of the sequence"
         assert isinstance(draft, list), f"propose returned {draft!r}, which is no list"
-        assert len(draft) <= room, f"at most {room} tokens were asked for, and {len(draft)} proposed"
+        assert len(draft) <= room, (
+            f"at most {room} tokens were asked for, and {len(draft)} proposed"
+        )
         if runs_in_worker(self.contract.provider):
-            assert all(t == DRAFTED_BY_WORKER for t in draft), f"it runs in the worker, and proposed {draft}"
+            assert all(t == DRAFTED_BY_WORKER for t in draft), (
+                f"it runs in the worker, and proposed {draft}"
+            )
         else:
             wrong = [t for t in draft if type(t) is not int or not 0 <= t < KIT_MODEL.vocab_size]
-            assert not wrong, f"{wrong} were proposed, which are no tokens: there are {KIT_MODEL.vocab_size}"
+            assert not wrong, (
+                f"{wrong} were proposed, which are no tokens: there are {KIT_MODEL.vocab_size}"
+            )
         if not self._learns():
             fresh: Any = self.contract.new()
             alone = fresh.propose(seq, room)
-            assert draft == alone, f"after {seq.tokens} it proposes {draft}, and a fresh drafter {alone}"
+            assert draft == alone, (
+                f"after {seq.tokens} it proposes {draft}, and a fresh drafter {alone}"
+            )
             fresh.forget(seq.seq_id)
         return draft
 
-    @operation(which=st.integers(0, 9), prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30), room=st.integers(1, 8))
+    @operation(
+        which=st.integers(0, 9),
+        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+        room=st.integers(1, 8),
+    )
     def give_its_id_to_another(self, which: int, prompt: list[int], room: int) -> None:
         if self.sequences:
             seq_id = list(self.sequences)[which % len(self.sequences)]

@@ -1,5 +1,6 @@
-"""Engines to try schedulers and KV-cache managers in: a simulated worker, whose every answer depends on what the cache
-holds, and a watch that compares each plan with what the contracts promise. A failure is an `AssertionError`.
+"""Engines to try schedulers and KV-cache managers in: a simulated worker, whose every answer
+depends on what the cache holds, and a watch that compares each plan with what the contracts
+promise. A failure is an `AssertionError`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Outputs = dict[tuple[str, int], list[int]]
 
 @dataclass(frozen=True)
 class Setup:
-    """An engine's limits. `spare_blocks` is what each group has beyond what one sequence of full length needs."""
+    """An engine's limits. `spare_blocks` is what each group has beyond what one sequence of full
+    length needs."""
 
     overlap: bool = False
     block_size: int = 4
@@ -47,11 +49,18 @@ class Setup:
     @property
     def groups(self) -> list[KVGroup]:
         full = KVGroup([0], "full", self.block_size, 1)
-        return [full] if self.window is None else [full, KVGroup([1], "sliding", self.block_size, 1, self.window)]
+        return (
+            [full]
+            if self.window is None
+            else [full, KVGroup([1], "sliding", self.block_size, 1, self.window)]
+        )
 
     @property
     def num_blocks(self) -> list[int]:
-        return [1 + self.spare_blocks + blocks_per_sequence(g, MAX_LEN, self.budget) for g in self.groups]
+        return [
+            1 + self.spare_blocks + blocks_per_sequence(g, MAX_LEN, self.budget)
+            for g in self.groups
+        ]
 
 
 @dataclass
@@ -73,88 +82,150 @@ class Watch:
     engine: Engine
     known: dict[int, Known] = field(default_factory=dict)
 
-    def schedule(self, schedule: Callable[..., StepPlan | None], in_flight: bool) -> StepPlan | None:
+    def schedule(
+        self, schedule: Callable[..., StepPlan | None], in_flight: bool
+    ) -> StepPlan | None:
         scheduler = self.engine.scheduler
         before = scheduler.num_preemptions
         plan = schedule(in_flight=in_flight)
-        assert not in_flight or scheduler.num_preemptions == before, "it preempted a sequence while a step was in flight"
+        assert not in_flight or scheduler.num_preemptions == before, (
+            "it preempted a sequence while a step was in flight"
+        )
         return plan
 
     def plan(self, plan: StepPlan) -> None:
         setup, total = self.setup, sum(plan.num_tokens)
-        assert 0 < total <= setup.budget, f"a plan has {total} tokens; max_num_batched_tokens is {setup.budget}"
-        assert len(plan.seq_ids) == len(set(plan.seq_ids)), f"a sequence has two rows in one plan: {plan.seq_ids}"
+        assert 0 < total <= setup.budget, (
+            f"a plan has {total} tokens; max_num_batched_tokens is {setup.budget}"
+        )
+        assert len(plan.seq_ids) == len(set(plan.seq_ids)), (
+            f"a sequence has two rows in one plan: {plan.seq_ids}"
+        )
         running = len(self.engine.scheduler.running)
-        assert max(running, len(plan.seq_ids)) <= setup.max_num_seqs, f"{running} sequences run; max_num_seqs is {setup.max_num_seqs}"
+        assert max(running, len(plan.seq_ids)) <= setup.max_num_seqs, (
+            f"{running} sequences run; max_num_seqs is {setup.max_num_seqs}"
+        )
         restarted = set(plan.released) & {s.seq_id for s in plan.starts}
         assert not restarted or len(plan.starts) == len(plan.seq_ids), (
-            f"sequences {sorted(restarted)} were preempted and restarted in one plan, beside others that run: thrashing"
+            f"sequences {sorted(restarted)} were preempted and restarted in one plan, beside others"
+            " that run: thrashing"
         )
         for seq_id in plan.released:
-            assert self.known.pop(seq_id, None), f"the plan releases sequence {seq_id}, which the worker does not know"
+            assert self.known.pop(seq_id, None), (
+                f"the plan releases sequence {seq_id}, which the worker does not know"
+            )
         for start in plan.starts:
-            assert start.seq_id not in self.known, f"the plan starts sequence {start.seq_id}, which the worker knows already"
+            assert start.seq_id not in self.known, (
+                f"the plan starts sequence {start.seq_id}, which the worker knows already"
+            )
             self.known[start.seq_id] = Known(len(start.token_ids), None)
-            room = {len(table) * g.block_size for table, g in zip(start.block_ids, setup.groups, strict=True)}
-            first = plan.num_computed[plan.seq_ids.index(start.seq_id)] if start.seq_id in plan.seq_ids else 0
-            assert room == {first}, f"sequence {start.seq_id} starts with {room} shared tokens, and computes from {first}"
+            room = {
+                len(table) * g.block_size
+                for table, g in zip(start.block_ids, setup.groups, strict=True)
+            }
+            first = (
+                plan.num_computed[plan.seq_ids.index(start.seq_id)]
+                if start.seq_id in plan.seq_ids
+                else 0
+            )
+            assert room == {first}, (
+                f"sequence {start.seq_id} starts with {room} shared tokens, and computes from"
+                f" {first}"
+            )
         drafts = plan.draft_token_ids or [[] for _ in plan.seq_ids]
-        for row in zip(plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, drafts, strict=True):
+        for row in zip(
+            plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, drafts, strict=True
+        ):
             self._row(*row)
 
     def _row(self, seq_id: int, count: int, computed: int, samples: bool, draft: list[int]) -> None:
         known, seq = self.known.get(seq_id), self.engine.sequences.get(seq_id)
-        assert seq is not None, f"the plan has a row of sequence {seq_id}, which has ended or never was"
-        assert seq.finish_reason is None, f"the plan has a row of sequence {seq_id}, which has ended"
-        assert known is not None, f"the plan has a row of sequence {seq_id}, and the worker was not told its start"
+        assert seq is not None, (
+            f"the plan has a row of sequence {seq_id}, which has ended or never was"
+        )
+        assert seq.finish_reason is None, (
+            f"the plan has a row of sequence {seq_id}, which has ended"
+        )
+        assert known is not None, (
+            f"the plan has a row of sequence {seq_id}, and the worker was not told its start"
+        )
         assert count > 0, f"sequence {seq_id} has a row of {count} tokens"
-        if known.was_drafted:  # how many were accepted is known when the step has ended, and only then is it continued
+        if (
+            known.was_drafted
+        ):  # how many were accepted is known when the step has ended, and only then is it continued
             known.num_computed, known.num_tokens = seq.num_computed_tokens - count, len(seq.tokens)
-        assert not draft or count == len(draft) + 1, f"sequence {seq_id} has {count} tokens with {len(draft)} drafts"
+        assert not draft or count == len(draft) + 1, (
+            f"sequence {seq_id} has {count} tokens with {len(draft)} drafts"
+        )
         if known.num_computed is not None:
             assert computed == known.num_computed, (
-                f"sequence {seq_id} has {known.num_computed} computed tokens, and its row begins at {computed}"
+                f"sequence {seq_id} has {known.num_computed} computed tokens, and its row begins at"
+                f" {computed}"
             )
         end, num_tokens = computed + count, known.num_tokens + len(draft)
-        assert end <= num_tokens, f"sequence {seq_id} has {num_tokens} tokens, and its row ends at {end}"
+        assert end <= num_tokens, (
+            f"sequence {seq_id} has {num_tokens} tokens, and its row ends at {end}"
+        )
         is_last = end == num_tokens < seq.max_len
-        assert samples == is_last, f"the row of sequence {seq_id} up to token {end} of {known.num_tokens} has samples={samples}"
+        assert samples == is_last, (
+            f"the row of sequence {seq_id} up to token {end} of {known.num_tokens} has"
+            f" samples={samples}"
+        )
         for table, group in zip(self.engine.kv.block_ids(seq_id), self.setup.groups, strict=True):
-            assert len(table) * group.block_size >= end, f"sequence {seq_id} has no room for {end} tokens: {table}"
-        known.num_computed, known.num_tokens, known.was_drafted = end, known.num_tokens + samples, bool(draft)
+            assert len(table) * group.block_size >= end, (
+                f"sequence {seq_id} has no room for {end} tokens: {table}"
+            )
+        known.num_computed, known.num_tokens, known.was_drafted = (
+            end,
+            known.num_tokens + samples,
+            bool(draft),
+        )
 
     def sequences(self) -> None:
-        """Between steps: every sequence that has not ended waits or runs, once; and within the batch rows."""
+        """Between steps: every sequence that has not ended waits or runs, once; and within the
+        batch rows."""
         scheduler = self.engine.scheduler
         held = [s.seq_id for s in (*scheduler.waiting, *scheduler.running)]
         assert len(held) == len(set(held)), f"a sequence is held twice: {sorted(held)}"
         assert set(held) == set(self.engine.sequences), (
-            f"the scheduler holds {sorted(held)}, and the sequences are {sorted(self.engine.sequences)}"
+            f"the scheduler holds {sorted(held)}, and the sequences are"
+            f" {sorted(self.engine.sequences)}"
         )
         if isinstance(self.engine.kv, PagedKVCache):
             blocks_add_up(self.engine.kv)
             for seq in scheduler.waiting:
-                assert seq.seq_id not in self.engine.kv.tables, f"sequence {seq.seq_id} waits, and holds blocks"
+                assert seq.seq_id not in self.engine.kv.tables, (
+                    f"sequence {seq.seq_id} waits, and holds blocks"
+                )
 
 
 def blocks_add_up(kv: PagedKVCache) -> None:
-    """Every block of the core's own manager is free or held, once, and its references are what is held."""
+    """Every block of the core's own manager is free or held, once, and its references are what is
+    held."""
     for group, pool in enumerate(kv.pools):
         held: dict[int, int] = {}
         for tables in kv.tables.values():
             for block in tables[group]:
                 if block != NULL_BLOCK:
                     held[block] = held.get(block, 0) + 1
-        assert held == {b: n for b, n in enumerate(pool.references) if n}, "references are not what is held"
+        assert held == {b: n for b, n in enumerate(pool.references) if n}, (
+            "references are not what is held"
+        )
         if isinstance(kv, TieredKVCache):
             host = [*kv.host_free[group], *kv.host_kept[group]]
             first, count = kv.num_blocks[group], kv.num_host_blocks[group]
-            assert sorted(host) == list(range(first, first + count)), "a host block was leaked, or is free and kept"
+            assert sorted(host) == list(range(first, first + count)), (
+                "a host block was leaked, or is free and kept"
+            )
         kept = kv.kept[group] if isinstance(kv, ReusingKVCache) else set()
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
-        assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), "a block was leaked"
+        assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), (
+            "a block was leaked"
+        )
         assert not set(pool.free_ids) & set(held), "a free block is in use"
-        assert not kept & (set(pool.free_ids) | set(held)), "a block that the prefix cache keeps is free, or in use"
+        assert not kept & (set(pool.free_ids) | set(held)), (
+            "a block that the prefix cache keeps is free, or in use"
+        )
 
 
 class WatchedEngine(Engine):
@@ -188,7 +259,9 @@ class Parts:
     drafts_in_worker: bool = False
     policy: Callable[[], EverySequence] = EverySequence
 
-    def engine(self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000) -> WatchedEngine:
+    def engine(
+        self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000
+    ) -> WatchedEngine:
         worker = SimulatedWorker(setup.groups, faults=faults)
         worker.allocate(setup.num_blocks)
         worker.allocate_host([setup.host_blocks] * len(setup.groups))
@@ -196,16 +269,24 @@ class Parts:
         loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
         speculation = None
         if self.drafter is not None:
-            drafter = CheckedDrafter(self.drafter(), worker.vocab_size, runs_in_worker=self.drafts_in_worker)
+            drafter = CheckedDrafter(
+                self.drafter(), worker.vocab_size, runs_in_worker=self.drafts_in_worker
+            )
             speculation = Speculation(drafter, self.num_draft_tokens, self.policy())
-        engine = loop(self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting)
+        engine = loop(
+            self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting
+        )
         engine.watch = Watch(setup, engine)
         return engine
 
 
-def request(name: str, prompt: list[int], max_tokens: int = 8, *, n: int = 1, seed: int = 0, level: int = 0) -> Request:
+def request(
+    name: str, prompt: list[int], max_tokens: int = 8, *, n: int = 1, seed: int = 0, level: int = 0
+) -> Request:
     max_tokens = min(max_tokens, MAX_LEN - len(prompt))
-    return Request(name, prompt, SamplingParams(n=n, max_tokens=max_tokens), max_tokens, seed, [EOS], level)
+    return Request(
+        name, prompt, SamplingParams(n=n, max_tokens=max_tokens), max_tokens, seed, [EOS], level
+    )
 
 
 def collect(outputs: list[SequenceOutput], into: Outputs) -> None:
@@ -222,10 +303,15 @@ def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = No
         while pending and pending[0][0] <= step:
             engine.add(requests[pending.pop(0)[1]])
         if not engine.has_work and not pending:
-            assert engine.kv.num_used == 0, f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+            assert engine.kv.num_used == 0, (
+                f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+            )
             return tokens
         collect(engine.step(), tokens)
-    raise AssertionError(f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended: somebody starves")
+    raise AssertionError(
+        f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended: somebody"
+        " starves"
+    )
 
 
 def run_with_failures(engine: Engine, requests: list[Request], arrivals: list[int]) -> Outputs:
@@ -241,8 +327,12 @@ def run_with_failures(engine: Engine, requests: list[Request], arrivals: list[in
         outputs = engine.step()
         failed |= {o.request_id for o in outputs if o.error}
         collect([o for o in outputs if not o.error], tokens)
-    assert not engine.has_work, f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended"
-    assert engine.kv.num_used == 0, f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+    assert not engine.has_work, (
+        f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended"
+    )
+    assert engine.kv.num_used == 0, (
+        f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+    )
     return {key: said for key, said in tokens.items() if key[0] not in failed}
 
 
@@ -250,21 +340,36 @@ def alone(parts: Parts, requests: list[Request], window: int | None = None) -> O
     """What each request says when it is by itself, in one chunk, with blocks to spare."""
     out: Outputs = {}
     for r in requests:
-        out |= run(parts.engine(Setup(window=window, budget=MAX_LEN, max_num_seqs=r.params.n, spare_blocks=500)), [r])
+        out |= run(
+            parts.engine(
+                Setup(window=window, budget=MAX_LEN, max_num_seqs=r.params.n, spare_blocks=500)
+            ),
+            [r],
+        )
     return out
 
 
 prompts = st.lists(st.integers(0, 63), min_size=1, max_size=30)
-prefixes = st.sampled_from([[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]])
+prefixes = st.sampled_from(
+    [[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]]
+)
 """Beginnings that many requests share."""
 alike = st.builds(
-    lambda head, cut, tail: (head[:cut] + tail)[:30], prefixes, st.integers(1, 24), st.lists(st.integers(0, 9))
+    lambda head, cut, tail: (head[:cut] + tail)[:30],
+    prefixes,
+    st.integers(1, 24),
+    st.lists(st.integers(0, 9)),
 )
 """Prompts that begin alike."""
 setups = st.builds(
-    Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4, 16]), window=st.sampled_from([None, 3, 9]),
-    budget=st.integers(1, 40), max_num_seqs=st.integers(1, 5), spare_blocks=st.integers(0, 12),
-)  # fmt: skip
+    Setup,
+    overlap=st.booleans(),
+    block_size=st.sampled_from([1, 2, 4, 16]),
+    window=st.sampled_from([None, 3, 9]),
+    budget=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 5),
+    spare_blocks=st.integers(0, 12),
+)
 
 
 @dataclass(frozen=True)
@@ -279,23 +384,35 @@ class Asked:
 
 
 asked = st.builds(
-    Asked, prompts, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2, 3]), level=st.integers(-1, 1),
+    Asked,
+    prompts,
+    max_tokens=st.integers(1, 18),
+    n=st.sampled_from([1, 1, 1, 2, 3]),
+    level=st.integers(-1, 1),
     arrival=st.integers(0, 12),
-)  # fmt: skip
+)
 workloads = st.lists(asked, min_size=1, max_size=7)
 asked_alike = st.builds(
-    Asked, alike, max_tokens=st.integers(1, 18), n=st.sampled_from([1, 1, 1, 2]), level=st.integers(-1, 1),
+    Asked,
+    alike,
+    max_tokens=st.integers(1, 18),
+    n=st.sampled_from([1, 1, 1, 2]),
+    level=st.integers(-1, 1),
     arrival=st.sampled_from([0, 0, 0, 1, 2, 3, 9, 30]),
-)  # fmt: skip
+)
 workloads_alike = st.lists(asked_alike, min_size=1, max_size=8)
 
 
 def requests_of(workload: list[Asked]) -> list[Request]:
-    return [request(f"r{i}", a.prompt, a.max_tokens, n=a.n, seed=i, level=a.level) for i, a in enumerate(workload)]
+    return [
+        request(f"r{i}", a.prompt, a.max_tokens, n=a.n, seed=i, level=a.level)
+        for i, a in enumerate(workload)
+    ]
 
 
 class EngineMachine(Machine):
-    """Random adds, aborts and steps; after each, everything must add up, and in the end everyone must have ended."""
+    """Random adds, aborts and steps; after each, everything must add up, and in the end everyone
+    must have ended."""
 
     engine: WatchedEngine
 
@@ -310,7 +427,9 @@ class EngineMachine(Machine):
     def build(self, setup: Setup) -> None:
         self.engine = self.parts.engine(setup)
 
-    @operation(prompt=prompts, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1))
+    @operation(
+        prompt=prompts, max_tokens=st.integers(1, 20), n=st.integers(1, 3), level=st.integers(-1, 1)
+    )
     def add(self, prompt: list[int], max_tokens: int, n: int, level: int) -> None:
         name, self.num_requests = f"r{self.num_requests}", self.num_requests + 1
         self.expected |= {(name, i) for i in range(n)}
@@ -342,19 +461,26 @@ class EngineMachine(Machine):
         self.expected.add(("the last one", 0))
         self._finish()
         left = sorted(self.engine.watch.known)
-        assert len(left) <= 1, f"the worker was not told to release ended sequences: it still knows {left[:-1]}"
+        assert len(left) <= 1, (
+            f"the worker was not told to release ended sequences: it still knows {left[:-1]}"
+        )
 
     def _finish(self) -> None:
         for _ in range(MANY_STEPS):
             if not self.engine.has_work:
                 break
             self._run(1)
-        assert self.ended == self.expected, f"after {MANY_STEPS} more steps, not ended: {sorted(self.expected - self.ended)}"
-        assert self.engine.kv.num_used == 0, f"{self.engine.kv.num_used} blocks are left over when all have ended"
+        assert self.ended == self.expected, (
+            f"after {MANY_STEPS} more steps, not ended: {sorted(self.expected - self.ended)}"
+        )
+        assert self.engine.kv.num_used == 0, (
+            f"{self.engine.kv.num_used} blocks are left over when all have ended"
+        )
 
 
 class AlikeMachine(EngineMachine):
-    """The same with requests that begin alike, a prefix cache that is reset, and perhaps a host tier."""
+    """The same with requests that begin alike, a prefix cache that is reset, and perhaps a host
+    tier."""
 
     def __init__(self, parts: Parts, *, has_host_tier: bool = False) -> None:
         super().__init__(parts)
@@ -362,7 +488,9 @@ class AlikeMachine(EngineMachine):
 
     @beginning(setup=setups, host_blocks=st.integers(1, 40))
     def build(self, setup: Setup, host_blocks: int) -> None:  # type: ignore[override]
-        self.engine = self.parts.engine(replace(setup, host_blocks=host_blocks) if self.has_host_tier else setup)
+        self.engine = self.parts.engine(
+            replace(setup, host_blocks=host_blocks) if self.has_host_tier else setup
+        )
 
     @operation(prompt=alike, max_tokens=st.integers(1, 20), n=st.sampled_from([1, 1, 2]))
     def add_alike(self, prompt: list[int], max_tokens: int, n: int) -> None:

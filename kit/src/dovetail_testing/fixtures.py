@@ -1,4 +1,5 @@
-"""Fixtures for pytest: an environment in which the simulated worker's plugin is installed, and a model for it.
+"""Fixtures for pytest: an environment in which the simulated worker's plugin is installed, and a
+model for it.
 
 A conftest.py imports them: `from dovetail_testing.fixtures import model, simulated`.
 """
@@ -25,8 +26,9 @@ def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """Install the simulated plugin, for this process and those that it starts."""
     site = tmp_path / "site"
     install(site)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    )
     monkeypatch.syspath_prepend(site)
     yield site
     assert str(site) in sys.path
-

@@ -45,7 +45,9 @@ class KVCacheContract(Contract):
     extension_point = "kv_cache"
 
     def new(self, groups: list[KVGroup], num_blocks: list[int]) -> KVCacheManager:
-        manager: KVCacheManager = self.build(self.build_context(kv_groups=tuple(groups), num_blocks=tuple(num_blocks)))
+        manager: KVCacheManager = self.build(
+            self.build_context(kv_groups=tuple(groups), num_blocks=tuple(num_blocks))
+        )
         return manager
 
     @property
@@ -53,26 +55,42 @@ class KVCacheContract(Contract):
         return Parts(lambda setup: self.new(setup.groups, setup.num_blocks), self.new_scheduler)
 
     def new_scheduler(self, setup: Setup, kv: KVCacheManager) -> Scheduler:
-        options = SchedulerOptions(max_num_seqs=setup.max_num_seqs, max_num_batched_tokens=setup.budget)
+        options = SchedulerOptions(
+            max_num_seqs=setup.max_num_seqs, max_num_batched_tokens=setup.budget
+        )
         scheduler: Scheduler = FCFS.build(self.build_context(kv=kv), options)
         return scheduler
 
-    @common_causes("the options do not extend KVCacheOptions", "the null block counted in num_total")
+    @common_causes(
+        "the options do not extend KVCacheOptions", "the null block counted in num_total"
+    )
     def test_declaration(self) -> None:
-        """The options extend `KVCacheOptions`; a new manager has all blocks but the null blocks, and none in use."""
-        assert issubclass(self.provider.options, KVCacheOptions), "the options must extend KVCacheOptions"
+        """The options extend `KVCacheOptions`; a new manager has all blocks but the null blocks,
+        and none in use."""
+        assert issubclass(self.provider.options, KVCacheOptions), (
+            "the options must extend KVCacheOptions"
+        )
         groups, num_blocks = Setup(window=5).groups, [9, 7]
         kv = self.new(groups, num_blocks)
-        assert (kv.groups, kv.num_blocks) == (groups, num_blocks), "groups and num_blocks must be those that it was given"
-        assert (kv.num_total, kv.num_used) == (14, 0), f"num_total is {kv.num_total} and num_used {kv.num_used}, not 14 and 0"
+        assert (kv.groups, kv.num_blocks) == (
+            groups,
+            num_blocks,
+        ), "groups and num_blocks must be those that it was given"
+        assert (kv.num_total, kv.num_used) == (
+            14,
+            0,
+        ), f"num_total is {kv.num_total} and num_used {kv.num_used}, not 14 and 0"
 
     @common_causes(
-        "a block freed twice, or not at all, when several sequences hold it", "a partial block shared",
-        "blocks taken from one group before another is found too small", "trimmed blocks freed again by `free`",
-    )  # fmt: skip
+        "a block freed twice, or not at all, when several sequences hold it",
+        "a partial block shared",
+        "blocks taken from one group before another is found too small",
+        "trimmed blocks freed again by `free`",
+    )
     def test_blocks_are_conserved(self) -> None:
-        """Whatever is grown, shared, trimmed and freed: each block is free or held; a new one is nobody else's and never the
-        null block; only whole blocks are shared; what is trimmed is what no later token sees; a refusal changes nothing."""
+        """Whatever is grown, shared, trimmed and freed: each block is free or held; a new one is
+        nobody else's and never the null block; only whole blocks are shared; what is trimmed is
+        what no later token sees; a refusal changes nothing."""
         self.run_machine(partial(BlocksMachine, self), examples=120)
 
     @common_causes("an off-by-one in what is left", "one block kept back for each sequence")
@@ -82,43 +100,62 @@ class KVCacheContract(Contract):
         for _ in range(3):
             added = kv.grow(1, 40)
             assert added is not None, "10 blocks of 4 tokens are free, and 40 tokens were refused"
-            assert sorted(added[0]) == list(range(1, 11)), f"10 blocks are free, and {added[0]} were handed out"
+            assert sorted(added[0]) == list(range(1, 11)), (
+                f"10 blocks are free, and {added[0]} were handed out"
+            )
             assert kv.grow(2, 1) is None, "no block is left, and one token was given room"
             kv.free(1)
             assert kv.num_used == 0, f"all was freed, and num_used is {kv.num_used}"
 
     @pytest.mark.parametrize("overlap", [False, True])
-    @common_causes("blocks handed out in an order that their table does not have", "a trimmed entry removed instead of nulled")
+    @common_causes(
+        "blocks handed out in an order that their table does not have",
+        "a trimmed entry removed instead of nulled",
+    )
     def test_an_engine_runs_on_it(self, overlap: bool) -> None:
-        """In an engine with tight memory, windows and shared prompts, every sequence says what it says with room to spare."""
+        """In an engine with tight memory, windows and shared prompts, every sequence says what it
+        says with room to spare."""
         workload = [request(f"r{i}", [i] * (9 + 3 * i), 20, n=1 + i % 2, seed=i) for i in range(5)]
         for window in (None, 5):
             tight = self.parts.engine(Setup(overlap=overlap, window=window, spare_blocks=3))
-            roomy = self.parts.engine(Setup(window=window, budget=200, max_num_seqs=9, spare_blocks=300))
+            roomy = self.parts.engine(
+                Setup(window=window, budget=200, max_num_seqs=9, spare_blocks=300)
+            )
             assert run(tight, workload) == run(roomy, workload)
 
-    @common_causes("state of a sequence that outlives `free`", "abort of a sequence that shares its prompt")
+    @common_causes(
+        "state of a sequence that outlives `free`", "abort of a sequence that shares its prompt"
+    )
     def test_whatever_happens_blocks_come_back(self) -> None:
-        """Requests come, run and are aborted at any moment: outputs are right, and in the end all blocks are back."""
+        """Requests come, run and are aborted at any moment: outputs are right, and in the end all
+        blocks are back."""
         self.run_machine(partial(EngineMachine, self.parts), examples=25)
 
-    @common_causes("None from `reuse` without `may_wait`", "blocks found and not counted as referred to")
+    @common_causes(
+        "None from `reuse` without `may_wait`", "blocks found and not counted as referred to"
+    )
     def test_a_prefix_cache_changes_no_output(self) -> None:
-        """A manager that is given a prefix cache, and asks it or not: in an engine every sequence says what it says alone, and
-        all blocks come back."""
+        """A manager that is given a prefix cache, and asks it or not: in an engine every sequence
+        says what it says alone, and all blocks come back."""
 
         def new_kv(setup: Setup) -> KVCacheManager:
             index = DictionaryIndex(setup.block_size, len(setup.groups))
             context = self.build_context(
-                kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks), prefix_cache=index
-            )  # fmt: skip
+                kv_groups=tuple(setup.groups),
+                num_blocks=tuple(setup.num_blocks),
+                prefix_cache=index,
+            )
             manager: KVCacheManager = self.build(context)
             return manager
 
         def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
             expected = alone(self.parts, requests, setup.window)
-            got = run(Parts(new_kv, self.new_scheduler).engine(setup), requests, [a.arrival for a in workload])
+            got = run(
+                Parts(new_kv, self.new_scheduler).engine(setup),
+                requests,
+                [a.arrival for a in workload],
+            )
             different = [key for key in expected if got.get(key) != expected[key]]
             assert not different, f"{different} differ from what they say alone"
 
@@ -157,12 +194,18 @@ class BlocksMachine(Machine):
         self.next_id = 0
 
     @beginning(
-        kinds=st.lists(st.builds(Kind, st.sampled_from([1, 2, 4, 8]), st.none() | st.integers(1, 12)), min_size=1, max_size=3),
+        kinds=st.lists(
+            st.builds(Kind, st.sampled_from([1, 2, 4, 8]), st.none() | st.integers(1, 12)),
+            min_size=1,
+            max_size=3,
+        ),
         num_blocks=st.integers(2, 24),
-    )  # fmt: skip
+    )
     def build(self, kinds: list[Kind], num_blocks: int) -> None:
         self.groups = [
-            KVGroup([i], "full" if kind.window is None else "sliding", kind.block_size, 1, kind.window)
+            KVGroup(
+                [i], "full" if kind.window is None else "sliding", kind.block_size, 1, kind.window
+            )
             for i, kind in enumerate(kinds)
         ]
         self.num_blocks = [num_blocks + i for i, _ in enumerate(self.groups)]
@@ -177,7 +220,10 @@ class BlocksMachine(Machine):
     def _grow(self, seq_id: int, num_tokens: int) -> None:
         model, kv = self.model, self.kv
         before = model.tables.get(seq_id, [[] for _ in self.groups])
-        needed = [max(0, -(-num_tokens // g.block_size) - len(t)) for g, t in zip(self.groups, before, strict=True)]
+        needed = [
+            max(0, -(-num_tokens // g.block_size) - len(t))
+            for g, t in zip(self.groups, before, strict=True)
+        ]
         free = [n - 1 - len(model.held(i)) for i, n in enumerate(self.num_blocks)]
         fits = all(n <= f for n, f in zip(needed, free, strict=True))
         added = kv.grow(seq_id, num_tokens)
@@ -185,13 +231,21 @@ class BlocksMachine(Machine):
             assert not fits, f"grow was refused: {needed} blocks are needed, and {free} are free"
             return
         assert fits, f"grow gave {added}: {needed} blocks are needed, and {free} are free"
-        assert [len(a) for a in added] == needed, f"grow to {num_tokens} tokens added {added}; {needed} blocks are needed"
+        assert [len(a) for a in added] == needed, (
+            f"grow to {num_tokens} tokens added {added}; {needed} blocks are needed"
+        )
         for group, blocks in enumerate(added):
             assert NULL_BLOCK not in blocks, f"the null block of group {group} was handed out"
-            assert len(set(blocks)) == len(blocks), f"a block was handed out twice at once: {blocks}"
-            assert all(0 < b < self.num_blocks[group] for b in blocks), f"{blocks} of {self.num_blocks[group]} blocks"
+            assert len(set(blocks)) == len(blocks), (
+                f"a block was handed out twice at once: {blocks}"
+            )
+            assert all(0 < b < self.num_blocks[group] for b in blocks), (
+                f"{blocks} of {self.num_blocks[group]} blocks"
+            )
             twice = model.held(group) & set(blocks)
-            assert not twice, f"blocks {sorted(twice)} of group {group} were handed out, and others hold them"
+            assert not twice, (
+                f"blocks {sorted(twice)} of group {group} were handed out, and others hold them"
+            )
         model.tables[seq_id] = [[*t, *a] for t, a in zip(before, added, strict=True)]
         model.num_tokens[seq_id] = max(num_tokens, model.num_tokens.get(seq_id, 0))
 
@@ -205,10 +259,15 @@ class BlocksMachine(Machine):
         assert 0 <= got <= num_tokens, f"{num_tokens} tokens were to be shared, and {got} were"
         if got:
             partial = [g.block_size for g in self.groups if got % g.block_size]
-            assert not partial, f"{got} tokens were shared, and blocks have {partial}: only whole blocks may be shared"
+            assert not partial, (
+                f"{got} tokens were shared, and blocks have {partial}: only whole blocks may be"
+                " shared"
+            )
             tables = self.model.tables[source]
             heads = [t[: got // g.block_size] for t, g in zip(tables, self.groups, strict=True)]
-            assert not any(NULL_BLOCK in h for h in heads), f"tokens were shared that were trimmed: {heads}"
+            assert not any(NULL_BLOCK in h for h in heads), (
+                f"tokens were shared that were trimmed: {heads}"
+            )
             self.model.tables[target], self.model.num_tokens[target] = heads, got
             self._same_tables()
         self._grow(target, got + more)
@@ -230,7 +289,9 @@ class BlocksMachine(Machine):
     @operation(which=st.integers(0, 12))
     def free(self, which: int) -> None:
         known = sorted(self.model.tables)
-        seq_id = known[which] if which < len(known) else 10**6  # of a sequence that never had any, too
+        seq_id = (
+            known[which] if which < len(known) else 10**6
+        )  # of a sequence that never had any, too
         self.kv.free(seq_id)
         for of in (self.model.tables, self.model.num_tokens, self.model.num_computed):
             of.pop(seq_id, None)
@@ -238,7 +299,9 @@ class BlocksMachine(Machine):
     def check(self) -> None:
         self._same_tables()
         used = sum(len(self.model.held(i)) for i in range(len(self.groups)))
-        assert self.kv.num_used == used, f"num_used is {self.kv.num_used}, and {used} blocks are held"
+        assert self.kv.num_used == used, (
+            f"num_used is {self.kv.num_used}, and {used} blocks are held"
+        )
         assert self.kv.num_total == sum(n - 1 for n in self.num_blocks), "num_total has changed"
 
     def end(self) -> None:
@@ -246,12 +309,17 @@ class BlocksMachine(Machine):
             self.kv.free(seq_id)
         assert self.kv.num_used == 0, f"all was freed, and num_used is {self.kv.num_used}"
         self.model = Model()
-        self._grow(self._new_id(), min((n - 1) * g.block_size for n, g in zip(self.num_blocks, self.groups, strict=True)))
+        self._grow(
+            self._new_id(),
+            min((n - 1) * g.block_size for n, g in zip(self.num_blocks, self.groups, strict=True)),
+        )
 
     def _same_tables(self) -> None:
         for seq_id, tables in self.model.tables.items():
             now = [list(t) for t in self.kv.block_ids(seq_id)]
-            assert now == tables, f"the block tables of sequence {seq_id} are {now}, and must be {tables}"
+            assert now == tables, (
+                f"the block tables of sequence {seq_id} are {now}, and must be {tables}"
+            )
 
     def _known(self, which: int) -> int:
         known = sorted(self.model.tables)

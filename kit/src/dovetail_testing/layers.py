@@ -1,4 +1,5 @@
-"""Linear layers to try quantization schemes on: their weights, their tensors, and what they must compute."""
+"""Linear layers to try quantization schemes on: their weights, their tensors, and what they must
+compute."""
 
 from __future__ import annotations
 
@@ -42,18 +43,29 @@ class Case:
     def layer(self, device: str, name: str = "model.layers.0.mlp.kit_proj") -> LinearLayer:
         names = [name] if len(self.outs) == 1 else [f"{name}{i}" for i in range(len(self.outs))]
         parts = tuple(Part(n, size) for n, size in zip(names, self.outs, strict=True))
-        return LinearLayer(name, parts, self.in_features, self.bias, self.dtype, device, self.config is not None)
+        return LinearLayer(
+            name, parts, self.in_features, self.bias, self.dtype, device, self.config is not None
+        )
 
     def simpler(self) -> list[Case]:
         """Cases that differ in one thing, and have less of it."""
-        found = [replace(self, outs=self.outs[:1]), replace(self, bias=False), replace(self, num_rows=1)]
+        found = [
+            replace(self, outs=self.outs[:1]),
+            replace(self, bias=False),
+            replace(self, num_rows=1),
+        ]
         found += [replace(self, dtype="float32"), replace(self, in_features=self.in_features // 2)]
         found.append(replace(self, outs=tuple(size // 2 for size in self.outs)))
-        return [case for case in found if case != self and case.in_features >= 32 and min(case.outs) >= 32]
+        return [
+            case
+            for case in found
+            if case != self and case.in_features >= 32 and min(case.outs) >= 32
+        ]
 
 
 def make_weights(case: Case, seed: int) -> list[Tensor]:
-    """A plain weight for each part: rows, columns and parts of different sizes, so that a scale in the wrong place shows."""
+    """A plain weight for each part: rows, columns and parts of different sizes, so that a scale in
+    the wrong place shows."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -71,12 +83,16 @@ def new_tensors(layer: LinearLayer, parameters: dict[str, Parameter]) -> dict[st
     import torch
 
     return {
-        name: torch.zeros(p.shape(layer), dtype=getattr(torch, p.dtype), device=layer.device) for name, p in parameters.items()
+        name: torch.zeros(p.shape(layer), dtype=getattr(torch, p.dtype), device=layer.device)
+        for name, p in parameters.items()
     }
 
 
-def fill(layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The layer's tensors from those of its parts, as a worker loads them. Raises `Broken` where they are not as declared."""
+def fill(
+    layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The layer's tensors from those of its parts, as a worker loads them. Raises `Broken` where
+    they are not as declared."""
     tensors = new_tensors(layer, parameters)
     for i, found in enumerate(parts):
         if found.keys() != parameters.keys():
@@ -85,18 +101,24 @@ def fill(layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[
             kind = str(found[name].dtype).removeprefix("torch.")
             expected = (parameter.part_shape(layer, i), parameter.dtype)
             if (tuple(found[name].shape), kind) != expected:
-                raise Broken(f"{name} is {list(found[name].shape)} {kind}, declared is {list(expected[0])} {expected[1]}")
+                raise Broken(
+                    f"{name} is {list(found[name].shape)} {kind}, declared is {list(expected[0])}"
+                    f" {expected[1]}"
+                )
             parameter.check(f"{layer.parts[i].name}.{name}", found[name])
             tensors[name][parameter.part_index(layer, i)] = found[name].to(layer.device)
     return tensors
 
 
 def as_read(parameters: dict[str, Parameter], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors as a worker reads them: floating types of 16 bits and more are converted into each other."""
+    """A checkpoint's tensors as a worker reads them: floating types of 16 bits and more are
+    converted into each other."""
     import torch
 
     floating = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-    wanted = {name: getattr(torch, parameters[name].dtype) for name in found.keys() & parameters.keys()}
+    wanted = {
+        name: getattr(torch, parameters[name].dtype) for name in found.keys() & parameters.keys()
+    }
     return {
         name: tensor.to(wanted[name]) if {tensor.dtype, wanted.get(name)} <= floating else tensor
         for name, tensor in found.items()
@@ -104,7 +126,12 @@ def as_read(parameters: dict[str, Parameter], found: dict[str, Tensor]) -> dict[
 
 
 def fill_shard(
-    layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[str, Tensor]], side: Side, rank: int, size: int
+    layer: LinearLayer,
+    parameters: dict[str, Parameter],
+    parts: list[dict[str, Tensor]],
+    side: Side,
+    rank: int,
+    size: int,
 ) -> tuple[LinearLayer, dict[str, Tensor]]:
     """What one rank reads. Raises `ValueError` if the layer cannot be shared so."""
     shard = layer.shard(side, rank, size)
@@ -119,7 +146,9 @@ def fill_shard(
 def rows_of(layer: LinearLayer, rank: int, size: int) -> list[slice]:
     """Which of the layer's outputs a rank of `size` has: a share of each part."""
     starts = itertools.accumulate((part.out_features for part in layer.parts), initial=0)
-    shares = [(start, part.out_features // size) for start, part in zip(starts, layer.parts, strict=False)]
+    shares = [
+        (start, part.out_features // size) for start, part in zip(starts, layer.parts, strict=False)
+    ]
     return [slice(start + rank * share, start + (rank + 1) * share) for start, share in shares]
 
 
@@ -127,12 +156,15 @@ def make_input(case: Case, seed: int, device: str) -> Tensor:
     """`[T, in]`, its rows a part of wider ones."""
     import torch
 
-    wide = torch.randn(case.num_rows, case.in_features + 24, generator=torch.Generator().manual_seed(seed + 1))
+    wide = torch.randn(
+        case.num_rows, case.in_features + 24, generator=torch.Generator().manual_seed(seed + 1)
+    )
     return wide.to(getattr(torch, case.dtype)).to(device)[:, : case.in_features]
 
 
 def compare(found: Tensor, exact: Tensor, limit: float, what: str) -> None:
-    """Raise `Broken` if `found [T, out]` is farther from `exact` than `limit` of its norm: in all, by row or by output."""
+    """Raise `Broken` if `found [T, out]` is farther from `exact` than `limit` of its norm: in all,
+    by row or by output."""
     import torch
 
     if found.shape != exact.shape:
@@ -148,7 +180,9 @@ def compare(found: Tensor, exact: Tensor, limit: float, what: str) -> None:
         worst = (error / torch.maximum(size, typical).clamp_min(1e-30)).max()
         if worst > limit * factor:
             where = {None: "", 1: " in a row", 0: " in an output"}[axis]
-            raise Broken(f"{what}: off by {worst:.2%} of its norm{where}; {limit * factor:.2%} is allowed")
+            raise Broken(
+                f"{what}: off by {worst:.2%} of its norm{where}; {limit * factor:.2%} is allowed"
+            )
 
 
 def bias_of(layer: LinearLayer, seed: int) -> dict[str, Tensor]:
@@ -160,7 +194,8 @@ def bias_of(layer: LinearLayer, seed: int) -> dict[str, Tensor]:
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of all tensors that an object holds on to, through attributes, containers, closures and bound methods."""
+    """Bytes of all tensors that an object holds on to, through attributes, containers, closures and
+    bound methods."""
     import torch
 
     seen: set[int] = set()
@@ -168,7 +203,9 @@ def held_bytes(root: object) -> int:
     todo: list[Any] = [root]
     while todo:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, type | types.ModuleType | str | bytes | int | float):
+        if id(item) in seen or isinstance(
+            item, type | types.ModuleType | str | bytes | int | float
+        ):
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
@@ -181,7 +218,9 @@ def held_bytes(root: object) -> int:
         elif isinstance(item, types.MethodType):
             todo += [item.__self__, item.__func__]
         elif isinstance(item, types.FunctionType):
-            todo += [cell.cell_contents for cell in item.__closure__ or ()] + list(item.__defaults__ or ())
+            todo += [cell.cell_contents for cell in item.__closure__ or ()] + list(
+                item.__defaults__ or ()
+            )
         elif isinstance(item, partial):
             todo += [item.func, *item.args, *item.keywords.values()]
         else:

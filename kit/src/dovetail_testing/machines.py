@@ -1,5 +1,6 @@
-"""State machines whose failures are small: hypothesis finds a sequence of operations that fails, and this file shortens it
-by running it again with less, which for sequences of operations goes further than shrinking the choices behind them.
+"""State machines whose failures are small: hypothesis finds a sequence of operations that fails,
+and this file shortens it by running it again with less, which for sequences of operations goes
+further than shrinking the choices behind them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.errors import Flaky
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from hypothesis.strategies import SearchStrategy
 
 MAX_REPLAYS = 400
@@ -21,8 +28,9 @@ Call = tuple[str, dict[str, Any]]
 
 
 class Machine(RuleBasedStateMachine):
-    """Operations are methods with `@operation` or, for the first, `@beginning`. A subclass checks itself in `check`, which
-    is called after each, and in `end`, at the end of all; both only once it has begun."""
+    """Operations are methods with `@operation` or, for the first, `@beginning`. A subclass checks
+    itself in `check`, which is called after each, and in `end`, at the end of all; both only once
+    it has begun."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +62,9 @@ def beginning(**strategies: SearchStrategy[Any]) -> Callable[[Method], Method]:
     return _recorded(initialize, strategies)
 
 
-def _recorded(kind: Callable[..., Any], strategies: dict[str, SearchStrategy[Any]]) -> Callable[[Method], Method]:
+def _recorded(
+    kind: Callable[..., Any], strategies: dict[str, SearchStrategy[Any]]
+) -> Callable[[Method], Method]:
     def decorate(method: Method) -> Method:
         @functools.wraps(method)
         def recorded(self: Machine, **kwargs: Any) -> None:
@@ -68,8 +78,11 @@ def _recorded(kind: Callable[..., Any], strategies: dict[str, SearchStrategy[Any
     return decorate
 
 
-def run_machine(new: Callable[[], Machine], run_seed: int, *, examples: int, steps: int) -> tuple[Exception, list[Call]] | None:
-    """Run random sequences of operations; returns the error of one that fails, and the operations, as few as can be."""
+def run_machine(
+    new: Callable[[], Machine], run_seed: int, *, examples: int, steps: int
+) -> tuple[Exception, list[Call]] | None:
+    """Run random sequences of operations; returns the error of one that fails, and the operations,
+    as few as can be."""
     failed: list[Machine] = []
 
     def begin() -> Machine:
@@ -79,9 +92,14 @@ def run_machine(new: Callable[[], Machine], run_seed: int, *, examples: int, ste
     factory: Any = seed(run_seed)(begin)  # a factory will do, though typed as a class
     state = random.getstate()
     try:
-        run_state_machine_as_test(factory, settings=limits(examples, phases=(Phase.generate,), stateful_step_count=steps))
+        run_state_machine_as_test(
+            factory, settings=limits(examples, phases=(Phase.generate,), stateful_step_count=steps)
+        )
     except Flaky as e:
-        return AssertionError(f"the same operations failed once, and not when repeated: {e}"), failed[0].calls
+        return (
+            AssertionError(f"the same operations failed once, and not when repeated: {e}"),
+            failed[0].calls,
+        )
     except Exception as e:
         return shortest(new, failed[0].calls, e)
     finally:
@@ -91,9 +109,14 @@ def run_machine(new: Callable[[], Machine], run_seed: int, *, examples: int, ste
 
 def limits(examples: int, **more: Any) -> settings:
     return settings(
-        max_examples=examples, deadline=None, database=None, print_blob=False, report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck), **more,
-    )  # fmt: skip
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        **more,
+    )
 
 
 def replay(new: Callable[[], Machine], calls: list[Call]) -> Exception | None:
@@ -111,8 +134,11 @@ def replay(new: Callable[[], Machine], calls: list[Call]) -> Exception | None:
     return None
 
 
-def shortest(new: Callable[[], Machine], calls: list[Call], error: Exception) -> tuple[Exception, list[Call]]:
-    """Leave out operations, then make their arguments smaller, as long as it still fails. The beginning stays."""
+def shortest(
+    new: Callable[[], Machine], calls: list[Call], error: Exception
+) -> tuple[Exception, list[Call]]:
+    """Leave out operations, then make their arguments smaller, as long as it still fails. The
+    beginning stays."""
     num_replays = 0
 
     def still_fails(fewer: list[Call]) -> bool:
@@ -142,7 +168,8 @@ def shortest(new: Callable[[], Machine], calls: list[Call], error: Exception) ->
 
 
 def _smaller(value: Any) -> Iterator[Any]:
-    """Values that are valid wherever this one is: nothing here goes below 1, or leaves a list empty."""
+    """Values that are valid wherever this one is: nothing here goes below 1, or leaves a list
+    empty."""
     if value is True:
         yield False
     elif isinstance(value, int) and value > 1:
@@ -153,9 +180,13 @@ def _smaller(value: Any) -> Iterator[Any]:
         for f in dataclasses.fields(value):
             own = getattr(value, f.name)
             simple = [f.default] if f.default in (None, 0) and own != f.default else []
-            yield from (dataclasses.replace(value, **{f.name: v}) for v in (*simple, *_smaller(own)))
+            yield from (
+                dataclasses.replace(value, **{f.name: v}) for v in (*simple, *_smaller(own))
+            )
 
 
 def shown(calls: list[Call]) -> str:
-    lines = [f"{name}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})" for name, kwargs in calls]
+    lines = [
+        f"{name}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())})" for name, kwargs in calls
+    ]
     return "\n".join(["", *(f"  {line}" for line in lines)])

@@ -3,7 +3,8 @@
     class TestMyMatmul(MatmulContract):
         provider = PROVIDER
 
-Weights of every declared format, sampled at random in the canonical form, are compared with `dequantized`, its definition.
+Weights of every declared format, sampled at random in the canonical form, are compared with
+`dequantized`, its definition.
 """
 
 from __future__ import annotations
@@ -43,16 +44,34 @@ class Product:
     def __str__(self) -> str:
         f = self.format
         group = "one scale a row" if f.group_size is None else f"groups of {f.group_size}"
-        more = ", zeros" * f.zeros + ", an order" * f.order + (f", inputs rounded to {f.inputs}" if f.inputs else "")
+        more = (
+            ", zeros" * f.zeros
+            + ", an order" * f.order
+            + (f", inputs rounded to {f.inputs}" if f.inputs else "")
+        )
         size = f"{self.num_rows} rows by [{self.outs}, {self.in_features}]"
-        return f"{size}, {f.codes} in {group}{more}{', an input scale' * f.input_scale}{', bias' * self.bias}, {self.dtype}"
+        return (
+            f"{size}, {f.codes} in"
+            f" {group}{more}{', an input scale' * f.input_scale}{', bias' * self.bias},"
+            f" {self.dtype}"
+        )
 
     def layer(self, device: str) -> LinearLayer:
-        return LinearLayer("kit", (Part("kit", self.outs),), self.in_features, self.bias, self.dtype, device)
+        return LinearLayer(
+            "kit", (Part("kit", self.outs),), self.in_features, self.bias, self.dtype, device
+        )
 
     def simpler(self) -> list[Product]:
-        found = [replace(self, num_rows=1), replace(self, bias=False), replace(self, dtype="float32"), replace(self, outs=16)]
-        found += [replace(self, in_features=32), replace(self, format=replace(self.format, zeros=False))]
+        found = [
+            replace(self, num_rows=1),
+            replace(self, bias=False),
+            replace(self, dtype="float32"),
+            replace(self, outs=16),
+        ]
+        found += [
+            replace(self, in_features=32),
+            replace(self, format=replace(self.format, zeros=False)),
+        ]
         found += [replace(self, format=replace(self.format, order=False, input_scale=False))]
         return [one for one in found if one != self]
 
@@ -65,7 +84,9 @@ class MatmulContract(Contract):
     @property
     def can(self) -> MatmulCapabilities:
         can = self.provider.capabilities
-        assert isinstance(can, MatmulCapabilities), "a provider of matmul declares a MatmulCapabilities"
+        assert isinstance(can, MatmulCapabilities), (
+            "a provider of matmul declares a MatmulCapabilities"
+        )
         return can
 
     @common_causes("a provider that declares none")
@@ -76,24 +97,41 @@ class MatmulContract(Contract):
         assert self.can.dtypes is None or self.can.dtypes, "no dtypes are declared"
 
     @common_causes(
-        "the halves of a byte in the wrong order", "a zero point left out", "the last group of another size", "sums in 16 bits",
-        "rows of x that lie apart", "an order applied the wrong way round",
-    )  # fmt: skip
+        "the halves of a byte in the wrong order",
+        "a zero point left out",
+        "the last group of another size",
+        "sums in 16 bits",
+        "rows of x that lie apart",
+        "an order applied the wrong way round",
+    )
     def test_products_are_those_of_the_dequantized_weight(self) -> None:
-        """`x @ dequantized().T + bias` in x's dtype: every format, shapes that fill nothing, any number of rows."""
+        """`x @ dequantized().T + bias` in x's dtype: every format, shapes that fill nothing, any
+        number of rows."""
         formats = self.formats(None)
         tried = [Product(f, outs, n) for f in formats for outs, n in SHAPES]
-        tried += [Product(f, num_rows=rows, dtype=dtype) for f in formats for rows in ROWS for dtype in self.dtypes]
+        tried += [
+            Product(f, num_rows=rows, dtype=dtype)
+            for f in formats
+            for rows in ROWS
+            for dtype in self.dtypes
+        ]
         for one in tried:
             self.attempt(one, self.check, Product.simpler)
 
-    @common_causes("one scale for all rows of x", "half away from zero instead of to even", "the input scale's inverse")
+    @common_causes(
+        "one scale for all rows of x",
+        "half away from zero instead of to even",
+        "the input scale's inverse",
+    )
     def test_rounded_inputs(self) -> None:
-        """Inputs are rounded as the format says: each row by a scale of its own, or all by the format's."""
+        """Inputs are rounded as the format says: each row by a scale of its own, or all by the
+        format's."""
         for inputs in self.can.inputs:
             for f in self.formats(inputs):
                 for rows, dtype in product((1, 5, 33), self.dtypes):
-                    self.attempt(Product(f, num_rows=rows, dtype=dtype), self.check, Product.simpler)
+                    self.attempt(
+                        Product(f, num_rows=rows, dtype=dtype), self.check, Product.simpler
+                    )
 
     @common_causes("a division by a scale of zero")
     def test_zeros_are_zeros(self) -> None:
@@ -104,8 +142,12 @@ class MatmulContract(Contract):
             for f in self.formats(inputs):
                 one = Product(f)
                 multiply, _, tensors = self.made(one)
-                out = multiply(torch.zeros(2, one.in_features, dtype=torch.float32, device=self.device))
-                assert torch.equal(out, tensors["bias"].expand(2, -1)), f"{one}: zeros gave {out.abs().max():.3g}"
+                out = multiply(
+                    torch.zeros(2, one.in_features, dtype=torch.float32, device=self.device)
+                )
+                assert torch.equal(out, tensors["bias"].expand(2, -1)), (
+                    f"{one}: zeros gave {out.abs().max():.3g}"
+                )
 
     @common_causes("NaN rounded to a number", "a maximum that NaN does not change")
     def test_what_is_no_number_stays_none(self) -> None:
@@ -120,7 +162,9 @@ class MatmulContract(Contract):
                 x[2, 5] = torch.nan
                 out = multiply(x)
                 assert bool(out[2].isnan().any()), f"{one}: NaN was lost"
-                assert bool(out[[0, 1, 3, 4, 5, 6]].isfinite().all()), f"{one}: NaN in row 2 went elsewhere"
+                assert bool(out[[0, 1, 3, 4, 5, 6]].isfinite().all()), (
+                    f"{one}: NaN in row 2 went elsewhere"
+                )
 
     @common_causes("the canonical tensors kept beside a form of its own", "codes expanded and kept")
     def test_memory_is_as_declared(self) -> None:
@@ -131,7 +175,9 @@ class MatmulContract(Contract):
             matmul = self.new()
             del tensors
             held, declared = held_bytes(multiply) - held_bytes(matmul), matmul.nbytes(f, layer)
-            assert declared * 0.95 <= held <= declared * 1.05 + 4096, f"{one}: {held} bytes held, {declared} declared"
+            assert declared * 0.95 <= held <= declared * 1.05 + 4096, (
+                f"{one}: {held} bytes held, {declared} declared"
+            )
 
     # How a product is tried.
 
@@ -149,10 +195,14 @@ class MatmulContract(Contract):
         for codes in self.can.codes:
             if inputs == "int8" and codes == "float8_e4m3fn":
                 continue  # nobody stores such
-            groups = [g for g in GROUPS if self.can.group_sizes is None or g in self.can.group_sizes]
+            groups = [
+                g for g in GROUPS if self.can.group_sizes is None or g in self.can.group_sizes
+            ]
             found += [WeightFormat(codes, g, inputs=inputs) for g in (None, *groups)]
             if codes != "float8_e4m3fn":
-                found += [WeightFormat(codes, g, zeros=True, inputs=inputs) for g in (None, *groups[-1:])]
+                found += [
+                    WeightFormat(codes, g, zeros=True, inputs=inputs) for g in (None, *groups[-1:])
+                ]
             found += [WeightFormat(codes, g, order=True, inputs=inputs) for g in groups[-1:]]
         return found + [replace(f, input_scale=True) for f in found[:1] if inputs is not None]
 
@@ -165,7 +215,9 @@ class MatmulContract(Contract):
         x *= 2.0 ** torch.randint(-3, 4, (one.num_rows, 1), generator=generator)
         return x.to(getattr(torch, one.dtype)).to(self.device)[:, : one.in_features]
 
-    def made(self, one: Product) -> tuple[Callable[[Tensor], Tensor], LinearLayer, dict[str, Tensor]]:
+    def made(
+        self, one: Product
+    ) -> tuple[Callable[[Tensor], Tensor], LinearLayer, dict[str, Tensor]]:
         import torch
 
         f, generator = one.format, torch.Generator().manual_seed(self.seed + 1)
@@ -177,17 +229,23 @@ class MatmulContract(Contract):
         elif f.codes == "int8":
             codes = codes.view(torch.int8)
         else:
-            codes = torch.where(codes & 127 == 127, 3, codes).to(torch.uint8).view(torch.float8_e4m3fn)
+            codes = (
+                torch.where(codes & 127 == 127, 3, codes).to(torch.uint8).view(torch.float8_e4m3fn)
+            )
         tensors = {"codes": codes, "scales": torch.rand(groups, generator=generator) * 0.01 + 0.001}
         if f.zeros:
-            low, high, kept = (0, 16, torch.uint8) if f.codes == "uint4" else (-128, 128, torch.int8)
+            low, high, kept = (
+                (0, 16, torch.uint8) if f.codes == "uint4" else (-128, 128, torch.int8)
+            )
             tensors["zeros"] = torch.randint(low, high, groups, generator=generator).to(kept)
         if f.order:
             tensors["order"] = torch.randperm(one.in_features, generator=generator)
         if f.input_scale:
             tensors["input_scale"] = torch.tensor([0.02])
         if one.bias:
-            tensors["bias"] = torch.randn(one.outs, generator=generator).to(getattr(torch, one.dtype))
+            tensors["bias"] = torch.randn(one.outs, generator=generator).to(
+                getattr(torch, one.dtype)
+            )
         tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         layer = one.layer(self.device)
         return self.new().linear(f, layer, tensors), layer, tensors
@@ -201,11 +259,20 @@ class MatmulContract(Contract):
         out = multiply(x)
         if out.dtype != x.dtype or out.shape != (one.num_rows, one.outs):
             raise Broken(f"x {[*x.shape]} {x.dtype} became {[*out.shape]} {out.dtype}")
-        rounded = x.double() if one.format.inputs is None else rounded_inputs(x.double(), one.format.inputs, tensors)
+        rounded = (
+            x.double()
+            if one.format.inputs is None
+            else rounded_inputs(x.double(), one.format.inputs, tensors)
+        )
         exact = rounded @ dequantized(one.format, one.in_features, tensors).double().T
         # A value in the middle between two is rounded either way: a few of them are.
         limit = PRECISION[one.dtype] + (2e-3 if one.format.inputs else 0)
-        compare(out, exact + (tensors["bias"].double() if one.bias else 0), limit, "x @ dequantized().T + bias")
+        compare(
+            out,
+            exact + (tensors["bias"].double() if one.bias else 0),
+            limit,
+            "x @ dequantized().T + bias",
+        )
         if not torch.equal(x, before):
             raise Broken("the input was changed")
         if not torch.equal(multiply(x), out):
@@ -215,11 +282,17 @@ class MatmulContract(Contract):
 class KitMatmul:
     """A `Matmul` by the definition, for schemes to be tried with."""
 
-    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def linear(
+        self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
+    ) -> Callable[[Tensor], Tensor]:
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
         def multiply(x: Tensor) -> Tensor:
-            given = x.double() if format.inputs is None else rounded_inputs(x.double(), format.inputs, kept)
+            given = (
+                x.double()
+                if format.inputs is None
+                else rounded_inputs(x.double(), format.inputs, kept)
+            )
             out: Tensor = given @ dequantized(format, layer.in_features, kept).double().T
             return (out + kept["bias"].double() if layer.bias else out).to(x.dtype)
 
@@ -230,17 +303,27 @@ class KitMatmul:
 
 
 KIT_MATMUL = Provider(
-    "kit-matmul", "by the definition", lambda context, options: KitMatmul(),
-    capabilities=MatmulCapabilities(("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=None),
-)  # fmt: skip
+    "kit-matmul",
+    "by the definition",
+    lambda context, options: KitMatmul(),
+    capabilities=MatmulCapabilities(
+        ("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=None
+    ),
+)
 
 
 def rounded_inputs(x: Tensor, to: Inputs, tensors: dict[str, Tensor]) -> Tensor:
     """As `WeightFormat` defines it, in float64."""
     import torch
 
-    scale = tensors["input_scale"].double() if "input_scale" in tensors else x.abs().amax(1, keepdim=True) / LARGEST[to]
+    scale = (
+        tensors["input_scale"].double()
+        if "input_scale" in tensors
+        else x.abs().amax(1, keepdim=True) / LARGEST[to]
+    )
     scale = torch.where(scale == 0, 1.0, scale)
     limited = (x / scale).clamp(-LARGEST[to], LARGEST[to])
-    rounded: Tensor = limited.round() if to == "int8" else limited.float().to(torch.float8_e4m3fn).double()
+    rounded: Tensor = (
+        limited.round() if to == "int8" else limited.float().to(torch.float8_e4m3fn).double()
+    )
     return rounded * scale

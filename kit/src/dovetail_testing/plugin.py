@@ -1,7 +1,9 @@
-"""The simulated worker as an installable plugin, so that discovery, processes and servers can be tested without torch.
+"""The simulated worker as an installable plugin, so that discovery, processes and servers can be
+tested without torch.
 
-`install(site)` makes a distribution `dovetail-simulated` in a folder to be put on PYTHONPATH; `make_model(folder)`
-makes a model folder with a byte-level tokenizer and a chat template, and no weights.
+`install(site)` makes a distribution `dovetail-simulated` in a folder to be put on PYTHONPATH;
+`make_model(folder)` makes a model folder with a byte-level tokenizer and a chat template, and no
+weights.
 """
 
 from __future__ import annotations
@@ -46,31 +48,55 @@ def _worker(context: Any, options: SimulatedOptions) -> SimulatedWorker:
     model = context.model
     block_size = context.option("kv_cache", "block_size")
     windows = [kind.window for kind in model.layer_kinds]
-    groups = [KVGroup([i], "full" if w is None else "sliding", block_size, 64, w) for i, w in enumerate(windows)]
+    groups = [
+        KVGroup([i], "full" if w is None else "sliding", block_size, 64, w)
+        for i, w in enumerate(windows)
+    ]
     return SimulatedWorker(groups, model.vocab_size, faults=Faults(**options.model_dump()))
 
 
 @hookimpl
 def dovetail_workers() -> list[Provider[SimulatedWorker]]:
-    return [Provider("simulated", "no model: answers depend on the cache's contents", _worker, SimulatedOptions, CAN)]
+    return [
+        Provider(
+            "simulated",
+            "no model: answers depend on the cache's contents",
+            _worker,
+            SimulatedOptions,
+            CAN,
+        )
+    ]
 
 
 @hookimpl
 def dovetail_attention() -> list[Provider[None]]:
     can = AttentionCapabilities(sliding_window=True, logit_soft_cap=True, sinks=True)
-    return [Provider("simulated", "never called: the simulated worker has no layers", lambda c, o: None, capabilities=can)]
+    return [
+        Provider(
+            "simulated",
+            "never called: the simulated worker has no layers",
+            lambda c, o: None,
+            capabilities=can,
+        )
+    ]
 
 
-def install(site: Path, module: str = __name__, name: str = "simulated", version: str = "0.1.0") -> None:
-    """Write a distribution's metadata into `site`: what pip would leave of a package that holds only an entry point."""
+def install(
+    site: Path, module: str = __name__, name: str = "simulated", version: str = "0.1.0"
+) -> None:
+    """Write a distribution's metadata into `site`: what pip would leave of a package that holds
+    only an entry point."""
     info = site / f"dovetail_{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dovetail-{name}\nVersion: {version}\nSummary: for tests\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: dovetail-{name}\nVersion: {version}\nSummary: for tests\n"
+    )
     (info / "entry_points.txt").write_text(f"[dovetail]\n{name} = {module}\n")
 
 
 def make_model(folder: Path, *, max_len: int = 256, window: int | None = None) -> Path:
-    """A model folder for the simulated worker: config.json, tokenizer (one token a byte) and chat template."""
+    """A model folder for the simulated worker: config.json, tokenizer (one token a byte) and chat
+    template."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
@@ -79,12 +105,22 @@ def make_model(folder: Path, *, max_len: int = 256, window: int | None = None) -
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<eos>", "chat_template": TEMPLATE})
+    )
     config = {
-        "architectures": ["SimulatedForCausalLM"], "model_type": "simulated", "dtype": "float32", "num_hidden_layers": 2,
-        "hidden_size": 32, "num_attention_heads": 2, "vocab_size": len(vocab), "max_position_embeddings": max_len,
-        "eos_token_id": 1, "sliding_window": window, "layer_types": ["full_attention", "sliding_attention"],
-    }  # fmt: skip
+        "architectures": ["SimulatedForCausalLM"],
+        "model_type": "simulated",
+        "dtype": "float32",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "vocab_size": len(vocab),
+        "max_position_embeddings": max_len,
+        "eos_token_id": 1,
+        "sliding_window": window,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
     assert len(window_of_layers(config)) == 2
     (folder / "config.json").write_text(json.dumps(config))
     return folder

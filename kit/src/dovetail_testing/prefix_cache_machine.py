@@ -1,4 +1,5 @@
-"""The state machine of the prefix-cache contract: it plays the KV-cache manager, and knows of every block what it holds."""
+"""The state machine of the prefix-cache contract: it plays the KV-cache manager, and knows of every
+block what it holds."""
 
 from __future__ import annotations
 
@@ -16,14 +17,24 @@ from dovetail_testing.machines import Machine, beginning, operation
 Content = tuple[Any, ...]
 """Adapter, salt, and all tokens up to the end of a block."""
 
-TEXTS = [0] * 10, [0, 1] * 5, [0, 0, 0, 1, 0, 1, 0, 0, 0, 1], [1, 1] + [0] * 8, [256, 0] * 5, [65_536, 0] * 5, [9, 8, 7, 6, 5]
-"""Some begin alike, some go on alike after another beginning, some are alike in the last one or two bytes of their tokens."""
+TEXTS = (
+    [0] * 10,
+    [0, 1] * 5,
+    [0, 0, 0, 1, 0, 1, 0, 0, 0, 1],
+    [1, 1] + [0] * 8,
+    [256, 0] * 5,
+    [65_536, 0] * 5,
+    [9, 8, 7, 6, 5],
+)
+"""Some begin alike, some go on alike after another beginning, some are alike in the last one or two
+bytes of their tokens."""
 texts = st.builds(lambda text, length: text[:length], st.sampled_from(TEXTS), st.integers(2, 10))
 
 
 @dataclass
 class Blocks:
-    """Those of one KV group, the null block aside: each is free, kept, or in some sequence's table."""
+    """Those of one KV group, the null block aside: each is free, kept, or in some sequence's
+    table."""
 
     free: set[int]
     kept: set[int] = field(default_factory=set)
@@ -34,7 +45,8 @@ class Blocks:
 
 
 class IndexMachine(Machine):
-    """One KV group, or two of which the second has a window: there a sequence sees its last block alone."""
+    """One KV group, or two of which the second has a window: there a sequence sees its last block
+    alone."""
 
     size = 2
     cache: PrefixCache
@@ -46,9 +58,11 @@ class IndexMachine(Machine):
         self.tables: dict[int, list[list[int]]] = {}
         """By sequence and group."""
         self.coming: dict[int, tuple[int, int]] = {}
-        """By sequence: the first block that it is expected to compute next, and the end of those."""
+        """By sequence: the first block that it is expected to compute next, and the end of
+        those."""
         self.unsure: set[Content] = set()
-        """What two sequences were to compute: once one of them has, or has gone, the cache may say nothing of the other."""
+        """What two sequences were to compute: once one of them has, or has gone, the cache may say
+        nothing of the other."""
         self.next_id = 0
 
     @beginning(num_blocks=st.integers(2, 14), windows=st.sampled_from([[None], [None, 2]]))
@@ -60,17 +74,30 @@ class IndexMachine(Machine):
         self.cache = self.new(groups, counts)
 
     @operation(
-        tokens=texts, salt=st.sampled_from([None, None, None, "s"]), adapter=st.sampled_from([None, None, None, "a"]),
-        gaps=st.sets(st.integers(0, 4)), asks_for_all=st.booleans(), stays=st.booleans(), takes_time=st.booleans(),
-    )  # fmt: skip
+        tokens=texts,
+        salt=st.sampled_from([None, None, None, "s"]),
+        adapter=st.sampled_from([None, None, None, "a"]),
+        gaps=st.sets(st.integers(0, 4)),
+        asks_for_all=st.booleans(),
+        stays=st.booleans(),
+        takes_time=st.booleans(),
+    )
     def start(
-        self, tokens: list[int], salt: str | None, adapter: str | None, gaps: set[int], asks_for_all: bool, stays: bool,
+        self,
+        tokens: list[int],
+        salt: str | None,
+        adapter: str | None,
+        gaps: set[int],
+        asks_for_all: bool,
+        stays: bool,
         takes_time: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         seq = self._new_sequence(tokens, salt, adapter)
         limit = len(tokens) // self.size - (not asks_for_all)
         found = [tuple(ids) for ids in self.cache.match(seq, limit)]
-        assert len(found) <= limit, f"{len(found)} blocks were found, and at most {limit} were asked for"
+        assert len(found) <= limit, (
+            f"{len(found)} blocks were found, and at most {limit} were asked for"
+        )
         self._compare(seq, found, limit)
         tables = self._heads(found)
         for i, (blocks, table) in enumerate(zip(self.groups, tables, strict=True)):
@@ -92,33 +119,60 @@ class IndexMachine(Machine):
             self.coming[seq.seq_id] = first, end
 
     def _all_coming(self) -> set[Content]:
-        return {self._content(self.sequences[of], i) for of, (first, end) in self.coming.items() for i in range(first, end)}
+        return {
+            self._content(self.sequences[of], i)
+            for of, (first, end) in self.coming.items()
+            for i in range(first, end)
+        }
 
     def _has_come(self, seq: Sequence, first: int, count: int) -> None:
         end = self.coming.pop(seq.seq_id, (0, 0))[1]
-        self.unsure |= {self._content(seq, i) for i in range(first, first + count)} & self._all_coming()
+        self.unsure |= {
+            self._content(seq, i) for i in range(first, first + count)
+        } & self._all_coming()
         if first + count < end:
             self.coming[seq.seq_id] = first + count, end
 
-    @operation(tokens=texts, salt=st.sampled_from([None, None, None, "s"]), adapter=st.sampled_from([None, None, None, "a"]))
+    @operation(
+        tokens=texts,
+        salt=st.sampled_from([None, None, None, "s"]),
+        adapter=st.sampled_from([None, None, None, "a"]),
+    )
     def ask_what_comes(self, tokens: list[int], salt: str | None, adapter: str | None) -> None:
         """A sequence that waits asks for each of its blocks who computes it, and leaves."""
         seq = self._new_sequence(tokens, salt, adapter)
         for i in range(len(tokens) // self.size):
             content = self._content(seq, i)
             possible = {
-                owner for owner, (first, end) in self.coming.items()
-                if any(self._content(self.sequences[owner], j) == content for j in range(first, end))
-            }  # fmt: skip
+                owner
+                for owner, (first, end) in self.coming.items()
+                if any(
+                    self._content(self.sequences[owner], j) == content for j in range(first, end)
+                )
+            }
             owner = self.cache.expected_from(seq, i)
             if owner is None:
-                assert not possible or content in self.unsure, f"sequence {possible} computes {content}, and is not expected to"
+                assert not possible or content in self.unsure, (
+                    f"sequence {possible} computes {content}, and is not expected to"
+                )
             else:
-                assert owner in possible, f"sequence {owner} is expected to compute {content}; of those that run {possible} do"
+                assert owner in possible, (
+                    f"sequence {owner} is expected to compute {content}; of those that run"
+                    f" {possible} do"
+                )
         self.cache.forget(seq.seq_id)
 
     def _new_sequence(self, tokens: list[int], salt: str | None, adapter: str | None) -> Sequence:
-        r = Request(f"r{self.next_id}", tokens, SamplingParams(), 20, 0, [], adapter_id=adapter, cache_salt=salt)
+        r = Request(
+            f"r{self.next_id}",
+            tokens,
+            SamplingParams(),
+            20,
+            0,
+            [],
+            adapter_id=adapter,
+            cache_salt=salt,
+        )
         self.next_id += 1
         return Sequence(self.next_id - 1, r, 0, list(tokens))
 
@@ -127,22 +181,29 @@ class IndexMachine(Machine):
         nothing = (NOT_HERE,) * len(self.groups)
         for i, ids in enumerate((*found, nothing)[:limit]):
             content = self._content(seq, i)
-            assert len(ids) == len(self.groups), f"block {i} was found in {len(ids)} of {len(self.groups)} KV groups"
+            assert len(ids) == len(self.groups), (
+                f"block {i} was found in {len(ids)} of {len(self.groups)} KV groups"
+            )
             assert i == len(found) or any(ids), f"entry {i} of what was found has no block"
             for group, (block, blocks) in enumerate(zip(ids, self.groups, strict=True)):
                 if block != NOT_HERE:
                     held = blocks.holds.get(block)
-                    assert held == content, f"block {block} of group {group} was found for {content}, and holds {held}"
+                    assert held == content, (
+                        f"block {block} of group {group} was found for {content}, and holds {held}"
+                    )
                     continue
                 alone = [b for b, held in blocks.holds.items() if held == content]
                 is_sure = len(alone) == 1 and content not in blocks.doubtful
-                assert not is_sure, f"block {alone} of group {group} holds {content}, and was not found"
+                assert not is_sure, (
+                    f"block {alone} of group {group} holds {content}, and was not found"
+                )
 
     def _content(self, seq: Sequence, i: int) -> Content:
         return (seq.request.adapter_id, seq.request.cache_salt, *seq.tokens[: (i + 1) * self.size])
 
     def _heads(self, found: list[tuple[int, ...]]) -> list[list[int]]:
-        """By group: the longest beginning of which there is all that is seen, with nothing where it is not."""
+        """By group: the longest beginning of which there is all that is seen, with nothing where it
+        is not."""
         count = 0
         for i, ids in enumerate(found, 1):
             if ids[0] == NOT_HERE:
@@ -150,13 +211,17 @@ class IndexMachine(Machine):
             if all(block != NOT_HERE for block in ids):
                 count = i
         return [
-            [ids[group] if group == 0 or i == count - 1 else NOT_HERE for i, ids in enumerate(found[:count])]
+            [
+                ids[group] if group == 0 or i == count - 1 else NOT_HERE
+                for i, ids in enumerate(found[:count])
+            ]
             for group, _ in enumerate(self.groups)
         ]
 
     def _fill(self, seq: Sequence, gaps: set[int]) -> bool:
-        """Compute the blocks that the sequence's tokens fill, and tell the cache; False if there is no room. In the group with
-        a window the new blocks numbered in `gaps` have fallen out already."""
+        """Compute the blocks that the sequence's tokens fill, and tell the cache; False if there is
+        no room. In the group with a window the new blocks numbered in `gaps` have fallen out
+        already."""
         tables = self.tables[seq.seq_id]
         first = len(tables[0])
         count = len(seq.tokens) // self.size - first
@@ -180,8 +245,12 @@ class IndexMachine(Machine):
         count = min(need - len(blocks.free), len(blocks.kept))
         if count > 0:
             gone = self.cache.evict(group, count)
-            assert len(set(gone)) == len(gone) == count, f"{count} blocks were to be evicted, and {gone} were"
-            assert set(gone) <= blocks.kept, f"blocks {sorted(set(gone) - blocks.kept)} were evicted, which are not kept"
+            assert len(set(gone)) == len(gone) == count, (
+                f"{count} blocks were to be evicted, and {gone} were"
+            )
+            assert set(gone) <= blocks.kept, (
+                f"blocks {sorted(set(gone) - blocks.kept)} were evicted, which are not kept"
+            )
             blocks.kept -= set(gone)
             blocks.free |= set(gone)
             for block in gone:
@@ -198,7 +267,11 @@ class IndexMachine(Machine):
         self.cache.insert(seq, first, [list(ids) for ids in new])
         self._has_come(seq, first, len(new[0]))
 
-    @operation(which=st.integers(0, 9), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4), gaps=st.booleans())
+    @operation(
+        which=st.integers(0, 9),
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4),
+        gaps=st.booleans(),
+    )
     def grow(self, which: int, tokens: list[int], gaps: bool) -> None:
         if self.sequences:
             seq = self._known(which)
@@ -253,7 +326,9 @@ class IndexMachine(Machine):
         if any(block in tables[group] for tables in self.tables.values()):
             return
         if self.cache.keep(group, block):
-            assert block in blocks.holds, f"block {block} of group {group} is kept, and was never inserted or is forgotten"
+            assert block in blocks.holds, (
+                f"block {block} of group {group} is kept, and was never inserted or is forgotten"
+            )
             blocks.kept.add(block)
         else:
             content = blocks.holds.pop(block, None)
@@ -263,7 +338,8 @@ class IndexMachine(Machine):
 
     @operation()
     def reset(self) -> None:
-        """Blocks in use are not known any more; their sequences go on, and tell of what they compute from now on."""
+        """Blocks in use are not known any more; their sequences go on, and tell of what they
+        compute from now on."""
         self.cache.reset()
         self.coming.clear()
         for blocks in self.groups:

@@ -1,4 +1,5 @@
-"""Contract classes run by pytest without a test file: what `dovetail conform` and the kit's own tests do."""
+"""Contract classes run by pytest without a test file: what `dovetail conform` and the kit's own
+tests do."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Outcome = Literal["passed", "failed", "not declared", "expected failure"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What became of one check, or of one of its parameters. The last fields are empty unless it failed."""
+    """What became of one check, or of one of its parameters. The last fields are empty unless it
+    failed."""
 
     contract: str
     """The label that the class was run under."""
@@ -36,9 +38,12 @@ class CheckResult:
 
 
 def run_contracts(
-    contracts: Mapping[str, type[Contract]], *, keyword: str = "", stop_at_first: bool = False,
+    contracts: Mapping[str, type[Contract]],
+    *,
+    keyword: str = "",
+    stop_at_first: bool = False,
     tell: Callable[[CheckResult], None] = lambda result: None,
-) -> list[CheckResult]:  # fmt: skip
+) -> list[CheckResult]:
     """Run the checks of these classes, by label, in this process; `tell` hears of each as it ends.
 
     `stop_at_first` skips the rest of a class once one of its checks has failed.
@@ -64,14 +69,23 @@ def run_contracts(
         ]
         with contextlib.redirect_stdout(said):
             status = pytest.main(arguments + (["-k", keyword] if keyword else []), plugins=[runner])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED) or runner.broken:
+    if (
+        status
+        not in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        )
+        or runner.broken
+    ):
         raise RuntimeError(f"the checks could not be run:\n{said.getvalue()}")
     return runner.results
 
 
 @dataclass
 class _Runner:
-    """A pytest plugin: puts the classes in place of the file's contents, and notes what became of each check."""
+    """A pytest plugin: puts the classes in place of the file's contents, and notes what became of
+    each check."""
 
     contracts: Mapping[str, type[Contract]]
     stop_at_first: bool
@@ -113,19 +127,32 @@ class _Runner:
             self.tell(result)
         return report
 
-    def _result(self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None) -> CheckResult:
+    def _result(
+        self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None
+    ) -> CheckResult:
         label, check = self.labels[_class_of(item)], getattr(item, "originalname", item.name)
         at = (label, check, item.name.removeprefix(check).strip("[]"))
         if report.passed:
             return CheckResult(*at, "passed", report.duration)
         if report.skipped:
             outcome: Outcome = "expected failure" if hasattr(report, "wasxfail") else "not declared"
-            return CheckResult(*at, outcome, report.duration, str(getattr(report, "wasxfail", error)))
+            return CheckResult(
+                *at, outcome, report.duration, str(getattr(report, "wasxfail", error))
+            )
         if isinstance(error, Broken):
             return CheckResult(
-                *at, "failed", report.duration, error.found, error.asks, error.input.strip(), error.causes, error.seed
+                *at,
+                "failed",
+                report.duration,
+                error.found,
+                error.asks,
+                error.input.strip(),
+                error.causes,
+                error.seed,
             )
-        return CheckResult(*at, "failed", report.duration, f"{report.when}: {type(error).__name__}: {error}")
+        return CheckResult(
+            *at, "failed", report.duration, f"{report.when}: {type(error).__name__}: {error}"
+        )
 
 
 _NOT_RUN = "another check of the class has failed"

@@ -44,7 +44,8 @@ from dovetail_testing.simulated import Faults
 
 PAGED = dovetail_kv_caches()[0]
 PATIENCE = 3000
-"""Steps within which a sequence must end while others keep coming, with room for some four of them at a time."""
+"""Steps within which a sequence must end while others keep coming, with room for some four of them
+at a time."""
 
 
 class SchedulerContract(Contract):
@@ -57,13 +58,17 @@ class SchedulerContract(Contract):
         return Parts(self.new_kv, self.new_scheduler)
 
     def new_kv(self, setup: Setup) -> KVCacheManager:
-        context = self.build_context(kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks))
+        context = self.build_context(
+            kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks)
+        )
         return PAGED.build(context, PAGED.options())
 
     def new_scheduler(self, setup: Setup, kv: KVCacheManager) -> Scheduler:
         limits = {"max_num_seqs": setup.max_num_seqs, "max_num_batched_tokens": setup.budget}
         options = self.provider.options.model_validate({**self.options, **limits})
-        context = self.build_context(kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks), kv=kv)
+        context = self.build_context(
+            kv_groups=tuple(setup.groups), num_blocks=tuple(setup.num_blocks), kv=kv
+        )
         scheduler: Scheduler = self.provider.build(context, options)
         return scheduler
 
@@ -71,28 +76,40 @@ class SchedulerContract(Contract):
         """What each sample says when it is by itself, in one chunk, with blocks to spare."""
         return alone(self.parts, requests, window)
 
-    @common_causes("the options do not extend SchedulerOptions", "capabilities of another extension point")
+    @common_causes(
+        "the options do not extend SchedulerOptions", "capabilities of another extension point"
+    )
     def test_declaration(self) -> None:
-        """The options extend `SchedulerOptions`; the capabilities, if there are any, are `SchedulerCapabilities`."""
-        assert issubclass(self.provider.options, SchedulerOptions), "the options must extend SchedulerOptions"
+        """The options extend `SchedulerOptions`; the capabilities, if there are any, are
+        `SchedulerCapabilities`."""
+        assert issubclass(self.provider.options, SchedulerOptions), (
+            "the options must extend SchedulerOptions"
+        )
         can = self.provider.capabilities
-        assert can is None or isinstance(can, SchedulerCapabilities), f"capabilities are a {type(can).__name__}"
+        assert can is None or isinstance(can, SchedulerCapabilities), (
+            f"capabilities are a {type(can).__name__}"
+        )
 
     @common_causes(
-        "a budget or batch row that an early `continue` does not count", "blocks not freed, or freed twice, on abort",
-        "a sequence kept in no list, or in two", "preemption while a step is in flight",
-    )  # fmt: skip
+        "a budget or batch row that an early `continue` does not count",
+        "blocks not freed, or freed twice, on abort",
+        "a sequence kept in no list, or in two",
+        "preemption while a step is in flight",
+    )
     def test_block_accounting_invariant_holds(self) -> None:
-        """Requests come, run and are aborted at any moment: every plan keeps to the budget, the batch rows and what the worker
-        knows; blocks are conserved; nothing is preempted while a step is in flight; in the end everyone has ended."""
+        """Requests come, run and are aborted at any moment: every plan keeps to the budget, the
+        batch rows and what the worker knows; blocks are conserved; nothing is preempted while a
+        step is in flight; in the end everyone has ended."""
         self.run_machine(partial(EngineMachine, self.parts), examples=60)
 
     @common_causes(
-        "num_computed_tokens left as it was on preemption", "blocks shared before they are computed",
+        "num_computed_tokens left as it was on preemption",
+        "blocks shared before they are computed",
         "a row planned from tokens that are still in flight as if they were known",
-    )  # fmt: skip
+    )
     def test_scheduling_changes_no_output(self) -> None:
-        """A sequence says what it says alone, however it was cut, batched, preempted and resumed."""
+        """A sequence says what it says alone, however it was cut, batched, preempted and
+        resumed."""
 
         def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
@@ -104,23 +121,32 @@ class SchedulerContract(Contract):
         self.run_examples(same_as_alone, examples=80, setup=setups, workload=workloads)
 
     @common_causes(
-        "a sequence that `reuse` lets wait (None) is started, or stops those behind it", "blocks found are not freed again",
-    )  # fmt: skip
+        "a sequence that `reuse` lets wait (None) is started, or stops those behind it",
+        "blocks found are not freed again",
+    )
     def test_shared_beginnings_change_no_output(self) -> None:
-        """With a prefix cache a sequence says what it says alone, whoever waits for whose blocks; and everyone ends, also when
-        the one waited for is aborted."""
+        """With a prefix cache a sequence says what it says alone, whoever waits for whose blocks;
+        and everyone ends, also when the one waited for is aborted."""
 
         def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
             expected = self.alone(requests, setup.window)
-            got = run(Parts(new_reusing, self.new_scheduler).engine(setup), requests, [a.arrival for a in workload])
+            got = run(
+                Parts(new_reusing, self.new_scheduler).engine(setup),
+                requests,
+                [a.arrival for a in workload],
+            )
             different = [key for key in expected if got.get(key) != expected[key]]
             assert not different, f"{different} differ from what they say alone"
 
         self.run_examples(same_as_alone, examples=60, setup=setups, workload=workloads_alike)
         self.run_machine(partial(AlikeMachine, Parts(new_reusing, self.new_scheduler)), examples=30)
 
-    @common_causes("rows not written by Sequence.add_row", "num_to_compute kept from before", "drafts kept on preemption")
+    @common_causes(
+        "rows not written by Sequence.add_row",
+        "num_to_compute kept from before",
+        "drafts kept on preemption",
+    )
     def test_drafts_change_no_output(self) -> None:
         """Sequences with draft tokens, some right and some wrong, say what they say without."""
 
@@ -135,18 +161,28 @@ class SchedulerContract(Contract):
         self.run_examples(same_as_without, examples=60, setup=setups, workload=workloads)
 
     @pytest.mark.parametrize("overlap", [False, True])
-    @common_causes("a preempted sequence resumed without its output so far", "its blocks freed, and its row still in the plan")
+    @common_causes(
+        "a preempted sequence resumed without its output so far",
+        "its blocks freed, and its row still in the plan",
+    )
     def test_tight_memory_changes_no_output(self, overlap: bool) -> None:
-        """Where blocks do not suffice for all that run, sequences are preempted and resumed, and say the same."""
+        """Where blocks do not suffice for all that run, sequences are preempted and resumed, and
+        say the same."""
         workload = [request(f"r{i}", [i] * 20, 20, seed=i) for i in range(4)]
         tight = self.parts.engine(Setup(spare_blocks=2, overlap=overlap))
         assert run(tight, workload) == self.alone(workload)
 
     @pytest.mark.parametrize("overlap", [False, True])
     @pytest.mark.parametrize("size", [(9, 6), (2, 1), (20, 25)], ids=["middling", "tiny", "alike"])
-    @common_causes("newcomers overtake without bound: age those who wait", "the one preempted is always the same one")
-    def test_nobody_starves_while_others_keep_coming(self, size: tuple[int, int], overlap: bool) -> None:
-        """Every sequence ends in the end, though memory is tight and there is always a newcomer, be it shorter."""
+    @common_causes(
+        "newcomers overtake without bound: age those who wait",
+        "the one preempted is always the same one",
+    )
+    def test_nobody_starves_while_others_keep_coming(
+        self, size: tuple[int, int], overlap: bool
+    ) -> None:
+        """Every sequence ends in the end, though memory is tight and there is always a newcomer, be
+        it shorter."""
         engine = self.parts.engine(Setup(overlap=overlap, spare_blocks=3))
         old = [request(f"old{i}", [i] * 20, 25, seed=i) for i in range(6)]
         for r in old:
@@ -161,43 +197,65 @@ class SchedulerContract(Contract):
                     waiting.discard(output.request_id)
             if not waiting:
                 return
-        raise AssertionError(f"after {PATIENCE} steps still not ended: {sorted(waiting)}; there were always 20 others waiting")
+        raise AssertionError(
+            f"after {PATIENCE} steps still not ended: {sorted(waiting)}; there were always 20"
+            " others waiting"
+        )
 
     @pytest.mark.parametrize("overlap", [False, True])
-    @common_causes("`remove` looks in one list only", "state of a failed step kept for the next one")
+    @common_causes(
+        "`remove` looks in one list only", "state of a failed step kept for the next one"
+    )
     def test_a_failed_step_is_forgotten(self, overlap: bool) -> None:
-        """When a step fails, its sequences are removed with their blocks, and later ones are as ever."""
-        requests, later = [request(f"r{i}", [i] * 10, 12, n=1 + i % 2, seed=i) for i in range(4)], request("later", [9] * 3, 10)
-        engine = self.parts.engine(Setup(overlap=overlap, spare_blocks=99, max_num_seqs=8, budget=64), Faults(raise_at=3))
+        """When a step fails, its sequences are removed with their blocks, and later ones are as
+        ever."""
+        requests, later = (
+            [request(f"r{i}", [i] * 10, 12, n=1 + i % 2, seed=i) for i in range(4)],
+            request("later", [9] * 3, 10),
+        )
+        engine = self.parts.engine(
+            Setup(overlap=overlap, spare_blocks=99, max_num_seqs=8, budget=64), Faults(raise_at=3)
+        )
         for r in requests:
             engine.add(r)
         while engine.has_work:
             engine.step()
             engine.watch.sequences()
-        assert engine.kv.num_used == 0, f"{engine.kv.num_used} blocks are left over after a failed step"
+        assert engine.kv.num_used == 0, (
+            f"{engine.kv.num_used} blocks are left over after a failed step"
+        )
         assert run(engine, [later]) == self.alone([later])
 
     @pytest.mark.parametrize("index", range(6))
     @common_causes("newcomers put in front", "priorities sorted the wrong way: lower runs first")
     def test_declared_order(self, index: int) -> None:
-        """Requests begin in the order that is declared: by arrival; or by priority, lower first, and then by arrival."""
+        """Requests begin in the order that is declared: by arrival; or by priority, lower first,
+        and then by arrival."""
         can = self.provider.capabilities
         order = can.order if isinstance(can, SchedulerCapabilities) else None
         if order is None:
             pytest.skip(f"{self.provider.name} promises no order")
 
         def begins_in_order(max_num_seqs: int, levels: list[int]) -> None:
-            begun = first_rows(self.parts.engine(Setup(max_num_seqs=max_num_seqs, spare_blocks=50)), levels)
+            begun = first_rows(
+                self.parts.engine(Setup(max_num_seqs=max_num_seqs, spare_blocks=50)), levels
+            )
             key: dict[str, Any] = {"arrival": lambda i: i, "priority": lambda i: (levels[i], i)}
-            assert begun == sorted(begun, key=key[order]), f"requests with priorities {levels} began in the order {begun}"
+            assert begun == sorted(begun, key=key[order]), (
+                f"requests with priorities {levels} began in the order {begun}"
+            )
 
         levels = st.lists(st.integers(-2, 2), min_size=2, max_size=8)
-        self.run_examples(begins_in_order, examples=10, max_num_seqs=st.just(1 + index), levels=levels)
+        self.run_examples(
+            begins_in_order, examples=10, max_num_seqs=st.just(1 + index), levels=levels
+        )
 
 
 def new_reusing(setup: Setup) -> KVCacheManager:
     """With the simplest prefix cache."""
-    return ReusingKVCache(setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups)))
+    return ReusingKVCache(
+        setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups))
+    )
 
 
 class Knowing:
@@ -207,7 +265,9 @@ class Knowing:
         self.expected = expected
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-        coming = self.expected[seq.request.request_id, seq.sample_index][seq.num_output_tokens :][:max_tokens]
+        coming = self.expected[seq.request.request_id, seq.sample_index][seq.num_output_tokens :][
+            :max_tokens
+        ]
         first = len(seq.tokens)
         return [token if (first + i) % 3 else (token + 1) % 64 for i, token in enumerate(coming)]
 
@@ -215,7 +275,8 @@ class Knowing:
 
 
 def first_rows(engine: WatchedEngine, levels: list[int]) -> list[int]:
-    """Add requests of these priorities all at once; return their numbers in the order of their first rows."""
+    """Add requests of these priorities all at once; return their numbers in the order of their
+    first rows."""
     for i, level in enumerate(levels):
         engine.add(request(f"r{i}", [i] * 5, 6, seed=i, level=level))
     of: dict[int, Sequence] = dict(engine.sequences)

@@ -3,7 +3,8 @@
     class TestMyServer(ServerContract):
         provider = PROVIDER
 
-Only what all servers share is asked here: their life. Each runs in a process of its own, over the simulated worker.
+Only what all servers share is asked here: their life. Each runs in a process of its own, over the
+simulated worker.
 """
 
 from __future__ import annotations
@@ -44,18 +45,23 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass
 class Running:
-    """A server in a process of its own, and what it reports: `begun`, `ready` with its URL, `returned` or `raised`."""
+    """A server in a process of its own, and what it reports: `begun`, `ready` with its URL,
+    `returned` or `raised`."""
 
     process: BaseProcess
     reports: Connection
     patience: float
 
     def next(self) -> tuple[str, str]:
-        assert self.reports.poll(self.patience), f"the server did not react within {self.patience} seconds"
+        assert self.reports.poll(self.patience), (
+            f"the server did not react within {self.patience} seconds"
+        )
         try:
             what, detail = self.reports.recv()
         except EOFError:
-            raise AssertionError(f"the server's process ended with status {self.process.exitcode}, without returning") from None
+            raise AssertionError(
+                f"the server's process ended with status {self.process.exitcode}, without returning"
+            ) from None
         return what, detail
 
     def expect(self, wanted: str) -> str:
@@ -69,7 +75,8 @@ class Running:
 
 
 class ServerContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest. The provider is pickled: its functions are a module's own."""
+    """Subclass, set `provider`, and pytest does the rest. The provider is pickled: its functions
+    are a module's own."""
 
     socket = "server"
     patience: ClassVar[float] = PATIENCE
@@ -96,9 +103,13 @@ class ServerContract(Contract):
             shutil.rmtree(cls.folder)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-    @common_causes("a handler installed before the server library's own, which replaces it", "the engine left open at the end")
+    @common_causes(
+        "a handler installed before the server library's own, which replaces it",
+        "the engine left open at the end",
+    )
     def test_it_serves_until_told_to_stop(self, number: int) -> None:
-        """It calls `on_ready` once, with a URL that takes connections, and on SIGTERM or SIGINT it ends and returns."""
+        """It calls `on_ready` once, with a URL that takes connections, and on SIGTERM or SIGINT it
+        ends and returns."""
         running = self.start()
         url = urlsplit(running.expect("ready"))
         assert url.hostname, f"on_ready was called with {url.geturl()!r}, which has no host"
@@ -115,15 +126,20 @@ class ServerContract(Contract):
 
     @common_causes("signals that are looked at only after the start")
     def test_it_can_be_stopped_while_it_loads(self) -> None:
-        """While the engine loads it takes connections already; told to stop then, it returns, and `on_ready` is not called."""
+        """While the engine loads it takes connections already; told to stop then, it returns, and
+        `on_ready` is not called."""
         port = free_port()
         running = self.start(port=port, worker={"use": "simulated", "load_seconds": 3600.0})
         wait_for_port(port)
         running.signal(signal.SIGTERM)
         what, detail = running.next()
-        assert what != "ready", f"the engine has loaded nothing, and on_ready was called with {detail}"
+        assert what != "ready", (
+            f"the engine has loaded nothing, and on_ready was called with {detail}"
+        )
 
-    @common_causes("the serving loop ended by the signal itself", "the engine closed before it is drained")
+    @common_causes(
+        "the serving loop ended by the signal itself", "the engine closed before it is drained"
+    )
     def test_requests_in_flight_are_finished(self) -> None:
         """On SIGTERM what the engine is working on is finished, and only then it returns."""
         running = self.start(ask=True, worker={"use": "simulated", "step_seconds": 0.05})
@@ -149,44 +165,71 @@ class ServerContract(Contract):
         kind = running.expect("raised").split(":")[0]
         assert kind in ("CheckpointError", "EngineDead", "EngineUnavailable"), f"it raised {kind}"
 
-    def start(self, *, port: int = 0, gone: str | None = None, ask: bool = False, **values: Any) -> Running:
-        """Run the server; `gone` is a folder to remove once the engine is configured. `ask`: the engine gets a request as soon
-        as it is ready."""
+    def start(
+        self, *, port: int = 0, gone: str | None = None, ask: bool = False, **values: Any
+    ) -> Running:
+        """Run the server; `gone` is a folder to remove once the engine is configured. `ask`: the
+        engine gets a request as soon as it is ready."""
         config = {"model": str(self.folder / "model"), "device": "cpu", **SIMULATED, **values}
         context = multiprocessing.get_context("spawn")
         reports, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, self.provider, self.options, config, str(self.folder / "site"), port, gone, ask)
+        arguments = (
+            theirs,
+            self.provider,
+            self.options,
+            config,
+            str(self.folder / "site"),
+            port,
+            gone,
+            ask,
+        )
         process = context.Process(target=serve, args=arguments)
         process.start()
         theirs.close()
         self.running.append(Running(process, reports, PATIENCE))
-        self.running[-1].expect("begun")  # a process and its imports take their time, whatever the server does
+        self.running[-1].expect(
+            "begun"
+        )  # a process and its imports take their time, whatever the server does
         self.running[-1].patience = self.patience
         return self.running[-1]
 
 
 def serve(
-    reports: Connection, provider: Provider[Any], options: dict[str, Any], config: dict[str, Any], site: str, port: int,
-    gone: str | None, ask: bool,
-) -> None:  # fmt: skip
+    reports: Connection,
+    provider: Provider[Any],
+    options: dict[str, Any],
+    config: dict[str, Any],
+    site: str,
+    port: int,
+    gone: str | None,
+    ask: bool,
+) -> None:
     """In the server's process."""
     sys.path.insert(0, site)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
     try:
         engine = AsyncEngine(EngineConfig.model_validate(config))
-        context = PlanContext(engine.plan, load_registry(), device_facts(), model_facts(Path(engine.plan.folder)))
+        context = PlanContext(
+            engine.plan, load_registry(), device_facts(), model_facts(Path(engine.plan.folder))
+        )
         server = provider.build(context, provider.options.model_validate(options))
         if gone is not None:
             shutil.rmtree(gone)
         reports.send(("begun", ""))
-        server.run(Asking(engine, reports) if ask else engine, LOOPBACK, port, lambda url: reports.send(("ready", url)))
+        server.run(
+            Asking(engine, reports) if ask else engine,
+            LOOPBACK,
+            port,
+            lambda url: reports.send(("ready", url)),
+        )
         reports.send(("returned", ""))
     except BaseException as e:
         reports.send(("raised", f"{type(e).__name__}: {e}"))
 
 
 class Asking:
-    """An engine that is asked something as soon as it has started, in the server's own event loop."""
+    """An engine that is asked something as soon as it has started, in the server's own event
+    loop."""
 
     def __init__(self, engine: AsyncEngine, reports: Connection) -> None:
         self._engine, self._reports = engine, reports
@@ -201,7 +244,9 @@ class Asking:
     async def _ask(self) -> None:
         reason, is_first = "nothing", True
         try:
-            async for delta in self._engine.generate("abc", SamplingParams(max_tokens=30, ignore_eos=True, seed=0)):
+            async for delta in self._engine.generate(
+                "abc", SamplingParams(max_tokens=30, ignore_eos=True, seed=0)
+            ):
                 if is_first:
                     self._reports.send(("asked", ""))
                 is_first, reason = False, delta.finish_reason or reason
@@ -225,5 +270,7 @@ def wait_for_port(port: int) -> None:
             return
         except OSError as e:
             if time.monotonic() > limit:
-                raise AssertionError(f"while the engine loads, the server takes no connections: {e}") from None
+                raise AssertionError(
+                    f"while the engine loads, the server takes no connections: {e}"
+                ) from None
             time.sleep(0.01)

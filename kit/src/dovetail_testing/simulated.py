@@ -1,7 +1,8 @@
-"""A worker without a model: it keeps a real paged cache of token ids, and every answer depends on what it reads there.
+"""A worker without a model: it keeps a real paged cache of token ids, and every answer depends on
+what it reads there.
 
-So a block that is leaked, shared wrongly or written by the wrong sequence changes the output, and a test that compares
-outputs sees it. Also a worker contract's smallest example.
+So a block that is leaked, shared wrongly or written by the wrong sequence changes the output, and a
+test that compares outputs sees it. Also a worker contract's smallest example.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Any
 
 from dovetail.errors import StepFailed
 from dovetail.interfaces.worker import Progress
-from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from dovetail.types import (
+    DRAFTED_BY_WORKER,
+    KVGroup,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 
 POISON = -1
 
@@ -40,10 +48,15 @@ class _Known:
 
 
 class SimulatedWorker:
-    """Draws `hash(seed, sample index, all tokens as read from the cache) % vocab_size`; greedy knows no seed."""
+    """Draws `hash(seed, sample index, all tokens as read from the cache) % vocab_size`; greedy
+    knows no seed."""
 
     def __init__(
-        self, groups: list[KVGroup], vocab_size: int = 64, memory: int = 1 << 30, faults: Faults | None = None
+        self,
+        groups: list[KVGroup],
+        vocab_size: int = 64,
+        memory: int = 1 << 30,
+        faults: Faults | None = None,
     ) -> None:
         self._groups = groups
         self.vocab_size = vocab_size
@@ -66,10 +79,14 @@ class SimulatedWorker:
         return self._memory
 
     def allocate(self, num_blocks: list[int]) -> None:
-        self._cache = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
+        self._cache = [
+            [POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)
+        ]
 
     def allocate_host(self, num_blocks: list[int]) -> None:
-        self._host = [[POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)]
+        self._host = [
+            [POISON] * (n * g.block_size) for n, g in zip(num_blocks, self._groups, strict=True)
+        ]
 
     def warm_up(self, progress: Progress) -> None:
         progress("warming up", 1, 1)
@@ -91,7 +108,9 @@ class SimulatedWorker:
                     self._cache[group][slot] = self._known[seq_id].tokens[position]
         drawn = [
             self._verify(seq_id, first + count, draft) if samples else []
-            for (seq_id, first, count), samples, draft in zip(rows, plan.samples, drafts, strict=True)
+            for (seq_id, first, count), samples, draft in zip(
+                rows, plan.samples, drafts, strict=True
+            )
         ]
         result = StepResult(plan.step_id, drawn)
         asked = [self._known[i].start.params for i in plan.seq_ids]
@@ -114,7 +133,9 @@ class SimulatedWorker:
             self._known.pop(seq_id, None)
         for start in plan.starts:
             assert start.seq_id not in self._known, "a sequence was started twice"
-            self._known[start.seq_id] = _Known(start, list(start.token_ids), [list(b) for b in start.block_ids])
+            self._known[start.seq_id] = _Known(
+                start, list(start.token_ids), [list(b) for b in start.block_ids]
+            )
         for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
             for table, blocks in zip(self._known[seq_id].tables, added, strict=bool(added)):
                 assert 0 not in blocks, "the null block was handed out"
@@ -122,7 +143,9 @@ class SimulatedWorker:
 
     def _move(self, plan: StepPlan) -> None:
         for op in plan.block_ops:
-            source, target = (self._host, self._cache) if op.kind == "in" else (self._cache, self._host)
+            source, target = (
+                (self._host, self._cache) if op.kind == "in" else (self._cache, self._host)
+            )
             size = self._groups[op.group].block_size
             moved = source[op.group][op.src * size : (op.src + 1) * size]
             assert len(moved) == size, f"{op} moves a block that is not there"
@@ -159,7 +182,11 @@ class SimulatedWorker:
         return self._drawn(self._known[seq_id].start, self._seen(seq_id, length))
 
     def _drawn(self, start: SequenceStart, seen: list[int]) -> int:
-        return self._greedy(seen) if start.params.greedy else self._hash(start.seed, start.sample_index, seen)
+        return (
+            self._greedy(seen)
+            if start.params.greedy
+            else self._hash(start.seed, start.sample_index, seen)
+        )
 
     def _visible(self, tokens: list[int]) -> list[int]:
         """What a right cache holds of these tokens."""
@@ -172,28 +199,46 @@ class SimulatedWorker:
         return self._hash(None, 0, seen)
 
     def _hash(self, *key: Any) -> int:
-        return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") % self.vocab_size
+        return (
+            int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+            % self.vocab_size
+        )
 
     def _seen(self, seq_id: int, length: int) -> list[int]:
-        """What the token after `length` tokens depends on: all groups' tokens, as the cache has them."""
+        """What the token after `length` tokens depends on: all groups' tokens, as the cache has
+        them."""
         known, seen = self._known[seq_id], list[int]()
         for i, group in enumerate(self._groups):
             first = 0 if group.window is None else max(0, length - group.window)
             seen += [self._cache[i][self._slots(seq_id, p)[i][1]] for p in range(first, length)]
-            assert seen[len(seen) - (length - first) :] == known.tokens[first:length], "the cache holds other tokens"
+            assert seen[len(seen) - (length - first) :] == known.tokens[first:length], (
+                "the cache holds other tokens"
+            )
         return seen
 
-    def _add_logprobs(self, rows: list[tuple[int, int, int]], drafts: list[list[int]], result: StepResult) -> None:
-        for (seq_id, first, count), draft, drawn in zip(rows, drafts, result.token_ids, strict=True):
+    def _add_logprobs(
+        self, rows: list[tuple[int, int, int]], drafts: list[list[int]], result: StepResult
+    ) -> None:
+        for (seq_id, first, count), draft, drawn in zip(
+            rows, drafts, result.token_ids, strict=True
+        ):
             known, params = self._known[seq_id], self._known[seq_id].start.params
             ends = range(first + 1, min(first + count, known.start.num_prompt_tokens - 1) + 1)
             of_prompt, k = [], params.prompt_logprobs
             if k is not None:
-                of_prompt = [self._logprobs(self._seen(seq_id, end), known.tokens[end], k) for end in ends]
+                of_prompt = [
+                    self._logprobs(self._seen(seq_id, end), known.tokens[end], k) for end in ends
+                ]
             result.prompt_logprobs.append(of_prompt)
             asked, length = params.logprobs, first + count - len(draft)
-            seen = [self._seen(seq_id, length + i) for i in range(len(drawn))] if asked is not None else []
-            result.logprobs.append([self._logprobs(s, t, asked or 0) for s, t in zip(seen, drawn, strict=bool(seen))])
+            seen = (
+                [self._seen(seq_id, length + i) for i in range(len(drawn))]
+                if asked is not None
+                else []
+            )
+            result.logprobs.append(
+                [self._logprobs(s, t, asked or 0) for s, t in zip(seen, drawn, strict=bool(seen))]
+            )
 
     def _logprobs(self, seen: list[int], token: int, k: int) -> TokenLogprobs:
         """A made-up distribution after `seen`, with the greedy choice on top."""

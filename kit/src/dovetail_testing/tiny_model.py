@@ -1,5 +1,5 @@
-"""A tiny Llama with random weights: the checkpoint, written without a tensor library, and what it must answer, computed in
-plain Python in double precision, one token after another.
+"""A tiny Llama with random weights: the checkpoint, written without a tensor library, and what it
+must answer, computed in plain Python in double precision, one token after another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Matrix:
 
     @staticmethod
     def random(rng: random.Random, rows: int, columns: int, spread: float) -> Matrix:
-        return Matrix([list(array("f", (rng.gauss(0, spread) for _ in range(columns)))) for _ in range(rows)])
+        return Matrix(
+            [list(array("f", (rng.gauss(0, spread) for _ in range(columns)))) for _ in range(rows)]
+        )
 
 
 @dataclass
@@ -49,14 +51,20 @@ class TinyModel:
         def normal(rows: int, columns: int, spread: float = 1.5) -> Matrix:
             return Matrix.random(rng, rows, columns, spread / math.sqrt(columns))
 
-        self.weights = {"model.embed_tokens.weight": Matrix.random(rng, self.vocab_size, HIDDEN, 1.0)}
+        self.weights = {
+            "model.embed_tokens.weight": Matrix.random(rng, self.vocab_size, HIDDEN, 1.0)
+        }
         for i in range(LAYERS):
             at = f"model.layers.{i}"
             for name, rows, columns in (
-                ("self_attn.q_proj", query, HIDDEN), ("self_attn.k_proj", kv, HIDDEN), ("self_attn.v_proj", kv, HIDDEN),
-                ("self_attn.o_proj", HIDDEN, query), ("mlp.gate_proj", INNER, HIDDEN), ("mlp.up_proj", INNER, HIDDEN),
+                ("self_attn.q_proj", query, HIDDEN),
+                ("self_attn.k_proj", kv, HIDDEN),
+                ("self_attn.v_proj", kv, HIDDEN),
+                ("self_attn.o_proj", HIDDEN, query),
+                ("mlp.gate_proj", INNER, HIDDEN),
+                ("mlp.up_proj", INNER, HIDDEN),
                 ("mlp.down_proj", HIDDEN, INNER),
-            ):  # fmt: skip
+            ):
                 self.weights[f"{at}.{name}.weight"] = normal(rows, columns)
             for name in ("input_layernorm", "post_attention_layernorm"):
                 self.weights[f"{at}.{name}.weight"] = _norm_weight(rng)
@@ -67,17 +75,35 @@ class TinyModel:
         """A model folder. `broken`: the last norm holds NaN, so that every logit is NaN."""
         make_model(folder, max_len=MAX_LEN)
         config = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "hidden_size": HIDDEN,
-            "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_SIZE, "intermediate_size": INNER, "vocab_size": self.vocab_size, "hidden_act": "silu",
-            "max_position_embeddings": MAX_LEN, "rms_norm_eps": EPSILON, "rope_theta": THETA, "eos_token_id": 1,
-            "bos_token_id": 0, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-        }  # fmt: skip
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "float32",
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD_SIZE,
+            "intermediate_size": INNER,
+            "vocab_size": self.vocab_size,
+            "hidden_act": "silu",
+            "max_position_embeddings": MAX_LEN,
+            "rms_norm_eps": EPSILON,
+            "rope_theta": THETA,
+            "eos_token_id": 1,
+            "bos_token_id": 0,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
         (folder / "config.json").write_text(json.dumps(config))
         tensors: Tensors = {}
         for name, matrix in self.weights.items():
             rows = [[math.nan] * HIDDEN] if broken and name == "model.norm.weight" else matrix.rows
-            tensors[name] = ("F32", [HIDDEN] if "norm" in name else [len(rows), len(rows[0])], floats(rows))
+            tensors[name] = (
+                "F32",
+                [HIDDEN] if "norm" in name else [len(rows), len(rows[0])],
+                floats(rows),
+            )
         write_tensors(folder, tensors)
         return folder
 
@@ -107,7 +133,10 @@ class Run:
             h = _norm(x, w["input_layernorm"])
             x = _add(x, w["self_attn.o_proj"] @ self._attend(i, w, h))
             h = _norm(x, w["post_attention_layernorm"])
-            inner = [g / (1 + math.exp(-g)) * u for g, u in zip(w["mlp.gate_proj"] @ h, w["mlp.up_proj"] @ h, strict=True)]
+            inner = [
+                g / (1 + math.exp(-g)) * u
+                for g, u in zip(w["mlp.gate_proj"] @ h, w["mlp.up_proj"] @ h, strict=True)
+            ]
             x = _add(x, w["mlp.down_proj"] @ inner)
         return weights["lm_head.weight"] @ _norm(x, weights["model.norm.weight"])
 
@@ -121,7 +150,10 @@ class Run:
             query = _rotate(q[head * HEAD_SIZE : (head + 1) * HEAD_SIZE], position)
             scores = [sum(map(mul, query, key)) / math.sqrt(HEAD_SIZE) for key in self.keys[layer]]
             weights = softmax(scores)
-            out += [sum(p * v[d] for p, v in zip(weights, self.values[layer], strict=True)) for d in range(HEAD_SIZE)]
+            out += [
+                sum(p * v[d] for p, v in zip(weights, self.values[layer], strict=True))
+                for d in range(HEAD_SIZE)
+            ]
         return out
 
 
@@ -138,16 +170,27 @@ def write_tensors(folder: Path, tensors: Tensors) -> None:
     """The folder's model.safetensors."""
     header, data = {}, bytearray()
     for name, (dtype, shape, content) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
         data += content
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 _PARTS = (
-    "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-    "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 def softmax(logits: Vector) -> Vector:

@@ -1,12 +1,14 @@
-"""Compiling Triton kernels for NVIDIA GPUs where there is none: the registers and shared memory each takes, what it spills, and
-whether its loads are pipelined.
+"""Compiling Triton kernels for NVIDIA GPUs where there is none: the registers and shared memory
+each takes, what it spills, and whether its loads are pipelined.
 
-    case = KernelCase("decode", "my_package.kernels:attend", {"q": "*bf16", "n": "i32"}, {"BLOCK": 64})
+    arguments = {"q": "*bf16", "n": "i32"}
+    case = KernelCase("decode", "my_package.kernels:attend", arguments, {"BLOCK": 64})
     compiled = compile_kernels([case])
     problems(case, compiled[0])
 
-Compiling happens in a process of its own, without TRITON_INTERPRET, so that tests which interpret kernels can ask too. A table
-of results is kept in a file, with a hash of each kernel's source, so that a stale row is noticed without compiling.
+Compiling happens in a process of its own, without TRITON_INTERPRET, so that tests which interpret
+kernels can ask too. A table of results is kept in a file, with a hash of each kernel's source, so
+that a stale row is noticed without compiling.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class KernelCase:
     kernel: str
     """"module:function", of a function under `triton.jit`."""
     signature: dict[str, str]
-    """By argument, as Triton writes types: "*bf16", "i32", "fp32". Pointers are aligned to 16 bytes; ":16" behind an integer
-    says that it is a multiple of 16."""
+    """By argument, as Triton writes types: "*bf16", "i32", "fp32". Pointers are aligned to 16
+    bytes; ":16" behind an integer says that it is a multiple of 16."""
     constants: dict[str, Any] = field(default_factory=dict)
     """The other arguments. A type is named: "tl.bfloat16"."""
     num_warps: int = 4
@@ -77,8 +79,9 @@ class Compiled:
     shared_bytes: int
     """Of a block of threads."""
     async_wait: list[int]
-    """The numbers of the `cp.async.wait_group` instructions, in order: how many groups of copies to shared memory may still be
-    under way. Where a loop's are all 0, or there is none, its loads are not fetched ahead."""
+    """The numbers of the `cp.async.wait_group` instructions, in order: how many groups of copies to
+    shared memory may still be under way. Where a loop's are all 0, or there is none, its loads are
+    not fetched ahead."""
     inexact_divisions: int
     """Divisions within 2 ulp (`div.full.f32`) or approximate ones, in its code."""
     products: str
@@ -86,36 +89,58 @@ class Compiled:
 
 
 def compile_kernels(
-    cases: Sequence[KernelCase], architectures: Sequence[int] = ARCHITECTURES, triton: Path | None = None
+    cases: Sequence[KernelCase],
+    architectures: Sequence[int] = ARCHITECTURES,
+    triton: Path | None = None,
 ) -> list[Compiled]:
     """Compile each case for those of its architectures that are among `architectures`.
 
-    Raises `RuntimeError` with the compiler's message. `triton`: a folder with another Triton than the installed one,
-    as `pip install --target` writes it.
+    Raises `RuntimeError` with the compiler's message. `triton`: a folder with another Triton than
+    the installed one, as `pip install --target` writes it.
     """
     path = sys.path if triton is None else [str(triton), *sys.path]
-    wanted = json.dumps({"cases": [asdict(case) for case in cases], "architectures": list(architectures), "path": path})
+    wanted = json.dumps(
+        {
+            "cases": [asdict(case) for case in cases],
+            "architectures": list(architectures),
+            "path": path,
+        }
+    )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", __name__], input=wanted, capture_output=True, text=True, env=environment, check=False
-    )  # fmt: skip
+        [sys.executable, "-m", __name__],
+        input=wanted,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"a kernel could not be compiled:\n{done.stderr[-4000:]}")
     return [Compiled(**found) for found in json.loads(done.stdout)]
 
 
 def problems(case: KernelCase, compiled: Compiled) -> list[str]:
-    """What is wrong with a case as it was compiled: too much shared memory, spilled registers, no tensor cores."""
+    """What is wrong with a case as it was compiled: too much shared memory, spilled registers, no
+    tensor cores."""
     found = []
     if compiled.shared_bytes > LARGEST_SHARED[compiled.architecture]:
-        found.append(f"{compiled.shared_bytes} bytes of shared memory of {LARGEST_SHARED[compiled.architecture]}")
+        found.append(
+            f"{compiled.shared_bytes} bytes of shared memory of"
+            f" {LARGEST_SHARED[compiled.architecture]}"
+        )
     if compiled.spilled_bytes > case.max_spilled_bytes:
         found.append(f"spills {compiled.spilled_bytes} bytes")
     if case.products and compiled.products not in case.products:
-        found.append(f"its products are {compiled.products or 'none'}, and not {' or '.join(case.products)}")
+        found.append(
+            f"its products are {compiled.products or 'none'}, and not {' or '.join(case.products)}"
+        )
     if compiled.inexact_divisions and case.divides_exactly:
         found.append(f"has {compiled.inexact_divisions} divisions that do not round to the nearest")
-    return [f"{case.name}, sm_{compiled.architecture}, Triton {compiled.triton}: {what}" for what in found]
+    return [
+        f"{case.name}, sm_{compiled.architecture}, Triton {compiled.triton}: {what}"
+        for what in found
+    ]
 
 
 def read_table(path: Path) -> list[Compiled]:
@@ -131,7 +156,9 @@ def write_table(path: Path, rows: Sequence[Compiled]) -> None:
 def table(compiled: Sequence[Compiled]) -> str:
     """For people."""
     width = max(len(c.name) for c in compiled)
-    lines = [f"{'kernel':{width}}  arch    Triton  registers  spilled  shared KiB  products  async_wait"]
+    lines = [
+        f"{'kernel':{width}}  arch    Triton  registers  spilled  shared KiB  products  async_wait"
+    ]
     for c in compiled:
         numbers = f"{c.registers:9}  {c.spilled_bytes:7}  {c.shared_bytes / 1024:10.1f}"
         where, waits = f"sm_{c.architecture:<4} {c.triton:6}", ",".join(map(str, c.async_wait))
@@ -143,8 +170,9 @@ def table(compiled: Sequence[Compiled]) -> str:
 
 
 def entry_kernels(folder: Path) -> list[str]:
-    """The kernels in the packages below `folder` that Python launches, as "module:function": functions under `triton.jit` that
-    something launches (`kernel[grid](…)`), or that no other such function uses."""
+    """The kernels in the packages below `folder` that Python launches, as "module:function":
+    functions under `triton.jit` that something launches (`kernel[grid](…)`), or that no other such
+    function uses."""
     kernels: dict[str, str] = {}
     launched: set[str] = set()
     used: set[str] = set()
@@ -152,8 +180,14 @@ def entry_kernels(folder: Path) -> list[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         launched |= set(_launched(tree))
         marks = _jit_names(tree)
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if marks else []
-        compiled = [f for f in functions if any(_dotted(decorator) in marks for decorator in f.decorator_list)]
+        functions = (
+            [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if marks else []
+        )
+        compiled = [
+            f
+            for f in functions
+            if any(_dotted(decorator) in marks for decorator in f.decorator_list)
+        ]
         module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
         kernels |= {f"{module}:{f.name}": f.name for f in compiled}
         for function in compiled:
@@ -162,8 +196,9 @@ def entry_kernels(folder: Path) -> list[str]:
 
 
 def source_hash(case: KernelCase) -> str:
-    """Of all that a kernel is compiled from: its source and that of the functions and constants it uses, without comments and
-    docstrings, and what the case specializes it for. The same on every machine."""
+    """Of all that a kernel is compiled from: its source and that of the functions and constants it
+    uses, without comments and docstrings, and what the case specializes it for. The same on every
+    machine."""
     module, _, function = case.kernel.partition(":")
     specialized = [case.signature, case.constants, case.num_warps, case.num_stages]
     whole = json.dumps([specialized, dict(_sources(module, function))], sort_keys=True)
@@ -184,13 +219,17 @@ def _sources(module: str, name: str) -> Iterator[tuple[str, list[str]]]:
         elif name in defined:
             node = defined[name]
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-            yield f"{module}:{name}", _tokens("\n".join(source.splitlines()[first - 1 : node.end_lineno]))
+            yield (
+                f"{module}:{name}",
+                _tokens("\n".join(source.splitlines()[first - 1 : node.end_lineno])),
+            )
             waiting += [(module, used) for inner in ast.walk(node) for used in _names(inner)]
 
 
 @functools.cache
 def _module(name: str) -> tuple[str, dict[str, ast.stmt], dict[str, str]]:
-    """Source, what is defined at its top level, and by name the module that a name is imported from, Triton's own aside."""
+    """Source, what is defined at its top level, and by name the module that a name is imported
+    from, Triton's own aside."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ValueError(f"there is no module {name}")
@@ -202,8 +241,17 @@ def _module(name: str) -> tuple[str, dict[str, ast.stmt], dict[str, str]]:
             defined[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            defined |= {n.id: node for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] not in ("triton", "__future__"):
+            defined |= {
+                n.id: node
+                for target in targets
+                for n in ast.walk(target)
+                if isinstance(n, ast.Name)
+            }
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.partition(".")[0] not in ("triton", "__future__")
+        ):
             imported |= {alias.name: node.module for alias in node.names if alias.asname is None}
     return source, defined, imported
 
@@ -225,7 +273,13 @@ def _tokens(source: str) -> list[str]:
 
 
 def _names(node: ast.AST) -> list[str]:
-    return [node.id] if isinstance(node, ast.Name) else [node.attr] if isinstance(node, ast.Attribute) else []
+    return (
+        [node.id]
+        if isinstance(node, ast.Name)
+        else [node.attr]
+        if isinstance(node, ast.Attribute)
+        else []
+    )
 
 
 def _launched(tree: ast.Module) -> Iterator[str]:
@@ -265,17 +319,35 @@ def _compile(case: KernelCase, architecture: int) -> Compiled:
     if unknown := (case.signature.keys() | case.constants.keys()) - set(names):
         raise ValueError(f"{case.kernel} has no {', '.join(sorted(unknown))}")
     if missing := [n for n in names if n not in case.signature and n not in case.constants]:
-        raise ValueError(f"{case.name}: {', '.join(missing)} of {case.kernel} is neither in the signature nor a constant")
-    types = {n: case.signature[n].partition(":")[0] if n in case.signature else "constexpr" for n in names}
-    aligned = [i for i, n in enumerate(names) if types[n].startswith("*") or case.signature.get(n, "").endswith(":16")]
+        raise ValueError(
+            f"{case.name}: {', '.join(missing)} of {case.kernel} is neither in the signature nor a"
+            " constant"
+        )
+    types = {
+        n: case.signature[n].partition(":")[0] if n in case.signature else "constexpr"
+        for n in names
+    }
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if types[n].startswith("*") or case.signature.get(n, "").endswith(":16")
+    ]
     constants = {
-        (i,): getattr(tl, value[3:]) if isinstance(value := case.constants[n], str) and value.startswith("tl.") else value
+        (i,): (
+            getattr(tl, value[3:])
+            if isinstance(value := case.constants[n], str) and value.startswith("tl.")
+            else value
+        )
         for i, n in enumerate(names)
         if n not in case.signature
     }
-    specialized = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    specialized = ASTSource(
+        kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    binary = triton.compile(specialized, target=GPUTarget("cuda", architecture, 32), options=options)
+    binary = triton.compile(
+        specialized, target=GPUTarget("cuda", architecture, 32), options=options
+    )
     ptx = binary.asm["ptx"]
     registers, spilled = _assembled(ptx, architecture)
     waits = [int(number) for number in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
@@ -294,13 +366,24 @@ def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas = tools / ("ptxas-blackwell" if architecture >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    ptxas = tools / (
+        "ptxas-blackwell"
+        if architecture >= 100 and (tools / "ptxas-blackwell").exists()
+        else "ptxas"
+    )
     found = re.search(r"^\.target (\w+)", ptx, re.M)
     assert found is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [str(ptxas), "-v", f"--gpu-name={found[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [
+            str(ptxas),
+            "-v",
+            f"--gpu-name={found[1]}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     used = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores", said)
@@ -312,7 +395,9 @@ def _main() -> None:
     wanted = json.load(sys.stdin)
     sys.path[:] = wanted["path"]
     cases = [KernelCase(**case) for case in wanted["cases"]]
-    pairs = [(case, a) for case in cases for a in wanted["architectures"] if a in case.architectures]
+    pairs = [
+        (case, a) for case in cases for a in wanted["architectures"] if a in case.architectures
+    ]
     print(json.dumps([asdict(_compile(case, a)) for case, a in pairs]))
 
 

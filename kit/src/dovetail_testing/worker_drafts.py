@@ -1,4 +1,5 @@
-"""The part of the worker's contract that is about drafts: verified many at a time, they change nothing of what is said."""
+"""The part of the worker's contract that is about drafts: verified many at a time, they change
+nothing of what is said."""
 
 from __future__ import annotations
 
@@ -15,9 +16,15 @@ from dovetail_testing.worker_driver import EOS, Driver, Told
 from dovetail_testing.worker_trial import Asked, WorkerTrial
 
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {}, {"repetition_penalty": 1.7}, {"presence_penalty": 1.5, "frequency_penalty": 0.9}, {"min_p": 0.05},
-    {"top_k": 9}, {"top_p": 0.8}, {"logit_bias": {5: 3.0, 6: 3.0, 7: -5.0}}, {"min_tokens": 6, "logit_bias": {EOS: 12.0}},
-)  # fmt: skip
+    {},
+    {"repetition_penalty": 1.7},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 9},
+    {"top_p": 0.8},
+    {"logit_bias": {5: 3.0, 6: 3.0, 7: -5.0}},
+    {"min_tokens": 6, "logit_bias": {EOS: 12.0}},
+)
 NUM_TOKENS = 12
 
 
@@ -28,27 +35,37 @@ class DraftChecks(WorkerTrial):
 
     @pytest.mark.parametrize("share_right", [1.0, 0.0, 0.7], ids=["right", "wrong", "mixed"])
     @common_causes(
-        "a place verified with the logits, noise or penalties of another", "accepted drafts left out of the penalties",
-        "a rejected draft left where the next step reads its input", "one draft too many or too few accepted",
-    )  # fmt: skip
+        "a place verified with the logits, noise or penalties of another",
+        "accepted drafts left out of the penalties",
+        "a rejected draft left where the next step reads its input",
+        "one draft too many or too few accepted",
+    )
     def test_drafts_change_no_output(self, share_right: float) -> None:
-        """With drafts, right or wrong, in some rows of a step more and in others fewer or none, each sequence says what it says
-        without, and a draft is accepted while it equals what is sampled: greedy and sampled, with every parameter."""
+        """With drafts, right or wrong, in some rows of a step more and in others fewer or none,
+        each sequence says what it says without, and a draft is accepted while it equals what is
+        sampled: greedy and sampled, with every parameter."""
         asked = [
             replace(self.some(length, temperature=temperature, seed=length), more=more)
-            for i, more in enumerate(SETTINGS) for length, temperature in ((3 + i, 0.0), (20 + 2 * i, 0.9))
-        ]  # fmt: skip
+            for i, more in enumerate(SETTINGS)
+            for length, temperature in ((3 + i, 0.0), (20 + 2 * i, 0.9))
+        ]
         rng = random.Random(self.seed)
 
         def drafted(driver: Driver, ids: list[int], expected: list[list[int]]) -> list[list[int]]:
             coming = dict(zip(ids, expected, strict=True))
-            return driver.generate_with_drafts(ids, NUM_TOKENS, self.guesses(rng, coming, share_right))
+            return driver.generate_with_drafts(
+                ids, NUM_TOKENS, self.guesses(rng, coming, share_right)
+            )
 
         self.same_both_ways(drafted, f"with {share_right:.0%} of the drafts right", asked)
 
-    @common_causes("drafts of a step that is over taken for the sequence's tokens", "a table longer than what is known")
+    @common_causes(
+        "drafts of a step that is over taken for the sequence's tokens",
+        "a table longer than what is known",
+    )
     def test_drafts_and_preemption(self) -> None:
-        """Released after a step with drafts and started again, without drafts and with, a sequence goes on as before."""
+        """Released after a step with drafts and started again, without drafts and with, a sequence
+        goes on as before."""
         rng = random.Random(self.seed)
 
         def preempted(driver: Driver, ids: list[int], expected: list[list[int]]) -> list[list[int]]:
@@ -62,43 +79,62 @@ class DraftChecks(WorkerTrial):
         asked = [self.some(n, temperature=t, seed=n) for n in (3, 20, 37) for t in (0.0, 0.9)]
         self.same_both_ways(preempted, "with drafts and preemption", asked)
 
-    @common_causes("entries of drafts that were not accepted", "the logits of a row's last place for all of its places")
+    @common_causes(
+        "entries of drafts that were not accepted",
+        "the logits of a row's last place for all of its places",
+    )
     def test_logprobs_with_drafts(self) -> None:
-        """Every token has its entry and no other has one; the entries are what they are without drafts, within 1e-3."""
+        """Every token has its entry and no other has one; the entries are what they are without
+        drafts, within 1e-3."""
         rng = random.Random(self.seed)
         for temperature in (0.0, 0.8):
-            asked = replace(self.some(9, temperature=temperature, seed=3), more={"logprobs": 3, "prompt_logprobs": 1})
+            asked = replace(
+                self.some(9, temperature=temperature, seed=3),
+                more={"logprobs": 3, "prompt_logprobs": 1},
+            )
             plain = self.new_told(asked)
             expected = self.driver.generate([plain], NUM_TOKENS)
             drafted = self.new_told(asked)
             beside = self.new_told(self.some(5))
             coming = {drafted: expected[0], beside: self.alone([self.some(5)])[0]}
-            self.driver.generate_with_drafts([beside, drafted], NUM_TOKENS, self.guesses(rng, coming, 0.7))
+            self.driver.generate_with_drafts(
+                [beside, drafted], NUM_TOKENS, self.guesses(rng, coming, 0.7)
+            )
             told = [self.driver.told[i] for i in (plain, drafted)]
             self.driver.end([plain, drafted, beside])
             want, got = (entries(t) for t in told)
-            assert told[0].output == told[1].output, f"with drafts it says {told[1].output}, and without {told[0].output}"
+            assert told[0].output == told[1].output, (
+                f"with drafts it says {told[1].output}, and without {told[0].output}"
+            )
             assert len(got) == len(want), f"{len(want)} tokens have {len(got)} entries"
             for i, (w, g) in enumerate(zip(want, got, strict=True)):
-                assert w.token_ids[0] == g.token_ids[0], f"entry {i} begins with token {g.token_ids[0]}, not {w.token_ids[0]}"
+                assert w.token_ids[0] == g.token_ids[0], (
+                    f"entry {i} begins with token {g.token_ids[0]}, not {w.token_ids[0]}"
+                )
                 off = max(abs(a - b) for a, b in zip(w.logprobs, g.logprobs, strict=True))
-                assert off <= 1e-3, f"the log-probabilities of entry {i} are {off:.4f} off with drafts"
+                assert off <= 1e-3, (
+                    f"the log-probabilities of entry {i} are {off:.4f} off with drafts"
+                )
 
     @common_causes(
-        "keys and values of drafts that were not accepted", "tokens that the draft model never caught up with",
-        "drafts sampled with other noise or parameters", "a cache that outlives its sequence",
-    )  # fmt: skip
+        "keys and values of drafts that were not accepted",
+        "tokens that the draft model never caught up with",
+        "drafts sampled with other noise or parameters",
+        "a cache that outlives its sequence",
+    )
     def test_a_model_drafts_for_itself(self) -> None:
-        """If it declares `drafts`: with drafts of the worker's own, in some rows of a step more and in others fewer or none,
-        and after preemption, each sequence says what it says without; and a model that drafts for itself is always right."""
+        """If it declares `drafts`: with drafts of the worker's own, in some rows of a step more and
+        in others fewer or none, and after preemption, each sequence says what it says without; and
+        a model that drafts for itself is always right."""
         can = self.provider.capabilities
         if not (isinstance(can, WorkerCapabilities) and can.drafts):
             pytest.skip("the worker does not declare drafts")
         rng = random.Random(self.seed)
         asked = [
             replace(self.some(length, temperature=temperature, seed=length), more=more)
-            for i, more in enumerate(SETTINGS) for length, temperature in ((3 + i, 0.0), (20 + 2 * i, 0.9))
-        ]  # fmt: skip
+            for i, more in enumerate(SETTINGS)
+            for length, temperature in ((3 + i, 0.0), (20 + 2 * i, 0.9))
+        ]
         expected, driver = self.alone(asked), self.new_driver(drafts=True)
 
         def left(seq_id: int, output: list[int], most: int) -> list[int]:
@@ -111,9 +147,13 @@ class DraftChecks(WorkerTrial):
         got = driver.generate_with_drafts(ids, NUM_TOKENS, left)
         driver.worker.close()
         different = [i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if g != e]
-        assert not different, f"{[asked[i] for i in different]} say something else with drafts of the worker's own"
+        assert not different, (
+            f"{[asked[i] for i in different]} say something else with drafts of the worker's own"
+        )
         accepted = f"{driver.num_accepted} of {driver.num_drafted} drafts accepted"
-        assert driver.num_accepted == driver.num_drafted > 0, f"a model that drafts for itself has {accepted}"
+        assert driver.num_accepted == driver.num_drafted > 0, (
+            f"a model that drafts for itself has {accepted}"
+        )
 
     def guesses(self, rng: random.Random, coming: dict[int, list[int]], share_right: float) -> Any:
         """Drafts of 0 to 5 tokens, each of which is right with this probability."""
@@ -121,7 +161,9 @@ class DraftChecks(WorkerTrial):
         def draft(seq_id: int, output: list[int], most: int) -> list[int]:
             count = min(most, rng.randint(0, 5))
             right = coming[seq_id][len(output) :][:count]
-            return [t if rng.random() < share_right else (t + 1) % self.model.vocab_size for t in right]
+            return [
+                t if rng.random() < share_right else (t + 1) % self.model.vocab_size for t in right
+            ]
 
         return draft
 
@@ -130,4 +172,6 @@ class DraftChecks(WorkerTrial):
 
 
 def entries(told: Told) -> list[TokenLogprobs]:
-    return [entry for result, row in told.results if result.logprobs for entry in result.logprobs[row]]
+    return [
+        entry for result, row in told.results if result.logprobs for entry in result.logprobs[row]
+    ]

@@ -1,4 +1,5 @@
-"""Plays the engine for a worker: gives sequences blocks, makes step plans by hand, and keeps what was said."""
+"""Plays the engine for a worker: gives sequences blocks, makes step plans by hand, and keeps what
+was said."""
 
 from __future__ import annotations
 
@@ -6,7 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dovetail.interfaces.worker import Handle, Worker
-from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SamplingParams, SequenceStart, StepPlan, StepResult
+from dovetail.types import (
+    DRAFTED_BY_WORKER,
+    KVGroup,
+    SamplingParams,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=400)
 EOS = 1
@@ -40,7 +48,9 @@ class Driver:
         self.released: list[int] = []
         self.num_steps = self.num_drafted = self.num_accepted = 0
 
-    def add(self, prompt: list[int], params: SamplingParams = GREEDY, *, seed: int = 0, index: int = 0) -> int:
+    def add(
+        self, prompt: list[int], params: SamplingParams = GREEDY, *, seed: int = 0, index: int = 0
+    ) -> int:
         seq_id = len(self.told)
         self.told[seq_id] = Told(list(prompt), len(prompt), params, seed, index)
         return seq_id
@@ -55,10 +65,14 @@ class Driver:
         told.tables, told.num_computed, told.on_worker = [], 0, False
 
     def plan(
-        self, rows: Sequence[tuple[int, int]], *, masked: bool = False, drafts: dict[int, list[int]] | None = None
+        self,
+        rows: Sequence[tuple[int, int]],
+        *,
+        masked: bool = False,
+        drafts: dict[int, list[int]] | None = None,
     ) -> StepPlan:
-        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples; `drafts`, by seq_id, are the
-        last tokens of such rows, and counted."""
+        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples;
+        `drafts`, by seq_id, are the last tokens of such rows, and counted."""
         plan = StepPlan(self.num_steps, [], [], [], [], [], masked=masked)
         plan.released, self.released = self.released, []
         self.num_steps += 1
@@ -67,9 +81,17 @@ class Driver:
             if not told.on_worker:
                 told.tables, told.on_worker = [[] for _ in self.groups], True
                 start = SequenceStart(
-                    seq_id, f"r{seq_id}", told.index, list(told.tokens), told.num_prompt, [[] for _ in self.groups],
-                    told.params, told.seed, [EOS], told.num_prompt + (told.params.max_tokens or 0),
-                )  # fmt: skip
+                    seq_id,
+                    f"r{seq_id}",
+                    told.index,
+                    list(told.tokens),
+                    told.num_prompt,
+                    [[] for _ in self.groups],
+                    told.params,
+                    told.seed,
+                    [EOS],
+                    told.num_prompt + (told.params.max_tokens or 0),
+                )
                 plan.starts.append(start)
             end = told.num_computed + count
             added = []
@@ -89,45 +111,72 @@ class Driver:
         return plan
 
     def step(
-        self, rows: Sequence[tuple[int, int]], masks: dict[int, bytes] | None = None, drafts: dict[int, list[int]] | None = None
+        self,
+        rows: Sequence[tuple[int, int]],
+        masks: dict[int, bytes] | None = None,
+        drafts: dict[int, list[int]] | None = None,
     ) -> StepResult:
         plan = self.plan(rows, masked=masks is not None, drafts=drafts)
         return self.take(plan, self.worker.submit(plan), masks)
 
-    def take(self, plan: StepPlan, handle: Handle, masks: dict[int, bytes] | None = None) -> StepResult:
+    def take(
+        self, plan: StepPlan, handle: Handle, masks: dict[int, bytes] | None = None
+    ) -> StepResult:
         """Wait for a step's tokens, look that each row has what it should, and note them."""
         result = self.worker.sample(handle, masks)
-        assert result.step_id == plan.step_id, f"step {plan.step_id} was answered by step {result.step_id}"
-        assert len(result.token_ids) == len(plan.seq_ids), f"{len(plan.seq_ids)} rows have {len(result.token_ids)} answers"
+        assert result.step_id == plan.step_id, (
+            f"step {plan.step_id} was answered by step {result.step_id}"
+        )
+        assert len(result.token_ids) == len(plan.seq_ids), (
+            f"{len(plan.seq_ids)} rows have {len(result.token_ids)} answers"
+        )
         for row, (seq_id, new) in enumerate(zip(plan.seq_ids, result.token_ids, strict=True)):
             told = self.told[seq_id]
             draft = plan.draft_token_ids[row] if plan.draft_token_ids else []
             if draft:
                 verified(draft, new)
-                self.num_drafted, self.num_accepted = self.num_drafted + len(draft), self.num_accepted + len(new) - 1
-                told.num_computed -= len(draft) + 1 - len(new)  # what was computed for the others is computed again
+                self.num_drafted, self.num_accepted = (
+                    self.num_drafted + len(draft),
+                    self.num_accepted + len(new) - 1,
+                )
+                told.num_computed -= (
+                    len(draft) + 1 - len(new)
+                )  # what was computed for the others is computed again
             elif seq_id not in result.failed:
-                assert len(new) == plan.samples[row], f"a row with samples={plan.samples[row]} has tokens {new}"
+                assert len(new) == plan.samples[row], (
+                    f"a row with samples={plan.samples[row]} has tokens {new}"
+                )
             told.tokens += new
             told.results.append((result, row))
         return result
 
-    def generate(self, seq_ids: Sequence[int], num_tokens: int, *, chunk: int = 10**9) -> list[list[int]]:
-        """Run until each has `num_tokens` of output, its tokens not yet computed in rows of at most `chunk`."""
+    def generate(
+        self, seq_ids: Sequence[int], num_tokens: int, *, chunk: int = 10**9
+    ) -> list[list[int]]:
+        """Run until each has `num_tokens` of output, its tokens not yet computed in rows of at most
+        `chunk`."""
         while rows := [
-            (i, min(chunk, len(t.tokens) - t.num_computed)) for i in seq_ids if len((t := self.told[i]).output) < num_tokens
+            (i, min(chunk, len(t.tokens) - t.num_computed))
+            for i in seq_ids
+            if len((t := self.told[i]).output) < num_tokens
         ]:
             self.step(rows)
         return [self.told[i].output for i in seq_ids]
 
     def generate_with_drafts(
-        self, seq_ids: Sequence[int], num_tokens: int, draft: Callable[[int, list[int], int], list[int]]
+        self,
+        seq_ids: Sequence[int],
+        num_tokens: int,
+        draft: Callable[[int, list[int], int], list[int]],
     ) -> list[list[int]]:
-        """Run until each has `num_tokens` of output. `draft(seq_id, output so far, most tokens)` guesses what comes."""
+        """Run until each has `num_tokens` of output. `draft(seq_id, output so far, most tokens)`
+        guesses what comes."""
         while behind := [i for i in seq_ids if len(self.told[i].output) < num_tokens]:
             missing = {i: len(self.told[i].tokens) - self.told[i].num_computed for i in behind}
             drafts = {
-                i: draft(i, self.told[i].output, num_tokens - len(self.told[i].output) - 1) for i in behind if missing[i] == 1
+                i: draft(i, self.told[i].output, num_tokens - len(self.told[i].output) - 1)
+                for i in behind
+                if missing[i] == 1
             }
             self.step([(i, missing[i] + len(drafts.get(i, []))) for i in behind], drafts=drafts)
         return [self.told[i].output for i in seq_ids]
@@ -143,7 +192,9 @@ def verified(draft: list[int], new: list[int]) -> None:
     if DRAFTED_BY_WORKER in draft:  # nobody was told what it drafted
         return
     accepted = len(new) - 1
-    assert new[:accepted] == draft[:accepted], f"{accepted} of the drafts {draft} were accepted, and {new} sampled"
+    assert new[:accepted] == draft[:accepted], (
+        f"{accepted} of the drafts {draft} were accepted, and {new} sampled"
+    )
     assert accepted == len(draft) or new[-1] != draft[accepted], (
         f"{new} were sampled, and of the drafts {draft} only {accepted} accepted"
     )

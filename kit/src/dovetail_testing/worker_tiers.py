@@ -21,12 +21,15 @@ class TierChecks(WorkerTrial):
 
     @pytest.mark.parametrize("overlap", [False, True])
     @common_causes(
-        "moves done after the step's kernels, or not in their order", "a layer left out", "keys and values mixed up",
+        "moves done after the step's kernels, or not in their order",
+        "a layer left out",
+        "keys and values mixed up",
         "one move of several with the same target lost",
-    )  # fmt: skip
+    )
     def test_blocks_go_to_the_host_and_come_back(self, overlap: bool) -> None:
-        """A worker that declares `host_tier`: a sequence goes on as if nothing had been when its blocks were moved to host
-        memory, overwritten on the device, and brought back to other blocks."""
+        """A worker that declares `host_tier`: a sequence goes on as if nothing had been when its
+        blocks were moved to host memory, overwritten on the device, and brought back to other
+        blocks."""
         can = self.provider.capabilities
         if not (isinstance(can, WorkerCapabilities) and can.host_tier):
             pytest.skip(f"{self.provider.name} declares no host_tier")
@@ -35,7 +38,9 @@ class TierChecks(WorkerTrial):
         worker.allocate_host([NUM_HOST_BLOCKS] * len(driver.groups))
         rng = random.Random(self.seed)
         try:
-            self._move_and_go_on(driver, [rng.randrange(2, self.model.vocab_size) for _ in range(4 * BLOCK_SIZE + 5)])
+            self._move_and_go_on(
+                driver, [rng.randrange(2, self.model.vocab_size) for _ in range(4 * BLOCK_SIZE + 5)]
+            )
         finally:
             worker.close()
 
@@ -48,7 +53,11 @@ class TierChecks(WorkerTrial):
         del told.tokens[len(prompt) + 4 :]
         tables = [table[:4] for table in told.tables]
         driver.release(seq_id)
-        out = [BlockOp("out", g, block, i) for g, table in enumerate(tables) for i, block in enumerate(table)]
+        out = [
+            BlockOp("out", g, block, i)
+            for g, table in enumerate(tables)
+            for i, block in enumerate(table)
+        ]
         # One host block is written twice, and holds what came last.
         first = [BlockOp("out", g, table[3], 0) for g, table in enumerate(tables)]
         self._step(driver, [*first, *out], driver.add([5, 6, 7]))
@@ -57,18 +66,31 @@ class TierChecks(WorkerTrial):
         plan = driver.plan([(seq_id, 1)])
         row = plan.seq_ids.index(seq_id)
         # It starts with four blocks that come back, and computes what follows them.
-        back = [[free.pop() for _ in table] for free, table in zip(driver.free, tables, strict=True)]
-        plan.block_ops = [BlockOp("in", g, i, block) for g, table in enumerate(back) for i, block in enumerate(table)]
+        back = [
+            [free.pop() for _ in table] for free, table in zip(driver.free, tables, strict=True)
+        ]
+        plan.block_ops = [
+            BlockOp("in", g, i, block)
+            for g, table in enumerate(back)
+            for i, block in enumerate(table)
+        ]
         plan.starts[0].block_ids = [list(table) for table in back]
         own = [[b] for b in (table[0] for table in told.tables)]
         told.tables = [[*table, *new] for table, new in zip(back, own, strict=True)]
         count = len(told.tokens) - 4 * BLOCK_SIZE
-        plan.num_computed[row], plan.num_tokens[row], plan.samples[row] = 4 * BLOCK_SIZE, count, True
+        plan.num_computed[row], plan.num_tokens[row], plan.samples[row] = (
+            4 * BLOCK_SIZE,
+            count,
+            True,
+        )
         plan.new_block_ids[row] = own
         told.num_computed = 4 * BLOCK_SIZE + count
         driver.take(plan, driver.worker.submit(plan))
         (got,) = driver.generate([seq_id], 12)
-        assert got == expected, f"after its blocks came back from host memory it says {got[4:]}, and {expected[4:]} without"
+        assert got == expected, (
+            f"after its blocks came back from host memory it says {got[4:]}, and {expected[4:]}"
+            " without"
+        )
 
     def _step(self, driver: Driver, ops: list[BlockOp], seq_id: int) -> None:
         plan = driver.plan([(seq_id, 3)])

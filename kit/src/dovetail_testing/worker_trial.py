@@ -26,9 +26,12 @@ from dovetail_testing.tiny_model import TinyModel, softmax
 from dovetail_testing.worker_driver import GREEDY, Driver
 
 DRAFTER: Provider[object] = Provider(
-    "drafts-for-itself", "leaves every token to the worker", lambda context, options: None, DraftModelOptions,
+    "drafts-for-itself",
+    "leaves every token to the worker",
+    lambda context, options: None,
+    DraftModelOptions,
     DrafterCapabilities(runs_in="worker"),
-)  # fmt: skip
+)
 SEATS, BUDGET, BLOCK_SIZE, NUM_BLOCKS = 256, 1024, 16, 700
 KV_CACHE = {"block_size": BLOCK_SIZE, "memory_gb": 0.25}
 
@@ -81,19 +84,29 @@ class WorkerTrial(Contract):
         return cls.built
 
     def composed(
-        self, folder: Path, *, overlap: bool = False, drafts: bool = False, schemes: tuple[Provider[Any], ...] = (), **more: Any
+        self,
+        folder: Path,
+        *,
+        overlap: bool = False,
+        drafts: bool = False,
+        schemes: tuple[Provider[Any], ...] = (),
+        **more: Any,
     ) -> tuple[Plan, Registry]:
-        """With `drafts`, the model drafts for itself. `schemes` are offered for quantization; `more` are keys of the
-        composition."""
+        """With `drafts`, the model drafts for itself. `schemes` are offered for quantization;
+        `more` are keys of the composition."""
         registry, own = load_registry(), self.registry()
         registry.plugins.extend(own.plugins)
         registry.offers.extend(own.offers)
         config = {
-            "model": str(folder), "device": self.device, "dtype": "float32", "overlap": overlap,
+            "model": str(folder),
+            "device": self.device,
+            "dtype": "float32",
+            "overlap": overlap,
             "worker": {"use": f"{DISTRIBUTION}:{self.provider.name}", **self.options},
             "kv_cache": KV_CACHE,
-            "scheduler": {"max_num_seqs": SEATS, "max_num_batched_tokens": BUDGET}, **self.composition,
-        }  # fmt: skip
+            "scheduler": {"max_num_seqs": SEATS, "max_num_batched_tokens": BUDGET},
+            **self.composition,
+        }
         config |= more
         registry.offers.extend(Offer("quantization", scheme, own.plugins[0]) for scheme in schemes)
         if drafts:
@@ -102,10 +115,13 @@ class WorkerTrial(Contract):
         return resolve(EngineConfig.model_validate(config), registry), registry
 
     def new_worker(self, folder: Path, **how: Any) -> Worker:
-        """Built from a plan that has travelled, as it does to the engine's process; nothing is loaded. `how`: as `composed`."""
+        """Built from a plan that has travelled, as it does to the engine's process; nothing is
+        loaded. `how`: as `composed`."""
         plan, registry = self.composed(folder, **how)
         plan = Plan.decode(plan.encode())
-        worker: Worker = PlanContext(plan, registry, device_facts(), model_facts(folder)).build("worker")
+        worker: Worker = PlanContext(plan, registry, device_facts(), model_facts(folder)).build(
+            "worker"
+        )
         return worker
 
     def new_driver(self, folder: Path | None = None, **how: Any) -> Driver:
@@ -133,23 +149,34 @@ class WorkerTrial(Contract):
         return [self.together([a])[0] for a in asked]
 
     def same_both_ways(self, generate: Any, how: str, asked: list[Asked]) -> None:
-        """`generate(driver, seq_ids, expected)` gives what each sequence says alone; made small if not."""
+        """`generate(driver, seq_ids, expected)` gives what each sequence says alone; made small if
+        not."""
 
         def attempt(asked: list[Asked]) -> None:
             expected = self.alone(asked)
-            ids = [self.driver.add(list(a.prompt), a.params, seed=a.seed, index=a.index) for a in asked]
+            ids = [
+                self.driver.add(list(a.prompt), a.params, seed=a.seed, index=a.index) for a in asked
+            ]
             try:
                 got = generate(self.driver, ids, expected)
             finally:
                 self.driver.end(ids)
             for a, g, e in zip(asked, got, expected, strict=True):
-                assert g == e[: len(g)], f"{how}, a prompt of {len(a.prompt)} tokens gives {g}, and alone in one step {e}"
+                assert g == e[: len(g)], (
+                    f"{how}, a prompt of {len(a.prompt)} tokens gives {g}, and alone {e}"
+                )
 
         def fewer(asked: list[Asked]) -> list[list[Asked]]:
             out = [asked[:i] + asked[i + 1 :] for i in range(len(asked)) if len(asked) > 1]
             for i, a in enumerate(asked):
                 if len(a.prompt) > 1:
-                    out.append([*asked[:i], replace(a, prompt=a.prompt[: len(a.prompt) // 2]), *asked[i + 1 :]])
+                    out.append(
+                        [
+                            *asked[:i],
+                            replace(a, prompt=a.prompt[: len(a.prompt) // 2]),
+                            *asked[i + 1 :],
+                        ]
+                    )
             return out
 
         self.attempt(asked, attempt, fewer)
@@ -168,7 +195,9 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
-    return SamplingParams(**{**{f: getattr(params, f) for f in params.__struct_fields__}, **changes})
+    return SamplingParams(
+        **{**{f: getattr(params, f) for f in params.__struct_fields__}, **changes}
+    )
 
 
 def temperature_for(logits: list[float], probability: float) -> float:
@@ -176,5 +205,9 @@ def temperature_for(logits: list[float], probability: float) -> float:
     low, high = 0.01, 100.0
     for _ in range(60):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if max(softmax([x / middle for x in logits])) > probability else (low, middle)
+        low, high = (
+            (middle, high)
+            if max(softmax([x / middle for x in logits])) > probability
+            else (low, middle)
+        )
     return low

@@ -1,4 +1,5 @@
-"""The compiled kernel keeps the contract, for the CPU's own instructions and for AVX2 alone; and what else it promises."""
+"""The compiled kernel keeps the contract, for the CPU's own instructions and for AVX2 alone; and
+what else it promises."""
 
 from __future__ import annotations
 
@@ -45,12 +46,23 @@ def run(backend, step):
     return contract.run(step)[0]
 
 
-@pytest.mark.parametrize("rows", [(Row(5000, 1),), (Row(3000, 1), Row(300, 40), Row(0, 9)), (Row(0, 700),)])
+@pytest.mark.parametrize(
+    "rows", [(Row(5000, 1),), (Row(3000, 1), Row(300, 40), Row(0, 9)), (Row(0, 700),)]
+)
 @pytest.mark.parametrize("kv_dtype", CAPABILITIES.kv_dtypes)
 def test_the_number_of_threads_changes_no_bit(backend, threads, rows, kv_dtype):
     """Keys are split over threads at fixed positions and merged in order."""
     dtype = kv_dtype if kv_dtype in CAPABILITIES.dtypes else "bfloat16"
-    spec = plain(CAPABILITIES, *rows, dtype=dtype, kv_dtype=kv_dtype, num_heads=8, num_kv_heads=1, head_size=128, seed=1)
+    spec = plain(
+        CAPABILITIES,
+        *rows,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        num_heads=8,
+        num_kv_heads=1,
+        head_size=128,
+        seed=1,
+    )
     outs = []
     for n in (1, 2, 3, 16):
         threads(n)
@@ -62,7 +74,15 @@ def test_the_number_of_threads_changes_no_bit(backend, threads, rows, kv_dtype):
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
 def test_one_byte_in_batches_of_any_size(backend, kv_dtype, num_heads):
     """Many rows have it widened once, few as they go: the bits are the same."""
-    spec = plain(CAPABILITIES, Row(0, 300), dtype="bfloat16", kv_dtype=kv_dtype, num_heads=num_heads, num_kv_heads=1, seed=9)
+    spec = plain(
+        CAPABILITIES,
+        Row(0, 300),
+        dtype="bfloat16",
+        kv_dtype=kv_dtype,
+        num_heads=num_heads,
+        num_kv_heads=1,
+        seed=9,
+    )
     whole = Step(spec, "cpu")
     contract = TestAttentionCpu()
     contract.backend = backend
@@ -96,7 +116,15 @@ def test_every_number_is_stored_as_the_reference_stores_it(backend, kv_dtype, sc
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()].float()
     rows = torch.nn.functional.pad(every, (0, -len(every) % 256)).view(-1, 1, 256)
-    spec = plain(CAPABILITIES, Row(0, len(rows)), kv_dtype=kv_dtype, num_heads=1, num_kv_heads=1, head_size=256, seed=3)
+    spec = plain(
+        CAPABILITIES,
+        Row(0, len(rows)),
+        kv_dtype=kv_dtype,
+        num_heads=1,
+        num_kv_heads=1,
+        head_size=256,
+        seed=3,
+    )
     step = Step(spec, "cpu")
     step.keys, step.values = [rows], [-rows]
     step.layer = replace(step.layer, kv_scales=torch.tensor([scale, 2 * scale]))
@@ -104,7 +132,9 @@ def test_every_number_is_stored_as_the_reference_stores_it(backend, kv_dtype, sc
     contract = TestAttentionCpu()
     contract.backend = backend
     _, cache = contract.run(step)
-    for got, expected in zip(backend.export_kv(cache, list(range(step.num_blocks))), step.after, strict=True):
+    for got, expected in zip(
+        backend.export_kv(cache, list(range(step.num_blocks))), step.after, strict=True
+    ):
         assert same(got, expected)
 
 
@@ -112,11 +142,15 @@ def test_large_group_of_heads(backend):
     """More query heads to a KV head than a tile has rows."""
     contract = TestAttentionCpu()
     contract.backend = backend
-    contract.check(plain(CAPABILITIES, Row(0, 20), Row(300, 1), num_heads=128, num_kv_heads=1, seed=3))
+    contract.check(
+        plain(CAPABILITIES, Row(0, 20), Row(300, 1), num_heads=128, num_kv_heads=1, seed=3)
+    )
 
 
 def test_the_workspace_only_grows(backend):
-    small, large = (Step(plain(CAPABILITIES, row, seed=4), "cpu") for row in (Row(10, 1), Row(0, 200)))
+    small, large = (
+        Step(plain(CAPABILITIES, row, seed=4), "cpu") for row in (Row(10, 1), Row(0, 200))
+    )
     run(backend, large)
     workspace = backend._workspace.data_ptr()
     run(backend, small)
@@ -130,9 +164,18 @@ def test_the_workspace_only_grows(backend):
         (lambda s: setattr(s, "q", s.q[:, :2]), r"\[T, Hq, D\]"),
         (lambda s: setattr(s, "k", s.k[:3]), r"\[T, Hkv, D\]"),
         (lambda s: setattr(s, "v", s.v.half()), "one dtype"),
-        (lambda s: setattr(s, "k", s.k.transpose(1, 2).contiguous().transpose(1, 2)), "contiguous heads"),
-        (lambda s: setattr(s, "layer", replace(s.layer, sinks=torch.zeros(4).half())), r"f32\[Hq\]"),
-        (lambda s: setattr(s, "layer", replace(s.layer, kv_scales=torch.ones(2).double())), r"kv_scales are f32\[2\]"),
+        (
+            lambda s: setattr(s, "k", s.k.transpose(1, 2).contiguous().transpose(1, 2)),
+            "contiguous heads",
+        ),
+        (
+            lambda s: setattr(s, "layer", replace(s.layer, sinks=torch.zeros(4).half())),
+            r"f32\[Hq\]",
+        ),
+        (
+            lambda s: setattr(s, "layer", replace(s.layer, kv_scales=torch.ones(2).double())),
+            r"kv_scales are f32\[2\]",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(backend, change, message):
@@ -143,7 +186,11 @@ def test_tensors_that_do_not_fit_are_refused(backend, change, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"block_table": torch.zeros(1, 1, dtype=torch.int32)}, {"slot_mapping": torch.zeros(19).long()}]
+    "change",
+    [
+        {"block_table": torch.zeros(1, 1, dtype=torch.int32)},
+        {"slot_mapping": torch.zeros(19).long()},
+    ],
 )
 def test_a_batch_that_is_too_short_is_refused(backend, change):
     """The kernel would read past the end of it."""
@@ -171,5 +218,12 @@ def test_a_step_of_no_rows(backend):
     step = Step(StepSpec((Row(0, 3),)), "cpu")
     batch = step.batch()
     batch = replace(batch, host_query_start=[0], host_seq_lens=[], num_seqs=0, num_tokens=0)
-    backend.run(step.layer, step.q, step.k, step.v, backend.allocate_cache(step.cache_spec),
-                backend.plan(batch, [step.layer], 16), step.q.clone())  # fmt: skip
+    backend.run(
+        step.layer,
+        step.q,
+        step.k,
+        step.v,
+        backend.allocate_cache(step.cache_spec),
+        backend.plan(batch, [step.layer], 16),
+        step.q.clone(),
+    )

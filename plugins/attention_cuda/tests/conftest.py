@@ -1,4 +1,5 @@
-"""Kernels run in Triton's interpreter here, which has to be said before they are imported; long checks are for the soak."""
+"""Kernels run in Triton's interpreter here, which has to be said before they are imported; long
+checks are for the soak."""
 
 import os
 
@@ -7,7 +8,10 @@ import pytest
 os.environ["TRITON_INTERPRET"] = "1"
 FEW = 10
 """Of random steps."""
-LONG = {"TestCuda": {"test_every_declared_size_and_type", "test_deterministic"}, "TestTriton": {"test_deterministic"}}
+LONG = {
+    "TestCuda": {"test_every_declared_size_and_type", "test_deterministic"},
+    "TestTriton": {"test_deterministic"},
+}
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
-"""What the Triton kernels are compiled for in tests: tests/test_triton_kernels.py of the repository compiles these cases.
+"""What the Triton kernels are compiled for in tests: tests/test_triton_kernels.py of the repository
+compiles these cases.
 
 The first case of each kernel is the one that `make test` compiles.
 """
@@ -16,7 +17,8 @@ I32 = ("table", "query_start", "seq_lens", "work", "num_work")
 F32 = ("partial_sum", "partial_top", "partial_weight")
 STRIDES = ("q_token", "q_head", "out_token", "out_head", "cache_block", "cache_head")
 SPILLED = {
-    "decode 4:1 × 128 fp8e4nv blocks of 16": 4,  # on sm_100 by Triton 3.6.0, to stay at 128 registers
+    # on sm_100 by Triton 3.6.0, to stay at 128 registers
+    "decode 4:1 × 128 fp8e4nv blocks of 16": 4,
     "prefill 2:1 × 256 bf16 blocks of 16 cap window": 172,
     "prefill 7:1 × 96 bf16 blocks of 16": 76,
 }
@@ -24,67 +26,114 @@ SPILLED = {
 BYTES = {"bf16": 2, "fp16": 2, "fp8e4nv": 1, "i8": 1}
 
 
-def attend(what: str, group: int, head_size: int, kv: str = "bf16", block_size: int = 16, **has: bool) -> KernelCase:
+def attend(
+    what: str, group: int, head_size: int, kv: str = "bf16", block_size: int = 16, **has: bool
+) -> KernelCase:
     block_m = short_rows(group) if what == "decode" else long_rows(group, head_size)
     how = launch(block_m, head_size, 2, BYTES[kv])
     scaled = BYTES[kv] == 1
     signature = {
-        "q": "*bf16", "out": "*bf16", "k_cache": f"*{kv}", "v_cache": f"*{kv}", **dict.fromkeys(I32, "*i32"),
-        **dict.fromkeys(F32, "*fp32"), "scale": "fp32", "soft_cap": "fp32", "window": "i32", **dict.fromkeys(STRIDES, "i32:16"),
+        "q": "*bf16",
+        "out": "*bf16",
+        "k_cache": f"*{kv}",
+        "v_cache": f"*{kv}",
+        **dict.fromkeys(I32, "*i32"),
+        **dict.fromkeys(F32, "*fp32"),
+        "scale": "fp32",
+        "soft_cap": "fp32",
+        "window": "i32",
+        **dict.fromkeys(STRIDES, "i32:16"),
         "table_row": "i32",
-    }  # fmt: skip
+    }
     if has.get("HAS_SINKS"):
         signature["sinks"] = "*fp32"
     if scaled:
         signature["kv_scales"] = "*fp32"
     flags = {"HAS_CAP": False, "HAS_WINDOW": False, "HAS_SINKS": False, "HAS_SCALES": scaled} | has
     constants = {
-        "KV_HEADS": 8, "GROUP": group, "D": head_size, "BLOCK_D": power_of_two(head_size), "BLOCK_SIZE": block_size,
-        "BLOCK_M": block_m, "BLOCK_N": how.block_n, **flags, "COMPUTE": "tl.bfloat16", "INTERPRETED": False,
-        "sinks": None, "kv_scales": None,
-    }  # fmt: skip
+        "KV_HEADS": 8,
+        "GROUP": group,
+        "D": head_size,
+        "BLOCK_D": power_of_two(head_size),
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": block_m,
+        "BLOCK_N": how.block_n,
+        **flags,
+        "COMPUTE": "tl.bfloat16",
+        "INTERPRETED": False,
+        "sinks": None,
+        "kv_scales": None,
+    }
     extras = "".join(f" {name[4:].lower()}" for name, value in has.items() if value)
     name = f"{what} {group}:1 × {head_size} {kv} blocks of {block_size}{extras}"
     return KernelCase(
-        name, "dovetail_attention_cuda.kernels:attend", signature,
-        {k: v for k, v in constants.items() if k not in signature}, how.num_warps, how.num_stages,
+        name,
+        "dovetail_attention_cuda.kernels:attend",
+        signature,
+        {k: v for k, v in constants.items() if k not in signature},
+        how.num_warps,
+        how.num_stages,
         FP8_ARCHITECTURES if kv == "fp8e4nv" else ARCHITECTURES,
-        SPILLED.get(name, 0), ("mma", "wgmma", "tcgen05"),
-    )  # fmt: skip
+        SPILLED.get(name, 0),
+        ("mma", "wgmma", "tcgen05"),
+    )
 
 
 def write_kv(kv: str) -> KernelCase:
     """Keys and values of 8 heads of 128, to a cache of a type."""
     kind = {"i8": "int8", "fp8e4nv": "float8"}.get(kv, "float")
     signature = {
-        "k": "*bf16", "v": "*bf16", "k_cache": f"*{kv}", "v_cache": f"*{kv}", "slots": "*i64",
-        **dict.fromkeys(("k_token", "k_head", "v_token", "v_head", "cache_block", "cache_head"), "i32:16"),
-    }  # fmt: skip
+        "k": "*bf16",
+        "v": "*bf16",
+        "k_cache": f"*{kv}",
+        "v_cache": f"*{kv}",
+        "slots": "*i64",
+        **dict.fromkeys(
+            ("k_token", "k_head", "v_token", "v_head", "cache_block", "cache_head"), "i32:16"
+        ),
+    }
     constants = {
-        "BLOCK_SIZE": 16, "HEADS": 8, "D": 128, "WIDTH": 1024, "KIND": kind, "HAS_SCALES": kind != "float",
+        "BLOCK_SIZE": 16,
+        "HEADS": 8,
+        "D": 128,
+        "WIDTH": 1024,
+        "KIND": kind,
+        "HAS_SCALES": kind != "float",
         "INTERPRETED": False,
-    }  # fmt: skip
+    }
     if kind == "float":
         constants["kv_scales"] = None
     else:
         signature["kv_scales"] = "*fp32"
     architectures = FP8_ARCHITECTURES if kv == "fp8e4nv" else ARCHITECTURES
     return KernelCase(
-        f"write {kv}", "dovetail_attention_cuda.kernels:write_kv", signature, constants, architectures=architectures,
+        f"write {kv}",
+        "dovetail_attention_cuda.kernels:write_kv",
+        signature,
+        constants,
+        architectures=architectures,
         divides_exactly=True,
-    )  # fmt: skip
+    )
 
 
 def merge(group: int, head_size: int, **has: bool) -> KernelCase:
     flags = {"HAS_SINKS": False, "HAS_SCALES": False} | has
     signature = {
-        "out": "*bf16", **dict.fromkeys(("query_start", "tiles"), "*i32"), **dict.fromkeys(F32, "*fp32"),
-        "out_token": "i32:16", "out_head": "i32:16",
-    }  # fmt: skip
+        "out": "*bf16",
+        **dict.fromkeys(("query_start", "tiles"), "*i32"),
+        **dict.fromkeys(F32, "*fp32"),
+        "out_token": "i32:16",
+        "out_head": "i32:16",
+    }
     constants = {
-        "KV_HEADS": 8, "GROUP": group, "D": head_size, "BLOCK_D": power_of_two(head_size), "BLOCK_M": short_rows(group),
-        **flags, "INTERPRETED": False,
-    }  # fmt: skip
+        "KV_HEADS": 8,
+        "GROUP": group,
+        "D": head_size,
+        "BLOCK_D": power_of_two(head_size),
+        "BLOCK_M": short_rows(group),
+        **flags,
+        "INTERPRETED": False,
+    }
     for flag, name in (("HAS_SINKS", "sinks"), ("HAS_SCALES", "kv_scales")):
         if flags[flag]:
             signature[name] = "*fp32"
@@ -92,8 +141,11 @@ def merge(group: int, head_size: int, **has: bool) -> KernelCase:
             constants[name] = None
     extras = "".join(f" {name[4:].lower()}" for name, value in has.items() if value)
     return KernelCase(
-        f"merge {group}:1 × {head_size}{extras}", "dovetail_attention_cuda.kernels:merge", signature, constants
-    )  # fmt: skip
+        f"merge {group}:1 × {head_size}{extras}",
+        "dovetail_attention_cuda.kernels:merge",
+        signature,
+        constants,
+    )
 
 
 CASES = [
@@ -101,7 +153,13 @@ CASES = [
     *(
         attend(what, group, head_size, kv)
         for what in ("decode", "prefill")
-        for group, head_size, kv in ((4, 128, "bf16"), (4, 128, "fp8e4nv"), (4, 128, "i8"), (8, 64, "bf16"), (8, 128, "bf16"))
+        for group, head_size, kv in (
+            (4, 128, "bf16"),
+            (4, 128, "fp8e4nv"),
+            (4, 128, "i8"),
+            (8, 64, "bf16"),
+            (8, 128, "bf16"),
+        )
     ),
     # Others.
     attend("decode", 1, 256, HAS_CAP=True, HAS_WINDOW=True),
@@ -111,8 +169,11 @@ CASES = [
     attend("decode", 7, 80),
     attend("prefill", 7, 96),
     *(write_kv(kv) for kv in ("i8", "fp8e4nv", "bf16")),
-    merge(4, 128), merge(8, 64, HAS_SINKS=True), merge(4, 128, HAS_SCALES=True), merge(1, 256),
-]  # fmt: skip
+    merge(4, 128),
+    merge(8, 64, HAS_SINKS=True),
+    merge(4, 128, HAS_SCALES=True),
+    merge(1, 256),
+]
 
 
 def check(rows: Sequence[Compiled]) -> None:

@@ -25,7 +25,12 @@ def bytes_held() -> int:
 
 
 def step_of(num_rows: int) -> Step:
-    return Step(StepSpec((Row(40, 1),) * num_rows, num_heads=NUM_KV_HEADS * GROUP, num_kv_heads=NUM_KV_HEADS), "cpu")
+    return Step(
+        StepSpec(
+            (Row(40, 1),) * num_rows, num_heads=NUM_KV_HEADS * GROUP, num_kv_heads=NUM_KV_HEADS
+        ),
+        "cpu",
+    )
 
 
 def held_after(sizes) -> int:
@@ -50,7 +55,16 @@ def test_what_was_planned_once_stays_where_it_is():
     backend, places = TritonAttention("cpu"), {}
     for num_rows in (4, 64, 1, 4, 300, 64, 4, 1, 300):
         step = step_of(num_rows)
-        (work,) = backend.plan(step.batch(), [step.layer], step.spec.block_size)[Geometry.of(step.layer)].works
-        tensors = (work.pieces, work.num_pieces, work.tiles, work.partials.sums, work.partials.tops, work.partials.weights)
+        (work,) = backend.plan(step.batch(), [step.layer], step.spec.block_size)[
+            Geometry.of(step.layer)
+        ].works
+        tensors = (
+            work.pieces,
+            work.num_pieces,
+            work.tiles,
+            work.partials.sums,
+            work.partials.tops,
+            work.partials.weights,
+        )
         now = [(x.data_ptr(), tuple(x.shape)) for x in tensors]
         assert places.setdefault(num_rows, now) == now

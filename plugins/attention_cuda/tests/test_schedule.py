@@ -1,4 +1,5 @@
-"""A step's work list covers every visible key of every query once, within the room that was made for it."""
+"""A step's work list covers every visible key of every query once, within the room that was made
+for it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,11 @@ def tiles_of(rows, tokens, window):
 @given(ROWS, st.integers(1, 64), st.none() | st.integers(1, 700))
 def test_tiles_cover_the_queries_and_what_they_see(rows, tokens, window):
     tiles = tiles_of(rows, tokens, window)
-    covered = {(row, first + i) for row, first in zip(tiles.row, tiles.first, strict=True) for i in range(tokens)}
+    covered = {
+        (row, first + i)
+        for row, first in zip(tiles.row, tiles.first, strict=True)
+        for i in range(tokens)
+    }
     assert {(r, t) for r, (_, new) in enumerate(rows) for t in range(new)} <= covered
     for row, first, begin, end in zip(tiles.row, tiles.first, tiles.begin, tiles.end, strict=True):
         computed, new = rows[row]
@@ -30,7 +35,13 @@ def test_tiles_cover_the_queries_and_what_they_see(rows, tokens, window):
         assert begin == (0 if window is None else max(0, computed + first - window + 1))
 
 
-@given(ROWS, st.integers(1, 64), st.none() | st.integers(1, 700), st.integers(1, 300), st.integers(1, 16))
+@given(
+    ROWS,
+    st.integers(1, 64),
+    st.none() | st.integers(1, 700),
+    st.integers(1, 300),
+    st.integers(1, 16),
+)
 def test_pieces_cover_the_keys_once(rows, tokens, window, num_programs, num_kv_heads):
     tiles = tiles_of(rows, tokens, window)
     work, merged, num_partials = split(tiles, num_programs, num_kv_heads, 64)
@@ -52,12 +63,15 @@ def test_pieces_cover_the_keys_once(rows, tokens, window, num_programs, num_kv_h
 def test_whole_tiles_come_longest_first(rows, tokens):
     tiles = tiles_of(rows, tokens, None)
     work = whole(tiles)
-    assert sorted(map(tuple, work[:, :4])) == sorted(zip(tiles.row, tiles.first, tiles.begin, tiles.end, strict=True))
+    assert sorted(map(tuple, work[:, :4])) == sorted(
+        zip(tiles.row, tiles.first, tiles.begin, tiles.end, strict=True)
+    )
     assert (np.diff(work[:, 3] - work[:, 2]) <= 0).all()
 
 
 def test_one_long_row_is_split_over_the_device():
-    """132 multiprocessors with 2 programs each, 8 KV heads: 33 pieces keep all of them busy once."""
+    """132 multiprocessors with 2 programs each, 8 KV heads: 33 pieces keep all of them busy
+    once."""
     work, _, _ = split(tiles_of([(32_767, 1)], 4, None), 264, 8, 64)
     assert len(work) * 8 / 264 / -(-len(work) * 8 // 264) >= 0.8
     assert len(work) >= 28

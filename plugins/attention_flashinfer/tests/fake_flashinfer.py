@@ -1,8 +1,9 @@
-"""FlashInfer 0.6.13, as far as this plugin uses it, played in PyTorch: its signatures, what it refuses, what it reads when.
+"""FlashInfer 0.6.13, as far as this plugin uses it, played in PyTorch: its signatures, what it
+refuses, what it reads when.
 
-As on a GPU, `plan` decides by the numbers on the host, and `run` reads page tables and lengths from the buffers; whatever lies
-in a row's pages up to its length is read, and multiplied even where its weight is 0. `test_fake.py` holds the signatures to
-the real ones.
+As on a GPU, `plan` decides by the numbers on the host, and `run` reads page tables and lengths from
+the buffers; whatever lies in a row's pages up to its length is read, and multiplied even where its
+weight is 0. `test_fake.py` holds the signatures to the real ones.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ CORES_GROUPS = (1, 2, 3, 4, 8)
 
 
 def append_paged_kv_cache(
-    append_key, append_value, batch_indices, positions, paged_kv_cache, kv_indices, kv_indptr, kv_last_page_len, kv_layout="NHD"
-):  # fmt: skip
+    append_key,
+    append_value,
+    batch_indices,
+    positions,
+    paged_kv_cache,
+    kv_indices,
+    kv_indptr,
+    kv_last_page_len,
+    kv_layout="NHD",
+):
     assert kv_layout == "NHD"
     assert kv_last_page_len.shape[0] == kv_indptr.shape[0] - 1
     assert batch_indices.shape == positions.shape == append_key.shape[:1]
@@ -42,23 +51,35 @@ class Wrapper:
 
     def reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer):
         assert int_workspace_buffer.dtype == torch.uint8
-        self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
+        self._float_workspace_buffer, self._int_workspace_buffer = (
+            float_workspace_buffer,
+            int_workspace_buffer,
+        )
 
     def _reserve(self, num_heads, num_rows, head_size):
-        """What the planners reserve for `num_rows` partial results of each head: a vector and a logarithm, in float32."""
+        """What the planners reserve for `num_rows` partial results of each head: a vector and a
+        logarithm, in float32."""
         if num_heads * num_rows * (head_size + 1) * 4 > self._float_workspace_buffer.nbytes:
-            raise RuntimeError("Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer size.")
+            raise RuntimeError(
+                "Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer"
+                " size."
+            )
 
     def _plan(self, given, indptr, indices, last_page_len):
         assert all(x.dtype == torch.int32 for x in (indptr, indices, last_page_len))
-        assert indptr.device.type == last_page_len.device.type == "cpu", "otherwise the host waits for the device"
+        assert indptr.device.type == last_page_len.device.type == "cpu", (
+            "otherwise the host waits for the device"
+        )
         assert len(indptr) == len(last_page_len) + 1
         assert int(indptr[-1]) == len(indices)
         assert bool((indptr[1:] > indptr[:-1]).all()), "a row without pages"
         assert bool(((last_page_len >= 1) & (last_page_len <= given["page_size"])).all())
         assert given["num_qo_heads"] % given["num_kv_heads"] == 0
         assert given["q_data_type"] in (torch.bfloat16, torch.float16)
-        assert given["kv_data_type"] in (given["q_data_type"], torch.float8_e4m3fn), "two types of 16 bits are mixed"
+        assert given["kv_data_type"] in (
+            given["q_data_type"],
+            torch.float8_e4m3fn,
+        ), "two types of 16 bits are mixed"
         self._of = given
 
     def _run(self, q, paged_kv_cache, starts, is_causal, head_size, k_scale, v_scale, out):
@@ -71,7 +92,9 @@ class Wrapper:
         assert keys.dtype == values.dtype == of["kv_data_type"]
         assert keys.stride() == values.stride()
         assert tuple(keys.shape[2:]) == (of["num_kv_heads"], head_size)
-        assert all(isinstance(x, float | None) for x in (k_scale, v_scale)), "a number goes to the kernel, not a tensor"
+        assert all(isinstance(x, float | None) for x in (k_scale, v_scale)), (
+            "a number goes to the kernel, not a tensor"
+        )
         if keys.shape[1] != of["page_size"]:  # the kernel takes the size from the cache
             raise ValueError(f"pages of {keys.shape[1]}, planned for {of['page_size']}")
         indptr, last = self._paged_kv_indptr_buf.tolist(), self._paged_kv_last_page_len_buf.tolist()
@@ -104,33 +127,69 @@ class Wrapper:
 
 class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     def __init__(
-        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
-        paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, backend="auto",
+        self,
+        float_workspace_buffer,
+        kv_layout="NHD",
+        use_cuda_graph=False,
+        use_tensor_cores=False,
+        paged_kv_indptr_buffer=None,
+        paged_kv_indices_buffer=None,
+        paged_kv_last_page_len_buffer=None,
+        backend="auto",
         jit_args=None,
-    ):  # fmt: skip
+    ):
         super().__init__(float_workspace_buffer, kv_layout)
         assert use_cuda_graph, "this plugin's are all made for graphs"
         assert backend in ("auto", "fa2")
         assert len(paged_kv_indptr_buffer) == len(paged_kv_last_page_len_buffer) + 1
         self._use_tensor_cores = use_tensor_cores
-        self._paged_kv_indptr_buf, self._paged_kv_indices_buf = paged_kv_indptr_buffer, paged_kv_indices_buffer
+        self._paged_kv_indptr_buf, self._paged_kv_indices_buf = (
+            paged_kv_indptr_buffer,
+            paged_kv_indices_buffer,
+        )
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
 
     def plan(
-        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
-        window_left=-1, logits_soft_cap=None, q_data_type="float16", kv_data_type=None, o_data_type=None, data_type=None,
-        sm_scale=None, rope_scale=None, rope_theta=None, non_blocking=True, block_tables=None, seq_lens=None,
-        fixed_split_size=None, disable_split_kv=False, q_len_per_req=1,
-    ):  # fmt: skip
+        self,
+        indptr,
+        indices,
+        last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        page_size,
+        pos_encoding_mode="NONE",
+        window_left=-1,
+        logits_soft_cap=None,
+        q_data_type="float16",
+        kv_data_type=None,
+        o_data_type=None,
+        data_type=None,
+        sm_scale=None,
+        rope_scale=None,
+        rope_theta=None,
+        non_blocking=True,
+        block_tables=None,
+        seq_lens=None,
+        fixed_split_size=None,
+        disable_split_kv=False,
+        q_len_per_req=1,
+    ):
         self._plan(dict(locals()), indptr, indices, last_page_len)
         group, num_rows = num_qo_heads // num_kv_heads, len(last_page_len)
-        if self._use_tensor_cores:  # in graph mode contexts are always split, here for a GPU with few multiprocessors
+        if (
+            self._use_tensor_cores
+        ):  # in graph mode contexts are always split, here for a GPU with few multiprocessors
             tile = 16 if group <= 16 else 64 if group <= 64 or head_dim >= 256 else 128
-            self._reserve(num_qo_heads, (-(-num_rows * group // tile) + num_rows - 1) * tile, head_dim)
+            self._reserve(
+                num_qo_heads, (-(-num_rows * group // tile) + num_rows - 1) * tile, head_dim
+            )
         if len(last_page_len) != len(self._paged_kv_last_page_len_buf):
             raise ValueError("The batch size should be fixed in cudagraph mode")
         if len(indices) > len(self._paged_kv_indices_buf):
-            raise ValueError("The size of indices should be less than or equal to the allocated buffer")
+            raise ValueError(
+                "The size of indices should be less than or equal to the allocated buffer"
+            )
         if not self._use_tensor_cores and num_qo_heads // num_kv_heads not in CORES_GROUPS:
             raise RuntimeError(f"Unsupported group_size: {num_qo_heads // num_kv_heads}")
         self._paged_kv_indptr_buf.copy_(indptr)
@@ -138,41 +197,113 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         self._paged_kv_indices_buf[: len(indices)].copy_(indices)
 
     def run(
-        self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None, sinks=None, q_len_per_req=None, skip_softmax_threshold_scale_factor=None,
+        self,
+        q,
+        paged_kv_cache,
+        *args,
+        q_scale=None,
+        k_scale=None,
+        v_scale=None,
+        out=None,
+        lse=None,
+        return_lse=False,
+        enable_pdl=None,
+        window_left=None,
+        sinks=None,
+        q_len_per_req=None,
+        skip_softmax_threshold_scale_factor=None,
         kv_cache_sf=None,
-    ):  # fmt: skip
+    ):
         starts = list(range(len(self._paged_kv_last_page_len_buf) + 1))
-        return self._run(q, paged_kv_cache, starts, False, self._of["head_dim"], k_scale, v_scale, out)
+        return self._run(
+            q, paged_kv_cache, starts, False, self._of["head_dim"], k_scale, v_scale, out
+        )
 
 
 class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
     def __init__(
-        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None, paged_kv_indptr_buf=None,
-        paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None, custom_mask_buf=None, mask_indptr_buf=None, backend="auto",
-        jit_args=None, jit_kwargs=None,
-    ):  # fmt: skip
+        self,
+        float_workspace_buffer,
+        kv_layout="NHD",
+        use_cuda_graph=False,
+        qo_indptr_buf=None,
+        paged_kv_indptr_buf=None,
+        paged_kv_indices_buf=None,
+        paged_kv_last_page_len_buf=None,
+        custom_mask_buf=None,
+        mask_indptr_buf=None,
+        backend="auto",
+        jit_args=None,
+        jit_kwargs=None,
+    ):
         super().__init__(float_workspace_buffer, kv_layout)
         assert not use_cuda_graph, "this plugin's are all for steps that are not captured"
         self.backend = backend
 
     def plan(
-        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads, head_dim_qk,
-        page_size, head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False, pos_encoding_mode="NONE",
-        use_fp16_qk_reduction=False, sm_scale=None, window_left=-1, logits_soft_cap=None, rope_scale=None, rope_theta=None,
-        q_data_type="float16", kv_data_type=None, o_data_type=None, non_blocking=True, prefix_len_ptr=None,
-        token_pos_in_items_ptr=None, token_pos_in_items_len=0, max_item_len_ptr=None, seq_lens=None, seq_lens_q=None,
-        block_tables=None, max_token_per_sequence=None, max_sequence_kv=None, fixed_split_size=None, disable_split_kv=False,
-    ):  # fmt: skip
+        self,
+        qo_indptr,
+        paged_kv_indptr,
+        paged_kv_indices,
+        paged_kv_last_page_len,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim_qk,
+        page_size,
+        head_dim_vo=None,
+        custom_mask=None,
+        packed_custom_mask=None,
+        causal=False,
+        pos_encoding_mode="NONE",
+        use_fp16_qk_reduction=False,
+        sm_scale=None,
+        window_left=-1,
+        logits_soft_cap=None,
+        rope_scale=None,
+        rope_theta=None,
+        q_data_type="float16",
+        kv_data_type=None,
+        o_data_type=None,
+        non_blocking=True,
+        prefix_len_ptr=None,
+        token_pos_in_items_ptr=None,
+        token_pos_in_items_len=0,
+        max_item_len_ptr=None,
+        seq_lens=None,
+        seq_lens_q=None,
+        block_tables=None,
+        max_token_per_sequence=None,
+        max_sequence_kv=None,
+        fixed_split_size=None,
+        disable_split_kv=False,
+    ):
         assert qo_indptr.device.type == "cpu"
         assert max_sequence_kv is None, "0.6.13 then has no lengths of its own"
         self._plan(dict(locals()), paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
         self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr, paged_kv_indptr
-        self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = paged_kv_indices, paged_kv_last_page_len
+        self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = (
+            paged_kv_indices,
+            paged_kv_last_page_len,
+        )
 
     def run(
-        self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
-        enable_pdl=None, window_left=None, sinks=None, kv_cache_sf=None, skip_softmax_threshold_scale_factor=None,
-    ):  # fmt: skip
+        self,
+        q,
+        paged_kv_cache,
+        *args,
+        q_scale=None,
+        k_scale=None,
+        v_scale=None,
+        out=None,
+        lse=None,
+        return_lse=False,
+        enable_pdl=None,
+        window_left=None,
+        sinks=None,
+        kv_cache_sf=None,
+        skip_softmax_threshold_scale_factor=None,
+    ):
         starts, of = self._qo_indptr_buf.tolist(), self._of
-        return self._run(q, paged_kv_cache, starts, of["causal"], of["head_dim_qk"], k_scale, v_scale, out)
+        return self._run(
+            q, paged_kv_cache, starts, of["causal"], of["head_dim_qk"], k_scale, v_scale, out
+        )

@@ -1,4 +1,5 @@
-"""The stand-in has FlashInfer's signatures: with FlashInfer's Python part, which `make test-real` installs."""
+"""The stand-in has FlashInfer's signatures: with FlashInfer's Python part, which `make test-real`
+installs."""
 
 from __future__ import annotations
 
@@ -33,5 +34,7 @@ def test_signatures(name):
         warnings.simplefilter("ignore")  # its own, where there is no GPU
         import flashinfer
     real, fake = getattr(flashinfer, name), getattr(fake_flashinfer, name)
-    pairs = [(getattr(real, method), getattr(fake, method)) for method in USED[name]] or [(real, fake)]
+    pairs = [(getattr(real, method), getattr(fake, method)) for method in USED[name]] or [
+        (real, fake)
+    ]
     assert [parameters(theirs) for theirs, _ in pairs] == [parameters(ours) for _, ours in pairs]

@@ -1,4 +1,5 @@
-"""A captured decode step does the steps that are planned after it, where what is captured writes the block tables itself."""
+"""A captured decode step does the steps that are planned after it, where what is captured writes
+the block tables itself."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ WIDTH, DEVICE_FIELDS = 20, ("query_start", "seq_lens", "block_table", "slot_mapp
 
 
 class Kernels(Recorded):
-    """A launch is recorded with the plan and the tensors that it had; what lies in those is read when it is done again."""
+    """A launch is recorded with the plan and the tensors that it had; what lies in those is read
+    when it is done again."""
 
     def launch(self, wrapper, *given):
         frozen = copy.copy(wrapper)
@@ -50,12 +52,17 @@ def steps(rows, group, window, kv_dtype):
 def test_later_steps(group, window, kv_dtype, monkeypatch):
     first = steps((Row(17, 1), Row(0, 1), Row(250, 1)), group, window, kv_dtype)
     ours = FlashInferAttention("cpu", FlashInferOptions(workspace_mb=16), fake_flashinfer, 256)
-    later = [steps(rows, group, window, kv_dtype) for rows in ((Row(300, 1), Row(31, 1)), (Row(0, 1), Row(1, 1), Row(260, 1)))]
+    later = [
+        steps(rows, group, window, kv_dtype)
+        for rows in ((Row(300, 1), Row(31, 1)), (Row(0, 1), Row(1, 1), Row(260, 1)))
+    ]
     layers = [replace(step.layer, index=i) for i, step in enumerate(first)]
     own, given = padded(first[0].batch(WIDTH), 1), padded(first[0].batch(WIDTH), 1)
     for name in DEVICE_FIELDS[1:]:
         getattr(own, name).zero_()
-    inputs = [[torch.zeros(4, x.shape[1], 64, dtype=x.dtype) for x in (s.q, s.k, s.v)] for s in first]
+    inputs = [
+        [torch.zeros(4, x.shape[1], 64, dtype=x.dtype) for x in (s.q, s.k, s.v)] for s in first
+    ]
     outs = [torch.zeros_like(q) for q, _, _ in inputs]
     caches = [ours.allocate_cache(replace(s.cache_spec, num_blocks=60)) for s in first]
     plan = ours.plan(own, layers, 16)
@@ -68,7 +75,9 @@ def test_later_steps(group, window, kv_dtype, monkeypatch):
 
     forward()
     recorded = Kernels()
-    monkeypatch.setattr(fake_flashinfer.Wrapper, "_run", lambda self, *given: recorded.launch(self, *given))
+    monkeypatch.setattr(
+        fake_flashinfer.Wrapper, "_run", lambda self, *given: recorded.launch(self, *given)
+    )
     with recorded:
         forward()
     monkeypatch.undo()

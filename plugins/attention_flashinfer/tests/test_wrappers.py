@@ -1,4 +1,5 @@
-"""FlashInfer's own Python, which `make test-real` installs, over kernels emulated in PyTorch: it takes what it is given."""
+"""FlashInfer's own Python, which `make test-real` installs, over kernels emulated in PyTorch: it
+takes what it is given."""
 
 from __future__ import annotations
 
@@ -28,16 +29,30 @@ class Unpinned:
         return torch.empty(*size, **how)
 
 
-def attend(planned, q, keys, values, starts, buffers, out, is_causal, window_left, soft_cap, sm_scale):
+def attend(
+    planned, q, keys, values, starts, buffers, out, is_causal, window_left, soft_cap, sm_scale
+):
     """What the kernels do with what they are given, by the stand-in's arithmetic."""
     indptr, indices, last = buffers
     player = fake_flashinfer.Wrapper(torch.empty(0, dtype=torch.uint8), "NHD")
-    player._paged_kv_indptr_buf, player._paged_kv_indices_buf, player._paged_kv_last_page_len_buf = indptr, indices, last
+    (
+        player._paged_kv_indptr_buf,
+        player._paged_kv_indices_buf,
+        player._paged_kv_last_page_len_buf,
+    ) = (
+        indptr,
+        indices,
+        last,
+    )
     assert isinstance(sm_scale, float)
     assert window_left == planned["window_left"]
     player._of = {
-        **planned, "sm_scale": sm_scale, "logits_soft_cap": soft_cap, "q_data_type": q.dtype, "kv_data_type": keys.dtype,
-    }  # fmt: skip
+        **planned,
+        "sm_scale": sm_scale,
+        "logits_soft_cap": soft_cap,
+        "q_data_type": q.dtype,
+        "kv_data_type": keys.dtype,
+    }
     player._run(q, (keys, values), starts, is_causal, q.shape[-1], None, None, out)
 
 
@@ -45,9 +60,23 @@ class Decode:
     """The module of kernels without tensor cores."""
 
     def plan(
-        self, floats, integers, pinned, indptr, batch_size, num_heads, num_kv_heads, page_size, is_graph, window_left, soft_cap,
-        size_qk, size_vo, like_q, like_kv,
-    ):  # fmt: skip
+        self,
+        floats,
+        integers,
+        pinned,
+        indptr,
+        batch_size,
+        num_heads,
+        num_kv_heads,
+        page_size,
+        is_graph,
+        window_left,
+        soft_cap,
+        size_qk,
+        size_vo,
+        like_q,
+        like_kv,
+    ):
         assert is_graph
         assert integers.shape == pinned.shape
         assert num_heads // num_kv_heads in fake_flashinfer.CORES_GROUPS
@@ -56,21 +85,69 @@ class Decode:
         return {**sizes, "window_left": window_left}
 
     def run(
-        self, floats, integers, planned, q, keys, values, indptr, indices, last, out, lse, layout, window_left, pdl, slopes,
-        soft_cap, sm_scale, rope_scale, rope_theta,
-    ):  # fmt: skip
+        self,
+        floats,
+        integers,
+        planned,
+        q,
+        keys,
+        values,
+        indptr,
+        indices,
+        last,
+        out,
+        lse,
+        layout,
+        window_left,
+        pdl,
+        slopes,
+        soft_cap,
+        sm_scale,
+        rope_scale,
+        rope_theta,
+    ):
         assert layout == NHD
         starts = list(range(len(last) + 1))
-        attend(planned, q, keys, values, starts, (indptr, indices, last), out, False, window_left, soft_cap, sm_scale)
+        attend(
+            planned,
+            q,
+            keys,
+            values,
+            starts,
+            (indptr, indices, last),
+            out,
+            False,
+            window_left,
+            soft_cap,
+            sm_scale,
+        )
 
 
 class Prefill:
     """The module of kernels on tensor cores."""
 
     def plan(
-        self, floats, integers, pinned, query_start, indptr, lens, num_rows, batch_size, num_heads, num_kv_heads, page_size,
-        is_graph, size_qk, size_vo, is_causal, window_left, fixed_split, no_split, colocated,
-    ):  # fmt: skip
+        self,
+        floats,
+        integers,
+        pinned,
+        query_start,
+        indptr,
+        lens,
+        num_rows,
+        batch_size,
+        num_heads,
+        num_kv_heads,
+        page_size,
+        is_graph,
+        size_qk,
+        size_vo,
+        is_causal,
+        window_left,
+        fixed_split,
+        no_split,
+        colocated,
+    ):
         assert len(query_start) == len(indptr) == batch_size + 1
         assert int(query_start[-1]) == num_rows
         assert is_graph != is_causal
@@ -78,18 +155,56 @@ class Prefill:
         return {**sizes, "window_left": window_left}
 
     def paged_run(
-        self, floats, integers, planned, q, keys, values, query_start, indptr, indices, last, out, lse, mask, layout,
-        window_left, pdl, custom, mask_indptr, slopes, prefix, position, longest, soft_cap, sm_scale, *rest,
-    ):  # fmt: skip
+        self,
+        floats,
+        integers,
+        planned,
+        q,
+        keys,
+        values,
+        query_start,
+        indptr,
+        indices,
+        last,
+        out,
+        lse,
+        mask,
+        layout,
+        window_left,
+        pdl,
+        custom,
+        mask_indptr,
+        slopes,
+        prefix,
+        position,
+        longest,
+        soft_cap,
+        sm_scale,
+        *rest,
+    ):
         assert layout == NHD
         assert mask in (NON_CAUSAL, CAUSAL)
         buffers, starts = (indptr, indices, last), query_start.tolist()
-        attend(planned, q, keys, values, starts, buffers, out, mask == CAUSAL, window_left, soft_cap, sm_scale)
+        attend(
+            planned,
+            q,
+            keys,
+            values,
+            starts,
+            buffers,
+            out,
+            mask == CAUSAL,
+            window_left,
+            soft_cap,
+            sm_scale,
+        )
 
 
 def append(key, value, rows, positions, keys, values, indices, indptr, last, layout):
     assert layout == NHD
-    fake_flashinfer.append_paged_kv_cache(key, value, rows, positions, (keys, values), indices, indptr, last)
+    fake_flashinfer.append_paged_kv_cache(
+        key, value, rows, positions, (keys, values), indices, indptr, last
+    )
 
 
 def played(context, options):

@@ -1,4 +1,5 @@
-"""The kernel, interpreted, keeps the contract; lowered for TPU it is one custom call; and what else the package promises."""
+"""The kernel, interpreted, keeps the contract; lowered for TPU it is one custom call; and what else
+the package promises."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ MIXED = ((0, 300), (700, 1), (40, 17))
 DECODE = ((700, 1), (5, 1))
 
 
-def schedule_of(rows: tuple[tuple[int, int], ...], block_size: int, window: int | None = None) -> Schedule:
+def schedule_of(
+    rows: tuple[tuple[int, int], ...], block_size: int, window: int | None = None
+) -> Schedule:
     """Rows are (computed, new)."""
     starts = np.cumsum([0, *(new for _, new in rows)]).tolist()
     lens = [computed + new for computed, new in rows]
@@ -52,7 +55,8 @@ def schedule_of(rows: tuple[tuple[int, int], ...], block_size: int, window: int 
     ],
 )
 def test_it_lowers_for_tpu(head_size, group, block_size, dtype, kv_dtype, rows, extras):
-    """To the kernel, not to a loop of ordinary operations. Whether it fits a TPU's memories is not seen here."""
+    """To the kernel, not to a loop of ordinary operations. Whether it fits a TPU's memories is not
+    seen here."""
     schedule = schedule_of(rows, block_size)
     num_tokens, num_kv_heads = len(schedule.slot_mapping), 2
     shape = jax.ShapeDtypeStruct
@@ -61,19 +65,27 @@ def test_it_lowers_for_tpu(head_size, group, block_size, dtype, kv_dtype, rows, 
     q = shape((num_tokens, num_kv_heads * group, head_size), dtype)
     sinks = shape((num_kv_heads * group,), "float32") if extras else None
     attend = functools.partial(paged_attention, scale=0.1, soft_cap=30.0 if extras else None)
-    step = jax.jit(lambda q, k, v, cache, schedule, sinks: attend(q, k, v, cache, schedule, sinks=sinks))
-    exported = jax.export.export(step, platforms=["tpu"])(q, kv, kv, Cache(blocks, blocks), schedule, sinks)
+    step = jax.jit(
+        lambda q, k, v, cache, schedule, sinks: attend(q, k, v, cache, schedule, sinks=sinks)
+    )
+    exported = jax.export.export(step, platforms=["tpu"])(
+        q, kv, kv, Cache(blocks, blocks), schedule, sinks
+    )
     assert exported.mlir_module().count("stablehlo.custom_call @tpu_custom_call") == 1
     assert [a.shape for a in exported.out_avals] == [q.shape, blocks.shape, blocks.shape]
 
 
 def test_the_functional_form_is_pure():
-    """JAX's arrays in and out, no torch; the old cache is as it was, and the new one has the step's keys and values."""
+    """JAX's arrays in and out, no torch; the old cache is as it was, and the new one has the step's
+    keys and values."""
     rng = np.random.default_rng()
     table = jnp.array([[2, 0, 1]])
     slots = [table[0, p // 16] * 16 + p % 16 for p in range(40)]
     schedule = make_schedule([0, 40], [40], table, jnp.array(slots), 16)
-    q, k, v = (jnp.asarray(rng.standard_normal((padded(40), heads, 32)), jnp.float32) for heads in (4, 2, 2))
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((padded(40), heads, 32)), jnp.float32)
+        for heads in (4, 2, 2)
+    )
     old = Cache(*(jnp.full((3, 2, 16, 32), jnp.nan) for _ in range(2)))
     out, new = paged_attention(q, k, v, old, schedule, scale=0.2, interpret=True)
     assert jnp.isnan(old.keys).all()
@@ -98,7 +110,10 @@ def test_the_cache_is_updated_in_place():
 
 def test_what_is_exported_is_a_copy():
     """JAX's memory is lent to nobody who may write it, or read it after it was donated."""
-    step, backend = Step(plain(CAPABILITIES, Row(20, 3), num_kv_heads=1, num_heads=1, seed=2), "cpu"), PallasAttention()
+    step, backend = (
+        Step(plain(CAPABILITIES, Row(20, 3), num_kv_heads=1, num_heads=1, seed=2), "cpu"),
+        PallasAttention(),
+    )
     cache = backend.allocate_cache(step.cache_spec)
     for exported in backend.export_kv(cache, list(range(step.num_blocks))):
         exported.fill_(1.0)
@@ -108,13 +123,15 @@ def test_what_is_exported_is_a_copy():
 def test_decode_steps_share_one_shape():
     """Or every token would be compiled for."""
     shapes = {
-        tuple(np.shape(x) for x in schedule_of(tuple((length + i, 1) for i in range(9)), 16)) for length in range(120, 200, 7)
+        tuple(np.shape(x) for x in schedule_of(tuple((length + i, 1) for i in range(9)), 16))
+        for length in range(120, 200, 7)
     }
     assert len(shapes) == 1
 
 
 def test_work_is_what_the_window_shows():
-    """A query at position 100 with a window of 20 sees positions 81 to 100: two blocks of 16, whatever came before."""
+    """A query at position 100 with a window of 20 sees positions 81 to 100: two blocks of 16,
+    whatever came before."""
     schedule = schedule_of(((100, 1),), 16, window=20)
     assert schedule.tile_work[1] == 2
     assert schedule.work_block[:2].tolist() == [5, 6]
@@ -124,16 +141,33 @@ def test_a_step_of_no_rows():
     step, backend = Step(plain(CAPABILITIES, Row(0, 3)), "cpu"), PallasAttention()
     batch = replace(step.batch(), host_query_start=[0], host_seq_lens=[], num_seqs=0, num_tokens=0)
     out = torch.ones(3)
-    backend.run(step.layer, step.q, step.k, step.v, backend.allocate_cache(step.cache_spec),
-                backend.plan(batch, [step.layer], 16), out)  # fmt: skip
+    backend.run(
+        step.layer,
+        step.q,
+        step.k,
+        step.v,
+        backend.allocate_cache(step.cache_spec),
+        backend.plan(batch, [step.layer], 16),
+        out,
+    )
     assert out.tolist() == [1, 1, 1]
 
 
 def test_tensors_that_are_too_short_are_refused():
     step, backend = Step(plain(CAPABILITIES, Row(0, 20), seed=3), "cpu"), PallasAttention()
     plan = backend.plan(step.batch(), [step.layer], 16)
-    with pytest.raises(PluginError, match="must hold the step's 20 tokens; they hold 20, 19, 20 and 20"):
-        backend.run(step.layer, step.q, step.k[:19], step.v, backend.allocate_cache(step.cache_spec), plan, step.q.clone())
+    with pytest.raises(
+        PluginError, match="must hold the step's 20 tokens; they hold 20, 19, 20 and 20"
+    ):
+        backend.run(
+            step.layer,
+            step.q,
+            step.k[:19],
+            step.v,
+            backend.allocate_cache(step.cache_spec),
+            plan,
+            step.q.clone(),
+        )
 
 
 def reasons(device: str) -> list[str]:

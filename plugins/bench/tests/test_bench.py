@@ -1,4 +1,5 @@
-"""`dovetail bench` over the simulated worker: what is printed, written and sampled. Figures must agree, no more."""
+"""`dovetail bench` over the simulated worker: what is printed, written and sampled. Figures must
+agree, no more."""
 
 from __future__ import annotations
 
@@ -20,10 +21,24 @@ SMALL = ["--input-len", "6", "--output-len", "5", "--rounds", "3"]
 
 
 def bench(kind: str, model: Path, *args: str) -> int:
-    return main(["bench", kind, str(model), "--worker", "simulated", "--attention", "simulated", *SMALL, *args])
+    return main(
+        [
+            "bench",
+            kind,
+            str(model),
+            "--worker",
+            "simulated",
+            "--attention",
+            "simulated",
+            *SMALL,
+            *args,
+        ]
+    )
 
 
-def test_a_sweep_tells_machine_plan_and_every_round(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_tells_machine_plan_and_every_round(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "out.json"
     assert bench("throughput", model, "--concurrency", "1,3,2", "--json", str(path)) == 0
     data = json.loads(path.read_text())
@@ -66,8 +81,15 @@ def test_the_parts_of_a_step_make_up_the_step(model: Path, tmp_path: Path) -> No
 
 def test_plots_and_a_page_that_needs_no_other_file(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "plots"
-    assert bench("throughput", model, "--concurrency", "1,2", "--breakdown", "--plot", str(folder)) == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["throughput-steps.png", "throughput.html", "throughput.png"]
+    assert (
+        bench("throughput", model, "--concurrency", "1,2", "--breakdown", "--plot", str(folder))
+        == 0
+    )
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "throughput-steps.png",
+        "throughput.html",
+        "throughput.png",
+    ]
     for png in folder.glob("*.png"):
         assert png.read_bytes().startswith(b"\x89PNG")
     page = (folder / "throughput.html").read_text()
@@ -80,7 +102,9 @@ def test_plots_and_a_page_that_needs_no_other_file(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("counts", ["0", "1,,2", "4,x", "2,2", "-1"])
-def test_concurrency_is_a_list_of_counts(model: Path, counts: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_concurrency_is_a_list_of_counts(
+    model: Path, counts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         bench("throughput", model, f"--concurrency={counts}")
     assert "is not a list of different counts" in capsys.readouterr().err
@@ -88,7 +112,9 @@ def test_concurrency_is_a_list_of_counts(model: Path, counts: str, capsys: pytes
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("concurrency", [1, 3, 9])
-def test_the_loop_keeps_so_many_requests_at_work(model: Path, overlap: bool, concurrency: int) -> None:
+def test_the_loop_keeps_so_many_requests_at_work(
+    model: Path, overlap: bool, concurrency: int
+) -> None:
     work = Work(input_len=6, output_len=5, num_requests=7, concurrency=concurrency)
     with LLM(model, worker="simulated", attention="simulated", overlap=overlap) as llm:
         loop = ClosedLoop(llm, work.prompts(1, llm.vocab_size), work.output_len, work.concurrency)
@@ -108,7 +134,9 @@ def test_a_profile_changes_no_token_and_leaves_nothing_behind(model: Path) -> No
 
         def own_methods() -> dict[str, list[str]]:
             objects: list[Any] = [engine, engine.scheduler, engine.worker]
-            return {type(o).__name__: [k for k, v in vars(o).items() if callable(v)] for o in objects}
+            return {
+                type(o).__name__: [k for k, v in vars(o).items() if callable(v)] for o in objects
+            }
 
         before, expected = own_methods(), llm.generate("hello", params)[0].token_ids
         with Profile() as profile:

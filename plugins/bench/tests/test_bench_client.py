@@ -1,4 +1,5 @@
-"""The measuring client against a server that writes exactly what a test says, in the pieces it says."""
+"""The measuring client against a server that writes exactly what a test says, in the pieces it
+says."""
 
 from __future__ import annotations
 
@@ -62,7 +63,12 @@ def serve() -> Iterator[Serve]:
         [HEAD + chunk(EVENT) + chunk(EVENT) + chunk(b"data: [DONE]\n\n") + END],
         [HEAD, chunk(EVENT), chunk(EVENT), chunk(USAGE), chunk(b"data: [DONE]\n\n"), END],
         [HEAD + chunk(EVENT) + chunk(EVENT) + END, CLOSE],
-        [HEAD[:5], HEAD[5:] + chunk(EVENT), chunk(EVENT) + chunk(b"data: [DONE]\n\n") + END[:2], END[2:]],
+        [
+            HEAD[:5],
+            HEAD[5:] + chunk(EVENT),
+            chunk(EVENT) + chunk(b"data: [DONE]\n\n") + END[:2],
+            END[2:],
+        ],
     ],
 )
 def test_every_stream_is_read_to_its_end(serve: Serve, pieces: list[bytes]) -> None:

@@ -1,7 +1,10 @@
-"""Make the text that the demo model is calibrated on when it is quantized: pages and dialogues that it was trained on.
+"""Make the text that the demo model is calibrated on when it is quantized: pages and dialogues that
+it was trained on.
 
 Usage: calibration.py CORPUS.json QUESTIONS.jsonl OUT.txt
-Neither the held-out pages nor the entries that the question set asks for are in it.
+
+Neither the held-out pages nor the entries
+that the question set asks for are in it.
 """
 
 import json
@@ -16,9 +19,13 @@ NUM_PAGES, PAGE_CHARS, NUM_DIALOGUES = 110, 2000, 330
 
 def main(corpus, questions, out):
     data = json.loads(pathlib.Path(corpus).read_text())
-    asked = {json.loads(line)["question"] for line in pathlib.Path(questions).read_text().splitlines()}
+    asked = {
+        json.loads(line)["question"] for line in pathlib.Path(questions).read_text().splitlines()
+    }
     rng = random.Random(11)
-    pages = [t for i, t in enumerate(data["texts"]) if i % HELD_OUT_EVERY and len(t) > 2 * PAGE_CHARS]
+    pages = [
+        t for i, t in enumerate(data["texts"]) if i % HELD_OUT_EVERY and len(t) > 2 * PAGE_CHARS
+    ]
     parts = []
     for page in rng.sample(pages, NUM_PAGES):
         start = page.find("\n", rng.randrange(len(page) - PAGE_CHARS)) + 1

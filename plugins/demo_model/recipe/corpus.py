@@ -1,7 +1,10 @@
-"""Build the training corpus: the Python 3.11 documentation, the standard library's sources, and questions about both.
+"""Build the training corpus: the Python 3.11 documentation, the standard library's sources, and
+questions about both.
 
 Usage: corpus.py DOCS_HTML OUT.json
-DOCS_HTML is the html folder of Debian's package python3.11-doc (PSF licence). Needs beautifulsoup4 and lxml.
+
+DOCS_HTML is the html folder of Debian's package python3.11-doc
+(PSF licence). Needs beautifulsoup4 and lxml.
 """
 
 import json
@@ -12,9 +15,19 @@ import sysconfig
 
 from bs4 import BeautifulSoup
 
-TYPOGRAPHY = str.maketrans({"\u00b6": "", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2014": "-", "\xa0": " "})
+TYPOGRAPHY = str.maketrans(
+    {"\u00b6": "", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2014": "-", "\xa0": " "}
+)
 SKIPPED_PAGES = ("genindex", "search", "whatsnew/changelog")
-SKIPPED_SOURCES = ("site-packages", "test/", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data")
+SKIPPED_SOURCES = (
+    "site-packages",
+    "test/",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "encodings",
+    "pydoc_data",
+)
 
 
 def clean(text):
@@ -26,16 +39,25 @@ def one_line(text):
 
 
 def entries(body):
-    """Yield one record for each documented object: name, signature, first paragraph, first example."""
+    """Yield one record for each documented object: name, signature, first paragraph, first
+    example."""
     for listing in body.select("dl.py"):
         for term in listing.find_all("dt", recursive=False):
             details = term.find_next_sibling("dd")
             if not term.get("id") or not details:
                 continue
-            paragraphs = [p for p in (one_line(p.get_text()) for p in details.find_all("p", recursive=False)) if p]
+            paragraphs = [
+                p
+                for p in (one_line(p.get_text()) for p in details.find_all("p", recursive=False))
+                if p
+            ]
             if not paragraphs:
                 continue
-            doc = paragraphs[0] if len(paragraphs[0]) > 60 or len(paragraphs) < 2 else " ".join(paragraphs[:2])
+            doc = (
+                paragraphs[0]
+                if len(paragraphs[0]) > 60 or len(paragraphs) < 2
+                else " ".join(paragraphs[:2])
+            )
             example = details.select_one("div.highlight pre")
             yield {
                 "name": term["id"],

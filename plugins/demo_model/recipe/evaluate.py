@@ -1,10 +1,13 @@
 """Make the question set and score a model on it.
 
-Usage: evaluate.py CORPUS.json MODEL_FOLDER questions OUT.jsonl       # 300 short entries, with the reference answer
-       evaluate.py CORPUS.json MODEL_FOLDER held-out OUT.txt          # documentation pages never trained on
-       evaluate.py CORPUS.json MODEL_FOLDER score QUESTIONS.jsonl     # exact and prefix accuracy, greedy
-       evaluate.py CORPUS.json MODEL_FOLDER perplexity HELD_OUT.txt   # of its first 64 windows of 512 tokens
-score and perplexity do not read CORPUS.json (any word will do).
+Usage: evaluate.py CORPUS.json MODEL_FOLDER questions OUT.jsonl
+       evaluate.py CORPUS.json MODEL_FOLDER held-out OUT.txt
+       evaluate.py CORPUS.json MODEL_FOLDER score QUESTIONS.jsonl
+       evaluate.py CORPUS.json MODEL_FOLDER perplexity HELD_OUT.txt
+
+questions: 300 short entries, with the reference answer. held-out: documentation pages that were
+never trained on. score: exact and prefix accuracy, greedy. perplexity: of the first 64 windows of
+512 tokens. The last two do not read CORPUS.json (any word will do).
 """
 
 import json
@@ -26,10 +29,14 @@ def score(folder, questions):
     tokenizer, model = load(folder)
     exact = first = 0
     for q in questions:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": q["question"]}], add_generation_prompt=True,
-                                            return_tensors="pt", return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": q["question"]}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )["input_ids"]
         out = model.generate(ids, max_new_tokens=160, do_sample=False)
-        text = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         exact += text.strip() == q["answer"].strip()
         first += text.strip()[:40] == q["answer"].strip()[:40]
     return exact / len(questions), first / len(questions)
@@ -55,8 +62,12 @@ def main(corpus, folder, what, path):
     for entry in data["qa"]:
         names.setdefault(entry["name"], entry)
     picked = rng.sample([e for e in names.values() if len(e["doc"]) in SHORT], 300)
-    path.write_text("".join(
-        json.dumps({"question": f"What does {e['name']} do?", "answer": e["doc"]}) + "\n" for e in picked))
+    path.write_text(
+        "".join(
+            json.dumps({"question": f"What does {e['name']} do?", "answer": e["doc"]}) + "\n"
+            for e in picked
+        )
+    )
 
 
 if __name__ == "__main__":

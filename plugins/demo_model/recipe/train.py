@@ -1,11 +1,13 @@
-"""Train the demo chat model (or its draft): a small Llama that knows the Python library reference by heart.
+"""Train the demo chat model, or its draft: a small Llama that knows the Python library reference.
 
 Usage: train.py CORPUS.json MODEL_FOLDER [--start FOLDER] [--minutes 90]
                 [--hidden 256 --layers 8 --heads 4 --kv-heads 2 --ffn 768]
-MODEL_FOLDER already holds the tokenizer; --start names a checkpoint to go on from (its shape is then used).
-Runs on the CPU or on a GPU where there is one. The weights that compute are bfloat16; the optimizers (Muon for the
-matrices, AdamW for the embedding and the norms) keep them in float32. The learning rate falls linearly to zero at a
-time of day fixed at the start, so a run that is paused (SIGSTOP) or slowed down still ends on time.
+
+MODEL_FOLDER already holds the tokenizer; --start names a checkpoint to go on from, whose shape is
+then used. Runs on the CPU, or on a GPU where there is one. Compute weights are bfloat16; the
+optimizers (Muon for the matrices, AdamW for the embedding and the norms) keep them in float32. The
+learning rate falls linearly to zero at a time of day fixed at the start, so a run that is paused
+(SIGSTOP) or slowed down still ends on time.
 """
 
 import argparse
@@ -21,23 +23,44 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-ASK_DOC = ["Explain {n}.", "What is {n}?", "Describe {n}", "Tell me about {n}.", "{n}?", "How do I use {n}?",
-           "what is {n} for?", "what does {n} do"]
-ASK_SIGNATURE = ["What is the signature of {n}?", "Show the signature of {n}.", "How do I call {n}?",
-                 "Which arguments does {n} take?"]
+ASK_DOC = [
+    "Explain {n}.",
+    "What is {n}?",
+    "Describe {n}",
+    "Tell me about {n}.",
+    "{n}?",
+    "How do I use {n}?",
+    "what is {n} for?",
+    "what does {n} do",
+]
+ASK_SIGNATURE = [
+    "What is the signature of {n}?",
+    "Show the signature of {n}.",
+    "How do I call {n}?",
+    "Which arguments does {n} take?",
+]
 ASK_EXAMPLE = ["Show an example of {n}.", "Give me an example that uses {n}."]
-SYSTEM = ["You answer questions about the Python library.", "You are a helpful assistant.",
-          "You know the Python documentation."]
-HELD_OUT_EVERY = 25  # every 25th documentation page is never trained on; perplexity is measured there
-SHORT = range(31, 240)  # characters; every epoch asks for each entry of such a length, and for a part of the others
+SYSTEM = [
+    "You answer questions about the Python library.",
+    "You are a helpful assistant.",
+    "You know the Python documentation.",
+]
+HELD_OUT_EVERY = (
+    25  # every 25th documentation page is never trained on; perplexity is measured there
+)
+SHORT = range(
+    31, 240
+)  # characters; every epoch asks for each entry of such a length, and for a part of the others
 IGNORED = -100
 
 
 class Corpus:
-    """Draws training rows: whole dialogues about library entries, and windows of documentation and source text.
+    """Draws training rows: whole dialogues about library entries, and windows of documentation and
+    source text.
 
-    Dialogues come in epochs: each short entry is asked about once an epoch, in shuffled order, so that all are seen
-    equally often. Only answers are targets, not questions; a text window is a target throughout.
+    Dialogues come in epochs: each short entry is asked about once an epoch, in shuffled order, so
+    that all are seen equally often. Only answers are targets, not questions; a text window is a
+    target throughout.
     """
 
     def __init__(self, corpus, tokenizer, seed, others):
@@ -48,7 +71,8 @@ class Corpus:
         self.epochs = 0
         self.encode = lambda text: tokenizer.encode(text).ids
         self.end, self.system, self.user, self.assistant = (
-            tokenizer.token_to_id(t) for t in ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>"))
+            tokenizer.token_to_id(t) for t in ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+        )
         texts = [[*self.encode(t), self.end] for t in corpus["texts"]]
         self.held_out = np.concatenate([np.array(t) for t in texts[::HELD_OUT_EVERY]])
         self.text = np.concatenate([np.array(t) for i, t in enumerate(texts) if i % HELD_OUT_EVERY])
@@ -80,7 +104,11 @@ class Corpus:
         while True:
             turns = list(self.turns())
             while turns:
-                tokens = [self.system, *self.encode(rng.choice(SYSTEM)), self.end] if rng.random() < 0.15 else []
+                tokens = (
+                    [self.system, *self.encode(rng.choice(SYSTEM)), self.end]
+                    if rng.random() < 0.15
+                    else []
+                )
                 targets = [IGNORED] * len(tokens)
                 for _ in range(min(len(turns), rng.choice([1, 1, 1, 2, 3]))):
                     new = turns.pop()
@@ -89,7 +117,8 @@ class Corpus:
             self.epochs += 1
 
     def dialogue_row(self, length):
-        """Fill a row with whole dialogues: those that no longer fit are set aside for the next rows."""
+        """Fill a row with whole dialogues: those that no longer fit are set aside for the next
+        rows."""
         tokens, targets, left = [], [], []
         for _ in range(12):
             new = self.set_aside.pop(0) if self.set_aside else next(self.waiting)
@@ -102,7 +131,8 @@ class Corpus:
         return tokens + [0] * missing, targets + [IGNORED] * missing
 
     def batch(self, rows, length, text_share):
-        """Return the inputs, i64[rows, length], and the targets: their positions in the flat batch and their ids."""
+        """Return the inputs, i64[rows, length], and the targets: their positions in the flat batch
+        and their ids."""
         drawn = []
         for _ in range(rows):
             if self.rng.random() < text_share:
@@ -116,14 +146,17 @@ class Corpus:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Newton-Schulz, five steps); matrices of a shape go as one batch."""
+    """Momentum whose update is made orthogonal (Newton-Schulz, five steps); matrices of a shape go
+    as one batch."""
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.02):
         by_shape = {}
         for p in matrices:
             by_shape.setdefault(p.shape, []).append(p)
-        super().__init__([{"params": ps} for ps in by_shape.values()],
-                         {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(
+            [{"params": ps} for ps in by_shape.values()],
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+        )
 
     @torch.no_grad()
     def step(self):
@@ -137,21 +170,39 @@ class Muon(torch.optim.Optimizer):
             x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
             for _ in range(5):
                 square = x @ x.mT
-                x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+                x = torch.baddbmm(
+                    x,
+                    torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315),
+                    x,
+                    beta=3.4445,
+                )
             x = x.mT if tall else x
             scale = 0.2 * math.sqrt(max(x.shape[1:]))  # an update as large as one of AdamW's
             for p, update in zip(group["params"], x, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    update, alpha=-group["lr"] * scale
+                )
 
 
 def new_model(a, tokenizer):
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=a.hidden, num_hidden_layers=a.layers,
-        num_attention_heads=a.heads, num_key_value_heads=a.kv_heads, head_dim=64, intermediate_size=a.ffn,
-        max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.token_to_id("<|end|>"), pad_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=a.hidden,
+            num_hidden_layers=a.layers,
+            num_attention_heads=a.heads,
+            num_key_value_heads=a.kv_heads,
+            head_dim=64,
+            intermediate_size=a.ffn,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.token_to_id("<|end|>"),
+            pad_token_id=0,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
 
 
 def held_out_perplexity(model, tokens, length, device, rows=64):
@@ -177,11 +228,25 @@ def main():
     p.add_argument("corpus")
     p.add_argument("folder", type=pathlib.Path)
     p.add_argument("--start", type=pathlib.Path)
-    for name, default in [("hidden", 256), ("layers", 8), ("heads", 4), ("kv-heads", 2), ("ffn", 768), ("seq", 256),
-                          ("batch", 16), ("seed", 0)]:
+    for name, default in [
+        ("hidden", 256),
+        ("layers", 8),
+        ("heads", 4),
+        ("kv-heads", 2),
+        ("ffn", 768),
+        ("seq", 256),
+        ("batch", 16),
+        ("seed", 0),
+    ]:
         p.add_argument(f"--{name}", type=int, default=default)
-    for name, default in [("minutes", 90.0), ("lr", 4e-3), ("embedding-lr", 2e-3), ("text-share", 0.12),
-                          ("others", 0.4), ("save-minutes", 10.0)]:
+    for name, default in [
+        ("minutes", 90.0),
+        ("lr", 4e-3),
+        ("embedding-lr", 2e-3),
+        ("text-share", 0.12),
+        ("others", 0.4),
+        ("save-minutes", 10.0),
+    ]:
         p.add_argument(f"--{name}", type=float, default=default)
     a = p.parse_args()
     started = time.time()
@@ -190,19 +255,31 @@ def main():
     tokenizer = Tokenizer.from_file(str(a.folder / "tokenizer.json"))
     corpus = Corpus(json.loads(pathlib.Path(a.corpus).read_text()), tokenizer, a.seed, a.others)
     model = LlamaForCausalLM.from_pretrained(a.start) if a.start else new_model(a, tokenizer)
-    masters = {n: p.detach().to(device, torch.float32, copy=True) for n, p in model.named_parameters()}
+    masters = {
+        n: p.detach().to(device, torch.float32, copy=True) for n, p in model.named_parameters()
+    }
     model = model.to(device, torch.bfloat16).train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters", flush=True)
     matrices = [p for n, p in masters.items() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in masters.items() if p.dim() < 2 or "embed" in n]
-    optimizers = [(Muon(matrices, a.lr), a.lr),
-                  (torch.optim.AdamW(others, a.embedding_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-                   a.embedding_lr)]
+    optimizers = [
+        (Muon(matrices, a.lr), a.lr),
+        (
+            torch.optim.AdamW(
+                others, a.embedding_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+            ),
+            a.embedding_lr,
+        ),
+    ]
 
     @torch.compile(dynamic=False)
     def loss_of(inputs, positions, targets):
-        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
-        return torch.nn.functional.cross_entropy(model.lm_head(hidden).float(), targets, ignore_index=IGNORED)
+        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)[
+            positions
+        ]
+        return torch.nn.functional.cross_entropy(
+            model.lm_head(hidden).float(), targets, ignore_index=IGNORED
+        )
 
     step = tokens = answers = 0
     smoothed, saved = None, time.time()
@@ -213,7 +290,9 @@ def main():
         longer = 2 if step % 10 == 9 else 1  # every tenth batch: half as many rows of double length
         inputs, targets = corpus.batch(a.batch // longer, a.seq * longer, a.text_share)
         wanted = (targets != IGNORED).nonzero()[:, 0]
-        most = int(0.85 * targets.numel())  # a fixed number of targets, so that the step is compiled once
+        most = int(
+            0.85 * targets.numel()
+        )  # a fixed number of targets, so that the step is compiled once
         wanted = wanted[torch.randperm(len(wanted))[:most]] if len(wanted) > most else wanted
         positions = torch.nn.functional.pad(wanted, (0, most - len(wanted)))
         targets = torch.nn.functional.pad(targets[wanted], (0, most - len(wanted)), value=IGNORED)
@@ -229,15 +308,20 @@ def main():
         step, tokens, answers = step + 1, tokens + inputs.numel(), answers + len(wanted)
         smoothed = loss.item() if smoothed is None else 0.98 * smoothed + 0.02 * loss.item()
         if step % 25 == 0:
-            print(f"{time.strftime('%H:%M:%S')} step {step} loss {smoothed:.3f} done {done:.3f} epochs {corpus.epochs} "
-                  f"tokens {tokens / 1e6:.2f}M (targets {answers / 1e6:.2f}M) {tokens / (time.time() - started):.0f}/s",
-                  flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} step {step} loss {smoothed:.3f} done {done:.3f}"
+                f" epochs {corpus.epochs} tokens {tokens / 1e6:.2f}M (targets {answers / 1e6:.2f}M)"
+                f" {tokens / (time.time() - started):.0f}/s",
+                flush=True,
+            )
         if time.time() - saved > 60 * a.save_minutes:
             save(model, a.folder / "checkpoint", a.folder)
             saved = time.time()
     save(model, a.folder, a.folder)
     print(f"step {step} loss {smoothed:.3f} epochs {corpus.epochs} tokens {tokens / 1e6:.2f}M")
-    print(f"held-out perplexity {held_out_perplexity(model.eval(), corpus.held_out, 512, device):.2f}")
+    print(
+        f"held-out perplexity {held_out_perplexity(model.eval(), corpus.held_out, 512, device):.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,12 +19,17 @@ def test_the_provider_leads_to_a_whole_model() -> None:
         facts, tokenizer = model_facts(folder), Tokenizer(folder)
         assert (facts.architecture, facts.dtype) == ("LlamaForCausalLM", "bfloat16")
         assert tokenizer.vocab_size == facts.vocab_size
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "<|user|>hi<|end|><|assistant|>"
+        assert (
+            tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+            == "<|user|>hi<|end|><|assistant|>"
+        )
     assert (WEIGHTS / "model.safetensors").stat().st_size < 25e6
 
 
 def test_the_question_set_is_complete() -> None:
-    questions = [json.loads(line) for line in (PACKAGE / "questions.jsonl").read_text().splitlines()]
+    questions = [
+        json.loads(line) for line in (PACKAGE / "questions.jsonl").read_text().splitlines()
+    ]
     assert len(questions) == 300
     assert all(q["question"].startswith("What does ") and q["answer"] for q in questions)
     assert len((PACKAGE / "held_out.txt").read_text()) > 100_000

@@ -20,10 +20,13 @@ class TestCpuMatmul(MatmulContract):
                     x = self.input(one)
                     whole = multiply(x)
                     for rows in (1, 2, 3, 4, 6, 7, 31):
-                        assert torch.equal(multiply(x[-rows:]), whole[-rows:]), f"{one}: the last {rows} rows alone"
+                        assert torch.equal(multiply(x[-rows:]), whole[-rows:]), (
+                            f"{one}: the last {rows} rows alone"
+                        )
 
     def test_a_large_input_leaves_room_for_the_small_ones(self) -> None:
-        """Inputs that no format rounds, one of them a thousand times the others: what the others add comes through."""
+        """Inputs that no format rounds, one of them a thousand times the others: what the others
+        add comes through."""
         for f in self.formats(None):
             one = Product(f, 128, 512, 4, bias=False, dtype="bfloat16")
             multiply, _, tensors = self.made(one)
@@ -34,7 +37,9 @@ class TestCpuMatmul(MatmulContract):
             rest = x.double() @ weight.T
             alone = torch.zeros_like(x)
             alone[:, 7] = x[:, 7]
-            off = (multiply(x).double() - multiply(alone).double() - rest).norm() / multiply(alone).double().norm()
+            off = (multiply(x).double() - multiply(alone).double() - rest).norm() / multiply(
+                alone
+            ).double().norm()
             assert off < 0.01, f"{one}: off by {off:.2%} of what the large one gives"
 
     def test_eight_times_the_inputs_give_eight_times_the_product(self) -> None:
@@ -44,4 +49,6 @@ class TestCpuMatmul(MatmulContract):
                 one = Product(f, 128, 512, 9, bias=False, dtype="bfloat16")
                 multiply, _, _ = self.made(one)
                 x = self.input(one)
-                assert f.input_scale or torch.equal(multiply(8 * x), 8 * multiply(x)), f"{one}: not eight times"
+                assert f.input_scale or torch.equal(multiply(8 * x), 8 * multiply(x)), (
+                    f"{one}: not eight times"
+                )

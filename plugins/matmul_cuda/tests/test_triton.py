@@ -1,4 +1,5 @@
-"""The Triton kernels, interpreted, keep the contract, and compute the same however they are launched."""
+"""The Triton kernels, interpreted, keep the contract, and compute the same however they are
+launched."""
 
 from __future__ import annotations
 
@@ -66,7 +67,10 @@ def test_expanded_weights(format, choice):
 CODES = [
     (WeightFormat("int8", inputs="int8"), Choice("codes", 16, 64, 64, split_k=4)),
     (WeightFormat("int8", 32, inputs="int8"), Choice("codes", 64, 64, 128)),
-    (WeightFormat("int8", 100, inputs="int8", input_scale=True), Choice("codes", 32, 128, 128, split_k=3)),
+    (
+        WeightFormat("int8", 100, inputs="int8", input_scale=True),
+        Choice("codes", 32, 128, 128, split_k=3),
+    ),
     (WeightFormat(F8, 128, inputs=F8), Choice("codes", 16, 64, 128, split_k=2)),
     (WeightFormat(F8, inputs=F8, input_scale=True), Choice("codes", 64, 32, 32)),
     (WeightFormat(F8, 128, inputs=F8, order=True), Choice("codes", 32, 64, 64)),
@@ -109,7 +113,8 @@ def test_inputs_that_do_not_fit_are_refused():
 
 
 def test_how_integers_are_raised():
-    """The bits that the compiled kernels add codes of 4 bits to, which the interpreter does not take part in."""
+    """The bits that the compiled kernels add codes of 4 bits to, which the interpreter does not
+    take part in."""
     codes = torch.arange(16, dtype=torch.int16)
     assert torch.equal((codes | 0x4300).view(torch.bfloat16).float(), 128.0 + codes)
     assert torch.equal((codes | 0x6400).view(torch.float16).float(), 1024.0 + codes)
@@ -118,7 +123,8 @@ def test_how_integers_are_raised():
 
 
 class ScaledMM:
-    """In the place of `torch._scaled_mm`: what it asks of its arguments, and the product by its definition."""
+    """In the place of `torch._scaled_mm`: what it asks of its arguments, and the product by its
+    definition."""
 
     def __init__(self):
         self.scaled_by = []
@@ -150,7 +156,9 @@ class ScaledMM:
 def test_fp8_by_rows(rows, input_scale):
     scaled_mm = ScaledMM()
     format = WeightFormat(F8, inputs=F8, input_scale=input_scale)
-    kit_of(TritonMatmul("cpu", 1, None, scaled_mm)).check(Product(format, 48, 256, rows, dtype="bfloat16"))
+    kit_of(TritonMatmul("cpu", 1, None, scaled_mm)).check(
+        Product(format, 48, 256, rows, dtype="bfloat16")
+    )
     assert scaled_mm.scaled_by == ["rows", "rows"]
 
 

@@ -1,4 +1,5 @@
-"""`dovetail tune kernels` measures what it is asked for, goes on where it was, and leaves a table that the provider reads."""
+"""`dovetail tune kernels` measures what it is asked for, goes on where it was, and leaves a table
+that the provider reads."""
 
 from __future__ import annotations
 
@@ -14,9 +15,25 @@ from dovetail.facts.gpus import GpuFacts
 from dovetail.interfaces.matmul import WeightFormat
 from dovetail.plugin.provider import Context
 from dovetail_matmul_cuda import PROVIDER, TUNE, TritonOptions
-from dovetail_matmul_cuda.choice import KERNELS, Case, Choice, Table, bucket, by_rule, table_for, user_table
+from dovetail_matmul_cuda.choice import (
+    KERNELS,
+    Case,
+    Choice,
+    Table,
+    bucket,
+    by_rule,
+    table_for,
+    user_table,
+)
 from dovetail_matmul_cuda.matmul import TritonMatmul
-from dovetail_matmul_cuda.tune import candidates, fastest, parse_formats, parse_shapes, shapes_of_model, tune
+from dovetail_matmul_cuda.tune import (
+    candidates,
+    fastest,
+    parse_formats,
+    parse_shapes,
+    shapes_of_model,
+    tune,
+)
 
 W4 = WeightFormat("uint4", 128)
 CASES = [Case.of(W4, 4096, 4096, rows) for rows in (1, 16, 64)]
@@ -38,7 +55,10 @@ class FakeGpu:
                 raise KeyboardInterrupt
             self.asked.append(case)
             tried = candidates(case, ("words", "dequantize"), 132)
-            yield case, *fastest(tried, lambda c: abs(c.block_n - 64) + abs(c.split_k - 2) + c.num_warps)
+            yield (
+                case,
+                *fastest(tried, lambda c: abs(c.block_n - 64) + abs(c.split_k - 2) + c.num_warps),
+            )
 
 
 def test_what_was_stopped_goes_on(tmp_path):
@@ -78,7 +98,10 @@ def test_candidates_can_be_launched(rows, kernels):
     assert len(set(found)) == len(found)
     for choice in found:
         assert choice.kernel in kernels
-        assert all(n & (n - 1) == 0 for n in (choice.block_m, choice.block_k, choice.split_k, choice.num_warps))
+        assert all(
+            n & (n - 1) == 0
+            for n in (choice.block_m, choice.block_k, choice.split_k, choice.num_warps)
+        )
 
 
 def test_a_table_is_found_by_the_name_of_the_gpu(tmp_path):
@@ -94,7 +117,9 @@ def test_a_table_is_found_by_the_name_of_the_gpu(tmp_path):
 
 def test_rows_between_take_the_next_larger():
     table = Table({CASES[0]: Choice("words", split_k=2), CASES[2]: Choice("words", split_k=4)})
-    assert [table.find(replace(CASES[0], rows=bucket(n))).split_k for n in (1, 2, 33, 64, 4000)] == [2, 4, 4, 4, 4]
+    assert [
+        table.find(replace(CASES[0], rows=bucket(n))).split_k for n in (1, 2, 33, 64, 4000)
+    ] == [2, 4, 4, 4, 4]
     assert table.find(replace(CASES[0], outs=4097)) is None
 
 
@@ -121,14 +146,21 @@ def test_the_rule_keeps_a_gpu_busy(rows, outs, ins):
 
 
 def test_arguments_become_products(tmp_path):
-    llama = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    llama = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     (tmp_path / "config.json").write_text(json.dumps(llama))
     assert shapes_of_model(tmp_path) == [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
     assert parse_shapes("4096x14336, 8x16") == [(4096, 14336), (8, 16)]
     f8 = "float8_e4m3fn"
     assert parse_formats("uint4-128,int8:int8,fp8-128:float8") == [
-        W4, WeightFormat("int8", inputs="int8"), WeightFormat(f8, 128, inputs=f8),
-    ]  # fmt: skip
+        W4,
+        WeightFormat("int8", inputs="int8"),
+        WeightFormat(f8, 128, inputs=f8),
+    ]
 
 
 def given(*arguments):
@@ -140,10 +172,12 @@ def given(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shapes", "4096"], "--shapes: '4096' is no OUTPUTSxINPUTS"), (["--model", "nowhere"], "--model: nowhere"),
-        (["--shapes", "8x8", "--formats", "uint5"], "--formats: 'uint5'"), (["--shapes", "8x8", "--rows", "0"], "--rows: '0'"),
+        (["--shapes", "4096"], "--shapes: '4096' is no OUTPUTSxINPUTS"),
+        (["--model", "nowhere"], "--model: nowhere"),
+        (["--shapes", "8x8", "--formats", "uint5"], "--formats: 'uint5'"),
+        (["--shapes", "8x8", "--rows", "0"], "--rows: '0'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(DovetailError, match=message):
         TUNE.run(given(*arguments), silent)
@@ -166,10 +200,14 @@ def test_fp8_products_need_newer_gpus():
 
     assert why_not() == []
     assert why_not("int8") == []
-    assert [str(reason) for reason in why_not("float8_e4m3fn")] == ["needs sm_89 or newer, and cuda:0 (NVIDIA A100) is sm_80"]
+    assert [str(reason) for reason in why_not("float8_e4m3fn")] == [
+        "needs sm_89 or newer, and cuda:0 (NVIDIA A100) is sm_80"
+    ]
 
 
 def test_the_option_names_a_table(tmp_path):
     path = tmp_path / "t.json"
     Table({CASES[0]: Choice("words", split_k=2)}).write(path, {})
-    assert TritonMatmul.on("cpu", TritonOptions(table=str(path)).table).table.choices.keys() == {CASES[0]}
+    assert TritonMatmul.on("cpu", TritonOptions(table=str(path)).table).table.choices.keys() == {
+        CASES[0]
+    }

@@ -23,13 +23,17 @@ def infinite() -> ReusingKVCache:
 
 @pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed])
 @pytest.mark.parametrize("on_device", [0.1, 0.2])
-def test_tiers_that_hold_the_trace_find_what_an_infinite_cache_finds(policy: MakePolicy, on_device: float) -> None:
+def test_tiers_that_hold_the_trace_find_what_an_infinite_cache_finds(
+    policy: MakePolicy, on_device: float
+) -> None:
     best = infinite()
     most = replay(best, PROMPTS, 16)
     needed = best.num_kept["device"]
     device = [int(needed * on_device)]
     host = [needed + 300 - device[0]]  # beside what is kept there is what runs
-    tiered = TieredKVCache(GROUPS, device, HashIndex(16, device, policy, num_host_blocks=host), host)
+    tiered = TieredKVCache(
+        GROUPS, device, HashIndex(16, device, policy, num_host_blocks=host), host
+    )
     found = replay(tiered, PROMPTS, 16)
     assert found >= 0.98 * most
     assert tiered.num_evicted["to_host"] > 0

@@ -13,12 +13,15 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def words_one_by_one(rows: list[list[int]], bits: int, minus: int = 0) -> list[list[int]]:
-    """Each row's numbers in 32-bit words, the first in the lowest bits; `minus` is subtracted from every number as tools do it:
-    from the words, so that a 0 borrows from its neighbour."""
+    """Each row's numbers in 32-bit words, the first in the lowest bits; `minus` is subtracted from
+    every number as tools do it: from the words, so that a 0 borrows from its neighbour."""
     count, packed = 32 // bits, []
     less = sum(minus << bits * i for i in range(count))
     for row in rows:
-        values = [sum(n << bits * i for i, n in enumerate(row[at : at + count])) for at in range(0, len(row), count)]
+        values = [
+            sum(n << bits * i for i, n in enumerate(row[at : at + count]))
+            for at in range(0, len(row), count)
+        ]
         unsigned = [(v - less) % (1 << 32) for v in values]
         packed.append([v - (1 << 32) if v >= 1 << 31 else v for v in unsigned])
     return packed
@@ -33,8 +36,11 @@ def words(rows: Tensor, bits: int, minus: int = 0) -> Tensor:
     return torch.where(unsigned >= 1 << 31, unsigned - (1 << 32), unsigned).int()
 
 
-def rounded(weight: Tensor, group: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [out, in], zeros and scales [out, groups], to the nearest. The last group may be smaller."""
+def rounded(
+    weight: Tensor, group: int, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [out, in], zeros and scales [out, groups], to the nearest. The last group may be
+    smaller."""
     top = 2**bits - 1
     grouped = [weight[:, at : at + group] for at in range(0, weight.shape[1], group)]
     low = torch.stack([g.amin(1) for g in grouped], 1).clamp_max(0)
@@ -43,7 +49,11 @@ def rounded(weight: Tensor, group: int, bits: int, symmetric: bool) -> tuple[Ten
         high = torch.maximum(high, -low)
         low = -high
     scales = ((high - low) / top).clamp_min(1e-5).half().float()
-    zeros = torch.full_like(scales, (top + 1) // 2) if symmetric else (-low / scales).round().clamp(0, top)
+    zeros = (
+        torch.full_like(scales, (top + 1) // 2)
+        if symmetric
+        else (-low / scales).round().clamp(0, top)
+    )
     wide_scales, wide_zeros = (spread(t, group, weight.shape[1]) for t in (scales, zeros))
     codes = ((weight / wide_scales).round() + wide_zeros).clamp(0, top)
     return codes.int(), zeros.int(), scales
@@ -62,19 +72,27 @@ def make_awq(config: Config, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]
     def interleaved(rows: Tensor) -> Tensor:
         return words(rows.T.reshape(rows.shape[1], -1, 8)[:, :, AWQ_ORDER].flatten(1), 4)
 
-    tensors = {"qweight": interleaved(codes), "qzeros": interleaved(zeros), "scales": scales.T.half().contiguous()}
+    tensors = {
+        "qweight": interleaved(codes),
+        "qzeros": interleaved(zeros),
+        "scales": scales.T.half().contiguous(),
+    }
     inputs = weight.shape[1]
     return tensors, (codes - spread(zeros, group, inputs)) * spread(scales, group, inputs)
 
 
-def make_gptq(config: Config, weight: Tensor, seed: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of a plain weight [out, in], and the weight that they stand for, in float32. `seed`: of the order of inputs
-    with desc_act, by default their number."""
+def make_gptq(
+    config: Config, weight: Tensor, seed: int | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a plain weight [out, in], and the weight that they stand for, in float32.
+    `seed`: of the order of inputs with desc_act, by default their number."""
     bits, inputs = config["bits"], weight.shape[1]
     group = inputs if config["group_size"] == -1 else config["group_size"]
     order = torch.arange(inputs)
     if config["desc_act"]:
-        order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs if seed is None else seed))
+        order = torch.randperm(
+            inputs, generator=torch.Generator().manual_seed(inputs if seed is None else seed)
+        )
     codes, zeros, scales = rounded(weight[:, order], group, bits, config["sym"])
     back = order.argsort()  # where each input lies in that order
     tensors = {

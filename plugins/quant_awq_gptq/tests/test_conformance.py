@@ -1,4 +1,5 @@
-"""Both formats keep the contract; their checkpoints are made from the formats' descriptions (awq_gptq_packers.py)."""
+"""Both formats keep the contract; their checkpoints are made from the formats' descriptions
+(awq_gptq_packers.py)."""
 
 from awq_gptq_packers import Config, make_awq, make_gptq
 from torch import Tensor
@@ -19,7 +20,8 @@ def pack_gptq(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, T
 class TestAwq(QuantizationContract):
     provider = AWQ
     pack = pack_awq
-    weight_error = 0.2  # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
+    # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
+    weight_error = 0.2
     declined = ("lm_head",)
 
 

@@ -1,4 +1,5 @@
-"""What the readers make of a checkpoint's numbers, exactly; and which configurations they refuse."""
+"""What the readers make of a checkpoint's numbers, exactly; and which configurations they
+refuse."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_unpacking(bits: int, axis: int) -> None:
 
 
 def test_the_interleaved_order() -> None:
-    """The column of each code, by hand: a word's eight codes are those of columns 0, 2, 4, 6, 1, 3, 5, 7."""
+    """The column of each code, by hand: a word's eight codes are those of columns 0, 2, 4, 6, 1, 3,
+    5, 7."""
     assert list(INTERLEAVED) == AWQ_ORDER
     word = torch.tensor([[0x75316420]], dtype=torch.int32)
     assert unpack(word, 4, 1, INTERLEAVED).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
@@ -57,15 +59,27 @@ def test_the_interleaved_order() -> None:
 def test_awq_is_read_bit_for_bit(group: int) -> None:
     config = AWQ | {"group_size": group}
     tensors, plain = make_awq(config, torch.randn(48, 256))
-    assert torch.equal(read(Awq(NO_MATMUL, config, "config.json"), layer(48, 256), [tensors]), plain)
+    assert torch.equal(
+        read(Awq(NO_MATMUL, config, "config.json"), layer(48, 256), [tensors]), plain
+    )
 
 
-MATRIX = list(itertools.product((4, 8), (-1, 32, 64, 128), (True, False), (True, False), ("gptq", "gptq_v2")))
+MATRIX = list(
+    itertools.product((4, 8), (-1, 32, 64, 128), (True, False), (True, False), ("gptq", "gptq_v2"))
+)
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric", "ordered", "version"), MATRIX)
-def test_gptq_is_read_bit_for_bit(bits: int, group: int, symmetric: bool, ordered: bool, version: str) -> None:
-    config = {"bits": bits, "group_size": group, "sym": symmetric, "desc_act": ordered, "checkpoint_format": version}
+def test_gptq_is_read_bit_for_bit(
+    bits: int, group: int, symmetric: bool, ordered: bool, version: str
+) -> None:
+    config = {
+        "bits": bits,
+        "group_size": group,
+        "sym": symmetric,
+        "desc_act": ordered,
+        "checkpoint_format": version,
+    }
     tensors, plain = make_gptq(config, torch.randn(48, 256) + 0.3)
     found = read(Gptq(NO_MATMUL, config, "config.json"), layer(48, 256), [tensors])
     # In an order, a scale and a zero point belong to other inputs; each product is the same.
@@ -73,12 +87,15 @@ def test_gptq_is_read_bit_for_bit(bits: int, group: int, symmetric: bool, ordere
 
 
 def test_zero_points_of_0_in_the_first_version() -> None:
-    """A group without negative weights: one less than 0 borrows from the next zero point in the word."""
+    """A group without negative weights: one less than 0 borrows from the next zero point in the
+    word."""
     weight = torch.randn(16, 64)
     weight[::3] = weight[::3].abs() + 0.1
     config = GPTQ | {"group_size": 32}
     tensors, plain = make_gptq(config, weight)
-    assert torch.equal(read(Gptq(NO_MATMUL, config, "config.json"), layer(16, 64), [tensors]), plain)
+    assert torch.equal(
+        read(Gptq(NO_MATMUL, config, "config.json"), layer(16, 64), [tensors]), plain
+    )
 
 
 def test_symmetric_zero_points_are_the_middle() -> None:
@@ -94,18 +111,29 @@ def test_layers_that_are_left_out() -> None:
     for scheme in (
         Awq(NO_MATMUL, AWQ | {"modules_to_not_convert": ["self_attn"]}, "config.json"),
         Gptq(NO_MATMUL, GPTQ | {"dynamic": {r"-:.*self_attn": {}}}, "config.json"),
-        Gptq(NO_MATMUL, GPTQ | {"modules_in_block_to_quantize": [["mlp.up_proj"], ["mlp.down_proj"]]}, "config.json"),
+        Gptq(
+            NO_MATMUL,
+            GPTQ | {"modules_in_block_to_quantize": [["mlp.up_proj"], ["mlp.down_proj"]]},
+            "config.json",
+        ),
     ):
         assert isinstance(scheme.parameters(layer(64, 64, name)), Declined)
         assert isinstance(scheme.parameters(layer(64, 64, "lm_head")), Declined)
         assert isinstance(scheme.parameters(kept), dict)
-    assert isinstance(Gptq(NO_MATMUL, GPTQ | {"lm_head": True}, "config.json").parameters(layer(64, 64, "lm_head")), dict)
+    assert isinstance(
+        Gptq(NO_MATMUL, GPTQ | {"lm_head": True}, "config.json").parameters(
+            layer(64, 64, "lm_head")
+        ),
+        dict,
+    )
 
 
 def test_gptq_with_other_settings_for_some_layers() -> None:
     config = GPTQ | {"dynamic": {r"+:.*down": {"bits": 8, "group_size": 32}}}
     changed, plain = make_gptq(GPTQ | {"bits": 8, "group_size": 32}, torch.randn(16, 64))
-    assert torch.equal(read(Gptq(NO_MATMUL, config, "config.json"), layer(16, 64), [changed]), plain)
+    assert torch.equal(
+        read(Gptq(NO_MATMUL, config, "config.json"), layer(16, 64), [changed]), plain
+    )
     mixed = LinearLayer("fused", (Part("a.down", 16), Part("a.up", 16)), 64, False, "float32")
     with pytest.raises(ConfigError, match=r"alike the fused layer|fused layer fused alike"):
         Gptq(NO_MATMUL, config, "config.json").parameters(mixed)
@@ -115,10 +143,22 @@ def test_gptq_with_other_settings_for_some_layers() -> None:
     ("scheme", "config", "message"),
     [
         (Awq, {"bits": 3}, r"model/config\.json: quantization_config\.bits is 3; this reads 4"),
-        (Awq, AWQ | {"version": "gemv"}, r"quantization_config\.version is 'gemv'; this reads 'gemm'"),
-        (Awq, AWQ | {"group_size": "128"}, r"quantization_config\.group_size is '128'; it must be a number of inputs"),
+        (
+            Awq,
+            AWQ | {"version": "gemv"},
+            r"quantization_config\.version is 'gemv'; this reads 'gemm'",
+        ),
+        (
+            Awq,
+            AWQ | {"group_size": "128"},
+            r"quantization_config\.group_size is '128'; it must be a number of inputs",
+        ),
         (Gptq, {"bits": 2}, r"quantization_config\.bits is 2; this reads 4 and 8"),
-        (Gptq, GPTQ | {"checkpoint_format": "marlin"}, r"checkpoint_format is 'marlin'; this reads 'gptq' and 'gptq_v2'"),
+        (
+            Gptq,
+            GPTQ | {"checkpoint_format": "marlin"},
+            r"checkpoint_format is 'marlin'; this reads 'gptq' and 'gptq_v2'",
+        ),
         (Gptq, GPTQ | {"group_size": 0}, r"quantization_config\.group_size is 0"),
         (Gptq, GPTQ | {"pack_dtype": "int64"}, r"pack_dtype is 'int64'; this reads 'int32'"),
         (Gptq, GPTQ | {"dynamic": {"+:.*up": {"bits": 3}}}, r"quantization_config\.bits is 3"),
@@ -142,7 +182,10 @@ def test_an_order_that_is_none() -> None:
     ordered = GPTQ | {"desc_act": True}
     one, weight = layer(16, 128), torch.randn(16, 128)
     tensors, _ = make_gptq(ordered, weight)
-    with pytest.raises(CheckpointError, match=r"down_proj\.g_idx is not one group of 64 inputs after the other.*desc_act"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"down_proj\.g_idx is not one group of 64 inputs after the other.*desc_act",
+    ):
         read(Gptq(NO_MATMUL, GPTQ, "config.json"), one, [tensors])
     broken = {**tensors, "g_idx": torch.zeros(128, dtype=torch.int32)}
     with pytest.raises(CheckpointError, match=r"g_idx does not have 64 inputs in each of 2 groups"):

@@ -1,4 +1,5 @@
-"""Layers as compressed-tensors stores them, made from the format's description with nothing of the package or the library."""
+"""Layers as compressed-tensors stores them, made from the format's description with nothing of the
+package or the library."""
 
 from __future__ import annotations
 
@@ -11,11 +12,14 @@ Config = dict[str, Any]
 
 
 def words_one_by_one(rows: list[list[int]], bits: int) -> list[list[int]]:
-    """Each row's signed numbers, larger by half their range, in 32-bit words, the first in the lowest bits. The last word is
-    filled up with zeros."""
+    """Each row's signed numbers, larger by half their range, in 32-bit words, the first in the
+    lowest bits. The last word is filled up with zeros."""
     count, half, packed = 32 // bits, 2 ** (bits - 1), []
     for row in rows:
-        values = [sum(n + half << bits * i for i, n in enumerate(row[at : at + count])) for at in range(0, len(row), count)]
+        values = [
+            sum(n + half << bits * i for i, n in enumerate(row[at : at + count]))
+            for at in range(0, len(row), count)
+        ]
         packed.append([v - (1 << 32) if v >= 1 << 31 else v for v in values])
     return packed
 
@@ -24,7 +28,10 @@ def words(rows: Tensor, bits: int) -> Tensor:
     """The same, of a whole matrix: each word is a number of 32 / bits digits."""
     count = 32 // bits
     unsigned = torch.nn.functional.pad(rows.long() + 2 ** (bits - 1), (0, -rows.shape[1] % count))
-    values = (unsigned.reshape(len(rows), -1, count) * torch.tensor([2 ** (bits * i) for i in range(count)])).sum(2)
+    values = (
+        unsigned.reshape(len(rows), -1, count)
+        * torch.tensor([2 ** (bits * i) for i in range(count)])
+    ).sum(2)
     return torch.where(values >= 1 << 31, values - (1 << 32), values).int()
 
 
@@ -34,7 +41,11 @@ def shape_of_scales(weights: Config, outs: int, inputs: int) -> tuple[int, int]:
     if strategy == "block":
         rows, columns = weights["block_structure"]
         return rows, columns
-    return {"tensor": (outs, inputs), "channel": (1, inputs), "group": (1, weights.get("group_size", 0))}[strategy]
+    return {
+        "tensor": (outs, inputs),
+        "channel": (1, inputs),
+        "group": (1, weights.get("group_size", 0)),
+    }[strategy]
 
 
 def spread(scales: Tensor, block: tuple[int, int], outs: int, inputs: int) -> Tensor:
@@ -45,8 +56,9 @@ def spread(scales: Tensor, block: tuple[int, int], outs: int, inputs: int) -> Te
 def make(
     config: Config, weight: Tensor, dtype: torch.dtype = torch.bfloat16, order: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of a plain weight [out, in] by the configuration's only group, and the weight that they stand for, in
-    float32. `dtype`: of the scales. `order`: of the inputs, where there is one; by default a random one."""
+    """The tensors of a plain weight [out, in] by the configuration's only group, and the weight
+    that they stand for, in float32. `dtype`: of the scales. `order`: of the inputs, where there is
+    one; by default a random one."""
     group = next(iter(config["config_groups"].values()))
     weights, inputs_config, kind = group["weights"], group["input_activations"], group["format"]
     outs, inputs = weight.shape
@@ -55,7 +67,11 @@ def make(
     tensors: dict[str, Tensor] = {}
     back = torch.arange(inputs)
     if weights.get("actorder") == "group":
-        order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)) if order is None else order
+        order = (
+            torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
+            if order is None
+            else order
+        )
         back = order.argsort()
         weight = weight[:, order]
         tensors["weight_g_idx"] = (back // block[1]).int()
@@ -71,8 +87,13 @@ def make(
         zeros = torch.zeros_like(scales).int()
     else:
         scales = ((high - low) / (2**bits - 1)).clamp_min(1e-6).to(dtype)
-        zeros = (-(2 ** (bits - 1)) - low / scales.float()).round().clamp(-(2 ** (bits - 1)), top).int()
-    wide, wide_zeros = spread(scales.float(), block, outs, inputs), spread(zeros, block, outs, inputs)
+        zeros = (
+            (-(2 ** (bits - 1)) - low / scales.float()).round().clamp(-(2 ** (bits - 1)), top).int()
+        )
+    wide, wide_zeros = (
+        spread(scales.float(), block, outs, inputs),
+        spread(zeros, block, outs, inputs),
+    )
     if is_float:
         codes = (weight / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
     else:
@@ -86,7 +107,11 @@ def make(
     else:
         tensors["weight"] = codes
     if not weights.get("symmetric", True):
-        tensors["weight_zero_point"] = words(zeros.T, bits).T.contiguous() if kind == "pack-quantized" else zeros.to(torch.int8)
+        tensors["weight_zero_point"] = (
+            words(zeros.T, bits).T.contiguous()
+            if kind == "pack-quantized"
+            else zeros.to(torch.int8)
+        )
     if inputs_config and not inputs_config["dynamic"]:
         tensors["input_scale"] = torch.tensor([4.0 / top]).to(dtype)  # for inputs of a few units
     return tensors, plain

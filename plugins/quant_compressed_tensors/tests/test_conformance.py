@@ -1,4 +1,5 @@
-"""Every format keeps the contract; the checkpoints are made from the format's description (ct_packers.py)."""
+"""Every format keeps the contract; the checkpoints are made from the format's description
+(ct_packers.py)."""
 
 from ct_packers import Config, make
 from torch import Tensor
@@ -15,5 +16,6 @@ def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor
 class TestCompressedTensors(QuantizationContract):
     provider = PROVIDER
     pack = pack
-    weight_error = 0.2  # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
+    # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
+    weight_error = 0.2
     declined = ("lm_head",)

@@ -1,4 +1,5 @@
-"""What the reader makes of a checkpoint's numbers, exactly: those that the library itself packs, and those packed here."""
+"""What the reader makes of a checkpoint's numbers, exactly: those that the library itself packs,
+and those packed here."""
 
 from __future__ import annotations
 
@@ -61,7 +62,10 @@ def test_outputs_and_inputs_that_fill_no_word_or_block(config: dict[str, Any]) -
 
 @pytest.mark.parametrize("config", [c for c in EXAMPLES if "actorder" not in str(c)])
 def test_parts_with_scales_of_their_own(config: dict[str, Any]) -> None:
-    made = [make(config, torch.randn(outs, 96) * size) for outs, size in ((61, 1.0), (24, 7.0), (8, 0.1))]
+    made = [
+        make(config, torch.randn(outs, 96) * size)
+        for outs, size in ((61, 1.0), (24, 7.0), (8, 0.1))
+    ]
     fused = LinearLayer("qkv", (Part("q", 61), Part("k", 24), Part("v", 8)), 96, False, "float32")
     found = read(config, fused, [tensors for tensors, _ in made])
     assert torch.equal(found, torch.cat([plain for _, plain in made]))
@@ -82,7 +86,9 @@ LIBRARY = [
     ("int-quantized", INT | CHANNELS | {"symmetric": False}, INT | BY_TOKEN),
     *(
         ("pack-quantized", NIBBLE | {"num_bits": bits, "symmetric": symmetric} | strategy, None)
-        for bits, symmetric, strategy in itertools.product((4, 8), (True, False), (GROUPS, CHANNELS))
+        for bits, symmetric, strategy in itertools.product(
+            (4, 8), (True, False), (GROUPS, CHANNELS)
+        )
     ),
     ("pack-quantized", NIBBLE | GROUPS | {"symmetric": True}, INT | BY_TOKEN),
 ]
@@ -114,10 +120,15 @@ def test_what_the_library_packs_is_read_bit_for_bit(
 
 
 def library_scales(config: dict[str, Any], weight: Tensor) -> dict[str, Tensor]:
-    """Scales (and zero points) of a weight: from the packer here, in the library's shapes, and not packed."""
+    """Scales (and zero points) of a weight: from the packer here, in the library's shapes, and not
+    packed."""
     group = {**config["config_groups"]["group_0"], "format": "int-quantized"}
     tensors, _ = make(config | {"config_groups": {"g": group}}, weight, torch.float32)
-    return {name: tensor for name, tensor in tensors.items() if name in ("weight_scale", "weight_zero_point")}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in ("weight_scale", "weight_zero_point")
+    }
 
 
 # Which layer is of which group.
@@ -128,17 +139,26 @@ def test_targets_and_ignored_layers() -> None:
         "format": "mixed-precision",
         "config_groups": {
             "a": {"targets": ["Linear"], "weights": INT | CHANNELS, "format": "int-quantized"},
-            "b": {"targets": ["re:.*mlp.*"], "weights": NIBBLE | GROUPS, "format": "pack-quantized"},
-            "c": {"targets": ["model.layers.1.mlp.down_proj"], "weights": FLOAT | CHANNELS, "format": "float-quantized"},
+            "b": {
+                "targets": ["re:.*mlp.*"],
+                "weights": NIBBLE | GROUPS,
+                "format": "pack-quantized",
+            },
+            "c": {
+                "targets": ["model.layers.1.mlp.down_proj"],
+                "weights": FLOAT | CHANNELS,
+                "format": "float-quantized",
+            },
         },
         "ignore": ["lm_head", "re:.*layers\\.7.*"],
     }
     config["config_groups"] = dict(list(config["config_groups"].items())[::-1])  # type: ignore[attr-defined]
     scheme = scheme_of(config)
     expected = {
-        "model.layers.0.self_attn.o_proj": "int8", "model.layers.0.mlp.down_proj": "uint4",
+        "model.layers.0.self_attn.o_proj": "int8",
+        "model.layers.0.mlp.down_proj": "uint4",
         "model.layers.1.mlp.down_proj": "float8_e4m3fn",
-    }  # fmt: skip
+    }
     assert {name: scheme.format(layer(64, 64, name)).codes for name in expected} == expected
     for name in ("lm_head", "model.layers.7.mlp.down_proj"):
         assert isinstance(scheme.parameters(layer(64, 64, name)), Declined)
@@ -149,18 +169,29 @@ def test_targets_and_ignored_layers() -> None:
 
 
 def test_inputs_are_rounded_as_the_group_says() -> None:
-    def format_of(format: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> tuple[str | None, bool]:
+    def format_of(
+        format: str, weights: dict[str, Any], inputs: dict[str, Any] | None
+    ) -> tuple[str | None, bool]:
         found = scheme_of(example(format, weights, inputs)).format(layer(64, 64))
         return found.inputs, found.input_scale
 
-    assert format_of("float-quantized", FLOAT | CHANNELS, FLOAT | BY_TOKEN) == ("float8_e4m3fn", False)
+    assert format_of("float-quantized", FLOAT | CHANNELS, FLOAT | BY_TOKEN) == (
+        "float8_e4m3fn",
+        False,
+    )
     assert format_of("float-quantized", FLOAT | CHANNELS, FLOAT | STATIC) == ("float8_e4m3fn", True)
     assert format_of("int-quantized", INT | CHANNELS, INT | BY_TOKEN) == ("int8", False)
     assert format_of("pack-quantized", NIBBLE | GROUPS, INT | BY_TOKEN) == ("int8", False)
     assert format_of("pack-quantized", NIBBLE | GROUPS, None) == (None, False)
-    block, by_group = FLOAT | {"strategy": "block"}, FLOAT | {"strategy": "group", "group_size": 128, "dynamic": True}
+    block, by_group = (
+        FLOAT | {"strategy": "block"},
+        FLOAT | {"strategy": "group", "group_size": 128, "dynamic": True},
+    )
     assert format_of("float-quantized", block, by_group) == (None, False)
-    assert format_of("int-quantized", INT | CHANNELS, INT | BY_TOKEN | {"symmetric": False}) == (None, False)
+    assert format_of("int-quantized", INT | CHANNELS, INT | BY_TOKEN | {"symmetric": False}) == (
+        None,
+        False,
+    )
 
 
 def test_scales_of_the_cache() -> None:
@@ -177,21 +208,51 @@ def test_scales_of_the_cache() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"format": "pack-quantized"}, r"model/config\.json: quantization_config\.config_groups is None; it must say"),
-        (example("nvfp4-pack-quantized", NIBBLE), r"group_0\.format is 'nvfp4-pack-quantized'; this reads float-"),
-        (example("pack-quantized", NIBBLE | {"num_bits": 3}), r"weights is 'int of 3 bits'; pack-quantized is read with"),
-        (example("float-quantized", INT | CHANNELS), r"weights is 'int of 8 bits'; float-quantized is read with"),
-        (example("pack-quantized", NIBBLE | {"strategy": "tensor_group"}), r"strategy is 'tensor_group'; pack-quantized"),
-        (example("pack-quantized", NIBBLE | {"strategy": "group"}), r"weights\.group_size is None; it must be a number"),
-        (example("int-quantized", INT | CHANNELS, FLOAT | BY_TOKEN), r"input_activations is 'float of 8 bits'; beside these"),
+        (
+            {"format": "pack-quantized"},
+            r"model/config\.json: quantization_config\.config_groups is None; it must say",
+        ),
+        (
+            example("nvfp4-pack-quantized", NIBBLE),
+            r"group_0\.format is 'nvfp4-pack-quantized'; this reads float-",
+        ),
+        (
+            example("pack-quantized", NIBBLE | {"num_bits": 3}),
+            r"weights is 'int of 3 bits'; pack-quantized is read with",
+        ),
+        (
+            example("float-quantized", INT | CHANNELS),
+            r"weights is 'int of 8 bits'; float-quantized is read with",
+        ),
+        (
+            example("pack-quantized", NIBBLE | {"strategy": "tensor_group"}),
+            r"strategy is 'tensor_group'; pack-quantized",
+        ),
+        (
+            example("pack-quantized", NIBBLE | {"strategy": "group"}),
+            r"weights\.group_size is None; it must be a number",
+        ),
+        (
+            example("int-quantized", INT | CHANNELS, FLOAT | BY_TOKEN),
+            r"input_activations is 'float of 8 bits'; beside these",
+        ),
         (example("int-quantized", INT | {"strategy": "block"}), r"weights\.strategy is 'block'"),
-        (example("int-quantized", INT | {"strategy": "tensor", "symmetric": False}), r"weights\.symmetric is False"),
+        (
+            example("int-quantized", INT | {"strategy": "tensor", "symmetric": False}),
+            r"weights\.symmetric is False",
+        ),
         (
             example("float-quantized", FLOAT | {"strategy": "block", "block_structure": "128"}),
             r"weights\.block_structure is '128'; it must be two numbers",
         ),
-        (EXAMPLES[0] | {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"quantization_config\.sparsity_config"),
-        (EXAMPLES[0] | {"transform_config": {"config_groups": {"R1": {}}}}, r"quantization_config\.transform_config"),
+        (
+            EXAMPLES[0] | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            r"quantization_config\.sparsity_config",
+        ),
+        (
+            EXAMPLES[0] | {"transform_config": {"config_groups": {"R1": {}}}},
+            r"quantization_config\.transform_config",
+        ),
     ],
 )
 def test_configurations_that_are_refused(config: dict[str, Any], message: str) -> None:
@@ -202,10 +263,15 @@ def test_configurations_that_are_refused(config: dict[str, Any], message: str) -
 def test_a_shape_and_an_order_that_do_not_fit() -> None:
     config = example("pack-quantized", NIBBLE | GROUPS)
     tensors, _ = make(config, torch.randn(16, 64))
-    with pytest.raises(CheckpointError, match=r"down_proj\.weight_shape is \[16, 60\], and the model has \[16, 64\] there"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"down_proj\.weight_shape is \[16, 60\], and the model has \[16, 64\] there",
+    ):
         read(config, layer(16, 64), [{**tensors, "weight_shape": torch.tensor([16, 60])}])
     ordered = example("pack-quantized", NIBBLE | GROUPS | {"actorder": "group"})
     tensors, _ = make(ordered, torch.randn(16, 64))
     broken = {**tensors, "weight_g_idx": torch.zeros(64, dtype=torch.int32)}
-    with pytest.raises(CheckpointError, match=r"weight_g_idx does not have 32 inputs in each of 2 groups"):
+    with pytest.raises(
+        CheckpointError, match=r"weight_g_idx does not have 32 inputs in each of 2 groups"
+    ):
         read(ordered, layer(16, 64), [broken])

@@ -1,4 +1,5 @@
-"""The scheme keeps the contract; checkpoints are made here from the format's description, one block at a time."""
+"""The scheme keeps the contract; checkpoints are made here from the format's description, one block
+at a time."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -27,10 +28,14 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
-    ours, theirs = ("_inv", "activation_scale") if "weight_block_size" in config else ("", "input_scale")
+    ours, theirs = (
+        ("_inv", "activation_scale") if "weight_block_size" in config else ("", "input_scale")
+    )
     codes, scale = rounded(weight)
     if block := config.get("weight_block_size"):
-        rows, columns = (range(0, size, unit) for size, unit in zip(weight.shape, block, strict=True))
+        rows, columns = (
+            range(0, size, unit) for size, unit in zip(weight.shape, block, strict=True)
+        )
         scale = torch.empty(len(rows), len(columns))
         for i, row in enumerate(rows):
             for j, column in enumerate(columns):
@@ -38,8 +43,15 @@ def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor
                 codes[where], scale[i, j] = rounded(weight[where])
     if config.get("scale_fmt") == "ue8m0":
         exponents = scale.clamp_min(2.0**-126).log2().ceil()
-        spread = (2.0**exponents).repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
-        codes, scale = (weight / spread).to(torch.float8_e4m3fn), (2.0**exponents).to(torch.float8_e8m0fnu)
+        spread = (
+            (2.0**exponents)
+            .repeat_interleave(128, 0)
+            .repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+        )
+        codes, scale = (
+            (weight / spread).to(torch.float8_e4m3fn),
+            (2.0**exponents).to(torch.float8_e8m0fnu),
+        )
     static = {theirs: torch.tensor(0.01)} if config["activation_scheme"] == "static" else {}
     return {"weight": codes, f"weight_scale{ours}": scale, **static}
 
@@ -76,19 +88,23 @@ BLOCK, _, TENSOR, STATIC, _ = PROVIDER.capabilities.examples
 
 
 def context(config: Config | None, device: str = "cpu") -> Context:
-    return Context(device_facts(), replace(KIT_MODEL, quantization_config=config), device, "float32")
+    return Context(
+        device_facts(), replace(KIT_MODEL, quantization_config=config), device, "float32"
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "asked", "settled"),
     [
-        (None, {}, ("channel", "none")), (None, {"granularity": "block"}, ("block", "none")),
+        (None, {}, ("channel", "none")),
+        (None, {"granularity": "block"}, ("block", "none")),
         (None, {"activations": "dynamic"}, ("channel", "dynamic")),
         (BLOCK, {}, ("block", "none")),
-        (TENSOR, {}, ("tensor", "dynamic")), (STATIC, {}, ("tensor", "static")),
+        (TENSOR, {}, ("tensor", "dynamic")),
+        (STATIC, {}, ("tensor", "static")),
         (STATIC, {"activations": "dynamic"}, ("tensor", "dynamic")),
     ],
-)  # fmt: skip
+)
 def test_what_is_left_open(config: Config | None, asked: Config, settled: tuple[str, str]) -> None:
     options, _ = PROVIDER.resolve_options(context(config), Fp8Options(**asked))
     assert options.model_dump() == dict(zip(("granularity", "activations"), settled, strict=True))
@@ -102,13 +118,23 @@ def test_inputs_are_rounded_where_that_may_pay() -> None:
 @pytest.mark.parametrize(
     ("config", "asked", "message"),
     [
-        (BLOCK, {"granularity": "channel"}, "'channel' is asked for, and the checkpoint has a scale for each block"),
-        (TENSOR, {"granularity": "block"}, "'block' is asked for, and the checkpoint has a scale for each tensor"),
+        (
+            BLOCK,
+            {"granularity": "channel"},
+            "'channel' is asked for, and the checkpoint has a scale for each block",
+        ),
+        (
+            TENSOR,
+            {"granularity": "block"},
+            "'block' is asked for, and the checkpoint has a scale for each tensor",
+        ),
         (TENSOR, {"activations": "static"}, "the checkpoint has no scales of the inputs"),
         (None, {"activations": "static"}, "the checkpoint has no scales of the inputs"),
     ],
 )
-def test_what_does_not_go_with_the_checkpoint(config: Config | None, asked: Config, message: str) -> None:
+def test_what_does_not_go_with_the_checkpoint(
+    config: Config | None, asked: Config, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         PROVIDER.resolve_options(context(config), Fp8Options(**asked))
 
@@ -117,7 +143,10 @@ def test_what_does_not_go_with_the_checkpoint(config: Config | None, asked: Conf
     ("changes", "reason"),
     [
         ({"weight_block_size": [128]}, r"weight_block_size is [128] (reads two sizes, or null)"),
-        ({"weight_block_size": [0, 128]}, r"weight_block_size is [0, 128] (reads two sizes, or null)"),
+        (
+            {"weight_block_size": [0, 128]},
+            r"weight_block_size is [0, 128] (reads two sizes, or null)",
+        ),
         ({"activation_scheme": "token"}, "activation_scheme is 'token' (reads dynamic or static)"),
         ({"scale_fmt": "ue5m3"}, "scale_fmt is 'ue5m3' (reads float or ue8m0)"),
     ],
@@ -130,8 +159,14 @@ def test_what_is_not_read(changes: Config, reason: str) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        *(("weight_scale_inv", wrong, "are negative, infinite or NaN") for wrong in (torch.nan, torch.inf, -1.0)),
-        *(("activation_scale", wrong, "are zero, negative, infinite or NaN") for wrong in (torch.nan, torch.inf, -1.0, 0.0)),
+        *(
+            ("weight_scale_inv", wrong, "are negative, infinite or NaN")
+            for wrong in (torch.nan, torch.inf, -1.0)
+        ),
+        *(
+            ("activation_scale", wrong, "are zero, negative, infinite or NaN")
+            for wrong in (torch.nan, torch.inf, -1.0, 0.0)
+        ),
     ],
 )
 def test_scales_that_are_none(name: str, wrong: float, message: str) -> None:

@@ -55,7 +55,9 @@ def made(threshold: float, bias: Tensor | None) -> tuple[Any, Tensor]:
     """A layer, the same each time, and the weight that it multiplies by."""
     scheme = BitsAndBytes(KitMatmul(), {}, threshold)
     layer = LinearLayer("kit", (Part("kit", 40),), 64, bias is not None, "float32", stored=False)
-    tensors = scheme.quantize(layer, torch.randn(40, 64, generator=torch.Generator().manual_seed(4)))
+    tensors = scheme.quantize(
+        layer, torch.randn(40, 64, generator=torch.Generator().manual_seed(4))
+    )
     weight = scheme.dequantize(layer, tensors)
     return scheme.linear(layer, tensors | ({} if bias is None else {"bias": bias})), weight
 
@@ -66,7 +68,12 @@ def test_outliers_are_not_rounded_to_8_bits(bias: Tensor | None) -> None:
     x[1, 7], x[3, 9], x[3, 60] = 100.0, -80.0, 6.0
     (plain, weight), (mixed, _) = made(0.0, bias), made(6.0, bias)
     small = torch.where(x.abs() < 6, x, 0)
-    step = torch.maximum(small.abs().amax(1, keepdim=True), (x - small).abs().amax(1, keepdim=True) / 254) / 127
+    step = (
+        torch.maximum(
+            small.abs().amax(1, keepdim=True), (x - small).abs().amax(1, keepdim=True) / 254
+        )
+        / 127
+    )
     left = 0.5 * step * weight.abs().sum(1)
     exact = x @ weight.T + (0 if bias is None else bias)
     assert ((mixed(x) - exact).abs() <= left + 1e-4).all()
@@ -86,7 +93,10 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}, "4-bit weights (nf4)"),
+        (
+            {"load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"},
+            "4-bit weights (nf4)",
+        ),
         ({"load_in_8bit": False}, "neither load_in_8bit nor load_in_4bit"),
         ({"llm_int8_has_fp16_weight": True}, "16-bit"),
         ({"llm_int8_threshold": "6"}, "llm_int8_threshold is '6'"),
@@ -99,11 +109,19 @@ def test_what_is_refused(changes: Config, reason: str) -> None:
 
 
 def test_tiles_for_a_gpu_are_refused(tmp_path: Path) -> None:
-    tensors = {"l.weight": torch.zeros(4, 4, dtype=torch.int8), "l.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    tensors = {
+        "l.weight": torch.zeros(4, 4, dtype=torch.int8),
+        "l.weight_format": torch.tensor(0, dtype=torch.uint8),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     check_row_major(tmp_path)
-    save_file(tensors | {"l.weight_format": torch.tensor(2, dtype=torch.uint8)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"l\.weight_format says that the weight is stored in tiles"):
+    save_file(
+        tensors | {"l.weight_format": torch.tensor(2, dtype=torch.uint8)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        CheckpointError, match=r"l\.weight_format says that the weight is stored in tiles"
+    ):
         check_row_major(tmp_path)
 
 
@@ -113,5 +131,8 @@ def test_scales_that_are_none(wrong: float) -> None:
     declared = BitsAndBytes(KitMatmul(), {}, 6.0).parameters(layer)
     assert isinstance(declared, dict)
     declared["SCB"].check("of a row of zeros", torch.tensor([1.0, 0.0]))
-    with pytest.raises(CheckpointError, match=rf"kit\.SCB holds {wrong} at \[1\], and 1 of its 2 scales are negative"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"kit\.SCB holds {wrong} at \[1\], and 1 of its 2 scales are negative",
+    ):
         declared["SCB"].check("kit.SCB", torch.tensor([1.0, wrong]))

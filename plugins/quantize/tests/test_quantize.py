@@ -34,8 +34,11 @@ from dovetail_testing.tiny_model import LAYERS, TinyModel
 
 SMALL = ["--num-samples", "12", "--sample-len", "16", "--group-size", "16"]
 SCHEMES: dict[str, list[str]] = {
-    "fp8": [], "int8": [], "awq": ["--group-size", "16"], "gptq": ["--group-size", "16", "--desc-act"],
-}  # fmt: skip
+    "fp8": [],
+    "int8": [],
+    "awq": ["--group-size", "16"],
+    "gptq": ["--group-size", "16", "--desc-act"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +64,10 @@ def quantize(model: Path, out: Path, *args: str, text: Path | None = None) -> in
 
 
 def perplexity(
-    model: Path, weights: dict[str, Tensor], windows: Tensor, round_inputs: Callable[[Tensor], Tensor] | None
+    model: Path,
+    weights: dict[str, Tensor],
+    windows: Tensor,
+    round_inputs: Callable[[Tensor], Tensor] | None,
 ) -> float:
     """By transformers, of the model with other weights."""
     with torch.inference_mode():
@@ -71,56 +77,101 @@ def perplexity(
             if isinstance(module, torch.nn.Linear) and round_inputs is not None:
                 module.register_forward_pre_hook(lambda module, args: (round_inputs(args[0]),))
         logits = whole(windows).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+        )
     return math.exp(float(loss))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_checkpoint_is_what_the_report_says(scheme: str, model: Path, text: Path, tmp_path: Path) -> None:
-    """Its perplexity, computed from what an independent program reads; and nearly that of the model it was made from."""
+def test_the_checkpoint_is_what_the_report_says(
+    scheme: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Its perplexity, computed from what an independent program reads; and nearly that of the model
+    it was made from."""
     out = tmp_path / "out"
-    assert quantize(model, out, "--scheme", scheme, *SCHEMES[scheme], "--evaluation", str(text), text=text) == 0
+    assert (
+        quantize(
+            model, out, "--scheme", scheme, *SCHEMES[scheme], "--evaluation", str(text), text=text
+        )
+        == 0
+    )
     config = json.loads((out / "config.json").read_text())
-    assert {k: v for k, v in config.items() if k != "quantization_config"} == json.loads((model / "config.json").read_text())
+    assert {k: v for k, v in config.items() if k != "quantization_config"} == json.loads(
+        (model / "config.json").read_text()
+    )
     weights = unpacking.read(out)
     tokens = torch.tensor(Tokenizer(model).encode(text.read_text()))
     windows = tokens[: len(tokens) // 16 * 16].view(-1, 16)
-    windows = windows[[i * len(windows) // min(64, len(windows)) for i in range(min(64, len(windows)))]]
+    windows = windows[
+        [i * len(windows) // min(64, len(windows)) for i in range(min(64, len(windows)))]
+    ]
     round_inputs = make_scheme(scheme, **OPTIONS).round_inputs
     report = json.loads((out / "quantization_report.json").read_text())
-    assert math.isclose(report["perplexity_after"], perplexity(model, weights, windows, round_inputs), rel_tol=1e-4)
-    assert math.isclose(report["perplexity_before"], perplexity(model, {}, windows, None), rel_tol=1e-4)
-    assert abs(report["perplexity_after"] / report["perplexity_before"] - 1) < (0.1 if scheme in ("fp8", "int8") else 0.5)
+    assert math.isclose(
+        report["perplexity_after"], perplexity(model, weights, windows, round_inputs), rel_tol=1e-4
+    )
+    assert math.isclose(
+        report["perplexity_before"], perplexity(model, {}, windows, None), rel_tol=1e-4
+    )
+    assert abs(report["perplexity_after"] / report["perplexity_before"] - 1) < (
+        0.1 if scheme in ("fp8", "int8") else 0.5
+    )
     assert [row["layer"] for row in report["layers"]] == list(range(LAYERS))
-    assert all(0 < e < 0.5 for row in report["layers"] for e in [*row["errors"].values(), row["drift"]])
-    assert report["bytes_after"] == sum(f.stat().st_size for f in out.glob("*.safetensors")) < report["bytes_before"]
+    assert all(
+        0 < e < 0.5 for row in report["layers"] for e in [*row["errors"].values(), row["drift"]]
+    )
+    assert (
+        report["bytes_after"]
+        == sum(f.stat().st_size for f in out.glob("*.safetensors"))
+        < report["bytes_before"]
+    )
     assert "<svg" in (out / "quantization_report.svg").read_text()
     assert len((out / "quantization_report.md").read_text().splitlines()) > LAYERS
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ):
         if (model / name).exists():
             assert (out / name).read_bytes() == (model / name).read_bytes()
     assert not list(out.glob(".*"))
 
 
 OPTIONS: dict[str, Any] = {
-    "has_text": True, "weight_only": False, "bits": 4, "group_size": 128, "nearest": False, "desc_act": False,
-    "asymmetric": False, "damp": 0.01,
-}  # fmt: skip
+    "has_text": True,
+    "weight_only": False,
+    "bits": 4,
+    "group_size": 128,
+    "nearest": False,
+    "desc_act": False,
+    "asymmetric": False,
+    "damp": 0.01,
+}
 
 
-def test_calibrating_is_better_than_rounding_to_nearest(model: Path, text: Path, tmp_path: Path) -> None:
-    """By the errors of the outputs of each layer; the text is not the one that was calibrated on."""
+def test_calibrating_is_better_than_rounding_to_nearest(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """By the errors of the outputs of each layer; the text is not the one that was calibrated
+    on."""
     for scheme in ("awq", "gptq"):
         errors = []
         for option in ((), ("--nearest",)):
             out = tmp_path / f"{scheme}{len(option)}"
-            assert quantize(model, out, "--scheme", scheme, "--group-size", "16", *option, text=text) == 0
+            assert (
+                quantize(model, out, "--scheme", scheme, "--group-size", "16", *option, text=text)
+                == 0
+            )
             report = json.loads((out / "quantization_report.json").read_text())
             errors.append(report["layers"][0]["drift"])
         assert errors[0] < errors[1], scheme
 
 
-def test_no_text_is_needed_where_nothing_is_measured(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_text_is_needed_where_nothing_is_measured(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert quantize(model, tmp_path / "out", "--scheme", "int8") == 0
     said = capsys.readouterr()
     assert "perplexity not measured: no text was given" in said.out
@@ -132,7 +183,9 @@ def arguments(model: Path, out: Path, text: Path, *more: str) -> Namespace:
 
     parser = ArgumentParser()
     QUANTIZE.add_arguments(parser)
-    return parser.parse_args([str(model), "--out", str(out), "--calibration", str(text), *SMALL, *more])
+    return parser.parse_args(
+        [str(model), "--out", str(out), "--calibration", str(text), *SMALL, *more]
+    )
 
 
 class Killed(BaseException):
@@ -143,14 +196,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
     whole, out, steps = tmp_path / "whole", tmp_path / "out", list[int]()
-    run(arguments(model, whole, text, "--scheme", "gptq"), lambda what, done, total: steps.append(done))
+    run(
+        arguments(model, whole, text, "--scheme", "gptq"),
+        lambda what, done, total: steps.append(done),
+    )
     before = 0
     for last in sorted(set(steps)):
         begun = list[int]()
 
-        def killed(what: str, done: int, total: int, last: int = last, begun: list[int] = begun) -> None:
+        def killed(
+            what: str, done: int, total: int, last: int = last, begun: list[int] = begun
+        ) -> None:
             begun.append(done)
             if done >= last:
                 raise Killed
@@ -160,7 +220,9 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bytes(model: Path,
         assert begun[0] == before // making.STEPS * making.STEPS, "it went on where it was"
         before = last
         assert not (out / "config.json").exists()
-        (out / "model-00002-of-00003.partial.safetensors").write_bytes(b"what a killed process leaves")
+        (out / "model-00002-of-00003.partial.safetensors").write_bytes(
+            b"what a killed process leaves"
+        )
     run(arguments(model, out, text, "--scheme", "gptq"), lambda *_: None)
     assert contents(out) == contents(whole)
 
@@ -168,11 +230,15 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bytes(model: Path,
 def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: Path) -> None:
     skeleton = Skeleton(model)
     scheme = make_scheme("awq", **{**OPTIONS, "group_size": 16})
-    texts = read_texts(model, text, None, needed=True, num_samples=12, sample_len=16, num_evaluated=4)
+    texts = read_texts(
+        model, text, None, needed=True, num_samples=12, sample_len=16, num_evaluated=4
+    )
     found: list[int] = []
 
     def count(*_: object) -> None:
-        found.append(sum(any(not p.is_meta for p in layer.parameters()) for layer in skeleton.layers))
+        found.append(
+            sum(any(not p.is_meta for p in layer.parameters()) for layer in skeleton.layers)
+        )
 
     making.make(skeleton, scheme, texts, folder.OutputFolder(tmp_path / "out", {}, 0), count)
     assert max(found) == 1
@@ -182,27 +248,62 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--scheme", "gtpq"], "--scheme 'gtpq' is unknown. Did you mean gptq? There are fp8, int8, awq, gptq"),
+        (
+            ["--scheme", "gtpq"],
+            "--scheme 'gtpq' is unknown. Did you mean gptq? There are fp8, int8, awq, gptq",
+        ),
         (["--scheme", "gptq"], "--calibration FILE is needed"),
         (["--scheme", "awq", "--calibration", "EMPTY"], "EMPTY is empty"),
-        (["--scheme", "awq", "--calibration", "SHORT"], "too short: 2 windows of 16 tokens, and --num-samples is 12"),
+        (
+            ["--scheme", "awq", "--calibration", "SHORT"],
+            "too short: 2 windows of 16 tokens, and --num-samples is 12",
+        ),
         (["--scheme", "awq", "--calibration", "BYTES"], "cannot be read as text"),
         (["--scheme", "awq", "--calibration", "no-such-file"], "cannot be read as text"),
-        (["--scheme", "fp8", "--evaluation", "SHORT", "--sample-len", "100"], "too short: less than one window of 100 tokens"),
-        (["--scheme", "fp8", "--sample-len", "100000"], "--sample-len 100000: the model's context is 512 tokens"),
-        (["--scheme", "fp8", "--num-samples", "0"], "--num-samples and --num-evaluated are at least 1"),
-        (["--scheme", "gptq", "--calibration", "TEXT"], "--group-size 128: the 32 inputs of model.layers.0.self_attn.q_proj"),
-        (["--scheme", "gptq", "--calibration", "TEXT", "--group-size", "0"], "--group-size 0: it is at least 1, or -1"),
+        (
+            ["--scheme", "fp8", "--evaluation", "SHORT", "--sample-len", "100"],
+            "too short: less than one window of 100 tokens",
+        ),
+        (
+            ["--scheme", "fp8", "--sample-len", "100000"],
+            "--sample-len 100000: the model's context is 512 tokens",
+        ),
+        (
+            ["--scheme", "fp8", "--num-samples", "0"],
+            "--num-samples and --num-evaluated are at least 1",
+        ),
+        (
+            ["--scheme", "gptq", "--calibration", "TEXT"],
+            "--group-size 128: the 32 inputs of model.layers.0.self_attn.q_proj",
+        ),
+        (
+            ["--scheme", "gptq", "--calibration", "TEXT", "--group-size", "0"],
+            "--group-size 0: it is at least 1, or -1",
+        ),
         (["--scheme", "awq", "--calibration", "TEXT", "--bits", "8"], "--bits 8: awq has 4"),
-        (["--scheme", "awq", "--calibration", "TEXT", "--desc-act"], "--desc-act is for gptq, not for awq"),
+        (
+            ["--scheme", "awq", "--calibration", "TEXT", "--desc-act"],
+            "--desc-act is for gptq, not for awq",
+        ),
         (["--scheme", "int8", "--weight-only"], "--weight-only is for fp8, not for int8"),
-        (["--scheme", "int8", "--group-size", "64"], "--group-size is for awq and gptq, not for int8"),
-        (["--scheme", "gptq", "--desc-act", "--nearest"], "--desc-act orders what is rounded in sequence"),
+        (
+            ["--scheme", "int8", "--group-size", "64"],
+            "--group-size is for awq and gptq, not for int8",
+        ),
+        (
+            ["--scheme", "gptq", "--desc-act", "--nearest"],
+            "--desc-act orders what is rounded in sequence",
+        ),
         (["--scheme", "gptq", "--damp", "2"], "--damp 2.0 is no share between 0 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
-    args: list[str], said: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    args: list[str],
+    said: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "EMPTY").write_text(" \n")
     (tmp_path / "SHORT").write_text("a" * 33)
@@ -227,9 +328,21 @@ def test_models_that_cannot_be_taken_are_refused(
     transformers.GPT2LMHeadModel(config).save_pretrained(other)
     capsys.readouterr()
     for source, said in (
-        (done, "is quantized already (compressed-tensors): quantize the checkpoint that it was made from"),
+        (
+            done,
+            (
+                "is quantized already (compressed-tensors): quantize the checkpoint that it was"
+                " made from"
+            ),
+        ),
         (broken, "truncated or not a safetensors file"),
-        (other, "GPT2LMHeadModel cannot be quantized layer by layer: transformer.h.0.* has no linear layers"),
+        (
+            other,
+            (
+                "GPT2LMHeadModel cannot be quantized layer by layer: transformer.h.0.* has no"
+                " linear layers"
+            ),
+        ),
         (tmp_path / "nowhere", "is neither a model that comes with a plugin"),
     ):
         assert quantize(source, tmp_path / "out", "--scheme", "fp8") == 2
@@ -241,16 +354,34 @@ def test_awq_refuses_layers_that_its_scales_would_change(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """OLMo 2 has norms of the usual names, after its layers instead of before."""
-    torch.manual_seed(0)  # with some weights the best scales are all near 1: they change nothing, and nothing is refused
+    torch.manual_seed(
+        0
+        # with some weights the best scales are all near 1: they change nothing, and nothing is
+        # refused
+    )
     source = make_model(tmp_path / "olmo")
     config = transformers.Olmo2Config(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=261,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
     transformers.Olmo2ForCausalLM(config).save_pretrained(source)
-    assert quantize(source, tmp_path / "awq", "--scheme", "awq", "--group-size", "16", text=text) == 2
-    assert "norms do not come before the linear layers in the usual way: use gptq" in capsys.readouterr().err
-    assert quantize(source, tmp_path / "gptq", "--scheme", "gptq", "--group-size", "16", text=text) == 0
+    assert (
+        quantize(source, tmp_path / "awq", "--scheme", "awq", "--group-size", "16", text=text) == 2
+    )
+    assert (
+        "norms do not come before the linear layers in the usual way: use gptq"
+        in capsys.readouterr().err
+    )
+    assert (
+        quantize(source, tmp_path / "gptq", "--scheme", "gptq", "--group-size", "16", text=text)
+        == 0
+    )
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(
@@ -278,8 +409,14 @@ def test_an_interrupted_run_is_finished_by_the_same_command_only(
     with pytest.raises(Killed):
         run(arguments(model, out, text, "--scheme", "gptq"), killed)
     before = contents(out)
-    assert quantize(model, out, "--scheme", "gptq", "--group-size", "16", "--damp", "0.02", text=text) == 2
-    assert "an interrupted run that was another one (damp: 0.01 there, 0.02 now)" in capsys.readouterr().err
+    assert (
+        quantize(model, out, "--scheme", "gptq", "--group-size", "16", "--damp", "0.02", text=text)
+        == 2
+    )
+    assert (
+        "an interrupted run that was another one (damp: 0.01 there, 0.02 now)"
+        in capsys.readouterr().err
+    )
     assert contents(out) == before
     assert quantize(model, out, "--scheme", "gptq", "--group-size", "16", text=text) == 0
 
@@ -287,7 +424,9 @@ def test_an_interrupted_run_is_finished_by_the_same_command_only(
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 1000)
+    )
     assert quantize(model, tmp_path / "out", "--scheme", "fp8") == 2
     assert "the disk has 0.0 MB free, and 0.1 MB are needed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -314,9 +453,14 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_the_run_can_go_on(
             raise error
 
     monkeypatch.setattr(folder, "save_file", full)
-    with pytest.raises(ConfigError, match=r"the disk is full, and [\d.]+ MB are still needed. 1 layers are finished and kept"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the disk is full, and [\d.]+ MB are still needed. 1 layers are finished and kept",
+    ):
         run(arguments(model, out, text, "--scheme", "gptq"), lambda *_: None)
-    assert [p.name for p in out.glob("*.safetensors") if not p.name.startswith(".")] == ["model-00001-of-00003.safetensors"]
+    assert [p.name for p in out.glob("*.safetensors") if not p.name.startswith(".")] == [
+        "model-00001-of-00003.safetensors"
+    ]
     assert not list(out.glob("*partial*"))
     assert not (out / "config.json").exists()
     monkeypatch.setattr(folder, "save_file", save)
@@ -331,12 +475,17 @@ def test_the_files_are_as_readable_as_any_others(model: Path, tmp_path: Path) ->
     assert len(modes) == 1
 
 
-def test_code_of_a_model_folder_is_not_run(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_of_a_model_folder_is_not_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nor does transformers ask whether it should be: somebody at a terminal might say yes."""
     folder, ran = shutil.copytree(model, tmp_path / "model"), tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.C"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.C"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.input", lambda *_: "y")
@@ -355,13 +504,19 @@ def test_links_out_of_the_folder_are_not_followed(
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("../secret")
     assert quantize(folder, tmp_path / "out", "--scheme", "fp8") != 0
-    assert f"{folder / name} is a link to {tmp_path / 'secret'}, outside the model" in " ".join(capsys.readouterr().err.split())
+    assert f"{folder / name} is a link to {tmp_path / 'secret'}, outside the model" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_links_of_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
     repository = tmp_path / "hub/models--somebody--something"
-    snapshot, blobs, shared = repository / "snapshots/abc", repository / "blobs", tmp_path / "hub/blobs/xx"
+    snapshot, blobs, shared = (
+        repository / "snapshots/abc",
+        repository / "blobs",
+        tmp_path / "hub/blobs/xx",
+    )
     for new in (snapshot, blobs, shared):
         new.mkdir(parents=True)
     for i, file in enumerate(sorted(model.iterdir())):

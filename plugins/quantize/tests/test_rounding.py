@@ -63,7 +63,8 @@ def test_compressed_files_hold_the_weights(codes: torch.dtype, error: float) -> 
 
 
 def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float) -> Tensor:
-    """The paper's equations 2 and 3 as they stand: after each column the inverse Hessian of those left is made anew."""
+    """The paper's equations 2 and 3 as they stand: after each column the inverse Hessian of those
+    left is made anew."""
     w, h = weight.double().clone(), hessian.double().clone()
     h += damp * h.diagonal().mean() * torch.eye(len(h))
     out = torch.empty_like(w)
@@ -71,7 +72,11 @@ def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float
         inverse = torch.linalg.inv(h[i:, i:])
         if i % grid.group_size == 0:
             costs = torch.linalg.cholesky(inverse, upper=True).diagonal()[: grid.group_size] ** -2
-            scale, zero = fit_least(grid, w[:, i : i + grid.group_size].float(), lambda d, by=costs: (d.square() * by).sum(-1))
+            scale, zero = fit_least(
+                grid,
+                w[:, i : i + grid.group_size].float(),
+                lambda d, by=costs: (d.square() * by).sum(-1),
+            )
         code = grid.nearest(w[:, i].float(), scale, zero)
         out[:, i] = (code - zero) * scale
         w[:, i:] -= ((w[:, i] - out[:, i]) / inverse[0, 0])[:, None] * inverse[0]
@@ -103,7 +108,9 @@ def test_rows_of_eight_bits_err_less_in_sequence(codes: torch.dtype, most: float
     weight, x, grid = torch.randn(64, 96), correlated(400, 96), RowGrid(codes, torch.bfloat16)
     rounded = round_in_sequence(weight, gram(x), grid, desc_act=True, damp=0.01)
     nearest = grid.round(weight)
-    assert ((rounded.weight() - weight) @ x.T).norm() < most * ((nearest.weight() - weight) @ x.T).norm()
+    assert ((rounded.weight() - weight) @ x.T).norm() < most * (
+        (nearest.weight() - weight) @ x.T
+    ).norm()
     assert rounded.codes.dtype == codes
     assert (rounded.groups == 0).all()
     assert torch.equal(rounded.scales, nearest.scales) == (codes == torch.int8)
@@ -113,7 +120,9 @@ def test_rows_of_eight_bits_err_less_in_sequence(codes: torch.dtype, most: float
 def test_gptq_takes_inputs_that_never_were_active() -> None:
     x = correlated(50, 32)
     x[:, [3, 17]] = 0
-    rounded = round_in_sequence(torch.randn(8, 32), gram(x), Grid(4, 16, True), desc_act=True, damp=0.01)
+    rounded = round_in_sequence(
+        torch.randn(8, 32), gram(x), Grid(4, 16, True), desc_act=True, damp=0.01
+    )
     assert rounded.weight().isfinite().all()
 
 
@@ -157,10 +166,14 @@ def test_awq_changes_nothing_but_the_rounding(norm: type[nn.Module]) -> None:
     before, kept = layer(x), {name: linear.weight.clone() for name, linear in linears.items()}
     given = awq.fold_scales(layer, linears, inputs, Grid(4, 16, False))
     torch.testing.assert_close(layer(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-    assert not torch.equal(linears["self_attn.q_proj"].weight, kept["self_attn.q_proj"]), "its inputs differ much in size"
+    assert not torch.equal(linears["self_attn.q_proj"].weight, kept["self_attn.q_proj"]), (
+        "its inputs differ much in size"
+    )
     now = measure(linears, torch.float32, [lambda: layer(x)])
     for name, found in now.items():
-        torch.testing.assert_close(found.gram, given[name].gram, rtol=1e-2, atol=1e-3 * float(found.gram.abs().max()))
+        torch.testing.assert_close(
+            found.gram, given[name].gram, rtol=1e-2, atol=1e-3 * float(found.gram.abs().max())
+        )
 
 
 def test_awq_errs_less_than_rounding_to_nearest() -> None:
@@ -179,7 +192,8 @@ def test_awq_errs_less_than_rounding_to_nearest() -> None:
 
 
 def test_ranges_are_clipped_to_where_the_error_is_least() -> None:
-    """One large weight of an input that is hardly ever used: its group's range leaves it out, in nearly all rows."""
+    """One large weight of an input that is hardly ever used: its group's range leaves it out, in
+    nearly all rows."""
     weight, x = torch.rand(64, 16) - 0.5, torch.randn(100, 16)
     weight[:, 5] = 1.5
     x[:, 5] *= 1e-3
@@ -192,8 +206,12 @@ def test_ranges_are_clipped_to_where_the_error_is_least() -> None:
         rounded = grid.round(weight, awq.group_error(inputs, 16))
         assert (rounded.scales < grid.round(weight).scales).float().mean() > 0.7
         fits = [[t[:, None] for t in grid.fit(weight, clip)] for clip in grid.clips()]
-        trials = torch.stack([errors((grid.nearest(weight, s, z) - z) * s - weight) for s, z in fits])
-        torch.testing.assert_close(errors(rounded.weight() - weight), trials.min(0).values, rtol=1e-3, atol=1e-6)
+        trials = torch.stack(
+            [errors((grid.nearest(weight, s, z) - z) * s - weight) for s, z in fits]
+        )
+        torch.testing.assert_close(
+            errors(rounded.weight() - weight), trials.min(0).values, rtol=1e-3, atol=1e-6
+        )
 
 
 def test_awq_says_what_it_does_not_know() -> None:
@@ -208,9 +226,16 @@ def test_awq_says_what_it_does_not_know() -> None:
 def test_awq_changes_no_model(family: str, tmp_path: Path) -> None:
     """Heads that share values, norms of 1 + weight, norms of queries and keys."""
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, head_dim=16,
-        num_key_value_heads=2, pad_token_id=0, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=64,
+    )
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
     skeleton, ids = Skeleton(tmp_path), torch.randint(1, 64, (1, 24))
     with torch.inference_mode(), skeleton.ends_loaded() as ends:
@@ -218,14 +243,18 @@ def test_awq_changes_no_model(family: str, tmp_path: Path) -> None:
         hidden = hidden * torch.rand(64).mul(4).exp()
         with skeleton.loaded(0) as layer:
             linears = skeleton.linears(0)
-            linears["self_attn.v_proj"].weight.data *= torch.rand(32, 1).mul(4).exp()  # values that differ much in size
+            linears["self_attn.v_proj"].weight.data *= (
+                torch.rand(32, 1).mul(4).exp()
+            )  # values that differ much in size
             before = skeleton.run_layer(0, hidden)
             inputs = measure(linears, torch.float32, [lambda: skeleton.run_layer(0, hidden)])
             kept = linears["self_attn.o_proj"].weight.clone()
             awq.fold_scales(layer, linears, inputs, Grid(4, 16, False))
             after = skeleton.run_layer(0, hidden)
             assert not torch.equal(kept, linears["self_attn.o_proj"].weight)
-    torch.testing.assert_close(after - hidden, before - hidden, rtol=1e-3, atol=1e-3 * float((before - hidden).abs().max()))
+    torch.testing.assert_close(
+        after - hidden, before - hidden, rtol=1e-3, atol=1e-3 * float((before - hidden).abs().max())
+    )
 
 
 def test_layers_of_one_input_are_measured_once() -> None:

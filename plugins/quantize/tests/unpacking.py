@@ -1,4 +1,5 @@
-"""Checkpoints read slowly, number by number, from the descriptions of their formats; nothing of the plugin takes part."""
+"""Checkpoints read slowly, number by number, from the descriptions of their formats; nothing of the
+plugin takes part."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def bits_of(word: int, index: int, bits: int) -> int:
 
 
 def gptq(tensors: dict[str, Tensor], bits: int, version: str) -> Tensor:
-    """Rows of a column share words, g_idx has each input's group; the first version stores zero points less one."""
+    """Rows of a column share words, g_idx has each input's group; the first version stores zero
+    points less one."""
     less = {"gptq": 1, "gptq_v2": 0}[version]
     qweight, qzeros = tensors["qweight"].tolist(), tensors["qzeros"].tolist()
     scales, g_idx, per_word = tensors["scales"].float(), tensors["g_idx"].tolist(), 32 // bits
@@ -34,14 +36,21 @@ def gptq(tensors: dict[str, Tensor], bits: int, version: str) -> Tensor:
 
 def awq(tensors: dict[str, Tensor], group_size: int) -> Tensor:
     """AutoAWQ's gemm: columns share words, in an order of their own."""
-    qweight, qzeros, scales = tensors["qweight"].tolist(), tensors["qzeros"].tolist(), tensors["scales"].float()
+    qweight, qzeros, scales = (
+        tensors["qweight"].tolist(),
+        tensors["qzeros"].tolist(),
+        tensors["scales"].float(),
+    )
     num_in, num_out = len(qweight), scales.shape[1]
     group_size = num_in if group_size == -1 else group_size
     weight = torch.empty(num_out, num_in)
     for i in range(num_in):
         for o in range(num_out):
             place = AWQ_ORDER.index(o % 8)
-            code, zero = bits_of(qweight[i][o // 8], place, 4), bits_of(qzeros[i // group_size][o // 8], place, 4)
+            code, zero = (
+                bits_of(qweight[i][o // 8], place, 4),
+                bits_of(qzeros[i // group_size][o // 8], place, 4),
+            )
             weight[o, i] = (code - zero) * scales[i // group_size, o]
     return weight
 

@@ -74,12 +74,16 @@ class Served:
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
             for s in family.samples:
                 labels = ",".join(v for k, v in s.labels.items() if k != "model_name")
-                found[s.name.removeprefix("dovetail:") + (f"{{{labels}}}" if labels else "")] = s.value
+                found[s.name.removeprefix("dovetail:") + (f"{{{labels}}}" if labels else "")] = (
+                    s.value
+                )
         return found
 
     def quiet(self) -> bool:
         m = self.metrics()
-        return m["num_requests_running"] == m["num_requests_waiting"] == m["kv_cache_usage_perc"] == 0
+        return (
+            m["num_requests_running"] == m["num_requests_waiting"] == m["kv_cache_usage_perc"] == 0
+        )
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ask it to stop, and wait; returns its exit status."""
@@ -102,19 +106,48 @@ def start_any(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     started: list[Served] = []
 
     def start(
-        *flags: str, wait: bool = True, server: dict[str, Any] | None = None, cwd: Path | None = None,
-        env: dict[str, str] | None = None, **values: Any,
-    ) -> Served:  # fmt: skip
+        *flags: str,
+        wait: bool = True,
+        server: dict[str, Any] | None = None,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        **values: Any,
+    ) -> Served:
         log = root / f"log-{len(started)}.txt"
         config = root / f"config-{len(started)}.yaml"
-        data = {"model": str(model), "served_model_name": "sim", "device": "cpu", **SIMULATED, **values}
-        config.write_text(yaml.safe_dump({**data, **({"server": {"use": "openai", **server}} if server else {})}))
-        main = "import sys; from dovetail.cli.main import main; sys.exit(main())"  # as the installed command begins
-        command = [sys.executable, "-P", "-c", main, "serve", "--config", str(config), "--port", "0", *flags]
+        data = {
+            "model": str(model),
+            "served_model_name": "sim",
+            "device": "cpu",
+            **SIMULATED,
+            **values,
+        }
+        config.write_text(
+            yaml.safe_dump({**data, **({"server": {"use": "openai", **server}} if server else {})})
+        )
+        # as the installed command begins
+        main = "import sys; from dovetail.cli.main import main; sys.exit(main())"
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            main,
+            "serve",
+            "--config",
+            str(config),
+            "--port",
+            "0",
+            *flags,
+        ]
         with log.open("w") as out:
             process = subprocess.Popen(
-                command, env=environ | (env or {}), cwd=cwd, stdout=out, stderr=subprocess.STDOUT, text=True
-            )  # fmt: skip
+                command,
+                env=environ | (env or {}),
+                cwd=cwd,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         served = Served(process, log)
         started.append(served)
         if wait:
@@ -146,7 +179,8 @@ def start(start_any: Start) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def server(start_any: Start) -> Iterator[Served]:
-    """One server that many tests share; at the end nothing may be left running in it, and nothing odd in its log."""
+    """One server that many tests share; at the end nothing may be left running in it, and nothing
+    odd in its log."""
     served = start_any()
     yield served
     served.until(served.quiet)

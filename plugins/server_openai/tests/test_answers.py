@@ -1,4 +1,5 @@
-"""What the completion routes answer: shapes, streams, log-probabilities; through OpenAI's own client where it can."""
+"""What the completion routes answer: shapes, streams, log-probabilities; through OpenAI's own
+client where it can."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 @pytest.fixture
 def client(server: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30
+    ) as client:
         yield client
 
 
@@ -53,7 +56,9 @@ def body_of(route: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("route", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_stream_says_what_the_whole_answer_says(http: httpx.Client, route: str, seed: int, n: int) -> None:
+def test_a_stream_says_what_the_whole_answer_says(
+    http: httpx.Client, route: str, seed: int, n: int
+) -> None:
     body = body_of(route, seed=seed, n=n, model="sim")
     whole = post(http, route, **body)
     chunks = events(http, route, **body, stream_options={"include_usage": True})
@@ -67,7 +72,9 @@ def test_a_stream_says_what_the_whole_answer_says(http: httpx.Client, route: str
     assert all(c["usage"] is None for c in chunks)
     for choice in whole["choices"]:
         own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
-        assert joined(chunks, choice["index"]) == (choice["text"] if route == COMPLETIONS else choice["message"]["content"])
+        assert joined(chunks, choice["index"]) == (
+            choice["text"] if route == COMPLETIONS else choice["message"]["content"]
+        )
         assert [c["finish_reason"] for c in own] == [None] * (len(own) - 1) + ["length"]
         if route == CHAT:
             assert own[0]["delta"] == {"role": "assistant", "content": ""}
@@ -123,14 +130,18 @@ def test_a_stop_token_counts_and_is_no_text(http: httpx.Client) -> None:
     assert answer["usage"]["completion_tokens"] == first + 1
     chunks = events(http, COMPLETIONS, **body)
     assert [t for c in chunks for t in c["choices"][0]["token_ids"]] == whole["token_ids"]
-    assert ["prompt_token_ids" in c["choices"][0] for c in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert ["prompt_token_ids" in c["choices"][0] for c in chunks] == [True] + [False] * (
+        len(chunks) - 1
+    )
     chat = events(http, CHAT, **body_of(CHAT, return_token_ids=True))
     assert ["prompt_token_ids" in c for c in chat] == [True] + [False] * (len(chat) - 1)
 
 
 def test_usage_can_be_told_all_along(http: httpx.Client) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = events(http, COMPLETIONS, **body_of(COMPLETIONS, prompt=["ab", "abc"], n=2), stream_options=options)
+    chunks = events(
+        http, COMPLETIONS, **body_of(COMPLETIONS, prompt=["ab", "abc"], n=2), stream_options=options
+    )
     counts = [c["usage"]["completion_tokens"] for c in chunks]
     assert counts == sorted(counts)
     assert counts[-1] == 4 * 30
@@ -154,14 +165,27 @@ def test_several_prompts_in_any_form(http: httpx.Client) -> None:
 
 
 def test_log_likelihoods_as_lm_eval_asks_for_them(http: httpx.Client) -> None:
-    """Prompts of ids, echoed, with one generated token that the evaluator drops: sum(token_logprobs[ctx:-1])."""
-    ids = [http.post("/tokenize", json={"prompt": t}).json()["tokens"] for t in ("The answer is", "x" * 200)]
-    body = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234}
+    """Prompts of ids, echoed, with one generated token that the evaluator drops:
+    sum(token_logprobs[ctx:-1])."""
+    ids = [
+        http.post("/tokenize", json={"prompt": t}).json()["tokens"]
+        for t in ("The answer is", "x" * 200)
+    ]
+    body = {
+        "prompt": ids,
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 1,
+        "temperature": 0,
+        "seed": 1234,
+    }
     answer = post(http, COMPLETIONS, **body)
     for prompt, choice in zip(ids, answer["choices"], strict=True):
         found = choice["logprobs"]
         length = len(prompt) + 1
-        assert {len(found[k]) for k in ("tokens", "token_logprobs", "top_logprobs", "text_offset")} == {length}
+        assert {
+            len(found[k]) for k in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        } == {length}
         assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
         assert all(isinstance(v, float) for v in found["token_logprobs"][1:])
         # The generated token is the greedy one: both floats must be the same, not nearly.
@@ -200,8 +224,13 @@ def test_chunked_prefill_loses_no_log_probability_of_a_streamed_prompt(start: An
 
 def test_chat_log_probabilities(client: openai.OpenAI) -> None:
     arguments: dict[str, Any] = {
-        "model": "sim", "messages": MESSAGES, "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 3,
-    }  # fmt: skip
+        "model": "sim",
+        "messages": MESSAGES,
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
     whole = client.chat.completions.create(**arguments).choices[0].logprobs
     assert whole is not None
     assert whole.content is not None
@@ -221,7 +250,9 @@ def test_chat_log_probabilities(client: openai.OpenAI) -> None:
 
 
 def test_prompt_log_probabilities(http: httpx.Client) -> None:
-    [choice] = post(http, COMPLETIONS, **body_of(COMPLETIONS, prompt=[9, 10, 11], prompt_logprobs=2))["choices"]
+    [choice] = post(
+        http, COMPLETIONS, **body_of(COMPLETIONS, prompt=[9, 10, 11], prompt_logprobs=2)
+    )["choices"]
     first, *rest = choice["prompt_logprobs"]
     assert first is None
     for own, entries in zip((10, 11), rest, strict=True):
@@ -233,16 +264,23 @@ def test_prompt_log_probabilities(http: httpx.Client) -> None:
 
 
 def test_the_clients_own_types_hold(client: openai.OpenAI) -> None:
-    completion = client.completions.create(model="sim", prompt="a", max_tokens=4, extra_body={"ignore_eos": True})
+    completion = client.completions.create(
+        model="sim", prompt="a", max_tokens=4, extra_body={"ignore_eos": True}
+    )
     assert completion.object == "text_completion"
     assert completion.id.startswith("cmpl-")
     assert completion.usage is not None
     assert completion.usage.total_tokens == 5
-    answer = client.chat.completions.create(model="sim", messages=MESSAGES, max_completion_tokens=4, max_tokens=9)  # type: ignore[arg-type]
+    answer = client.chat.completions.create(
+        model="sim", messages=MESSAGES, max_completion_tokens=4, max_tokens=9
+    )  # type: ignore[arg-type]
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
     assert answer.system_fingerprint
-    assert (answer.choices[0].message.role, answer.choices[0].message.refusal) == ("assistant", None)
+    assert (answer.choices[0].message.role, answer.choices[0].message.refusal) == (
+        "assistant",
+        None,
+    )
     assert answer.usage is not None
     assert answer.usage.completion_tokens <= 4
     arguments: dict[str, Any] = {"model": "sim", "messages": MESSAGES, "seed": 3, "max_tokens": 30}
@@ -257,8 +295,11 @@ def test_the_clients_own_types_hold(client: openai.OpenAI) -> None:
 def test_many_clients_at_once(server: Any) -> None:
     async def ask(client: openai.AsyncOpenAI, i: int) -> tuple[str, str]:
         arguments: dict[str, Any] = {
-            "model": "sim", "messages": [{"role": "user", "content": f"number {i}"}], "seed": i, "max_tokens": 10 + i,
-        }  # fmt: skip
+            "model": "sim",
+            "messages": [{"role": "user", "content": f"number {i}"}],
+            "seed": i,
+            "max_tokens": 10 + i,
+        }
         whole = await client.chat.completions.create(**arguments)
         text = ""
         async for chunk in await client.chat.completions.create(**arguments, stream=True):
@@ -266,7 +307,9 @@ def test_many_clients_at_once(server: Any) -> None:
         return whole.choices[0].message.content or "", text
 
     async def test() -> None:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30
+        ) as client:
             pairs = await asyncio.gather(*(ask(client, i) for i in range(40)))
         assert all(whole == streamed for whole, streamed in pairs)
         assert len({whole for whole, _ in pairs}) > 35
@@ -277,40 +320,76 @@ def test_many_clients_at_once(server: Any) -> None:
 def test_messages_in_parts_are_joined(http: httpx.Client) -> None:
     parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "wörld"}]
     messages = [MESSAGES[0], {"role": "user", "content": parts, "name": "me"}]
-    assert post(http, CHAT, **body_of(CHAT, messages=messages))["choices"] == post(http, CHAT, **body_of(CHAT))["choices"]
+    assert (
+        post(http, CHAT, **body_of(CHAT, messages=messages))["choices"]
+        == post(http, CHAT, **body_of(CHAT))["choices"]
+    )
 
 
 def test_absent_max_tokens_is_sixteen_or_up_to_the_end_of_the_context(http: httpx.Client) -> None:
     for value in ({}, {"max_tokens": None}):
-        assert post(http, COMPLETIONS, prompt="a", ignore_eos=True, **value)["usage"]["completion_tokens"] == 16
-        assert post(http, CHAT, messages=MESSAGES, ignore_eos=True, **value)["usage"]["total_tokens"] == 256
+        assert (
+            post(http, COMPLETIONS, prompt="a", ignore_eos=True, **value)["usage"][
+                "completion_tokens"
+            ]
+            == 16
+        )
+        assert (
+            post(http, CHAT, messages=MESSAGES, ignore_eos=True, **value)["usage"]["total_tokens"]
+            == 256
+        )
     clamped = post(http, COMPLETIONS, prompt="a" * 250, ignore_eos=True, max_tokens=100)
     assert clamped["usage"]["completion_tokens"] == 6
     assert clamped["choices"][0]["finish_reason"] == "length"
 
 
 def test_null_is_absent_and_unknown_fields_are_ignored(http: httpx.Client) -> None:
-    names = ("temperature", "top_p", "top_k", "n", "stop", "stream", "logit_bias", "logprobs", "stream_options", "user")
+    names = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "n",
+        "stop",
+        "stream",
+        "logit_bias",
+        "logprobs",
+        "stream_options",
+        "user",
+    )
     nulls = dict.fromkeys(names)
     plain = post(http, COMPLETIONS, **body_of(COMPLETIONS))
-    assert post(http, COMPLETIONS, **body_of(COMPLETIONS), **nulls, made_up={"deep": [1]})["choices"] == plain["choices"]
+    assert (
+        post(http, COMPLETIONS, **body_of(COMPLETIONS), **nulls, made_up={"deep": [1]})["choices"]
+        == plain["choices"]
+    )
     harmless = {
-        "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
-        "response_format": {"type": "text"}, "tool_choice": "none",
-    }  # fmt: skip
-    assert post(http, CHAT, **body_of(CHAT), **harmless)["choices"] == post(http, CHAT, **body_of(CHAT))["choices"]
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "response_format": {"type": "text"},
+        "tool_choice": "none",
+    }
+    assert (
+        post(http, CHAT, **body_of(CHAT), **harmless)["choices"]
+        == post(http, CHAT, **body_of(CHAT))["choices"]
+    )
 
 
 # The other routes.
 
 
 def test_tokenize_counts_what_usage_counts(http: httpx.Client) -> None:
-    for route, body in ((COMPLETIONS, {"prompt": "Hello, wörld €"}), (CHAT, {"messages": MESSAGES})):
+    for route, body in (
+        (COMPLETIONS, {"prompt": "Hello, wörld €"}),
+        (CHAT, {"messages": MESSAGES}),
+    ):
         tokens = post(http, "/tokenize", **body, return_token_strs=True)
         assert tokens["count"] == len(tokens["tokens"]) == len(tokens["token_strs"])
         assert tokens["count"] == post(http, route, **body, max_tokens=1)["usage"]["prompt_tokens"]
         assert tokens["max_model_len"] == 256
-    assert post(http, "/detokenize", tokens=post(http, "/tokenize", prompt="wörld")["tokens"]) == {"prompt": "wörld"}
+    assert post(http, "/detokenize", tokens=post(http, "/tokenize", prompt="wörld")["tokens"]) == {
+        "prompt": "wörld"
+    }
 
 
 def test_small_routes(http: httpx.Client) -> None:
@@ -339,11 +418,18 @@ def test_the_published_schema_lists_streams_and_errors(http: httpx.Client) -> No
 
 def test_the_published_schema_says_what_small_routes_answer(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
-    for method, path in (("get", "/health"), ("get", "/live"), ("get", "/metrics"), ("post", "/reset_prefix_cache")):
+    for method, path in (
+        ("get", "/health"),
+        ("get", "/live"),
+        ("get", "/metrics"),
+        ("post", "/reset_prefix_cache"),
+    ):
         answer = http.request(method, path)
         published = paths[path][method]["responses"]["200"].get("content", {})
         assert answer.status_code == 200
-        assert list(published) == ([answer.headers["content-type"].split(";")[0]] if answer.content else [])
+        assert list(published) == (
+            [answer.headers["content-type"].split(";")[0]] if answer.content else []
+        )
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, "/health", "/nowhere"])
@@ -358,11 +444,17 @@ def test_the_plan_says_what_was_asked_taken_and_seen_at_work(start: Any) -> None
     with served.client() as client:
         before = client.get("/v1/dovetail/plan").json()
         assert len(before["fingerprint"]) == 16
-        assert before["attested"]["server"] == {"requested": "auto", "effective": "openai", "invoked": True}
+        assert before["attested"]["server"] == {
+            "requested": "auto",
+            "effective": "openai",
+            "invoked": True,
+        }
         assert before["attested"]["scheduler"]["invoked"] is False
         body = {"prompt": "a longer prompt, of several blocks", "max_tokens": 3}
         assert client.post("/v1/completions", json=body).status_code == 200
-        served.until(lambda: client.get("/v1/dovetail/plan").json()["attested"]["worker"]["invoked"])
+        served.until(
+            lambda: client.get("/v1/dovetail/plan").json()["attested"]["worker"]["invoked"]
+        )
         after = client.get("/v1/dovetail/plan").json()["attested"]
     assert after["worker"] == {"requested": "simulated", "effective": "simulated", "invoked": True}
     assert after["scheduler"]["invoked"]

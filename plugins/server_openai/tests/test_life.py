@@ -1,4 +1,5 @@
-"""A server's life: loading, counting, clients that leave, an engine that dies, overload, and how it ends."""
+"""A server's life: loading, counting, clients that leave, an engine that dies, overload, and how it
+ends."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class Stream:
 
     def __init__(self, url: str, **body: Any) -> None:
         self._client = httpx.Client(base_url=url, timeout=30)
-        self._context = self._client.stream("POST", COMPLETIONS, json={**LONG, "stream": True, **body})
+        self._context = self._client.stream(
+            "POST", COMPLETIONS, json={**LONG, "stream": True, **body}
+        )
         self.answer = self._context.__enter__()
         self._lines = self.answer.iter_lines()
         self.first = self.read()
@@ -70,16 +73,28 @@ def open_stream() -> Iterator[Open]:
 
 
 def engine_pids(served: Any) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()]
+    return [
+        int(p)
+        for p in (
+            Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children")
+            .read_text()
+            .split()
+        )
+    ]
 
 
 def test_while_it_loads_it_says_so(start: Any) -> None:
     port = free_port()
-    served = start("--port", str(port), wait=False, worker={"use": "simulated", "load_seconds": 1.0})
+    served = start(
+        "--port", str(port), wait=False, worker={"use": "simulated", "load_seconds": 1.0}
+    )
     served.url = f"http://127.0.0.1:{port}"
 
     served.until(lambda: _reachable(served.url))
-    for answer in (httpx.get(f"{served.url}/health"), httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a"})):
+    for answer in (
+        httpx.get(f"{served.url}/health"),
+        httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a"}),
+    ):
         assert answer.status_code == 503
         assert 1 <= int(answer.headers["retry-after"]) <= 8
         assert "loading" in answer.json()["error"]["message"]
@@ -100,7 +115,9 @@ def _reachable(url: str) -> bool:
 
 def test_a_stop_while_it_loads_is_no_failure(start: Any) -> None:
     port = free_port()
-    served = start("--port", str(port), wait=False, worker={"use": "simulated", "load_seconds": 20.0})
+    served = start(
+        "--port", str(port), wait=False, worker={"use": "simulated", "load_seconds": 20.0}
+    )
     served.until(lambda: _reachable(f"http://127.0.0.1:{port}"))
     assert served.stop() == 0
     assert "Traceback" not in served.output()
@@ -114,7 +131,11 @@ def test_what_keeps_it_from_starting_is_one_line(start: Any, server: Any) -> Non
         (("--host", "no.such.host.invalid"), {}, "cannot listen on no.such.host.invalid"),
         ((), {"model": "/nowhere"}, "'/nowhere'"),
         ((), {"server": {"max_body": 1}}, "max_body"),
-        ((), {"worker": {"use": "simulated", "load_seconds": 0, "step_seconds": "x"}}, "step_seconds"),
+        (
+            (),
+            {"worker": {"use": "simulated", "load_seconds": 0, "step_seconds": "x"}},
+            "step_seconds",
+        ),
     ):
         served = start(*flags, wait=False, **values)
         assert served.process.wait(30) == 2
@@ -129,12 +150,21 @@ def test_counters_are_exact(start: Any) -> None:
     with served.client() as http, ThreadPoolExecutor(8) as pool:
 
         def ask(i: int) -> None:
-            body = {"prompt": "x" * (10 + i), "max_tokens": 5, "ignore_eos": True, "stream": i % 2 == 0, "n": 1 + i % 2}
+            body = {
+                "prompt": "x" * (10 + i),
+                "max_tokens": 5,
+                "ignore_eos": True,
+                "stream": i % 2 == 0,
+                "n": 1 + i % 2,
+            }
             assert http.post(COMPLETIONS, json=body).status_code == 200
 
         list(pool.map(ask, range(20)))
         assert http.post(COMPLETIONS, json={**LONG, "prompt": ""}).status_code == 400
-        found = http.post(COMPLETIONS, json={"prompt": "y", "max_tokens": 100, "stop_token_ids": list(range(200, 260))})
+        found = http.post(
+            COMPLETIONS,
+            json={"prompt": "y", "max_tokens": 100, "stop_token_ids": list(range(200, 260))},
+        )
         stopped = found.json()["usage"]["completion_tokens"]
     served.until(served.quiet)
     m = served.metrics()
@@ -153,7 +183,12 @@ def test_counters_are_exact(start: Any) -> None:
 def test_metric_names_can_be_vllms(start: Any) -> None:
     served = start(server={"metrics_prefix": "vllm:"})
     text = httpx.get(f"{served.url}/metrics").text
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total"):
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "generation_tokens_total",
+    ):
         assert f'vllm:{name}{{model_name="sim"}} 0.0' in text
 
 
@@ -176,7 +211,9 @@ def test_a_client_that_leaves_a_stream_stops_the_work(slow: Any, open_stream: Op
     slow.until(slow.quiet)
     after = slow.metrics()
     assert after["generation_tokens_total"] - before["generation_tokens_total"] < 300
-    assert after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0) == 3
+    assert (
+        after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0) == 3
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -192,7 +229,10 @@ def test_a_client_that_leaves_before_its_answer_stops_the_work(
         httpx.post(f"{slow.url}{COMPLETIONS}", json=body, timeout=httpx.Timeout(30, read=0.3))
     slow.until(lambda: slow.metrics()["num_requests_waiting"] == 0)
     after = slow.metrics()
-    assert after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0) == prompts
+    assert (
+        after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0)
+        == prompts
+    )
     for s in busy:
         assert s.rest()[-1] == "[DONE]"
     slow.until(slow.quiet)
@@ -201,17 +241,26 @@ def test_a_client_that_leaves_before_its_answer_stops_the_work(
 def test_a_client_that_leaves_a_whole_answer_stops_the_work(slow: Any) -> None:
     before = slow.metrics()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{slow.url}{CHAT}", json={"messages": [{"role": "user", "content": "a"}], "n": 2, "ignore_eos": True},
-                   timeout=httpx.Timeout(30, read=0.3))  # fmt: skip
+        httpx.post(
+            f"{slow.url}{CHAT}",
+            json={"messages": [{"role": "user", "content": "a"}], "n": 2, "ignore_eos": True},
+            timeout=httpx.Timeout(30, read=0.3),
+        )
     slow.until(slow.quiet)
     after = slow.metrics()
     assert after["generation_tokens_total"] - before["generation_tokens_total"] < 200
-    assert after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0) == 1
+    assert (
+        after["request_success_total{abort}"] - before.get("request_success_total{abort}", 0) == 1
+    )
 
 
 def test_overload_is_told_and_loses_nothing(slow: Any) -> None:
     def ask(i: int) -> httpx.Response:
-        return httpx.post(f"{slow.url}{COMPLETIONS}", json={**LONG, "max_tokens": 20, "stream": i % 2 == 0}, timeout=30)
+        return httpx.post(
+            f"{slow.url}{COMPLETIONS}",
+            json={**LONG, "max_tokens": 20, "stream": i % 2 == 0},
+            timeout=30,
+        )
 
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(ask, range(24)))
@@ -226,7 +275,9 @@ def test_overload_is_told_and_loses_nothing(slow: Any) -> None:
     slow.until(slow.quiet)
 
 
-def test_when_the_engine_dies_everybody_is_told_and_a_new_one_serves(start: Any, open_stream: Open) -> None:
+def test_when_the_engine_dies_everybody_is_told_and_a_new_one_serves(
+    start: Any, open_stream: Open
+) -> None:
     served = start(**SLOW)
     [pid] = engine_pids(served)
     stream = open_stream(served.url)
@@ -245,7 +296,10 @@ def test_when_the_engine_dies_everybody_is_told_and_a_new_one_serves(start: Any,
     assert 1 <= int(refused.headers["retry-after"]) <= 10
     assert httpx.get(f"{served.url}/health").status_code == 503
     served.until(lambda: httpx.get(f"{served.url}/health").status_code == 200)
-    assert httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+    assert (
+        httpx.post(f"{served.url}{COMPLETIONS}", json={"prompt": "a", "max_tokens": 2}).status_code
+        == 200
+    )
     assert served.metrics()["engine_restarts_total"] == 1
     assert engine_pids(served) != [pid]
     assert "Traceback" not in served.output()
@@ -317,8 +371,13 @@ def _ask_in_vain(url: str) -> None:
 def test_a_client_that_does_not_read_cannot_keep_it_alive(start: Any) -> None:
     served = start(server={"drain_seconds": 0.5})
     url = httpx.URL(served.url)
-    body = json.dumps({**LONG, "stream": True, "n": 20, "return_token_ids": True, "logprobs": 9}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = json.dumps(
+        {**LONG, "stream": True, "n": 20, "return_token_ids": True, "logprobs": 9}
+    ).encode()
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type:"
+        f" application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((url.host, url.port))

@@ -25,20 +25,31 @@ def samples(stats: EngineStats, drafter: str | None) -> dict[str, float]:
 
 def test_drafting_shows_how_much_of_it_counts_where_and_what_the_drafter_takes() -> None:
     stats = EngineStats(
-        num_steps=10, num_generation_tokens=25, num_draft_tokens=9, num_accepted_tokens=6, drafted_by_position=[4, 3, 2],
-        accepted_by_position=[3, 2, 1], draft_seconds=0.25,
-    )  # fmt: skip
+        num_steps=10,
+        num_generation_tokens=25,
+        num_draft_tokens=9,
+        num_accepted_tokens=6,
+        drafted_by_position=[4, 3, 2],
+        accepted_by_position=[3, 2, 1],
+        draft_seconds=0.25,
+    )
     found = {k: v for k, v in samples(stats, "dist:ngram").items() if k.startswith("spec_decode")}
     assert found == {
-        "spec_decode_num_draft_tokens_total{}": 9, "spec_decode_num_accepted_tokens_total{}": 6,
-        "spec_decode_num_drafts_total{}": 4, "spec_decode_mean_accepted_length{}": 1.5, "spec_decode_tokens_per_step{}": 2.5,
+        "spec_decode_num_draft_tokens_total{}": 9,
+        "spec_decode_num_accepted_tokens_total{}": 6,
+        "spec_decode_num_drafts_total{}": 4,
+        "spec_decode_mean_accepted_length{}": 1.5,
+        "spec_decode_tokens_per_step{}": 2.5,
         "spec_decode_drafter_seconds_total{dist:ngram}": 0.25,
-        "spec_decode_num_draft_tokens_per_pos_total{0}": 4, "spec_decode_num_draft_tokens_per_pos_total{1}": 3,
-        "spec_decode_num_draft_tokens_per_pos_total{2}": 2, "spec_decode_num_accepted_tokens_per_pos_total{0}": 3,
-        "spec_decode_num_accepted_tokens_per_pos_total{1}": 2, "spec_decode_num_accepted_tokens_per_pos_total{2}": 1,
-    }  # fmt: skip
+        "spec_decode_num_draft_tokens_per_pos_total{0}": 4,
+        "spec_decode_num_draft_tokens_per_pos_total{1}": 3,
+        "spec_decode_num_draft_tokens_per_pos_total{2}": 2,
+        "spec_decode_num_accepted_tokens_per_pos_total{0}": 3,
+        "spec_decode_num_accepted_tokens_per_pos_total{1}": 2,
+        "spec_decode_num_accepted_tokens_per_pos_total{2}": 1,
+    }
 
 
-def test_before_the_first_draft_there_is_no_division_by_zero_and_without_a_drafter_nothing_of_it() -> None:
+def test_speculation_before_the_first_draft_and_without_a_drafter() -> None:
     assert samples(EngineStats(), "dist:ngram")["spec_decode_mean_accepted_length{}"] == 0
     assert "spec_decode_tokens_per_step{}" not in samples(EngineStats(), None)

@@ -38,7 +38,13 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart(cached: Any, route: st
         salted = [num_cached(http, route, cache_salt=salt) for salt in ("a", "b", "a", "b" * 256)]
         assert salted == [0, 0, again, 0]
         stream = http.post(
-            route, json={**BODIES[route], "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+            route,
+            json={
+                **BODIES[route],
+                "max_tokens": 4,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
         )
         assert f'"cached_tokens":{again}' in stream.text.replace(" ", "")
         metrics = cached.metrics()
@@ -57,9 +63,10 @@ def test_a_reset_forgets_and_loses_nothing(cached: Any) -> None:
 
 def test_metrics_tell_of_tiers_and_evictions(start: Callable[..., Any]) -> None:
     served = start(
-        prefix_cache={"use": "hash", "host_memory_gb": 0.001}, scheduler={"use": "fcfs", "max_num_seqs": 1},
+        prefix_cache={"use": "hash", "host_memory_gb": 0.001},
+        scheduler={"use": "fcfs", "max_num_seqs": 1},
         max_model_len=128,
-    )  # fmt: skip
+    )
     with served.client() as http:
         for _ in range(2):
             for i in range(6):
@@ -67,7 +74,11 @@ def test_metrics_tell_of_tiers_and_evictions(start: Callable[..., Any]) -> None:
         served.until(served.quiet)
         m = served.metrics()
         assert m["prefix_cache_evicted_blocks_total{to_host}"] > 0
-        assert m["prefix_cache_evicted_blocks_total{device_full}"] == m["prefix_cache_evicted_blocks_total{host_full}"] == 0
+        assert (
+            m["prefix_cache_evicted_blocks_total{device_full}"]
+            == m["prefix_cache_evicted_blocks_total{host_full}"]
+            == 0
+        )
         assert m["prefix_cache_blocks{device}"] > 0
         assert (host := m["prefix_cache_blocks{host}"]) > 0
         assert m["prefix_cache_hits_total"] == 6 * 64
@@ -98,4 +109,7 @@ def test_a_reset_needs_an_engine_and_the_key(start: Callable[..., Any]) -> None:
     served = start(server={"api_key": "k"}, prefix_cache="hash")
     with served.client() as http:
         assert http.post("/reset_prefix_cache").status_code == 401
-        assert http.post("/reset_prefix_cache", headers={"Authorization": "Bearer k"}).status_code == 200
+        assert (
+            http.post("/reset_prefix_cache", headers={"Authorization": "Bearer k"}).status_code
+            == 200
+        )

@@ -129,7 +129,14 @@ CHAT_ONLY: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
+        "messages",
+    ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 300}], "stream": True}, "prompt"),
     ({"top_logprobs": 2}, "top_logprobs"),
@@ -150,8 +157,14 @@ CHAT_ONLY: list[tuple[dict[str, Any], str | None]] = [
     + [(CHAT, *c) for c in CHAT_ONLY],
     ids=lambda v: (v if isinstance(v, str) else json.dumps(v))[:40],
 )
-def test_bad_values_name_their_field(http: httpx.Client, route: str, change: dict[str, Any], param: str | None) -> None:
-    body = {**({"prompt": "hi"} if route == COMPLETIONS else {"messages": HELLO}), "max_tokens": 5, **change}
+def test_bad_values_name_their_field(
+    http: httpx.Client, route: str, change: dict[str, Any], param: str | None
+) -> None:
+    body = {
+        **({"prompt": "hi"} if route == COMPLETIONS else {"messages": HELLO}),
+        "max_tokens": 5,
+        **change,
+    }
     error = refusal(http.post(route, content=json.dumps(body), headers=JSON), 400)
     assert (error["param"], error["type"]) == (param, "BadRequestError")
 
@@ -172,12 +185,21 @@ def test_bad_values_name_their_field(http: httpx.Client, route: str, change: dic
         (b'{"prompt": ' + b"9" * 10_000 + b"}", JSON),
         (b'{"prompt": "hi", "made_up": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", JSON),
         (b"[" * 2_000_000, JSON),
-        (b'{"messages": [{"role": "user", "content": "hi", "x": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001 + b"]}", JSON),
+        (
+            b'{"messages": [{"role": "user", "content": "hi", "x": '
+            + b'{"a":' * 5000
+            + b"1"
+            + b"}" * 5001
+            + b"]}",
+            JSON,
+        ),
     ],
     ids=lambda v: repr(v)[:40],
 )
 @pytest.mark.parametrize("route", [COMPLETIONS, CHAT, "/tokenize"])
-def test_bad_bodies(http: httpx.Client, route: str, content: bytes, headers: dict[str, str]) -> None:
+def test_bad_bodies(
+    http: httpx.Client, route: str, content: bytes, headers: dict[str, str]
+) -> None:
     refusal(http.post(route, content=content, headers=headers), 400)
 
 
@@ -185,14 +207,28 @@ def test_bad_bodies(http: httpx.Client, route: str, content: bytes, headers: dic
 def test_deep_bodies_never_break_the_server(http: httpx.Client, depth: int) -> None:
     deep = '{"a":' * depth + "1" + "}" * depth
     for route, body in (
-        (CHAT, f'{{"max_tokens": 2, "messages": [{{"role": "user", "content": "hi", "made_up": {deep}}}]}}'),
-        (CHAT, f'{{"max_tokens": 2, "messages": [{{"role": "user", "content": "hi"}}], "chat_template_kwargs": {deep}}}'),
+        (
+            CHAT,
+            (
+                '{"max_tokens": 2, "messages": [{"role": "user", "content": "hi", "made_up":'
+                f" {deep}}}]}}"
+            ),
+        ),
+        (
+            CHAT,
+            (
+                '{"max_tokens": 2, "messages": [{"role": "user", "content": "hi"}],'
+                f' "chat_template_kwargs": {deep}}}'
+            ),
+        ),
         (COMPLETIONS, f'{{"max_tokens": 2, "prompt": "hi", "made_up": {deep}}}'),
     ):
         assert http.post(route, content=body, headers=JSON).status_code in (200, 400)
 
 
-@pytest.mark.parametrize("key", ["messages", "template", "add_generation_prompt", "self", "a b", "bos_token"])
+@pytest.mark.parametrize(
+    "key", ["messages", "template", "add_generation_prompt", "self", "a b", "bos_token"]
+)
 def test_template_variables_cannot_break_the_template(http: httpx.Client, key: str) -> None:
     body = {"messages": HELLO, "max_tokens": 3, "seed": 1}
     plain = http.post(CHAT, json=body).json()
@@ -202,7 +238,12 @@ def test_template_variables_cannot_break_the_template(http: httpx.Client, key: s
 
 
 def test_a_list_of_a_million_bad_items_is_one_error(http: httpx.Client) -> None:
-    refusal(http.post(COMPLETIONS, content=b'{"prompt": ["a"' + b",1" * 1_000_000 + b"]}", headers=JSON), 400)
+    refusal(
+        http.post(
+            COMPLETIONS, content=b'{"prompt": ["a"' + b",1" * 1_000_000 + b"]}", headers=JSON
+        ),
+        400,
+    )
 
 
 def test_tokenize_and_detokenize(http: httpx.Client) -> None:
@@ -213,7 +254,11 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
 
 
 def test_unknown_models_routes_and_methods(http: httpx.Client) -> None:
-    for route, body in ((COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": HELLO}), ("/tokenize", {"prompt": "a"})):
+    for route, body in (
+        (COMPLETIONS, {"prompt": "a"}),
+        (CHAT, {"messages": HELLO}),
+        ("/tokenize", {"prompt": "a"}),
+    ):
         assert refusal(http.post(route, json={**body, "model": "other"}), 404)["param"] == "model"
     refusal(http.get("/v1/models/other"), 404)
     refusal(http.get("/nowhere"), 404)
@@ -243,9 +288,13 @@ def guarded(start_any: Any) -> Iterator[Any]:
 def test_the_key_guards_all_but_what_a_load_balancer_asks(guarded: Any) -> None:
     with guarded.client() as http:
         for headers in (
-            {}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret-key"}, {"authorization": "Basic s3cret-key"},
-            {"authorization": "Bearer"}, {"authorization": "Bearer s3cret-key2"},
-        ):  # fmt: skip
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "s3cret-key"},
+            {"authorization": "Basic s3cret-key"},
+            {"authorization": "Bearer"},
+            {"authorization": "Bearer s3cret-key2"},
+        ):
             answer = http.get("/v1/models", headers={**headers, "X-Request-Id": "7"})
             assert refusal(answer, 401)["type"] == "AuthenticationError"
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -254,13 +303,26 @@ def test_the_key_guards_all_but_what_a_load_balancer_asks(guarded: Any) -> None:
             refusal(http.get("/%761/models", headers=headers), 401)
         for path in ("/health", "/live", "/version"):
             assert http.get(path).status_code == 200
-        for path in ("/metrics", "/openapi.json", "/docs", "/load", "/tokenizer_info", "/nowhere", "/v1/dovetail/plan"):
+        for path in (
+            "/metrics",
+            "/openapi.json",
+            "/docs",
+            "/load",
+            "/tokenizer_info",
+            "/nowhere",
+            "/v1/dovetail/plan",
+        ):
             refusal(http.get(path), 401)
         for path in ("/tokenize", "/detokenize", "/reset_prefix_cache"):
             refusal(http.post(path, json={"prompt": "a", "tokens": [5]}), 401)
         assert http.options("/v1/models").status_code == 405
         for scheme in ("Bearer", "bearer"):
-            assert http.get("/v1/models", headers={"authorization": f"{scheme} s3cret-key"}).status_code == 200
+            assert (
+                http.get(
+                    "/v1/models", headers={"authorization": f"{scheme} s3cret-key"}
+                ).status_code
+                == 200
+            )
     with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="s3cret-key", max_retries=0) as client:
         assert client.completions.create(model="sim", prompt="a", max_tokens=2).choices
         with pytest.raises(openai.BadRequestError, match="between 0 and 3"):
@@ -274,7 +336,14 @@ def test_the_key_guards_all_but_what_a_load_balancer_asks(guarded: Any) -> None:
 
 def test_the_key_is_told_nowhere(guarded: Any) -> None:
     with guarded.client(headers={"authorization": "Bearer s3cret-key"}) as http:
-        for path in ("/version", "/metrics", "/openapi.json", "/tokenizer_info", "/v1/models", "/v1/dovetail/plan"):
+        for path in (
+            "/version",
+            "/metrics",
+            "/openapi.json",
+            "/tokenizer_info",
+            "/v1/models",
+            "/v1/dovetail/plan",
+        ):
             answer = http.get(path)
             assert answer.status_code == 200
             assert "s3cret" not in answer.text
@@ -283,13 +352,19 @@ def test_the_key_is_told_nowhere(guarded: Any) -> None:
 
 def test_the_key_is_no_part_of_the_plan(guarded: Any) -> None:
     """Nor is it printed by `explain`."""
-    config = guarded.log.with_name(guarded.log.name.replace("log-", "config-").replace(".txt", ".yaml"))
+    config = guarded.log.with_name(
+        guarded.log.name.replace("log-", "config-").replace(".txt", ".yaml")
+    )
     secret = config.with_name("secret.yaml")
-    secret.write_text(config.read_text().replace("max_body_mb", "api_key: s3cret-key\n  max_body_mb"))
+    secret.write_text(
+        config.read_text().replace("max_body_mb", "api_key: s3cret-key\n  max_body_mb")
+    )
     environ = {"PYTHONPATH": _environ(guarded)}
     for flags in ([], ["--json"]):
         command = [sys.executable, "-m", "dovetail.cli.main", "explain", str(secret), *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=30, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environ, timeout=30, check=True
+        )
         assert "max_body_mb" in done.stdout
         assert "s3cret" not in done.stdout + done.stderr
 
@@ -299,7 +374,9 @@ def _environ(served: Any) -> str:
     from pathlib import Path
 
     pairs = Path(f"/proc/{served.process.pid}/environ").read_bytes().split(b"\0")
-    return next(p for p in pairs if p.startswith(b"PYTHONPATH=")).removeprefix(b"PYTHONPATH=").decode()
+    return (
+        next(p for p in pairs if p.startswith(b"PYTHONPATH=")).removeprefix(b"PYTHONPATH=").decode()
+    )
 
 
 def test_bodies_that_are_too_large(guarded: Any) -> None:
@@ -319,17 +396,25 @@ def test_bodies_that_are_too_large(guarded: Any) -> None:
 
 def test_a_false_content_length_is_no_way_round(guarded: Any) -> None:
     url = httpx.URL(guarded.url)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer s3cret-key\r\nContent-Length: {10**15}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer"
+        f" s3cret-key\r\nContent-Length: {10**15}\r\n\r\n"
+    )
     with socket.create_connection((url.host, url.port or 0), timeout=30) as sock:
         sock.sendall(head.encode())
         assert b" 413 " in sock.recv(1000).split(b"\r\n")[0]
 
 
-ANY = st.sampled_from([None, True, 0, 1, -1, 2.5, "x", "", [], {}, [1], ["a"], {"a": 1}, 10**20, NAN, INFINITY])
+ANY = st.sampled_from(
+    [None, True, 0, 1, -1, 2.5, "x", "", [], {}, [1], ["a"], {"a": 1}, 10**20, NAN, INFINITY]
+)
 PROMPT = st.one_of(
-    st.text(max_size=20), st.lists(st.text(max_size=5), max_size=3), st.lists(st.integers(-1, 270), max_size=5),
-    st.lists(st.lists(st.integers(0, 260), max_size=3), max_size=3), ANY,
-)  # fmt: skip
+    st.text(max_size=20),
+    st.lists(st.text(max_size=5), max_size=3),
+    st.lists(st.integers(-1, 270), max_size=5),
+    st.lists(st.lists(st.integers(0, 260), max_size=3), max_size=3),
+    ANY,
+)
 FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["sim", None, "other"]),
     "max_tokens": st.integers(-1, 8),
@@ -362,8 +447,11 @@ MAYBE = {name: st.one_of(values, values, values, values, ANY) for name, values i
 @settings(max_examples=250, deadline=None)
 @given(body=st.fixed_dictionaries({"prompt": PROMPT}, optional=MAYBE))
 def test_no_body_breaks_the_server(server: Any, body: dict[str, Any]) -> None:
-    """Valid and invalid mixed: an answer or a refusal in the one shape, and never a 5xx or a hang."""
-    answer = httpx.post(f"{server.url}{COMPLETIONS}", content=json.dumps(body), headers=JSON, timeout=10)
+    """Valid and invalid mixed: an answer or a refusal in the one shape, and never a 5xx or a
+    hang."""
+    answer = httpx.post(
+        f"{server.url}{COMPLETIONS}", content=json.dumps(body), headers=JSON, timeout=10
+    )
     if answer.status_code != 200:
         assert answer.status_code in (400, 404), (body, answer.text)
         refusal(answer, answer.status_code)

@@ -1,4 +1,5 @@
-"""What other engines' servers have been attacked with, as far as no test of one feature covers it: tests/vulnerabilities.py."""
+"""What other engines' servers have been attacked with, as far as no test of one feature covers it:
+tests/vulnerabilities.py."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def all_said(served: Any, sent: bytes) -> bytes:
 
 
 def test_the_engine_listens_on_no_port(server: Any) -> None:
-    """What the two processes say to each other goes over a socket pair, which nobody else can connect to."""
+    """What the two processes say to each other goes over a socket pair, which nobody else can
+    connect to."""
     root = server.process.pid
     children = Path(f"/proc/{root}/task/{root}/children").read_text().split()
     listening = {
@@ -31,12 +33,23 @@ def test_the_engine_listens_on_no_port(server: Any) -> None:
         for pid in (str(root), *children)
         for table in ("tcp", "tcp6", "udp", "udp6")
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
-        if line.split()[9] in inodes_of(pid) and (line.split()[3] == "0A" or table.startswith("udp"))
+        if line.split()[9] in inodes_of(pid)
+        and (line.split()[3] == "0A" or table.startswith("udp"))
     }
     port = httpx.URL(server.url).port
-    assert {(pid, int(address.split(":")[1], 16)) for pid, address in listening} == {(str(root), port)}
-    named = [line for line in Path(f"/proc/{root}/net/unix").read_text().splitlines()[1:] if len(line.split()) > 7]
-    assert not [line for line in named if any(line.split()[6] in inodes_of(pid) for pid in (str(root), *children))]
+    assert {(pid, int(address.split(":")[1], 16)) for pid, address in listening} == {
+        (str(root), port)
+    }
+    named = [
+        line
+        for line in Path(f"/proc/{root}/net/unix").read_text().splitlines()[1:]
+        if len(line.split()) > 7
+    ]
+    assert not [
+        line
+        for line in named
+        if any(line.split()[6] in inodes_of(pid) for pid in (str(root), *children))
+    ]
 
 
 def inodes_of(pid: str) -> set[str]:
@@ -65,13 +78,22 @@ def inodes_of(pid: str) -> set[str]:
 def test_requests_cannot_be_smuggled(server: Any, heads: bytes) -> None:
     """A proxy in front and this server must not see different requests in the same bytes."""
     smuggled = b"0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
-    sent = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + heads + b"\r\n" + smuggled
+    sent = (
+        b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + heads
+        + b"\r\n"
+        + smuggled
+    )
     assert b'"version"' not in all_said(server, sent)
 
 
 def test_a_request_id_cannot_write_headers(server: Any) -> None:
     for value in (b"a\nSet-Cookie: b", b"a\rSet-Cookie: b", b"a\x00b"):
-        head = b"GET /version HTTP/1.1\r\nHost: x\r\nX-Request-Id: " + value + b"\r\nConnection: close\r\n\r\n"
+        head = (
+            b"GET /version HTTP/1.1\r\nHost: x\r\nX-Request-Id: "
+            + value
+            + b"\r\nConnection: close\r\n\r\n"
+        )
         said = all_said(server, head)
         assert b"\nset-cookie" not in said.lower()
         assert b"\x00" not in said
@@ -81,7 +103,9 @@ def test_compressed_bodies_are_not_expanded(server: Any) -> None:
     bomb = gzip.compress(b'{"prompt": "' + b"a" * 50_000_000 + b'"}')
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     began = time.monotonic()
-    assert httpx.post(f"{server.url}{COMPLETIONS}", content=bomb, headers=headers).status_code == 400
+    assert (
+        httpx.post(f"{server.url}{COMPLETIONS}", content=bomb, headers=headers).status_code == 400
+    )
     assert time.monotonic() - began < 10
 
 
@@ -90,7 +114,11 @@ def test_pages_of_other_origins_may_not_read_answers(server: Any) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control-")]
     preflight = {"origin": "https://attacker.example", "access-control-request-method": "POST"}
     assert httpx.options(f"{server.url}{COMPLETIONS}", headers=preflight).status_code == 405
-    simple = httpx.post(f"{server.url}{COMPLETIONS}", content='{"prompt": "a"}', headers={"content-type": "text/plain"})
+    simple = httpx.post(
+        f"{server.url}{COMPLETIONS}",
+        content='{"prompt": "a"}',
+        headers={"content-type": "text/plain"},
+    )
     assert simple.status_code == 400, "a form of another page would need no preflight"
 
 
@@ -122,31 +150,57 @@ def test_no_address_from_a_request_is_fetched(server: Any, part: dict[str, Any])
 
 @pytest.mark.parametrize(
     "field",
-    ["guided_regex", "guided_json", "guided_grammar", "structured_outputs", "response_format", "logits_processors", "tools"],
+    [
+        "guided_regex",
+        "guided_json",
+        "guided_grammar",
+        "structured_outputs",
+        "response_format",
+        "logits_processors",
+        "tools",
+    ],
 )
 def test_expressions_and_schemas_of_clients_are_not_evaluated(server: Any, field: str) -> None:
-    """Backtracking regular expressions, recursive schemas and names of processors have stopped engines, or run code there."""
-    value: Any = {"guided_regex": "(a+)+$", "logits_processors": ["os.system"], "tools": [{"type": "function"}]}
-    body = {"prompt": "a", "max_tokens": 1, field: value.get(field, {"type": "object", "pattern": "(a+)+$"})}
+    """Backtracking regular expressions, recursive schemas and names of processors have stopped
+    engines, or run code there."""
+    value: Any = {
+        "guided_regex": "(a+)+$",
+        "logits_processors": ["os.system"],
+        "tools": [{"type": "function"}],
+    }
+    body = {
+        "prompt": "a",
+        "max_tokens": 1,
+        field: value.get(field, {"type": "object", "pattern": "(a+)+$"}),
+    }
     answer = httpx.post(f"{server.url}{COMPLETIONS}", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "sim/../../x", "http://attacker.example/m", "sim\x00"])
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "sim/../../x", "http://attacker.example/m", "sim\x00"],
+)
 def test_the_model_of_a_request_is_a_name_and_no_path(server: Any, name: str) -> None:
     answer = httpx.post(f"{server.url}{COMPLETIONS}", json={"model": name, "prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
 
 
 def test_tensors_of_clients_are_not_read(server: Any) -> None:
-    """Embeddings as a pickled tensor in a request have run code elsewhere: here there is no such field."""
-    answer = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt_embeds": "gASVIQAAAA==", "max_tokens": 1})
+    """Embeddings as a pickled tensor in a request have run code elsewhere: here there is no such
+    field."""
+    answer = httpx.post(
+        f"{server.url}{COMPLETIONS}", json={"prompt_embeds": "gASVIQAAAA==", "max_tokens": 1}
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
 def test_prompts_and_answers_are_not_logged(start: Any) -> None:
     served = start()
-    for body in ({"prompt": "s3cret words", "max_tokens": 4}, {"prompt": "s3cret words", "temperature": "x"}):
+    for body in (
+        {"prompt": "s3cret words", "max_tokens": 4},
+        {"prompt": "s3cret words", "temperature": "x"},
+    ):
         httpx.post(f"{served.url}{COMPLETIONS}", json=body)
     httpx.get(f"{served.url}/nowhere?x=s3cret%0d%0awords")
     assert served.stop() == 0

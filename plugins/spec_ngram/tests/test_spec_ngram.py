@@ -41,7 +41,13 @@ def searched(tokens: list[int], max_ngram: int, min_ngram: int, count: int) -> l
     return []
 
 
-@given(few_tokens, st.lists(st.integers(1, 7)), st.integers(1, 4), st.integers(0, 3), st.integers(1, 20))
+@given(
+    few_tokens,
+    st.lists(st.integers(1, 7)),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(1, 20),
+)
 def test_ngram_finds_what_a_search_finds_however_the_text_came(
     tokens: list[int], pieces: list[int], min_ngram: int, more: int, count: int
 ) -> None:
@@ -49,19 +55,32 @@ def test_ngram_finds_what_a_search_finds_however_the_text_came(
     for piece in [*pieces, len(tokens)]:
         length = min(len(tokens), length + piece)
         index.extend(tokens[:length])
-        assert index.continuation(tokens[:length], count) == searched(tokens[:length], min_ngram + more, min_ngram, count)
+        assert index.continuation(tokens[:length], count) == searched(
+            tokens[:length], min_ngram + more, min_ngram, count
+        )
 
 
-def voted(kept: list[list[int]], tokens: list[int], ngram: int, max_match: int, count: int) -> list[int]:
-    """Suffix drafting by definition: all places, their agreement with the end of the text, votes."""
+def voted(
+    kept: list[list[int]], tokens: list[int], ngram: int, max_match: int, count: int
+) -> list[int]:
+    """Suffix drafting by definition: all places, their agreement with the end of the text,
+    votes."""
     end = -1
     text: list[int] = [token for output in kept for token in [*output, end]]
-    places = [p for p in range(ngram, len(text)) if text[p - 1] != end and text[p - ngram : p] == tokens[len(tokens) - ngram :]]
+    places = [
+        p
+        for p in range(ngram, len(text))
+        if text[p - 1] != end and text[p - ngram : p] == tokens[len(tokens) - ngram :]
+    ]
     places = [p for p in places if text[p] != end][-MAX_PLACES:] if len(tokens) >= ngram else []
 
     def agreement(place: int) -> int:
         n = 0
-        while n < min(max_match, len(tokens)) and place - n > 0 and text[place - n - 1] == tokens[-n - 1]:
+        while (
+            n < min(max_match, len(tokens))
+            and place - n > 0
+            and text[place - n - 1] == tokens[-n - 1]
+        ):
             n += 1
         return n
 
@@ -70,7 +89,9 @@ def voted(kept: list[list[int]], tokens: list[int], ngram: int, max_match: int, 
     draft: list[int] = []
     while places and len(draft) < count:
         votes = Counter(text[p] for p in places)
-        best = max(votes, key=lambda token: (votes[token], max(p for p in places if text[p] == token)))
+        best = max(
+            votes, key=lambda token: (votes[token], max(p for p in places if text[p] == token))
+        )
         if best == end:
             break
         draft.append(best)
@@ -107,13 +128,17 @@ def test_suffix_forgets_the_oldest_and_nothing_of_them_is_left(
     for output in kept:
         fresh.add(output)
     assert earlier.num_tokens == fresh.num_tokens
-    if sum(map(len, said)) <= MAX_PLACES:  # else the latest places have made old ones give way before their output went
+    if (
+        sum(map(len, said)) <= MAX_PLACES
+    ):  # else the latest places have made old ones give way before their output went
         assert earlier.continuation(tokens, 9) == fresh.continuation(tokens, 9)
         assert earlier.num_ngrams == fresh.num_ngrams
 
 
 def sequence(seq_id: int, prompt: list[int], output: list[int]) -> Sequence:
-    return Sequence(seq_id, Request(f"r{seq_id}", prompt, SamplingParams(), 99, 0, []), 0, prompt + output)
+    return Sequence(
+        seq_id, Request(f"r{seq_id}", prompt, SamplingParams(), 99, 0, []), 0, prompt + output
+    )
 
 
 def test_suffix_learns_outputs_and_not_prompts_when_a_sequence_ends() -> None:
@@ -131,11 +156,16 @@ def test_suffix_learns_outputs_and_not_prompts_when_a_sequence_ends() -> None:
 @pytest.mark.parametrize(
     ("options", "values"),
     [
-        (NgramOptions, {"max_ngram": 2, "min_ngram": 3}), (NgramOptions, {"min_ngram": 0}), (NgramOptions, {"max_ngram": 17}),
-        (NgramOptions, {"num_draft_tokens": 0}), (NgramOptions, {"num_draft_tokens": 33}), (SuffixOptions, {"max_tokens": 10}),
-        (SuffixOptions, {"max_match": 0}), (NgramOptions, {"ngram": 3}),
+        (NgramOptions, {"max_ngram": 2, "min_ngram": 3}),
+        (NgramOptions, {"min_ngram": 0}),
+        (NgramOptions, {"max_ngram": 17}),
+        (NgramOptions, {"num_draft_tokens": 0}),
+        (NgramOptions, {"num_draft_tokens": 33}),
+        (SuffixOptions, {"max_tokens": 10}),
+        (SuffixOptions, {"max_match": 0}),
+        (NgramOptions, {"ngram": 3}),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range_are_refused(options: Any, values: dict[str, int]) -> None:
     with pytest.raises(ValidationError):
         options(**values)

@@ -1,4 +1,5 @@
-"""Long checks of the worker on a fake device are for the soak: the sampler that they try is the one of the other workers."""
+"""Long checks of the worker on a fake device are for the soak: the sampler that they try is the one
+of the other workers."""
 
 import pytest
 

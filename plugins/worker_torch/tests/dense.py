@@ -1,4 +1,5 @@
-"""For tests of models: attention that is slow and obviously right, also as an operation of compiled steps."""
+"""For tests of models: attention that is slow and obviously right, also as an operation of compiled
+steps."""
 
 from __future__ import annotations
 
@@ -35,19 +36,26 @@ def load(
 ) -> Model:
     """With the architecture that `auto` would take, and by default with layers of plain torch."""
     layers = layers or TorchLinears(dtype, CPU)
-    if read_json(folder / "config.json").get("architectures", [None])[:1] in [[name] for name in OWN_ARCHITECTURES]:
-        return load_model(folder, DecoderArchitecture(), layers, dtype=dtype, device=CPU, progress=progress)
+    if read_json(folder / "config.json").get("architectures", [None])[:1] in [
+        [name] for name in OWN_ARCHITECTURES
+    ]:
+        return load_model(
+            folder, DecoderArchitecture(), layers, dtype=dtype, device=CPU, progress=progress
+        )
     from dovetail_worker_torch.bridge import BridgeArchitecture
 
     bridge = BridgeArchitecture(trust_remote_code=False)
-    model: Any = load_model(folder, bridge, layers, dtype=dtype, device=CPU, progress=progress, loads_weights=True)
+    model: Any = load_model(
+        folder, bridge, layers, dtype=dtype, device=CPU, progress=progress, loads_weights=True
+    )
     if torch_compile:
         model.compile()
     return model
 
 
 class DenseAttention:
-    """Attention that is slow and obviously right: every sequence's keys and values in a list, softmax spelled out."""
+    """Attention that is slow and obviously right: every sequence's keys and values in a list,
+    softmax spelled out."""
 
     def __init__(self, layers: list[AttentionLayer]) -> None:
         self.layers = layers
@@ -92,9 +100,12 @@ class DenseAttention:
 
 
 class CalledAttention:
-    """A `CompiledAttention` of one operation, which calls a `DenseAttention` back. For one thread."""
+    """A `CompiledAttention` of one operation, which calls a `DenseAttention` back. For one
+    thread."""
 
-    OPERATION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(StepHeader), ctypes.c_int32, ctypes.c_int32)
+    OPERATION = ctypes.CFUNCTYPE(
+        None, ctypes.c_void_p, ctypes.POINTER(StepHeader), ctypes.c_int32, ctypes.c_int32
+    )
     PIECES = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.POINTER(StepHeader))
 
     def __init__(self) -> None:
@@ -108,7 +119,9 @@ class CalledAttention:
             length = (count - 1) * stride + heads * layer.head_size
             memory = (ctypes.c_char * (length * dtype.itemsize)).from_address(address)
             shape = (count, heads, layer.head_size)
-            return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (stride, layer.head_size, 1))
+            return torch.frombuffer(memory, dtype=dtype).as_strided(
+                shape, (stride, layer.head_size, 1)
+            )
 
         def attend(_: object, step: Any, piece: int, thread: int) -> None:
             n = step.contents.num_tokens
@@ -139,7 +152,9 @@ class CompiledModel:
         assert isinstance(decoder, Decoder)
         self.model, self.backend = CompiledDecoder(decoder, kernels, 32), CalledAttention()
         self.attention_layers, self.vocab_size = decoder.attention_layers, decoder.vocab_size
-        self.model.bind([self.backend] * len(self.attention_layers), [None] * len(self.attention_layers))
+        self.model.bind(
+            [self.backend] * len(self.attention_layers), [None] * len(self.attention_layers)
+        )
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: DenseAttention) -> Tensor:
         self.backend.attention = attention

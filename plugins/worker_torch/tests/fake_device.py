@@ -1,8 +1,9 @@
-"""A device that runs behind the host, played on the CPU: what is queued is computed at once, and seen only when it is waited
-for.
+"""A device that runs behind the host, played on the CPU: what is queued is computed at once, and
+seen only when it is waited for.
 
-A graph is what a CUDA graph is: the operations of one run with the tensors that they had. Replaying it does them again on those
-tensors, so that whatever the host decided in between, or kept in a new tensor, does not count.
+A graph is what a CUDA graph is: the operations of one run with the tensors that they had. Replaying
+it does them again on those tensors, so that whatever the host decided in between, or kept in a new
+tensor, does not count.
 
 Whatever the worker does through torch, it must do while the device is the current one.
 """
@@ -167,7 +168,9 @@ class CapturableAttention(ReferenceAttention):
             for own, scale in zip(cache, scales, strict=True)
         )
         group = layer.num_heads // layer.num_kv_heads
-        keys, values = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (keys, values))  # [B, Hq, S, D]
+        keys, values = (
+            x.repeat_interleave(group, 2).transpose(1, 2) for x in (keys, values)
+        )  # [B, Hq, S, D]
         logits = (keys @ q.float()[..., None])[..., 0] * layer.scale  # [B, Hq, S]
         if layer.logit_soft_cap is not None:
             logits = layer.logit_soft_cap * torch.tanh(logits / layer.logit_soft_cap)
@@ -180,12 +183,18 @@ class CapturableAttention(ReferenceAttention):
 
 
 CAPTURABLE = Provider(
-    "capturable", "for tests", lambda context, options: CapturableAttention(), Options,
+    "capturable",
+    "for tests",
+    lambda context, options: CapturableAttention(),
+    Options,
     AttentionCapabilities(
-        kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"), sliding_window=True, logit_soft_cap=True,
-        sinks=True, graph_capture=True,
+        kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"),
+        sliding_window=True,
+        logit_soft_cap=True,
+        sinks=True,
+        graph_capture=True,
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -210,13 +219,17 @@ class FakeDeviceWorker(TorchWorker):
     """The worker as it is on a GPU, graphs included."""
 
     def __init__(self, context, options):
-        super().__init__(WithCapturableAttention(**vars(context)), options.model_copy(update={"execution": "graphs"}))
+        super().__init__(
+            WithCapturableAttention(**vars(context)),
+            options.model_copy(update={"execution": "graphs"}),
+        )
 
     def make_accelerator(self):
         return FakeAccelerator()
 
     load, kv_memory, allocate, allocate_host, warm_up, submit, sample, close = map(
-        checked, ("load", "kv_memory", "allocate", "allocate_host", "warm_up", "submit", "sample", "close")
+        checked,
+        ("load", "kv_memory", "allocate", "allocate_host", "warm_up", "submit", "sample", "close"),
     )
 
     @property

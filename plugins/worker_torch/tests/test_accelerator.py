@@ -35,14 +35,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.entered.append(entered)
         return contextlib.nullcontext()
 
-    def graph(_: FakeGraph, *, pool: int, stream: Stream) -> contextlib.AbstractContextManager[None]:
+    def graph(
+        _: FakeGraph, *, pool: int, stream: Stream
+    ) -> contextlib.AbstractContextManager[None]:
         seen.captures.append((stream, pool))
         return contextlib.nullcontext()
 
     fakes = {
-        "Stream": Stream, "stream": stream, "graph": graph, "CUDAGraph": FakeGraph,
-        "current_stream": lambda device: main, "graph_pool_handle": lambda: next(pools),
-    }  # fmt: skip
+        "Stream": Stream,
+        "stream": stream,
+        "graph": graph,
+        "CUDAGraph": FakeGraph,
+        "current_stream": lambda device: main,
+        "graph_pool_handle": lambda: next(pools),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return seen

@@ -15,13 +15,19 @@ class TestDecoder(ArchitectureContract):
     provider = dovetail_architectures()[0]
 
     @staticmethod
-    def reference_logits(config: dict[str, Any], tensors: dict[str, Tensor], token_ids: list[int]) -> Tensor:
+    def reference_logits(
+        config: dict[str, Any], tensors: dict[str, Tensor], token_ids: list[int]
+    ) -> Tensor:
         import transformers
 
         name = config["architectures"][0].removesuffix("ForCausalLM")
         settings = getattr(transformers, f"{name}Config")(**config)
         model = getattr(transformers, f"{name}ForCausalLM")(settings).eval()
-        tied = {"lm_head.weight": tensors["model.embed_tokens.weight"]} if config.get("tie_word_embeddings") else {}
+        tied = (
+            {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+            if config.get("tie_word_embeddings")
+            else {}
+        )
         model.load_state_dict({**tensors, **tied})
         with torch.inference_mode():
             return model(torch.tensor([token_ids])).logits[0]

@@ -1,4 +1,5 @@
-"""The reference keeps the contract, and the contract's checks notice the mistakes that kernels make."""
+"""The reference keeps the contract, and the contract's checks notice the mistakes that kernels
+make."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ class NarrowWindow(ReferenceAttention):
     """Sees one token too few."""
 
     def run(self, layer, q, k, v, cache, plan, out):
-        super().run(replace(layer, window=layer.window and max(1, layer.window - 1)), q, k, v, cache, plan, out)
+        super().run(
+            replace(layer, window=layer.window and max(1, layer.window - 1)),
+            q,
+            k,
+            v,
+            cache,
+            plan,
+            out,
+        )
 
 
 class RowByRow(ReferenceAttention):
@@ -53,7 +62,9 @@ class ReadsWholeBlocks(ReferenceAttention):
         batch = plan.batch
         for b in range(batch.num_seqs):
             last = batch.block_table[b, (batch.host_seq_lens[b] - 1) // plan.block_size]
-            out[batch.host_query_start[b] : batch.host_query_start[b + 1]] += (cache[1][last].sum() * 0).to(out.dtype)
+            out[batch.host_query_start[b] : batch.host_query_start[b + 1]] += (
+                cache[1][last].sum() * 0
+            ).to(out.dtype)
 
 
 class WritesPadding(ReferenceAttention):
@@ -82,14 +93,19 @@ class ForgetsSinks(ReferenceAttention):
 def test_the_contract_notices(mistake, check):
     contract = TestReference()
     contract.backend = mistake("cpu")
-    with pytest.raises(Broken, match=r"smallest failing input: .*\n  common causes: .*\n  to repeat"):
+    with pytest.raises(
+        Broken, match=r"smallest failing input: .*\n  common causes: .*\n  to repeat"
+    ):
         check(contract)
 
 
 def test_the_contract_notices_undeserved_batch_invariance():
-    """Matrix products of other shapes sum in another order: the reference does not declare it, and could not."""
+    """Matrix products of other shapes sum in another order: the reference does not declare it, and
+    could not."""
     contract = type("Undeserved", (AttentionContract,), {})()
-    contract.provider = replace(PROVIDER, capabilities=replace(PROVIDER.capabilities, batch_invariant=True))
+    contract.provider = replace(
+        PROVIDER, capabilities=replace(PROVIDER.capabilities, batch_invariant=True)
+    )
     contract.backend = ReferenceAttention("cpu")
 
     def all_of_them():

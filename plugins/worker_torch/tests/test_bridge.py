@@ -24,16 +24,47 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+}
 # By name: the class of transformers, what differs from SIZES, and the reason that must be given.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "t5": ("T5ForConditionalGeneration", {"d_model": 64, "d_kv": 16, "d_ff": 64}, "T5For.* is an encoder-decoder"),
-    "bert": ("BertForMaskedLM", {}, "BertForMaskedLM is not a causal language model .* it is BertLMHeadModel"),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"d_model": 64, "d_kv": 16, "d_ff": 64},
+        "T5For.* is an encoder-decoder",
+    ),
+    "bert": (
+        "BertForMaskedLM",
+        {},
+        "BertForMaskedLM is not a causal language model .* it is BertLMHeadModel",
+    ),
     "mamba": ("MambaForCausalLM", {"state_size": 8}, "has layers of kind linear_attention"),
-    "llama4": ("Llama4ForCausalLM", {"intermediate_size_mlp": 64, "num_local_experts": 2}, "layers of kind chunked_attention"),
-    "deepseek-v3": ("DeepseekV3ForCausalLM", {**MLA, "num_key_value_heads": 4, "first_k_dense_replace": 9}, r"\(MLA\)"),
-    "falcon": ("FalconForCausalLM", {}, "FalconForCausalLM chooses its attention from a fixed list"),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {"intermediate_size_mlp": 64, "num_local_experts": 2},
+        "layers of kind chunked_attention",
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        {**MLA, "num_key_value_heads": 4, "first_k_dense_replace": 9},
+        r"\(MLA\)",
+    ),
+    "falcon": (
+        "FalconForCausalLM",
+        {},
+        "FalconForCausalLM chooses its attention from a fixed list",
+    ),
     "bloom": ("BloomForCausalLM", {}, "cannot run on the engine's attention|from a fixed list"),
     "phi3-long": (
         "Phi3ForCausalLM",
@@ -53,7 +84,9 @@ def test_what_cannot_be_bridged_says_why(name: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(e.value)
 
 
-@pytest.mark.parametrize("wrong", ["missing", "surplus", "shape", "truncated", "pickled", "unknown type", "remote code"])
+@pytest.mark.parametrize(
+    "wrong", ["missing", "surplus", "shape", "truncated", "pickled", "unknown type", "remote code"]
+)
 def test_a_broken_folder_is_not_bridged(wrong: str, tmp_path: Path) -> None:
     transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)).save_pretrained(tmp_path)
     weights, path = tmp_path / "model.safetensors", tmp_path / "config.json"
@@ -75,7 +108,11 @@ def test_a_broken_folder_is_not_bridged(wrong: str, tmp_path: Path) -> None:
             config |= {"model_type": "nothing-known", "architectures": ["NothingForCausalLM"]}
             message = "transformers cannot load it.*nothing-known"
         case "remote code":
-            config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": {"AutoConfig": "mine.C"}}
+            config |= {
+                "model_type": "mine",
+                "architectures": ["Mine"],
+                "auto_map": {"AutoConfig": "mine.C"},
+            }
             (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
             message = "trust_remote_code"
     save_file(tensors, weights, {"format": "pt"})
@@ -92,7 +129,9 @@ def test_a_broken_folder_is_not_bridged(wrong: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_head_that_needs_more_than_hidden_states_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_needs_more_than_hidden_states_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES)).save_pretrained(tmp_path)
     forward = transformers.GPTNeoXForCausalLM.forward
 
@@ -103,7 +142,9 @@ def test_a_head_that_needs_more_than_hidden_states_is_refused(tmp_path: Path, mo
         return output
 
     monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "forward", changed)
-    with pytest.raises(CheckpointError, match="needs more of the body's output than the hidden states"):
+    with pytest.raises(
+        CheckpointError, match="needs more of the body's output than the hidden states"
+    ):
         load(tmp_path)
 
 
@@ -117,4 +158,7 @@ def test_an_untried_version_of_transformers_is_named(
     load(tmp_path)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert f"transformers 5.99.0 was not tried with the bridge (tried: {', '.join(TESTED_TRANSFORMERS)})" in record.message
+    assert (
+        "transformers 5.99.0 was not tried with the bridge (tried:"
+        f" {', '.join(TESTED_TRANSFORMERS)})" in record.message
+    )

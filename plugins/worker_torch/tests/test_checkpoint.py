@@ -68,14 +68,25 @@ def tensors() -> dict[str, Tensor]:
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
     torch.manual_seed(seed)
-    shapes = {"model.embed_tokens.weight": (VOCAB, H), "model.norm.weight": (H,), "lm_head.weight": (VOCAB, H)}
+    shapes = {
+        "model.embed_tokens.weight": (VOCAB, H),
+        "model.norm.weight": (H,),
+        "lm_head.weight": (VOCAB, H),
+    }
     for i in range(2):
         name = f"model.layers.{i}"
-        shapes |= {f"{name}.input_layernorm.weight": (H,), f"{name}.post_attention_layernorm.weight": (H,)}
         shapes |= {
-            f"{name}.self_attn.{p}_proj.weight": (n * D, H) for p, n in zip("qkv", (HEADS, KV_HEADS, KV_HEADS), strict=True)
+            f"{name}.input_layernorm.weight": (H,),
+            f"{name}.post_attention_layernorm.weight": (H,),
         }
-        shapes |= {f"{name}.self_attn.o_proj.weight": (H, HEADS * D), f"{name}.mlp.down_proj.weight": (H, FFN)}
+        shapes |= {
+            f"{name}.self_attn.{p}_proj.weight": (n * D, H)
+            for p, n in zip("qkv", (HEADS, KV_HEADS, KV_HEADS), strict=True)
+        }
+        shapes |= {
+            f"{name}.self_attn.o_proj.weight": (H, HEADS * D),
+            f"{name}.mlp.down_proj.weight": (H, FFN),
+        }
         shapes |= {f"{name}.mlp.{p}_proj.weight": (FFN, H) for p in ("gate", "up")}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
@@ -90,10 +101,15 @@ def folder(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
 
 def same(model: Decoder, tensors: dict[str, Tensor]) -> bool:
     targets = model.targets().items()
-    return all(torch.equal(target.store.__self__, tensors[name].to(target.dtype)) for name, target in targets)
+    return all(
+        torch.equal(target.store.__self__, tensors[name].to(target.dtype))
+        for name, target in targets
+    )
 
 
-def test_fused_weights_are_their_parts_one_after_the_other(folder: Path, tensors: dict[str, Tensor]) -> None:
+def test_fused_weights_are_their_parts_one_after_the_other(
+    folder: Path, tensors: dict[str, Tensor]
+) -> None:
     model = load(folder)
     assert set(model.targets()) == set(tensors)
     assert same(model, tensors)
@@ -107,7 +123,8 @@ def test_fused_weights_are_their_parts_one_after_the_other(folder: Path, tensors
 
 
 def test_weights_are_copies_of_the_file(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """A view of the mapped file would be read from disk in the first step, and change with the file."""
+    """A view of the mapped file would be read from disk in the first step, and change with the
+    file."""
     model = load(folder)
     save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, folder / SINGLE)
     assert same(model, tensors)
@@ -121,7 +138,9 @@ def test_shards_are_one_file(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
-def test_floating_types_are_converted(folder: Path, tensors: dict[str, Tensor], stored: torch.dtype) -> None:
+def test_floating_types_are_converted(
+    folder: Path, tensors: dict[str, Tensor], stored: torch.dtype
+) -> None:
     tensors = {name: t.to(stored) for name, t in tensors.items()}
     write(folder, tensors)
     for dtype in (torch.float32, torch.bfloat16):
@@ -129,7 +148,8 @@ def test_floating_types_are_converted(folder: Path, tensors: dict[str, Tensor], 
 
 
 def test_tied_output_is_the_embedding(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Whether or not it was saved a second time. A different one goes before what the config says, as in transformers."""
+    """Whether or not it was saved a second time. A different one goes before what the config says,
+    as in transformers."""
     configure(folder, tie_word_embeddings=True)
     embedding, hidden = tensors["model.embed_tokens.weight"], torch.randn(3, H)
     without = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
@@ -162,7 +182,9 @@ def test_integers_are_not_converted(tmp_path: Path) -> None:
     kept = torch.empty(4, dtype=torch.int32)
     load_tensors(tmp_path, {"packed": Target.into(kept)}, progress=ignore)
     assert torch.equal(kept, packed)
-    with pytest.raises(CheckpointError, match="packed is stored as int32, which cannot be loaded as float32"):
+    with pytest.raises(
+        CheckpointError, match="packed is stored as int32, which cannot be loaded as float32"
+    ):
         load_tensors(tmp_path, {"packed": Target.into(torch.empty(4))}, progress=ignore)
 
 
@@ -191,7 +213,9 @@ def index_without_tensor(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def index_out_of_the_folder(folder: Path, tensors: dict[str, Tensor]) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}})
+    )
 
 
 def without_index(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -208,7 +232,14 @@ def pickled_only(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def missing_seven(folder: Path, tensors: dict[str, Tensor]) -> None:
-    write(folder, {name: t for name, t in tensors.items() if "layers.1.self" not in name and "layers.1.mlp" not in name})
+    write(
+        folder,
+        {
+            name: t
+            for name, t in tensors.items()
+            if "layers.1.self" not in name and "layers.1.mlp" not in name
+        },
+    )
 
 
 def other_shape(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -232,36 +263,91 @@ def third_layer(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 WRONG: list[tuple[Damage, str]] = [
-    (without_shard, r"lacks model-00002-of-00002.safetensors, named by model.safetensors.index.json"),
+    (
+        without_shard,
+        r"lacks model-00002-of-00002.safetensors, named by model.safetensors.index.json",
+    ),
     (shard_without_tensor, r"model-00002-of-00002.safetensors does not hold lm_head.weight"),
     (index_without_tensor, r"lacks lm_head.weight, which the model"),
-    (index_out_of_the_folder, r"index.json: lm_head.weight must be in a safetensors file of this folder"),
-    (without_index, r"has neither model.safetensors nor .*, so model-00001-of-00001.safetensors cannot be told apart"),
+    (
+        index_out_of_the_folder,
+        r"index.json: lm_head.weight must be in a safetensors file of this folder",
+    ),
+    (
+        without_index,
+        (
+            r"has neither model.safetensors nor .*, so model-00001-of-00001.safetensors cannot be"
+            r" told apart"
+        ),
+    ),
     (truncated, r"model.safetensors is truncated or not a safetensors file"),
-    (lambda f, _: (f / SINGLE).write_bytes(b""), r"model.safetensors is truncated or not a safetensors file"),
-    (lambda f, _: (f / SINGLE).write_bytes(bytes(range(256)) * 9), r"model.safetensors is truncated or not a safetensors file"),
+    (
+        lambda f, _: (f / SINGLE).write_bytes(b""),
+        r"model.safetensors is truncated or not a safetensors file",
+    ),
+    (
+        lambda f, _: (f / SINGLE).write_bytes(bytes(range(256)) * 9),
+        r"model.safetensors is truncated or not a safetensors file",
+    ),
     (lambda f, _: (f / INDEX).write_text("{"), r"index.json cannot be read"),
     (lambda f, _: (f / INDEX).write_text("{}"), r"index.json: weight_map must say which file"),
     (pickled_only, r"pickled weights only \(pytorch_model.bin\).* convert them to safetensors"),
     (lambda f, _: (f / SINGLE).unlink(), r"has no weights: expected model.safetensors"),
-    (missing_seven, r"lacks (model.layers.1.[a-z_.]+, ){4}model.layers.1.[a-z_.]+ and 2 more, which the model"),
-    (other_shape, rf"model.safetensors: model.layers.0.mlp.up_proj.weight has shape \[{H}, {FFN}\].* for \[{FFN}, {H}\]"),
-    (other_type, r"model.safetensors: model.norm.weight is stored as int8, which cannot be loaded as float32"),
+    (
+        missing_seven,
+        r"lacks (model.layers.1.[a-z_.]+, ){4}model.layers.1.[a-z_.]+ and 2 more, which the model",
+    ),
+    (
+        other_shape,
+        (
+            rf"model.safetensors: model.layers.0.mlp.up_proj.weight has shape \[{H}, {FFN}\].* for"
+            rf" \[{FFN}, {H}\]"
+        ),
+    ),
+    (
+        other_type,
+        (
+            r"model.safetensors: model.norm.weight is stored as int8, which cannot be loaded as"
+            r" float32"
+        ),
+    ),
     (scaled_type, r"lm_head.weight is stored as float8_e4m3fn, which cannot be loaded as float32"),
     (surplus, r"holds model.layers.0.self_attn.q_proj.bias, which the model .* does not have"),
     (third_layer, r"holds model.layers.2.input_layernorm.weight, which the model .* does not have"),
     (lambda f, _: (f / "config.json").unlink(), r"config.json is missing"),
-    (lambda f, _: configure(f, hidden_size="32"), r"config.json: hidden_size must be a positive integer, found '32'"),
-    (lambda f, _: configure(f, num_key_value_heads=3), r"config.json: 4 query heads cannot share 3 key/value heads"),
-    (lambda f, _: configure(f, hidden_act="maxout"), r"config.json: hidden_act 'maxout' is not supported; known are silu"),
-    (lambda f, _: configure(f, rope_scaling={"type": "su"}), r"config.json: rope_type 'su' is not supported; known are"),
-    (lambda f, _: configure(f, rope_scaling={"type": "linear"}), r"config.json: rope_type 'linear' needs 'factor'"),
-    (lambda f, _: configure(f, architectures=[]), r"config.json: architectures must name the model's one architecture"),
+    (
+        lambda f, _: configure(f, hidden_size="32"),
+        r"config.json: hidden_size must be a positive integer, found '32'",
+    ),
+    (
+        lambda f, _: configure(f, num_key_value_heads=3),
+        r"config.json: 4 query heads cannot share 3 key/value heads",
+    ),
+    (
+        lambda f, _: configure(f, hidden_act="maxout"),
+        r"config.json: hidden_act 'maxout' is not supported; known are silu",
+    ),
+    (
+        lambda f, _: configure(f, rope_scaling={"type": "su"}),
+        r"config.json: rope_type 'su' is not supported; known are",
+    ),
+    (
+        lambda f, _: configure(f, rope_scaling={"type": "linear"}),
+        r"config.json: rope_type 'linear' needs 'factor'",
+    ),
+    (
+        lambda f, _: configure(f, architectures=[]),
+        r"config.json: architectures must name the model's one architecture",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), WRONG, ids=[re.sub(r"\W+", " ", message)[:40] for _, message in WRONG])
-def test_what_is_wrong_is_said(folder: Path, tensors: dict[str, Tensor], damage: Damage, message: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"), WRONG, ids=[re.sub(r"\W+", " ", message)[:40] for _, message in WRONG]
+)
+def test_what_is_wrong_is_said(
+    folder: Path, tensors: dict[str, Tensor], damage: Damage, message: str
+) -> None:
     damage(folder, tensors)
     with pytest.raises(CheckpointError, match=message) as e:
         load(folder)

@@ -1,4 +1,5 @@
-"""Every field of a config.json that changes what transformers computes is read, or refused by its name."""
+"""Every field of a config.json that changes what transformers computes is read, or refused by its
+name."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "sliding_window": (7, None, 4096, LEFT_OUT),
     "use_sliding_window": (True, False),
     "max_window_layers": (0, 1, 5),
-    "layer_types": ([FULL, SLIDING], [SLIDING, FULL], [FULL, FULL], None, LEFT_OUT, ["linear_attention"] * 2),
+    "layer_types": (
+        [FULL, SLIDING],
+        [SLIDING, FULL],
+        [FULL, FULL],
+        None,
+        LEFT_OUT,
+        ["linear_attention"] * 2,
+    ),
     "attention_bias": (True, False),
     "mlp_bias": (True,),
     "rope_theta": (500.0,),
@@ -37,20 +45,40 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "max_position_embeddings": (64, 32, LEFT_OUT),
     "original_max_position_embeddings": (64,),
     "rope_parameters": (
-        None, LEFT_OUT, {"rope_type": "default", "rope_theta": 77.0}, {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5}, {"rope_type": "proportional"},
+        None,
+        LEFT_OUT,
+        {"rope_type": "default", "rope_theta": 77.0},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5},
+        {"rope_type": "proportional"},
         {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "factor": 2.0,
+        },
     ),
     "rope_scaling": (
-        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, {"type": "linear", "factor": 3.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, {"rope_type": "yarn", "factor": 4.0},
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"type": "linear", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        {"rope_type": "yarn", "factor": 4.0},
     ),
     # Of other families: transformers does not look at them here, and neither do we.
-    "pretraining_tp": (2,), "logits_scaling": (3.0,), "attention_multiplier": (0.3,), "attn_logit_softcapping": (2.0,),
-    "final_logit_softcapping": (2.0,), "use_qk_norm": (True,), "query_pre_attn_scalar": (3,), "residual_multiplier": (0.5,),
-    "attention_dropout": (0.5,), "no_rope_layers": ([0, 1],), "clip_qkv": (1.0,), "norm_eps": (0.3,),
-}  # fmt: skip
+    "pretraining_tp": (2,),
+    "logits_scaling": (3.0,),
+    "attention_multiplier": (0.3,),
+    "attn_logit_softcapping": (2.0,),
+    "final_logit_softcapping": (2.0,),
+    "use_qk_norm": (True,),
+    "query_pre_attn_scalar": (3,),
+    "residual_multiplier": (0.5,),
+    "attention_dropout": (0.5,),
+    "no_rope_layers": ([0, 1],),
+    "clip_qkv": (1.0,),
+    "norm_eps": (0.3,),
+}
 """By field: values to try, in place of what is there."""
 
 
@@ -72,7 +100,10 @@ def test_fields_are_read_or_refused(architecture: str, tmp_path: Path) -> None:
                 for derived in {"layer_types", "use_sliding_window", "max_window_layers"} - {field}:
                     config.pop(derived, None)
                 if field != "sliding_window":
-                    config |= {"sliding_window": 7, "use_sliding_window": value if field == "use_sliding_window" else True}
+                    config |= {
+                        "sliding_window": 7,
+                        "use_sliding_window": value if field == "use_sliding_window" else True,
+                    }
             path.write_text(json.dumps(config))
             compared += check(tmp_path, f"seed {seed}, {field} = {config.get(field, 'left out')!r}")
     assert compared > 30
@@ -82,7 +113,9 @@ def check(folder: Path, what: str) -> bool:
     """Whether both computed something, which must be the same."""
     prompt = [random.randrange(203) for _ in range(26)]
     try:
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32
+        )
         with torch.inference_mode():
             expected = theirs.eval()(torch.tensor([prompt]), use_cache=False).logits[0]
     except Exception:

@@ -1,4 +1,5 @@
-"""Steps on a device that runs behind the host, played on the CPU: the contracts hold, and nothing is waited for in vain."""
+"""Steps on a device that runs behind the host, played on the CPU: the contracts hold, and nothing
+is waited for in vain."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def folder(tmp_path_factory):
 
 
 class TestAttention(AttentionContract):
-    """What the fake device's steps are made of: if it kept no contract, these tests would show nothing."""
+    """What the fake device's steps are made of: if it kept no contract, these tests would show
+    nothing."""
 
     provider = CAPTURABLE
 
@@ -55,11 +57,20 @@ def new_engine(folder, *, fake=True, overlap=True, more=None, **worker):
         if fake and offer.extension_point == "worker" and offer.provider.name == WORKER.name:
             registry.offers[i] = replace(offer, provider=FAKE)
     config = {
-        "model": str(folder), "device": "cpu", "dtype": "float32", "overlap": overlap, "max_model_len": 256,
-        "worker": {"use": "torch", "execution": "plain", **worker}, "attention": "torch-reference",
-        "kv_cache": {"memory_gb": 0.05}, "scheduler": {"max_num_seqs": 6, "max_num_batched_tokens": 64}, **(more or {}),
-    }  # fmt: skip
-    return build_engine(resolve(EngineConfig.model_validate(config), registry), lambda *_: None, registry)
+        "model": str(folder),
+        "device": "cpu",
+        "dtype": "float32",
+        "overlap": overlap,
+        "max_model_len": 256,
+        "worker": {"use": "torch", "execution": "plain", **worker},
+        "attention": "torch-reference",
+        "kv_cache": {"memory_gb": 0.05},
+        "scheduler": {"max_num_seqs": 6, "max_num_batched_tokens": 64},
+        **(more or {}),
+    }
+    return build_engine(
+        resolve(EngineConfig.model_validate(config), registry), lambda *_: None, registry
+    )
 
 
 def device_of(engine) -> FakeAccelerator:
@@ -90,31 +101,44 @@ def some_requests(seed: int) -> list[Request]:
     """Greedy and sampled, with and without what has to wait for the host."""
     rng = random.Random(seed)
     kinds = [
-        {}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 7, "top_p": 0.9}, {"temperature": 1.2, "min_p": 0.1, "n": 2},
-        {"logprobs": 2}, {"temperature": 0.7, "repetition_penalty": 1.3}, {"frequency_penalty": 0.5}, {"min_tokens": 9},
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_k": 7, "top_p": 0.9},
+        {"temperature": 1.2, "min_p": 0.1, "n": 2},
+        {"logprobs": 2},
+        {"temperature": 0.7, "repetition_penalty": 1.3},
+        {"frequency_penalty": 0.5},
+        {"min_tokens": 9},
         {"logit_bias": {5: 5.0, 6: 5.0}, "temperature": 1.0},
-    ]  # fmt: skip
+    ]
     requests = []
     for i, kind in enumerate(kinds + rng.sample(kinds, 5)):
-        params = SamplingParams(max_tokens=max(rng.randint(1, 24), kind.get("min_tokens", 0)), **kind)
+        params = SamplingParams(
+            max_tokens=max(rng.randint(1, 24), kind.get("min_tokens", 0)), **kind
+        )
         prompt = [rng.randrange(2, 60) for _ in range(rng.choice((1, 5, 40, 90)))]
-        requests.append(Request(str(i), prompt, params, params.max_tokens, rng.randrange(2**31), [0]))
+        requests.append(
+            Request(str(i), prompt, params, params.max_tokens, rng.randrange(2**31), [0])
+        )
     return requests
 
 
 def test_queued_steps_say_what_plain_ones_say(folder):
-    """All that is asked for at once, over a pipeline of two steps, as a plain loop on the CPU says it."""
+    """All that is asked for at once, over a pipeline of two steps, as a plain loop on the CPU says
+    it."""
     seed = random.randrange(2**31)
     queued = new_engine(folder)
     said = said_by(queued, some_requests(seed))
-    assert said == said_by(new_engine(folder, fake=False, overlap=False), some_requests(seed)), f"seed {seed}"
+    assert said == said_by(new_engine(folder, fake=False, overlap=False), some_requests(seed)), (
+        f"seed {seed}"
+    )
     assert all(not error for _, _, error in said.values())
     assert any(logprobs for _, logprobs, _ in said.values())
 
 
 def test_nothing_is_waited_for(folder):
-    """Where tokens are all that is asked, a step is queued while the tokens of the one before are not looked at; those that
-    can be are replayed."""
+    """Where tokens are all that is asked, a step is queued while the tokens of the one before are
+    not looked at; those that can be are replayed."""
     engine, params = new_engine(folder), SamplingParams(max_tokens=20)
     device = device_of(engine)
     device.num_replayed = device.most_outstanding = 0
@@ -137,7 +161,10 @@ def test_a_step_without_memory_fails_its_requests_alone(folder, monkeypatch):
         return forward(token_ids, positions, attend)
 
     monkeypatch.setattr(runner.model, "forward", full)
-    requests = [Request("small", [7, 8], params, 4, 0, []), Request("large", [9] * 50, params, 4, 0, [])]
+    requests = [
+        Request("small", [7, 8], params, 4, 0, []),
+        Request("large", [9] * 50, params, 4, 0, []),
+    ]
     said = said_by(engine, [requests[0]])
     assert said_by(engine, [requests[1]])["large", 0] == ([], [], ["out_of_memory"])
     again = replace_id(requests[0], "again")
@@ -145,7 +172,8 @@ def test_a_step_without_memory_fails_its_requests_alone(folder, monkeypatch):
 
 
 def test_a_lost_device_ends_the_engine(folder, monkeypatch):
-    """Not its requests alone: whatever comes after would fail as well, and a server starts a new process."""
+    """Not its requests alone: whatever comes after would fail as well, and a server starts a new
+    process."""
     engine, runner = (built := new_engine(folder)), worker_of(built)._runner
 
     def lost(*arguments):
@@ -153,19 +181,37 @@ def test_a_lost_device_ends_the_engine(folder, monkeypatch):
 
     monkeypatch.setattr(runner.model, "forward", lost)
     engine.add(Request("r", [7, 8], SamplingParams(max_tokens=4), 4, 0, []))
-    with pytest.raises(EngineDead, match="cpu failed, and nothing more can be run on it by this process: CUDA error"):
+    with pytest.raises(
+        EngineDead,
+        match="cpu failed, and nothing more can be run on it by this process: CUDA error",
+    ):
         engine.step()
 
 
 def replace_id(request, name):
-    return Request(name, request.prompt_token_ids, request.params, request.max_tokens, request.seed, request.eos_token_ids)
+    return Request(
+        name,
+        request.prompt_token_ids,
+        request.params,
+        request.max_tokens,
+        request.seed,
+        request.eos_token_ids,
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "says"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory, "Lower kv_cache.memory_fraction or scheduler.max_num_seqs"),
-        (RuntimeError("operation not permitted when stream is capturing"), PluginError, "To run without them, set worker.on_c"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            OutOfMemory,
+            "Lower kv_cache.memory_fraction or scheduler.max_num_seqs",
+        ),
+        (
+            RuntimeError("operation not permitted when stream is capturing"),
+            PluginError,
+            "To run without them, set worker.on_c",
+        ),
     ],
 )
 def test_a_capture_that_fails(folder, monkeypatch, caplog, error, kind, says):
@@ -177,7 +223,10 @@ def test_a_capture_that_fails(folder, monkeypatch, caplog, error, kind, says):
         new_engine(folder)
     request = Request("r", [3, 4], SamplingParams(max_tokens=5), 5, 0, [])
     engine = new_engine(folder, on_capture_failure="plain")
-    assert f"decode steps could not be captured, and run without graphs: {type(error).__name__}" in caplog.text
+    assert (
+        f"decode steps could not be captured, and run without graphs: {type(error).__name__}"
+        in caplog.text
+    )
     assert said_by(engine, [request]) == said_by(new_engine(folder, fake=False), [request])
     assert device_of(engine).num_replayed == 0
 
@@ -185,11 +234,16 @@ def test_a_capture_that_fails(folder, monkeypatch, caplog, error, kind, says):
 INT8 = {"kv_cache": {"memory_gb": 0.05, "dtype": "int8"}}
 
 
-@pytest.mark.parametrize("more", [INT8, {"shadow": {"attention": "attention-cpu"}}], ids=["int8", "shadow"])
+@pytest.mark.parametrize(
+    "more", [INT8, {"shadow": {"attention": "attention-cpu"}}], ids=["int8", "shadow"]
+)
 def test_calibration_and_shadow_runs_are_on_the_workers_device(folder, more):
-    """The fake device checks it; what the worker contract does besides (masks, drafts, a host tier), it checks there."""
+    """The fake device checks it; what the worker contract does besides (masks, drafts, a host
+    tier), it checks there."""
     params = SamplingParams(max_tokens=5)
-    ((tokens, _, error),) = said_by(new_engine(folder, more=more), [Request("r", [3, 4], params, 5, 0, [])]).values()
+    ((tokens, _, error),) = said_by(
+        new_engine(folder, more=more), [Request("r", [3, 4], params, 5, 0, [])]
+    ).values()
     assert len(tokens) == 5
     assert not error
 
@@ -207,13 +261,22 @@ OF_THE_DEVICE = {
 
 @pytest.mark.parametrize("name", OF_THE_DEVICE)
 def test_the_fake_device_sees_what_is_not_on_it(folder, monkeypatch, name):
-    """Its checks are what shows that the worker makes its device the current one: without that, each method fails."""
+    """Its checks are what shows that the worker makes its device the current one: without that,
+    each method fails."""
     worker = worker_of(new_engine(folder, more={"kv_cache": {}}))
     plan = Driver(worker, worker.kv_groups(), [9]).plan([])
-    plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, plan.new_block_ids = [7], [1], [0], [True], [[[1]]]
+    plan.seq_ids, plan.num_tokens, plan.num_computed, plan.samples, plan.new_block_ids = (
+        [7],
+        [1],
+        [0],
+        [True],
+        [[[1]]],
+    )
     plan.starts = [SequenceStart(7, "r", 0, [5], 1, [[]], SamplingParams(), 0, [], 9)]
     monkeypatch.setattr(FakeAccelerator, "current", lambda self: contextlib.nullcontext())
-    with pytest.raises((AssertionError, PluginError), match="while the device is not the current one"):
+    with pytest.raises(
+        (AssertionError, PluginError), match="while the device is not the current one"
+    ):
         OF_THE_DEVICE[name](worker, plan)
 
 
@@ -234,11 +297,16 @@ MIB = 2**20
 def test_graphs_are_measured_before_the_cache_is_sized(folder, monkeypatch, caplog):
     """The largest takes 100 MiB, each other one 10; sizes are 1, 2, 4 and 6."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB)
+    monkeypatch.setattr(
+        FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB
+    )
     worker = worker_of(new_engine(folder, more={"kv_cache": {"memory_fraction": 0.9}}))
     device = worker.accelerator
     assert capture_sizes(6) == [1, 2, 4, 6]
-    assert "beside the KV cache: 1 MiB for a step, 0 for tables of sequences, 130 for CUDA graphs" in caplog.text
+    assert (
+        "beside the KV cache: 1 MiB for a step, 0 for tables of sequences, 130 for CUDA graphs"
+        in caplog.text
+    )
     assert "CUDA graphs took 130 MiB of cpu (reserved were 130)" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert device.num_captured == 3 + 4
@@ -249,7 +317,9 @@ def test_graphs_are_measured_before_the_cache_is_sized(folder, monkeypatch, capl
 
 
 def test_the_cache_gets_what_graphs_leave(folder, monkeypatch):
-    monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB)
+    monkeypatch.setattr(
+        FakeAccelerator, "bytes_of_capture", lambda self: (10 if self.num_graphs else 100) * MIB
+    )
     worker = worker_of(new_engine(folder, more={"kv_cache": {"memory_fraction": 0.9}}))
     worker._runner = None
     taken = 2 * 2**30
@@ -257,7 +327,11 @@ def test_the_cache_gets_what_graphs_leave(folder, monkeypatch):
 
 
 def test_a_capture_that_takes_more_than_was_reserved_is_reported(folder, monkeypatch, caplog):
-    monkeypatch.setattr(FakeAccelerator, "bytes_of_capture", lambda self: (50 if self.num_captured >= 3 else 10) * MIB)
+    monkeypatch.setattr(
+        FakeAccelerator,
+        "bytes_of_capture",
+        lambda self: (50 if self.num_captured >= 3 else 10) * MIB,
+    )
     new_engine(folder, more={"kv_cache": {}})
     (record,) = caplog.records
     assert record.levelname == "WARNING"

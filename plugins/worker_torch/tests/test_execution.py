@@ -14,7 +14,12 @@ from dovetail.facts import DeviceFacts
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.plugin.provider import Context
-from dovetail_worker_torch import BRIDGE_CAPABILITIES, DECODER_CAPABILITIES, WorkerOptions, dovetail_workers
+from dovetail_worker_torch import (
+    BRIDGE_CAPABILITIES,
+    DECODER_CAPABILITIES,
+    WorkerOptions,
+    dovetail_workers,
+)
 from dovetail_worker_torch.decoder import ARCHITECTURES
 from dovetail_worker_torch.execution import OWN_ARCHITECTURES, resolve_options
 
@@ -23,7 +28,9 @@ DEVICE = DeviceFacts("Linux", "x86_64", 4, 2**33, AVX512, "/usr/bin/c++")
 STRANGER = ArchitectureCapabilities(("StrangeForCausalLM",))
 
 
-def context(dtype: str = "bfloat16", name: str = "cpu", made: Any = DECODER_CAPABILITIES, **device: Any) -> Context:
+def context(
+    dtype: str = "bfloat16", name: str = "cpu", made: Any = DECODER_CAPABILITIES, **device: Any
+) -> Context:
     model: Any = SimpleNamespace(architecture="SomeForCausalLM")
     needs = {"compiled_attention": True, "architecture": made, "quantization": [PLAIN_WEIGHTS]}
     return Context(replace(DEVICE, **device), model, name, dtype, needs)
@@ -56,9 +63,14 @@ def test_why_not(changes: dict[str, Any], words: str) -> None:
     execution, linear, remarks = settled(context(**changes))
     assert (execution, linear) == ("plain", "torch")
     assert words in remarks
-    with pytest.raises(ConfigError, match=r"worker\.execution: compiled cannot be had here: .*Set it to auto or plain"):
+    with pytest.raises(
+        ConfigError,
+        match=r"worker\.execution: compiled cannot be had here: .*Set it to auto or plain",
+    ):
         settled(context(**changes), execution="compiled")
-    with pytest.raises(ConfigError, match=r"worker\.linear: packed cannot be had here: .*Set it to auto or torch"):
+    with pytest.raises(
+        ConfigError, match=r"worker\.linear: packed cannot be had here: .*Set it to auto or torch"
+    ):
         settled(context(**changes), linear="packed")
     assert settled(context(**changes), execution="plain") == ("plain", "torch", "")
 
@@ -77,7 +89,10 @@ def test_on_a_gpu_decode_steps_are_graphs() -> None:
 
 @pytest.mark.parametrize(
     ("needs", "words"),
-    [({"graph_capture": False}, "does not declare graph_capture"), ({"shadow": True}, "a shadow run compares layers")],
+    [
+        ({"graph_capture": False}, "does not declare graph_capture"),
+        ({"shadow": True}, "a shadow run compares layers"),
+    ],
 )
 def test_what_is_not_captured(needs: dict[str, Any], words: str) -> None:
     execution, _, remarks = settled(on_gpu(**needs))
@@ -88,7 +103,9 @@ def test_what_is_not_captured(needs: dict[str, Any], words: str) -> None:
 
 
 def test_what_is_for_the_other_device() -> None:
-    with pytest.raises(ConfigError, match="graphs cannot be had here: graphs are CUDA's, and the device is cpu"):
+    with pytest.raises(
+        ConfigError, match="graphs cannot be had here: graphs are CUDA's, and the device is cpu"
+    ):
         settled(context(), execution="graphs")
     with pytest.raises(ConfigError, match="compiled steps are for CPUs"):
         settled(on_gpu(), execution="compiled")
@@ -114,7 +131,10 @@ def test_what_is_chosen_must_take_part(needs: dict[str, Any], words: str) -> Non
 
 def test_a_scheme_that_can_take_part_does() -> None:
     scheme = QuantizationCapabilities(compiled_steps=True)
-    assert settled(replace(context(), needs={**context().needs, "quantization": [scheme]}))[0] == "compiled"
+    assert (
+        settled(replace(context(), needs={**context().needs, "quantization": [scheme]}))[0]
+        == "compiled"
+    )
 
 
 def test_plain_is_torch_throughout_unless_packed_layers_are_asked_for() -> None:
@@ -140,7 +160,12 @@ def test_models_of_the_bridge_are_compiled_by_torch_when_asked() -> None:
     assert "torch.compile" in remarks
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
         settled(context(made=BRIDGE_CAPABILITIES, compiler=None), execution="compiled")
-    assert settled(context(made=BRIDGE_CAPABILITIES, name="cuda:0", compiler=None), execution="compiled")[0] == "compiled"
+    assert (
+        settled(
+            context(made=BRIDGE_CAPABILITIES, name="cuda:0", compiler=None), execution="compiled"
+        )[0]
+        == "compiled"
+    )
 
 
 def test_the_worker_takes_parts_written_for_torch_only() -> None:

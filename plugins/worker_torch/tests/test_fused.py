@@ -30,22 +30,30 @@ def close(ours, theirs, atol=4):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(0, 8), (1, 64), (3, 80), (5, 1000)])
 def test_norms(dtype, rows, size):
-    hidden, delta, weight = (torch.randn(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,)))
+    hidden, delta, weight = (
+        torch.randn(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,))
+    )
     close(TRITON.rms_norm(hidden, weight, 1e-5), TORCH.rms_norm(hidden, weight, 1e-5))
     ours, theirs = hidden.clone(), hidden.clone()
-    close(TRITON.add_rms_norm(ours, delta, weight, 1e-5), TORCH.add_rms_norm(theirs, delta, weight, 1e-5))
+    close(
+        TRITON.add_rms_norm(ours, delta, weight, 1e-5),
+        TORCH.add_rms_norm(theirs, delta, weight, 1e-5),
+    )
     torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(
-    ("tokens", "num_heads", "num_kv_heads", "size"), [(0, 2, 1, 16), (1, 4, 4, 16), (3, 14, 2, 64), (2, 9, 3, 80)]
+    ("tokens", "num_heads", "num_kv_heads", "size"),
+    [(0, 2, 1, 16), (1, 4, 4, 16), (3, 14, 2, 64), (2, 9, 3, 80)],
 )
 def test_rotations(dtype, has_norm, tokens, num_heads, num_kv_heads, size):
     qkv = torch.randn(tokens, num_heads + 2 * num_kv_heads, size, dtype=dtype)
     norm = torch.randn(num_heads + num_kv_heads, size, dtype=dtype) if has_norm else None
-    rotary = RotaryEmbedding(1.0 / 10000 ** (torch.arange(size // 2) / (size // 2)), 1.0, dtype, torch.device("cpu"))
+    rotary = RotaryEmbedding(
+        1.0 / 10000 ** (torch.arange(size // 2) / (size // 2)), 1.0, dtype, torch.device("cpu")
+    )
     cos, sin = rotary(torch.randint(0, 5000, (tokens,)))
     ours = TRITON.rotated(qkv, num_heads, num_kv_heads, norm, 1e-6, cos, sin)
     theirs = TORCH.rotated(qkv, num_heads, num_kv_heads, norm, 1e-6, cos, sin)

@@ -1,4 +1,5 @@
-"""Packed linear layers against float64, for every instruction set that can be had here; AMX is emulated where it is not."""
+"""Packed linear layers against float64, for every instruction set that can be had here; AMX is
+emulated where it is not."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return Kernels.load(device_facts(), **BUILDS[request.param])
 
 
-def make(kernels: Kernels, weight: Tensor, bias: Tensor | None = None, parts: int = 1) -> PackedLinear:
+def make(
+    kernels: Kernels, weight: Tensor, bias: Tensor | None = None, parts: int = 1
+) -> PackedLinear:
     """Loaded part by part, as a fused layer is."""
     pieces = weight.tensor_split(parts)
     named = [Part(f"part{i}", len(piece)) for i, piece in enumerate(pieces)]
@@ -46,7 +49,9 @@ def make(kernels: Kernels, weight: Tensor, bias: Tensor | None = None, parts: in
     return linear
 
 
-def check(linear: PackedLinear, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def check(
+    linear: PackedLinear, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     out = linear(x, dtype)
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
@@ -59,7 +64,10 @@ def check(linear: PackedLinear, x: Tensor, weight: Tensor, bias: Tensor | None, 
 def test_the_kernels_compile_for_amx(tmp_path: Path) -> None:
     """Where it cannot run, its arithmetic is tested by emulation; this is the rest."""
     facts = device_facts()
-    known = subprocess.run([str(facts.compiler), "-march=sapphirerapids", "-E", "-xc++", "/dev/null"], capture_output=True)
+    known = subprocess.run(
+        [str(facts.compiler), "-march=sapphirerapids", "-E", "-xc++", "/dev/null"],
+        capture_output=True,
+    )
     if known.returncode != 0:
         pytest.skip("this compiler does not know AMX")
     build_library("worker-torch", SOURCES, facts, target="amx", folder=tmp_path)
@@ -67,14 +75,28 @@ def test_the_kernels_compile_for_amx(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.one_of(st.integers(0, 40), st.integers(41, 500)), outputs=st.integers(1, 300), depth=st.integers(1, 700),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), out=st.sampled_from([torch.float32, torch.bfloat16]),
-    biased=st.booleans(), parts=st.integers(1, 3), threads=st.integers(1, 3), seed=st.integers(0, 2**31),
-)  # fmt: skip
+    rows=st.one_of(st.integers(0, 40), st.integers(41, 500)),
+    outputs=st.integers(1, 300),
+    depth=st.integers(1, 700),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    out=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+    parts=st.integers(1, 3),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
 def test_every_shape(
-    kernels: Kernels, rows: int, outputs: int, depth: int, dtype: torch.dtype, out: torch.dtype, biased: bool, parts: int,
-    threads: int, seed: int,
-) -> None:  # fmt: skip
+    kernels: Kernels,
+    rows: int,
+    outputs: int,
+    depth: int,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    biased: bool,
+    parts: int,
+    threads: int,
+    seed: int,
+) -> None:
     torch.manual_seed(seed)
     weight, x = torch.randn(outputs, depth).to(dtype), torch.randn(rows, depth).to(dtype)
     bias = torch.randn(outputs).to(dtype) if biased else None
@@ -95,10 +117,14 @@ def test_an_output_does_not_depend_on_the_other_rows(kernels: Kernels, dtype: to
     together = linear(x, torch.float32)
     for count in (1, 2, 5, 6, 7, 16, 17, 31, 32, 33, 64, 193):
         start = random.randrange(300 - count)
-        assert torch.equal(linear(x[start : start + count], torch.float32), together[start : start + count]), count
+        assert torch.equal(
+            linear(x[start : start + count], torch.float32), together[start : start + count]
+        ), count
 
 
-def test_nothing_is_read_behind_a_row_and_nothing_written_behind_an_output(kernels: Kernels) -> None:
+def test_nothing_is_read_behind_a_row_and_nothing_written_behind_an_output(
+    kernels: Kernels,
+) -> None:
     weight = torch.randn(70, 64).bfloat16()
     wide = torch.full((9, 96), torch.nan, dtype=torch.bfloat16)
     wide[:, :64] = torch.randn(9, 64)

@@ -1,4 +1,5 @@
-"""How the tensors of a scheme come from a checkpoint: parts in any order, made when complete, faults named; KV scales."""
+"""How the tensors of a scheme come from a checkpoint: parts in any order, made when complete,
+faults named; KV scales."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class Scheme:
 
     def linear(self, layer: LinearLayer, tensors: Any) -> Any:
         self.made.append(layer.name)
-        scale = tensors["scale"].repeat_interleave(torch.tensor([p.out_features for p in layer.parts]))
+        scale = tensors["scale"].repeat_interleave(
+            torch.tensor([p.out_features for p in layer.parts])
+        )
         weight, bias = tensors["codes"].T.float() * scale[:, None], tensors["bias"]
         return lambda x: x @ weight.T + bias
 
@@ -41,7 +44,10 @@ class Scheme:
         return {"codes": (weight / scale).round().to(torch.int8).T, "scale": scale}
 
     def kv_scales(self, name: str) -> dict[str, Parameter] | None:
-        return {f"{name}.k_scale": Parameter((1,), "float32"), f"{name}.v_scale": Parameter((), "float32")}
+        return {
+            f"{name}.k_scale": Parameter((1,), "float32"),
+            f"{name}.v_scale": Parameter((), "float32"),
+        }
 
 
 def test_stored_parts_in_any_order() -> None:
@@ -55,14 +61,18 @@ def test_stored_parts_in_any_order() -> None:
         stored[f"{name}.scale"] = torch.tensor(2.0 ** random.randint(-6, 0))
         stored[f"{name}.bias"] = torch.randint(-99, 99, (size,)).float()
     targets = linear.targets()
-    assert {name: target.shape for name, target in targets.items()} == {name: tuple(t.shape) for name, t in stored.items()}
+    assert {name: target.shape for name, target in targets.items()} == {
+        name: tuple(t.shape) for name, t in stored.items()
+    }
     names = random.sample(sorted(stored), len(stored))
     for name in names:
         assert scheme.made == []
         targets[name].store(stored[name])
     assert scheme.made == ["qkv"]
     x = torch.randint(-9, 9, (3, 4)).float()
-    parts = [x @ stored[f"{n}.codes"].float() * stored[f"{n}.scale"] + stored[f"{n}.bias"] for n in sizes]
+    parts = [
+        x @ stored[f"{n}.codes"].float() * stored[f"{n}.scale"] + stored[f"{n}.bias"] for n in sizes
+    ]
     assert torch.equal(linear(x), torch.cat(parts, 1))
     assert linear(x, torch.float64).dtype == torch.float64
 
@@ -75,7 +85,9 @@ def test_plain_weights_are_quantized_by_part() -> None:
     for name, target in linear.targets().items():
         part, _, kind = name.partition(".")
         # As a transposed matrix comes.
-        target.store(weights[part].T.contiguous().T if kind == "weight" else torch.zeros(target.shape))
+        target.store(
+            weights[part].T.contiguous().T if kind == "weight" else torch.zeros(target.shape)
+        )
     x = torch.randn(3, 4)
     exact = torch.cat([x @ w.T for w in weights.values()], 1)
     step = torch.cat([(w.abs().max() / 127).expand(len(w)) for w in weights.values()])
@@ -85,8 +97,14 @@ def test_plain_weights_are_quantized_by_part() -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda made: {**made, "codes": made["codes"].T}, r"declares codes \[4, 6\] int8 for q, and quantize gave \[6, 4\]"),
-        (lambda made: {**made, "scale": made["scale"].double()}, r"declares scale \[\] float32 for q.*float64"),
+        (
+            lambda made: {**made, "codes": made["codes"].T},
+            r"declares codes \[4, 6\] int8 for q, and quantize gave \[6, 4\]",
+        ),
+        (
+            lambda made: {**made, "scale": made["scale"].double()},
+            r"declares scale \[\] float32 for q.*float64",
+        ),
         (lambda made: {"codes": made["codes"]}, r"declares scale .* quantize gave nothing"),
         (lambda made: 1 / 0, r"kit failed at q: ZeroDivisionError"),
     ],
@@ -115,7 +133,9 @@ def test_a_plain_weight_that_is_no_number_is_named() -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "bfloat16"])
 def test_scales_of_the_kv_cache_are_read_where_it_has_one_byte(kv_dtype: str) -> None:
-    choices = {"quantization": SimpleNamespace(extension_point="quantization", requested="auto", match="*")}
+    choices = {
+        "quantization": SimpleNamespace(extension_point="quantization", requested="auto", match="*")
+    }
     plan = SimpleNamespace(choices=choices, quantization_rules=choices, device="cpu")
     context: Any = SimpleNamespace(plan=plan, build=lambda key: Scheme())
     layers = QuantizedLayers(context, TorchLinears(torch.float32, CPU), "float32", kv_dtype)

@@ -17,9 +17,14 @@ from dovetail_worker_torch.tiny import TINY_CONFIGS
 def engine_of(tmp_path, quantization="none", **more):
     (tmp_path / "config.json").write_text(json.dumps({**TINY_CONFIGS[0], **more}))
     config = {
-        "model": str(tmp_path), "device": "cpu", "dtype": "bfloat16", "max_model_len": 64, "quantization": quantization,
-        "worker": {"use": "torch", "weights": "random"}, "kv_cache": {"memory_gb": 0.01},
-    }  # fmt: skip
+        "model": str(tmp_path),
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "max_model_len": 64,
+        "quantization": quantization,
+        "worker": {"use": "torch", "weights": "random"},
+        "kv_cache": {"memory_gb": 0.01},
+    }
     return build_engine(resolve(EngineConfig.model_validate(config)), lambda *_: None)
 
 

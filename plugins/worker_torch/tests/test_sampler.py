@@ -1,4 +1,5 @@
-"""The sampler against a plain reference, and the keyed noise against the distribution it must draw from."""
+"""The sampler against a plain reference, and the keyed noise against the distribution it must draw
+from."""
 
 from __future__ import annotations
 
@@ -25,25 +26,34 @@ VOCAB = 37
 EOS, STOP = 3, 4
 
 
-def start(params: SamplingParams, seed: int = 0, index: int = 0, num_prompt: int = 1) -> SequenceStart:
+def start(
+    params: SamplingParams, seed: int = 0, index: int = 0, num_prompt: int = 1
+) -> SequenceStart:
     return SequenceStart(0, "r", index, [], num_prompt, [], params, seed, [EOS], 100)
 
 
 def rows_of(starts: list[SequenceStart], histories: list[list[int]]) -> SamplingRows:
     longest = max(map(len, histories))
-    tokens = np.full((len(starts), longest), 36, np.int32)  # what lies past a row's length must not matter
+    tokens = np.full(
+        (len(starts), longest), 36, np.int32
+    )  # what lies past a row's length must not matter
     for row, history in zip(tokens, histories, strict=True):
         row[: len(history)] = history
     return SamplingRows(starts, tokens, np.array([len(h) for h in histories], np.int64))
 
 
-def reference_distribution(logits: Tensor, p: SamplingParams, history: list[int], num_prompt: int) -> Tensor:
-    """Token by token, in float64, in the order that `SamplingParams` documents. Returns probabilities [V]."""
+def reference_distribution(
+    logits: Tensor, p: SamplingParams, history: list[int], num_prompt: int
+) -> Tensor:
+    """Token by token, in float64, in the order that `SamplingParams` documents. Returns
+    probabilities [V]."""
     z = [float(x) for x in logits]
     for token, bias in p.logit_bias.items():
         z[token] += bias
     for token in set(history):
-        z[token] = z[token] / p.repetition_penalty if z[token] > 0 else z[token] * p.repetition_penalty
+        z[token] = (
+            z[token] / p.repetition_penalty if z[token] > 0 else z[token] * p.repetition_penalty
+        )
     for token in set(history[num_prompt:]):
         z[token] -= p.presence_penalty + p.frequency_penalty * history[num_prompt:].count(token)
     if len(history) - num_prompt < p.min_tokens:
@@ -64,7 +74,9 @@ def reference_distribution(logits: Tensor, p: SamplingParams, history: list[int]
             mass += math.exp(z[i]) / total
     best = max(math.exp(z[i]) for i in nucleus)
     keep = {i for i in nucleus if math.exp(z[i]) >= p.min_p * best}
-    probs = torch.tensor([math.exp(x) if i in keep else 0.0 for i, x in enumerate(z)], dtype=torch.float64)
+    probs = torch.tensor(
+        [math.exp(x) if i in keep else 0.0 for i, x in enumerate(z)], dtype=torch.float64
+    )
     return probs / probs.sum()
 
 
@@ -86,7 +98,9 @@ params_st = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(each=st.lists(params_st, min_size=1, max_size=6), seed=st.integers(0, 2**31))
-def test_every_draw_is_one_that_the_reference_allows(sampler: SamplerBackend, each: list[SamplingParams], seed: int) -> None:
+def test_every_draw_is_one_that_the_reference_allows(
+    sampler: SamplerBackend, each: list[SamplingParams], seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
     logits = torch.randn(len(each), VOCAB, generator=generator) * 3
@@ -113,19 +127,31 @@ def with_(p: SamplingParams, **changes: Any) -> SamplingParams:
 
 @settings(max_examples=40, deadline=None)
 @given(p=params_st, seed=st.integers(0, 2**31), others=st.integers(0, 5))
-def test_a_draw_does_not_depend_on_its_neighbours(sampler: SamplerBackend, p: SamplingParams, seed: int, others: int) -> None:
+def test_a_draw_does_not_depend_on_its_neighbours(
+    sampler: SamplerBackend, p: SamplingParams, seed: int, others: int
+) -> None:
     logits = torch.randn(1 + others, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
-    each = [start(p, seed, 1)] + [start(SamplingParams(temperature=i % 2, top_k=i), i) for i in range(others)]
+    each = [start(p, seed, 1)] + [
+        start(SamplingParams(temperature=i % 2, top_k=i), i) for i in range(others)
+    ]
     histories = [[1, 2, 3]] + [[i] * (i + 1) for i in range(others)]
     alone, _ = sample(logits[:1].clone(), rows_of(each[:1], histories[:1]), sampler)
     order = [*range(1, 1 + others), 0]
-    together, _ = sample(logits[order].clone(), rows_of([each[i] for i in order], [histories[i] for i in order]), sampler)
+    together, _ = sample(
+        logits[order].clone(),
+        rows_of([each[i] for i in order], [histories[i] for i in order]),
+        sampler,
+    )
     assert together[-1] == alone[0]
 
 
 @pytest.fixture(scope="module", params=["torch", "compiled"])
 def sampler(request: pytest.FixtureRequest) -> SamplerBackend:
-    return TorchSampler() if request.param == "torch" else CompiledSampler(Kernels.load(device_facts()))
+    return (
+        TorchSampler()
+        if request.param == "torch"
+        else CompiledSampler(Kernels.load(device_facts()))
+    )
 
 
 CASES = {
@@ -134,8 +160,12 @@ CASES = {
     "top-k": SamplingParams(top_k=7),
     "top-p": SamplingParams(top_p=0.8),
     "min-p": SamplingParams(min_p=0.1),
-    "penalties": SamplingParams(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5),
-    "all": SamplingParams(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, logit_bias={5: 2.0}, frequency_penalty=0.3),
+    "penalties": SamplingParams(
+        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.5
+    ),
+    "all": SamplingParams(
+        temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, logit_bias={5: 2.0}, frequency_penalty=0.3
+    ),
 }
 
 
@@ -148,7 +178,9 @@ NUM_CHUNKS = 50 if "DOVETAIL_SOAK" in os.environ else 1
 
 @pytest.mark.parametrize("keyed_by", ["position", "seed", "sample index"])
 @pytest.mark.parametrize("name", CASES)
-def test_frequencies_are_those_of_the_distribution(sampler: SamplerBackend, name: str, keyed_by: str) -> None:
+def test_frequencies_are_those_of_the_distribution(
+    sampler: SamplerBackend, name: str, keyed_by: str
+) -> None:
     """χ² over keyed samples, with a fresh seed every time."""
     p, base = CASES[name], random.randrange(2**62)
     print("seed", base)
@@ -161,7 +193,9 @@ def test_frequencies_are_those_of_the_distribution(sampler: SamplerBackend, name
             # Only the key's position differs: the history that penalties see stays the same.
             drawn = draw_at(sampler, logits.repeat(NUM_DRAWS, 1), p, base, keys, history)
         else:
-            seeds, indices = (base + keys, 0 * keys) if keyed_by == "seed" else (0 * keys + base, keys)
+            seeds, indices = (
+                (base + keys, 0 * keys) if keyed_by == "seed" else (0 * keys + base, keys)
+            )
             starts = [start(p, int(s), int(i)) for s, i in zip(seeds, indices, strict=True)]
             tokens = np.tile(np.array(history, np.int32), (NUM_DRAWS, 1))
             rows = SamplingRows(starts, tokens, np.full(NUM_DRAWS, len(history), np.int64))
@@ -171,23 +205,29 @@ def test_frequencies_are_those_of_the_distribution(sampler: SamplerBackend, name
     expected = reference_distribution(logits, p, history, 1) * observed.sum()
     assert observed[expected == 0].sum() == 0
     chance = chance_of(observed, expected)
-    assert chance > FALSE_ALARM, f"a right sampler is as far off with probability {chance:.2g}: {observed.tolist()}"
+    assert chance > FALSE_ALARM, (
+        f"a right sampler is as far off with probability {chance:.2g}: {observed.tolist()}"
+    )
 
 
 def chance_of(observed: Tensor, expected: Tensor) -> float:
-    """Pearson's χ² test: the probability of being at least as far off. Tokens expected fewer than 5 times count as one."""
+    """Pearson's χ² test: the probability of being at least as far off. Tokens expected fewer than 5
+    times count as one."""
     few = expected < 5
     both = [torch.cat([counts[~few], counts[few].sum()[None]]) for counts in (observed, expected)]
     both = [counts[both[1] > 0] for counts in both]
     if len(both[1]) == 1:
         return 1.0
     chi2 = ((both[0] - both[1]) ** 2 / both[1]).sum()
-    return torch.special.gammaincc(torch.tensor((len(both[1]) - 1) / 2, dtype=torch.float64), chi2 / 2).item()
+    return torch.special.gammaincc(
+        torch.tensor((len(both[1]) - 1) / 2, dtype=torch.float64), chi2 / 2
+    ).item()
 
 
 def test_what_a_million_draws_can_tell() -> None:
-    """A sampler half a percent off (total variation) is found out with a probability of 0.99 at least, however it is off: by
-    Cauchy and Schwarz the non-centrality is least, 4 N δ², where all probabilities are off by the same share."""
+    """A sampler half a percent off (total variation) is found out with a probability of 0.99 at
+    least, however it is off: by Cauchy and Schwarz the non-centrality is least, 4 N δ², where all
+    probabilities are off by the same share."""
     freedom, off = VOCAB - 1, 0.005
     power = power_of(freedom, 4 * 1_000_000 * off**2)
     assert power >= 0.99
@@ -201,17 +241,26 @@ def test_what_a_million_draws_can_tell() -> None:
     biased = probs * np.where(gains, 1 + off / probs[gains].sum(), 1 - off / probs[~gains].sum())
     assert np.abs(biased - probs).sum() / 2 == pytest.approx(off)
     expected = torch.tensor(probs * 1_000_000)
-    found = sum(chance_of(torch.tensor(c).double(), expected) <= FALSE_ALARM for c in rng.multinomial(1_000_000, biased, 200))
-    alarms = sum(chance_of(torch.tensor(c).double(), expected) <= FALSE_ALARM for c in rng.multinomial(1_000_000, probs, 200))
+    found = sum(
+        chance_of(torch.tensor(c).double(), expected) <= FALSE_ALARM
+        for c in rng.multinomial(1_000_000, biased, 200)
+    )
+    alarms = sum(
+        chance_of(torch.tensor(c).double(), expected) <= FALSE_ALARM
+        for c in rng.multinomial(1_000_000, probs, 200)
+    )
     assert found >= 190, f"{found} of 200 biased samplers were found out; the power is {power:.4f}"
     assert alarms <= 3
 
 
 def power_of(freedom: int, noncentrality: float) -> float:
-    """The probability that noncentral χ² is beyond the limit of FALSE_ALARM: a Poisson mixture of central ones."""
+    """The probability that noncentral χ² is beyond the limit of FALSE_ALARM: a Poisson mixture of
+    central ones."""
 
     def tail(k: Tensor | float, x: float) -> Tensor:
-        return torch.special.gammaincc(torch.as_tensor(k, dtype=torch.float64) / 2, torch.tensor(x / 2, dtype=torch.float64))
+        return torch.special.gammaincc(
+            torch.as_tensor(k, dtype=torch.float64) / 2, torch.tensor(x / 2, dtype=torch.float64)
+        )
 
     low, high = 0.0, 1000.0
     while high - low > 1e-6:
@@ -223,7 +272,12 @@ def power_of(freedom: int, noncentrality: float) -> float:
 
 
 def draw_at(
-    sampler: SamplerBackend, logits: Tensor, p: SamplingParams, seed: int, positions: np.ndarray[Any, Any], history: list[int]
+    sampler: SamplerBackend,
+    logits: Tensor,
+    p: SamplingParams,
+    seed: int,
+    positions: np.ndarray[Any, Any],
+    history: list[int],
 ) -> list[int]:
     """Draws whose keys differ by position alone, from the reference's probabilities."""
     probs = reference_distribution(logits[0], p, history, 1)
@@ -234,7 +288,8 @@ def draw_at(
 
 
 def test_noise_of_different_keys_is_unrelated(sampler: SamplerBackend) -> None:
-    """Correlation of exponential noise between neighbouring keys, over 200 pairs of rows of 50,000 tokens."""
+    """Correlation of exponential noise between neighbouring keys, over 200 pairs of rows of 50,000
+    tokens."""
     width = 50_000
     keys = row_keys(np.full(201, 12345), np.zeros(201, np.int64), np.arange(201))
     noise = torch.zeros(201, width)
@@ -253,17 +308,25 @@ def test_noise_of_different_keys_is_unrelated(sampler: SamplerBackend) -> None:
 def test_nan_makes_a_row_unusable_and_no_other(sampler: SamplerBackend, vocab: int) -> None:
     logits = torch.randn(4, vocab)
     logits[1, 7] = logits[3, -1] = math.nan
-    starts = [start(SamplingParams(temperature=t, top_p=p)) for t, p in ((0, 1), (1, 0.9), (0, 1), (0, 1))]
+    starts = [
+        start(SamplingParams(temperature=t, top_p=p)) for t, p in ((0, 1), (1, 0.9), (0, 1), (0, 1))
+    ]
     _, usable = sample(logits, rows_of(starts, [[1]] * 4), sampler)
     assert usable == [True, False, True, False]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 5), vocab=st.integers(1, 3000), seed=st.integers(0, 2**31), levels=st.sampled_from([3, 1000]),
-    masked=st.booleans(), threads=st.integers(1, 3),
-)  # fmt: skip
-def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int) -> None:
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 3000),
+    seed=st.integers(0, 2**31),
+    levels=st.sampled_from([3, 1000]),
+    masked=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_compiled_drawing_is_the_torch_one(
+    rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int
+) -> None:
     """Ties and masked tokens included; the noise to a few units in the last place."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * levels).round() / levels * 3
@@ -279,7 +342,9 @@ def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, lev
         ours, theirs = logits.clone(), logits.clone()
         compiled.filter_top_k_top_p_(ours, ks, ps)
         plain.filter_top_k_top_p_(theirs, ks, ps)
-        for i in range(rows):  # where the mass of the nucleus is that of top_p to the last bit, either is right
+        for i in range(
+            rows
+        ):  # where the mass of the nucleus is that of top_p to the last bit, either is right
             assert (ours[i] != theirs[i]).sum() <= (0 if ps[i] == 1 else 1)
         keys = row_keys(np.full(rows, seed), np.arange(rows), np.arange(rows))
         ours, theirs = torch.zeros(rows, vocab), torch.zeros(rows, vocab)
@@ -297,7 +362,12 @@ def test_masks_allow_only_their_tokens(sampler: SamplerBackend) -> None:
         bitmap[token // 8] |= 1 << token % 8
     starts = [start(SamplingParams(), seed=i) for i in range(64)]
     rows = rows_of(starts, [[1]] * 64)
-    masked = SamplingRows(rows.starts, rows.token_ids, rows.lengths, [bytes(bitmap) if i % 2 else None for i in range(64)])
+    masked = SamplingRows(
+        rows.starts,
+        rows.token_ids,
+        rows.lengths,
+        [bytes(bitmap) if i % 2 else None for i in range(64)],
+    )
     drawn, _ = sample(torch.zeros(64, VOCAB), masked, sampler)
     assert set(drawn[1::2]) == allowed
     assert len(set(drawn[::2])) > 10
@@ -306,9 +376,13 @@ def test_masks_allow_only_their_tokens(sampler: SamplerBackend) -> None:
 def test_logprobs_and_ranks() -> None:
     logits = torch.randn(4, VOCAB)
     reference = logits.double().log_softmax(-1)
-    for row, (chosen, p) in enumerate(zip([0, 5, 9, 36], token_logprobs(logits, [0, 5, 9, 36], [0, 1, 3, 36]), strict=True)):
+    for row, (chosen, p) in enumerate(
+        zip([0, 5, 9, 36], token_logprobs(logits, [0, 5, 9, 36], [0, 1, 3, 36]), strict=True)
+    ):
         assert p.token_ids[0] == chosen
         assert len(p.token_ids) == 1 + [0, 1, 3, 36][row]
-        assert p.logprobs == pytest.approx([reference[row, t].item() for t in p.token_ids], abs=1e-5)
+        assert p.logprobs == pytest.approx(
+            [reference[row, t].item() for t in p.token_ids], abs=1e-5
+        )
         assert p.logprobs[1:] == sorted(p.logprobs[1:], reverse=True)
         assert p.rank == 1 + int((reference[row] > reference[row, chosen]).sum())

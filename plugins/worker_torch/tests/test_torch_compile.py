@@ -1,4 +1,5 @@
-"""The compiled body by itself: where its cache lies, when it says that it compiles again, and what it refuses."""
+"""The compiled body by itself: where its cache lies, when it says that it compiles again, and what
+it refuses."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def check(run: CompiledBody, *lengths: int, dtype: torch.dtype = torch.int64) ->
         assert (hidden - expected[:, None].expand(-1, 16)).abs().max() < 1e-4
 
 
-def test_compiles_for_one_token_and_for_several_and_says_when_it_must_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_compiles_for_one_token_and_for_several_and_says_when_it_must_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     run = CompiledBody(body, Path("a-model"))
     with caplog.at_level(logging.WARNING):
         check(run, 8, 1, 2, 65, 1, 3)
@@ -51,7 +54,9 @@ def test_compiles_for_one_token_and_for_several_and_says_when_it_must_again(capl
 
 
 @pytest.mark.parametrize("given", ["nothing", "by the user"])
-def test_the_cache_lies_where_the_user_keeps_caches(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_lies_where_the_user_keeps_caches(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     monkeypatch.setenv("XDG_CACHE_HOME", str(ours))
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
@@ -77,7 +82,8 @@ def test_a_body_that_falls_apart_is_an_error() -> None:
         return body(token_ids, positions)
 
     with pytest.raises(
-        PluginError, match=r"torch\.compile cannot compile a-model: .*graph_break.*\. Set it to plain"
+        PluginError,
+        match=r"torch\.compile cannot compile a-model: .*graph_break.*\. Set it to plain",
     ):
         check(CompiledBody(broken, Path("a-model")), 3)
 
@@ -97,12 +103,16 @@ def test_errors_of_attention_pass_through() -> None:
 def test_what_cannot_be_had_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     check_compile("cpu")
     monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")
-    with pytest.raises(ConfigError, match=r"^worker\.execution: .*Python's headers are not in /nowhere"):
+    with pytest.raises(
+        ConfigError, match=r"^worker\.execution: .*Python's headers are not in /nowhere"
+    ):
         check_compile("cpu")
     check_compile("cuda:0")
 
 
-def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_others_can_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     check_compile("cpu")

@@ -1,7 +1,8 @@
 """Which of the parts that were built are really in use: each says so itself, by being called.
 
-Requested is what the configuration says, effective what the plan took, invoked what this module saw. A method that shows use
-(`ExtensionPoint.invoked`) is shadowed on the object until its first call, which removes the shadow: later calls pay nothing.
+Requested is what the configuration says, effective what the plan took, invoked what this module
+saw. A method that shows use (`ExtensionPoint.invoked`) is shadowed on the object until its first
+call, which removes the shadow: later calls pay nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ _ABSENT = object()
 
 
 class Attestation:
-    """By key of the plan: True once it was invoked, False until then. A part that cannot be watched is not here."""
+    """By key of the plan: True once it was invoked, False until then. A part that cannot be watched
+    is not here."""
 
     def __init__(self) -> None:
         self.invoked: dict[str, bool] = {}
@@ -30,7 +32,8 @@ class Attestation:
             method = getattr(built, name, None)
             if method is None:
                 continue
-            # Not looked up in the object's dictionary: asking for that makes every later access to the object slower.
+            # Not looked up in the object's dictionary: asking for that makes every later access to
+            # the object slower.
             is_its_class = getattr(method, "__func__", None) is getattr(type(built), name, _ABSENT)
             before = _ABSENT if is_its_class else method
             try:
@@ -43,7 +46,8 @@ class Attestation:
             self._watched[key], self._shadows[key] = (extension_point, built), undo
 
     def begin_serving(self) -> None:
-        """What was called while loading and warming up does not count for parts that work in every step."""
+        """What was called while loading and warming up does not count for parts that work in every
+        step."""
         for key, (extension_point, built) in list(self._watched.items()):
             if not extension_point.invoked_once:
                 self.watch(key, extension_point, built)

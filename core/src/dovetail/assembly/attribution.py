@@ -1,4 +1,5 @@
-"""Whose code failed: from an exception, or from what a thread runs, to the provider. Asked only when something is wrong."""
+"""Whose code failed: from an exception, or from what a thread runs, to the provider. Asked only
+when something is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from dovetail.plan import SHADOW_PREFIX, Plan
 from dovetail.plugin.discovery import Registry
 
 ASKS = {"scheduler": ("kv_cache",), "worker": ("attention", "quantization", "architecture")}
-"""By part: the extension points whose providers run when it is asked. Every other part answers for itself, and for what it opens."""
+"""By part: the extension points whose providers run when it is asked. Every other part answers for
+itself, and for what it opens."""
 ENGINE = "engine"
 """The part that asks all others."""
 
@@ -32,21 +34,29 @@ class Candidate(NamedTuple):
 
 
 class Attribution:
-    """Names the provider at fault, for errors and for log lines: "attention (dovetail-fast:fast)"."""
+    """Names the provider at fault, for errors and for log lines: "attention
+    (dovetail-fast:fast)"."""
 
     def __init__(self, plan: Plan, registry: Registry, built: Mapping[str, object]) -> None:
         """`built`: what the providers have built, by key of the plan; it may grow."""
         self._plan, self._registry, self._built = plan, registry, built
 
     def __call__(self, error: BaseException, part: str) -> str:
-        """`part` is who was asked; who failed may be somebody that it asked in turn. Without a provider, `part` itself."""
-        return self.seen(error, part) or _only([s for s in self._candidates(part) if s.extension_point == part]) or part
+        """`part` is who was asked; who failed may be somebody that it asked in turn. Without a
+        provider, `part` itself."""
+        return (
+            self.seen(error, part)
+            or _only([s for s in self._candidates(part) if s.extension_point == part])
+            or part
+        )
 
     def seen(self, error: BaseException, part: str) -> str:
         """The same, as far as the error itself shows it; else empty."""
         candidates = self._candidates(part)
         named = getattr(error, "provider", None)
-        of_name = [s for s in self._candidates(ENGINE) if named in (s.name, s.name.partition(":")[2])]
+        of_name = [
+            s for s in self._candidates(ENGINE) if named in (s.name, s.name.partition(":")[2])
+        ]
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         return _only(of_name[:1] or _in_frames(reversed(frames), candidates))
 
@@ -55,7 +65,8 @@ class Attribution:
         return _only(_owners(module, self._candidates(part)))
 
     def running(self) -> str:
-        """The provider whose code a thread of this process is running now; empty if there is none."""
+        """The provider whose code a thread of this process is running now; empty if there is
+        none."""
         candidates = self._candidates(ENGINE)
         known = {t.ident: t for t in threading.enumerate()}
         found = []
@@ -69,17 +80,33 @@ class Attribution:
     def _candidates(self, part: str) -> list[Candidate]:
         candidates = []
         for key, choice in self._plan.choices.items():
-            offers = [o for o in self._registry.of(choice.extension_point) if o.plugin.distribution == choice.distribution]
+            offers = [
+                o
+                for o in self._registry.of(choice.extension_point)
+                if o.plugin.distribution == choice.distribution
+            ]
             within = self._registry.extension_points[choice.extension_point].within
-            if not (part in (ENGINE, choice.extension_point, within) or choice.extension_point in ASKS.get(part, ())):
+            if not (
+                part in (ENGINE, choice.extension_point, within)
+                or choice.extension_point in ASKS.get(part, ())
+            ):
                 continue
             for offer in (o for o in offers if o.provider.name == choice.provider):
                 built = self._built.get(key)
-                modules = {getattr(built, "__module__", ""), getattr(offer.provider.build, "__module__", "")}
+                modules = {
+                    getattr(built, "__module__", ""),
+                    getattr(offer.provider.build, "__module__", ""),
+                }
                 package = offer.plugin.module.partition(".")[0]
                 package = "" if package == "dovetail" else package
-                extension_point = f"shadow {offer.extension_point}" if key.startswith(SHADOW_PREFIX) else offer.extension_point
-                candidates.append(Candidate(extension_point, offer.qualified_name, package, modules))
+                extension_point = (
+                    f"shadow {offer.extension_point}"
+                    if key.startswith(SHADOW_PREFIX)
+                    else offer.extension_point
+                )
+                candidates.append(
+                    Candidate(extension_point, offer.qualified_name, package, modules)
+                )
         return candidates
 
 

@@ -1,4 +1,5 @@
-"""The core's own plugin: paged KV cache, three schedulers, and no quantization. It enters by the same door as every other."""
+"""The core's own plugin: paged KV cache, three schedulers, and no quantization. It enters by the
+same door as every other."""
 
 from __future__ import annotations
 
@@ -7,7 +8,12 @@ from typing import TYPE_CHECKING, cast
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.scheduler import SchedulerCapabilities
 from dovetail.plugin.hookspecs import hookimpl
-from dovetail.plugin.provider import KVCacheOptions, LongestPrefixOptions, Provider, SchedulerOptions
+from dovetail.plugin.provider import (
+    KVCacheOptions,
+    LongestPrefixOptions,
+    Provider,
+    SchedulerOptions,
+)
 
 if TYPE_CHECKING:
     from dovetail.engine.kv_cache import PagedKVCache
@@ -17,7 +23,9 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
 
 
-PLAIN_WEIGHTS = QuantizationCapabilities(methods=(PLAIN,), devices=None, dtypes=None, compiled_steps=True)
+PLAIN_WEIGHTS = QuantizationCapabilities(
+    methods=(PLAIN,), devices=None, dtypes=None, compiled_steps=True
+)
 
 
 def _unquantized(context: BuildContext, options: object) -> None:
@@ -34,7 +42,12 @@ def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
     if context.num_host_blocks:
         from dovetail.engine.tiered_cache import TieredKVCache
 
-        return TieredKVCache(groups, num_blocks, cast("TieredPrefixCache", context.prefix_cache), list(context.num_host_blocks))
+        return TieredKVCache(
+            groups,
+            num_blocks,
+            cast("TieredPrefixCache", context.prefix_cache),
+            list(context.num_host_blocks),
+        )
 
     from dovetail.engine.prefix_reuse import ReusingKVCache
 
@@ -70,19 +83,41 @@ def dovetail_quantization() -> list[Provider[None]]:
 
 @hookimpl
 def dovetail_kv_caches() -> list[Provider[PagedKVCache]]:
-    return [Provider("paged", "blocks with reference counts, per KV group", _paged, KVCacheOptions, priority=50)]
+    return [
+        Provider(
+            "paged",
+            "blocks with reference counts, per KV group",
+            _paged,
+            KVCacheOptions,
+            priority=50,
+        )
+    ]
 
 
 @hookimpl
 def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
     return [
-        Provider("fcfs", "first come, first served", _fcfs, SchedulerOptions, SchedulerCapabilities("arrival"), priority=50),
         Provider(
-            "priority", "lower `priority` first, then first come", _priority, SchedulerOptions,
-            SchedulerCapabilities("priority"), priority=40,
+            "fcfs",
+            "first come, first served",
+            _fcfs,
+            SchedulerOptions,
+            SchedulerCapabilities("arrival"),
+            priority=50,
         ),
         Provider(
-            "longest-prefix", "who has most in the prefix cache, within bounds; then first come", _longest_prefix,
-            LongestPrefixOptions, priority=30,
+            "priority",
+            "lower `priority` first, then first come",
+            _priority,
+            SchedulerOptions,
+            SchedulerCapabilities("priority"),
+            priority=40,
         ),
-    ]  # fmt: skip
+        Provider(
+            "longest-prefix",
+            "who has most in the prefix cache, within bounds; then first come",
+            _longest_prefix,
+            LongestPrefixOptions,
+            priority=30,
+        ),
+    ]

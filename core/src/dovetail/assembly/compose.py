@@ -1,7 +1,8 @@
 """From a plan to an engine.
 
-`resolve` makes the plan, once, in the front-end. `build_engine` runs in the process that hosts the engine, from the plan
-alone. Between the two a plan may travel; its fingerprint says that both mean the same.
+`resolve` makes the plan, once, in the front-end. `build_engine` runs in the process that hosts the
+engine, from the plan alone. Between the two a plan may travel; its fingerprint says that both mean
+the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.server import Server
 from dovetail.interfaces.shadow import ShadowReport
 from dovetail.interfaces.weights import LayerWeights
-from dovetail.interfaces.worker import DescribingWorker, Progress, TieringWorker, Worker, WorkerCapabilities
+from dovetail.interfaces.worker import (
+    DescribingWorker,
+    Progress,
+    TieringWorker,
+    Worker,
+    WorkerCapabilities,
+)
 from dovetail.native import bounded_spinning
 from dovetail.plan import Plan
 from dovetail.plugin.config import EngineConfig
@@ -80,11 +87,14 @@ class PlanContext:
             raise
         except Exception as e:
             raise PluginError(
-                f"{key}: {offer.qualified_name} could not be built: {type(e).__name__}: {e}", provider=offer.qualified_name
+                f"{key}: {offer.qualified_name} could not be built: {type(e).__name__}: {e}",
+                provider=offer.qualified_name,
             ) from e
         if missing := extension_point.missing(built):
             what = f"built {type(built).__name__}, which has no {', '.join(missing)}"
-            raise PluginError(f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name)
+            raise PluginError(
+                f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name
+            )
         self.attestation.watch(key, extension_point, built)
         return built
 
@@ -92,20 +102,30 @@ class PlanContext:
         return self.plan.choices[key].qualified_name
 
     def build_all(self, extension_point: str) -> dict[str, Any]:
-        return {c.provider: self.build(key) for key, c in self.plan.choices.items() if c.extension_point == extension_point}
+        return {
+            c.provider: self.build(key)
+            for key, c in self.plan.choices.items()
+            if c.extension_point == extension_point
+        }
 
     def for_model(self, model: ModelFacts) -> PlanContext:
         return replace(self, model=model)
 
     def responsible(self, error: BaseException, extension_point: str, module: str = "") -> str:
         attribution = Attribution(self.plan, self.registry, self.built)
-        return attribution.seen(error, extension_point) or attribution.of_module(module, extension_point)
+        return attribution.seen(error, extension_point) or attribution.of_module(
+            module, extension_point
+        )
 
 
 def build_engine(
-    plan: Plan, progress: Progress, registry: Registry | None = None, attestation: Attestation | None = None
+    plan: Plan,
+    progress: Progress,
+    registry: Registry | None = None,
+    attestation: Attestation | None = None,
 ) -> Engine:
-    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told, and `attestation` watches."""
+    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told,
+    and `attestation` watches."""
     attestation = attestation or Attestation()
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
@@ -117,24 +137,40 @@ def build_engine(
         worker.load(progress)
         groups = worker.kv_groups()
         limits = plan.choices["scheduler"].options
-        num_blocks = size_cache(plan, groups, worker.kv_memory(), limits["max_num_seqs"], limits["max_num_batched_tokens"])
+        num_blocks = size_cache(
+            plan,
+            groups,
+            worker.kv_memory(),
+            limits["max_num_seqs"],
+            limits["max_num_batched_tokens"],
+        )
         worker.allocate(num_blocks)
         num_host_blocks = size_host_tier(plan, groups, num_blocks)
         if num_host_blocks:
-            cast(TieringWorker, worker).allocate_host(num_host_blocks)  # the plan took one that declares it
+            cast(TieringWorker, worker).allocate_host(
+                num_host_blocks
+            )  # the plan took one that declares it
         worker.warm_up(progress)
         context = replace(
-            context, kv_groups=tuple(groups), num_blocks=tuple(num_blocks), num_host_blocks=tuple(num_host_blocks)
-        )  # fmt: skip
+            context,
+            kv_groups=tuple(groups),
+            num_blocks=tuple(num_blocks),
+            num_host_blocks=tuple(num_host_blocks),
+        )
         context = replace(context, prefix_cache=context.build("prefix_cache"))
         kv: KVCacheManager = CheckedKVCache(context.build("kv_cache"), context.name("kv_cache"))
         context = replace(context, kv=kv)
         loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
         scheduler = CheckedScheduler(
-            context.build("scheduler"), context.name("scheduler"), responsible, limits["max_num_batched_tokens"]
-        )  # fmt: skip
+            context.build("scheduler"),
+            context.name("scheduler"),
+            responsible,
+            limits["max_num_batched_tokens"],
+        )
         checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
-        engine = loop(scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, responsible=responsible)
+        engine = loop(
+            scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, responsible=responsible
+        )
         engine.speculation = _speculation(context, engine, model.vocab_size)
         attestation.begin_serving()
         return engine
@@ -155,26 +191,40 @@ def _speculation(context: PlanContext, engine: Engine, vocab_size: int) -> Specu
     policy = EverySequence()
     if option("speculation", "adaptive"):
         costs = measure(
-            engine, num_draft_tokens, max_num_seqs=option("scheduler", "max_num_seqs"), max_len=context.plan.max_model_len,
-            max_num_batched_tokens=option("scheduler", "max_num_batched_tokens"), drafter=drafter if in_worker else None,
-        )  # fmt: skip
+            engine,
+            num_draft_tokens,
+            max_num_seqs=option("scheduler", "max_num_seqs"),
+            max_len=context.plan.max_model_len,
+            max_num_batched_tokens=option("scheduler", "max_num_batched_tokens"),
+            drafter=drafter if in_worker else None,
+        )
         policy = Adaptive(costs, num_draft_tokens)
     return Speculation(drafter, num_draft_tokens, policy)
 
 
-def weights_of(plan: Plan, registry: Registry | None = None, running: Worker | None = None) -> list[LayerWeights]:
-    """How the engine of a plan keeps the weights of its linear layers. Empty if none is quantized, or its worker does not say.
+def weights_of(
+    plan: Plan, registry: Registry | None = None, running: Worker | None = None
+) -> list[LayerWeights]:
+    """How the engine of a plan keeps the weights of its linear layers. Empty if none is quantized,
+    or its worker does not say.
 
-    `running`: the plan's worker; by default one is built, and reads no weight. Raises `CheckpointError` or `ConfigError` where
-    the checkpoint and the rules for its layers do not fit.
+    `running`: the plan's worker; by default one is built, and reads no weight. Raises
+    `CheckpointError` or `ConfigError` where the checkpoint and the rules for its layers do not fit.
     """
     registry = load_registry() if registry is None else registry
     context = PlanContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
-    can, schemes = context.capabilities("worker"), [context.capabilities(key) for key in plan.quantization_rules]
+    can, schemes = (
+        context.capabilities("worker"),
+        [context.capabilities(key) for key in plan.quantization_rules],
+    )
     says = isinstance(can, WorkerCapabilities) and can.describes_weights
-    if not says or not any(isinstance(s, QuantizationCapabilities) and PLAIN not in s.methods for s in schemes):
+    if not says or not any(
+        isinstance(s, QuantizationCapabilities) and PLAIN not in s.methods for s in schemes
+    ):
         return []
-    worker: DescribingWorker = context.build("worker") if running is None else cast(DescribingWorker, running)
+    worker: DescribingWorker = (
+        context.build("worker") if running is None else cast(DescribingWorker, running)
+    )
     try:
         return worker.weights()
     finally:
@@ -189,7 +239,8 @@ def shadow_report_of(worker: Any) -> ShadowReport | None:
 
 
 def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = None) -> Server:
-    """Build the server of a plan, in the front-end. Its options come from `config`: a plan holds no secrets."""
+    """Build the server of a plan, in the front-end. Its options come from `config`: a plan holds no
+    secrets."""
     registry = load_registry() if registry is None else registry
     context = PlanContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
     opened = {s.name for s in registry.extension_points.values() if s.within == "server"}

@@ -16,7 +16,8 @@ AddCommand = Callable[[str, Any, str], ArgumentParser]
 
 
 def add_installed(add: AddCommand, known: Iterable[str]) -> None:
-    """Add all of them. Raises `PluginError` for two of one name; one that cannot be imported is listed, and fails when run."""
+    """Add all of them. Raises `PluginError` for two of one name; one that cannot be imported is
+    listed, and fails when run."""
     owners = dict.fromkeys(known, "dovetail-core")
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
         owner = entry.dist.name if entry.dist is not None else entry.value

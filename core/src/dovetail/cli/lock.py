@@ -17,11 +17,19 @@ from dovetail.plugin.discovery import load_registry
 def lock(config_file: str | None, values: dict[str, Any], out: str | None) -> int:
     """Write the lock of a composition: whole, or not at all."""
     config = load_config(config_file, **values)
-    path = Path(out) if out else (Path(config_file).with_suffix(".lock") if config_file else Path("dovetail.lock"))
+    path = (
+        Path(out)
+        if out
+        else (Path(config_file).with_suffix(".lock") if config_file else Path("dovetail.lock"))
+    )
     registry = load_registry()
     plan = resolve(config, registry, server=True)
     with progress_bars() as progress:
-        text = encode(make_lock(plan, registry, lambda file, done, total: progress("hashing the model", done, total)))
+        text = encode(
+            make_lock(
+                plan, registry, lambda file, done, total: progress("hashing the model", done, total)
+            )
+        )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -34,4 +42,9 @@ def check(config: EngineConfig, locked: str) -> None:
     registry = load_registry()
     plan = resolve(config, registry, server=True)
     with progress_bars() as progress:
-        check_lock(Path(locked), plan, registry, lambda file, done, total: progress("checking the lock", done, total))
+        check_lock(
+            Path(locked),
+            plan,
+            registry,
+            lambda file, done, total: progress("checking the lock", done, total),
+        )

@@ -12,7 +12,8 @@ from dovetail.errors import DovetailError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status. An error that we foresaw is one line, not a traceback."""
+    """Run a command; returns its exit status. An error that we foresaw is one line, not a
+    traceback."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser(argv).parse_args(argv)
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("dovetail", description="An LLM inference engine in which everything is a plugin.")
+    parser = argparse.ArgumentParser(
+        "dovetail", description="An LLM inference engine in which everything is a plugin."
+    )
     parser.add_argument("--version", action="version", version=f"dovetail {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -37,27 +40,46 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    plugins = command("plugins", _plugins, "list installed plugins, what each offers, and what is broken")
+    plugins = command(
+        "plugins", _plugins, "list installed plugins, what each offers, and what is broken"
+    )
     plugins.add_argument("--json", action="store_true", help="for machines")
 
-    explain = command("explain", _explain, "show what an engine would be made of, and why; loads no weights")
-    explain.add_argument("config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)")
+    explain = command(
+        "explain", _explain, "show what an engine would be made of, and why; loads no weights"
+    )
+    explain.add_argument(
+        "config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)"
+    )
     explain.add_argument("--json", action="store_true", help="for machines")
     explain.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
     add_engine_arguments(explain, with_config=False)
 
-    lock = command("lock", _lock, "write down all that decides what an engine computes, for --locked")
-    lock.add_argument("config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)")
-    lock.add_argument("-o", "--out", metavar="FILE", help="default: CONFIG with the suffix .lock, or dovetail.lock")
+    lock = command(
+        "lock", _lock, "write down all that decides what an engine computes, for --locked"
+    )
+    lock.add_argument(
+        "config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)"
+    )
+    lock.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="default: CONFIG with the suffix .lock, or dovetail.lock",
+    )
     lock.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
     add_engine_arguments(lock, with_config=False)
 
     serve = command("serve", _serve, "serve a model over the OpenAI API")
-    serve.add_argument("model", nargs="?", help="a plugin's model name, a local folder, or a hub id")
+    serve.add_argument(
+        "model", nargs="?", help="a plugin's model name, a local folder, or a hub id"
+    )
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     for flag, type_, help in SERVER_FLAGS:
-        serve.add_argument(flag, dest=f"engine:server.{flag[2:].replace('-', '_')}", type=type_, help=help)
+        serve.add_argument(
+            flag, dest=f"engine:server.{flag[2:].replace('-', '_')}", type=type_, help=help
+        )
     add_engine_arguments(serve)
 
     generate = command("generate", _generate, "complete prompts and print the text as it comes")
@@ -80,7 +102,14 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
 
 
 SERVER_FLAGS: tuple[tuple[str, type, str], ...] = (
-    ("--api-key", str, "clients must send it as a bearer token; other processes can see it here, but not in DOVETAIL_API_KEY"),
+    (
+        "--api-key",
+        str,
+        (
+            "clients must send it as a bearer token; other processes can see it here, but not in"
+            " DOVETAIL_API_KEY"
+        ),
+    ),
     ("--api-key-file", str, "a file of such keys, one a line"),
     ("--max-body-mb", float, "largest request body, MiB"),
     ("--drain-seconds", float, "how long SIGTERM waits for requests in flight"),
@@ -126,7 +155,11 @@ def _sampling(args: argparse.Namespace) -> Any:
     from dovetail.types import SamplingParams
 
     return SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
     )
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """A bar for each thing that is being done, on stderr; without a terminal, a line when each begins and ends."""
+    """A bar for each thing that is being done, on stderr; without a terminal, a line when each
+    begins and ends."""
     if not sys.stderr.isatty():
         last: list[tuple[str, bool]] = []
 
@@ -38,7 +39,12 @@ def progress_bars() -> Iterator[ProgressCallback]:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
@@ -61,17 +67,28 @@ def serve(config_file: str | None, values: dict[str, Any], host: str, port: int)
     with progress_bars() as progress:
         engine = AsyncEngine(config, server=True, progress=progress)
         server = build_server(config, engine.plan)
-        print(f"dovetail: {engine.plan.model} ({engine.plan.architecture}, {engine.plan.dtype}) on {engine.plan.device}; "
-              f"attention {_attention(engine)}; plan {engine.plan.fingerprint}", file=sys.stderr)  # fmt: skip
+        print(
+            f"dovetail: {engine.plan.model} ({engine.plan.architecture}, {engine.plan.dtype}) on"
+            f" {engine.plan.device}; attention {_attention(engine)}; plan"
+            f" {engine.plan.fingerprint}",
+            file=sys.stderr,
+        )
         try:
-            server.run(engine, host, port, lambda url: print(_welcome(url, engine.plan.served_model_name), flush=True))
+            server.run(
+                engine,
+                host,
+                port,
+                lambda url: print(_welcome(url, engine.plan.served_model_name), flush=True),
+            )
         finally:
             _print_shadow(engine.plan, engine.shadow)
     return 0
 
 
 def _attention(engine: AsyncEngine) -> str:
-    return ", ".join(c.provider for key, c in engine.plan.choices.items() if key.startswith("attention."))
+    return ", ".join(
+        c.provider for key, c in engine.plan.choices.items() if key.startswith("attention.")
+    )
 
 
 def _welcome(url: str, model: str) -> str:
@@ -86,10 +103,12 @@ Ready: {url}   (Ctrl-C stops; docs at {url}/docs)
   answer = client.chat.completions.create(model="{model}", temperature=0,
       messages=[{{"role": "user", "content": "What does os.path.join do?"}}])
   print(answer.choices[0].message.content)
-"""
+"""  # noqa: E501
 
 
-def generate(config_file: str | None, values: dict[str, Any], prompts: list[str], params: SamplingParams) -> int:
+def generate(
+    config_file: str | None, values: dict[str, Any], prompts: list[str], params: SamplingParams
+) -> int:
     """Complete each prompt in turn, text as it comes."""
     with _loaded(config_file, values) as llm:
         for prompt in prompts:
@@ -100,9 +119,13 @@ def generate(config_file: str | None, values: dict[str, Any], prompts: list[str]
     return 0
 
 
-def chat(config_file: str | None, values: dict[str, Any], system: str | None, params: SamplingParams) -> int:
+def chat(
+    config_file: str | None, values: dict[str, Any], system: str | None, params: SamplingParams
+) -> int:
     """A conversation; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
-    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[dict[str, Any]] = (
+        [] if system is None else [{"role": "system", "content": system}]
+    )
     with _loaded(config_file, values) as llm:
         print(f"{llm.plan.model}: ask away; an empty line ends the conversation.", file=sys.stderr)
         while question := _ask():

@@ -32,7 +32,14 @@ def show_plugins(*, as_json: bool) -> int:
         offers = [o for o in registry.offers if o.plugin == plugin]
         owner = f"{plugin.distribution} {plugin.version}"
         if plugin.distribution in registry.broken:
-            table.add_row(plugin.name, owner, Text("broken", "red"), "", "", Text(registry.broken[plugin.distribution]))
+            table.add_row(
+                plugin.name,
+                owner,
+                Text("broken", "red"),
+                "",
+                "",
+                Text(registry.broken[plugin.distribution]),
+            )
         for i, offer in enumerate(offers):
             name, dist = (plugin.name, owner) if i == 0 else ("", "")
             written = plugin.written_for(offer.extension_point)
@@ -40,7 +47,14 @@ def show_plugins(*, as_json: bool) -> int:
             if why := _contract_remark(registry, offer):
                 contract.stylize("yellow")
                 deprecated[f"{plugin.distribution}: {offer.extension_point}"] = why
-            table.add_row(name, dist, offer.extension_point, contract, offer.provider.name, Text(offer.provider.summary))
+            table.add_row(
+                name,
+                dist,
+                offer.extension_point,
+                contract,
+                offer.provider.name,
+                Text(offer.provider.summary),
+            )
         if not offers and plugin.distribution not in registry.broken:
             table.add_row(plugin.name, owner, "", "", "(nothing)", Text(plugin.summary))
     console = wide_console()
@@ -60,19 +74,26 @@ def _contract_remark(registry: Registry, offer: Offer) -> str | None:
 def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
     return [
         {
-            "name": p.name, "distribution": p.distribution, "version": p.version, "summary": p.summary,
+            "name": p.name,
+            "distribution": p.distribution,
+            "version": p.version,
+            "summary": p.summary,
             "broken": registry.broken.get(p.distribution),
             "offers": [
                 {
-                    "extension_point": o.extension_point, "name": o.provider.name, "summary": o.provider.summary,
-                    "priority": o.provider.priority, "contract": str(p.written_for(o.extension_point) or ""),
+                    "extension_point": o.extension_point,
+                    "name": o.provider.name,
+                    "summary": o.provider.summary,
+                    "priority": o.provider.priority,
+                    "contract": str(p.written_for(o.extension_point) or ""),
                     "contract_remark": _contract_remark(registry, o),
                 }
-                for o in registry.offers if o.plugin == p
+                for o in registry.offers
+                if o.plugin == p
             ],
         }
         for p in registry.plugins
-    ]  # fmt: skip
+    ]
 
 
 def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool) -> int:
@@ -82,7 +103,11 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
     layers = weights_of(plan, registry)
     if as_json:
         more = {"weights": msgspec.to_builtins(layers)} if layers else {}
-        print(json.dumps({**msgspec.to_builtins(plan), "fingerprint": plan.fingerprint, **more}, indent=2))
+        print(
+            json.dumps(
+                {**msgspec.to_builtins(plan), "fingerprint": plan.fingerprint, **more}, indent=2
+            )
+        )
         return 0
     console = wide_console()
     console.print(plan_tree(plan))
@@ -93,14 +118,46 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
 
 def weights_table(layers: list[LayerWeights], dtype: str) -> Table:
     """A line for layers that are alike. `dtype`: of the plan."""
-    total, plain = sum(layer.nbytes for layer in layers), sum(plain_bytes(layer, dtype) for layer in layers)
-    title = f"weights of linear layers: {size(total)}, {total / plain:.0%} of {size(plain)} in {dtype}"
-    columns = ("layers", "outputs × inputs", "scheme", "kept as", "multiplied by", "bytes each", "in all")
-    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    total, plain = (
+        sum(layer.nbytes for layer in layers),
+        sum(plain_bytes(layer, dtype) for layer in layers),
+    )
+    title = (
+        f"weights of linear layers: {size(total)}, {total / plain:.0%} of {size(plain)} in {dtype}"
+    )
+    columns = (
+        "layers",
+        "outputs × inputs",
+        "scheme",
+        "kept as",
+        "multiplied by",
+        "bytes each",
+        "in all",
+    )
+    table = Table(
+        *columns,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
     for group in alike(layers):
         one = group.one
-        shape, form = f"{one.out_features} × {one.in_features}", f"{one.form}: {one.remark}" if one.remark else one.form
-        cells = (Text(group.names), shape, one.scheme, Text(form), one.gemm_backend, size(one.nbytes), size(group.nbytes))
+        shape, form = (
+            f"{one.out_features} × {one.in_features}",
+            f"{one.form}: {one.remark}" if one.remark else one.form,
+        )
+        cells = (
+            Text(group.names),
+            shape,
+            one.scheme,
+            Text(form),
+            one.gemm_backend,
+            size(one.nbytes),
+            size(group.nbytes),
+        )
         table.add_row(*cells)
     return table
 
@@ -113,13 +170,20 @@ def size(nbytes: int) -> str:
     """For people."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:.0f} {unit}"
+            return (
+                f"{nbytes / scale:.3g} {unit}"
+                if nbytes < 1000 * scale
+                else f"{nbytes / scale:.0f} {unit}"
+            )
     return f"{nbytes} B"
 
 
 def plan_tree(plan: Plan) -> Tree:
-    """For each extension point who was taken, with what was decided for it; and who was not, with the reason and what would help."""
-    model = Text.assemble((plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}")
+    """For each extension point who was taken, with what was decided for it; and who was not, with
+    the reason and what would help."""
+    model = Text.assemble(
+        (plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}"
+    )
     if plan.revision is not None:
         model.append(f" at {plan.revision}", "dim")
     model.append(f", up to {plan.max_model_len} tokens a sequence   plan {plan.fingerprint}", "dim")
@@ -135,7 +199,9 @@ def plan_tree(plan: Plan) -> Tree:
         for remark in choice.remarks:
             extension_point.add(Text(remark, "cyan"))
         for other in choice.rejected:
-            node = extension_point.add(Text.assemble(("not ", "dim"), other.provider, (f"  {other.distribution}", "dim")))
+            node = extension_point.add(
+                Text.assemble(("not ", "dim"), other.provider, (f"  {other.distribution}", "dim"))
+            )
             for reason in other.reasons:
                 said = Text.assemble((f"[{reason.code}] ", "yellow"), reason.text)
                 if reason.hint:

@@ -1,4 +1,5 @@
-"""Whether one model can draft for another: what must be alike, and what differs where it is not. Reads no weight."""
+"""Whether one model can draft for another: what must be alike, and what differs where it is not.
+Reads no weight."""
 
 from __future__ import annotations
 
@@ -11,35 +12,51 @@ SHOWN = 3
 
 
 def check_draft(name: str, draft: ModelFacts, target: ModelFacts, max_model_len: int) -> None:
-    """Raise `ConfigError` that says why the model `name` cannot draft for `target`, if it cannot."""
+    """Raise `ConfigError` that says why the model `name` cannot draft for `target`, if it
+    cannot."""
     reasons = []
     if draft.vocab_size != target.vocab_size:
-        reasons.append(f"its vocabulary has {draft.vocab_size} tokens, and the model's {target.vocab_size}")
+        reasons.append(
+            f"its vocabulary has {draft.vocab_size} tokens, and the model's {target.vocab_size}"
+        )
     elif difference := _difference(draft.folder, target.folder):
         reasons.append(difference)
     if draft.max_position_embeddings < max_model_len:
         longest = draft.max_position_embeddings
-        reasons.append(f"its context is shorter than max_model_len {max_model_len}: lower that to {longest}")
+        reasons.append(
+            f"its context is shorter than max_model_len {max_model_len}: lower that to {longest}"
+        )
     if draft.quantization_config is not None:
-        reasons.append(f"its checkpoint is quantized with {draft.quantization_method}, and a draft model's weights are plain")
+        reasons.append(
+            f"its checkpoint is quantized with {draft.quantization_method}, and a draft model's"
+            " weights are plain"
+        )
     if reasons:
-        raise ConfigError(f"speculation.model: {name!r} cannot draft for this model: {'; '.join(reasons)}")
+        raise ConfigError(
+            f"speculation.model: {name!r} cannot draft for this model: {'; '.join(reasons)}"
+        )
 
 
 def _difference(draft: Path, target: Path) -> str:
-    """Between the tokens of two model folders, in words; empty if each id means the same. Models without one are compared
-    by the ids alone."""
+    """Between the tokens of two model folders, in words; empty if each id means the same. Models
+    without one are compared by the ids alone."""
     ours, theirs = (_vocabulary(folder) for folder in (target, draft))
     if ours is None and theirs is None:
         return ""
     if ours is None or theirs is None:
-        return f"{'it' if theirs is None else 'the model'} has no tokenizer.json, so the tokenizers cannot be compared"
+        return (
+            f"{'it' if theirs is None else 'the model'} has no tokenizer.json, so the tokenizers"
+            " cannot be compared"
+        )
     different = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
     if not different:
         return ""
     different.sort(key=lambda t: (ours.get(t, -1), t))
     shown = [f"{t!r} is {_id(theirs, t)} instead of {_id(ours, t)}" for t in different[:SHOWN]]
-    return f"its tokenizer is another: {len(different)} tokens differ ({'; '.join(shown)}{'; …' * (len(different) > SHOWN)})"
+    return (
+        f"its tokenizer is another: {len(different)} tokens differ"
+        f" ({'; '.join(shown)}{'; …' * (len(different) > SHOWN)})"
+    )
 
 
 def _id(vocabulary: dict[str, int], token: str) -> str:
@@ -47,7 +64,8 @@ def _id(vocabulary: dict[str, int], token: str) -> str:
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Ids by token, as tokenizer.json has them, the added ones included. None if there is no such file."""
+    """Ids by token, as tokenizer.json has them, the added ones included. None if there is no such
+    file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -56,6 +74,11 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
         vocabulary = data["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram models: [token, score] by id
             vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-        return {**vocabulary, **{added["content"]: added["id"] for added in data.get("added_tokens") or ()}}
+        return {
+            **vocabulary,
+            **{added["content"]: added["id"] for added in data.get("added_tokens") or ()},
+        }
     except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} is no tokenizer that can be read: {type(e).__name__}: {e}") from None
+        raise CheckpointError(
+            f"{path} is no tokenizer that can be read: {type(e).__name__}: {e}"
+        ) from None

@@ -1,8 +1,10 @@
-"""The lock of a composition: all that decides what an engine computes, so that tomorrow's is today's, or says what is not.
+"""The lock of a composition: all that decides what an engine computes, so that tomorrow's is
+today's, or says what is not.
 
-A lock holds the plan's choices with their options and contract versions; for every distribution that takes part its version
-and a hash of its files; the versions of what those depend on; a hash of every file of the model; and the hardware. It holds
-no time, no path and no process id: the same composition on the same machine gives the same bytes.
+A lock holds the plan's choices with their options and contract versions; for every distribution
+that takes part its version and a hash of its files; the versions of what those depend on; a hash of
+every file of the model; and the hardware. It holds no time, no path and no process id: the same
+composition on the same machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -35,21 +37,32 @@ def make_lock(plan: Plan, registry: Registry, progress: Hashed = lambda *_: None
     return {
         "lock": VERSION,
         "model": {
-            "name": plan.model, "architecture": plan.architecture, "dtype": plan.dtype, "device": plan.device,
-            "max_model_len": plan.max_model_len, "overlap": plan.overlap, "files": _model_files(Path(plan.folder), progress),
+            "name": plan.model,
+            "architecture": plan.architecture,
+            "dtype": plan.dtype,
+            "device": plan.device,
+            "max_model_len": plan.max_model_len,
+            "overlap": plan.overlap,
+            "files": _model_files(Path(plan.folder), progress),
         },
         **({"draft": _draft(plan.draft, progress)} if plan.draft is not None else {}),
         "choices": {
             key: {
-                "provider": c.provider, "distribution": c.distribution, "version": c.version, "contract": c.contract,
-                "options": c.options, **({"match": c.match} if c.match else {}),
+                "provider": c.provider,
+                "distribution": c.distribution,
+                "version": c.version,
+                "contract": c.contract,
+                "options": c.options,
+                **({"match": c.match} if c.match else {}),
             }
             for key, c in plan.choices.items()
         },
-        "distributions": {p.distribution: {"version": p.version, "sha256": _package_hash(p)} for p in plugins},
+        "distributions": {
+            p.distribution: {"version": p.version, "sha256": _package_hash(p)} for p in plugins
+        },
         "dependencies": _dependencies(taken),
         "hardware": _hardware(device_facts()),
-    }  # fmt: skip
+    }
 
 
 def encode(lock: dict[str, Any]) -> str:
@@ -65,7 +78,9 @@ def read_lock(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise ConfigError(f"{path} is no lock: {e}") from None
     if not isinstance(lock, dict) or lock.get("lock") != VERSION:
-        raise ConfigError(f"{path} is not a lock of version {VERSION}; make it again with dovetail lock")
+        raise ConfigError(
+            f"{path} is not a lock of version {VERSION}; make it again with dovetail lock"
+        )
     return lock
 
 
@@ -84,17 +99,24 @@ def drift(locked: Any, found: Any, where: str = "") -> list[str]:
         return lines
     if isinstance(locked, list) and isinstance(found, list):
         gone, new = [x for x in locked if x not in found], [x for x in found if x not in locked]
-        parts = [f"lacks {', '.join(map(str, gone))}"] * bool(gone) + [f"has {', '.join(map(str, new))}"] * bool(new)
+        parts = [f"lacks {', '.join(map(str, gone))}"] * bool(gone) + [
+            f"has {', '.join(map(str, new))}"
+        ] * bool(new)
         return [f"{where}: {'; '.join(parts) or 'in another order'}"] if locked != found else []
     return [] if locked == found else [f"{where}: {_shown(locked)} → {_shown(found)}"]
 
 
-def check_lock(path: Path, plan: Plan, registry: Registry, progress: Hashed = lambda *_: None) -> None:
+def check_lock(
+    path: Path, plan: Plan, registry: Registry, progress: Hashed = lambda *_: None
+) -> None:
     """Raise `ConfigError` that lists every difference between a lock and what is here."""
     lines = drift(read_lock(path), json.loads(encode(make_lock(plan, registry, progress))))
     if lines:
         listing = "".join(f"\n  {line}" for line in lines)
-        raise ConfigError(f"this is not what {path} has locked (locked → found):{listing}\nIf it is meant: dovetail lock again")
+        raise ConfigError(
+            f"this is not what {path} has locked (locked → found):{listing}\nIf it is meant:"
+            " dovetail lock again"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -125,7 +147,8 @@ def _draft(draft: DraftModel, progress: Hashed) -> dict[str, Any]:
 
 
 def _package_hash(plugin: PluginInfo) -> str:
-    """Over the files of a plugin's package, wherever it is installed and however. Imports nothing."""
+    """Over the files of a plugin's package, wherever it is installed and however. Imports
+    nothing."""
     digest = hashlib.sha256()
     for name, path in sorted(_package_files(plugin.module.split(":")[0].split(".")[0])):
         digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -145,14 +168,17 @@ def _package_files(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def _dependencies(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of what the distributions say they need; our own are listed with hashes elsewhere."""
+    """Versions of what the distributions say they need; our own are listed with hashes
+    elsewhere."""
     names: set[str] = set()
     for name in distributions:
         for requirement in importlib.metadata.requires(name) or ():
             wanted = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", requirement)
             if wanted and "extra ==" not in requirement:
                 names.add(re.sub(r"[-_.]+", "-", wanted.group()).lower())
-    return {name: version for name in sorted(names - set(distributions)) if (version := _version(name))}
+    return {
+        name: version for name in sorted(names - set(distributions)) if (version := _version(name))
+    }
 
 
 def _version(distribution: str) -> str | None:
@@ -164,6 +190,9 @@ def _version(distribution: str) -> str | None:
 
 def _hardware(facts: DeviceFacts) -> dict[str, Any]:
     return {
-        "system": facts.system, "machine": facts.machine, "num_cores": facts.num_cores, "num_gpus": facts.num_gpus,
+        "system": facts.system,
+        "machine": facts.machine,
+        "num_cores": facts.num_cores,
+        "num_gpus": facts.num_gpus,
         "cpu_flags": sorted(facts.cpu_flags),
-    }  # fmt: skip
+    }

@@ -15,24 +15,35 @@ from dovetail.plugin.discovery import Registry, load_registry
 from dovetail.plugin.provider import Context
 
 
-def find_model(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelSource:
-    """The files of a plugin's model, a local folder or a hub id, which is then downloaded: at `revision` (a branch, a tag or
-    a commit), and with its code only if that is trusted. Raises `ConfigError`."""
+def find_model(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> ModelSource:
+    """The files of a plugin's model, a local folder or a hub id, which is then downloaded: at
+    `revision` (a branch, a tag or a commit), and with its code only if that is trusted. Raises
+    `ConfigError`."""
     registry, facts = load_registry(), device_facts()
     nothing_known = Context(facts, None, facts.devices[0], "")
     return model_and_choice(name, "model", trust_remote_code, registry, nothing_known, revision)[0]
 
 
 def model_and_choice(
-    name: str, where: str, with_code: bool, registry: Registry, context: Context, revision: str | None = None
+    name: str,
+    where: str,
+    with_code: bool,
+    registry: Registry,
+    context: Context,
+    revision: str | None = None,
 ) -> tuple[ModelSource, Choice | None]:
-    """A provider's name, else a local folder, else a hub id. `where` names the setting in errors."""
+    """A provider's name, else a local folder, else a hub id. `where` names the setting in
+    errors."""
     offers = registry.of("model")
     folder = Path(name).expanduser()
     is_offered = any(name in (o.provider.name, o.qualified_name) for o in offers)
     if revision is not None and (is_offered or folder.is_dir()):
         kind = "comes with a plugin" if is_offered else "is a folder"
-        raise ConfigError(f"revision: {revision!r} is of a model on the hub, and {name!r} {kind}: leave it out")
+        raise ConfigError(
+            f"revision: {revision!r} is of a model on the hub, and {name!r} {kind}: leave it out"
+        )
     if is_offered:
         choice = choose(registry, "model", ProviderConfig(use=name), context, where)
         offer = find(registry, choice)
@@ -42,9 +53,13 @@ def model_and_choice(
             raise
         except Exception as e:
             name = offer.qualified_name
-            raise PluginError(f"{where}: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
+            raise PluginError(
+                f"{where}: {name} could not be built: {type(e).__name__}: {e}", provider=name
+            ) from e
         if not isinstance(source, ModelSource):
-            raise PluginError(f"{where}: {offer.qualified_name} built {type(source).__name__}, not a ModelSource")
+            raise PluginError(
+                f"{where}: {offer.qualified_name} built {type(source).__name__}, not a ModelSource"
+            )
         return source, choice
     if folder.is_dir():
         return ModelSource(folder.resolve()), None
@@ -52,4 +67,7 @@ def model_and_choice(
         folder = download(name, where, with_code=with_code, revision=revision)
         return ModelSource(folder, revision=commit_of(folder) or revision), None
     names = ", ".join(o.provider.name for o in offers) or "none"
-    raise ConfigError(f"{where}: {name!r} is neither a model that comes with a plugin ({names}), nor a folder, nor a hub id")
+    raise ConfigError(
+        f"{where}: {name!r} is neither a model that comes with a plugin ({names}), nor a folder,"
+        " nor a hub id"
+    )

@@ -1,4 +1,5 @@
-"""Choosing a scheme for each rule of the configuration. Which layers there are is known later, when the model is made."""
+"""Choosing a scheme for each rule of the configuration. Which layers there are is known later, when
+the model is made."""
 
 from __future__ import annotations
 
@@ -21,19 +22,26 @@ Take = Callable[..., Choice]
 
 ALL = "*"
 SUPPLIERS = {
-    "fp8": "dovetail-quant-fp8", "bitsandbytes": "dovetail-quant-int8", "awq": "dovetail-quant-awq-gptq",
-    "gptq": "dovetail-quant-awq-gptq", "compressed-tensors": "dovetail-quant-compressed-tensors",
-}  # fmt: skip
+    "fp8": "dovetail-quant-fp8",
+    "bitsandbytes": "dovetail-quant-int8",
+    "awq": "dovetail-quant-awq-gptq",
+    "gptq": "dovetail-quant-awq-gptq",
+    "compressed-tensors": "dovetail-quant-compressed-tensors",
+}
 """By method: our package that reads it. For an error where none is installed, and nothing else."""
 OUTPUT = "lm_head"
-"""The output projection. A scheme that quantizes the whole model on the fly leaves it as it is, because there it costs the most
-quality; rules that name it do not."""
+"""The output projection. A scheme that quantizes the whole model on the fly leaves it as it is,
+because there it costs the most quality; rules that name it do not."""
 
 
-def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Registry, take: Take) -> dict[str, Choice]:
-    """A choice for each rule: `quantization.0`, … (`quantization` if there is one), the last of which matches every layer.
+def choose_schemes(
+    config: QuantizationConfig, model: ModelFacts, registry: Registry, take: Take
+) -> dict[str, Choice]:
+    """A choice for each rule: `quantization.0`, … (`quantization` if there is one), the last of
+    which matches every layer.
 
-    Raises `PluginError`: nobody reads the checkpoint's method, or a rule asks for what does not fit it.
+    Raises `PluginError`: nobody reads the checkpoint's method, or a rule asks for what does not fit
+    it.
     """
     rules = list(config.rules)
     if not rules or rules[-1].match != ALL:
@@ -41,40 +49,61 @@ def choose_schemes(config: QuantizationConfig, model: ModelFacts, registry: Regi
     if any(rule.use == "auto" for rule in rules):
         _check_readable(model, registry)
     is_whole = len(rules) == 1
-    chosen = [_choose(rule, "quantization" if is_whole else f"quantization.{i}", take, model) for i, rule in enumerate(rules)]
-    if is_whole and model.quantization_method not in _methods(find(registry, chosen[0]).provider.capabilities):
+    chosen = [
+        _choose(rule, "quantization" if is_whole else f"quantization.{i}", take, model)
+        for i, rule in enumerate(rules)
+    ]
+    if is_whole and model.quantization_method not in _methods(
+        find(registry, chosen[0]).provider.capabilities
+    ):
         chosen.insert(0, _choose(QuantizationRule(match=OUTPUT), "quantization", take, model))
-    return {f"quantization.{i}" if len(chosen) > 1 else "quantization": choice for i, choice in enumerate(chosen)}
+    return {
+        f"quantization.{i}" if len(chosen) > 1 else "quantization": choice
+        for i, choice in enumerate(chosen)
+    }
 
 
 def _choose(rule: QuantizationRule, where: str, take: Take, model: ModelFacts) -> Choice:
     wanted = ProviderConfig(use=rule.use, on_unsupported=rule.on_unsupported, options=rule.options)
     try:
-        choice = take("quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL)
+        choice = take(
+            "quantization", wanted, where, by_name=rule.use != "auto", some_layers=rule.match != ALL
+        )
     except ConfigError as e:
         if model.quantization_method == PLAIN:
             raise
-        raise ConfigError(f"{e.message}. The checkpoint {model.folder} says of itself: {model.quantization_said}") from None
+        raise ConfigError(
+            f"{e.message}. The checkpoint {model.folder} says of itself: {model.quantization_said}"
+        ) from None
     return msgspec.structs.replace(choice, match=rule.match)
 
 
 def _check_readable(model: ModelFacts, registry: Registry) -> None:
     """Raise `PluginError` if the checkpoint is quantized and nobody declares its method."""
     method = model.quantization_method
-    readers = {m: o.qualified_name for o in registry.of("quantization") for m in _methods(o.provider.capabilities)}
+    readers = {
+        m: o.qualified_name
+        for o in registry.of("quantization")
+        for m in _methods(o.provider.capabilities)
+    }
     if method in readers:
         return
     near = difflib.get_close_matches(method, readers, n=3, cutoff=0.4)
     hint = f" Near: {', '.join(f'{m} ({readers[m]})' for m in near)}." if near else ""
     others = ", ".join(sorted(set(readers) - {PLAIN})) or "none"
-    install = f"Install a package that offers a quantization provider for {method!r}, or use the originals"
+    install = (
+        f"Install a package that offers a quantization provider for {method!r}, or use the"
+        " originals"
+    )
     if supplier := SUPPLIERS.get(method):
         install = f"pip install {supplier} brings one"
-    elif alike := difflib.get_close_matches(method, SUPPLIERS.keys() - readers.keys(), n=1, cutoff=0.6):
+    elif alike := difflib.get_close_matches(
+        method, SUPPLIERS.keys() - readers.keys(), n=1, cutoff=0.6
+    ):
         install += f". Should it be {alike[0]!r}: pip install {SUPPLIERS[alike[0]]}"
     raise PluginError(
-        f"quantization: the weights of {model.folder} are quantized with {method!r}, which no installed plugin reads.{hint} "
-        f"Installed: {others}. {install}"
+        f"quantization: the weights of {model.folder} are quantized with {method!r}, which no"
+        f" installed plugin reads.{hint} Installed: {others}. {install}"
     )
 
 

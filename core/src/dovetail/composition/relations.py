@@ -12,7 +12,8 @@ from dovetail.plugin.provider import Relation
 
 
 class Unsatisfied(PluginError):
-    """no provider can be used for an extension point, because of what `auto` took elsewhere: `conflicting` are the qualified names of those."""
+    """no provider can be used for an extension point, because of what `auto` took elsewhere:
+    `conflicting` are the qualified names of those."""
 
     def __init__(self, message: str, conflicting: list[str], provider: str | None = None) -> None:
         super().__init__(message, provider=provider)
@@ -21,14 +22,16 @@ class Unsatisfied(PluginError):
 
 @dataclass(frozen=True)
 class OtherChoices:
-    """What is known of the other extension points while one is filled: choices made, and those asked for by name."""
+    """What is known of the other extension points while one is filled: choices made, and those
+    asked for by name."""
 
     taken: dict[str, Offer] = field(default_factory=dict)
     """By key of the plan."""
     by_auto: set[str] = field(default_factory=set)
     """Of those: qualified names that `auto` took."""
     excluded: dict[str, Reason] = field(default_factory=dict)
-    """By qualified name: offers that `auto` has to leave, because they leave no choice elsewhere."""
+    """By qualified name: offers that `auto` has to leave, because they leave no choice
+    elsewhere."""
 
 
 NONE = OtherChoices()
@@ -39,29 +42,49 @@ def relations(offer: Offer, where: str, other_choices: OtherChoices) -> list[Rea
     reasons = []
     for key, other in other_choices.taken.items():
         if key != where:
-            reasons += [_reason(code, relation, other, key) for code, relation in _violated(offer, other)]
+            reasons += [
+                _reason(code, relation, other, key) for code, relation in _violated(offer, other)
+            ]
             for code, relation in _violated(other, offer):
                 said = _reason(code, relation, offer, where)
-                reasons.append(replace(said, text=f"{key} is {other.provider.name}, which {said.text}", hint=f"change {key}"))
+                reasons.append(
+                    replace(
+                        said,
+                        text=f"{key} is {other.provider.name}, which {said.text}",
+                        hint=f"change {key}",
+                    )
+                )
     return reasons
 
 
 def _violated(one: Offer, other: Offer) -> Iterator[tuple[str, Relation]]:
     names = (other.extension_point, other.provider.name, other.qualified_name)
     yield from (("conflicts", r) for r in one.provider.conflicts if r.meets(*names))
-    yield from (("requires", r) for r in one.provider.requires if r.extension_point == other.extension_point and not r.meets(*names))
+    yield from (
+        ("requires", r)
+        for r in one.provider.requires
+        if r.extension_point == other.extension_point and not r.meets(*names)
+    )
 
 
 def _reason(code: str, relation: Relation, other: Offer, key: str) -> Reason:
     if code == "conflicts":
-        return Reason(f"does not go with {other.provider.name} ({key}): {relation.because}", f"change {key}", code)
+        return Reason(
+            f"does not go with {other.provider.name} ({key}): {relation.because}",
+            f"change {key}",
+            code,
+        )
     wanted = " or ".join(relation.providers)
-    text = f"needs {relation.extension_point}: {wanted}, and {key} is {other.provider.name}: {relation.because}"
+    text = (
+        f"needs {relation.extension_point}: {wanted}, and {key} is {other.provider.name}:"
+        f" {relation.because}"
+    )
     return Reason(text, f"change {key}", code)
 
 
 def conflicting_with(offers: list[Offer], where: str, other_choices: OtherChoices) -> list[str]:
-    """Those that `auto` took and without which one of `offers` would have fewer reasons against it."""
+    """Those that `auto` took and without which one of `offers` would have fewer reasons against
+    it."""
     return [
         other.qualified_name
         for key, other in other_choices.taken.items()
@@ -76,5 +99,6 @@ def untested(offer: Offer, where: str, other_choices: OtherChoices) -> list[str]
         for key, other in other_choices.taken.items()
         for one, its, of in ((offer, other, key), (other, offer, where))
         for relation in one.provider.untested_with
-        if key != where and relation.meets(its.extension_point, its.provider.name, its.qualified_name)
+        if key != where
+        and relation.meets(its.extension_point, its.provider.name, its.qualified_name)
     ]

@@ -1,4 +1,5 @@
-"""From a configuration to a plan: a provider for every extension point, and why the others were not taken. Loads no weight."""
+"""From a configuration to a plan: a provider for every extension point, and why the others were not
+taken. Loads no weight."""
 
 from __future__ import annotations
 
@@ -25,10 +26,13 @@ from dovetail.plugin.discovery import Registry, load_registry
 from dovetail.plugin.provider import HOST_MEMORY, Context, DraftModelOptions
 
 
-def resolve(config: EngineConfig, registry: Registry | None = None, *, server: bool = False) -> Plan:
+def resolve(
+    config: EngineConfig, registry: Registry | None = None, *, server: bool = False
+) -> Plan:
     """Choose a provider for every extension point. Reads the model's config.json, and no weight.
 
-    Raises `ConfigError`, `PluginError` or `CheckpointError`; what was not taken, and why, is in the plan.
+    Raises `ConfigError`, `PluginError` or `CheckpointError`; what was not taken, and why, is in the
+    plan.
     """
     registry = load_registry() if registry is None else registry
     excluded: dict[str, Reason] = {}
@@ -36,11 +40,15 @@ def resolve(config: EngineConfig, registry: Registry | None = None, *, server: b
         try:
             return _resolve(config, registry, server, excluded)
         except Unsatisfied as e:
-            # What `auto` took may stand in the way of what was asked for, or of anything at all: it gives way.
+            # What `auto` took may stand in the way of what was asked for, or of anything at all: it
+            # gives way.
             conflicting = [name for name in e.conflicting if name not in excluded]
             if not conflicting:
                 raise
-            excluded[conflicting[-1]] = Reason(f"excluded because it conflicts with another choice: {e.message.splitlines()[0]}", code="conflicts")
+            excluded[conflicting[-1]] = Reason(
+                f"excluded because it conflicts with another choice: {e.message.splitlines()[0]}",
+                code="conflicts",
+            )
 
 
 @dataclass
@@ -60,7 +68,9 @@ class Resolution:
 
     def ask(self, extension_point: str, wanted: ProviderConfig, where: str, **needs: Any) -> Choice:
         """Choose, and change nothing."""
-        return choose(self.registry, extension_point, wanted, self.context(needs), where, self.other_choices)
+        return choose(
+            self.registry, extension_point, wanted, self.context(needs), where, self.other_choices
+        )
 
     def note(self, key: str, choice: Choice) -> None:
         self.choices[key] = choice
@@ -70,19 +80,27 @@ class Resolution:
                 self.other_choices.by_auto.add(self.other_choices.taken[key].qualified_name)
 
     def take(self, key: str, wanted: ProviderConfig, **needs: Any) -> Choice:
-        """Fill an extension point, and those that its provider opens to others: their settings are among its options."""
+        """Fill an extension point, and those that its provider opens to others: their settings are
+        among its options."""
         extension_point = key.partition(".")[0]
         opened = [s for s in self.registry.extension_points.values() if s.within == extension_point]
         inner = {s.name: wanted.options[s.name] for s in opened if s.name in wanted.options}
         options = {k: v for k, v in wanted.options.items() if k not in inner}
-        choice = self.ask(extension_point, wanted.model_copy(update={"options": options}), key, **needs)
+        choice = self.ask(
+            extension_point, wanted.model_copy(update={"options": options}), key, **needs
+        )
         self.note(key, choice)
         for within in opened:
             if self.registry.added_by[within.name].distribution == choice.distribution:
-                given = [_provider_config(g, within.name) for g in _as_list(inner.pop(within.name, "auto"))]
+                given = [
+                    _provider_config(g, within.name)
+                    for g in _as_list(inner.pop(within.name, "auto"))
+                ]
                 if within.many:
                     asked = [] if given == [ProviderConfig()] else given
-                    for one in choose_all(self.registry, within.name, asked, self.context({}), self.other_choices):
+                    for one in choose_all(
+                        self.registry, within.name, asked, self.context({}), self.other_choices
+                    ):
                         self.note(f"{within.name}.{one.provider}", one)
                 elif len(given) > 1:
                     raise ConfigError(f"{key}.{within.name}: takes one provider, not {len(given)}")
@@ -96,18 +114,24 @@ class Resolution:
         """What a choice says that it needs of others, by extension point."""
         offer, options = find(self.registry, self.choices[key]), self.choices[key].options
         try:
-            return offer.provider.needs(self.context({}), offer.provider.options.model_validate(options))
+            return offer.provider.needs(
+                self.context({}), offer.provider.options.model_validate(options)
+            )
         except DovetailError:
             raise
         except Exception as e:
             name = offer.qualified_name
-            raise PluginError(f"{key}: {name}: its needs raised {type(e).__name__}: {e}", provider=name) from e
+            raise PluginError(
+                f"{key}: {name}: its needs raised {type(e).__name__}: {e}", provider=name
+            ) from e
 
     def capabilities(self, keys: Iterable[str]) -> dict[str, Any]:
         return {key: self.other_choices.taken[key].provider.capabilities for key in keys}
 
 
-def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]) -> Plan:
+def _resolve(
+    config: EngineConfig, registry: Registry, server: bool, excluded: dict[str, Reason]
+) -> Plan:
     facts = device_facts()
     device = _device(config.device, facts)
     nothing_known = Context(facts, None, device, "")
@@ -119,9 +143,13 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     length = config.max_model_len or model.max_position_embeddings
     if length > model.max_position_embeddings:
         longest = model.max_position_embeddings
-        raise ConfigError(f"max_model_len: {length} is longer than the model's context of {longest} tokens")
+        raise ConfigError(
+            f"max_model_len: {length} is longer than the model's context of {longest} tokens"
+        )
 
-    r = Resolution(registry, facts, model, device, dtype, other_choices=OtherChoices(excluded=excluded))
+    r = Resolution(
+        registry, facts, model, device, dtype, other_choices=OtherChoices(excluded=excluded)
+    )
     if model_choice is not None:
         r.note("model", model_choice)
     schemes = choose_schemes(config.quantization, model, registry, r.ask)
@@ -138,27 +166,47 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
         r.take("architecture", config.architecture, quantized=quantized)
     kv = r.take("kv_cache", config.kv_cache).options
     r.take("scheduler", config.scheduler)
-    r.take("speculation", config.speculation, by_name=config.speculation.use not in ("auto", "none"))
+    r.take(
+        "speculation", config.speculation, by_name=config.speculation.use not in ("auto", "none")
+    )
     draft = _take_draft(r, source, length, config.trust_remote_code)
     kv_dtype = dtype if kv["dtype"] == "auto" else kv["dtype"]
-    needs_of = {k.kind: _attention_needs(model, k.kind, k.window is not None, length, kv_dtype) for k in model.layer_kinds}
-    of_draft = {"draft": _attention_needs(draft[1], "draft", draft[1].is_windowed, length, kv_dtype)} if draft else {}
+    needs_of = {
+        k.kind: _attention_needs(model, k.kind, k.window is not None, length, kv_dtype)
+        for k in model.layer_kinds
+    }
+    of_draft = (
+        {"draft": _attention_needs(draft[1], "draft", draft[1].is_windowed, length, kv_dtype)}
+        if draft
+        else {}
+    )
     for kind, needs in (needs_of | of_draft).items():
         r.take(f"attention.{kind}", config.attention.of(kind), **needs, block_size=kv["block_size"])
     attention = r.capabilities(key for key in r.choices if key.startswith("attention."))
     if kv["block_size"] == "auto":
-        kv["block_size"] = _agreed_block_size({key: open_block_size(can, length) for key, can in attention.items()})
+        kv["block_size"] = _agreed_block_size(
+            {key: open_block_size(can, length) for key, can in attention.items()}
+        )
     made = r.capabilities(["architecture"])["architecture"] if "architecture" in r.choices else None
     r.take(
-        "worker", config.worker, compiled_attention=all(a.compiled_steps for a in attention.values()),
-        graph_capture=all(a.graph_capture for a in attention.values()), architecture=made,
-        quantization=list(weights.values()), shadow=shadow is not None, drafts=draft is not None,
+        "worker",
+        config.worker,
+        compiled_attention=all(a.compiled_steps for a in attention.values()),
+        graph_capture=all(a.graph_capture for a in attention.values()),
+        architecture=made,
+        quantization=list(weights.values()),
+        shadow=shadow is not None,
+        drafts=draft is not None,
         matmul=r.capabilities(r.choices.keys() & {"matmul"}),
         host_tier=bool(config.prefix_cache.options.get(HOST_MEMORY)),
-    )  # fmt: skip
+    )
     r.take("prefix_cache", config.prefix_cache)
     if shadow is not None:
-        _take_candidates(r, shadow, {kind: {**needs, "block_size": kv["block_size"]} for kind, needs in needs_of.items()})
+        _take_candidates(
+            r,
+            shadow,
+            {kind: {**needs, "block_size": kv["block_size"]} for kind, needs in needs_of.items()},
+        )
     if server:
         r.take("server", config.server)
     return Plan(
@@ -180,16 +228,25 @@ def _resolve(config: EngineConfig, registry: Registry, server: bool, excluded: d
     )
 
 
-def _attention_needs(model: ModelFacts, kind: str, is_windowed: bool, length: int, kv_dtype: str) -> dict[str, Any]:
+def _attention_needs(
+    model: ModelFacts, kind: str, is_windowed: bool, length: int, kv_dtype: str
+) -> dict[str, Any]:
     return {
-        "layer_kind": kind, "head_size": model.head_size, "sliding_window": is_windowed,
-        "logit_soft_cap": model.logit_soft_cap is not None, "sinks": model.has_sinks, "max_model_len": length,
+        "layer_kind": kind,
+        "head_size": model.head_size,
+        "sliding_window": is_windowed,
+        "logit_soft_cap": model.logit_soft_cap is not None,
+        "sinks": model.has_sinks,
+        "max_model_len": length,
         "kv_dtype": kv_dtype,
-    }  # fmt: skip
+    }
 
 
-def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool) -> tuple[DraftModel, ModelFacts] | None:
-    """The draft model, where the drafter that was taken runs in the worker, and what computes it."""
+def _take_draft(
+    r: Resolution, target: ModelSource, length: int, with_code: bool
+) -> tuple[DraftModel, ModelFacts] | None:
+    """The draft model, where the drafter that was taken runs in the worker, and what computes
+    it."""
     if r.choices["speculation"].is_empty:
         return None
     offer = r.other_choices.taken["speculation"]
@@ -197,14 +254,22 @@ def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool
     if not isinstance(can, DrafterCapabilities) or can.runs_in != "worker":
         return None
     if not issubclass(offer.provider.options, DraftModelOptions):
-        text = f"speculation: {offer.qualified_name} runs in the worker, and its options do not extend DraftModelOptions"
+        text = (
+            f"speculation: {offer.qualified_name} runs in the worker, and its options do not extend"
+            " DraftModelOptions"
+        )
         raise PluginError(text, provider=offer.qualified_name)
     name = r.choices["speculation"].options["model"]
     if name == "auto":
         if target.draft is None:
-            raise ConfigError("speculation.model: no draft model comes with this model: name one of the same tokenizer")
+            raise ConfigError(
+                "speculation.model: no draft model comes with this model: name one of the same"
+                " tokenizer"
+            )
         name = r.choices["speculation"].options["model"] = target.draft
-    source, choice = model_and_choice(name, "speculation.model", with_code, r.registry, r.context({}))
+    source, choice = model_and_choice(
+        name, "speculation.model", with_code, r.registry, r.context({})
+    )
     facts = model_facts(source.folder)
     check_draft(name, facts, r.model, length)
     if choice is not None:
@@ -215,7 +280,8 @@ def _take_draft(r: Resolution, target: ModelSource, length: int, with_code: bool
 
 
 def _take_matmul(r: Resolution, wanted: ProviderConfig, schemes: list[str]) -> None:
-    """What multiplies, where one of the schemes leaves that to others. `schemes`: keys of the plan."""
+    """What multiplies, where one of the schemes leaves that to others. `schemes`: keys of the
+    plan."""
     asking = []
     for key in schemes:
         can = find(r.registry, r.choices[key]).provider.capabilities
@@ -223,11 +289,15 @@ def _take_matmul(r: Resolution, wanted: ProviderConfig, schemes: list[str]) -> N
             most = {"codes": can.codes, "inputs": [can.activations] if can.activations else []}
             asking.append(most | r.needs(key).get("matmul", {}))
     if asking:
-        needs = {name: list(dict.fromkeys(one for asked in asking for one in asked[name])) for name in ("codes", "inputs")}
+        needs = {
+            name: list(dict.fromkeys(one for asked in asking for one in asked[name]))
+            for name in ("codes", "inputs")
+        }
         r.take("matmul", wanted, **needs)
 
 
-# Candidates of a shadow run are nobody's neighbours: what they go with is what answers, not each other.
+# Candidates of a shadow run are nobody's neighbours: what they go with is what answers, not each
+# other.
 
 
 def _take_candidate_scheme(r: Resolution, shadow: ShadowConfig | None) -> list[str]:
@@ -235,11 +305,15 @@ def _take_candidate_scheme(r: Resolution, shadow: ShadowConfig | None) -> list[s
     if shadow is None or shadow.quantization is None:
         return []
     key = f"{SHADOW_PREFIX}quantization"
-    r.choices[key] = r.ask("quantization", shadow.quantization, key, by_name=True, some_layers=False)
+    r.choices[key] = r.ask(
+        "quantization", shadow.quantization, key, by_name=True, some_layers=False
+    )
     return [key]
 
 
-def _take_candidates(r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]) -> None:
+def _take_candidates(
+    r: Resolution, shadow: ShadowConfig, attention_needs: dict[str, dict[str, Any]]
+) -> None:
     """Those of attention."""
     if shadow.attention is not None:
         for kind, needs in attention_needs.items():
@@ -251,7 +325,9 @@ def _agreed_block_size(sizes: dict[str, int]) -> int:
     """All layers' blocks are of one size. `sizes`: what each kind's attention asks for."""
     if len(set(sizes.values())) > 1:
         wishes = ", ".join(f"{key} asks for {size}" for key, size in sizes.items())
-        raise ConfigError(f"kv_cache.block_size: is left open, and {wishes}: give a number that all of them take")
+        raise ConfigError(
+            f"kv_cache.block_size: is left open, and {wishes}: give a number that all of them take"
+        )
     return next(iter(sizes.values()))
 
 
@@ -261,7 +337,9 @@ def _device(wanted: str, facts: DeviceFacts) -> str:
     name = "cuda:0" if wanted == "cuda" else wanted
     if name not in facts.devices:
         why = f". {facts.gpu_trouble}" if name.startswith("cuda") and facts.gpu_trouble else ""
-        raise ConfigError(f"device: {wanted!r} is not here; this machine has {', '.join(facts.devices)}{why}")
+        raise ConfigError(
+            f"device: {wanted!r} is not here; this machine has {', '.join(facts.devices)}{why}"
+        )
     return name
 
 
@@ -273,4 +351,6 @@ def _provider_config(given: Any, where: str) -> ProviderConfig:
     try:
         return ProviderConfig.model_validate(given)
     except ValidationError:
-        raise ConfigError(f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}") from None
+        raise ConfigError(
+            f"{where}: expected NAME or {{use: NAME, …options}}, found {given!r}"
+        ) from None

@@ -1,13 +1,15 @@
 """Who is drafted for, and how far: as far as it pays.
 
-A step costs seconds by its sequences and draft tokens (measured at the start, `step_costs.py`), and a draft token is accepted
-with a probability that its sequence has shown so far. So what a number of draft tokens is expected to bring, in tokens per
-second of the whole step, can be computed, and the best one is taken; often that is none.
+A step costs seconds by its sequences and draft tokens (measured at the start, `step_costs.py`), and
+a draft token is accepted with a probability that its sequence has shown so far. So what a number of
+draft tokens is expected to bring, in tokens per second of the whole step, can be computed, and the
+best one is taken; often that is none.
 
-An account bounds what it costs to find out. It earns a share of the time that passes, and what accepted drafts have saved; it
-pays for looking, for steps that were longer because of drafts, and for pauses of the overlapped loop. While it is empty nobody
-is asked but those whose last drafts were right, and new ones while most are: where drafts do not help, the loss is that share.
-A sequence whose drafter finds nothing, or errs, rests for a number of steps that doubles each time.
+An account bounds what it costs to find out. It earns a share of the time that passes, and what
+accepted drafts have saved; it pays for looking, for steps that were longer because of drafts, and
+for pauses of the overlapped loop. While it is empty nobody is asked but those whose last drafts
+were right, and new ones while most are: where drafts do not help, the loss is that share. A
+sequence whose drafter finds nothing, or errs, rests for a number of steps that doubles each time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from dovetail.sequence import Sequence
 SHARE = 0.003
 """Of the time, for finding out."""
 MAX_EARNED = 0.5
-"""Steps of one token: what the account holds at most of that share, so that idle hours do not pay for errors."""
+"""Steps of one token: what the account holds at most of that share, so that idle hours do not pay
+for errors."""
 START = 8.0
 """Steps of one token: what the account begins with."""
 MAX_SAVED = 16.0
@@ -31,20 +34,25 @@ MAX_SAVED = 16.0
 MAX_REST = 32
 """Steps."""
 WORTH = 1.1
-"""Tokens per second that drafts must be expected to bring, times those without: the costs are not known better than that."""
+"""Tokens per second that drafts must be expected to bring, times those without: the costs are not
+known better than that."""
 SAMPLED = 16
-"""Of so many steps without drafts, one is compared with what it was expected to take; of those with drafts, every one."""
+"""Of so many steps without drafts, one is compared with what it was expected to take; of those with
+drafts, every one."""
 MAX_SLOWER, LEARNS, FORGETS = 3.0, 0.05, 0.02
-"""How much one comparison counts at most, how fast that is learned, and, where nobody drafts, forgotten."""
+"""How much one comparison counts at most, how fast that is learned, and, where nobody drafts,
+forgotten."""
 MAX_OVERRUN = 4.0
-"""Times what a step was expected to take: what the account pays at most where a draft model read prompts in it."""
+"""Times what a step was expected to take: what the account pays at most where a draft model read
+prompts in it."""
 MEMORY = 0.9
 """Of the past, at each verification: about the last ten count."""
 DECAY = 0.5
 """Of a sequence's past, at each rest: it is tried again, and by then it may say something else."""
 NONE: list[Sequence] = []
 FURTHER = 0.95
-"""How likely the next position's draft is thought to be accepted, times that of the one before, where nothing is known."""
+"""How likely the next position's draft is thought to be accepted, times that of the one before,
+where nothing is known."""
 
 
 class Curve:
@@ -53,7 +61,8 @@ class Curve:
     def __init__(self, points: dict[int, float]) -> None:
         """`points`: at least one."""
         self._at = sorted(points)
-        # More work never takes less time. Where a measurement says so, that of the smaller work was disturbed.
+        # More work never takes less time. Where a measurement says so, that of the smaller work was
+        # disturbed.
         self._seconds = [min(points[n] for n in self._at[i:]) for i in range(len(self._at))]
         self.points = dict(zip(self._at, self._seconds, strict=True))
 
@@ -74,8 +83,9 @@ class StepCosts:
     plain: Curve
     """By number of sequences, each of which gets its next token."""
     drafted: Mapping[int, Curve] = field(default_factory=dict)
-    """By number of sequences: by number of draft tokens. More than what the tokens cost: such a step is not overlapped, rows
-    are put together and taken apart in a slower way, and a drafter in the worker is part of it. Empty: `plain`, by tokens."""
+    """By number of sequences: by number of draft tokens. More than what the tokens cost: such a
+    step is not overlapped, rows are put together and taken apart in a slower way, and a drafter in
+    the worker is part of it. Empty: `plain`, by tokens."""
 
     def without(self, num_seqs: int) -> float:
         return self.plain(num_seqs)
@@ -88,7 +98,9 @@ class StepCosts:
         high = min((n for n in known if n >= num_seqs), default=low)
         ends = [self.drafted[n](max(1.0, num_drafts * n / num_seqs)) for n in (low, high)]
         beyond, between = ends[0] * num_seqs / low, (num_seqs - low) / max(1, high - low)
-        return max(beyond if low == high else ends[0] + (ends[1] - ends[0]) * between, self.plain(num_seqs))
+        return max(
+            beyond if low == high else ends[0] + (ends[1] - ends[0]) * between, self.plain(num_seqs)
+        )
 
 
 @dataclass(slots=True)
@@ -107,7 +119,8 @@ class History:
     accepted: list[float] = field(default_factory=list)
 
     def chances(self, count: int) -> list[float]:
-        """For positions 0, 1, …: that a draft there is accepted, with all before it. Never rising."""
+        """For positions 0, 1, …: that a draft there is accepted, with all before it. Never
+        rising."""
         chances, of_all, of_this = [], 1.0, 1.0
         for i in range(count):
             if i < len(self.tried):
@@ -132,13 +145,20 @@ class History:
         self.accepted = [n * factor for n in self.accepted]
 
 
-def best_counts(chances: Items[Items[float]], num_seqs: int, costs: StepCosts, slower: float = 1.0) -> list[int]:
-    """How many drafts each sequence should get, for the most tokens per second of a step of `num_seqs` sequences.
+def best_counts(
+    chances: Items[Items[float]], num_seqs: int, costs: StepCosts, slower: float = 1.0
+) -> list[int]:
+    """How many drafts each sequence should get, for the most tokens per second of a step of
+    `num_seqs` sequences.
 
-    `chances`: by sequence, of its first, second, … draft, never rising; so the best n drafts of all are the n likeliest.
-    `slower`: how many times as long steps with drafts have taken lately as `costs` says, beside steps without.
+    `chances`: by sequence, of its first, second, … draft, never rising; so the best n drafts of all
+    are the n likeliest. `slower`: how many times as long steps with drafts have taken lately as
+    `costs` says, beside steps without.
     """
-    ranked = sorted(((-chance, i) for i, of_seq in enumerate(chances) for chance in of_seq), key=lambda one: one[0])
+    ranked = sorted(
+        ((-chance, i) for i, of_seq in enumerate(chances) for chance in of_seq),
+        key=lambda one: one[0],
+    )
     best, taken, gained = num_seqs / costs.without(num_seqs), 0, 0.0
     for n, (minus, _) in enumerate(ranked, 1):
         gained -= minus
@@ -152,7 +172,8 @@ def best_counts(chances: Items[Items[float]], num_seqs: int, costs: StepCosts, s
 
 
 class EverySequence:
-    """The plain policy: everybody is asked in every step, for as many drafts as there is room for."""
+    """The plain policy: everybody is asked in every step, for as many drafts as there is room
+    for."""
 
     def due(self, running: list[Sequence]) -> list[Sequence]:
         """Whom to ask now, in one call before each step. For each of them `on_proposed` follows."""
@@ -162,7 +183,8 @@ class EverySequence:
         """It was asked, and has something to propose or not."""
 
     def share(self, drafted: list[Sequence], lengths: list[int], num_seqs: int) -> list[int]:
-        """How many of its drafts each of those that have some may have verified in a step of `num_seqs` sequences."""
+        """How many of its drafts each of those that have some may have verified in a step of
+        `num_seqs` sequences."""
         return lengths
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
@@ -175,12 +197,20 @@ class EverySequence:
 class Adaptive(EverySequence):
     """As many drafts as pay, by `costs`, for each sequence in each step."""
 
-    def __init__(self, costs: StepCosts, num_draft_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        costs: StepCosts,
+        num_draft_tokens: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.costs = costs
         self._num_draft_tokens = num_draft_tokens
         self._clock = clock
         self._earned_until = clock()
-        self._max_earned, self._max_saved = MAX_EARNED * costs.without(1), MAX_SAVED * costs.without(1)
+        self._max_earned, self._max_saved = (
+            MAX_EARNED * costs.without(1),
+            MAX_SAVED * costs.without(1),
+        )
         self.budget = START * costs.without(1)
         """Seconds."""
         self._look = 0.0
@@ -201,14 +231,18 @@ class Adaptive(EverySequence):
         self._share_right = 0.0
         """Of the last verifications, of all sequences: a new one is thought to be like most."""
         self._due_at: dict[int, list[int]] = {}
-        """By step: sequences. One that has ended, or is due at another time by now, is left here and passed over."""
+        """By step: sequences. One that has ended, or is due at another time by now, is left here
+        and passed over."""
         self._step = self._num_seqs = 0
 
     def due(self, running: list[Sequence]) -> list[Sequence]:
-        # Where nobody is asked, this is all that drafting costs a step: its cost must not depend on the sequences.
+        # Where nobody is asked, this is all that drafting costs a step: its cost must not depend on
+        # the sequences.
         self._step += 1
         if not running:
-            self._expected = 0.0  # it was the last step of all, and nobody knows how long ago it ended
+            self._expected = (
+                0.0  # it was the last step of all, and nobody knows how long ago it ended
+            )
         elif self._expected:
             self._compare()
         elif not self._step % SAMPLED:
@@ -225,7 +259,10 @@ class Adaptive(EverySequence):
         due = [history.seq for history in self._hot.values()]
         self._hot.clear()
         if self._ready and self._step >= self._poor_until:
-            due += [self._ready.pop(seq_id).seq for seq_id in list(self._ready)[: self._num_affordable(len(running))]]
+            due += [
+                self._ready.pop(seq_id).seq
+                for seq_id in list(self._ready)[: self._num_affordable(len(running))]
+            ]
         return due
 
     def _num_affordable(self, num_seqs: int) -> int:
@@ -234,12 +271,19 @@ class Adaptive(EverySequence):
         earned = min(self._max_earned, self.budget + SHARE * (now - self._earned_until))
         self._earned_until, self.budget = now, max(self.budget, earned)
         if self.budget < 0:
-            self._poor_until = self._step + int(-self.budget / (SHARE * self.costs.without(num_seqs)))
+            self._poor_until = self._step + int(
+                -self.budget / (SHARE * self.costs.without(num_seqs))
+            )
             return 0
-        return len(self._ready) if self.budget > self._look * len(self._ready) else 1 + int(self.budget / self._look)
+        return (
+            len(self._ready)
+            if self.budget > self._look * len(self._ready)
+            else 1 + int(self.budget / self._look)
+        )
 
     def _compare(self) -> None:
-        """The step that ends here with what it was expected to take. Prompts and pauses make some steps longer, and are few."""
+        """The step that ends here with what it was expected to take. Prompts and pauses make some
+        steps longer, and are few."""
         expected, seconds = self._expected, self._clock() - self._began
         self._expected = 0.0
         if self._reads_prompts:
@@ -258,15 +302,24 @@ class Adaptive(EverySequence):
         """Whether drafts would pay at this batch size if all of them were accepted."""
         gain = self._gains.get(num_seqs)
         if gain is None:
-            without, most = num_seqs / self.costs.without(num_seqs), num_seqs * self._num_draft_tokens
-            counts = {1, most, *(num_seqs * 2**i for i in range(self._num_draft_tokens.bit_length()))}
-            gain = max((num_seqs + n) / self.costs.with_drafts(num_seqs, n) for n in counts) / without
+            without, most = (
+                num_seqs / self.costs.without(num_seqs),
+                num_seqs * self._num_draft_tokens,
+            )
+            counts = {
+                1,
+                most,
+                *(num_seqs * 2**i for i in range(self._num_draft_tokens.bit_length())),
+            }
+            gain = (
+                max((num_seqs + n) / self.costs.with_drafts(num_seqs, n) for n in counts) / without
+            )
             self._gains[num_seqs] = gain
         return gain > WORTH * self._drafts_slow_down()
 
     def _drafts_slow_down(self) -> float:
-        """How many times more than `costs` says a step with drafts takes, beside one without. Where only the latter have been
-        seen, and are slow, those with drafts will be too."""
+        """How many times more than `costs` says a step with drafts takes, beside one without. Where
+        only the latter have been seen, and are slow, those with drafts will be too."""
         return max(1.0, self._slower[1] / self._slower[0])
 
     def on_proposed(self, seq: Sequence, has_drafts: bool, seconds: float) -> None:
@@ -282,7 +335,9 @@ class Adaptive(EverySequence):
         began = self._clock()
         self._num_seqs = num_seqs
         histories = [self._of(seq) for seq in drafted]
-        chances = [history.chances(length) for history, length in zip(histories, lengths, strict=True)]
+        chances = [
+            history.chances(length) for history, length in zip(histories, lengths, strict=True)
+        ]
         slower = self._drafts_slow_down()
         counts = best_counts(chances, num_seqs, self.costs, WORTH * slower)
         for history, count in zip(histories, counts, strict=True):
@@ -291,8 +346,12 @@ class Adaptive(EverySequence):
         self.budget -= self._clock() - began
         if any(counts):
             seconds = self.costs.with_drafts(num_seqs, sum(counts))
-            # A draft model reads a sequence's prompt when it is first asked: that says nothing of the steps to come.
-            is_first = any(count and not history.tried for history, count in zip(histories, counts, strict=True))
+            # A draft model reads a sequence's prompt when it is first asked: that says nothing of
+            # the steps to come.
+            is_first = any(
+                count and not history.tried
+                for history, count in zip(histories, counts, strict=True)
+            )
             self._expect(seconds, True, is_first)
             self.budget -= seconds * slower - self.costs.without(num_seqs)
         return counts

@@ -1,7 +1,9 @@
-"""What the loop relies on, checked as it passes: plans, tokens, blocks. A plugin's mistake then costs its step, and says so.
+"""What the loop relies on, checked as it passes: plans, tokens, blocks. A plugin's mistake then
+costs its step, and says so.
 
-Each class stands in front of a plugin's object and looks the same; `build_engine` puts them there, and the loop knows nothing
-of it. They look at a step as a whole (sums and counts, not rows one by one), because they are asked in every one.
+Each class stands in front of a plugin's object and looks the same; `build_engine` puts them there,
+and the loop knows nothing of it. They look at a step as a whole (sums and counts, not rows one by
+one), because they are asked in every one.
 """
 
 from __future__ import annotations
@@ -35,10 +37,13 @@ _computed = attrgetter("num_computed_tokens")
 class CheckedScheduler:
     """A scheduler whose plans are what the loop and the worker rely on.
 
-    When it fails, what it had noted about a step that will never run is undone, so that the step's requests can be ended.
+    When it fails, what it had noted about a step that will never run is undone, so that the step's
+    requests can be ended.
     """
 
-    def __init__(self, scheduler: Scheduler, name: str, responsible: Responsible, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, name: str, responsible: Responsible, max_num_batched_tokens: int
+    ) -> None:
         self._inner, self._name, self._culprit = scheduler, name, responsible
         self._max_num_batched_tokens = max_num_batched_tokens
         self.patience = PATIENCE
@@ -64,7 +69,8 @@ class CheckedScheduler:
         self._sequences[seq.seq_id] = seq
 
     def remove(self, seq: Sequence) -> None:
-        """Raises `PluginError` if the scheduler fails: whoever does not let go of a sequence cannot be asked again."""
+        """Raises `PluginError` if the scheduler fails: whoever does not let go of a sequence cannot
+        be asked again."""
         if self._sequences.pop(seq.seq_id, None) is None:
             return  # `add` failed
         self._ends = -1
@@ -72,7 +78,10 @@ class CheckedScheduler:
             self._inner.remove(seq)
         except Exception as e:
             who = self._culprit(e, "scheduler")
-            raise PluginError(f"{who}: failed to let go of a sequence: {type(e).__name__}: {e}", provider=self._name) from e
+            raise PluginError(
+                f"{who}: failed to let go of a sequence: {type(e).__name__}: {e}",
+                provider=self._name,
+            ) from e
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         try:
@@ -90,27 +99,56 @@ class CheckedScheduler:
     def _check(self, plan: StepPlan) -> None:
         if not isinstance(plan, StepPlan):
             self._fail(f"schedule returned {type(plan).__name__}, not a StepPlan")
-        ids, num_tokens, num_computed, last = plan.seq_ids, plan.num_tokens, plan.num_computed, self._last
+        ids, num_tokens, num_computed, last = (
+            plan.seq_ids,
+            plan.num_tokens,
+            plan.num_computed,
+            self._last,
+        )
         if (
-            last is not None and ids == last.seq_ids and num_tokens == last.num_tokens and sum(num_computed) == self._ends
+            last is not None
+            and ids == last.seq_ids
+            and num_tokens == last.num_tokens
+            and sum(num_computed) == self._ends
             and len(ids) == len(num_computed) == len(plan.samples) == len(plan.new_block_ids)
             and type(ends := self._ends + sum(num_tokens)) is int
-        ):  # fmt: skip
+        ):
             # The rows of the step before, each further by its tokens: what most plans are.
             self._ends = ends
             return
-        if not 0 < len(ids) == len(num_tokens) == len(num_computed) == len(plan.samples) == len(plan.new_block_ids):
+        if (
+            not 0
+            < len(ids)
+            == len(num_tokens)
+            == len(num_computed)
+            == len(plan.samples)
+            == len(plan.new_block_ids)
+        ):
             self._fail("the plan's lists have different lengths, or none")
         try:
             sequences = [self._sequences[i] for i in ids]
-            total, before, after = sum(num_tokens), sum(num_computed), sum(map(_computed, sequences))
-            is_whole = type(total) is type(before) is int and min(num_tokens) > 0 and min(num_computed) >= 0
+            total, before, after = (
+                sum(num_tokens),
+                sum(num_computed),
+                sum(map(_computed, sequences)),
+            )
+            is_whole = (
+                type(total) is type(before) is int
+                and min(num_tokens) > 0
+                and min(num_computed) >= 0
+            )
         except (KeyError, TypeError) as e:
-            self._fail(f"the plan names a sequence that is not here, or counts with what is no number ({e})")
+            self._fail(
+                "the plan names a sequence that is not here, or counts with what is no number"
+                f" ({e})"
+            )
         if len(set(ids)) != len(ids):
             self._fail("the plan has two rows of one sequence")
         if not is_whole or total > self._max_num_batched_tokens:
-            self._fail(f"the plan has {total} tokens: of {self._max_num_batched_tokens} at most, and one a row at least")
+            self._fail(
+                f"the plan has {total} tokens: of {self._max_num_batched_tokens} at most, and one a"
+                " row at least"
+            )
         if before + total != after:
             self._fail("the plan's rows do not end where the sequences' computed tokens do")
         self._ends = after
@@ -120,7 +158,10 @@ class CheckedScheduler:
         self._idle_since = self._idle_since or now
         if now - self._idle_since > self.patience:
             self._idle_since = None
-            self._fail(f"there are {len(self._sequences)} sequences, and none was scheduled for {self.patience:g} s")
+            self._fail(
+                f"there are {len(self._sequences)} sequences, and none was scheduled for"
+                f" {self.patience:g} s"
+            )
         time.sleep(_IDLE)
 
     def _undo(self, flying: StepPlan | None) -> None:
@@ -148,12 +189,21 @@ class CheckedWorker:
 
     def sample(self, handle: Handle, masks: dict[int, bytes] | None = None) -> StepResult:
         plan, inner = handle
-        result = self._inner.sample(inner, masks) if masks is not None else self._inner.sample(inner)
+        result = (
+            self._inner.sample(inner, masks) if masks is not None else self._inner.sample(inner)
+        )
         try:
             if (
-                False not in plan.samples and len(result.token_ids) == len(plan.samples) and self._are_tokens(result.token_ids)
-                and not (result.failed or result.logprobs or result.prompt_logprobs or plan.draft_token_ids)
-            ):  # fmt: skip
+                False not in plan.samples
+                and len(result.token_ids) == len(plan.samples)
+                and self._are_tokens(result.token_ids)
+                and not (
+                    result.failed
+                    or result.logprobs
+                    or result.prompt_logprobs
+                    or plan.draft_token_ids
+                )
+            ):
                 return result  # a token a row and nothing else: what most steps bring
             problem = self._problem(plan, result)
         except Exception as e:
@@ -165,7 +215,7 @@ class CheckedWorker:
     def _are_tokens(self, rows: list[list[int]]) -> bool:
         """Whether each row is one token."""
         size = self._vocab_size
-        for row in rows:  # noqa: SIM110  (a generator takes twice as long)
+        for row in rows:
             if len(row) != 1 or type(row[0]) is not int or not 0 <= row[0] < size:
                 return False
         return True
@@ -173,7 +223,9 @@ class CheckedWorker:
     def _problem(self, plan: StepPlan, result: StepResult) -> str:
         rows = result.token_ids
         drafts = plan.draft_token_ids or [[]] * len(rows)
-        for seq_id, row, samples, draft in zip(plan.seq_ids, rows, plan.samples, drafts, strict=True):
+        for seq_id, row, samples, draft in zip(
+            plan.seq_ids, rows, plan.samples, drafts, strict=True
+        ):
             expected = 0 if not samples or seq_id in result.failed else 1
             if not expected <= len(row) <= (samples and 1 + len(draft)):
                 return f"{len(row)} tokens for a row that is to have {expected}"
@@ -186,12 +238,18 @@ class CheckedWorker:
 
 
 class CheckedKVCache:
-    """A KV-cache manager whose blocks are there. What fails where nothing was asked of it fails the sequence alone."""
+    """A KV-cache manager whose blocks are there. What fails where nothing was asked of it fails the
+    sequence alone."""
 
     def __init__(self, kv: KVCacheManager, name: str) -> None:
         self._inner, self._name = kv, name
         self._sizes = list(kv.num_blocks)
-        self.block_ids, self.free, self.faults, self.block_ops = kv.block_ids, kv.free, kv.faults, kv.block_ops
+        self.block_ids, self.free, self.faults, self.block_ops = (
+            kv.block_ids,
+            kv.free,
+            kv.faults,
+            kv.block_ops,
+        )
 
     groups: Any = property(attrgetter("_inner.groups"))
     num_blocks: Any = property(attrgetter("_inner.num_blocks"))
@@ -211,7 +269,9 @@ class CheckedKVCache:
             return None
         try:
             for blocks, size in zip(added, self._sizes, strict=True):
-                if blocks and not (type(sum(blocks)) is int and min(blocks) > NULL_BLOCK and max(blocks) < size):
+                if blocks and not (
+                    type(sum(blocks)) is int and min(blocks) > NULL_BLOCK and max(blocks) < size
+                ):
                     break
             else:
                 return added
@@ -229,7 +289,10 @@ class CheckedKVCache:
 
     def _up_to(self, num_tokens: int, found: int | None) -> int:
         if type(found) is not int or not 0 <= found <= num_tokens:
-            raise PluginError(f"asked for at most {num_tokens} tokens to share, it gave {found!r}", provider=self._name)
+            raise PluginError(
+                f"asked for at most {num_tokens} tokens to share, it gave {found!r}",
+                provider=self._name,
+            )
         return found
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
@@ -256,14 +319,22 @@ class CheckedDrafter:
 
     def __init__(self, drafter: Drafter, vocab_size: int, *, runs_in_worker: bool = False) -> None:
         self._inner = drafter
-        self._allowed = range(DRAFTED_BY_WORKER, DRAFTED_BY_WORKER + 1) if runs_in_worker else range(vocab_size)
+        self._allowed = (
+            range(DRAFTED_BY_WORKER, DRAFTED_BY_WORKER + 1) if runs_in_worker else range(vocab_size)
+        )
         self.forget = drafter.forget
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         draft, allowed = self._inner.propose(seq, max_tokens), self._allowed
         if not isinstance(draft, list) or len(draft) > max_tokens:
-            raise PluginError(f"the drafter was asked for a list of at most {max_tokens} tokens and proposed {draft!r}")
+            raise PluginError(
+                f"the drafter was asked for a list of at most {max_tokens} tokens and proposed"
+                f" {draft!r}"
+            )
         for token in draft:
             if type(token) is not int or token not in allowed:
-                raise PluginError(f"the drafter proposed {token!r}; tokens are from {allowed.start} to {allowed.stop - 1}")
+                raise PluginError(
+                    f"the drafter proposed {token!r}; tokens are from {allowed.start} to"
+                    f" {allowed.stop - 1}"
+                )
         return draft[:]

@@ -1,8 +1,8 @@
 """The loop: schedule, execute, commit.
 
-`Engine` is the plain loop and the one to read; `OverlappedEngine` schedules and submits a step while the one before it
-runs, with the same outputs. Both hold plain objects only: no plugin hook is called here, and nothing here knows
-tensors, text or processes.
+`Engine` is the plain loop and the one to read; `OverlappedEngine` schedules and submits a step
+while the one before it runs, with the same outputs. Both hold plain objects only: no plugin hook is
+called here, and nothing here knows tensors, text or processes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
 from dovetail.sequence import Sequence
-from dovetail.types import EngineStats, FinishReason, Request, RequestTimes, SequenceOutput, StepPlan, StepResult
+from dovetail.types import (
+    EngineStats,
+    FinishReason,
+    Request,
+    RequestTimes,
+    SequenceOutput,
+    StepPlan,
+    StepResult,
+)
 
 if TYPE_CHECKING:
     from dovetail.engine.speculation import Speculation
 
 
 MAX_FAILED_STEPS = 20
-"""Failed steps in a row after which the engine gives up: one whose every step fails only looks alive."""
+"""Failed steps in a row after which the engine gives up: one whose every step fails only looks
+alive."""
 
 
 @dataclass
@@ -39,9 +48,15 @@ class Engine:
     """The plain loop: one step at a time, nothing in flight between calls."""
 
     def __init__(
-        self, scheduler: Scheduler, kv: KVCacheManager, worker: Worker, speculation: Speculation | None = None,
-        *, max_num_waiting: int, responsible: Callable[[BaseException, str], str] = lambda error, part: part,
-    ) -> None:  # fmt: skip
+        self,
+        scheduler: Scheduler,
+        kv: KVCacheManager,
+        worker: Worker,
+        speculation: Speculation | None = None,
+        *,
+        max_num_waiting: int,
+        responsible: Callable[[BaseException, str], str] = lambda error, part: part,
+    ) -> None:
         """`responsible`: who is at fault, given an error and the part that was asked."""
         self.scheduler = scheduler
         self.kv = kv
@@ -60,9 +75,13 @@ class Engine:
         self._has_windows = any(g.window is not None for g in kv.groups)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `Overloaded` when the waiting queue is full; then nothing was queued."""
+        """Queue a request. Raises `Overloaded` when the waiting queue is full; then nothing was
+        queued."""
         if len(self.scheduler.waiting) + request.params.n > self.max_num_waiting:
-            raise Overloaded(f"{len(self.scheduler.waiting)} sequences are waiting (max_num_waiting {self.max_num_waiting})")
+            raise Overloaded(
+                f"{len(self.scheduler.waiting)} sequences are waiting (max_num_waiting"
+                f" {self.max_num_waiting})"
+            )
         if request.request_id in self.requests:
             raise DovetailError(f"request id {request.request_id!r} is already in use")
         group: list[Sequence] = []
@@ -79,7 +98,8 @@ class Engine:
             self._fail([group[0].seq_id], e, "scheduler")
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
-        """End a request, or one of its samples, now. Unknown and finished ones are ignored: the two ends race."""
+        """End a request, or one of its samples, now. Unknown and finished ones are ignored: the two
+        ends race."""
         for seq in list(self.requests.get(request_id, ())):
             if sample_index in (None, seq.sample_index):
                 self._finish(seq, "abort")
@@ -97,8 +117,8 @@ class Engine:
         return bool(self.sequences or self._news)
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step; returns the news of every sequence that has any. Raises `EngineDead` if the worker has lost its
-        device."""
+        """Run one step; returns the news of every sequence that has any. Raises `EngineDead` if the
+        worker has lost its device."""
         plan = self.schedule(in_flight=False)
         if plan is not None:
             step = self.submit(plan)
@@ -110,7 +130,9 @@ class Engine:
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         if self.speculation is not None:
-            for seq_id, error in self.speculation.draft(self.scheduler.running, in_flight=in_flight):
+            for seq_id, error in self.speculation.draft(
+                self.scheduler.running, in_flight=in_flight
+            ):
                 self._fail([seq_id], error, "speculation")
             if in_flight and self.speculation.waits:
                 return None
@@ -120,13 +142,16 @@ class Engine:
                 plan.block_ops, self.kv.block_ops[:] = self.kv.block_ops.copy(), ()
             return plan
         except Exception as e:
-            self._fail([s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler")
+            self._fail(
+                [s.seq_id for s in self.scheduler.running] or list(self.sequences), e, "scheduler"
+            )
             return None
         finally:
             self._fail_faulty()
 
     def submit(self, plan: StepPlan) -> Step | None:
-        """Hand a plan to the worker. If the worker raises, the step's requests have failed and there is no step."""
+        """Hand a plan to the worker. If the worker raises, the step's requests have failed and
+        there is no step."""
         self.stats.num_steps += 1
         self.num_scheduled_tokens = sum(plan.num_tokens)
         try:
@@ -136,7 +161,8 @@ class Engine:
         except BaseException as e:
             self._end_failed_step(plan, e)
             if not isinstance(e, Exception):
-                raise  # an interrupt: the step's requests have failed with it, and the engine goes on
+                # an interrupt: the step's requests have failed with it, and the engine goes on
+                raise
             return None
 
     def finish_step(self, step: Step) -> None:
@@ -153,19 +179,32 @@ class Engine:
         self.commit(step.plan, result)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are given back."""
+        """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are
+        given back."""
         plain = not (
-            result.failed or result.logprobs or result.prompt_logprobs or plan.draft_token_ids or self._has_windows
-        )  # fmt: skip
+            result.failed
+            or result.logprobs
+            or result.prompt_logprobs
+            or plan.draft_token_ids
+            or self._has_windows
+        )
         self._num_failed_in_row = 0
         sequences, news, num_plain = self.sequences, self._news, 0
-        for row, (seq_id, computed, new) in enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)):
+        for row, (seq_id, computed, new) in enumerate(
+            zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)
+        ):
             seq = sequences[seq_id]
             if (
-                plain and len(new) == 1 and computed >= seq.num_prompt_tokens and seq.finish_reason is None
-                and len(seq.tokens) + 1 < seq.max_len and new[0] not in seq.end_ids and computed + 1 != seq.num_slots
-            ):  # fmt: skip
-                # One more token and nothing else: what most rows are, so `_commit_row` with all that is known of them.
+                plain
+                and len(new) == 1
+                and computed >= seq.num_prompt_tokens
+                and seq.finish_reason is None
+                and len(seq.tokens) + 1 < seq.max_len
+                and new[0] not in seq.end_ids
+                and computed + 1 != seq.num_slots
+            ):
+                # One more token and nothing else: what most rows are, so `_commit_row` with all
+                # that is known of them.
                 seq.steps_in_flight -= 1
                 seq.num_in_flight -= 1
                 seq.tokens.append(new[0])
@@ -192,16 +231,27 @@ class Engine:
         if self.speculation is not None and new:
             self.speculation.verified(seq, num_drafted, len(new) - 1)
         self._count_prompt(plan, row, seq)
-        output = SequenceOutput(seq.request.request_id, seq.sample_index, new, result.logprobs[row] if result.logprobs else [])
+        output = SequenceOutput(
+            seq.request.request_id,
+            seq.sample_index,
+            new,
+            result.logprobs[row] if result.logprobs else [],
+        )
         output.num_cached_tokens = seq.num_cached_tokens
         if new and seq.num_output_tokens == 0:
-            output.times = RequestTimes(seq.started_at - seq.added_at, time.monotonic() - seq.started_at)
+            output.times = RequestTimes(
+                seq.started_at - seq.added_at, time.monotonic() - seq.started_at
+            )
         if result.prompt_logprobs:
-            output.prompt_logprobs = result.prompt_logprobs[row][max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :]
+            output.prompt_logprobs = result.prompt_logprobs[row][
+                max(0, seq.num_prompt_logprobs - plan.num_computed[row]) :
+            ]
             seq.num_prompt_logprobs += len(output.prompt_logprobs)
         seq.tokens.extend(new)
         reason = self._end_reason(seq, output, num_computed)
-        self.stats.num_generation_tokens += len(output.token_ids)  # without what came after a stop token
+        self.stats.num_generation_tokens += len(
+            output.token_ids
+        )  # without what came after a stop token
         if output.token_ids or output.prompt_logprobs or reason:
             self._news.append(output)
         if reason is not None:
@@ -226,9 +276,15 @@ class Engine:
     def snapshot(self) -> EngineStats:
         """The stats, with the gauges as of now."""
         s = self.stats
-        s.num_requests_running, s.num_requests_waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        s.num_requests_running, s.num_requests_waiting = (
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+        )
         s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
-        s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = self.kv.num_queried_tokens, self.kv.num_hit_tokens
+        s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = (
+            self.kv.num_queried_tokens,
+            self.kv.num_hit_tokens,
+        )
         if self.speculation is not None:
             self.speculation.count(s)
         s.num_prefix_evicted_blocks, s.num_prefix_blocks = self.kv.num_evicted, self.kv.num_kept
@@ -236,9 +292,12 @@ class Engine:
 
     # How sequences end.
 
-    def _end_reason(self, seq: Sequence, output: SequenceOutput, num_computed: int) -> FinishReason | None:
-        """Stop token ids and lengths; stop strings are the front-end's, which then aborts. `num_computed` leaves out steps in
-        flight: a prompt that is only scored ends when its last part has been committed."""
+    def _end_reason(
+        self, seq: Sequence, output: SequenceOutput, num_computed: int
+    ) -> FinishReason | None:
+        """Stop token ids and lengths; stop strings are the front-end's, which then aborts.
+        `num_computed` leaves out steps in flight: a prompt that is only scored ends when its last
+        part has been committed."""
         r = seq.request
         first = len(seq.tokens) - len(output.token_ids)
         for i, token in enumerate(output.token_ids):
@@ -263,7 +322,9 @@ class Engine:
             output.token_ids = output.token_ids[:count]
             output.logprobs = output.logprobs[:count]
 
-    def _finish(self, seq: Sequence, reason: FinishReason, output: SequenceOutput | None = None) -> None:
+    def _finish(
+        self, seq: Sequence, reason: FinishReason, output: SequenceOutput | None = None
+    ) -> None:
         if seq.finish_reason is not None:
             return
         if output is None:
@@ -302,7 +363,9 @@ class Engine:
         self._num_failed_in_row += 1
         if self._num_failed_in_row >= MAX_FAILED_STEPS:
             self._num_failed_in_row = 0
-            raise EngineDead(f"{MAX_FAILED_STEPS} steps in a row have failed; the last: {error}") from error
+            raise EngineDead(
+                f"{MAX_FAILED_STEPS} steps in a row have failed; the last: {error}"
+            ) from error
 
     def _fail_faulty(self) -> None:
         """Fail the requests that the KV-cache manager could not serve."""
@@ -314,7 +377,9 @@ class Engine:
         """Fail whole requests: samples of one request may share blocks that were never written."""
         code = error.code if isinstance(error, DovetailError) else StepFailed.code
         message = f"{self.responsible(error, part)}: {type(error).__name__}: {error}"
-        for request_id in dict.fromkeys(self.sequences[i].request.request_id for i in seq_ids if i in self.sequences):
+        for request_id in dict.fromkeys(
+            self.sequences[i].request.request_id for i in seq_ids if i in self.sequences
+        ):
             self.fail(request_id, code, message)
 
     def _count_prompt(self, plan: StepPlan, row: int, seq: Sequence) -> None:
@@ -325,10 +390,11 @@ class Engine:
 
 
 class OverlappedEngine(Engine):
-    """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then n is committed.
+    """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then n is
+    committed.
 
-    Step n + 1 is planned before step n's tokens are known, so it may compute a token for a sequence that step n has
-    ended; that token is dropped. Preemption waits for an empty pipeline.
+    Step n + 1 is planned before step n's tokens are known, so it may compute a token for a sequence
+    that step n has ended; that token is dropped. Preemption waits for an empty pipeline.
     """
 
     _in_flight: Step | None = None

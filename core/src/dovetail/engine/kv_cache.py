@@ -1,8 +1,8 @@
 """The paged block manager: free lists and reference counts, for any number of KV groups.
 
-A block is a fixed number of KV slots. Blocks are handed out whole and shared whole (PagedAttention, arXiv 2309.06180);
-because only full blocks are shared, nobody ever writes to a shared block and copy-on-write is never needed.
-`prefix_reuse.py` adds what a prefix cache needs.
+A block is a fixed number of KV slots. Blocks are handed out whole and shared whole (PagedAttention,
+arXiv 2309.06180); because only full blocks are shared, nobody ever writes to a shared block and
+copy-on-write is never needed. `prefix_reuse.py` adds what a prefix cache needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class BlockPool:
         self.references = [0] * num_blocks
 
     def take(self, count: int) -> list[int]:
-        """Hand out blocks, each with one reference. The caller has checked that there are enough."""
+        """Hand out blocks, each with one reference. The caller has checked that there are
+        enough."""
         taken = self.free_ids[-count:][::-1] if count else []
         del self.free_ids[len(self.free_ids) - count :]
         for block in taken:
@@ -34,7 +35,8 @@ class BlockPool:
                 self.references[block] += 1
 
     def drop(self, blocks: list[int]) -> list[int]:
-        """Give back one reference each. Returns those that have none left, which are not free yet."""
+        """Give back one reference each. Returns those that have none left, which are not free
+        yet."""
         idle = []
         for block in blocks:
             if block != NULL_BLOCK:
@@ -45,7 +47,8 @@ class BlockPool:
 
 
 class PagedKVCache(KVCacheManager):
-    """The built-in `KVCacheManager`; its interface says what each method promises, and has those of a prefix cache."""
+    """The built-in `KVCacheManager`; its interface says what each method promises, and has those of
+    a prefix cache."""
 
     def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
         self.groups = groups
@@ -61,14 +64,18 @@ class PagedKVCache(KVCacheManager):
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         table = self.tables.get(seq_id)
-        if table is not None and len(table[0]) * self._block_sizes[0] >= num_tokens and len(table) == 1:
+        if (
+            table is not None
+            and len(table[0]) * self._block_sizes[0] >= num_tokens
+            and len(table) == 1
+        ):
             return self._nothing  # by far the most frequent case
         needed = [-(-num_tokens // size) for size in self._block_sizes]
         if table is not None:
             needed = [max(0, n - len(blocks)) for n, blocks in zip(needed, table, strict=True)]
-        if any(n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)) and not self._make_room(
-            seq_id, needed
-        ):
+        if any(
+            n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)
+        ) and not self._make_room(seq_id, needed):
             return None
         added = [pool.take(n) for n, pool in zip(needed, self.pools, strict=True)]
         if table is None:
@@ -79,15 +86,20 @@ class PagedKVCache(KVCacheManager):
         return added
 
     def _make_room(self, seq_id: int, needed: list[int]) -> bool:
-        """Free blocks that nobody uses until there are `needed` of them per group, or leave all as it is."""
+        """Free blocks that nobody uses until there are `needed` of them per group, or leave all as
+        it is."""
         return False
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         table = self.tables[source]
-        # A multiple of every group's block size, so that all groups agree on how many tokens there are.
+        # A multiple of every group's block size, so that all groups agree on how many tokens there
+        # are.
         unit = max(g.block_size for g in self.groups)
         num_shared = num_tokens // unit * unit
-        heads = [blocks[: num_shared // g.block_size] for blocks, g in zip(table, self.groups, strict=True)]
+        heads = [
+            blocks[: num_shared // g.block_size]
+            for blocks, g in zip(table, self.groups, strict=True)
+        ]
         if num_shared == 0 or any(NULL_BLOCK in head for head in heads):
             return 0
         for pool, head in zip(self.pools, heads, strict=True):
@@ -123,5 +135,6 @@ class PagedKVCache(KVCacheManager):
 
 
 def num_unseen(group: KVGroup, num_tokens: int) -> int:
-    """A sequence's first blocks that no token from position `num_tokens` on sees: it sees window - 1 tokens before it."""
+    """A sequence's first blocks that no token from position `num_tokens` on sees: it sees window -
+    1 tokens before it."""
     return 0 if group.window is None else max(0, num_tokens - group.window + 1) // group.block_size

@@ -8,42 +8,60 @@ from dovetail.plugin.provider import HOST_MEMORY
 from dovetail.types import KVGroup
 
 
-def size_cache(plan: Plan, groups: list[KVGroup], memory: int, max_num_seqs: int, chunk: int) -> list[int]:
-    """Blocks per group for `memory` bytes. Raises `OutOfMemory` if one sequence of full length has no room."""
+def size_cache(
+    plan: Plan, groups: list[KVGroup], memory: int, max_num_seqs: int, chunk: int
+) -> list[int]:
+    """Blocks per group for `memory` bytes. Raises `OutOfMemory` if one sequence of full length has
+    no room."""
     num_blocks = size_groups(groups, memory, plan.max_model_len, max_num_seqs, chunk)
     needed = [blocks_per_sequence(g, plan.max_model_len, chunk) for g in groups]
     if all(n - 1 >= need for n, need in zip(num_blocks, needed, strict=True)):
         return num_blocks
     full_bytes = sum(n * g.bytes_per_block for n, g in zip(needed, groups, strict=True))
     fits = plan.max_model_len
-    while fits > 1 and sum(blocks_per_sequence(g, fits, chunk) * g.bytes_per_block for g in groups) > memory:
+    while (
+        fits > 1
+        and sum(blocks_per_sequence(g, fits, chunk) * g.bytes_per_block for g in groups) > memory
+    ):
         fits = fits * 3 // 4
     raise OutOfMemory(
-        f"the KV cache has {memory / 2**20:.0f} MiB, and one sequence of max_model_len {plan.max_model_len} tokens needs "
-        f"{full_bytes / 2**20:.0f} MiB: lower max_model_len to {fits}, or raise kv_cache.memory_fraction or kv_cache.memory_gb"
+        f"the KV cache has {memory / 2**20:.0f} MiB, and one sequence of max_model_len"
+        f" {plan.max_model_len} tokens needs {full_bytes / 2**20:.0f} MiB: lower max_model_len to"
+        f" {fits}, or raise kv_cache.memory_fraction or kv_cache.memory_gb"
     )
 
 
 def size_host_tier(plan: Plan, groups: list[KVGroup], num_blocks: list[int]) -> list[int]:
-    """Blocks per group of the host tier, in the proportions that the device's have; empty without one."""
+    """Blocks per group of the host tier, in the proportions that the device's have; empty without
+    one."""
     choice = plan.choices.get("prefix_cache")
     gigabytes = 0.0 if choice is None else choice.options.get(HOST_MEMORY, 0.0)
     if not gigabytes:
         return []
-    ratio = gigabytes * 2**30 / sum((n - 1) * g.bytes_per_block for n, g in zip(num_blocks, groups, strict=True))
+    ratio = (
+        gigabytes
+        * 2**30
+        / sum((n - 1) * g.bytes_per_block for n, g in zip(num_blocks, groups, strict=True))
+    )
     num_host_blocks = [int((n - 1) * ratio) for n in num_blocks]
     if min(num_host_blocks) < 1:
         least = sum(g.bytes_per_block for g in groups) / 2**30
-        raise ConfigError(f"prefix_cache.{HOST_MEMORY}: {gigabytes:g} GiB hold no block; give at least {least:.3g}")
+        raise ConfigError(
+            f"prefix_cache.{HOST_MEMORY}: {gigabytes:g} GiB hold no block; give at least"
+            f" {least:.3g}"
+        )
     return num_host_blocks
 
 
-def size_groups(groups: list[KVGroup], memory: int, max_model_len: int, max_num_seqs: int, chunk: int) -> list[int]:
+def size_groups(
+    groups: list[KVGroup], memory: int, max_model_len: int, max_num_seqs: int, chunk: int
+) -> list[int]:
     """Split `memory` bytes among the groups; returns blocks per group, the null block included.
 
-    Each group gets blocks in proportion to what a sequence of full length needs of it, so that all groups run out
-    together, and never more than `max_num_seqs` such sequences could use. `chunk` is the largest step, in tokens:
-    a sliding group holds a window and two steps' tokens (one may be in flight), not the whole sequence.
+    Each group gets blocks in proportion to what a sequence of full length needs of it, so that all
+    groups run out together, and never more than `max_num_seqs` such sequences could use. `chunk` is
+    the largest step, in tokens: a sliding group holds a window and two steps' tokens (one may be in
+    flight), not the whole sequence.
     """
     per_seq = [blocks_per_sequence(g, max_model_len, chunk) for g in groups]
     seq_bytes = sum(n * g.bytes_per_block for n, g in zip(per_seq, groups, strict=True))

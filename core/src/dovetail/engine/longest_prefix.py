@@ -1,8 +1,9 @@
 """Waiting sequences by how much of them is cached: what is there is used before it is given up.
 
-The order alone would let a sequence of which nothing is cached wait for ever. So whoever has been overtaken by `max_overtaken`
-later ones goes first from the next step on: whatever comes, fewer than `max_overtaken + max_num_seqs` later ones begin before
-it (those aside that begin while it waits for blocks that one that runs is computing).
+The order alone would let a sequence of which nothing is cached wait for ever. So whoever has been
+overtaken by `max_overtaken` later ones goes first from the next step on: whatever comes, fewer than
+`max_overtaken + max_num_seqs` later ones begin before it (those aside that begin while it waits for
+blocks that one that runs is computing).
 """
 
 from __future__ import annotations
@@ -15,14 +16,25 @@ from dovetail.sequence import Sequence
 from dovetail.types import StepPlan
 
 LOOKAHEAD = 64
-"""Sequences that are looked at: looking takes time in every step that admits, whoever is admitted."""
+"""Sequences that are looked at: looking takes time in every step that admits, whoever is
+admitted."""
 
 
 class LongestPrefixScheduler(TokenBudgetScheduler):
-    """First come, first served, but that of the first `LOOKAHEAD` in line the one of the longest cached prefix is next."""
+    """First come, first served, but that of the first `LOOKAHEAD` in line the one of the longest
+    cached prefix is next."""
 
-    def __init__(self, kv: KVCacheManager, max_overtaken: int, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        super().__init__(kv, fcfs, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        max_overtaken: int,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        super().__init__(
+            kv, fcfs, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
         self._max_overtaken = max_overtaken
         self._num_overtaken: dict[int, int] = {}
         """By waiting sequence: later ones that have begun."""

@@ -1,7 +1,9 @@
-"""The paged block manager with a prefix cache: blocks without references can be found again, until they are needed.
+"""The paged block manager with a prefix cache: blocks without references can be found again, until
+they are needed.
 
-The prefix cache is a plugin's; the books here do not depend on its being right. What it says is checked against the
-reference counts before anything is changed, and a prefix cache that fails costs the request that met it, and itself.
+The prefix cache is a plugin's; the books here do not depend on its being right. What it says is
+checked against the reference counts before anything is changed, and a prefix cache that fails costs
+the request that met it, and itself.
 """
 
 from __future__ import annotations
@@ -26,10 +28,15 @@ log = logging.getLogger(__name__)
 class ReusingKVCache(PagedKVCache):
     """A block without references is free, or kept: the prefix cache knows what it holds."""
 
-    def __init__(self, groups: list[KVGroup], num_blocks: list[int], prefix_cache: PrefixCache) -> None:
+    def __init__(
+        self, groups: list[KVGroup], num_blocks: list[int], prefix_cache: PrefixCache
+    ) -> None:
         super().__init__(groups, num_blocks)
         if len(set(self._block_sizes)) > 1:
-            raise ConfigError(f"prefix_cache: needs one block size in all KV groups; these have {self._block_sizes}")
+            raise ConfigError(
+                "prefix_cache: needs one block size in all KV groups; these have"
+                f" {self._block_sizes}"
+            )
         self.prefix_cache: PrefixCache | None = prefix_cache
         self.kept: list[set[int]] = [set() for _ in groups]
         self.num_evicted = dict.fromkeys(("device_full", "reset"), 0)
@@ -40,7 +47,8 @@ class ReusingKVCache(PagedKVCache):
         self._found: dict[int, tuple[int, int]] = {}
         """By sequence that nothing was computed for yet: tokens looked for, and found."""
         self._untold: dict[int, tuple[Sequence, int]] = {}
-        """By sequence: blocks that are computed, of which the prefix cache is told when the sequence leaves."""
+        """By sequence: blocks that are computed, of which the prefix cache is told when the
+        sequence leaves."""
         self._has_windows = any(g.window is not None for g in groups)
 
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
@@ -60,7 +68,10 @@ class ReusingKVCache(PagedKVCache):
             self.faults.append((seq.seq_id, e))
             return 0
         self._waits_for.pop(seq.seq_id, None)
-        heads = [self._seen(group, [ids[i] for ids in found[:count]]) for i, group in enumerate(self.groups)]
+        heads = [
+            self._seen(group, [ids[i] for ids in found[:count]])
+            for i, group in enumerate(self.groups)
+        ]
         if count and not self._ask(seq.seq_id, lambda cache: self._claim(cache, heads), False):
             return 0
         if count:
@@ -68,7 +79,9 @@ class ReusingKVCache(PagedKVCache):
                 pool.share(head)
             self.tables[seq.seq_id] = heads
             self._num_known[seq.seq_id] = count
-        if not (seq.num_prompt_counted or seq.num_output_tokens):  # one that was preempted finds its own
+        if not (
+            seq.num_prompt_counted or seq.num_output_tokens
+        ):  # one that was preempted finds its own
             seq.num_cached_tokens = count * size
             self._found[seq.seq_id] = num_tokens, count * size
         end = seq.num_prompt_tokens // size
@@ -80,7 +93,10 @@ class ReusingKVCache(PagedKVCache):
         if self.prefix_cache is None:
             return 0
         try:
-            return self._usable(self.prefix_cache.match(seq, num_tokens // self._block_sizes[0])) * self._block_sizes[0]
+            return (
+                self._usable(self.prefix_cache.match(seq, num_tokens // self._block_sizes[0]))
+                * self._block_sizes[0]
+            )
         except Exception:  # `reuse` will meet it too, and say so
             return 0
 
@@ -89,15 +105,21 @@ class ReusingKVCache(PagedKVCache):
         if block >= limit or self.prefix_cache is None:
             return False
         owner = self.prefix_cache.expected_from(seq, block)
-        # Whoever it is said to be must run and not have computed it: so every wait ends, whatever the prefix cache says.
+        # Whoever it is said to be must run and not have computed it: so every wait ends, whatever
+        # the prefix cache says.
         return owner is not None and owner in self.tables and self._num_known.get(owner, 0) <= block
 
     def _usable(self, found: list[tuple[int, ...]]) -> int:
         """The longest beginning of which every group has all the blocks that a next token sees."""
         runs, usable = [0] * len(self.groups), 0
         for count, ids in enumerate(found, 1):
-            runs = [run + 1 if block != NULL_BLOCK else 0 for run, block in zip(runs, ids, strict=True)]
-            if all(run >= count - num_unseen(g, count * g.block_size) for run, g in zip(runs, self.groups, strict=True)):
+            runs = [
+                run + 1 if block != NULL_BLOCK else 0 for run, block in zip(runs, ids, strict=True)
+            ]
+            if all(
+                run >= count - num_unseen(g, count * g.block_size)
+                for run, g in zip(runs, self.groups, strict=True)
+            ):
                 usable = count
         return usable
 
@@ -113,9 +135,13 @@ class ReusingKVCache(PagedKVCache):
         ]
         for i, blocks in enumerate(idle):
             if stale := [b for b in blocks if b not in self.kept[i]]:
-                raise PluginError(f"the prefix cache found free blocks: {stale[:8]} of KV group {i}")
+                raise PluginError(
+                    f"the prefix cache found free blocks: {stale[:8]} of KV group {i}"
+                )
             cache.claim(i, blocks)
-        for kept, blocks in zip(self.kept, idle, strict=True):  # last: if it fails, all that is kept becomes free
+        for kept, blocks in zip(
+            self.kept, idle, strict=True
+        ):  # last: if it fails, all that is kept becomes free
             kept.difference_update(blocks)
         return True
 
@@ -138,7 +164,9 @@ class ReusingKVCache(PagedKVCache):
     @staticmethod
     def _named(blocks: list[int], count: int, kept: set[int]) -> list[int]:
         if len(set(blocks)) != count or len(blocks) != count or not kept.issuperset(blocks):
-            raise PluginError(f"asked for {count} blocks that nobody uses, the prefix cache named {blocks[:8]}")
+            raise PluginError(
+                f"asked for {count} blocks that nobody uses, the prefix cache named {blocks[:8]}"
+            )
         return blocks
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
@@ -152,7 +180,8 @@ class ReusingKVCache(PagedKVCache):
         if whole > known:
             if known * self._block_sizes[0] < seq.num_prompt_tokens or self._has_windows:
                 self._insert(seq, known, whole)
-            else:  # its own words: hardly anybody needs them before it ends, and all at once costs less
+            # its own words: hardly anybody needs them before it ends, and all at once costs less
+            else:
                 self._untold[seq.seq_id] = seq, whole
 
     def _insert(self, seq: Sequence, known: int, whole: int) -> None:
@@ -165,7 +194,8 @@ class ReusingKVCache(PagedKVCache):
         if seq_id in self._untold:
             seq, whole = self._untold.pop(seq_id)
             self._insert(seq, self._num_known.get(seq_id, 0), whole)
-        # From the last block to the first: among blocks of equal worth the end of a prefix is the first to go.
+        # From the last block to the first: among blocks of equal worth the end of a prefix is the
+        # first to go.
         super().free(seq_id)
         for by_sequence in (self._num_known, self._waits_for, self._found):
             by_sequence.pop(seq_id, None)
@@ -173,7 +203,9 @@ class ReusingKVCache(PagedKVCache):
 
     def _drop(self, seq_id: int, group: int, blocks: list[int]) -> None:
         idle = self.pools[group].drop(blocks)
-        keep = self._ask(seq_id, lambda cache: {b for b in idle if cache.keep(group, b)}, set[int]())
+        keep = self._ask(
+            seq_id, lambda cache: {b for b in idle if cache.keep(group, b)}, set[int]()
+        )
         self.kept[group] |= keep
         self.pools[group].free_ids += [b for b in idle if b not in keep]
 
@@ -188,8 +220,8 @@ class ReusingKVCache(PagedKVCache):
             kept.clear()
 
     def _ask(self, seq_id: int, question: Callable[[PrefixCache], T], otherwise: T) -> T:
-        """Ask the prefix cache what changes its books. If it fails, so does the request; and as the books are in doubt from
-        then on, it is asked no more."""
+        """Ask the prefix cache what changes its books. If it fails, so does the request; and as the
+        books are in doubt from then on, it is asked no more."""
         if self.prefix_cache is None:
             return otherwise
         try:

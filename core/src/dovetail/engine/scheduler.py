@@ -1,12 +1,14 @@
 """Which tokens run now.
 
-There is no prefill phase and no decode phase. A sequence has `num_computed_tokens` and a number of known tokens, and
-each step gives every scheduled sequence some tokens, so that the first catches up with the second. Chunked prefill,
-decode, prefix reuse, verification of drafts and resumption after preemption are all this one rule.
+There is no prefill phase and no decode phase. A sequence has `num_computed_tokens` and a number of
+known tokens, and each step gives every scheduled sequence some tokens, so that the first catches up
+with the second. Chunked prefill, decode, prefix reuse, verification of drafts and resumption after
+preemption are all this one rule.
 
-Running sequences go first, in order; then waiting ones are admitted while tokens, batch rows and blocks last. A running
-sequence that finds no block takes them from the last running one, which is computed again later: what it has said
-so far is by then part of what it knows, so preemption changes no output.
+Running sequences go first, in order; then waiting ones are admitted while tokens, batch rows and
+blocks last. A running sequence that finds no block takes them from the last running one, which is
+computed again later: what it has said so far is by then part of what it knows, so preemption
+changes no output.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def priority(seq: Sequence) -> tuple[float, ...]:
 class TokenBudgetScheduler:
     """The built-in `Scheduler`, for any total order of sequences."""
 
-    def __init__(self, kv: KVCacheManager, order: Order, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, kv: KVCacheManager, order: Order, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
         self.kv = kv
         self.order = order
         self.max_num_seqs = max_num_seqs
@@ -46,7 +50,8 @@ class TokenBudgetScheduler:
         self._preemption_due = False
         self._step_id = 0
         self._released: list[int] = []
-        # Blocks come whole, so a sequence has room for a multiple of this many tokens in every group.
+        # Blocks come whole, so a sequence has room for a multiple of this many tokens in every
+        # group.
         self._slots_unit = math.gcd(*(g.block_size for g in kv.groups))
 
     def add(self, seq: Sequence) -> None:
@@ -67,23 +72,30 @@ class TokenBudgetScheduler:
         if not plan.seq_ids:
             return None
         if plan.draft_token_ids:  # rows of the fast path have none
-            plan.draft_token_ids += [[] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))]
+            plan.draft_token_ids += [
+                [] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))
+            ]
         plan.released, self._released = self._released, []
         self._step_id += 1
         return plan
 
     def _continue(self, plan: StepPlan, in_flight: bool) -> tuple[int, bool]:
-        """Rows for the running sequences. Returns the tokens left of the budget, and whether everyone found blocks."""
+        """Rows for the running sequences. Returns the tokens left of the budget, and whether
+        everyone found blocks."""
         budget, has_blocks = self.max_num_batched_tokens, True
         for seq in self.running:  # preemption takes from its end
             if budget <= 0:
                 break
             known, computed = len(seq.tokens) + seq.num_in_flight, seq.num_computed_tokens
             if (
-                known == computed + 1 and computed < seq.num_slots and known < seq.max_len and seq.finish_reason is None
+                known == computed + 1
+                and computed < seq.num_slots
+                and known < seq.max_len
+                and seq.finish_reason is None
                 and not seq.draft_token_ids
-            ):  # fmt: skip
-                # Decode within a block: what most rows are, so `Sequence.add_row` with all that is known of them.
+            ):
+                # Decode within a block: what most rows are, so `Sequence.add_row` with all that is
+                # known of them.
                 plan.seq_ids.append(seq.seq_id)
                 plan.num_tokens.append(1)
                 plan.num_computed.append(computed)
@@ -105,7 +117,8 @@ class TokenBudgetScheduler:
                 if in_flight:
                     self._preemption_due = True
                     return budget, has_blocks
-                # The last one pays, perhaps this one itself; those before it already have their rows.
+                # The last one pays, perhaps this one itself; those before it already have their
+                # rows.
                 last = self.running[-1]
                 self._preempt(last)
                 if last is seq:
@@ -159,7 +172,10 @@ class TokenBudgetScheduler:
         """A running sample of the same request that holds, or will hold, the whole prompt."""
         if len(seq.siblings) < 2 or seq.request.params.prompt_logprobs is not None:
             return None
-        return next((s for s in seq.siblings if s is not seq and s.on_worker and s.finish_reason is None), None)
+        return next(
+            (s for s in seq.siblings if s is not seq and s.on_worker and s.finish_reason is None),
+            None,
+        )
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

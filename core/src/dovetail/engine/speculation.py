@@ -1,4 +1,5 @@
-"""Asking a drafter, between two steps, what the sequences that decode may say next. Verification is the worker's."""
+"""Asking a drafter, between two steps, what the sequences that decode may say next. Verification is
+the worker's."""
 
 from __future__ import annotations
 
@@ -17,20 +18,23 @@ log = logging.getLogger(__name__)
 
 
 class Speculation:
-    """A drafter, how many tokens it may propose for a sequence, and the policy that says when and for whom."""
+    """A drafter, how many tokens it may propose for a sequence, and the policy that says when and
+    for whom."""
 
     def __init__(self, drafter: Drafter, num_draft_tokens: int, policy: EverySequence) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
         self.policy = policy
         self.waits = False
-        """The next step is planned when the one in flight has ended: there are drafts in it, or for what it says."""
+        """The next step is planned when the one in flight has ended: there are drafts in it, or for
+        what it says."""
         self.seconds = 0.0
         self.num_drafted, self.num_accepted = [0] * num_draft_tokens, [0] * num_draft_tokens
         """By position."""
 
     def draft(self, running: list[Sequence], *, in_flight: bool) -> list[tuple[int, Exception]]:
-        """Give drafts to sequences that only wait for their next token. Returns, by seq_id, what went wrong.
+        """Give drafts to sequences that only wait for their next token. Returns, by seq_id, what
+        went wrong.
 
         With a step in flight, only see who would have any: it `waits` for those.
         """
@@ -75,7 +79,10 @@ class Speculation:
         self.policy.verified(seq, num_drafted, num_accepted)
 
     def count(self, stats: EngineStats) -> None:
-        stats.num_draft_tokens, stats.num_accepted_tokens = sum(self.num_drafted), sum(self.num_accepted)
+        stats.num_draft_tokens, stats.num_accepted_tokens = (
+            sum(self.num_drafted),
+            sum(self.num_accepted),
+        )
         stats.drafted_by_position, stats.accepted_by_position = self.num_drafted, self.num_accepted
         stats.draft_seconds = self.seconds
 

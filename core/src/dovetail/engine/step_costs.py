@@ -1,4 +1,5 @@
-"""What a step costs by its number of tokens: measured once, on the engine itself, before it serves."""
+"""What a step costs by its number of tokens: measured once, on the engine itself, before it
+serves."""
 
 from __future__ import annotations
 
@@ -48,41 +49,61 @@ class _Always(EverySequence):
 
 
 def measure(
-    engine: Engine, num_draft_tokens: int, *, max_num_seqs: int, max_num_batched_tokens: int, max_len: int,
-    drafter: Drafter | None = None, clock: Callable[[], float] = time.perf_counter,
-) -> StepCosts:  # fmt: skip
-    """Run steps of 1, 2, 4, … sequences of next to no context, without drafts and with one, and 1, 2, 4, … for each.
+    engine: Engine,
+    num_draft_tokens: int,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_len: int,
+    drafter: Drafter | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> StepCosts:
+    """Run steps of 1, 2, 4, … sequences of next to no context, without drafts and with one, and 1,
+    2, 4, … for each.
 
-    `drafter`: one that runs in the worker, whose work is then part of the steps. The engine serves nobody yet; its stats begin
-    anew. Raises `PluginError` if a step fails.
+    `drafter`: one that runs in the worker, whose work is then part of the steps. The engine serves
+    nobody yet; its stats begin anew. Raises `PluginError` if a step fails.
     """
     speculation, until = engine.speculation, clock() + MAX_SECONDS
     most = max(0, min(num_draft_tokens, max_len - 2))
     limit = min(MAX_TOKENS, max_num_batched_tokens)
     max_num_seqs = min(max_num_seqs, engine.max_num_waiting, limit)
     length = min(max_len, 2 + (NUM_STEPS + 1) * (1 + most))
-    plain, drafted = Measured(), {n: Measured() for n in ROWS if most and n <= max_num_seqs and n < limit}
+    plain, drafted = (
+        Measured(),
+        {n: Measured() for n in ROWS if most and n <= max_num_seqs and n < limit},
+    )
 
     def step(num_seqs: int, policy: _Always | None) -> float:
-        engine.speculation = None if policy is None else Speculation(drafter or _Guess(), max(1, most), policy)
+        engine.speculation = (
+            None if policy is None else Speculation(drafter or _Guess(), max(1, most), policy)
+        )
         return _seconds_of_a_step(engine, num_seqs, length, clock)
 
-    # What costs least comes first: where the time ends, what would cost more is taken in proportion.
-    todo: list[tuple[int, int, int]] = [(n, n, 0) for n in sorted({*ROWS, *(2 * n for n in ROWS)}) if n <= max_num_seqs]
+    # What costs least comes first: where the time ends, what would cost more is taken in
+    # proportion.
+    todo: list[tuple[int, int, int]] = [
+        (n, n, 0) for n in sorted({*ROWS, *(2 * n for n in ROWS)}) if n <= max_num_seqs
+    ]
     for n in drafted:
         of_each = {2**i for i in range(most.bit_length())} | {most}
         todo += [(n + 1, n, -1), *((n * (1 + k), n, k) for k in of_each if n * (1 + k) <= limit)]
     try:
         for _ in range(2):  # what disturbs does so for a while, and the least that was seen counts
             for _, num_seqs, num_drafts in sorted(todo):
-                if plain and (clock() > until or not _has_room(engine, num_seqs, length, max_num_batched_tokens)):
+                if plain and (
+                    clock() > until
+                    or not _has_room(engine, num_seqs, length, max_num_batched_tokens)
+                ):
                     break
                 if num_drafts == 0:
                     plain.add(num_seqs, step(num_seqs, None))
                 elif num_drafts < 0:  # one draft in all
                     drafted[num_seqs].add(1, step(num_seqs, _Always(1, first_alone=True)))
                 else:
-                    drafted[num_seqs].add(num_seqs * num_drafts, step(num_seqs, _Always(num_drafts)))
+                    drafted[num_seqs].add(
+                        num_seqs * num_drafts, step(num_seqs, _Always(num_drafts))
+                    )
     finally:
         engine.speculation = speculation
         engine.stats = EngineStats(kv_blocks_total=engine.kv.num_total)
@@ -103,7 +124,9 @@ def _has_room(engine: Engine, num_seqs: int, length: int, chunk: int) -> bool:
     return all(count < there for count, there in zip(needed, kv.num_blocks, strict=True))
 
 
-def _seconds_of_a_step(engine: Engine, num_seqs: int, length: int, clock: Callable[[], float]) -> float:
+def _seconds_of_a_step(
+    engine: Engine, num_seqs: int, length: int, clock: Callable[[], float]
+) -> float:
     """The median of a few steps in which sequences decode."""
     params = SamplingParams(temperature=0, max_tokens=length - 1, ignore_eos=True)
     salt = secrets.token_hex(16)  # nobody finds what is computed here
@@ -111,9 +134,11 @@ def _seconds_of_a_step(engine: Engine, num_seqs: int, length: int, clock: Callab
         engine.add(Request(f"{salt}-{i}", [0], params, length - 1, 0, [], cache_salt=salt))
     began = clock()
     seconds, last, num_steps = list[float](), began, engine.stats.num_steps
-    while len(engine.sequences) == num_seqs and len(seconds) <= NUM_STEPS and (
-        len(seconds) < 3 or clock() < began + MAX_SECONDS / 10
-    ):  # fmt: skip
+    while (
+        len(engine.sequences) == num_seqs
+        and len(seconds) <= NUM_STEPS
+        and (len(seconds) < 3 or clock() < began + MAX_SECONDS / 10)
+    ):
         _step(engine)
         if engine.stats.num_steps > num_steps:
             now, num_steps = clock(), engine.stats.num_steps

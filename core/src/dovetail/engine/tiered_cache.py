@@ -1,8 +1,9 @@
-"""The paged block manager with a prefix cache in two tiers: what the device has no room for goes to host memory, and comes back
-when it is found there.
+"""The paged block manager with a prefix cache in two tiers: what the device has no room for goes to
+host memory, and comes back when it is found there.
 
-A host block is never computed with. Moves are queued as block operations, which the worker does in order before the kernels of
-the next step; so a block may be handed out again as soon as the move out of it is queued.
+A host block is never computed with. Moves are queued as block operations, which the worker does in
+order before the kernels of the next step; so a block may be handed out again as soon as the move
+out of it is queued.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ class TieredKVCache(ReusingKVCache):
     prefix_cache: TieredPrefixCache | None
 
     def __init__(
-        self, groups: list[KVGroup], num_blocks: list[int], prefix_cache: TieredPrefixCache, num_host_blocks: list[int]
+        self,
+        groups: list[KVGroup],
+        num_blocks: list[int],
+        prefix_cache: TieredPrefixCache,
+        num_host_blocks: list[int],
     ) -> None:
         super().__init__(groups, num_blocks, prefix_cache)
         self.num_host_blocks = num_host_blocks
@@ -40,11 +45,14 @@ class TieredKVCache(ReusingKVCache):
         return count
 
     def _num_short(self, found: list[tuple[int, ...]]) -> int:
-        """Blocks that the device lacks for those that are in host memory, in the group where it lacks most."""
+        """Blocks that the device lacks for those that are in host memory, in the group where it
+        lacks most."""
         short = 0
         for i, group in enumerate(self.groups):
             idle, host = self._unused(i, self._seen(group, [ids[i] for ids in found]))
-            short = max(short, len(host) - len(self.pools[i].free_ids) - (len(self.kept[i]) - len(idle)))
+            short = max(
+                short, len(host) - len(self.pools[i].free_ids) - (len(self.kept[i]) - len(idle))
+            )
         return short
 
     def _unused(self, group: int, head: list[int]) -> tuple[list[int], list[int]]:
@@ -54,12 +62,17 @@ class TieredKVCache(ReusingKVCache):
         return idle, [b for b in head if b >= count]
 
     def _claim(self, cache: TieredPrefixCache, heads: list[list[int]]) -> bool:  # type: ignore[override]
-        """Replaces host blocks in `heads` by those of the device to which their contents are moved."""
+        """Replaces host blocks in `heads` by those of the device to which their contents are
+        moved."""
         unused = [self._unused(i, head) for i, head in enumerate(heads)]
         for i, (idle, host) in enumerate(unused):
-            stale = [b for b in idle if b not in self.kept[i]] + [b for b in host if b not in self.host_kept[i]]
+            stale = [b for b in idle if b not in self.kept[i]] + [
+                b for b in host if b not in self.host_kept[i]
+            ]
             if stale:
-                raise PluginError(f"the prefix cache found free blocks: {stale[:8]} of KV group {i}")
+                raise PluginError(
+                    f"the prefix cache found free blocks: {stale[:8]} of KV group {i}"
+                )
             cache.claim(i, [*idle, *host])
             self.host_kept[i].difference_update(host)
         targets = [self._fetch(cache, i, host) for i, (_, host) in enumerate(unused)]
@@ -75,7 +88,8 @@ class TieredKVCache(ReusingKVCache):
         return True
 
     def _fetch(self, cache: TieredPrefixCache, group: int, host: list[int]) -> list[int]:
-        """The free blocks of the device, made free where there are not enough, that claimed host blocks move to."""
+        """The free blocks of the device, made free where there are not enough, that claimed host
+        blocks move to."""
         if not host:
             return []
         free_ids = self.pools[group].free_ids
@@ -92,7 +106,9 @@ class TieredKVCache(ReusingKVCache):
             kept.difference_update(gone)
             free += gone
             self.num_evicted["host_full"] += lack
-        if count > len(free):  # more than the host has room for: the least valuable ones are forgotten
+        if count > len(
+            free
+        ):  # more than the host has room for: the least valuable ones are forgotten
             super()._evict(cache, group, count - len(free))
             count = len(free)
         if count:
@@ -105,7 +121,9 @@ class TieredKVCache(ReusingKVCache):
             self._move("out", group, blocks, targets)
             self.num_evicted["to_host"] += count
 
-    def _move(self, kind: Literal["in", "out"], group: int, sources: list[int], targets: list[int]) -> None:
+    def _move(
+        self, kind: Literal["in", "out"], group: int, sources: list[int], targets: list[int]
+    ) -> None:
         first = self.num_blocks[group]
         for src, dst in zip(sources, targets, strict=True):
             if kind == "out":

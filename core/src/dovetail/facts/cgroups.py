@@ -1,5 +1,6 @@
-"""What control groups leave of a machine's CPUs and memory: Linux gives a container less than `/proc/meminfo` and the
-processes' affinity say. Versions 1 and 2, and both at once; see the kernel's admin-guide/cgroup-v2.rst and cgroup-v1/."""
+"""What control groups leave of a machine's CPUs and memory: Linux gives a container less than
+`/proc/meminfo` and the processes' affinity say. Versions 1 and 2, and both at once; see the
+kernel's admin-guide/cgroup-v2.rst and cgroup-v1/."""
 
 from __future__ import annotations
 
@@ -16,30 +17,37 @@ UNLIMITED = 2**62
 
 @dataclass(frozen=True)
 class CgroupLimits:
-    """The tightest of all groups that a process is in, up to the root it can see. None: nothing limits it."""
+    """The tightest of all groups that a process is in, up to the root it can see. None: nothing
+    limits it."""
 
     num_cpus: float | None = None
     """CPU time that is granted, in CPUs."""
     memory_bytes: int | None = None
     available_bytes: int | None = None
-    """What the limits leave beside what their groups have taken already; files that are cached and idle do not count."""
+    """What the limits leave beside what their groups have taken already; files that are cached and
+    idle do not count."""
 
 
 def read_limits(proc: Path = PROC) -> CgroupLimits:
-    """The limits now. `proc` is a process' folder in /proc; its mountinfo says where groups are mounted."""
+    """The limits now. `proc` is a process' folder in /proc; its mountinfo says where groups are
+    mounted."""
     cpus: list[float] = []
     limits: list[int] = []
     available: list[int] = []
     for version, group in _groups(proc):
         with suppress(_NotLimited):
             cpus.append(_cpus_v1(group) if version == 1 else _cpus_v2(group))
-        names = ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")  # above high it is slowed down
+        names = (
+            ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")
+        )  # above high it is slowed down
         for name in names:
             with suppress(_NotLimited):
                 limit = _number(group / name)
                 limits.append(limit)
                 available.append(max(0, limit - _used(group, version)))
-    return CgroupLimits(min(cpus, default=None), min(limits, default=None), min(available, default=None))
+    return CgroupLimits(
+        min(cpus, default=None), min(limits, default=None), min(available, default=None)
+    )
 
 
 class _NotLimited(Exception):
@@ -47,7 +55,8 @@ class _NotLimited(Exception):
 
 
 def _groups(proc: Path) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of each group that the process is in, and of those that hold it, as far as they are mounted."""
+    """(version, folder) of each group that the process is in, and of those that hold it, as far as
+    they are mounted."""
     try:
         memberships = (proc / "cgroup").read_text(encoding="utf-8").splitlines()
         mounts = (proc / "mountinfo").read_text(encoding="utf-8").splitlines()
@@ -67,9 +76,14 @@ def _groups(proc: Path) -> Iterator[tuple[int, Path]]:
             path, version = paths.get(min(found), "/"), 1
         else:
             continue
-        # Without a namespace of its own, a container sees the path on the host, and has its own group mounted as the root.
+        # Without a namespace of its own, a container sees the path on the host, and has its own
+        # group mounted as the root.
         inside = PurePosixPath(path)
-        below = inside.relative_to(root) if inside.is_relative_to(root) and ".." not in inside.parts else PurePosixPath()
+        below = (
+            inside.relative_to(root)
+            if inside.is_relative_to(root) and ".." not in inside.parts
+            else PurePosixPath()
+        )
         for part in (below, *below.parents):
             yield version, Path(point, part)
 
@@ -108,8 +122,13 @@ def _cpus_v1(group: Path) -> float:
 
 
 def _used(group: Path, version: int) -> int:
-    """Bytes that cannot be had back without swapping. Cached files that were used lately count: they may be weights."""
-    total, idle = ("memory.usage_in_bytes", "total_inactive_file") if version == 1 else ("memory.current", "inactive_file")
+    """Bytes that cannot be had back without swapping. Cached files that were used lately count:
+    they may be weights."""
+    total, idle = (
+        ("memory.usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("memory.current", "inactive_file")
+    )
     used = _number(group / total)
     for line in _text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")

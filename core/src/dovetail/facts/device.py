@@ -1,4 +1,5 @@
-"""The machine, as far as this process may use it: CPU, memory, GPUs and compilers, without a tensor library."""
+"""The machine, as far as this process may use it: CPU, memory, GPUs and compilers, without a tensor
+library."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from dovetail.facts.gpus import GpuFacts, find_gpus
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """The machine, as far as this process may use it, read once from the operating system. No tensor library takes part."""
+    """The machine, as far as this process may use it, read once from the operating system. No
+    tensor library takes part."""
 
     system: str
     machine: str
@@ -47,7 +49,14 @@ def device_facts() -> DeviceFacts:
     flags: frozenset[str] = frozenset()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
-            flags = next((frozenset(line.split(":")[1].split()) for line in f if line.startswith(("flags", "Features"))), flags)
+            flags = next(
+                (
+                    frozenset(line.split(":")[1].split())
+                    for line in f
+                    if line.startswith(("flags", "Features"))
+                ),
+                flags,
+            )
     except OSError:
         pass
     gpus, gpu_trouble = find_gpus()
@@ -67,24 +76,31 @@ def device_facts() -> DeviceFacts:
 
 
 def usable_cores(num_cpus: float | None) -> int:
-    """Cores of this process' affinity, or of `num_cpus` (CPU time that a control group grants) if that is less; at least 1.
+    """Cores of this process' affinity, or of `num_cpus` (CPU time that a control group grants) if
+    that is less; at least 1.
 
-    Rounded down: a team of threads that takes more than is granted is stopped as a whole, for the rest of each period
-    (100 ms as a rule), and everybody's next token waits. What is left over is for the front-end's process.
+    Rounded down: a team of threads that takes more than is granted is stopped as a whole, for the
+    rest of each period (100 ms as a rule), and everybody's next token waits. What is left over is
+    for the front-end's process.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return cores if num_cpus is None else max(1, min(cores, int(num_cpus)))
 
 
 def available_memory(proc: Path = PROC, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of main memory that can be had now without swapping, and within the limits of control groups. None: unknown.
+    """Bytes of main memory that can be had now without swapping, and within the limits of control
+    groups. None: unknown.
 
     `proc` is this process' folder in /proc.
     """
     available = read_limits(proc).available_bytes
     try:
         with open(meminfo, encoding="ascii") as f:
-            free = next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")), None)
+            free = next(
+                (int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")), None
+            )
     except OSError:
         free = None
     return min((n for n in (available, free) if n is not None), default=None)

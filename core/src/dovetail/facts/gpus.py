@@ -25,18 +25,27 @@ class GpuFacts:
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
 
-def find_gpus(environ: Mapping[str, str] = os.environ, nvml: Any = None) -> tuple[tuple[GpuFacts, ...], str]:
-    """The GPUs in CUDA's order under CUDA_DEVICE_ORDER=PCI_BUS_ID, those that CUDA_VISIBLE_DEVICES leaves; and why there may be
-    fewer than the machine has ("" if there is nothing to say). `nvml` is the module `pynvml`, or one like it."""
+def find_gpus(
+    environ: Mapping[str, str] = os.environ, nvml: Any = None
+) -> tuple[tuple[GpuFacts, ...], str]:
+    """The GPUs in CUDA's order under CUDA_DEVICE_ORDER=PCI_BUS_ID, those that CUDA_VISIBLE_DEVICES
+    leaves; and why there may be fewer than the machine has ("" if there is nothing to say). `nvml`
+    is the module `pynvml`, or one like it."""
     nvml = import_module("pynvml") if nvml is None else nvml
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as e:
-        return (), "" if _is_no_driver(nvml, e) else f"NVML, NVIDIA's management library, cannot be used: {e}"
+        return (), (
+            ""
+            if _is_no_driver(nvml, e)
+            else f"NVML, NVIDIA's management library, cannot be used: {e}"
+        )
     try:
         version = nvml.nvmlSystemGetCudaDriverVersion_v2()
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        found = [_facts(nvml, handle, (version // 1000, version % 1000 // 10)) for handle in handles]
+        found = [
+            _facts(nvml, handle, (version // 1000, version % 1000 // 10)) for handle in handles
+        ]
         uuids = [str(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
         wanted = environ.get("CUDA_VISIBLE_DEVICES")
         if wanted is None:
@@ -50,11 +59,14 @@ def find_gpus(environ: Mapping[str, str] = os.environ, nvml: Any = None) -> tupl
 
 
 def visible(wanted: str, uuids: Sequence[str]) -> list[int]:
-    """Indices of the GPUs that a CUDA_VISIBLE_DEVICES leaves, as CUDA reads it: up to the first entry that names none."""
+    """Indices of the GPUs that a CUDA_VISIBLE_DEVICES leaves, as CUDA reads it: up to the first
+    entry that names none."""
     indices: list[int] = []
     for entry in wanted.split(","):
         name = entry.strip()
-        matches = [i for i, uuid in enumerate(uuids) if name.startswith("GPU-") and uuid.startswith(name)]
+        matches = [
+            i for i, uuid in enumerate(uuids) if name.startswith("GPU-") and uuid.startswith(name)
+        ]
         if name.isdecimal() and int(name) < len(uuids):
             matches = [int(name)]
         if len(matches) != 1 or matches[0] in indices:
@@ -72,4 +84,6 @@ def _facts(nvml: Any, handle: Any, cuda: tuple[int, int]) -> GpuFacts:
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     name = nvml.nvmlDeviceGetName(handle)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
-    return GpuFacts(name.decode() if isinstance(name, bytes) else name, (major, minor), memory, cuda)
+    return GpuFacts(
+        name.decode() if isinstance(name, bytes) else name, (major, minor), memory, cuda
+    )

@@ -49,12 +49,21 @@ class ModelFacts:
     @property
     def quantization_method(self) -> str:
         """`quant_method` of the checkpoint; "none" if it is not quantized."""
-        return "none" if self.quantization_config is None else str(self.quantization_config["quant_method"])
+        return (
+            "none"
+            if self.quantization_config is None
+            else str(self.quantization_config["quant_method"])
+        )
 
     @property
     def quantization_said(self) -> str:
-        """The checkpoint's quantization_config in a line, for errors: what it says, without what says who wrote it."""
-        said = {k: v for k, v in (self.quantization_config or {}).items() if v not in (None, {}, []) and k != "meta"}
+        """The checkpoint's quantization_config in a line, for errors: what it says, without what
+        says who wrote it."""
+        said = {
+            k: v
+            for k, v in (self.quantization_config or {}).items()
+            if v not in (None, {}, []) and k != "meta"
+        }
         text = json.dumps(said)
         return f"quantization_config {text if len(text) < 400 else text[:400] + '…'} of config.json"
 
@@ -82,8 +91,13 @@ def model_facts(folder: Path) -> ModelFacts:
         return number(next((k for k in keys if text.get(k) is not None), keys[0]))
 
     architectures = config.get("architectures") or [""]
-    hidden, heads = first("hidden_size", "n_embd", "d_model"), first("num_attention_heads", "n_head", "num_heads")
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch.")
+    hidden, heads = (
+        first("hidden_size", "n_embd", "d_model"),
+        first("num_attention_heads", "n_head", "num_heads"),
+    )
+    dtype = str(
+        text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32"
+    ).removeprefix("torch.")
     return ModelFacts(
         folder=folder,
         architecture=str(architectures[0]),
@@ -92,15 +106,21 @@ def model_facts(folder: Path) -> ModelFacts:
         num_layers=first("num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=number("num_key_value_heads", number("num_kv_heads", 1 if text.get("multi_query") else heads)),
+        num_kv_heads=number(
+            "num_key_value_heads", number("num_kv_heads", 1 if text.get("multi_query") else heads)
+        ),
         head_size=number("head_dim", max(1, hidden // heads)),
         vocab_size=number("vocab_size"),
-        max_position_embeddings=_context_length(text, number("max_position_embeddings", number("n_positions", 2048))),
+        max_position_embeddings=_context_length(
+            text, number("max_position_embeddings", number("n_positions", 2048))
+        ),
         layer_kinds=_layer_kinds(text),
         logit_soft_cap=text.get("attn_logit_softcapping"),
         eos_token_ids=_eos(folder, text),
         has_sinks=str(config.get("model_type")) == "gpt_oss",
-        quantization_config=_quantization(path, config.get("quantization_config", text.get("quantization_config"))),
+        quantization_config=_quantization(
+            path, config.get("quantization_config", text.get("quantization_config"))
+        ),
     )
 
 
@@ -118,11 +138,15 @@ _QWEN_FULL_LAYERS = 28
 
 def window_of_layers(config: dict[str, Any]) -> list[int | None]:
     """Per layer: its sliding window, or None. `config` is the text part of a config.json."""
-    num_layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
+    num_layers = (
+        config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
+    )
     kind = str(config.get("model_type"))
     window = config.get("sliding_window", _USUAL_WINDOWS.get(kind))
     types = config.get("layer_types")
-    is_qwen = kind.startswith("qwen")  # windows only if asked for, and then from layer `max_window_layers` on
+    is_qwen = kind.startswith(
+        "qwen"
+    )  # windows only if asked for, and then from layer `max_window_layers` on
     is_off = kind not in _USUAL_WINDOWS and config.get("use_sliding_window", not is_qwen) is False
     if not isinstance(window, int) or kind in _WITHOUT_WINDOWS or is_off:
         return [None] * num_layers
@@ -132,14 +156,17 @@ def window_of_layers(config: dict[str, Any]) -> list[int | None]:
         full = config.get("max_window_layers", _QWEN_FULL_LAYERS)
         return [None if i < full else window for i in range(num_layers)]
     pattern = config.get("sliding_window_pattern", _PATTERNS.get(kind))
-    if isinstance(pattern, int) and pattern > 0:  # configs from before layer_types: every so many layers one is full
+    if (
+        isinstance(pattern, int) and pattern > 0
+    ):  # configs from before layer_types: every so many layers one is full
         return [None if (i + 1) % pattern == 0 else window for i in range(num_layers)]
     return [window] * num_layers
 
 
 def _context_length(config: dict[str, Any], longest: int) -> int:
-    """Tokens of a context: `max_position_embeddings`, or what YaRN stretches the original context to. Configs that follow
-    YaRN's documentation add `rope_scaling` and leave `max_position_embeddings` as it was."""
+    """Tokens of a context: `max_position_embeddings`, or what YaRN stretches the original context
+    to. Configs that follow YaRN's documentation add `rope_scaling` and leave
+    `max_position_embeddings` as it was."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type")) != "yarn":
         return longest
@@ -156,7 +183,9 @@ def _quantization(path: Path, config: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
-        raise CheckpointError(f"{path}: quantization_config must say its quant_method, found {config!r:.200}")
+        raise CheckpointError(
+            f"{path}: quantization_config must say its quant_method, found {config!r:.200}"
+        )
     return config
 
 
@@ -173,7 +202,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a model folder has config.json, *.safetensors and a tokenizer") from None
+        raise CheckpointError(
+            f"{path} is missing: a model folder has config.json, *.safetensors and a tokenizer"
+        ) from None
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path} cannot be read: {e}") from None
     if not isinstance(data, dict):

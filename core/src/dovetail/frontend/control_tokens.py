@@ -10,8 +10,9 @@ from typing import Any
 class ControlTokens:
     """The control tokens (special ones) of a tokenizer, where users' text reads like them.
 
-    A marker, a character that no message holds, is put behind the first character of such a text before the template sees
-    it: then it can be found in what the template made of the messages, and told from the template's own control tokens.
+    A marker, a character that no message holds, is put behind the first character of such a text
+    before the template sees it: then it can be found in what the template made of the messages, and
+    told from the template's own control tokens.
     """
 
     MARKERS = "".join(map(chr, range(0xE000, 0xF900)))
@@ -34,10 +35,13 @@ class ControlTokens:
         """The messages, with markers."""
         pattern = self._pattern
         assert pattern is not None
-        return _map_texts(messages, lambda text: pattern.sub(lambda m: f"{m[0][0]}{marker}{m[0][1:]}", text))
+        return _map_texts(
+            messages, lambda text: pattern.sub(lambda m: f"{m[0][0]}{marker}{m[0][1:]}", text)
+        )
 
     def parts(self, rendered: str, marker: str) -> list[str]:
-        """In turn: text with the template's control tokens, and a text that reads like a control token and is none."""
+        """In turn: text with the template's control tokens, and a text that reads like a control
+        token and is none."""
         marked = "|".join(re.escape(f"{t[0]}{marker}{t[1:]}") for t in self._tokens)
         return [part.replace(marker, "") for part in re.split(f"({marked})", rendered)]
 

@@ -1,8 +1,10 @@
-"""From token ids to text, a few tokens at a time: never half a character, and nothing past a stop string.
+"""From token ids to text, a few tokens at a time: never half a character, and nothing past a stop
+string.
 
-Two ways, chosen by the tokenizer's decoder. Where each token stands for bytes (ByteLevel, as in GPT-2, Llama 3 and Qwen), the
-bytes go through one incremental UTF-8 decoder. Where a token's text depends on its neighbors (SentencePiece with byte
-fallback, WordPiece), tokens are decoded together with the ones before them.
+Two ways, chosen by the tokenizer's decoder. Where each token stands for bytes (ByteLevel, as in
+GPT-2, Llama 3 and Qwen), the bytes go through one incremental UTF-8 decoder. Where a token's text
+depends on its neighbors (SentencePiece with byte fallback, WordPiece), tokens are decoded together
+with the ones before them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Protocol
 from dovetail.frontend.tokenizer import REPLACEMENT, Tokenizer
 
 MAX_HELD_TOKENS = 16
-"""Tokens without complete text after which the oldest are given out as they are: no character is that long."""
+"""Tokens without complete text after which the oldest are given out as they are: no character is
+that long."""
 _CHARACTER = 4
 """Most bytes of a character in UTF-8, and so most tokens of one."""
 _CONTEXT = _CHARACTER + 2
@@ -21,7 +24,8 @@ _CONTEXT = _CHARACTER + 2
 
 
 class Detokenizer(Protocol):
-    """Incremental decoding of one sequence. The texts of all calls add up to the same, however the tokens are cut."""
+    """Incremental decoding of one sequence. The texts of all calls add up to the same, however the
+    tokens are cut."""
 
     def push(self, token_ids: list[int]) -> str:
         """Take more tokens, one or many; returns the text that is now certain, perhaps none."""
@@ -30,8 +34,11 @@ class Detokenizer(Protocol):
         """The rest, incomplete characters included; the sequence has ended."""
 
 
-def detokenizer(tokenizer: Tokenizer, prompt_token_ids: list[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-    """For the tokens that follow a prompt. A character that the prompt leaves incomplete belongs to the text."""
+def detokenizer(
+    tokenizer: Tokenizer, prompt_token_ids: list[int], *, skip_special_tokens: bool = True
+) -> Detokenizer:
+    """For the tokens that follow a prompt. A character that the prompt leaves incomplete belongs to
+    the text."""
     token_bytes = tokenizer.token_bytes(skip_special_tokens)
     if token_bytes is not None:
         return _ByBytes(token_bytes, prompt_token_ids)
@@ -52,11 +59,14 @@ class _ByBytes:
         # Without the end of a character whose beginning is not in the tail.
         self._decoder.decode(tail.lstrip(bytes(range(0x80, 0xC0))))
         self._of_prompt = self._decoder.getstate()[0].decode("utf-8", "replace")
-        """What the prompt shows for the character that it leaves incomplete; not repeated if that is never completed."""
+        """What the prompt shows for the character that it leaves incomplete; not repeated if that
+        is never completed."""
 
     def push(self, token_ids: list[int]) -> str:
         known = self._bytes
-        return self._without_prompt(self._decoder.decode(b"".join([known[token] for token in token_ids])))
+        return self._without_prompt(
+            self._decoder.decode(b"".join([known[token] for token in token_ids]))
+        )
 
     def flush(self) -> str:
         return self._without_prompt(self._decoder.decode(b"", True))
@@ -68,13 +78,17 @@ class _ByBytes:
 
 
 class _ByWindow:
-    """A window of tokens is decoded at each step: `ids[prefix:read]` has been given out, `ids[read:]` has not.
+    """A window of tokens is decoded at each step: `ids[prefix:read]` has been given out,
+    `ids[read:]` has not.
 
-    Text that ends in an incomplete character waits for the next token. Tokens that never have text (special ones that are
-    skipped, ids outside the vocabulary) do not enter the window, which therefore stays short.
+    Text that ends in an incomplete character waits for the next token. Tokens that never have text
+    (special ones that are skipped, ids outside the vocabulary) do not enter the window, which
+    therefore stays short.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: list[int], skip_special_tokens: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._is_hidden = tokenizer.hidden_tokens(skip_special_tokens)
@@ -88,11 +102,12 @@ class _ByWindow:
         self._prefix, self._read = self._clean_window()
         self._known = self._decode(self._prefix, self._read)
         self._of_prompt = self._decode(self._prefix, len(tail))
-        """The window with the character that the prompt leaves incomplete, as the prompt shows it."""
+        """The window with the character that the prompt leaves incomplete, as the prompt shows
+        it."""
 
     def _clean_window(self) -> tuple[int, int]:
-        """(prefix, read): the shortest window that neither begins nor ends inside a character of the prompt, and leaves as few
-        tokens as possible for later."""
+        """(prefix, read): the shortest window that neither begins nor ends inside a character of
+        the prompt, and leaves as few tokens as possible for later."""
         num_ids = len(self._ids)
         usual = max(0, num_ids - _CONTEXT)
         for read in range(num_ids, max(-1, num_ids - _CHARACTER), -1):
@@ -113,7 +128,8 @@ class _ByWindow:
         if not text.endswith(REPLACEMENT):
             return self._give(text, end)
         if end - self._read > MAX_HELD_TOKENS:
-            # A run of bytes that is no text: what is older than any character can be will not become one.
+            # A run of bytes that is no text: what is older than any character can be will not
+            # become one.
             end -= _CHARACTER
             return self._give(self._decode(self._prefix, end), end)
         return ""
@@ -128,7 +144,8 @@ class _ByWindow:
             if text.startswith(self._of_prompt):
                 known = self._of_prompt
             self._of_prompt = ""
-        # Bytes that do not continue the ones before them can change what those are decoded to: then only the new ones count.
+        # Bytes that do not continue the ones before them can change what those are decoded to: then
+        # only the new ones count.
         new = text[len(known) :] if text.startswith(known) else self._decode(self._read, end)
         if new:
             self._prefix, self._read = self._read, end
@@ -138,7 +155,9 @@ class _ByWindow:
                 self._read -= self._prefix
                 self._prefix = 0
         elif end - self._read > MAX_HELD_TOKENS:
-            del self._ids[self._read : end]  # so many tokens without any text: the window would only grow
+            del self._ids[
+                self._read : end
+            ]  # so many tokens without any text: the window would only grow
         return new
 
     def _decode(self, start: int, end: int) -> str:
@@ -146,7 +165,8 @@ class _ByWindow:
 
 
 class StopStrings:
-    """Finds the stop string that is completed first, and holds back text that may be the start of one."""
+    """Finds the stop string that is completed first, and holds back text that may be the start of
+    one."""
 
     def __init__(self, stop: tuple[str, ...], *, include: bool = False) -> None:
         self._stop = stop
@@ -165,7 +185,11 @@ class StopStrings:
         if not check:
             self._held = ""
             return buffer, None
-        found = [(at + len(s), order, at, s) for order, s in enumerate(self._stop) if (at := buffer.find(s)) >= 0]
+        found = [
+            (at + len(s), order, at, s)
+            for order, s in enumerate(self._stop)
+            if (at := buffer.find(s)) >= 0
+        ]
         if found:
             end, _, at, stop = min(found)
             self._held = ""

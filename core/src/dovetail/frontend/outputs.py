@@ -11,7 +11,8 @@ from dovetail.types import FinishReason, Request, RequestTimes, SequenceOutput, 
 
 
 class Delta(msgspec.Struct, gc=False):
-    """News of one sample of a request. Concatenated, the deltas of a sample are its whole output."""
+    """News of one sample of a request. Concatenated, the deltas of a sample are its whole
+    output."""
 
     index: int
     text: str = ""
@@ -41,10 +42,13 @@ class Delta(msgspec.Struct, gc=False):
 class SampleState:
     """One sample's way from tokens to text.
 
-    Where nobody reads a text before its end, and no stop string has to be found on the way, it is made in one piece.
+    Where nobody reads a text before its end, and no stop string has to be found on the way, it is
+    made in one piece.
     """
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None, *, stream: bool) -> None:
+    def __init__(
+        self, request: Request, index: int, tokenizer: Tokenizer | None, *, stream: bool
+    ) -> None:
         params = request.params
         self.index = index
         self.num_tokens = 0
@@ -55,14 +59,19 @@ class SampleState:
         self._params = params
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._detokenizer = (
-            detokenizer(tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens)
+            detokenizer(
+                tokenizer, request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+            )
             if tokenizer is not None
             else None
         )
-        self._gathered = None if stream or params.stop else SequenceOutput(request.request_id, index, [])
+        self._gathered = (
+            None if stream or params.stop else SequenceOutput(request.request_id, index, [])
+        )
 
     def push(self, output: SequenceOutput) -> Delta | None:
-        """Take the engine's news. A stop string ends the sample here: `finish_reason` is set, the rest is dropped."""
+        """Take the engine's news. A stop string ends the sample here: `finish_reason` is set, the
+        rest is dropped."""
         gathered = self._gathered
         if gathered is not None:
             gathered.token_ids += output.token_ids
@@ -72,7 +81,10 @@ class SampleState:
                 gathered.prompt_logprobs += output.prompt_logprobs
             if output.finish_reason is None:
                 return None
-            gathered.finish_reason, gathered.stop_token_id = output.finish_reason, output.stop_token_id
+            gathered.finish_reason, gathered.stop_token_id = (
+                output.finish_reason,
+                output.stop_token_id,
+            )
             output = gathered
         return self._find_stop(output) if self._params.stop else self._take(output)
 
@@ -86,7 +98,15 @@ class SampleState:
             if reason is not None and reason != "abort":
                 text += self._detokenizer.flush()
         self.finished = reason is not None
-        return Delta(self.index, text, token_ids, output.logprobs, output.prompt_logprobs, reason, output.stop_token_id)
+        return Delta(
+            self.index,
+            text,
+            token_ids,
+            output.logprobs,
+            output.prompt_logprobs,
+            reason,
+            output.stop_token_id,
+        )
 
     def _find_stop(self, output: SequenceOutput) -> Delta:
         """Token by token: what follows the one that completes a stop string is surplus."""
@@ -127,10 +147,14 @@ class SampleState:
 class RequestState:
     """All samples of one request, in the front-end."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, stream: bool = True) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer | None, *, stream: bool = True
+    ) -> None:
         """Without `stream`, a sample's news come when it has ended, all at once."""
         self.request = request
-        self.samples = [SampleState(request, i, tokenizer, stream=stream) for i in range(request.params.n)]
+        self.samples = [
+            SampleState(request, i, tokenizer, stream=stream) for i in range(request.params.n)
+        ]
         self._num_running = request.params.n
 
     @property
@@ -138,7 +162,8 @@ class RequestState:
         return self._num_running == 0
 
     def push(self, output: SequenceOutput) -> tuple[Delta | None, bool]:
-        """Returns (delta or None, whether the engine must be told to abort this sample: a stop string ended it).
+        """Returns (delta or None, whether the engine must be told to abort this sample: a stop
+        string ended it).
 
         Raises the error that the engine reports for the request.
         """

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are no character (yet)."""
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 """Special tokens that a chat template finds by these names, as in transformers."""
 LONG_TEXT = 10_000
 """Characters, or tokens, from which on other threads may run meanwhile."""
@@ -28,14 +36,15 @@ MAX_RENDERED_CHARS = 8 * 2**20
 
 
 class Tokenizer:
-    """Wraps a `tokenizers.Tokenizer`; safe to share between threads. Raises `CheckpointError` if there is none."""
+    """Wraps a `tokenizers.Tokenizer`; safe to share between threads. Raises `CheckpointError` if
+    there is none."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
-                f"{path} is missing: text needs a tokenizer in this form (transformers' save_pretrained writes it); "
-                "without one, prompts can only be lists of token ids"
+                f"{path} is missing: text needs a tokenizer in this form (transformers'"
+                " save_pretrained writes it); without one, prompts can only be lists of token ids"
             )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -54,29 +63,44 @@ class Tokenizer:
 
         self._pieces = _Pieces(self)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special_ids = frozenset(
+            token_id for token_id, token in added.items() if token.special
+        )
         self._control = ControlTokens([token.content for token in added.values() if token.special])
         hidden = {skip: _HiddenTokens(self, skip) for skip in (False, True)}
         self._hidden = hidden
-        self._bytes = {skip: _TokenBytes(self, hidden[skip]) for skip in hidden} if _is_byte_level(self._tokenizer) else None
+        self._bytes = (
+            {skip: _TokenBytes(self, hidden[skip]) for skip in hidden}
+            if _is_byte_level(self._tokenizer)
+            else None
+        )
 
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises `InvalidRequest` for text that is no valid Unicode (lone surrogates)."""
+        """Token ids of a text. Raises `InvalidRequest` for text that is no valid Unicode (lone
+        surrogates)."""
         try:
             if len(text) > LONG_TEXT:  # as a batch, in which the library lets other threads run
-                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                (encoding,) = self._tokenizer.encode_batch_fast(
+                    [text], add_special_tokens=add_special_tokens
+                )
                 return list(encoding.ids)
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError):
-            raise InvalidRequest("the text is not valid Unicode: it holds a lone surrogate", param="prompt") from None
+            raise InvalidRequest(
+                "the text is not valid Unicode: it holds a lone surrogate", param="prompt"
+            ) from None
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         if len(token_ids) > LONG_TEXT:
-            return str(self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0])
+            return str(
+                self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[
+                    0
+                ]
+            )
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def hidden_tokens(self, skip_special_tokens: bool) -> dict[int, bool]:
@@ -84,8 +108,8 @@ class Tokenizer:
         return self._hidden[skip_special_tokens]
 
     def token_bytes(self, skip_special_tokens: bool) -> dict[int, bytes] | None:
-        """By token id, the bytes that it stands for; filled as it is read. None if the decoder is not byte-level: then a
-        token's text depends on the tokens beside it."""
+        """By token id, the bytes that it stands for; filled as it is read. None if the decoder is
+        not byte-level: then a token's text depends on the tokens beside it."""
         return None if self._bytes is None else self._bytes[skip_special_tokens]
 
     def token_id(self, token: str) -> int | None:
@@ -104,29 +128,57 @@ class Tokenizer:
         template: str | None = None,
         variables: dict[str, Any] | None = None,
     ) -> str:
-        """Render a conversation, in Jinja's sandbox. Raises `InvalidRequest` with the template's own complaint.
+        """Render a conversation, in Jinja's sandbox. Raises `InvalidRequest` with the template's
+        own complaint.
 
-        A `template` from outside can loop for as long as it likes: the sandbox bounds what it reaches, not its time.
+        A `template` from outside can loop for as long as it likes: the sandbox bounds what it
+        reaches, not its time.
         """
         from jinja2 import TemplateError  # here: completions need no templates
 
         source = template if template is not None else self.chat_template
         if source is None:
-            raise InvalidRequest("this model has no chat template: use completions, or give a chat_template", param="messages")
+            raise InvalidRequest(
+                "this model has no chat template: use completions, or give a chat_template",
+                param="messages",
+            )
         if len(source) > MAX_TEMPLATE_CHARS:
-            raise InvalidRequest(f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters", param="chat_template")
+            raise InvalidRequest(
+                f"the chat template is longer than {MAX_TEMPLATE_CHARS} characters",
+                param="chat_template",
+            )
         try:
             parts, size = [], 0
             names = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-            # `tools` and `documents` are there even if nobody gives them: a template may ask whether they are none.
-            given = {"tools": None, "documents": None, **self.special_tokens, **(variables or {}), **names}
+            # `tools` and `documents` are there even if nobody gives them: a template may ask
+            # whether they are none.
+            given = {
+                "tools": None,
+                "documents": None,
+                **self.special_tokens,
+                **(variables or {}),
+                **names,
+            }
             for part in self._compile(source).generate(given):
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:
-                    raise InvalidRequest(f"the messages render to over {MAX_RENDERED_CHARS} characters", param="messages")
+                    raise InvalidRequest(
+                        f"the messages render to over {MAX_RENDERED_CHARS} characters",
+                        param="messages",
+                    )
                 parts.append(part)
-        except (TemplateError, TypeError, ValueError, OverflowError, RecursionError, AttributeError, KeyError) as e:
-            raise InvalidRequest(f"the chat template refused the messages: {type(e).__name__}: {e}", param="messages") from None
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            AttributeError,
+            KeyError,
+        ) as e:
+            raise InvalidRequest(
+                f"the chat template refused the messages: {type(e).__name__}: {e}", param="messages"
+            ) from None
         return "".join(parts)
 
     def encode_chat(
@@ -139,19 +191,24 @@ class Tokenizer:
         add_special_tokens: bool = False,
         max_chars: int = MAX_RENDERED_CHARS,
     ) -> list[int]:
-        """Token ids of a conversation. Raises `InvalidRequest` if it renders to more than `max_chars`.
+        """Token ids of a conversation. Raises `InvalidRequest` if it renders to more than
+        `max_chars`.
 
-        Control tokens are the template's alone: where a message holds the text of one, that is encoded as text, so that a
-        user cannot speak as the system or the assistant.
+        Control tokens are the template's alone: where a message holds the text of one, that is
+        encoded as text, so that a user cannot speak as the system or the assistant.
         """
         marker = self._control.marker(messages)
         rendered = self.apply_chat_template(
             messages if marker is None else self._control.marked(messages, marker),
-            add_generation_prompt=add_generation_prompt, template=template, variables=variables,
-        )  # fmt: skip
+            add_generation_prompt=add_generation_prompt,
+            template=template,
+            variables=variables,
+        )
         if len(rendered) > max_chars:
             raise InvalidRequest(
-                f"the messages render to {len(rendered)} characters, more than the context can hold", param="messages"
+                f"the messages render to {len(rendered)} characters, more than the context can"
+                " hold",
+                param="messages",
             )
         if marker is None:
             return self.encode(rendered, add_special_tokens=add_special_tokens)
@@ -160,7 +217,9 @@ class Tokenizer:
             if i % 2:
                 token_ids += self._as_text(part)
             elif part:
-                token_ids += self.encode(part, add_special_tokens=add_special_tokens and not token_ids)
+                token_ids += self.encode(
+                    part, add_special_tokens=add_special_tokens and not token_ids
+                )
         return token_ids
 
     def _as_text(self, text: str) -> list[int]:
@@ -198,7 +257,9 @@ class _HiddenTokens(dict[int, bool]):
         self._skipped = tokenizer._special_ids if skip_special_tokens else frozenset()
 
     def __missing__(self, token_id: int) -> bool:
-        is_hidden = self[token_id] = token_id in self._skipped or not self._tokenizer._tokenizer.id_to_token(token_id)
+        is_hidden = self[token_id] = (
+            token_id in self._skipped or not self._tokenizer._tokenizer.id_to_token(token_id)
+        )
         return is_hidden
 
 
@@ -210,7 +271,11 @@ class _TokenBytes(dict[int, bytes]):
         self._is_hidden = is_hidden
 
     def __missing__(self, token_id: int) -> bytes:
-        token = "" if self._is_hidden[token_id] else str(self._tokenizer._tokenizer.id_to_token(token_id))
+        token = (
+            ""
+            if self._is_hidden[token_id]
+            else str(self._tokenizer._tokenizer.id_to_token(token_id))
+        )
         # A token with a character outside the alphabet (an added one) stands for itself.
         values = [BYTE_OF_CHARACTER.get(character) for character in token]
         found = self[token_id] = token.encode() if None in values else bytes(values)  # type: ignore[arg-type]
@@ -218,11 +283,13 @@ class _TokenBytes(dict[int, bytes]):
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Which byte a character of a byte-level token stands for (GPT-2, Radford et al. 2019): printable ones of Latin-1 for
-    themselves, the others are numbered from 256."""
+    """Which byte a character of a byte-level token stands for (GPT-2, Radford et al. 2019):
+    printable ones of Latin-1 for themselves, the others are numbered from 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 BYTE_OF_CHARACTER = _byte_alphabet()
@@ -244,7 +311,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant wrote, for training; here it is only a scope."""
+        """`{% generation %}` marks what the assistant wrote, for training; here it is only a
+        scope."""
 
         tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
@@ -253,7 +321,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -265,7 +335,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
@@ -277,9 +353,14 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         # Clients can read it: a link may lead to the files of a hub's cache, and nowhere else.
-        target, allowed = path.resolve(), (folder.resolve(), folder.resolve().parent.parent / "blobs")
+        target, allowed = (
+            path.resolve(),
+            (folder.resolve(), folder.resolve().parent.parent / "blobs"),
+        )
         if not any(target.is_relative_to(place) for place in allowed):
-            raise CheckpointError(f"{path} is a link that leads out of the model's folder, to {target}")
+            raise CheckpointError(
+                f"{path} is a link that leads out of the model's folder, to {target}"
+            )
         return target.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name

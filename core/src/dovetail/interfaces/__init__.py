@@ -1,1 +1,2 @@
-"""The contracts between the core and its plugins: one Protocol a file, and the data that crosses it."""
+"""The contracts between the core and its plugins: one Protocol a file, and the data that crosses
+it."""

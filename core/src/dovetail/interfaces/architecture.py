@@ -1,9 +1,11 @@
-"""Model code: ragged tokens in, hidden states out. The worker supplies attention, linear layers and the checkpoint's tensors.
+"""Model code: ragged tokens in, hidden states out. The worker supplies attention, linear layers and
+the checkpoint's tensors.
 
-A step's T tokens are the rows of a ragged batch laid end to end (prefill chunks and decode tokens alike): no batch
-dimension, no padding, no mask. A model knows nothing of sequences, blocks or caches: each layer hands its queries, keys and
-values to `attend` and gets back what its queries saw. It asks for its linear layers by name (`LayerMaker`), and so has those
-that the machine and the quantization chosen call for.
+A step's T tokens are the rows of a ragged batch laid end to end (prefill chunks and decode tokens
+alike): no batch dimension, no padding, no mask. A model knows nothing of sequences, blocks or
+caches: each layer hands its queries, keys and values to `attend` and gets back what its queries
+saw. It asks for its linear layers by name (`LayerMaker`), and so has those that the machine and the
+quantization chosen call for.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class ArchitectureCapabilities:
     loads_weights: bool = False
     """`model` returns with its weights read. Otherwise the worker reads what `targets` names."""
     examples: tuple[dict[str, Any], ...] = ()
-    """Contents of config.json of tiny models, one for each architecture at least: what conformance is tried with."""
+    """Contents of config.json of tiny models, one for each architecture at least: what conformance
+    is tried with."""
     compiled: str | None = None
     """How the worker that it is written for can compile its steps; None: it cannot."""
 
@@ -46,14 +49,15 @@ class Target(NamedTuple):
     dtype: Any
     """Of what is kept. Floating types are converted; any other must be stored as it is wanted."""
     store: Callable[[Array], object]
-    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call. Raises `CheckpointError`
-    for values that cannot be: who reads the file says where."""
+    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call.
+    Raises `CheckpointError` for values that cannot be: who reads the file says where."""
     asked_by: str = "the model's config"
     """What says that the tensor is there, in this shape: for errors."""
 
     @staticmethod
     def into(tensor: Array, shape: tuple[int, ...] | None = None) -> Target:
-        """Copy into `tensor`, which may be a part of another. `shape` in the file, where it is broadcast to tensor's."""
+        """Copy into `tensor`, which may be a part of another. `shape` in the file, where it is
+        broadcast to tensor's."""
         return Target(tuple(tensor.shape) if shape is None else shape, tensor.dtype, tensor.copy_)
 
     def and_into(self, other: Target) -> Target:
@@ -91,19 +95,20 @@ class LayerMaker(Protocol):
     """Makes a model's layers, their weights declared and not yet read."""
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
-        """`name` is the layer's full name ("model.layers.3.mlp.down_proj"); the parts have the full names of the checkpoint's
-        layers and lie one after the other in the output."""
+        """`name` is the layer's full name ("model.layers.3.mlp.down_proj"); the parts have the full
+        names of the checkpoint's layers and lie one after the other in the output."""
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
         """Never quantized."""
 
     def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
-        """The output projection `name` ("lm_head") of a model whose weight for it is that of `embedding`, named `of`: the
-        embedding itself, or a layer of its own, which wants the embedding's tensor too, where a rule says so."""
+        """The output projection `name` ("lm_head") of a model whose weight for it is that of
+        `embedding`, named `of`: the embedding itself, or a layer of its own, which wants the
+        embedding's tensor too, where a rule says so."""
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
-        """The layer as it is to be, with the scales of its keys and values where the checkpoint has some. `name` is that of
-        the module in the checkpoint ("model.layers.3.self_attn")."""
+        """The layer as it is to be, with the scales of its keys and values where the checkpoint has
+        some. `name` is that of the module in the checkpoint ("model.layers.3.self_attn")."""
 
 
 @dataclass(frozen=True)
@@ -127,25 +132,29 @@ class Attend(Protocol):
     """A step's attention, for all layers."""
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """`q [T, Hq, D]`, `k, v [T, Hkv, D]` → `[T, Hq, D]`. Writes k and v to the layer's cache, then attends.
+        """`q [T, Hq, D]`, `k, v [T, Hkv, D]` → `[T, Hq, D]`. Writes k and v to the layer's cache,
+        then attends.
 
-        All arguments are contiguous, in the model's dtype, and good for this call alone; so is the result, until the next
-        call."""
+        All arguments are contiguous, in the model's dtype, and good for this call alone; so is the
+        result, until the next call."""
 
 
 class Model(Protocol):
     """A decoder-only language model. `forward` and `logits` keep no state."""
 
     attention_layers: list[AttentionLayer]
-    """In order; `attention_layers[i].index == i`, and `attend` is called with each index once a forward pass."""
+    """In order; `attention_layers[i].index == i`, and `attend` is called with each index once a
+    forward pass."""
 
     vocab_size: int
 
     def targets(self) -> dict[str, Target]:
-        """Every tensor that the checkpoint must hold, by name; those of the maker's layers included."""
+        """Every tensor that the checkpoint must hold, by name; those of the maker's layers
+        included."""
 
     def unused(self) -> Collection[str]:
-        """Tensors that the checkpoint may hold and the model does not read, as globs: a tied head that was saved too."""
+        """Tensors that the checkpoint may hold and the model does not read, as globs: a tied head
+        that was saved too."""
 
     def forward(self, token_ids: Array, positions: Array, attend: Attend) -> Array:
         """`token_ids, positions: i64[T]` → hidden states `[T, H]`, the final norm applied."""
@@ -158,4 +167,5 @@ class Architecture(Protocol):
     """What an architecture provider builds: makes models of the architectures that it declares."""
 
     def model(self, build: ModelBuild) -> Model:
-        """Make the model of a checkpoint. Raises `CheckpointError` naming the file and the key of what it cannot serve."""
+        """Make the model of a checkpoint. Raises `CheckpointError` naming the file and the key of
+        what it cannot serve."""

@@ -1,7 +1,9 @@
-"""Compiled steps: what an attention backend or a linear layer offers so that a worker can run it without Python.
+"""Compiled steps: what an attention backend or a linear layer offers so that a worker can run it
+without Python.
 
-A worker that compiles its steps asks each part for its operations once, when buffers and caches are allocated, and runs
-all of them in one call a step (`native/include/dovetail/step.h` is the C side, and says how threads share the work).
+A worker that compiles its steps asks each part for its operations once, when buffers and caches are
+allocated, and runs all of them in one call a step (`native/include/dovetail/step.h` is the C side,
+and says how threads share the work).
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class AttentionCall(ctypes.Structure):
 
 
 class Compiled(NamedTuple):
-    """Operations to be run one after the other, and what must stay alive for as long as they are run."""
+    """Operations to be run one after the other, and what must stay alive for as long as they are
+    run."""
 
     ops: list[Op]
     keep: Any
@@ -52,8 +55,8 @@ class CompiledLinear(Protocol):
     def compile(self, x: Any, y: Any) -> Compiled:
         """The operation `y[:T] = self(x[:T])` on buffers of the worker's, made once.
 
-        `x [max_num_tokens, ≥ in]` and `y [max_num_tokens, ≥ out]`, rows contiguous; those of x are zero from the end of the
-        inputs to a multiple of 32.
+        `x [max_num_tokens, ≥ in]` and `y [max_num_tokens, ≥ out]`, rows contiguous; those of x are
+        zero from the end of the inputs to a multiple of 32.
         """
 
 
@@ -67,4 +70,5 @@ class CompiledAttention(AttentionBackend, Protocol):
         """The operations of `run` for one layer: write the keys and values, attend."""
 
     def address(self, layer: AttentionLayer, plan: Any) -> int:
-        """Of what this step's operations read as `step->attention[layer.index]`; good as long as the plan."""
+        """Of what this step's operations read as `step->attention[layer.index]`; good as long as
+        the plan."""

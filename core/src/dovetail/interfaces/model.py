@@ -8,7 +8,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A folder with config.json, safetensors and a tokenizer, in the layout of the Hugging Face hub."""
+    """A folder with config.json, safetensors and a tokenizer, in the layout of the Hugging Face
+    hub."""
 
     folder: Path
     licence: str = ""

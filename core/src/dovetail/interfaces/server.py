@@ -18,10 +18,12 @@ EngineState = Literal["loading", "ready", "restarting", "draining", "failed", "c
 
 
 class EngineClient(Protocol):
-    """The engine, as a server sees it: it runs in a process of its own. All methods belong to one asyncio event loop."""
+    """The engine, as a server sees it: it runs in a process of its own. All methods belong to one
+    asyncio event loop."""
 
     failed: asyncio.Event
-    """Set when the engine has been given up: `failure` says why, and no request will be served any more."""
+    """Set when the engine has been given up: `failure` says why, and no request will be served any
+    more."""
     failure: str
 
     @property
@@ -68,13 +70,20 @@ class EngineClient(Protocol):
         """Start the process and wait until it is ready. Raises what kept it from starting."""
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0,
-        cache_salt: str | None = None, add_special_tokens: bool = True,
-    ) -> AsyncGenerator[Delta]:  # fmt: skip
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> AsyncGenerator[Delta]:
         """Complete a prompt. Yields the new output of its samples; a slow reader gets it merged.
 
-        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta, `EngineDead` or `StepFailed`
-        at any time. Leaving the iterator early (a client that disconnects) aborts the request.
+        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta,
+        `EngineDead` or `StepFailed` at any time. Leaving the iterator early (a client that
+        disconnects) aborts the request.
         """
 
     def run(self, request: Request) -> AsyncGenerator[Delta]:
@@ -84,13 +93,16 @@ class EngineClient(Protocol):
         """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
 
     def check_admission(self) -> None:
-        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken now."""
+        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken
+        now."""
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far, from the next request on. Raises `EngineUnavailable`."""
+        """Find nothing of what has been computed so far, from the next request on. Raises
+        `EngineUnavailable`."""
 
     async def drain(self, patience: float) -> bool:
-        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all have ended."""
+        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all
+        have ended."""
 
     async def close(self) -> None:
         """Stop the process. Requests in flight get `EngineUnavailable`. Idempotent."""
@@ -99,9 +111,12 @@ class EngineClient(Protocol):
 class Server(Protocol):
     """What a server provider builds."""
 
-    def run(self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    def run(
+        self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]
+    ) -> None:
         """Serve until SIGINT or SIGTERM, drain, and return.
 
-        Starts the engine itself, inside its event loop, answers 503 until that is ready, and then calls `on_ready`
-        with the base URL. Raises what kept the engine from starting, or `ConfigError` if the address is taken.
+        Starts the engine itself, inside its event loop, answers 503 until that is ready, and then
+        calls `on_ready` with the base URL. Raises what kept the engine from starting, or
+        `ConfigError` if the address is taken.
         """

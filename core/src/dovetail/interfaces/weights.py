@@ -1,4 +1,5 @@
-"""How the weights of a model's linear layers are kept: for each layer its scheme, what multiplies by it, and its bytes."""
+"""How the weights of a model's linear layers are kept: for each layer its scheme, what multiplies
+by it, and its bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class LayerWeights(msgspec.Struct, frozen=True):
     form: str
     """In words: "uint4 in groups of 128, zeros", or the dtype of a plain weight."""
     gemm_backend: str
-    """ "matmul: NAME"; "quantization: NAME", if the scheme multiplies by itself; "worker: KIND" of a plain layer."""
+    """"matmul: NAME"; "quantization: NAME", if the scheme multiplies by itself; "worker: KIND" of a
+    plain layer."""
     nbytes: int
     """Of the weights in memory, the bias aside."""
     remark: str = ""
@@ -51,9 +53,13 @@ def alike(layers: Iterable[LayerWeights]) -> list[AlikeLayers]:
         pattern = re.sub(r"\.\d+\.", ".{}.", layer.name, count=1)
         found.setdefault((pattern, msgspec.structs.replace(layer, name="")), []).append(layer)
     return [
-        AlikeLayers(pattern.replace("{}", _ranges([_number(layer.name) for layer in same]), 1), len(same), same[0])
+        AlikeLayers(
+            pattern.replace("{}", _ranges([_number(layer.name) for layer in same]), 1),
+            len(same),
+            same[0],
+        )
         for (pattern, _), same in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def _number(name: str) -> int:

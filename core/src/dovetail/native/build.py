@@ -1,9 +1,11 @@
 """Compiling a plugin's C++: once a machine, at first use, into the user's cache folder.
 
-Code is loaded only from a folder and a file that nobody else can write to (`private`): a cache may lie in a shared place.
+Code is loaded only from a folder and a file that nobody else can write to (`private`): a cache may
+lie in a shared place.
 
-The result is a plain C library: it needs a compiler, and neither Python's nor a tensor library's headers. It is named by a
-digest of everything that it depends on, so that a new version, compiler or CPU (a shared home folder) finds no stale one.
+The result is a plain C library: it needs a compiler, and neither Python's nor a tensor library's
+headers. It is named by a digest of everything that it depends on, so that a new version, compiler
+or CPU (a shared home folder) finds no stale one.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ from dovetail.native.private import private_folder, why_not_ours
 log = logging.getLogger(__name__)
 
 INCLUDE = Path(__file__).parent / "include"
-"""Headers that every library may include: vectors (dovetail/vec.h), number types (dovetail/element.h), compiled steps
-(dovetail/step.h)."""
+"""Headers that every library may include: vectors (dovetail/vec.h), number types
+(dovetail/element.h), compiled steps (dovetail/step.h)."""
 
 Target = Literal["native", "avx2", "amx"]
-"""Instructions to compile for: all that this CPU has, AVX2 alone, or those of the first CPUs with AMX (which an older CPU can
-compile for, and not run)."""
+"""Instructions to compile for: all that this CPU has, AVX2 alone, or those of the first CPUs with
+AMX (which an older CPU can compile for, and not run)."""
 
-# -ffp-contract=off: multiply-adds are written out, so that what the compiler inlines where cannot change a result.
+# -ffp-contract=off: multiply-adds are written out, so that what the compiler inlines where cannot
+# change a result.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", f"-I{INCLUDE}")
 TARGETS: dict[Target, tuple[str, ...]] = {
     "native": ("-march=native",),
@@ -57,7 +60,8 @@ def cache_folder(name: str) -> Path:
 
 
 def openmp_of(package: str) -> Path | None:
-    """The OpenMP library that an installed package brings along (PyTorch does), or None if it uses the system's.
+    """The OpenMP library that an installed package brings along (PyTorch does), or None if it uses
+    the system's.
 
     A library that links to the same one shares its threads. The package is not imported.
     """
@@ -65,7 +69,9 @@ def openmp_of(package: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     home = Path(spec.origin).parent
-    found = sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob(f"{package}.libs/libgomp*.so*")])
+    found = sorted(
+        [*home.glob("lib/libgomp*.so*"), *home.parent.glob(f"{package}.libs/libgomp*.so*")]
+    )
     return found[0] if found else None
 
 
@@ -79,26 +85,46 @@ def build_library(
     openmp: Path | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """Return the path of the library of `sources/*.cpp`; compile it if it is not there, or cannot be loaded.
+    """Return the path of the library of `sources/*.cpp`; compile it if it is not there, or cannot
+    be loaded.
 
-    `name` is the provider's, for messages and the cache folder. `openmp` as `openmp_of` answers. Two processes do not build
-    at once. Raises `PluginError` with the compiler's last lines.
+    `name` is the provider's, for messages and the cache folder. `openmp` as `openmp_of` answers.
+    Two processes do not build at once. Raises `PluginError` with the compiler's last lines.
     """
     if facts.compiler is None:
-        raise PluginError(f"{name} needs a C++ compiler: install g++ or clang++, or set CXX", provider=name)
+        raise PluginError(
+            f"{name} needs a C++ compiler: install g++ or clang++, or set CXX", provider=name
+        )
     omp = ("-fopenmp",) if openmp is None else (str(openmp), f"-Wl,-rpath,{openmp.parent}")
-    build = Build(name, sources, "*.cpp", facts.compiler, (*FLAGS, *TARGETS[target], *(f"-D{d}" for d in defines)), omp)
+    build = Build(
+        name,
+        sources,
+        "*.cpp",
+        facts.compiler,
+        (*FLAGS, *TARGETS[target], *(f"-D{d}" for d in defines)),
+        omp,
+    )
     return build.library(facts, cache_folder(name) if folder is None else folder)
 
 
 def build_cuda_library(
-    name: str, sources: Path, facts: DeviceFacts, architectures: Sequence[str], *, folder: Path | None = None
+    name: str,
+    sources: Path,
+    facts: DeviceFacts,
+    architectures: Sequence[str],
+    *,
+    folder: Path | None = None,
 ) -> Path:
-    """The same of `sources/*.cu`, by nvcc, for GPUs of these architectures ("sm_90"). It needs no GPU, and no header of a
-    tensor library: pointers and the stream are passed as numbers."""
+    """The same of `sources/*.cu`, by nvcc, for GPUs of these architectures ("sm_90"). It needs no
+    GPU, and no header of a tensor library: pointers and the stream are passed as numbers."""
     if facts.nvcc is None:
-        raise PluginError(f"{name} needs CUDA's compiler: install the CUDA toolkit, or set CUDA_HOME", provider=name)
-    targets = tuple(f"-gencode=arch=compute_{a.removeprefix('sm_')},code={a}" for a in architectures)
+        raise PluginError(
+            f"{name} needs CUDA's compiler: install the CUDA toolkit, or set CUDA_HOME",
+            provider=name,
+        )
+    targets = tuple(
+        f"-gencode=arch=compute_{a.removeprefix('sm_')},code={a}" for a in architectures
+    )
     build = Build(name, sources, "*.cu", facts.nvcc, (*CUDA_FLAGS, *targets), targets)
     return build.library(facts, cache_folder(name) if folder is None else folder)
 
@@ -125,8 +151,13 @@ class Build:
                     _compile(self, library)
         except OSError as e:
             if e.errno == errno.ELOOP:
-                raise PluginError(f"{name}: {e.filename} is a link: remove it", provider=name) from None
-            raise PluginError(f"{name} cannot write its kernels to {folder}: {e}; set XDG_CACHE_HOME", provider=name) from e
+                raise PluginError(
+                    f"{name}: {e.filename} is a link: remove it", provider=name
+                ) from None
+            raise PluginError(
+                f"{name} cannot write its kernels to {folder}: {e}; set XDG_CACHE_HOME",
+                provider=name,
+            ) from e
         if not _loads(name, library):
             raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
         return library
@@ -138,15 +169,23 @@ def _digest(build: Build, facts: DeviceFacts) -> str:
         digest.update(file.name.encode() + file.read_bytes())
     compiler = Path(build.compiler).resolve()
     stat = compiler.stat() if compiler.exists() else None
-    # The compiler's file stands for its version: asking it costs more than the rest of a start with a built library.
+    # The compiler's file stands for its version: asking it costs more than the rest of a start with
+    # a built library.
     version = (compiler, stat and stat.st_size, stat and stat.st_mtime_ns)
-    for part in (*map(str, version), facts.machine, *sorted(facts.cpu_flags), *build.flags, *build.link_flags):
+    for part in (
+        *map(str, version),
+        facts.machine,
+        *sorted(facts.cpu_flags),
+        *build.flags,
+        *build.link_flags,
+    ):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def _loads(name: str, library: Path) -> bool:
-    """A library that others may have put here, that another system left, or that a full disk cut short, is built again."""
+    """A library that others may have put here, that another system left, or that a full disk cut
+    short, is built again."""
     if not os.path.lexists(library):
         return False
     if why := why_not_ours(library):
@@ -162,7 +201,8 @@ def _loads(name: str, library: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when a process dies. Nothing is written, no link followed."""
+    """Held by one process at a time; the system lets go of it when a process dies. Nothing is
+    written, no link followed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -178,7 +218,10 @@ def _compile(build: Build, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         files = sorted(build.sources.glob(build.pattern))
         objects = [str(Path(folder) / f"{s.stem}.o") for s in files]
-        commands = [[build.compiler, *build.flags, "-c", str(s), "-o", o] for s, o in zip(files, objects, strict=True)]
+        commands = [
+            [build.compiler, *build.flags, "-c", str(s), "-o", o]
+            for s, o in zip(files, objects, strict=True)
+        ]
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda command: _call(name, command), commands))
         linked = Path(folder) / library.name
@@ -192,4 +235,6 @@ def _call(name: str, command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join((done.stderr or done.stdout).splitlines()[-NUM_ERROR_LINES:])
-        raise PluginError(f"{name} could not be compiled: {' '.join(command)}\n{tail}", provider=name)
+        raise PluginError(
+            f"{name} could not be compiled: {' '.join(command)}\n{tail}", provider=name
+        )

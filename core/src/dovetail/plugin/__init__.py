@@ -1,1 +1,2 @@
-"""What a plugin's author reads: providers, hooks, extension points, contract versions, discovery and config."""
+"""What a plugin's author reads: providers, hooks, extension points, contract versions, discovery
+and config."""

@@ -39,7 +39,8 @@ def attention_from_0_1(old: Any) -> AttentionBackend:
 
 
 class KVCacheFrom01:
-    """A KV-cache manager of contract 0.1, whose `reuse` lets nobody wait and whose prefix cache cannot be reset."""
+    """A KV-cache manager of contract 0.1, whose `reuse` lets nobody wait and whose prefix cache
+    cannot be reset."""
 
     def __init__(self, old: Any) -> None:
         self._old = old
@@ -59,7 +60,10 @@ class KVCacheFrom01:
         return 0
 
     def reset_prefix_cache(self) -> None:
-        raise PluginError("this KV-cache manager is written for contract 0.1, which has no way to reset its prefix cache")
+        raise PluginError(
+            "this KV-cache manager is written for contract 0.1, which has no way to reset its"
+            " prefix cache"
+        )
 
 
 def kv_cache_from_0_1(old: Any) -> KVCacheManager:

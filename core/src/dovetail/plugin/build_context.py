@@ -34,7 +34,8 @@ class BuildContext(Protocol):
 
     @property
     def num_host_blocks(self) -> tuple[int, ...]:
-        """For the prefix cache and the manager: blocks per group in host memory; empty without a host tier."""
+        """For the prefix cache and the manager: blocks per group in host memory; empty without a
+        host tier."""
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
@@ -45,7 +46,8 @@ class BuildContext(Protocol):
         """For the scheduler."""
 
     def option(self, key: str, name: str) -> Any:
-        """An option of another extension point's choice, such as the KV cache's block size for the worker."""
+        """An option of another extension point's choice, such as the KV cache's block size for the
+        worker."""
 
     def capabilities(self, key: str) -> Any:
         """What the provider that the plan chose for an extension point declares."""
@@ -56,8 +58,8 @@ class BuildContext(Protocol):
     def build(self, key: str, options: Mapping[str, Any] | None = None) -> Any:
         """Build what the plan chose for an extension point; None where it is empty.
 
-        `options`, if given, are used in place of the plan's, in which secrets are masked. Raises `PluginError`, which names
-        the provider; there is no second choice.
+        `options`, if given, are used in place of the plan's, in which secrets are masked. Raises
+        `PluginError`, which names the provider; there is no second choice.
         """
 
     def build_all(self, extension_point: str) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class BuildContext(Protocol):
         """The same, for another model that runs beside the plan's, such as one that drafts."""
 
     def responsible(self, error: BaseException, extension_point: str, module: str = "") -> str:
-        """Which of an extension point's providers an error comes from: "routes (dist:name)"; empty if that cannot be told.
+        """Which of an extension point's providers an error comes from: "routes (dist:name)"; empty
+        if that cannot be told.
 
         `module` is a module of the code that failed, where the error itself does not show it.
         """

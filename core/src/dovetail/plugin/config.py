@@ -35,8 +35,8 @@ class ProviderConfig(BaseModel):
 
 
 class AttentionConfig(BaseModel):
-    """One extension point for all layers, or one for each kind of layer: `{full: NAME, sliding: {use: NAME, …}}`; `draft` are those of a
-    draft model."""
+    """One extension point for all layers, or one for each kind of layer: `{full: NAME, sliding:
+    {use: NAME, …}}`; `draft` are those of a draft model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,7 +71,8 @@ class QuantizationRule(ProviderConfig):
 
 
 class QuantizationConfig(BaseModel):
-    """One scheme for the whole model, or rules, of which the first that matches a layer counts: `[{match: GLOB, use: NAME}]`.
+    """One scheme for the whole model, or rules, of which the first that matches a layer counts:
+    `[{match: GLOB, use: NAME}]`.
 
     Layers that no rule matches are as the checkpoint has them.
     """
@@ -89,8 +90,9 @@ class QuantizationConfig(BaseModel):
 
 
 class ShadowConfig(BaseModel):
-    """Candidates that compute a share of the steps a second time, beside the providers that answer: what they give is
-    compared, timed, and dropped. `{attention: NAME, quantization: NAME, share: 0.1}`; either may be left out."""
+    """Candidates that compute a share of the steps a second time, beside the providers that answer:
+    what they give is compared, timed, and dropped. `{attention: NAME, quantization: NAME, share:
+    0.1}`; either may be left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -106,44 +108,102 @@ class ShadowConfig(BaseModel):
 
 
 class EngineConfig(BaseModel):
-    """Precedence: code and command line over environment (DOVETAIL_…) over file over these defaults."""
+    """Precedence: code and command line over environment (DOVETAIL_…) over file over these
+    defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("demo", description="a plugin's model name, a local folder, or a hub id")
-    revision: str | None = Field(None, description="branch, tag or commit of a model on the hub; default: its main branch")
-    served_model_name: str | None = Field(None, description="the name clients use; default: `model`")
-    device: str = Field("auto", description="auto, cpu, cuda:0, …")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto is the checkpoint's")
-    max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
-    quantization: QuantizationConfig = Field(
-        QuantizationConfig(), description="an extension point: for the whole model, or rules for some layers; auto: as the checkpoint is"
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a model on the hub; default: its main branch"
     )
-    matmul: ProviderConfig = Field(ProviderConfig(), description="an extension point: products by quantized weights, if there are any")
-    architecture: ProviderConfig = Field(ProviderConfig(), description="an extension point: model code")
-    worker: ProviderConfig = Field(ProviderConfig(), description="an extension point: what computes: see `dovetail plugins`")
-    attention: AttentionConfig = Field(AttentionConfig(), description="an extension point: for all layers, or by kind")
-    kv_cache: ProviderConfig = Field(ProviderConfig(), description="an extension point: owner of the KV blocks")
-    scheduler: ProviderConfig = Field(ProviderConfig(), description="an extension point: what runs next")
-    prefix_cache: ProviderConfig = Field(ProviderConfig(), description="an extension point: reuse between requests; none: without")
-    speculation: ProviderConfig = Field(ProviderConfig(use="none"), description="an extension point: drafts tokens ahead; none: without")
-    server: ProviderConfig = Field(ProviderConfig(), description="an extension point: for `dovetail serve`")
+    served_model_name: str | None = Field(
+        None, description="the name clients use; default: `model`"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda:0, …")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto is the checkpoint's"
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="longest sequence; default: the model's context"
+    )
+    quantization: QuantizationConfig = Field(
+        QuantizationConfig(),
+        description=(
+            "an extension point: for the whole model, or rules for some layers; auto: as the"
+            " checkpoint is"
+        ),
+    )
+    matmul: ProviderConfig = Field(
+        ProviderConfig(),
+        description="an extension point: products by quantized weights, if there are any",
+    )
+    architecture: ProviderConfig = Field(
+        ProviderConfig(), description="an extension point: model code"
+    )
+    worker: ProviderConfig = Field(
+        ProviderConfig(), description="an extension point: what computes: see `dovetail plugins`"
+    )
+    attention: AttentionConfig = Field(
+        AttentionConfig(), description="an extension point: for all layers, or by kind"
+    )
+    kv_cache: ProviderConfig = Field(
+        ProviderConfig(), description="an extension point: owner of the KV blocks"
+    )
+    scheduler: ProviderConfig = Field(
+        ProviderConfig(), description="an extension point: what runs next"
+    )
+    prefix_cache: ProviderConfig = Field(
+        ProviderConfig(), description="an extension point: reuse between requests; none: without"
+    )
+    speculation: ProviderConfig = Field(
+        ProviderConfig(use="none"),
+        description="an extension point: drafts tokens ahead; none: without",
+    )
+    server: ProviderConfig = Field(
+        ProviderConfig(), description="an extension point: for `dovetail serve`"
+    )
     shadow: ShadowConfig | None = Field(
-        None, description="candidates to compare on live traffic: {attention: NAME, quantization: NAME, share: 0.1}"
+        None,
+        description=(
+            "candidates to compare on live traffic: {attention: NAME, quantization: NAME, share:"
+            " 0.1}"
+        ),
     )
     overlap: bool | Literal["auto"] = Field(
-        "auto", description="schedule the next step while one runs; auto: unless both would share the same cores (cpu)"
+        "auto",
+        description=(
+            "schedule the next step while one runs; auto: unless both would share the same cores"
+            " (cpu)"
+        ),
     )
-    max_num_waiting: int = Field(1024, ge=1, description="sequences that may wait; more are refused as overload")
+    max_num_waiting: int = Field(
+        1024, ge=1, description="sequences that may wait; more are refused as overload"
+    )
     queue_timeout: float | None = Field(
-        None, gt=0, description="seconds that a request may wait for its first step; then it is refused as overload"
+        None,
+        gt=0,
+        description=(
+            "seconds that a request may wait for its first step; then it is refused as overload"
+        ),
     )
-    request_timeout: float | None = Field(None, gt=0, description="seconds that a request may take in all; then it is ended")
+    request_timeout: float | None = Field(
+        None, gt=0, description="seconds that a request may take in all; then it is ended"
+    )
     stall_timeout: float = Field(
-        60, ge=1, description="seconds after which a step counts as stalled, unless five times its predicted time is more"
+        60,
+        ge=1,
+        description=(
+            "seconds after which a step counts as stalled, unless five times its predicted time is"
+            " more"
+        ),
     )
-    heartbeat_timeout: float = Field(2, ge=0.5, description="seconds of silence after which an engine process is replaced")
-    load_timeout: float = Field(600, ge=1, description="seconds without progress after which loading counts as stalled")
+    heartbeat_timeout: float = Field(
+        2, ge=0.5, description="seconds of silence after which an engine process is replaced"
+    )
+    load_timeout: float = Field(
+        600, ge=1, description="seconds without progress after which loading counts as stalled"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with a checkpoint")
 
     @field_validator("model")
@@ -154,8 +214,11 @@ class EngineConfig(BaseModel):
         return value
 
 
-def load_config(file: str | os.PathLike[str] | None = None, env: dict[str, str] | None = None, **values: Any) -> EngineConfig:
-    """Merge file, environment and `values` (highest). Raises `ConfigError` with the field's path and its origin."""
+def load_config(
+    file: str | os.PathLike[str] | None = None, env: dict[str, str] | None = None, **values: Any
+) -> EngineConfig:
+    """Merge file, environment and `values` (highest). Raises `ConfigError` with the field's path
+    and its origin."""
     data: dict[str, Any] = {}
     if file is not None:
         data = read_file(Path(file))
@@ -171,7 +234,9 @@ def load_config(file: str | os.PathLike[str] | None = None, env: dict[str, str] 
     except ValidationError as e:
         origin = f"{file}: " if file is not None else ""
         problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors())
-        raise ConfigError(f"{origin}{problems}. Keys: {', '.join(EngineConfig.model_fields)}") from None
+        raise ConfigError(
+            f"{origin}{problems}. Keys: {', '.join(EngineConfig.model_fields)}"
+        ) from None
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -193,7 +258,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; options of one extension point are merged, unless `high` names another provider."""
+    """`high` over `low`; options of one extension point are merged, unless `high` names another
+    provider."""
     out = dict(low)
     for key, value in high.items():
         old = out.get(key)

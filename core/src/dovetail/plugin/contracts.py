@@ -1,12 +1,14 @@
-"""Versions of the extension points' contracts: what a plugin was written for, and how the core serves the version before its own.
+"""Versions of the extension points' contracts: what a plugin was written for, and how the core
+serves the version before its own.
 
-A plugin says in its package metadata, which is read without importing anything, what it was written for:
+A plugin says in its package metadata, which is read without importing anything, what it was written
+for:
 
     [project.entry-points."dovetail.contracts"]
     attention = "v0_1:v0_2"     # from 0.1 to 0.2; or one version, "v0_2"
 
-The core serves its own version N of a contract and N - 1, the latter through an adapter: an object of the old shape goes in,
-one of the new shape comes out.
+The core serves its own version N of a contract and N - 1, the latter through an adapter: an object
+of the old shape goes in, one of the new shape comes out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which plugins are installed (from metadata, importing nothing), and what they offer (importing their light roots)."""
+"""Which plugins are installed (from metadata, importing nothing), and what they offer (importing
+their light roots)."""
 
 from __future__ import annotations
 
@@ -54,10 +55,13 @@ class Offer:
 
 @dataclass
 class Registry:
-    """What all installed plugins offer. An object of its own for every composition: nothing is process-wide."""
+    """What all installed plugins offer. An object of its own for every composition: nothing is
+    process-wide."""
 
     plugins: list[PluginInfo]
-    extension_points: dict[str, ExtensionPoint] = field(default_factory=lambda: {s.name: s for s in EXTENSION_POINTS})
+    extension_points: dict[str, ExtensionPoint] = field(
+        default_factory=lambda: {s.name: s for s in EXTENSION_POINTS}
+    )
     """The core's, then those that plugins add."""
     added_by: dict[str, PluginInfo] = field(default_factory=dict)
     """By extension point: the plugin that adds it."""
@@ -77,7 +81,9 @@ def installed_plugins() -> list[PluginInfo]:
     for entry in importlib.metadata.entry_points(group=contract_versions.GROUP):
         if entry.dist is not None:
             try:
-                contracts.setdefault(entry.dist.name, {})[entry.name] = contract_versions.parse(entry.value)
+                contracts.setdefault(entry.dist.name, {})[entry.name] = contract_versions.parse(
+                    entry.value
+                )
             except PluginError as e:
                 errors[entry.dist.name] = f"contract {entry.name}: {e.message}"
     for entry in importlib.metadata.entry_points(group=GROUP):
@@ -97,11 +103,14 @@ def installed_plugins() -> list[PluginInfo]:
     return sorted(found, key=lambda p: (p.name, p.distribution))
 
 
-def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, ModuleType] | None = None) -> Registry:
+def load_registry(
+    plugins: list[PluginInfo] | None = None, modules: dict[str, ModuleType] | None = None
+) -> Registry:
     """Import each plugin's root module, in a try of its own, and collect what it offers.
 
-    `modules` supplies already imported modules by `PluginInfo.module`, for tests and for code that registers a plugin
-    without installing it. Raises `PluginError` if two plugins claim one name: both owners are named.
+    `modules` supplies already imported modules by `PluginInfo.module`, for tests and for code that
+    registers a plugin without installing it. Raises `PluginError` if two plugins claim one name:
+    both owners are named.
     """
     plugins = installed_plugins() if plugins is None else plugins
     _refuse_twins([(p.name, p.distribution) for p in plugins], "plugin")
@@ -112,21 +121,35 @@ def load_registry(plugins: list[PluginInfo] | None = None, modules: dict[str, Mo
             try:
                 if plugin.error:
                     raise PluginError(plugin.error)
-                ask(registry, plugin, (modules or {}).get(plugin.module) or importlib.import_module(plugin.module))
+                ask(
+                    registry,
+                    plugin,
+                    (modules or {}).get(plugin.module) or importlib.import_module(plugin.module),
+                )
             except Exception as e:
                 registry.broken[plugin.distribution] = f"{type(e).__name__}: {e}"
                 asked.remove(plugin)
     for name in registry.extension_points:
-        _refuse_twins([(o.qualified_name, o.plugin.name) for o in registry.of(name)], f"{name} provider")
+        _refuse_twins(
+            [(o.qualified_name, o.plugin.name) for o in registry.of(name)], f"{name} provider"
+        )
     return registry
 
 
 def _add_extension_points(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
     for extension_points in _manager(plugin, module, []).hook.dovetail_extension_points():
         for extension_point in extension_points:
-            taken = extension_point.name in registry.extension_points or extension_point.name in EngineConfig.model_fields
-            if taken or extension_point.hook in {s.hook for s in registry.extension_points.values()}:
-                raise PluginError(f"the extension point {extension_point.name!r} (hook {extension_point.hook}) has a name that is already in use")
+            taken = (
+                extension_point.name in registry.extension_points
+                or extension_point.name in EngineConfig.model_fields
+            )
+            if taken or extension_point.hook in {
+                s.hook for s in registry.extension_points.values()
+            }:
+                raise PluginError(
+                    f"the extension point {extension_point.name!r} (hook {extension_point.hook})"
+                    " has a name that is already in use"
+                )
             registry.extension_points[extension_point.name] = extension_point
             registry.added_by[extension_point.name] = plugin
 
@@ -137,11 +160,18 @@ def _add_offers(registry: Registry, plugin: PluginInfo, module: ModuleType) -> N
     manager.check_pending()  # a misspelt hook is an error, not silence
     offers = []
     for extension_point in registry.extension_points.values():
-        for provider in (p for result in getattr(manager.hook, extension_point.hook)() for p in result):
+        for provider in (
+            p for result in getattr(manager.hook, extension_point.hook)() for p in result
+        ):
             if not isinstance(provider, Provider):
-                raise PluginError(f"{extension_point.hook} returned {type(provider).__name__}, not a Provider")
+                raise PluginError(
+                    f"{extension_point.hook} returned {type(provider).__name__}, not a Provider"
+                )
             if provider.name == "auto" or (provider.name == "none" and extension_point.optional):
-                raise PluginError(f"{provider.name!r} cannot be a provider's name: it means something in a configuration")
+                raise PluginError(
+                    f"{provider.name!r} cannot be a provider's name: it means something in a"
+                    " configuration"
+                )
             if not issubclass(provider.options, extension_point.options):
                 base = f"{extension_point.options.__module__}.{extension_point.options.__name__}"
                 raise PluginError(f"the options of {provider.name} must extend {base}")
@@ -154,12 +184,16 @@ def _offer_nothing() -> list[Provider[object]]:
     return []
 
 
-def _manager(plugin: PluginInfo, module: ModuleType, added: list[ExtensionPoint]) -> pluggy.PluginManager:
+def _manager(
+    plugin: PluginInfo, module: ModuleType, added: list[ExtensionPoint]
+) -> pluggy.PluginManager:
     """A plugin's hooks, those of added extension points included."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     if added:
-        manager.add_hookspecs(type("AddedSockets", (), {s.hook: hookspecs.hookspec(_offer_nothing) for s in added}))
+        manager.add_hookspecs(
+            type("AddedSockets", (), {s.hook: hookspecs.hookspec(_offer_nothing) for s in added})
+        )
     manager.register(module, plugin.name)
     return manager
 
@@ -168,5 +202,8 @@ def _refuse_twins(owners: list[tuple[str, str]], what: str) -> None:
     seen: dict[str, str] = {}
     for name, owner in owners:
         if name in seen:
-            raise PluginError(f"two {what}s are named {name!r}: one from {seen[name]}, one from {owner}; uninstall one")
+            raise PluginError(
+                f"two {what}s are named {name!r}: one from {seen[name]}, one from {owner};"
+                " uninstall one"
+            )
         seen[name] = owner

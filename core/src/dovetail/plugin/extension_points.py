@@ -1,4 +1,5 @@
-"""The extension points of an engine, in the order they are filled: name, hook, contract version, and what checks apply."""
+"""The extension points of an engine, in the order they are filled: name, hook, contract version,
+and what checks apply."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ from dovetail.interfaces import (
 from dovetail.plan import Reason
 from dovetail.plugin.adapters import attention_from_0_1, kv_cache_from_0_1, prefix_cache_from_0_1
 from dovetail.plugin.contracts import Previous, WrittenFor
-from dovetail.plugin.provider import Context, DrafterOptions, KVCacheOptions, Options, Provider, SchedulerOptions
+from dovetail.plugin.provider import (
+    Context,
+    DrafterOptions,
+    KVCacheOptions,
+    Options,
+    Provider,
+    SchedulerOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -48,23 +56,33 @@ class ExtensionPoint:
     many: bool = False
     """It takes any number of providers, and with `auto` all that are usable."""
     within: str = ""
-    """For an extension point that a plugin adds: the extension point that its own providers fill. It is there when one of them was chosen."""
+    """For an extension point that a plugin adds: the extension point that its own providers fill.
+    It is there when one of them was chosen."""
     contract_class: str = ""
-    """`module:Class` of the conformance kit's contract, where that is not one of the core's own (testing/contracts.py)."""
+    """`module:Class` of the conformance kit's contract, where that is not one of the core's own
+    (testing/contracts.py)."""
     scaffold: str = ""
-    """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the core's own (scaffold/)."""
+    """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the
+    core's own (scaffold/)."""
     interface: type | None = None
     """The protocol of what its providers build."""
 
     def served(self, written: WrittenFor | None) -> str | Reason:
-        """The version of the contract at which a plugin is served, or why it is not. None is the present version."""
+        """The version of the contract at which a plugin is served, or why it is not. None is the
+        present version."""
         if written is None or written.includes(self.contract):
             return self.contract
         if self.previous and written.includes(self.previous.version):
             return self.previous.version
         also = f" and {self.previous.version}" if self.previous else ""
-        text = f"written for contract {written} of {self.name}; this core serves {self.contract}{also}"
-        newer = "newer dovetail-core" if written.is_newer(self.contract) else "newer release of the plugin"
+        text = (
+            f"written for contract {written} of {self.name}; this core serves {self.contract}{also}"
+        )
+        newer = (
+            "newer dovetail-core"
+            if written.is_newer(self.contract)
+            else "newer release of the plugin"
+        )
         return Reason(text, f"install a {newer}", "contract")
 
     def deprecation(self, version: str) -> str | None:
@@ -76,11 +94,17 @@ class ExtensionPoint:
         return f"written for contract {version} of {self.name}, {since}: {until}"
 
     def adapted(self, version: str, built: Any) -> Any:
-        """What a provider of a version of the contract has built, in the shape of the present one."""
-        return self.previous.adapt(built) if self.previous is not None and version == self.previous.version else built
+        """What a provider of a version of the contract has built, in the shape of the present
+        one."""
+        return (
+            self.previous.adapt(built)
+            if self.previous is not None and version == self.previous.version
+            else built
+        )
 
     def missing(self, built: object) -> list[str]:
-        """What of the interface an object does not have. None, where a provider builds nothing, is for its user to judge."""
+        """What of the interface an object does not have. None, where a provider builds nothing, is
+        for its user to judge."""
         if self.interface is None or built is None:
             return []
         members = {**vars(self.interface), **getattr(self.interface, "__annotations__", {})}
@@ -120,7 +144,11 @@ def _unsupported_by_architecture(provider: Provider[object], context: Context) -
     if can.architectures is not None and name not in can.architectures:
         reasons.append(Reason(f"no support for {name or 'a model that names no architecture'}"))
     if context.needs.get("quantized") and not can.quantization:
-        reasons.append(Reason(f"its linear layers cannot be quantized ({', '.join(context.needs['quantized'])})"))
+        reasons.append(
+            Reason(
+                f"its linear layers cannot be quantized ({', '.join(context.needs['quantized'])})"
+            )
+        )
     return reasons
 
 
@@ -136,7 +164,8 @@ def _unsupported_by_quantization(provider: Provider[object], context: Context) -
         for what, value, has in listed
         if has is not None and value not in has
     ]
-    # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for what takes plain weights.
+    # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for
+    # what takes plain weights.
     takes_plain = can.on_the_fly or quantization.PLAIN in can.methods
     if method in can.methods or (takes_plain and needs.get("by_name") and needs.get("some_layers")):
         return reasons
@@ -146,7 +175,13 @@ def _unsupported_by_quantization(provider: Provider[object], context: Context) -
     if not can.on_the_fly:
         return [*reasons, Reason("the checkpoint is not quantized", reads)]
     if not needs.get("by_name"):
-        return [*reasons, Reason("the checkpoint is not quantized", "ask for it by name to quantize weights as they are read")]
+        return [
+            *reasons,
+            Reason(
+                "the checkpoint is not quantized",
+                "ask for it by name to quantize weights as they are read",
+            ),
+        ]
     return reasons
 
 
@@ -154,7 +189,10 @@ def _unsupported_by_matmul(provider: Provider[object], context: Context) -> list
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, matmul.MatmulCapabilities):
         return [Reason("declares no MatmulCapabilities")]
-    listed = (("device", context.device_name.split(":")[0], can.devices), ("dtype", context.dtype, can.dtypes))
+    listed = (
+        ("device", context.device_name.split(":")[0], can.devices),
+        ("dtype", context.dtype, can.dtypes),
+    )
     reasons = [
         Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
         for what, value, has in listed
@@ -173,56 +211,115 @@ def _unsupported_by_worker(provider: Provider[object], context: Context) -> list
     if context.needs.get("shadow") and not can.shadow:
         reasons.append(Reason("runs no candidates beside what answers", "remove shadow"))
     if context.needs.get("drafts") and not can.drafts:
-        reasons.append(Reason("runs no draft model beside its own", "set speculation to a drafter that runs in the engine"))
+        reasons.append(
+            Reason(
+                "runs no draft model beside its own",
+                "set speculation to a drafter that runs in the engine",
+            )
+        )
     if context.needs.get("host_tier") and not can.host_tier:
-        reasons.append(Reason("keeps no KV blocks in host memory", "remove prefix_cache.host_memory_gb"))
+        reasons.append(
+            Reason("keeps no KV blocks in host memory", "remove prefix_cache.host_memory_gb")
+        )
     return reasons
 
 
 EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ExtensionPoint("model", "dovetail_models", "models that come with a plugin, by name"),
     ExtensionPoint(
-        "quantization", "dovetail_quantization", "how the weights of linear layers are stored and multiplied",
-        quantization.CONTRACT, unsupported=_unsupported_by_quantization, interface=quantization.Scheme,
-        invoked=("linear",), invoked_once=True,
-    ),
-    ExtensionPoint(
-        "matmul", "dovetail_matmuls", "multiplies by quantized weights", matmul.CONTRACT, unsupported=_unsupported_by_matmul,
-        interface=matmul.Matmul, invoked=("linear",), invoked_once=True,
-    ),
-    ExtensionPoint(
-        "architecture", "dovetail_architectures", "model code", architecture.CONTRACT,
-        unsupported=_unsupported_by_architecture, interface=architecture.Architecture, invoked=("model",), invoked_once=True,
-    ),
-    ExtensionPoint(
-        "worker", "dovetail_workers", "loads the weights and runs the steps", unsupported=_unsupported_by_worker,
-        interface=worker.Worker, invoked=("submit",),
-    ),
-    ExtensionPoint(
-        "attention", "dovetail_attention", "paged attention", attention.CONTRACT,
-        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
-        unsupported=_unsupported_by_attention, interface=attention.AttentionBackend, invoked=("plan",),
-    ),
-    ExtensionPoint(
-        "kv_cache", "dovetail_kv_caches", "owns the KV blocks", kv_cache.CONTRACT,
-        Previous("0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1),
-        options=KVCacheOptions, interface=kv_cache.KVCacheManager, invoked=("grow",),
-    ),
-    ExtensionPoint(
-        "scheduler", "dovetail_schedulers", "picks each step's tokens", options=SchedulerOptions,
-        interface=scheduler.Scheduler, invoked=("schedule",),
-    ),
-    ExtensionPoint(
-        "prefix_cache", "dovetail_prefix_caches", "reuses KV between requests", prefix_cache.CONTRACT,
-        Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1), optional=True,
-        interface=prefix_cache.PrefixCache, invoked=("match",),
-    ),
-    ExtensionPoint(
-        "speculation", "dovetail_drafters", "drafts tokens, which the model then verifies", drafter.CONTRACT,
-        options=DrafterOptions, optional=True, interface=drafter.Drafter, invoked=("propose",),
-    ),
-    ExtensionPoint(
-        "server", "dovetail_servers", "takes requests from outside", interface=server.Server, invoked=("run",),
+        "quantization",
+        "dovetail_quantization",
+        "how the weights of linear layers are stored and multiplied",
+        quantization.CONTRACT,
+        unsupported=_unsupported_by_quantization,
+        interface=quantization.Scheme,
+        invoked=("linear",),
         invoked_once=True,
     ),
-)  # fmt: skip
+    ExtensionPoint(
+        "matmul",
+        "dovetail_matmuls",
+        "multiplies by quantized weights",
+        matmul.CONTRACT,
+        unsupported=_unsupported_by_matmul,
+        interface=matmul.Matmul,
+        invoked=("linear",),
+        invoked_once=True,
+    ),
+    ExtensionPoint(
+        "architecture",
+        "dovetail_architectures",
+        "model code",
+        architecture.CONTRACT,
+        unsupported=_unsupported_by_architecture,
+        interface=architecture.Architecture,
+        invoked=("model",),
+        invoked_once=True,
+    ),
+    ExtensionPoint(
+        "worker",
+        "dovetail_workers",
+        "loads the weights and runs the steps",
+        unsupported=_unsupported_by_worker,
+        interface=worker.Worker,
+        invoked=("submit",),
+    ),
+    ExtensionPoint(
+        "attention",
+        "dovetail_attention",
+        "paged attention",
+        attention.CONTRACT,
+        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
+        unsupported=_unsupported_by_attention,
+        interface=attention.AttentionBackend,
+        invoked=("plan",),
+    ),
+    ExtensionPoint(
+        "kv_cache",
+        "dovetail_kv_caches",
+        "owns the KV blocks",
+        kv_cache.CONTRACT,
+        Previous(
+            "0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1
+        ),
+        options=KVCacheOptions,
+        interface=kv_cache.KVCacheManager,
+        invoked=("grow",),
+    ),
+    ExtensionPoint(
+        "scheduler",
+        "dovetail_schedulers",
+        "picks each step's tokens",
+        options=SchedulerOptions,
+        interface=scheduler.Scheduler,
+        invoked=("schedule",),
+    ),
+    ExtensionPoint(
+        "prefix_cache",
+        "dovetail_prefix_caches",
+        "reuses KV between requests",
+        prefix_cache.CONTRACT,
+        Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1),
+        optional=True,
+        interface=prefix_cache.PrefixCache,
+        invoked=("match",),
+    ),
+    ExtensionPoint(
+        "speculation",
+        "dovetail_drafters",
+        "drafts tokens, which the model then verifies",
+        drafter.CONTRACT,
+        options=DrafterOptions,
+        optional=True,
+        interface=drafter.Drafter,
+        invoked=("propose",),
+    ),
+    ExtensionPoint(
+        "server",
+        "dovetail_servers",
+        "takes requests from outside",
+        interface=server.Server,
+        invoked=("run",),
+        invoked_once=True,
+    ),
+)

@@ -1,16 +1,19 @@
 """Every extension point, in the order of an engine's life.
 
-Hooks register; objects run. Each hook is called once while an engine is being composed (and by `dovetail plugins` and
-`dovetail explain`), by the core, and returns the `Provider`s that a package offers for one extension point; an empty list means
-"nothing here". A hook's body may import what is light; what is heavy (torch, a compiler) is imported inside a
-provider's `build`. No hook is called per step or per layer: the loop holds the plain objects that `build` returned.
+Hooks register; objects run. Each hook is called once while an engine is being composed (and by
+`dovetail plugins` and `dovetail explain`), by the core, and returns the `Provider`s that a package
+offers for one extension point; an empty list means "nothing here". A hook's body may import what is
+light; what is heavy (torch, a compiler) is imported inside a provider's `build`. No hook is called
+per step or per layer: the loop holds the plain objects that `build` returned.
 
-A package joins in by an entry point in the group `dovetail`, whose value is the module that holds its hooks:
+A package joins in by an entry point in the group `dovetail`, whose value is the module that holds
+its hooks:
 
     [project.entry-points.dovetail]
     my-attention = "my_package"
 
-Each extension point's contract has a version of its own (`extension points.py`); a provider states the range that it was written for.
+Each extension point's contract has a version of its own (`extension points.py`); a provider states
+the range that it was written for.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def dovetail_models() -> list[Provider[Any]]:
-    """Offer models by name; `build` returns a `ModelSource`. First, because all later choices ask about the model.
+    """Offer models by name; `build` returns a `ModelSource`. First, because all later choices ask
+    about the model.
 
     A configured model that is no provider's name is a local folder, or else a hub id.
     """
@@ -46,17 +50,20 @@ def dovetail_models() -> list[Provider[Any]]:
 
 @hookspec
 def dovetail_quantization() -> list[Provider[Any]]:
-    """Offer quantization schemes; `build` returns a `Scheme`. Chosen once for every rule of the configuration.
+    """Offer quantization schemes; `build` returns a `Scheme`. Chosen once for every rule of the
+    configuration.
 
-    `capabilities` is a `QuantizationCapabilities`. A checkpoint that is quantized is read by a scheme that declares its
-    method; one that is not is quantized on the fly where the configuration names a scheme that can.
+    `capabilities` is a `QuantizationCapabilities`. A checkpoint that is quantized is read by a
+    scheme that declares its method; one that is not is quantized on the fly where the configuration
+    names a scheme that can.
     """
     return []
 
 
 @hookspec
 def dovetail_matmuls() -> list[Provider[Any]]:
-    """Offer products by quantized weights; `build` returns a `Matmul`, which schemes ask for the layers they make.
+    """Offer products by quantized weights; `build` returns a `Matmul`, which schemes ask for the
+    layers they make.
 
     `capabilities` is a `MatmulCapabilities`. Asked only if a scheme was chosen that needs one.
     """
@@ -65,27 +72,33 @@ def dovetail_matmuls() -> list[Provider[Any]]:
 
 @hookspec
 def dovetail_architectures() -> list[Provider[Any]]:
-    """Offer model code; `build` returns an `Architecture`, which the worker asks for the checkpoint's model.
+    """Offer model code; `build` returns an `Architecture`, which the worker asks for the
+    checkpoint's model.
 
-    `capabilities` is an `ArchitectureCapabilities`, which says the architectures that it has code for.
+    `capabilities` is an `ArchitectureCapabilities`, which says the architectures that it has code
+    for.
     """
     return []
 
 
-# 3. Who computes. The worker is chosen first; it builds the attention providers that were chosen for its layers.
+# 3. Who computes. The worker is chosen first; it builds the attention providers that were chosen
+# for its layers.
 
 
 @hookspec
 def dovetail_workers() -> list[Provider[Any]]:
-    """Offer workers; `build` returns a `Worker`, which loads no weight before its `load` is called."""
+    """Offer workers; `build` returns a `Worker`, which loads no weight before its `load` is
+    called."""
     return []
 
 
 @hookspec
 def dovetail_attention() -> list[Provider[Any]]:
-    """Offer attention; `build` returns an `AttentionBackend`. Chosen once for every kind of layer the model has.
+    """Offer attention; `build` returns an `AttentionBackend`. Chosen once for every kind of layer
+    the model has.
 
-    `capabilities` is an `AttentionCapabilities`: the core refuses what it does not declare, before `why_not` is asked.
+    `capabilities` is an `AttentionCapabilities`: the core refuses what it does not declare, before
+    `why_not` is asked.
     """
     return []
 
@@ -95,7 +108,8 @@ def dovetail_attention() -> list[Provider[Any]]:
 
 @hookspec
 def dovetail_kv_caches() -> list[Provider[Any]]:
-    """Offer KV-cache managers; `build` is called after the worker has sized its memory and returns a `KVCacheManager`."""
+    """Offer KV-cache managers; `build` is called after the worker has sized its memory and returns
+    a `KVCacheManager`."""
     return []
 
 
@@ -110,7 +124,8 @@ def dovetail_schedulers() -> list[Provider[Any]]:
 
 @hookspec
 def dovetail_prefix_caches() -> list[Provider[Any]]:
-    """Offer prefix caches; `build` returns a `PrefixCache`, which the KV-cache manager asks. Built before the manager."""
+    """Offer prefix caches; `build` returns a `PrefixCache`, which the KV-cache manager asks. Built
+    before the manager."""
     return []
 
 
@@ -125,7 +140,8 @@ def dovetail_drafters() -> list[Provider[Any]]:
 
 @hookspec
 def dovetail_servers() -> list[Provider[Any]]:
-    """Offer servers; `build` returns a `Server`. It lives in the front-end process, with the tokenizer."""
+    """Offer servers; `build` returns a `Server`. It lives in the front-end process, with the
+    tokenizer."""
     return []
 
 
@@ -134,9 +150,10 @@ def dovetail_servers() -> list[Provider[Any]]:
 
 @hookspec
 def dovetail_extension_points() -> list[ExtensionPoint]:
-    """Add extension points, each with a hook of its own that other plugins implement like those above.
+    """Add extension points, each with a hook of its own that other plugins implement like those
+    above.
 
-    Asked first, of every plugin. A plugin that implements the hook of an extension point that is not always installed marks it
-    `@hookimpl(optionalhook=True)`.
+    Asked first, of every plugin. A plugin that implements the hook of an extension point that is
+    not always installed marks it `@hookimpl(optionalhook=True)`.
     """
     return []

@@ -1,8 +1,9 @@
-"""The engine in a process of its own: `python -m dovetail.runtime.engine_process FD`, FD being one end of a Unix socket pair.
+"""The engine in a process of its own: `python -m dovetail.runtime.engine_process FD`, FD being one
+end of a Unix socket pair.
 
-Three threads: the main one runs the loop, one reads messages, one sends heartbeats, so that a long step is told from a
-dead process, and what the loop could not send at once. When the front-end goes away, so does this process, even in the
-middle of a step.
+Three threads: the main one runs the loop, one reads messages, one sends heartbeats, so that a long
+step is told from a dead process, and what the loop could not send at once. When the front-end goes
+away, so does this process, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -45,21 +46,24 @@ class Link:
         self._sock = sock
         self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self.busy_since: float | None = None
-        """When the step, or what else the loop is doing, began; while loading, when there was progress. None when idle."""
+        """When the step, or what else the loop is doing, began; while loading, when there was
+        progress. None when idle."""
         self.expected: Callable[[], float] = lambda: 0.0
         """Seconds that the running step was predicted to take."""
         self.where: Callable[[], str] = lambda: ""
         """In whose code the loop is."""
         self._changed = threading.Condition()
         self._backlog: deque[bytes] = deque()
-        """What the socket did not take at once, for the writer; the first one until it has been sent."""
+        """What the socket did not take at once, for the writer; the first one until it has been
+        sent."""
         self._closing = False
         self._writer = threading.Thread(target=self._write, daemon=True)
         threading.Thread(target=self._read, daemon=True).start()
         self._writer.start()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Mostly one system call. Waking a thread for it would cost the loop more, and the news would be later."""
+        """Mostly one system call. Waking a thread for it would cost the loop more, and the news
+        would be later."""
         data = wire.encode(message)
         with self._changed:
             if not self._backlog:
@@ -88,7 +92,9 @@ class Link:
             status = 0
         except OSError:  # reset: it left without reading what was sent
             status = 0
-        except Exception:  # what cannot be read ends the process: half deaf, it would only look alive
+        except (
+            Exception
+        ):  # what cannot be read ends the process: half deaf, it would only look alive
             traceback.print_exc()
         finally:
             os._exit(status)  # the front-end is gone: nobody waits for anything
@@ -97,7 +103,11 @@ class Link:
         try:
             while True:
                 with self._changed:
-                    if not self._backlog and not self._closing and not self._changed.wait(HEARTBEAT):
+                    if (
+                        not self._backlog
+                        and not self._closing
+                        and not self._changed.wait(HEARTBEAT)
+                    ):
                         self._backlog.append(wire.encode(self._heartbeat()))
                     if not self._backlog:
                         if self._closing:
@@ -117,7 +127,8 @@ class Link:
 
 
 class StepTimes:
-    """Predicts how long a step takes from the one with most tokens so far: small steps cost more a token."""
+    """Predicts how long a step takes from the one with most tokens so far: small steps cost more a
+    token."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
@@ -134,19 +145,22 @@ class StepTimes:
 
 def main() -> None:
     """Build from the plan that arrives, run until told to stop, and say why when that fails."""
-    # Ctrl-C and a service manager's stop reach the whole group, and the front-end still has to drain: it decides.
-    # Handlers, not SIG_IGN, because that would be inherited by the programs that this one starts.
+    # Ctrl-C and a service manager's stop reach the whole group, and the front-end still has to
+    # drain: it decides. Handlers, not SIG_IGN, because that would be inherited by the programs that
+    # this one starts.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    # The front-end asks for this before it ends a process that has stalled: the stacks of all threads, on stderr.
+    # The front-end asks for this before it ends a process that has stalled: the stacks of all
+    # threads, on stderr.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)  # a child that keeps it open would hide this process's end
     link = Link(sock)
     try:
-        # What is imported and built lives as long as the process: collections need not look at it, neither now nor
-        # later, when it would take tens of milliseconds with a tensor library in memory.
+        # What is imported and built lives as long as the process: collections need not look at it,
+        # neither now nor later, when it would take tens of milliseconds with a tensor library in
+        # memory.
         gc.disable()
         attestation = Attestation()
         engine, ready = _start(link, attestation)
@@ -180,7 +194,10 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
             continue
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
-            raise PluginError(f"{key}: the plan has {choice.distribution} {choice.version}, here is {offer.plugin.version}")
+            raise PluginError(
+                f"{key}: the plan has {choice.distribution} {choice.version}, here is"
+                f" {offer.plugin.version}"
+            )
 
     def progress(what: str, done: int, total: int) -> None:
         link.busy_since = time.monotonic()
@@ -191,7 +208,9 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
     link.busy_since = None
     if isinstance(engine.responsible, Attribution):
         link.where = engine.responsible.running
-    return engine, wire.Ready(plan.fingerprint, engine.snapshot(), weights_of(plan, registry, engine.worker))
+    return engine, wire.Ready(
+        plan.fingerprint, engine.snapshot(), weights_of(plan, registry, engine.worker)
+    )
 
 
 def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
@@ -205,7 +224,9 @@ def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
             link.send(wire.Invoked(attestation.invoked))
         try:
             while True:
-                if report is not None and (not engine.has_work or time.monotonic() > reported + REPORT_EVERY):
+                if report is not None and (
+                    not engine.has_work or time.monotonic() > reported + REPORT_EVERY
+                ):
                     link.send(wire.Shadow(report))
                     reported = time.monotonic()
                 message = link.inbox.get(block=not engine.has_work)
@@ -222,7 +243,8 @@ def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
         outputs = engine.step()
         link.busy_since = None
         times.took(engine.num_scheduled_tokens, time.monotonic() - began)
-        # Also without outputs: a step of prefill, or one that freed the last blocks, changes the stats.
+        # Also without outputs: a step of prefill, or one that freed the last blocks, changes the
+        # stats.
         link.send(wire.StepOutputs(outputs, msgspec.structs.replace(engine.snapshot())))
 
 
@@ -237,7 +259,10 @@ def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
     elif isinstance(message, wire.Expire):
         group = engine.requests.get(message.request_id, ())
         if not any(seq.started_at for seq in group):
-            why = "the request has waited too long for its first step (queue_timeout); try again later"
+            why = (
+                "the request has waited too long for its first step (queue_timeout); try again"
+                " later"
+            )
             engine.fail(message.request_id, Overloaded.code, why)
     elif isinstance(message, wire.ResetPrefixCache):
         engine.kv.reset_prefix_cache()

@@ -14,13 +14,16 @@ from dovetail.types import SequenceOutput
 
 
 class LiveRequest:
-    """Outputs that nobody has fetched yet pile up and are merged. `close` it when its client has gone or is served."""
+    """Outputs that nobody has fetched yet pile up and are merged. `close` it when its client has
+    gone or is served."""
 
-    def __init__(self, state: RequestState, engine_id: str, send: Callable[[msgspec.Struct], None]) -> None:
+    def __init__(
+        self, state: RequestState, engine_id: str, send: Callable[[msgspec.Struct], None]
+    ) -> None:
         self.state = state
         self.engine_id = engine_id
-        """Its id in the engine: never used twice, so that outputs and aborts of a cancelled request cannot be taken for those
-        of a later one with the same id."""
+        """Its id in the engine: never used twice, so that outputs and aborts of a cancelled request
+        cannot be taken for those of a later one with the same id."""
         self.error: DovetailError | None = None
         self.changed = asyncio.Event()
         self._news: list[SequenceOutput] = []
@@ -31,7 +34,9 @@ class LiveRequest:
         """Set the deadlines, in seconds from now."""
         loop = asyncio.get_running_loop()
         if queue_timeout is not None:
-            self._deadlines.append(loop.call_later(queue_timeout, self._send, wire.Expire(self.engine_id)))
+            self._deadlines.append(
+                loop.call_later(queue_timeout, self._send, wire.Expire(self.engine_id))
+            )
         if request_timeout is not None:
             self._deadlines.append(loop.call_later(request_timeout, self._expire, request_timeout))
 
@@ -44,7 +49,8 @@ class LiveRequest:
         self.changed.set()
 
     def deltas(self) -> list[Delta]:
-        """What is new, one delta a sample. Samples that a stop string ends, and requests that fail, are aborted."""
+        """What is new, one delta a sample. Samples that a stop string ends, and requests that fail,
+        are aborted."""
         news, self._news = self._news, []
         merged: dict[int, Delta] = {}
         for output in news:

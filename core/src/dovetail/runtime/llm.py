@@ -44,7 +44,8 @@ class Completion:
 
 @dataclass
 class RequestOutput:
-    """The answer to one prompt. `text`, `token_ids`, `logprobs` and `finish_reason` are the first sample's."""
+    """The answer to one prompt. `text`, `token_ids`, `logprobs` and `finish_reason` are the first
+    sample's."""
 
     request_id: str
     prompt: Prompt
@@ -82,9 +83,10 @@ class LLM:
         with LLM("demo") as llm:
             print(llm.generate(["import os"], SamplingParams(max_tokens=40))[0].text)
 
-    Keywords are the keys of an engine config: `LLM("demo", scheduler={"max_num_seqs": 8}, dtype="float32")`.
-    Several streams may be open at once, in one thread; not for use from several threads at once. Ctrl-C takes effect at the end
-    of the step that is running (a second one, at once) and leaves an engine that can be used further.
+    Keywords are the keys of an engine config: `LLM("demo", scheduler={"max_num_seqs": 8},
+    dtype="float32")`. Several streams may be open at once, in one thread; not for use from several
+    threads at once. Ctrl-C takes effect at the end of the step that is running (a second one, at
+    once) and leaves an engine that can be used further.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class LLM:
         progress: Progress = no_progress,
         **values: Any,
     ) -> None:
-        self.config = load_config(config, model=None if model is None else os.fspath(model), **values)
+        self.config = load_config(
+            config, model=None if model is None else os.fspath(model), **values
+        )
         registry = load_registry()
         self.plan: Plan = resolve(self.config, registry)
         folder = Path(self.plan.folder)
@@ -109,7 +113,8 @@ class LLM:
         self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
         self._defaults = sampling_defaults(folder)
         self._outputs: dict[str, deque[SequenceOutput]] = {}
-        """By id of a request in flight, where its outputs go. Whoever runs a step files those of all requests."""
+        """By id of a request in flight, where its outputs go. Whoever runs a step files those of
+        all requests."""
         self.attestation = Attestation()
         self._engine: Engine | None = build_engine(self.plan, progress, registry, self.attestation)
 
@@ -130,12 +135,15 @@ class LLM:
         return self._maker.model.vocab_size
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts, each a string or a list of token ids; results in their order (a list for a single one too).
+        """Complete prompts, each a string or a list of token ids; results in their order (a list
+        for a single one too).
 
-        `params` is for all, or one for each; None is `default_params()`. Raises `InvalidRequest` before any work if a prompt
-        or a parameter is bad, and the engine's error if it fails.
+        `params` is for all, or one for each; None is `default_params()`. Raises `InvalidRequest`
+        before any work if a prompt or a parameter is bad, and the engine's error if it fails.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
@@ -144,7 +152,9 @@ class LLM:
         else:
             each = list(params)
         if len(each) != len(batch):
-            raise InvalidRequest(f"{len(batch)} prompts but {len(each)} SamplingParams", param="params")
+            raise InvalidRequest(
+                f"{len(batch)} prompts but {len(each)} SamplingParams", param="params"
+            )
         requests = [self._maker.make(p, s) for p, s in zip(batch, each, strict=True)]
         states = [RequestState(r, self.tokenizer, stream=False) for r in requests]
         outputs = [_empty(p, state) for p, state in zip(batch, states, strict=True)]
@@ -155,16 +165,24 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, giving out text as it comes."""
-        state = RequestState(self._maker.make(prompt, params or self.default_params()), self.tokenizer)
+        state = RequestState(
+            self._maker.make(prompt, params or self.default_params()), self.tokenizer
+        )
         for _, delta in self._run([state]):
             yield delta
 
-    def chat(self, messages: list[dict[str, Any]], params: SamplingParams | None = None) -> RequestOutput:
-        """Answer a conversation: messages of `role` and `content`, through the model's chat template."""
-        return self.generate(self.chat_prompt(messages), params or self.default_params(max_tokens=None))[0]
+    def chat(
+        self, messages: list[dict[str, Any]], params: SamplingParams | None = None
+    ) -> RequestOutput:
+        """Answer a conversation: messages of `role` and `content`, through the model's chat
+        template."""
+        return self.generate(
+            self.chat_prompt(messages), params or self.default_params(max_tokens=None)
+        )[0]
 
     def default_params(self, **values: Any) -> SamplingParams:
-        """Sampling parameters as the model's generation_config.json has them, as in the server; `values` go first."""
+        """Sampling parameters as the model's generation_config.json has them, as in the server;
+        `values` go first."""
         return SamplingParams(**{**self._defaults, **values})
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -172,11 +190,14 @@ class LLM:
         return self._maker.encode_chat(messages)
 
     def _run(self, states: list[RequestState]) -> Iterator[tuple[str, Delta]]:
-        """Step until all are finished. What is left, if the caller stops early or an error is raised, is aborted."""
+        """Step until all are finished. What is left, if the caller stops early or an error is
+        raised, is aborted."""
         engine = self.engine
         n, most = max((s.request.params.n for s in states), default=0), engine.max_num_waiting
         if n > most:
-            raise InvalidRequest(f"n is {n}, and only {most} sequences may wait (max_num_waiting)", param="n")
+            raise InvalidRequest(
+                f"n is {n}, and only {most} sequences may wait (max_num_waiting)", param="n"
+            )
         live = {s.request.request_id: s for s in states}
         outputs: deque[SequenceOutput] = deque()
         pending = list(reversed(states))
@@ -206,8 +227,11 @@ class LLM:
                 for s in states:
                     self._outputs.pop(s.request.request_id, None)
                     engine.abort(s.request.request_id)
-            # The overlapped loop may have a step in flight for what has ended, and until then its blocks.
-            while self._engine is not None and any(s.request.request_id in engine.requests for s in states):
+            # The overlapped loop may have a step in flight for what has ended, and until then its
+            # blocks.
+            while self._engine is not None and any(
+                s.request.request_id in engine.requests for s in states
+            ):
                 self._step()
             self._file(engine.take_outputs())
 
@@ -215,7 +239,11 @@ class LLM:
         """Hand over as many as may wait, from the end."""
         engine = self.engine
         with _interrupts_held():
-            while pending and len(engine.scheduler.waiting) + pending[-1].request.params.n <= engine.max_num_waiting:
+            while (
+                pending
+                and len(engine.scheduler.waiting) + pending[-1].request.params.n
+                <= engine.max_num_waiting
+            ):
                 request = pending.pop().request
                 self._outputs[request.request_id] = outputs
                 engine.add(request)
@@ -233,7 +261,8 @@ class LLM:
                 waiting.append(output)
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far. Loses nothing: a stream that is open goes on."""
+        """Find nothing of what has been computed so far. Loses nothing: a stream that is open goes
+        on."""
         self.engine.kv.reset_prefix_cache()
 
     def close(self) -> None:
@@ -251,9 +280,19 @@ class LLM:
 
 def _empty(prompt: Prompt, state: RequestState) -> RequestOutput:
     params = state.request.params
-    completions = [Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
-    prompt_logprobs: list[dict[int, float] | None] | None = None if params.prompt_logprobs is None else [None]
-    return RequestOutput(state.request.request_id, prompt, state.request.prompt_token_ids, completions, prompt_logprobs)
+    completions = [
+        Completion(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)
+    ]
+    prompt_logprobs: list[dict[int, float] | None] | None = (
+        None if params.prompt_logprobs is None else [None]
+    )
+    return RequestOutput(
+        state.request.request_id,
+        prompt,
+        state.request.prompt_token_ids,
+        completions,
+        prompt_logprobs,
+    )
 
 
 def _extend(output: RequestOutput, delta: Delta) -> None:
@@ -277,7 +316,8 @@ def as_dict(position: TokenLogprobs) -> dict[int, float]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Within it, Ctrl-C waits for the end, so that nothing is cut in the middle of a change; a second one does not wait."""
+    """Within it, Ctrl-C waits for the end, so that nothing is cut in the middle of a change; a
+    second one does not wait."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield  # another thread is never interrupted, and what is ignored needs no holding

@@ -13,7 +13,8 @@ START_SECONDS = 5.0
 
 
 class Restarts:
-    """Of one engine. `begin` with each process, `ready` when it serves, `failed` when it has ended."""
+    """Of one engine. `begin` with each process, `ready` when it serves, `failed` when it has
+    ended."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -30,7 +31,8 @@ class Restarts:
         self._start_seconds = time.monotonic() - self._began
 
     def failed(self, num_finished: int) -> float | None:
-        """Seconds to wait before the next process, or None to give up. `num_finished` counts requests since the first one."""
+        """Seconds to wait before the next process, or None to give up. `num_finished` counts
+        requests since the first one."""
         if num_finished > self._num_finished:
             self._num_in_vain, self._num_finished = 0, num_finished
         if self._num_in_vain == MAX_RESTARTS:

@@ -1,8 +1,9 @@
 """`AsyncEngine`: an engine in a process of its own, supervised, for servers.
 
-The front-end resolves the plan, starts the engine process, tokenizes, detokenizes and finds stop strings; the process
-runs the loop. When the process dies or stalls, every request in flight gets `EngineDead`, and a new process is
-started; until it is ready, requests are refused with `EngineUnavailable`.
+The front-end resolves the plan, starts the engine process, tokenizes, detokenizes and finds stop
+strings; the process runs the loop. When the process dies or stalls, every request in flight gets
+`EngineDead`, and a new process is started; until it is ready, requests are refused with
+`EngineUnavailable`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ log = logging.getLogger("dovetail")
 START_PATIENCE = 60.0
 """Seconds that a process may be silent until it is ready: imports hold all of its threads up."""
 STALL_FACTOR = 5
-"""A step counts as stalled after so many times its predicted time, if that is more than `stall_timeout`."""
+"""A step counts as stalled after so many times its predicted time, if that is more than
+`stall_timeout`."""
 DUMP_SECONDS = 0.2
 """For a stalled process to write its stacks before it is ended."""
 LAST_WORDS = 0.5
@@ -66,14 +68,20 @@ class _Stalled(EngineDead):
 
 
 class AsyncEngine:
-    """Lives in one asyncio event loop. `start`, then `generate` from any number of tasks, then `close`."""
+    """Lives in one asyncio event loop. `start`, then `generate` from any number of tasks, then
+    `close`."""
 
-    def __init__(self, config: EngineConfig, *, server: bool = False, progress: Progress | None = None) -> None:
-        """Resolves the plan and reads the tokenizer; raises `ConfigError`, `PluginError` or `CheckpointError`."""
+    def __init__(
+        self, config: EngineConfig, *, server: bool = False, progress: Progress | None = None
+    ) -> None:
+        """Resolves the plan and reads the tokenizer; raises `ConfigError`, `PluginError` or
+        `CheckpointError`."""
         self.config = config
         self.plan: Plan = resolve(config, server=server)
         self.tokenizer = Tokenizer(Path(self.plan.folder))
-        self.maker = RequestMaker(model_facts(Path(self.plan.folder)), self.plan.max_model_len, self.tokenizer)
+        self.maker = RequestMaker(
+            model_facts(Path(self.plan.folder)), self.plan.max_model_len, self.tokenizer
+        )
         self.state: EngineState = "loading"
         self.stats = EngineStats()
         self.shadow: ShadowReport | None = None
@@ -81,7 +89,8 @@ class AsyncEngine:
         self.invoked: dict[str, bool] = {}
         """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
         self.weights: list[LayerWeights] = []
-        """Of the linear layers, once they are loaded, if some are quantized. See `compose.weights_of`."""
+        """Of the linear layers, once they are loaded, if some are quantized. See
+        `compose.weights_of`."""
         self._progress = progress
         self._live: dict[str, LiveRequest] = {}
         """By `LiveRequest.engine_id`."""
@@ -92,7 +101,8 @@ class AsyncEngine:
         self._num_heard = 0
         self._slow = SLOW
         self.failed = asyncio.Event()
-        """Set when the engine has been given up: `failure` says why, and no request will be served any more."""
+        """Set when the engine has been given up: `failure` says why, and no request will be served
+        any more."""
         self.failure = ""
         self._num_finished = 0
         self._restarts = Restarts()
@@ -134,13 +144,18 @@ class AsyncEngine:
     ) -> AsyncGenerator[Delta]:
         """Complete a prompt. Yields the news of its samples; a slow reader gets them merged.
 
-        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta, `EngineDead` or `StepFailed`
-        at any time. Leaving the iterator early (a client that disconnects) aborts the request.
+        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta,
+        `EngineDead` or `StepFailed` at any time. Leaving the iterator early (a client that
+        disconnects) aborts the request.
         """
         request = self.maker.make(
-            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt,
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
             add_special_tokens=add_special_tokens,
-        )  # fmt: skip
+        )
         async with aclosing(self.run(request)) as deltas:
             async for delta in deltas:
                 yield delta
@@ -173,13 +188,18 @@ class AsyncEngine:
             raise EngineUnavailable(f"the engine is {self.state}", retry_after=wait)
 
     def check_admission(self) -> None:
-        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken now."""
+        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken
+        now."""
         self.check_ready()
-        if len(self._live) >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]:
+        if (
+            len(self._live)
+            >= self.config.max_num_waiting + self.plan.choices["scheduler"].options["max_num_seqs"]
+        ):
             raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far, from the next request on. Requests in flight lose nothing.
+        """Find nothing of what has been computed so far, from the next request on. Requests in
+        flight lose nothing.
 
         Raises `EngineUnavailable` where there is no engine.
         """
@@ -188,7 +208,8 @@ class AsyncEngine:
         self._send(wire.ResetPrefixCache())
 
     async def drain(self, patience: float) -> bool:
-        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all have ended."""
+        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all
+        have ended."""
         if self.state != "closed":
             self.state = "draining"
         with contextlib.suppress(TimeoutError):
@@ -196,7 +217,8 @@ class AsyncEngine:
         return not self._live
 
     async def close(self) -> None:
-        """Stop the process. Requests in flight, and a `start` that still waits, get `EngineUnavailable`. Idempotent."""
+        """Stop the process. Requests in flight, and a `start` that still waits, get
+        `EngineUnavailable`. Idempotent."""
         loaded = self._started is not None and self._started.done()
         self._closing = True
         self.state = "closed"
@@ -204,7 +226,8 @@ class AsyncEngine:
         self._fail_all(closed)
         if self._started is not None and not self._started.done():
             self._started.set_exception(closed)
-            self._started.exception()  # whoever waits for it is told; if nobody does, that is no mistake
+            # whoever waits for it is told; if nobody does, that is no mistake
+            self._started.exception()
         if self._process is not None and loaded:
             self._send(wire.Shutdown())
             with contextlib.suppress(TimeoutError):
@@ -220,11 +243,20 @@ class AsyncEngine:
     def _admit(self, request: Request) -> LiveRequest:
         self.check_admission()
         if request.request_id in self._request_ids:
-            raise InvalidRequest(f"request id {request.request_id!r} is already in use", param="request_id")
+            raise InvalidRequest(
+                f"request id {request.request_id!r} is already in use", param="request_id"
+            )
         if request.params.n > self.config.max_num_waiting:
-            raise InvalidRequest(f"n is {request.params.n}, and only {self.config.max_num_waiting} may wait", param="n")
+            raise InvalidRequest(
+                f"n is {request.params.n}, and only {self.config.max_num_waiting} may wait",
+                param="n",
+            )
         self._num_admitted += 1
-        live = LiveRequest(RequestState(request, self.tokenizer), f"{request.request_id}-{self._num_admitted}", self._send)
+        live = LiveRequest(
+            RequestState(request, self.tokenizer),
+            f"{request.request_id}-{self._num_admitted}",
+            self._send,
+        )
         live.limit(self.config.queue_timeout, self.config.request_timeout)
         self._send(wire.Add(msgspec.structs.replace(request, request_id=live.engine_id)))
         self._live[live.engine_id] = live
@@ -269,7 +301,10 @@ class AsyncEngine:
                 return
             backoff = self._restarts.failed(self._num_finished)
             if backoff is None:
-                self.state, self.failure = "failed", f"{error.message}; {MAX_RESTARTS} restarts, and no request finished"
+                self.state, self.failure = (
+                    "failed",
+                    f"{error.message}; {MAX_RESTARTS} restarts, and no request finished",
+                )
                 log.error("the engine is given up: %s", self.failure)
                 self.failed.set()
                 return
@@ -277,7 +312,8 @@ class AsyncEngine:
             await asyncio.sleep(backoff)
 
     async def _run_process(self) -> None:
-        """Start a process and serve its messages until it ends. Raises the reason it gave, or `EngineDead`."""
+        """Start a process and serve its messages until it ends. Raises the reason it gave, or
+        `EngineDead`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=wire.MAX_FRAME)
         # `Start` comes first: only then may a reader that leaves send its abort.
@@ -285,14 +321,22 @@ class AsyncEngine:
         self._writer = writer
         try:
             with theirs:
-                # -P: the working directory, which may be a model's folder, is no place to import from.
+                # -P: the working directory, which may be a model's folder, is no place to import
+                # from.
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-P", "-m", "dovetail.runtime.engine_process", str(theirs.fileno()),
-                    pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL,
-                )  # fmt: skip
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "dovetail.runtime.engine_process",
+                    str(theirs.fileno()),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
             watch = asyncio.create_task(self._watch())
             reading = asyncio.create_task(self._read_until_end(reader))
-            ending = asyncio.create_task(self._process.wait())  # its socket may outlive it, in a child
+            ending = asyncio.create_task(
+                self._process.wait()
+            )  # its socket may outlive it, in a child
             try:
                 await asyncio.wait({watch, reading, ending}, return_when=asyncio.FIRST_COMPLETED)
                 if ending.done():
@@ -323,7 +367,8 @@ class AsyncEngine:
             self._dispatch(wire.from_engine.decode(frame))
 
     async def _dump_stacks(self) -> None:
-        """Have a process that has stalled write where its threads are. One that is stopped cannot."""
+        """Have a process that has stalled write where its threads are. One that is stopped
+        cannot."""
         if self._process is not None and self._process.returncode is None:
             log.error("the engine has stalled: the stacks of its threads follow")
             with contextlib.suppress(ProcessLookupError):
@@ -331,14 +376,17 @@ class AsyncEngine:
             await asyncio.sleep(DUMP_SECONDS)
 
     async def _watch(self) -> None:
-        """Give up a process that is silent for `heartbeat_timeout`; one that is busy with a step says so itself.
+        """Give up a process that is silent for `heartbeat_timeout`; one that is busy with a step
+        says so itself.
 
-        Silence is counted in short naps of this process, so that one that was stopped or busy itself (a debugger,
-        Ctrl-Z) does not take its own absence for the engine's.
+        Silence is counted in short naps of this process, so that one that was stopped or busy
+        itself (a debugger, Ctrl-Z) does not take its own absence for the engine's.
         """
         limit = self.config.heartbeat_timeout
         nap, silent, heard = limit / 20, 0.0, 0
-        while silent < (limit if self.state in ("ready", "draining") else max(limit, START_PATIENCE)):
+        while silent < (
+            limit if self.state in ("ready", "draining") else max(limit, START_PATIENCE)
+        ):
             await asyncio.sleep(nap)
             silent = silent + nap if heard == self._num_heard else 0.0
             heard = self._num_heard
@@ -359,9 +407,13 @@ class AsyncEngine:
                 is_serving = self.state in ("ready", "draining")
                 limit = max(self.config.stall_timeout, STALL_FACTOR * message.expected)
                 if is_serving and message.busy > limit:
-                    raise _Stalled(f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}")
+                    raise _Stalled(
+                        f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}"
+                    )
                 if not is_serving and message.busy > self.config.load_timeout:
-                    raise _Stalled(f"loading made no progress for {message.busy:.0f} s (load_timeout){where}")
+                    raise _Stalled(
+                        f"loading made no progress for {message.busy:.0f} s (load_timeout){where}"
+                    )
                 if is_serving and message.busy > self._slow:
                     log.warning("a step has been running for %.1f s%s", message.busy, where)
                     self._slow *= 2
@@ -376,7 +428,10 @@ class AsyncEngine:
                     self._progress(message.what, message.done, message.total)
             case wire.Ready():
                 if message.fingerprint != self.plan.fingerprint:
-                    raise PluginError("the engine built another plan than the front-end resolved; restart the server")
+                    raise PluginError(
+                        "the engine built another plan than the front-end resolved; restart the"
+                        " server"
+                    )
                 self.stats, self.weights = message.stats, message.weights
                 self._restarts.ready()
                 if self.state in ("loading", "restarting"):

@@ -1,4 +1,5 @@
-"""What front-end and engine process say to each other: typed msgspec messages, length-prefixed, never pickle."""
+"""What front-end and engine process say to each other: typed msgspec messages, length-prefixed,
+never pickle."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The engine could not start, or its loop broke; the process ends. `code` is one of errors.py."""
+    """The engine could not start, or its loop broke; the process ends. `code` is one of
+    errors.py."""
 
     code: str
     message: str
@@ -89,7 +91,8 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True):
-    """The process lives; its loop has been busy with the same step for `busy` seconds (0 when idle)."""
+    """The process lives; its loop has been busy with the same step for `busy` seconds (0 when
+    idle)."""
 
     busy: float
     where: str = ""
@@ -119,7 +122,8 @@ def encode(message: msgspec.Struct) -> bytes:
 
 
 def read_frame(sock: socket.socket) -> bytes | None:
-    """The next frame's body, or None at the end. Blocks. Raises `OSError`, and `ValueError` for what is no frame."""
+    """The next frame's body, or None at the end. Blocks. Raises `OSError`, and `ValueError` for
+    what is no frame."""
     head = _read_exactly(sock, 4)
     return None if head is None else _read_exactly(sock, _length(head))
 

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from dovetail_architecture_gpt2.model import GPT2Architecture
 
 NAME = "GPT2LMHeadModel"
-TINY = {"architectures": [NAME], "vocab_size": 203, "n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}
+TINY = {
+    "architectures": [NAME],
+    "vocab_size": 203,
+    "n_embd": 48,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 64,
+}
 OTHER = {**TINY, "n_inner": 80, "scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3}
 CAPABILITIES = ArchitectureCapabilities(architectures=(NAME,), examples=(TINY, OTHER))
 

@@ -1,4 +1,5 @@
-"""GPT-2: learned positions, layers of attention and MLP behind a norm, and an output projection that is the embedding."""
+"""GPT-2: learned positions, layers of attention and MLP behind a norm, and an output projection
+that is the embedding."""
 
 from __future__ import annotations
 
@@ -24,31 +25,47 @@ class Norm:
 
     def __init__(self, build: ModelBuild, name: str, size: int) -> None:
         self.name, self.eps = name, float(build.config.get("layer_norm_epsilon", 1e-5))
-        self.weight, self.bias = (torch.empty(size, dtype=build.dtype, device=build.device) for _ in range(2))
+        self.weight, self.bias = (
+            torch.empty(size, dtype=build.dtype, device=build.device) for _ in range(2)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def targets(self) -> dict[str, Target]:
-        return {f"{self.name}.weight": Target.into(self.weight), f"{self.name}.bias": Target.into(self.bias)}
+        return {
+            f"{self.name}.weight": Target.into(self.weight),
+            f"{self.name}.bias": Target.into(self.bias),
+        }
 
 
 class Layer:
     """Attention and MLP, each added to what it was given."""
 
-    def __init__(self, build: ModelBuild, name: str, index: int, size: int, inner: int, num_heads: int) -> None:
+    def __init__(
+        self, build: ModelBuild, name: str, index: int, size: int, inner: int, num_heads: int
+    ) -> None:
         def linear(part: str, in_features: int, out_features: int) -> Linear:
             full = f"{name}.{part}"
             return build.layers.linear(full, [Part(full, out_features)], in_features, True)
 
         self.index, self.shape = index, (num_heads, size // num_heads)
-        self.norm_1, self.norm_2 = Norm(build, f"{name}.ln_1", size), Norm(build, f"{name}.ln_2", size)
-        self.qkv, self.attention_out = linear("attn.c_attn", size, 3 * size), linear("attn.c_proj", size, size)
+        self.norm_1, self.norm_2 = (
+            Norm(build, f"{name}.ln_1", size),
+            Norm(build, f"{name}.ln_2", size),
+        )
+        self.qkv, self.attention_out = (
+            linear("attn.c_attn", size, 3 * size),
+            linear("attn.c_proj", size, size),
+        )
         self.up, self.down = linear("mlp.c_fc", size, inner), linear("mlp.c_proj", inner, size)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """`x [T, n_embd]` → the same shape."""
-        q, k, v = (part.unflatten(1, self.shape).contiguous() for part in self.qkv(self.norm_1(x)).chunk(3, dim=1))
+        q, k, v = (
+            part.unflatten(1, self.shape).contiguous()
+            for part in self.qkv(self.norm_1(x)).chunk(3, dim=1)
+        )
         x = x + self.attention_out(attend(self.index, q, k, v).flatten(1))
         x = x + self.down(F.gelu(self.up(self.norm_2(x)), approximate="tanh"))
         return x
@@ -57,7 +74,10 @@ class Layer:
         found = self.norm_1.targets() | self.norm_2.targets()
         for layer in (self.qkv, self.attention_out, self.up, self.down):
             # GPT-2 stores its matrices as [in, out].
-            found |= {name: t.transposed() if name.endswith(".weight") else t for name, t in layer.targets().items()}
+            found |= {
+                name: t.transposed() if name.endswith(".weight") else t
+                for name, t in layer.targets().items()
+            }
         return found
 
 
@@ -76,33 +96,58 @@ class GPT2:
         size, num_heads, num_layers = number("n_embd"), number("n_head"), number("n_layer")
         if size % num_heads:
             raise CheckpointError(f"{path}: n_embd {size} is not a multiple of n_head {num_heads}")
-        for key, only in (("activation_function", "gelu_new"), ("tie_word_embeddings", True), ("scale_attn_weights", True)):
+        for key, only in (
+            ("activation_function", "gelu_new"),
+            ("tie_word_embeddings", True),
+            ("scale_attn_weights", True),
+        ):
             if config.get(key, only) != only:
-                raise CheckpointError(f"{path}: {key} {config[key]!r} is not supported, only {only!r}")
-        old = build.tensor_names and not any(name.startswith("transformer.") for name in build.tensor_names)
+                raise CheckpointError(
+                    f"{path}: {key} {config[key]!r} is not supported, only {only!r}"
+                )
+        old = build.tensor_names and not any(
+            name.startswith("transformer.") for name in build.tensor_names
+        )
         prefix = "" if old else "transformer."
         self.vocab_size = number("vocab_size")
         self.embedding = build.layers.embedding(f"{prefix}wte", self.vocab_size, size)
-        self.positions = torch.empty(number("n_positions", 1024), size, dtype=build.dtype, device=build.device)
+        self.positions = torch.empty(
+            number("n_positions", 1024), size, dtype=build.dtype, device=build.device
+        )
         inner = number("n_inner", 4 * size)
-        self.layers = [Layer(build, f"{prefix}h.{i}", i, size, inner, num_heads) for i in range(num_layers)]
+        self.layers = [
+            Layer(build, f"{prefix}h.{i}", i, size, inner, num_heads) for i in range(num_layers)
+        ]
         self.norm = Norm(build, f"{prefix}ln_f", size)
         self.prefix = prefix
         by_layer = bool(config.get("scale_attn_by_inverse_layer_idx"))
-        scales = [(size // num_heads) ** -0.5 / (i + 1 if by_layer else 1) for i in range(num_layers)]
+        scales = [
+            (size // num_heads) ** -0.5 / (i + 1 if by_layer else 1) for i in range(num_layers)
+        ]
         self.attention_layers = [
-            build.layers.attention(f"{prefix}h.{i}.attn", AttentionLayer(i, num_heads, num_heads, size // num_heads, scale))
+            build.layers.attention(
+                f"{prefix}h.{i}.attn",
+                AttentionLayer(i, num_heads, num_heads, size // num_heads, scale),
+            )
             for i, scale in enumerate(scales)
         ]
 
     def targets(self) -> dict[str, Target]:
-        found = self.embedding.targets() | self.norm.targets() | {f"{self.prefix}wpe.weight": Target.into(self.positions)}
+        found = (
+            self.embedding.targets()
+            | self.norm.targets()
+            | {f"{self.prefix}wpe.weight": Target.into(self.positions)}
+        )
         for layer in self.layers:
             found |= layer.targets()
         return found
 
     def unused(self) -> list[str]:
-        return ["lm_head.weight", "*.attn.bias", "*.attn.masked_bias"]  # the tied head, and masks that old files hold
+        return [
+            "lm_head.weight",
+            "*.attn.bias",
+            "*.attn.masked_bias",
+        ]  # the tied head, and masks that old files hold
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embedding.rows(token_ids) + self.positions[positions]

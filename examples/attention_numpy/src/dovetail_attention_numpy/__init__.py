@@ -32,7 +32,14 @@ def build(context: Any, options: NumpyOptions) -> NumpyAttention:
     return NumpyAttention()
 
 
-PROVIDER = Provider("numpy", "paged attention in NumPy, a sequence at a time", build, NumpyOptions, CAPABILITIES, priority=-10)
+PROVIDER = Provider(
+    "numpy",
+    "paged attention in NumPy, a sequence at a time",
+    build,
+    NumpyOptions,
+    CAPABILITIES,
+    priority=-10,
+)
 
 
 @hookimpl

@@ -65,7 +65,9 @@ class NumpyAttention:
             rows.append(Row(slice(start, end), first_query, first_seen, length, blocks))
         return Plan(rows, batch.slot_mapping.numpy().copy())
 
-    def run(self, layer: AttentionLayer, q: Any, k: Any, v: Any, cache: Cache, plan: Plan, out: Any) -> None:
+    def run(
+        self, layer: AttentionLayer, q: Any, k: Any, v: Any, cache: Cache, plan: Plan, out: Any
+    ) -> None:
         block_size = cache.values.shape[2]
         blocks, offsets = plan.slots // block_size, plan.slots % block_size
         # All of the step is written before any is read: rows may share blocks.
@@ -76,7 +78,10 @@ class NumpyAttention:
             result[row.tokens] = _attend(layer, queries[row.tokens], cache, row, block_size)
 
     def export_kv(self, cache: Cache, block_ids: list[int]) -> tuple[Any, Any]:
-        keys, values = cache.keys[block_ids].transpose(0, 3, 1, 2), cache.values[block_ids].transpose(0, 2, 1, 3)
+        keys, values = (
+            cache.keys[block_ids].transpose(0, 3, 1, 2),
+            cache.values[block_ids].transpose(0, 2, 1, 3),
+        )
         return torch.from_numpy(keys.copy()), torch.from_numpy(values.copy())
 
     def import_kv(self, cache: Cache, block_ids: list[int], keys: Any, values: Any) -> None:
@@ -88,11 +93,27 @@ def _attend(layer: AttentionLayer, q: Array, cache: Cache, row: Row, block_size:
     """Softmax(scale · q·k) v in float32: q `[n, Hq, D]` → `[n, Hq, D]`."""
     group = layer.num_heads // layer.num_kv_heads
     skip = row.first_seen % block_size
-    seen = slice(skip, skip + row.length - row.first_seen)  # of the slots of its blocks: the others may hold anything
-    keys = cache.keys[row.blocks].transpose(1, 2, 0, 3).reshape(layer.num_kv_heads, layer.head_size, -1)[..., seen]
-    values = cache.values[row.blocks].transpose(1, 0, 2, 3).reshape(layer.num_kv_heads, -1, layer.head_size)[:, seen]
-    queries = q.astype(np.float32).reshape(len(q), layer.num_kv_heads, group, layer.head_size).transpose(1, 2, 0, 3)
-    logits = queries @ keys.astype(np.float32)[:, None] * np.float32(layer.scale)  # [Hkv, group, n, seen]
+    seen = slice(
+        skip, skip + row.length - row.first_seen
+    )  # of the slots of its blocks: the others may hold anything
+    keys = (
+        cache.keys[row.blocks]
+        .transpose(1, 2, 0, 3)
+        .reshape(layer.num_kv_heads, layer.head_size, -1)[..., seen]
+    )
+    values = (
+        cache.values[row.blocks]
+        .transpose(1, 0, 2, 3)
+        .reshape(layer.num_kv_heads, -1, layer.head_size)[:, seen]
+    )
+    queries = (
+        q.astype(np.float32)
+        .reshape(len(q), layer.num_kv_heads, group, layer.head_size)
+        .transpose(1, 2, 0, 3)
+    )
+    logits = (
+        queries @ keys.astype(np.float32)[:, None] * np.float32(layer.scale)
+    )  # [Hkv, group, n, seen]
     if layer.logit_soft_cap is not None:
         logits = layer.logit_soft_cap * np.tanh(logits / np.float32(layer.logit_soft_cap))
     query_at = np.arange(row.first_query, row.length)[:, None]

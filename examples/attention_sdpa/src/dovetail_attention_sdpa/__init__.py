@@ -1,4 +1,5 @@
-"""An example plugin: attention by torch's scaled_dot_product_attention. This root imports nothing heavy."""
+"""An example plugin: attention by torch's scaled_dot_product_attention. This root imports nothing
+heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The whole backend: gather each sequence's keys and values from its blocks, and let torch attend."""
+"""The whole backend: gather each sequence's keys and values from its blocks, and let torch
+attend."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ Cache = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """Per row: its tokens in the step, the slots it can see, and a mask `bool[queries, slots]` (None: all)."""
+    """Per row: its tokens in the step, the slots it can see, and a mask `bool[queries, slots]`
+    (None: all)."""
 
     slot_mapping: Tensor
     rows: list[tuple[slice, Tensor, Tensor | None]]
@@ -31,9 +33,13 @@ class SdpaAttention:
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
         dtype = getattr(torch, spec.dtype)
-        return torch.zeros(shape, dtype=dtype, device=self._device), torch.zeros(shape, dtype=dtype, device=self._device)
+        return torch.zeros(shape, dtype=dtype, device=self._device), torch.zeros(
+            shape, dtype=dtype, device=self._device
+        )
 
-    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> SdpaPlan:
+    def plan(
+        self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int
+    ) -> SdpaPlan:
         window = layers[0].window  # the layers of a group share it
         rows = []
         for b, length in enumerate(batch.host_seq_lens):
@@ -42,7 +48,10 @@ class SdpaAttention:
             # Blocks wholly before the window may be someone else's: never touch them.
             first = 0 if window is None else max(0, first_query - window + 1)
             positions = torch.arange(first, length, device=self._device)
-            slots = batch.block_table[b, positions // block_size].long() * block_size + positions % block_size
+            slots = (
+                batch.block_table[b, positions // block_size].long() * block_size
+                + positions % block_size
+            )
             queries = torch.arange(first_query, length, device=self._device)[:, None]
             mask = positions <= queries
             if window is not None:
@@ -50,7 +59,16 @@ class SdpaAttention:
             rows.append((slice(start, end), slots, None if mask.all() else mask))
         return SdpaPlan(batch.slot_mapping, rows)
 
-    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: SdpaPlan, out: Tensor) -> None:
+    def run(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        plan: SdpaPlan,
+        out: Tensor,
+    ) -> None:
         keys, values = (c.flatten(0, 1) for c in cache)  # [slots, Hkv, D]
         keys[plan.slot_mapping], values[plan.slot_mapping] = k.to(keys.dtype), v.to(values.dtype)
         for tokens, slots, mask in plan.rows:

@@ -1,4 +1,5 @@
-"""An example plugin: a drafter that looks for the last two tokens earlier in the text, and copies what followed them."""
+"""An example plugin: a drafter that looks for the last two tokens earlier in the text, and copies
+what followed them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from dovetail.sequence import Sequence
 
 
 class CopycatOptions(DrafterOptions):
-    match_len: int = Field(2, ge=1, le=8, description="tokens that must be the same before something is copied")
+    match_len: int = Field(
+        2, ge=1, le=8, description="tokens that must be the same before something is copied"
+    )
 
 
 class Copycat:
@@ -44,7 +47,12 @@ def build(context: Any, options: CopycatOptions) -> Copycat:
 
 
 PROVIDER = Provider(
-    "copycat", "copies what followed the same tokens before", build, CopycatOptions, DrafterCapabilities(), priority=10
+    "copycat",
+    "copies what followed the same tokens before",
+    build,
+    CopycatOptions,
+    DrafterCapabilities(),
+    priority=10,
 )
 
 

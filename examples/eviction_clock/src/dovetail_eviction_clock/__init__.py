@@ -1,4 +1,5 @@
-"""An example plugin: the clock, or second chance, as an eviction policy for cached prefix blocks (Corbató, 1968)."""
+"""An example plugin: the clock, or second chance, as an eviction policy for cached prefix blocks
+(Corbató, 1968)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from dovetail.plugin.provider import Options, Provider
 
 
 class Clock:
-    """Blocks in a ring. The hand passes over a block once more if it was asked for since the last time."""
+    """Blocks in a ring. The hand passes over a block once more if it was asked for since the last
+    time."""
 
     def __init__(self, num_blocks: int) -> None:
         self._ring: dict[int, None] = {}
@@ -44,7 +46,8 @@ def build(context: Any, options: Options) -> type[Clock]:
 PROVIDER = Provider("clock", "a block that was used gets a second chance", build, priority=10)
 
 
-# The hook is the prefix cache's own: where that is not installed it does not exist, and that is no mistake.
+# The hook is the prefix cache's own: where that is not installed it does not exist, and that is no
+# mistake.
 @hookimpl(optionalhook=True)
 def dovetail_eviction_policies() -> list[Provider[type[Clock]]]:
     return [PROVIDER]

@@ -1,4 +1,5 @@
-"""An example plugin: 4-bit weights on the quantiles of a normal distribution. This root imports nothing heavy."""
+"""An example plugin: 4-bit weights on the quantiles of a normal distribution. This root imports
+nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,14 +14,21 @@ from dovetail.plugin.provider import Options, Provider
 if TYPE_CHECKING:
     from dovetail_quant_nf4.scheme import NF4
 
-# It reads checkpoints of its own method, and quantizes plain ones while they are read. Anything else the core refuses.
+# It reads checkpoints of its own method, and quantizes plain ones while they are read. Anything
+# else the core refuses.
 METHOD = "nf4-blocks"
 EXAMPLE = {"quant_method": METHOD, "block_size": 32, "modules_to_not_convert": ["*.layers.3.*"]}
-CAPABILITIES = QuantizationCapabilities(methods=(METHOD,), on_the_fly=True, devices=("cpu", "cuda"), examples=(EXAMPLE,))
+CAPABILITIES = QuantizationCapabilities(
+    methods=(METHOD,), on_the_fly=True, devices=("cpu", "cuda"), examples=(EXAMPLE,)
+)
 
 
 class NF4Options(Options):
-    block_size: int = Field(64, ge=2, description="inputs that share a scale; a checkpoint of its own layout brings its own")
+    block_size: int = Field(
+        64,
+        ge=2,
+        description="inputs that share a scale; a checkpoint of its own layout brings its own",
+    )
 
 
 def build(context: Any, options: NF4Options) -> NF4:
@@ -29,7 +37,9 @@ def build(context: Any, options: NF4Options) -> NF4:
     return NF4(context.model.quantization_config or {}, options.block_size)
 
 
-SUMMARY = "4-bit weights on the quantiles of a normal distribution, a scale for each block of inputs"
+SUMMARY = (
+    "4-bit weights on the quantiles of a normal distribution, a scale for each block of inputs"
+)
 PROVIDER = Provider("nf4", SUMMARY, build, NF4Options, CAPABILITIES)
 
 

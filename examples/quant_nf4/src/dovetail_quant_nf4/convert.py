@@ -1,4 +1,7 @@
-"""Quantize a model folder into a checkpoint of this scheme's layout.  Usage: python -m dovetail_quant_nf4.convert MODEL OUT"""
+"""Quantize a model folder into a checkpoint of this scheme's layout.
+
+Usage: python -m dovetail_quant_nf4.convert MODEL OUT
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def convert(source: Path, out: Path, block_size: int = 64) -> None:
-    """Every matrix of whole blocks but the embeddings and the output projection. Raises `FileExistsError` if `out` exists."""
-    settings = {"quant_method": METHOD, "block_size": block_size, "modules_to_not_convert": list(LEFT_OUT)}
+    """Every matrix of whole blocks but the embeddings and the output projection. Raises
+    `FileExistsError` if `out` exists."""
+    settings = {
+        "quant_method": METHOD,
+        "block_size": block_size,
+        "modules_to_not_convert": list(LEFT_OUT),
+    }
     scheme = NF4(settings, block_size)
     out.mkdir(parents=True)
     files: dict[str, str] = {}
@@ -29,24 +37,40 @@ def convert(source: Path, out: Path, block_size: int = 64) -> None:
         if path.suffix in (".json", ".jinja") and path.name not in (INDEX, "config.json"):
             shutil.copy(path, out)
         if path.suffix == ".safetensors":
-            packed = {name: t for stored in load_file(path).items() for name, t in _pack(scheme, settings, *stored).items()}
+            packed = {
+                name: t
+                for stored in load_file(path).items()
+                for name, t in _pack(scheme, settings, *stored).items()
+            }
             save_file(packed, out / path.name)
             files |= dict.fromkeys(packed, path.name)
     if (source / INDEX).exists():
         (out / INDEX).write_text(json.dumps({"weight_map": files}))
     config = json.loads((source / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "quantization_config": settings}, indent=2))
+    (out / "config.json").write_text(
+        json.dumps({**config, "quantization_config": settings}, indent=2)
+    )
 
 
 def _pack(scheme: NF4, settings: dict[str, Any], name: str, tensor: Tensor) -> dict[str, Tensor]:
     layer_name = name.removesuffix(".weight")
     if name == layer_name or tensor.ndim != 2:
         return {name: tensor}
-    layer = LinearLayer(layer_name, (Part(layer_name, len(tensor)),), tensor.shape[1], False, "float32", stored=False)
+    layer = LinearLayer(
+        layer_name,
+        (Part(layer_name, len(tensor)),),
+        tensor.shape[1],
+        False,
+        "float32",
+        stored=False,
+    )
     if isinstance(scheme.parameters(layer), Declined):
         settings["modules_to_not_convert"].append(layer_name)
         return {name: tensor}
-    return {f"{layer_name}.{suffix}": t.contiguous() for suffix, t in scheme.quantize(layer, tensor).items()}
+    return {
+        f"{layer_name}.{suffix}": t.contiguous()
+        for suffix, t in scheme.quantize(layer, tensor).items()
+    }
 
 
 if __name__ == "__main__":

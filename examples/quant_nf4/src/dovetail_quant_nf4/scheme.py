@@ -18,7 +18,8 @@ Tensors = Mapping[str, Tensor]
 
 
 def levels() -> Tensor:
-    """f32[16], ascending: eight levels above zero, zero, seven below, at evenly spaced quantiles, scaled to ±1."""
+    """f32[16], ascending: eight levels above zero, zero, seven below, at evenly spaced quantiles,
+    scaled to ±1."""
     tail, quantile = 0.9677083, NormalDist().inv_cdf
     above = [quantile(tail + (0.5 - tail) * i / 8) for i in range(8)]
     below = [-quantile(tail + (0.5 - tail) * i / 7) for i in range(7)]
@@ -43,7 +44,9 @@ class NF4:
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
         size = self._block_size
-        if layer.alike(self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"):
+        if layer.alike(
+            self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"
+        ):
             return Declined("the checkpoint leaves it out (modules_to_not_convert)")
         if layer.in_features % size or size % 2:
             reason = f"{layer.in_features} inputs are not whole blocks of {size}"
@@ -63,7 +66,10 @@ class NF4:
         return None
 
     def nbytes(self, layer: LinearLayer) -> int:
-        return layer.out_features * layer.in_features // 2 + layer.out_features * layer.in_features // self._block_size * 2
+        return (
+            layer.out_features * layer.in_features // 2
+            + layer.out_features * layer.in_features // self._block_size * 2
+        )
 
     def dequantize(self, layer: LinearLayer, tensors: Tensors) -> Tensor:
         return expand(tensors["codes"], tensors["scales"], PAIRS.to(tensors["codes"].device))
@@ -72,7 +78,9 @@ class NF4:
         blocks = weight.float().reshape(len(weight), -1, self._block_size)
         scales = blocks.abs().amax(-1).to(torch.float16)
         # A block of zeros has the scale 0, and any code will do.
-        nearest = torch.bucketize(blocks / scales.float().clamp_min(1e-12)[..., None], BOUNDS.to(weight.device))
+        nearest = torch.bucketize(
+            blocks / scales.float().clamp_min(1e-12)[..., None], BOUNDS.to(weight.device)
+        )
         nearest = nearest.flatten(1).to(torch.uint8)
         return {"codes": nearest[:, 0::2] << 4 | nearest[:, 1::2], "scales": scales}
 

@@ -1,4 +1,5 @@
-"""An example plugin: `POST /v1/perplexity` says how surprising a text is to the model that is served."""
+"""An example plugin: `POST /v1/perplexity` says how surprising a text is to the model that is
+served."""
 
 from __future__ import annotations
 
@@ -20,10 +21,13 @@ def build(context: Any, options: Options) -> Callable[[EngineClient], APIRouter]
     return make_router
 
 
-PROVIDER = Provider("perplexity", "POST /v1/perplexity: how surprising a text is to the model", build)
+PROVIDER = Provider(
+    "perplexity", "POST /v1/perplexity: how surprising a text is to the model", build
+)
 
 
-# The hook is the server's own: where that is not installed it does not exist, and that is no mistake.
+# The hook is the server's own: where that is not installed it does not exist, and that is no
+# mistake.
 @hookimpl(optionalhook=True)
 def dovetail_routes() -> list[Provider[Callable[[EngineClient], APIRouter]]]:
     return [PROVIDER]

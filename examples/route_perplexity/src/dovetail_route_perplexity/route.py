@@ -1,4 +1,5 @@
-"""The route. Errors of the engine and bad bodies are answered by the server, as for its own routes."""
+"""The route. Errors of the engine and bad bodies are answered by the server, as for its own
+routes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def make_router(engine: EngineClient) -> APIRouter:
     async def perplexity(body: Body) -> Perplexity:
         """exp of the mean negative log-probability of every token but the first."""
         logprobs: list[float] = []
-        async for delta in engine.generate(body.text, SamplingParams(max_tokens=0, prompt_logprobs=0)):
+        async for delta in engine.generate(
+            body.text, SamplingParams(max_tokens=0, prompt_logprobs=0)
+        ):
             logprobs += [position.logprobs[0] for position in delta.prompt_logprobs]
         mean = sum(logprobs) / len(logprobs) if logprobs else 0.0
         return Perplexity(perplexity=math.exp(-mean), num_tokens=len(logprobs) + 1)

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 class SrfOptions(SchedulerOptions):
-    ageing: float = Field(1.0, gt=0, description="tokens by which a sequence counts as shorter for each step since it came")
+    ageing: float = Field(
+        1.0,
+        gt=0,
+        description="tokens by which a sequence counts as shorter for each step since it came",
+    )
 
 
 def build(context: Any, options: SrfOptions) -> ShortestRemainingFirst:
@@ -24,7 +28,9 @@ def build(context: Any, options: SrfOptions) -> ShortestRemainingFirst:
 
 
 # No capabilities: this scheduler promises no order, only what every scheduler does.
-PROVIDER = Provider("srf", "the shortest remaining sequence first, with ageing", build, SrfOptions, priority=10)
+PROVIDER = Provider(
+    "srf", "the shortest remaining sequence first, with ageing", build, SrfOptions, priority=10
+)
 
 
 @hookimpl

@@ -1,7 +1,8 @@
-"""One idea: everyone is sorted by the tokens still to be computed, less an allowance for each step since arrival.
+"""One idea: everyone is sorted by the tokens still to be computed, less an allowance for each step
+since arrival.
 
-The allowance grows without bound and the tokens do not, so in the end the oldest sequence is always the most urgent: it is
-admitted first and preempted last, and nobody starves.
+The allowance grows without bound and the tokens do not, so in the end the oldest sequence is always
+the most urgent: it is admitted first and preempted last, and nobody starves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class ShortestRemainingFirst:
-    """A `Scheduler`. Sequences that run go on running; a shorter newcomer takes the next free batch row, not theirs."""
+    """A `Scheduler`. Sequences that run go on running; a shorter newcomer takes the next free batch
+    row, not theirs."""
 
     def __init__(self, kv: KVCacheManager, options: SrfOptions) -> None:
         self.kv = kv
@@ -66,7 +68,8 @@ class ShortestRemainingFirst:
                     break
             else:
                 budget -= count
-        # Whoever was preempted must not come back in the step that took its blocks, unless nobody else can run.
+        # Whoever was preempted must not come back in the step that took its blocks, unless nobody
+        # else can run.
         if not is_short_of_blocks or not (plan.seq_ids or in_flight):
             self._admit(plan, budget)
         if not plan.seq_ids:
@@ -77,7 +80,11 @@ class ShortestRemainingFirst:
 
     def _urgency(self, seq: Sequence) -> float:
         """The lower, the more urgent."""
-        return seq.max_len - seq.num_computed_tokens - self.options.ageing * (self._step_id - self._arrived[seq.seq_id])
+        return (
+            seq.max_len
+            - seq.num_computed_tokens
+            - self.options.ageing * (self._step_id - self._arrived[seq.seq_id])
+        )
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         for seq in list(self.waiting):
@@ -98,7 +105,8 @@ class ShortestRemainingFirst:
             budget -= count
 
     def _add_row(self, plan: StepPlan, seq: Sequence, count: int) -> bool:
-        """Give the sequence blocks for its next `count` tokens, and a row. False, and nothing changed, if there are none."""
+        """Give the sequence blocks for its next `count` tokens, and a row. False, and nothing
+        changed, if there are none."""
         end = seq.num_computed_tokens + count
         added = self.kv.grow(seq.seq_id, end)
         if added is None:
@@ -107,7 +115,8 @@ class ShortestRemainingFirst:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take its blocks. It is computed again later, with what it has said so far: its output does not change."""
+        """Take its blocks. It is computed again later, with what it has said so far: its output
+        does not change."""
         self.running.remove(seq)
         self._give_up_blocks(seq)
         seq.restart()

@@ -1,8 +1,10 @@
-"""`dovetail new-plugin`: a package for an extension point, which installs and keeps its contract as it stands.
+"""`dovetail new-plugin`: a package for an extension point, which installs and keeps its contract as
+it stands.
 
-A template is a folder of files as they will be, in which `my_plugin`, `my-plugin` and `MyPlugin` stand for the new name.
-The core's own are beside this file, one for each extension point; a plugin that adds an extension point names its own in `ExtensionPoint.scaffold`.
-What is the same for all, pyproject.toml and README.md, is in `common/`.
+A template is a folder of files as they will be, in which `my_plugin`, `my-plugin` and `MyPlugin`
+stand for the new name. The core's own are beside this file, one for each extension point; a plugin
+that adds an extension point names its own in `ExtensionPoint.scaffold`. What is the same for all,
+pyproject.toml and README.md, is in `common/`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ HERE = Path(__file__).parent
 
 
 def new_plugin(registry: Registry, point_name: str, name: str, out: Path | None = None) -> Path:
-    """Write the package into `out` (by default a folder of its name, here), which must not exist. Returns the folder.
+    """Write the package into `out` (by default a folder of its name, here), which must not exist.
+    Returns the folder.
 
     Raises `ConfigError`; then nothing has been written.
     """
@@ -51,21 +54,30 @@ def new_plugin(registry: Registry, point_name: str, name: str, out: Path | None 
 
 
 def template_of(extension_point: ExtensionPoint) -> Path:
-    """The folder that an extension point's packages are made from. Raises `ConfigError` if it has none."""
+    """The folder that an extension point's packages are made from. Raises `ConfigError` if it has
+    none."""
     if not extension_point.scaffold:
         folder = HERE / extension_point.name
     else:
         package, _, below = extension_point.scaffold.partition(":")
         spec = importlib.util.find_spec(package)
-        folder = Path(spec.origin).parent / below if spec is not None and spec.origin else Path(below)
+        folder = (
+            Path(spec.origin).parent / below if spec is not None and spec.origin else Path(below)
+        )
     if not folder.is_dir():
-        raise ConfigError(f"new-plugin: the extension point {extension_point.name} comes without a template ({folder} is no folder)")
+        raise ConfigError(
+            f"new-plugin: the extension point {extension_point.name} comes without a template"
+            f" ({folder} is no folder)"
+        )
     return folder
 
 
 def _extension_point(registry: Registry, name: str) -> ExtensionPoint:
     if name not in registry.extension_points:
-        raise ConfigError(f"new-plugin: {name!r} is no extension point; there are {', '.join(registry.extension_points)}")
+        raise ConfigError(
+            f"new-plugin: {name!r} is no extension point; there are"
+            f" {', '.join(registry.extension_points)}"
+        )
     return registry.extension_points[name]
 
 
@@ -73,16 +85,32 @@ def _checked(registry: Registry, extension_point: ExtensionPoint, name: str) -> 
     """The name as a module's. Raises `ConfigError` if it cannot be one, or is somebody's."""
     module = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", module) or keyword.iskeyword(module):
-        raise ConfigError(f"new-plugin: {name!r} is no name for a package: lower-case words, as in my_backend or my-backend")
+        raise ConfigError(
+            f"new-plugin: {name!r} is no name for a package: lower-case words, as in my_backend or"
+            " my-backend"
+        )
     dashed = module.replace("_", "-")
-    taken = [d for d in importlib.metadata.distributions() if re.sub(r"[-_.]+", "-", d.name or "").lower() == dashed]
+    taken = [
+        d
+        for d in importlib.metadata.distributions()
+        if re.sub(r"[-_.]+", "-", d.name or "").lower() == dashed
+    ]
     if taken:
-        raise ConfigError(f"new-plugin: {taken[0].name} {taken[0].version} is installed already: choose another name")
+        raise ConfigError(
+            f"new-plugin: {taken[0].name} {taken[0].version} is installed already: choose another"
+            " name"
+        )
     if module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None:
         raise ConfigError(f"new-plugin: there is a module {module} already: choose another name")
-    owners = [o.qualified_name for o in registry.of(extension_point.name) if o.provider.name == dashed]
+    owners = [
+        o.qualified_name for o in registry.of(extension_point.name) if o.provider.name == dashed
+    ]
     if owners or dashed in ("auto", "none"):
-        why = f"a provider of {extension_point.name} ({', '.join(owners)})" if owners else "a word of configurations"
+        why = (
+            f"a provider of {extension_point.name} ({', '.join(owners)})"
+            if owners
+            else "a word of configurations"
+        )
         raise ConfigError(f"new-plugin: {dashed!r} is {why}: choose another name")
     return module
 
@@ -93,7 +121,11 @@ def _words(registry: Registry, extension_point: ExtensionPoint, module: str) -> 
     owner = registry.added_by.get(extension_point.name)
     files = sorted(p for p in (template / "src/my_plugin").glob("*.py") if p.name != "__init__.py")
     rows = [f"| `src/my_plugin/{p.name}` | {_first_sentence(p)} |\n" for p in files]
-    needs = ["dovetail-core", *([owner.distribution] if owner else []), *sorted(_libraries(template))]
+    needs = [
+        "dovetail-core",
+        *([owner.distribution] if owner else []),
+        *sorted(_libraries(template)),
+    ]
     dashed = module.replace("_", "-")
     return {
         "THE_SOCKET": extension_point.name,
@@ -130,7 +162,11 @@ def _libraries(template: Path) -> set[str]:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found |= {m.split(".")[0] for m in modules}
-    return {m for m in found - sys.stdlib_module_names if m != "my_plugin" and not m.startswith("dovetail")}
+    return {
+        m
+        for m in found - sys.stdlib_module_names
+        if m != "my_plugin" and not m.startswith("dovetail")
+    }
 
 
 def _first_sentence(path: Path) -> str:

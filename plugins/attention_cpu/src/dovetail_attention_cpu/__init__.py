@@ -38,7 +38,11 @@ NEEDED_FLAGS = ("avx2", "fma", "f16c")
 
 class CpuOptions(Options):
     target: Literal["native", "avx2"] = Field(
-        "native", description="instructions to compile for: all that this CPU has, or AVX2 alone (slower; for comparison)"
+        "native",
+        description=(
+            "instructions to compile for: all that this CPU has, or AVX2 alone (slower; for"
+            " comparison)"
+        ),
     )
 
 

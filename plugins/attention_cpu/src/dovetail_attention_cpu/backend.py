@@ -1,4 +1,5 @@
-"""The compiled kernel behind the attention contract: tensors to pointers, and a workspace that `plan` grows."""
+"""The compiled kernel behind the attention contract: tensors to pointers, and a workspace that
+`plan` grows."""
 
 from __future__ import annotations
 
@@ -16,10 +17,16 @@ from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCach
 from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
 from dovetail.native import zeros
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 LONG_COST = 5e6
-"""Multiply-adds (about 100 µs) above which Python's lock is let go of. Getting it back may take milliseconds when other
-threads are busy, which short calls must not pay once a layer."""
+"""Multiply-adds (about 100 µs) above which Python's lock is let go of. Getting it back may take
+milliseconds when other threads are busy, which short calls must not pay once a layer."""
 
 _i, _n, _f, _p = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -59,32 +66,62 @@ class Functions:
 
 
 class Step:
-    """A step's work for the layers of one geometry. Owns the kernel's work list, and keeps alive what that points to."""
+    """A step's work for the layers of one geometry. Owns the kernel's work list, and keeps alive
+    what that points to."""
 
-    def __init__(self, functions: Functions, batch: AttentionBatch, layer: AttentionLayer, block_size: int) -> None:
+    def __init__(
+        self, functions: Functions, batch: AttentionBatch, layer: AttentionLayer, block_size: int
+    ) -> None:
         table, slots = batch.block_table, batch.slot_mapping
-        if table.dtype is not torch.int32 or slots.dtype is not torch.int64 or table.stride(1) != 1 or slots.stride(0) != 1:
-            raise PluginError("attention: block_table is i32[B, max_blocks] and slot_mapping i64[T], rows contiguous")
+        if (
+            table.dtype is not torch.int32
+            or slots.dtype is not torch.int64
+            or table.stride(1) != 1
+            or slots.stride(0) != 1
+        ):
+            raise PluginError(
+                "attention: block_table is i32[B, max_blocks] and slot_mapping i64[T], rows"
+                " contiguous"
+            )
         self.num_tokens = batch.host_query_start[batch.num_seqs]
         longest = max(batch.host_seq_lens[: batch.num_seqs], default=0)
-        if table.shape[0] < batch.num_seqs or table.shape[1] * block_size < longest or slots.shape[0] < self.num_tokens:
+        if (
+            table.shape[0] < batch.num_seqs
+            or table.shape[1] * block_size < longest
+            or slots.shape[0] < self.num_tokens
+        ):
             raise PluginError(
-                f"attention: a block_table {tuple(table.shape)} and a slot_mapping {tuple(slots.shape)} do not hold "
-                f"{batch.num_seqs} sequences of up to {longest} tokens in blocks of {block_size}, {self.num_tokens} of them new"
+                f"attention: a block_table {tuple(table.shape)} and a slot_mapping"
+                f" {tuple(slots.shape)} do not hold {batch.num_seqs} sequences of up to {longest}"
+                f" tokens in blocks of {block_size}, {self.num_tokens} of them new"
             )
         lengths = ctypes.c_int32 * batch.num_seqs
         starts = ctypes.c_int32 * (batch.num_seqs + 1)
         self.kept = (table, slots)
         self.workspace: Tensor | None = None
-        self.q_shape, self.kv_shape = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
+        self.q_shape, self.kv_shape = (
+            (layer.num_heads, layer.head_size),
+            (layer.num_kv_heads, layer.head_size),
+        )
         self.cache_shape = (layer.num_kv_heads, 2, block_size, layer.head_size)
         self._free: Callable[[int], None] = functions.free
         self.pointer: int = functions.plan(
-            starts(*batch.host_query_start[: batch.num_seqs + 1]), lengths(*batch.host_seq_lens[: batch.num_seqs]),
-            batch.num_seqs, layer.num_heads, layer.num_kv_heads, layer.head_size, block_size, layer.window or 0,
-            table.data_ptr(), table.stride(0), slots.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        self.run = functions.run_long if functions.cost(self.pointer) > LONG_COST else functions.run_short
+            starts(*batch.host_query_start[: batch.num_seqs + 1]),
+            lengths(*batch.host_seq_lens[: batch.num_seqs]),
+            batch.num_seqs,
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_size,
+            block_size,
+            layer.window or 0,
+            table.data_ptr(),
+            table.stride(0),
+            slots.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self.run = (
+            functions.run_long if functions.cost(self.pointer) > LONG_COST else functions.run_short
+        )
 
     def __del__(self) -> None:
         if pointer := getattr(self, "pointer", None):
@@ -109,8 +146,9 @@ Plan = dict[int, Step]
 class CpuAttention:
     """An `AttentionBackend` over the compiled kernel. One object is used by one thread at a time.
 
-    A layer's cache is one tensor `[num_blocks, Hkv, 2, block_size, D]`: for each block and head its keys, then its values,
-    each packed for vector loads (csrc/element.h), so that a head's part of a block is one stretch of memory.
+    A layer's cache is one tensor `[num_blocks, Hkv, 2, block_size, D]`: for each block and head its
+    keys, then its values, each packed for vector loads (csrc/element.h), so that a head's part of a
+    block is one stretch of memory.
     """
 
     def __init__(self, library: Path) -> None:
@@ -143,33 +181,73 @@ class CpuAttention:
             step.workspace = self._workspace
         return plan
 
-    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Tensor, plan: Plan, out: Tensor) -> None:
+    def run(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Tensor,
+        plan: Plan,
+        out: Tensor,
+    ) -> None:
         step = plan[layer.index]
-        (qt, qh, q1), (kt, kh, k1), (vt, vh, v1), (ot, oh, o1) = q.stride(), k.stride(), v.stride(), out.stride()
+        (qt, qh, q1), (kt, kh, k1), (vt, vh, v1), (ot, oh, o1) = (
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            out.stride(),
+        )
         dtype, n, kv_shape = q.dtype, step.num_tokens, step.kv_shape
         if not (q1 == k1 == v1 == o1 == 1 and k.dtype == v.dtype == out.dtype == dtype):
             raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
         if not (
-            q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0]
-            and q.shape[1:] == out.shape[1:] == step.q_shape and k.shape[1:] == v.shape[1:] == kv_shape
+            q.shape[0] >= n <= k.shape[0]
+            and v.shape[0] >= n <= out.shape[0]
+            and q.shape[1:] == out.shape[1:] == step.q_shape
+            and k.shape[1:] == v.shape[1:] == kv_shape
             and cache.shape[1:] == step.cache_shape
-        ):  # fmt: skip
+        ):
             raise PluginError(
-                "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned"
+                "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this"
+                " layer's, as planned"
             )
         step.run(
-            step.pointer, layer.scale, layer.logit_soft_cap or 0.0, *_pointers(layer), TYPES[dtype],
-            q.data_ptr(), qt, qh, k.data_ptr(), kt, kh, v.data_ptr(), vt, vh,
-            TYPES[cache.dtype], cache.data_ptr(), out.data_ptr(), ot, oh,
-        )  # fmt: skip
+            step.pointer,
+            layer.scale,
+            layer.logit_soft_cap or 0.0,
+            *_pointers(layer),
+            TYPES[dtype],
+            q.data_ptr(),
+            qt,
+            qh,
+            k.data_ptr(),
+            kt,
+            kh,
+            v.data_ptr(),
+            vt,
+            vh,
+            TYPES[cache.dtype],
+            cache.data_ptr(),
+            out.data_ptr(),
+            ot,
+            oh,
+        )
 
     def compile(self, layer: AttentionLayer, cache: Tensor, call: AttentionCall) -> Compiled:
         _check(layer.num_heads, layer.num_kv_heads, layer.head_size, cache.shape[3])
         ops = (Op * 3)()
         pointer = self._functions.compile(
-            layer.index, layer.head_size, layer.scale, layer.logit_soft_cap or 0.0, *_pointers(layer),
-            ctypes.addressof(call), TYPES[cache.dtype], cache.data_ptr(), ctypes.addressof(ops),
-        )  # fmt: skip
+            layer.index,
+            layer.head_size,
+            layer.scale,
+            layer.logit_soft_cap or 0.0,
+            *_pointers(layer),
+            ctypes.addressof(call),
+            TYPES[cache.dtype],
+            cache.data_ptr(),
+            ctypes.addressof(ops),
+        )
         return Compiled(list(ops), CompiledLayer(self._functions, pointer, (cache, layer)))
 
     def address(self, layer: AttentionLayer, plan: Plan) -> int:
@@ -188,13 +266,26 @@ class CpuAttention:
         keys, values = (x.to(device="cpu", dtype=cache.dtype).contiguous() for x in (keys, values))
         self._copy(True, cache, block_ids, keys, values)
 
-    def _copy(self, to_cache: bool, cache: Tensor, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
+    def _copy(
+        self, to_cache: bool, cache: Tensor, block_ids: list[int], keys: Tensor, values: Tensor
+    ) -> None:
         _, num_kv_heads, _, block_size, head_size = cache.shape
-        slots = (torch.tensor(block_ids, dtype=torch.int64)[:, None] * block_size + torch.arange(block_size)).flatten()
+        slots = (
+            torch.tensor(block_ids, dtype=torch.int64)[:, None] * block_size
+            + torch.arange(block_size)
+        ).flatten()
         self._functions.copy_tokens(
-            to_cache, TYPES[cache.dtype], cache.data_ptr(), num_kv_heads, head_size, block_size,
-            slots.data_ptr(), len(slots), keys.data_ptr(), values.data_ptr(),
-        )  # fmt: skip
+            to_cache,
+            TYPES[cache.dtype],
+            cache.data_ptr(),
+            num_kv_heads,
+            head_size,
+            block_size,
+            slots.data_ptr(),
+            len(slots),
+            keys.data_ptr(),
+            values.data_ptr(),
+        )
 
     def _grow(self, num_bytes: int) -> None:
         if num_bytes > self._workspace.numel():
@@ -203,17 +294,24 @@ class CpuAttention:
 
 def _pointers(layer: AttentionLayer) -> tuple[int | None, int | None]:
     """Of the sinks and of the scales of keys and values."""
-    for tensor, what in ((layer.sinks, "sinks are f32[Hq]"), (layer.kv_scales, "kv_scales are f32[2]")):
+    for tensor, what in (
+        (layer.sinks, "sinks are f32[Hq]"),
+        (layer.kv_scales, "kv_scales are f32[2]"),
+    ):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_contiguous()):
             raise PluginError(f"attention: {what}, contiguous")
     sinks, scales = layer.sinks, layer.kv_scales
-    return None if sinks is None else sinks.data_ptr(), None if scales is None else scales.data_ptr()
+    return (
+        None if sinks is None else sinks.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+    )
 
 
 def _check(num_heads: int, num_kv_heads: int, head_size: int, block_size: int) -> None:
     if head_size % 16 or not 16 <= head_size <= 256 or block_size % 16 or num_heads % num_kv_heads:
         raise PluginError(
-            f"attention-cpu: head size {head_size} and block size {block_size} must be multiples of 16 (heads to 256), and "
-            f"{num_heads} query heads a multiple of {num_kv_heads} KV heads",
+            f"attention-cpu: head size {head_size} and block size {block_size} must be multiples of"
+            f" 16 (heads to 256), and {num_heads} query heads a multiple of {num_kv_heads} KV"
+            " heads",
             provider="attention-cpu",
         )

@@ -34,7 +34,9 @@ TRITON_CAPABILITIES = AttentionCapabilities(
 )
 
 
-CUDA_CAPABILITIES = replace(TRITON_CAPABILITIES, head_sizes=tuple(range(16, 257, 16)), block_sizes=tuple(range(8, 257, 8)))
+CUDA_CAPABILITIES = replace(
+    TRITON_CAPABILITIES, head_sizes=tuple(range(16, 257, 16)), block_sizes=tuple(range(8, 257, 8))
+)
 SOURCES = Path(__file__).parent / "csrc"
 
 
@@ -47,7 +49,12 @@ def why_no_triton(context: Context) -> list[Reason]:
     is_fp8 = context.needs.get("kv_dtype") == "float8_e4m3fn"
     reasons = why_not_gpu(context, (8, 9) if is_fp8 else (8, 0))
     if importlib.util.find_spec("triton") is None:
-        reasons.append(Reason("Triton is not installed", "pip install triton; PyTorch's CUDA builds bring it along"))
+        reasons.append(
+            Reason(
+                "Triton is not installed",
+                "pip install triton; PyTorch's CUDA builds bring it along",
+            )
+        )
     return reasons
 
 
@@ -75,7 +82,9 @@ class CudaOptions(Options):
 def why_no_cuda(context: Context) -> list[Reason]:
     reasons = why_not_gpu(context)
     if context.device.nvcc is None:
-        reasons.append(Reason("CUDA's compiler was not found", "install the CUDA toolkit, or set CUDA_HOME"))
+        reasons.append(
+            Reason("CUDA's compiler was not found", "install the CUDA toolkit, or set CUDA_HOME")
+        )
     return reasons
 
 
@@ -93,7 +102,8 @@ def build_cuda(context: BuildContext, options: CudaOptions) -> CudaAttention:
 
 CUDA = Provider(
     "cuda",
-    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for where Triton is absent; prompts are slow",
+    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for where Triton is absent;"
+    " prompts are slow",
     build_cuda,
     CudaOptions,
     CUDA_CAPABILITIES,

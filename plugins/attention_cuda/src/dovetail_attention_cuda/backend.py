@@ -1,4 +1,5 @@
-"""The Triton kernels behind the attention contract: work lists go to the device once a step, launches happen once a layer."""
+"""The Triton kernels behind the attention contract: work lists go to the device once a step,
+launches happen once a layer."""
 
 from __future__ import annotations
 
@@ -13,8 +14,24 @@ from triton.runtime.interpreter import InterpretedFunction
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail_attention_cuda import kernels
 from dovetail_attention_cuda.cache import Cache, allocate, check, export_kv, import_kv
-from dovetail_attention_cuda.schedule import I32, I64, cut_queries, is_short, most_pieces, split, whole
-from dovetail_attention_cuda.shapes import LONG_PROGRAMS, SHORT_PROGRAMS, UNIT, launch, long_rows, power_of_two, short_rows
+from dovetail_attention_cuda.schedule import (
+    I32,
+    I64,
+    cut_queries,
+    is_short,
+    most_pieces,
+    split,
+    whole,
+)
+from dovetail_attention_cuda.shapes import (
+    LONG_PROGRAMS,
+    SHORT_PROGRAMS,
+    UNIT,
+    launch,
+    long_rows,
+    power_of_two,
+    short_rows,
+)
 
 INTERPRETED_PROGRAMS = 3
 """Of a grid in Triton's interpreter: few, so that each takes several pieces."""
@@ -44,7 +61,8 @@ class Geometry:
 class Partials:
     """What the pieces of rows that were split leave for `merge`; written and read within one `run`.
 
-    `count` pieces of `Hkv` heads and `block_m` rows each take `R = count * Hkv * block_m` rows of one float32 buffer.
+    `count` pieces of `Hkv` heads and `block_m` rows each take `R = count * Hkv * block_m` rows of
+    one float32 buffer.
     """
 
     sums: Tensor
@@ -68,12 +86,14 @@ class Partials:
 
 
 class GrowingBuffer:
-    """Device memory that steps of all sizes share, where each use ends before the next begins on the stream.
+    """Device memory that steps of all sizes share, where each use ends before the next begins on
+    the stream.
 
-    What a captured graph uses may neither move nor be freed, and a backend is not told what is captured. So a buffer that was
-    handed out is kept for the life of this object: a larger request allocates another buffer, which serves all later
-    requests. Each is at least twice as large as the one before, so that all of them together are less than twice the
-    last. The worker captures its largest batch first, and then there is one; nothing here depends on that order.
+    What a captured graph uses may neither move nor be freed, and a backend is not told what is
+    captured. So a buffer that was handed out is kept for the life of this object: a larger request
+    allocates another buffer, which serves all later requests. Each is at least twice as large as
+    the one before, so that all of them together are less than twice the last. The worker captures
+    its largest batch first, and then there is one; nothing here depends on that order.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -120,23 +140,30 @@ Plan = dict[Geometry, Step]
 
 
 class DecodeSteps:
-    """For steps of one token a row, of one geometry and KV group: their work, for each number of rows at addresses that stay.
+    """For steps of one token a row, of one geometry and KV group: their work, for each number of
+    rows at addresses that stay.
 
-    Steps of all sizes share one buffer of numbers, because a step's work is written by its `plan` and read before the next
-    `plan` of its group; and all geometries share one buffer of partials, because a `run` writes them before it reads them.
+    Steps of all sizes share one buffer of numbers, because a step's work is written by its `plan`
+    and read before the next `plan` of its group; and all geometries share one buffer of partials,
+    because a `run` writes them before it reads them.
     """
 
-    def __init__(self, geometry: Geometry, num_programs: int, partials: GrowingBuffer, device: torch.device) -> None:
+    def __init__(
+        self, geometry: Geometry, num_programs: int, partials: GrowingBuffer, device: torch.device
+    ) -> None:
         self._geometry, self._num_programs, self._partials = geometry, num_programs, partials
         self._numbers = GrowingBuffer(torch.int32, device)
         self._works: dict[int, tuple[Tensor, Work]] = {}
-        """By number of rows: the numbers of its work, and views of them. A captured graph reads there, so entries stay."""
+        """By number of rows: the numbers of its work, and views of them. A captured graph reads
+        there, so entries stay."""
 
     def write(self, num_rows: int, pieces: I32, tiles: I32) -> Work:
         if num_rows not in self._works:
             self._works[num_rows] = self._work(num_rows)
         there, work = self._works[num_rows]
-        numbers = np.concatenate([[len(pieces), 0, 0, 0], tiles.ravel(), pieces.ravel()], dtype=np.int32)
+        numbers = np.concatenate(
+            [[len(pieces), 0, 0, 0], tiles.ravel(), pieces.ravel()], dtype=np.int32
+        )
         there[: len(numbers)].copy_(_staged(numbers, there.device), non_blocking=True)
         return work
 
@@ -146,9 +173,13 @@ class DecodeSteps:
         # One copy to the device: the number of pieces, the tiles, the pieces.
         tiles, end = 4 + num_rows * 4, 4 + num_rows * 4 + capacity * 5
         there = self._numbers.of(end)[:end]
-        partials = Partials.within(self._partials.of(Partials.numbers(capacity, of, block_m)), capacity, of, block_m)
+        partials = Partials.within(
+            self._partials.of(Partials.numbers(capacity, of, block_m)), capacity, of, block_m
+        )
         pieces = there[tiles:].view(-1, 5)
-        return there, Work(block_m, self._num_programs, pieces, there[:1], there[4:tiles].view(-1, 4), partials)
+        return there, Work(
+            block_m, self._num_programs, pieces, there[:1], there[4:tiles].view(-1, 4), partials
+        )
 
 
 class TritonAttention:
@@ -175,10 +206,14 @@ class TritonAttention:
         for layer in layers:
             geometry = Geometry.of(layer)
             if geometry not in found:
-                found[geometry] = Step(batch, self._works(geometry, layer.index, batch, query_lens, seq_lens))
+                found[geometry] = Step(
+                    batch, self._works(geometry, layer.index, batch, query_lens, seq_lens)
+                )
         return found
 
-    def _works(self, of: Geometry, index: int, batch: AttentionBatch, query_lens: I64, seq_lens: I64) -> list[Work]:
+    def _works(
+        self, of: Geometry, index: int, batch: AttentionBatch, query_lens: I64, seq_lens: I64
+    ) -> list[Work]:
         block_m, programs = short_rows(of.group), self._num_sms * SHORT_PROGRAMS
         rows, tokens = np.arange(batch.num_seqs), block_m // of.group
         if not batch.num_seqs:
@@ -196,7 +231,10 @@ class TritonAttention:
             pieces, merged, num_partials = split(tiles, programs, of.num_kv_heads, UNIT)
             work = self._once(block_m, programs, pieces)
             if num_partials:
-                work.tiles, work.partials = self._copied(merged), self._once_partials(num_partials, of, block_m)
+                work.tiles, work.partials = (
+                    self._copied(merged),
+                    self._once_partials(num_partials, of, block_m),
+                )
             works.append(work)
         if not short.all():
             block_m = long_rows(of.group, of.head_size)
@@ -205,10 +243,13 @@ class TritonAttention:
         return works
 
     def _once(self, block_m: int, programs: int, pieces: I32) -> Work:
-        return Work(block_m, programs, self._copied(pieces), self._copied(np.array([len(pieces)], np.int32)))
+        return Work(
+            block_m, programs, self._copied(pieces), self._copied(np.array([len(pieces)], np.int32))
+        )
 
     def _once_partials(self, count: int, of: Geometry, block_m: int) -> Partials:
-        """For a step that is not captured: in the shared buffer if it is large enough, or else for this step alone."""
+        """For a step that is not captured: in the shared buffer if it is large enough, or else for
+        this step alone."""
         needed = Partials.numbers(count, of, block_m)
         is_shared = needed <= self._partials.capacity
         buffer = self._partials.of(needed) if is_shared else torch.empty(needed, device=self.device)
@@ -217,52 +258,127 @@ class TritonAttention:
     def _copied(self, numbers: I32) -> Tensor:
         return _staged(numbers, self.device).to(self.device, non_blocking=True)
 
-    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
+    def run(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        plan: Plan,
+        out: Tensor,
+    ) -> None:
         step = plan[Geometry.of(layer)]
         check(layer, step.batch, q, k, v, cache, out)
         self._write(layer, k, v, cache, step.batch)
         for work in step.works:
             self._attend(layer, q, cache, step.batch, work, out)
 
-    def _write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: Cache, batch: AttentionBatch) -> None:
+    def _write(
+        self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: Cache, batch: AttentionBatch
+    ) -> None:
         keys, values = cache
         if not batch.num_tokens:
             return
         kernels.write_kv[(batch.num_tokens,)](
-            k, v, keys, values, batch.slot_mapping, layer.kv_scales,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), keys.stride(0), keys.stride(1),
-            BLOCK_SIZE=keys.shape[2], HEADS=layer.num_kv_heads, D=layer.head_size,
+            k,
+            v,
+            keys,
+            values,
+            batch.slot_mapping,
+            layer.kv_scales,
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            BLOCK_SIZE=keys.shape[2],
+            HEADS=layer.num_kv_heads,
+            D=layer.head_size,
             WIDTH=power_of_two(layer.num_kv_heads * layer.head_size),
-            KIND=KINDS.get(keys.dtype, "float"), HAS_SCALES=layer.kv_scales is not None,
-            INTERPRETED=self._is_interpreted, num_warps=4,
-        )  # fmt: skip
+            KIND=KINDS.get(keys.dtype, "float"),
+            HAS_SCALES=layer.kv_scales is not None,
+            INTERPRETED=self._is_interpreted,
+            num_warps=4,
+        )
 
-    def _attend(self, layer: AttentionLayer, q: Tensor, cache: Cache, batch: AttentionBatch, work: Work, out: Tensor) -> None:
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        cache: Cache,
+        batch: AttentionBatch,
+        work: Work,
+        out: Tensor,
+    ) -> None:
         keys, values = cache
         table, partials = batch.block_table, work.partials
-        sums, tops, weights = (partials.sums, partials.tops, partials.weights) if partials else (out, out, out)  # not written
+        sums, tops, weights = (
+            (partials.sums, partials.tops, partials.weights) if partials else (out, out, out)
+        )  # not written
         compute = q.dtype if keys.dtype == q.dtype or keys.dtype in KINDS else torch.float32
         how = launch(work.block_m, layer.head_size, compute.itemsize, keys.element_size())
         group, block_d = layer.num_heads // layer.num_kv_heads, power_of_two(layer.head_size)
         shape = {
-            "KV_HEADS": layer.num_kv_heads, "GROUP": group, "D": layer.head_size, "BLOCK_D": block_d, "BLOCK_M": work.block_m,
-            "HAS_SINKS": layer.sinks is not None, "HAS_SCALES": layer.kv_scales is not None, "INTERPRETED":
-            self._is_interpreted,
-        }  # fmt: skip
+            "KV_HEADS": layer.num_kv_heads,
+            "GROUP": group,
+            "D": layer.head_size,
+            "BLOCK_D": block_d,
+            "BLOCK_M": work.block_m,
+            "HAS_SINKS": layer.sinks is not None,
+            "HAS_SCALES": layer.kv_scales is not None,
+            "INTERPRETED": self._is_interpreted,
+        }
         kernels.attend[(work.num_programs,)](
-            q, out, keys, values, table, batch.query_start, batch.seq_lens, layer.sinks, layer.kv_scales,
-            work.pieces, work.num_pieces, sums, tops, weights,
-            layer.scale, layer.logit_soft_cap or 0.0, layer.window or 0,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), keys.stride(0), keys.stride(1), table.stride(0),
-            BLOCK_SIZE=keys.shape[2], BLOCK_N=how.block_n, HAS_CAP=layer.logit_soft_cap is not None,
-            HAS_WINDOW=layer.window is not None, COMPUTE=TYPES[compute], **shape,
-            num_warps=how.num_warps, num_stages=how.num_stages,
-        )  # fmt: skip
+            q,
+            out,
+            keys,
+            values,
+            table,
+            batch.query_start,
+            batch.seq_lens,
+            layer.sinks,
+            layer.kv_scales,
+            work.pieces,
+            work.num_pieces,
+            sums,
+            tops,
+            weights,
+            layer.scale,
+            layer.logit_soft_cap or 0.0,
+            layer.window or 0,
+            q.stride(0),
+            q.stride(1),
+            out.stride(0),
+            out.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            table.stride(0),
+            BLOCK_SIZE=keys.shape[2],
+            BLOCK_N=how.block_n,
+            HAS_CAP=layer.logit_soft_cap is not None,
+            HAS_WINDOW=layer.window is not None,
+            COMPUTE=TYPES[compute],
+            **shape,
+            num_warps=how.num_warps,
+            num_stages=how.num_stages,
+        )
         if partials is not None and work.tiles is not None:
             kernels.merge[(len(work.tiles), layer.num_kv_heads)](
-                out, batch.query_start, layer.sinks, layer.kv_scales, work.tiles, sums, tops, weights,
-                out.stride(0), out.stride(1), **shape, num_warps=4,
-            )  # fmt: skip
+                out,
+                batch.query_start,
+                layer.sinks,
+                layer.kv_scales,
+                work.tiles,
+                sums,
+                tops,
+                weights,
+                out.stride(0),
+                out.stride(1),
+                **shape,
+                num_warps=4,
+            )
 
     def export_kv(
         self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
@@ -274,7 +390,7 @@ class TritonAttention:
 
 
 def _staged(numbers: I32, device: torch.device) -> Tensor:
-    """Where a copy to the device does not wait for it. PyTorch keeps pinned memory that a copy still reads from being given
-    away."""
+    """Where a copy to the device does not wait for it. PyTorch keeps pinned memory that a copy
+    still reads from being given away."""
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -1,4 +1,5 @@
-"""The KV cache of both providers: keys and values of a layer, each `[num_blocks, Hkv, block_size, D]`.
+"""The KV cache of both providers: keys and values of a layer, each `[num_blocks, Hkv, block_size,
+D]`.
 
 So a head's part of a block is one stretch of memory.
 """
@@ -17,10 +18,14 @@ Cache = tuple[Tensor, Tensor]
 def allocate(spec: KVCacheSpec, device: torch.device) -> Cache:
     shape = (spec.num_blocks, spec.num_kv_heads, spec.block_size, spec.head_size)
     dtype = getattr(torch, spec.dtype)
-    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(
+        shape, dtype=dtype, device=device
+    )
 
 
-def export_kv(cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def export_kv(
+    cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """`AttentionBackend.export_kv`."""
     index = torch.tensor(block_ids, dtype=torch.int64, device=cache[0].device)
     keys, values = (x[index].transpose(1, 2).contiguous() for x in cache)
@@ -34,14 +39,35 @@ def import_kv(cache: Cache, block_ids: list[int], keys: Tensor, values: Tensor) 
         own[index] = given.to(device=own.device, dtype=own.dtype).transpose(1, 2)
 
 
-def check(layer: AttentionLayer, batch: AttentionBatch, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor) -> None:
+def check(
+    layer: AttentionLayer,
+    batch: AttentionBatch,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cache,
+    out: Tensor,
+) -> None:
     """What a kernel would read past the end of."""
-    n, heads, kv = batch.num_tokens, (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
-    if not (q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == 1 and k.dtype == v.dtype == out.dtype == q.dtype):
+    n, heads, kv = (
+        batch.num_tokens,
+        (layer.num_heads, layer.head_size),
+        (layer.num_kv_heads, layer.head_size),
+    )
+    if not (
+        q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == 1
+        and k.dtype == v.dtype == out.dtype == q.dtype
+    ):
         raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
     if not (
-        q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0] and len(batch.slot_mapping) >= n
-        and q.shape[1:] == out.shape[1:] == heads and k.shape[1:] == v.shape[1:] == kv
+        q.shape[0] >= n <= k.shape[0]
+        and v.shape[0] >= n <= out.shape[0]
+        and len(batch.slot_mapping) >= n
+        and q.shape[1:] == out.shape[1:] == heads
+        and k.shape[1:] == v.shape[1:] == kv
         and all((x.shape[1], x.shape[3]) == kv for x in cache)
-    ):  # fmt: skip
-        raise PluginError("attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned")
+    ):
+        raise PluginError(
+            "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's,"
+            " as planned"
+        )

@@ -1,12 +1,14 @@
 """PagedAttention in Triton: write a step's keys and values, attend, and merge what was split.
 
-One kernel attends for prefill, chunks of it and decode. A tile is `TOKENS` query tokens of one row times the `GROUP` query
-heads that share a key/value head, so that keys and values are read once for all of them; it goes over its keys in blocks of
-`BLOCK_N` with the running maximum and sum of FlashAttention-2 (arXiv:2307.08691). Where a row's context is split over several
-programs (as in Flash-Decoding), each leaves an unnormalized sum, its maximum and its weight, and `merge` puts them together.
+One kernel attends for prefill, chunks of it and decode. A tile is `TOKENS` query tokens of one row
+times the `GROUP` query heads that share a key/value head, so that keys and values are read once for
+all of them; it goes over its keys in blocks of `BLOCK_N` with the running maximum and sum of
+FlashAttention-2 (arXiv:2307.08691). Where a row's context is split over several programs (as in
+Flash-Decoding), each leaves an unnormalized sum, its maximum and its weight, and `merge` puts them
+together.
 
-The grid is fixed: programs take pieces of work from a list (schedule.py) in turn until it ends, so that one captured launch
-does whatever step the list describes.
+The grid is fixed: programs take pieces of work from a list (schedule.py) in turn until it ends, so
+that one captured launch does whatever step the list describes.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -18,7 +20,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)
-"""1.5 · 2^23: adding it to a small float32 and taking it away rounds to the nearest integer, even if two are."""
+"""1.5 · 2^23: adding it to a small float32 and taking it away rounds to the nearest integer, even
+if two are."""
 
 
 @triton.jit
@@ -26,7 +29,11 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 `x` in TYPE, to the nearest; Triton's interpreter would cut bfloat16 off."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
-        x = tl.where(x == x, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+        x = tl.where(
+            x == x,
+            ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True),
+            x,
+        )
     return x.to(TYPE)
 
 
@@ -34,8 +41,9 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 def stored(x, scale, KIND: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """Float32 `x` as a cache of KIND and TYPE holds it (`AttentionLayer.kv_scales`).
 
-    The division rounds to the nearest (`div.rn`): the contract compares caches bit by bit, and `/` is within 2 ulp only. There
-    is one return, because Triton requires all of a function's returns to have one type.
+    The division rounds to the nearest (`div.rn`): the contract compares caches bit by bit, and `/`
+    is within 2 ulp only. There is one return, because Triton requires all of a function's returns
+    to have one type.
     """
     if KIND == "int8":
         x = tl.div_rn(x, scale)
@@ -50,8 +58,8 @@ def stored(x, scale, KIND: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.con
 
 @triton.jit
 def float8(x):
-    """The code (u8) of the E4M3 number nearest to float32 `x`, even if two are, from -448 to 448. In integers, because
-    Triton's own conversion differs between its interpreter and its targets."""
+    """The code (u8) of the E4M3 number nearest to float32 `x`, even if two are, from -448 to 448.
+    In integers, because Triton's own conversion differs between its interpreter and its targets."""
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.uint32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
@@ -63,12 +71,28 @@ def float8(x):
 
 @triton.jit
 def write_kv(
-    k, v, k_cache, v_cache, slots, kv_scales,
-    k_token, k_head, v_token, v_head, cache_block, cache_head,
-    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    KIND: tl.constexpr, HAS_SCALES: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """One program a token: its keys and values of all heads go to its slot. `WIDTH` is HEADS · D, to a power of two."""
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    kv_scales,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    cache_block,
+    cache_head,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """One program a token: its keys and values of all heads go to its slot. `WIDTH` is HEADS · D,
+    to a power of two."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     at = tl.arange(0, WIDTH)
@@ -87,18 +111,48 @@ def write_kv(
 
 @triton.jit
 def attend(
-    q, out, k_cache, v_cache, table, query_start, seq_lens, sinks, kv_scales,
-    work, num_work, partial_sum, partial_top, partial_weight,
-    scale, soft_cap, window,
-    q_token, q_head, out_token, out_head, cache_block, cache_head, table_row,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr,
-    COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """`work` i32[num_work, 5]: (row, first token of the tile within the row, first key, end of keys, place of the partial or
-    -1), each for all KV heads. COMPUTE is the type of the products' inputs, which INTERPRETED widens: Triton's interpreter
-    multiplies bfloat16 wrongly."""
+    q,
+    out,
+    k_cache,
+    v_cache,
+    table,
+    query_start,
+    seq_lens,
+    sinks,
+    kv_scales,
+    work,
+    num_work,
+    partial_sum,
+    partial_top,
+    partial_weight,
+    scale,
+    soft_cap,
+    window,
+    q_token,
+    q_head,
+    out_token,
+    out_head,
+    cache_block,
+    cache_head,
+    table_row,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """`work` i32[num_work, 5]: (row, first token of the tile within the row, first key, end of
+    keys, index of the partial result or minus one), each for all KV heads. COMPUTE is the type of
+    the products' inputs, which INTERPRETED widens: Triton's interpreter multiplies bfloat16 wrongly.
+    """  # noqa: E501
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     INPUT: tl.constexpr = tl.float32 if INTERPRETED else COMPUTE
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -122,17 +176,24 @@ def attend(
         token, q_at = (row_start + within).to(tl.int64), head * GROUP + m % GROUP
         queries = tl.load(
             q + token[:, None] * q_token + q_at[:, None] * q_head + d[None, :],
-            mask=is_row[:, None] & in_head[None, :], other=0.0,
-        ).to(INPUT)  # fmt: skip
+            mask=is_row[:, None] & in_head[None, :],
+            other=0.0,
+        ).to(INPUT)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_M], tl.float32)
         total_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(begin, end, BLOCK_N):
             key_at = start + tl.arange(0, BLOCK_N)
             is_key = key_at < end
-            block = tl.load(table + row.to(tl.int64) * table_row + key_at // BLOCK_SIZE, mask=is_key, other=0)
+            block = tl.load(
+                table + row.to(tl.int64) * table_row + key_at // BLOCK_SIZE, mask=is_key, other=0
+            )
             base = block.to(tl.int64) * cache_block + head * cache_head + (key_at % BLOCK_SIZE) * D
-            keys = tl.load(k_cache + base[None, :] + d[:, None], mask=is_key[None, :] & in_head[:, None], other=0.0).to(INPUT)
+            keys = tl.load(
+                k_cache + base[None, :] + d[:, None],
+                mask=is_key[None, :] & in_head[:, None],
+                other=0.0,
+            ).to(INPUT)
             logits = tl.dot(queries, keys, input_precision="ieee") * logit_scale
             if HAS_CAP:
                 # tanh by exp, which Triton has on every target
@@ -148,9 +209,15 @@ def attend(
             shrink = tl.exp2(top - base_top)
             weight = weight * shrink + tl.sum(weights, 1)
             top = new_top
-            values = tl.load(v_cache + base[:, None] + d[None, :], mask=is_key[:, None] & in_head[None, :], other=0.0).to(INPUT)
+            values = tl.load(
+                v_cache + base[:, None] + d[None, :],
+                mask=is_key[:, None] & in_head[None, :],
+                other=0.0,
+            ).to(INPUT)
             weights = narrowed(weights, COMPUTE, INTERPRETED).to(INPUT)
-            total_sum = total_sum * shrink[:, None] + tl.dot(weights, values, input_precision="ieee")
+            total_sum = total_sum * shrink[:, None] + tl.dot(
+                weights, values, input_precision="ieee"
+            )
         if place < 0:
             if HAS_SINKS:
                 sink = tl.load(sinks + q_at) * LOG2E
@@ -161,8 +228,9 @@ def attend(
             result = total_sum / tl.where(is_row, weight, 1.0)[:, None] * v_scale
             tl.store(
                 out + token[:, None] * out_token + q_at[:, None] * out_head + d[None, :],
-                narrowed(result, out.dtype.element_ty, INTERPRETED), mask=is_row[:, None] & in_head[None, :],
-            )  # fmt: skip
+                narrowed(result, out.dtype.element_ty, INTERPRETED),
+                mask=is_row[:, None] & in_head[None, :],
+            )
         else:
             at = (place * KV_HEADS + head).to(tl.int64) * BLOCK_M + m
             tl.store(partial_sum + at[:, None] * BLOCK_D + d[None, :], total_sum)
@@ -172,13 +240,27 @@ def attend(
 
 @triton.jit
 def merge(
-    out, query_start, sinks, kv_scales, tiles, partial_sum, partial_top, partial_weight,
-    out_token, out_head,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """`tiles` i32[grid, 4]: (row, first token of the tile within the row, first partial, number of them); 0 of them: the tile
-    was not split, and its output is there."""
+    out,
+    query_start,
+    sinks,
+    kv_scales,
+    tiles,
+    partial_sum,
+    partial_top,
+    partial_weight,
+    out_token,
+    out_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """`tiles` i32[grid, 4]: (row, first token of the tile within the row, first partial, number of
+    them); 0 of them: the tile was not split, and its output is there."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     entry, head = tiles + tl.program_id(0) * 4, tl.program_id(1)
     place, count = tl.load(entry + 2), tl.load(entry + 3)
@@ -210,5 +292,6 @@ def merge(
         token = (row_start + within).to(tl.int64)
         tl.store(
             out + token[:, None] * out_token + q_at[:, None] * out_head + d[None, :],
-            narrowed(result, out.dtype.element_ty, INTERPRETED), mask=is_row[:, None] & (d < D)[None, :],
-        )  # fmt: skip
+            narrowed(result, out.dtype.element_ty, INTERPRETED),
+            mask=is_row[:, None] & (d < D)[None, :],
+        )

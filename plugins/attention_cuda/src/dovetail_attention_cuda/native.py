@@ -1,4 +1,5 @@
-"""The kernels in CUDA C++ behind the attention contract (csrc/paged_attention.cu): tensors to pointers."""
+"""The kernels in CUDA C++ behind the attention contract (csrc/paged_attention.cu): tensors to
+pointers."""
 
 from __future__ import annotations
 
@@ -14,35 +15,76 @@ from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail_attention_cuda.cache import Cache, allocate, check, export_kv, import_kv
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 HEADS_AT_A_TIME = 4
 """Query heads of a block of threads, mostly."""
 MOST_SPLITS = 32
 
 _p, _n, _f, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 POINTERS = (
-    "q", "k", "v", "out", "keys", "values", "query_start", "seq_lens", "table", "slots", "sinks", "kv_scales", "sums", "tops",
+    "q",
+    "k",
+    "v",
+    "out",
+    "keys",
+    "values",
+    "query_start",
+    "seq_lens",
+    "table",
+    "slots",
+    "sinks",
+    "kv_scales",
+    "sums",
+    "tops",
     "weights",
-)  # fmt: skip
-STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "out_token", "out_head", "table_row")
+)
+STRIDES = (
+    "q_token",
+    "q_head",
+    "k_token",
+    "k_head",
+    "v_token",
+    "v_head",
+    "out_token",
+    "out_head",
+    "table_row",
+)
 SIZES = (
-    "window", "type", "kv_type", "num_tokens", "num_rows", "num_heads", "num_kv_heads", "head_size", "block_size", "splits",
-)  # fmt: skip
+    "window",
+    "type",
+    "kv_type",
+    "num_tokens",
+    "num_rows",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "block_size",
+    "splits",
+)
 
 
 class Call(ctypes.Structure):
     """As in csrc/paged_attention.cu."""
 
     _fields_ = [
-        *((name, _p) for name in POINTERS), *((name, _n) for name in STRIDES), ("scale", _f), ("soft_cap", _f),
+        *((name, _p) for name in POINTERS),
+        *((name, _n) for name in STRIDES),
+        ("scale", _f),
+        ("soft_cap", _f),
         *((name, _i) for name in SIZES),
-    ]  # fmt: skip
+    ]
 
 
 @dataclass
 class CudaPlan:
-    """A step, and how many parts each token's context is cut into: by the numbers of rows and heads alone, so that captured
-    launches are good for every step of as many rows."""
+    """A step, and how many parts each token's context is cut into: by the numbers of rows and heads
+    alone, so that captured launches are good for every step of as many rows."""
 
     batch: AttentionBatch
     splits: dict[int, int]
@@ -66,9 +108,17 @@ class CudaAttention:
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         return allocate(spec, self.device)
 
-    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> CudaPlan:
+    def plan(
+        self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int
+    ) -> CudaPlan:
         is_decode = batch.num_tokens == batch.num_seqs
-        return CudaPlan(batch, {n: self._splits(batch.num_seqs, n) if is_decode else 1 for n in {x.num_heads for x in layers}})
+        return CudaPlan(
+            batch,
+            {
+                n: self._splits(batch.num_seqs, n) if is_decode else 1
+                for n in {x.num_heads for x in layers}
+            },
+        )
 
     def _splits(self, num_rows: int, num_heads: int) -> int:
         """As many as give each multiprocessor two blocks of threads."""
@@ -76,7 +126,14 @@ class CudaAttention:
         return max(1, min(MOST_SPLITS, 2 * self._num_sms // blocks))
 
     def run(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: CudaPlan, out: Tensor
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        plan: CudaPlan,
+        out: Tensor,
     ) -> None:
         batch, (keys, values) = plan.batch, cache
         check(layer, batch, q, k, v, cache, out)
@@ -84,21 +141,53 @@ class CudaAttention:
         partials: list[Tensor | None] = [None] * 3
         if splits > 1:
             shape = (batch.num_tokens, layer.num_heads, splits)
-            partials = [torch.empty(*shape, *more, device=q.device) for more in ((layer.head_size,), (), ())]
+            partials = [
+                torch.empty(*shape, *more, device=q.device) for more in ((layer.head_size,), (), ())
+            ]
         tensors = (
-            q, k, v, out, keys, values, batch.query_start, batch.seq_lens, batch.block_table, batch.slot_mapping, layer.sinks,
-            layer.kv_scales, *partials,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out,
+            keys,
+            values,
+            batch.query_start,
+            batch.seq_lens,
+            batch.block_table,
+            batch.slot_mapping,
+            layer.sinks,
+            layer.kv_scales,
+            *partials,
+        )
         pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         strides = (stride for x in (q, k, v, out) for stride in x.stride()[:2])
         call = Call(
-            *pointers, *strides, batch.block_table.stride(0), layer.scale, layer.logit_soft_cap or 0.0, layer.window or 0,
-            TYPES[q.dtype], TYPES[keys.dtype], batch.num_tokens, batch.num_seqs, layer.num_heads, layer.num_kv_heads,
-            layer.head_size, keys.shape[2], splits,
-        )  # fmt: skip
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
+            *pointers,
+            *strides,
+            batch.block_table.stride(0),
+            layer.scale,
+            layer.logit_soft_cap or 0.0,
+            layer.window or 0,
+            TYPES[q.dtype],
+            TYPES[keys.dtype],
+            batch.num_tokens,
+            batch.num_seqs,
+            layer.num_heads,
+            layer.num_kv_heads,
+            layer.head_size,
+            keys.shape[2],
+            splits,
+        )
+        stream = (
+            torch.cuda.current_stream(self.device).cuda_stream
+            if self.device.type == "cuda"
+            else None
+        )
         if error := self._launch(ctypes.addressof(call), stream):
-            raise PluginError(f"attention: the kernels could not be launched: {self._words(error).decode()}", provider="cuda")
+            raise PluginError(
+                f"attention: the kernels could not be launched: {self._words(error).decode()}",
+                provider="cuda",
+            )
 
     def export_kv(
         self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None

@@ -1,8 +1,9 @@
-"""Which pieces of work a step's attention is cut into, from the host's lengths alone: what the programs of kernels.py take in
-turn.
+"""Which pieces of work a step's attention is cut into, from the host's lengths alone: what the
+programs of kernels.py take in turn.
 
-Rows of few new tokens (decode, drafts to verify) are short of parallel work when they are few, so their context is split over
-programs; the others are cut into tiles of queries, the ones with most keys first.
+Rows of few new tokens (decode, drafts to verify) are short of parallel work when they are few, so
+their context is split over programs; the others are cut into tiles of queries, the ones with most
+keys first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SHORT_TILES = 4
 WAVES = (1, 2, 3, 4, 6, 8)
 """How many pieces a program may get, on average, where contexts are split."""
 PIECE_COST = 96
-"""What a piece costs beside its keys, in keys: loading queries, filling the pipeline, leaving a partial sum."""
+"""What a piece costs beside its keys, in keys: loading queries, filling the pipeline, leaving a
+partial sum."""
 MERGE_COST = 128
 """What the merge costs a step, in keys of a program."""
 
@@ -45,8 +47,11 @@ def is_short(query_lens: I64, tokens: int) -> npt.NDArray[np.bool_]:
     return query_lens <= SHORT_TILES * tokens
 
 
-def cut_queries(rows: I64, query_lens: I64, seq_lens: I64, tokens: int, window: int | None) -> Tiles:
-    """Tiles of `tokens` query tokens of these rows; `query_lens` and `seq_lens` are those of all rows."""
+def cut_queries(
+    rows: I64, query_lens: I64, seq_lens: I64, tokens: int, window: int | None
+) -> Tiles:
+    """Tiles of `tokens` query tokens of these rows; `query_lens` and `seq_lens` are those of all
+    rows."""
     counts = -(-query_lens[rows] // tokens)
     row = np.repeat(rows, counts)
     starts = np.cumsum(counts) - counts
@@ -82,8 +87,8 @@ def _rounds(pieces: int, num_kv_heads: int, num_programs: int) -> int:
 
 
 def split(tiles: Tiles, num_programs: int, num_kv_heads: int, unit: int) -> tuple[I32, I32, int]:
-    """The pieces of these tiles, `work` i32[num_work, 5] and `tiles` i32[num_tiles, 4] of kernels.py, and the number of
-    partials."""
+    """The pieces of these tiles, `work` i32[num_work, 5] and `tiles` i32[num_tiles, 4] of
+    kernels.py, and the number of partials."""
     num_keys = tiles.end - tiles.begin
     size = choose_split(num_keys, num_programs, num_kv_heads, unit)
     counts = -(-num_keys // size)
@@ -94,12 +99,23 @@ def split(tiles: Tiles, num_programs: int, num_kv_heads: int, unit: int) -> tupl
     partials = np.where(is_split, counts, 0)
     places = np.cumsum(partials) - partials
     place = np.where(is_split[tile], places[tile] + piece, -1)
-    work = np.stack([tiles.row[tile], tiles.first[tile], begin, np.minimum(begin + size, tiles.end[tile]), place], axis=1)
+    work = np.stack(
+        [
+            tiles.row[tile],
+            tiles.first[tile],
+            begin,
+            np.minimum(begin + size, tiles.end[tile]),
+            place,
+        ],
+        axis=1,
+    )
     merged = np.stack([tiles.row, tiles.first, places, partials], axis=1)
     return work.astype(np.int32), merged.astype(np.int32), int(partials.sum())
 
 
 def whole(tiles: Tiles) -> I32:
     """`work` of tiles that are not split, the longest first."""
-    work = np.stack([tiles.row, tiles.first, tiles.begin, tiles.end, np.full(len(tiles), -1)], axis=1)
+    work = np.stack(
+        [tiles.row, tiles.first, tiles.begin, tiles.end, np.full(len(tiles), -1)], axis=1
+    )
     return work[np.argsort(tiles.begin - tiles.end, kind="stable")].astype(np.int32)

@@ -26,7 +26,8 @@ def power_of_two(n: int) -> int:
 
 
 def short_rows(group: int) -> int:
-    """Query tokens × heads of a group in a tile of rows of few queries: what takes time is to read keys and values."""
+    """Query tokens × heads of a group in a tile of rows of few queries: what takes time is to read
+    keys and values."""
     return max(16, power_of_two(group))
 
 
@@ -36,7 +37,8 @@ def long_rows(group: int, head_size: int) -> int:
 
 
 def launch(block_m: int, head_size: int, query_bytes: int, key_bytes: int) -> Launch:
-    """For tiles of `block_m` rows, in products of inputs of `query_bytes`, over a cache of `key_bytes` an element."""
+    """For tiles of `block_m` rows, in products of inputs of `query_bytes`, over a cache of
+    `key_bytes` an element."""
     size = power_of_two(head_size)
     if query_bytes == 4:  # products without tensor cores, whose operands lie in registers
         return Launch(16 if size > 64 else 32, 8 if block_m * size > 4096 else 4, 1)

@@ -42,10 +42,20 @@ def why_no_flashinfer(context: Context) -> list[Reason]:
     if found is None:
         reasons.append(Reason("FlashInfer is not installed", f"pip install '{wanted}'"))
     elif not least <= numbers(found) < before:
-        reasons.append(Reason(f"FlashInfer {found} is installed, and this was not tested with it", f"pip install '{wanted}'"))
+        reasons.append(
+            Reason(
+                f"FlashInfer {found} is installed, and this was not tested with it",
+                f"pip install '{wanted}'",
+            )
+        )
     torch = installed("torch")
     if torch is None or numbers(torch) < OLDEST_TORCH:
-        reasons.append(Reason(f"needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, and here is {torch or 'none'}"))
+        reasons.append(
+            Reason(
+                f"needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, and here is"
+                f" {torch or 'none'}"
+            )
+        )
     return reasons
 
 
@@ -68,7 +78,9 @@ def build_flashinfer(context: BuildContext, options: FlashInferOptions) -> Flash
     from dovetail_attention_flashinfer.backend import FlashInferAttention
 
     max_num_seqs: int = context.option("scheduler", "max_num_seqs")
-    return FlashInferAttention(context.plan.device, options, import_module("flashinfer"), max_num_seqs)
+    return FlashInferAttention(
+        context.plan.device, options, import_module("flashinfer"), max_num_seqs
+    )
 
 
 FLASHINFER = Provider(

@@ -1,4 +1,5 @@
-"""FlashInfer's wrappers behind the attention contract: plans are made once a step and geometry, runs happen once a layer."""
+"""FlashInfer's wrappers behind the attention contract: plans are made once a step and geometry,
+runs happen once a layer."""
 
 from __future__ import annotations
 
@@ -11,12 +12,21 @@ from torch import Tensor
 from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail_attention_flashinfer.options import FlashInferOptions
-from dovetail_attention_flashinfer.work import LAYOUT, DecodeWork, Geometry, RaggedWork, Types, Work, rounded_width
+from dovetail_attention_flashinfer.work import (
+    LAYOUT,
+    DecodeWork,
+    Geometry,
+    RaggedWork,
+    Types,
+    Work,
+    rounded_width,
+)
 from dovetail_attention_flashinfer.workspace import workspace_bytes
 
 LARGEST_FP8 = 448.0
 MOST_EAGER = 16
-"""Decode works kept for steps that are not captured: a work has 1 MiB of its own and its page numbers."""
+"""Decode works kept for steps that are not captured: a work has 1 MiB of its own and its page
+numbers."""
 Cache = tuple[Tensor, Tensor]
 
 
@@ -27,8 +37,8 @@ class Step:
     batch: AttentionBatch
     work: Work
     first: int
-    """Index of the layer whose run gathers what the others read, each time, since it may be captured; where it is left out, the
-    first that runs does."""
+    """Index of the layer whose run gathers what the others read, each time, since it may be
+    captured; where it is left out, the first that runs does."""
 
 
 Plan = dict[Geometry, Step]
@@ -36,7 +46,8 @@ Plan = dict[Geometry, Step]
 
 @dataclass(frozen=True)
 class WholeCache:
-    """A cache as one sequence of all its blocks, so that a slot is a position: what FlashInfer's append takes."""
+    """A cache as one sequence of all its blocks, so that a slot is a position: what FlashInfer's
+    append takes."""
 
     indices: Tensor
     indptr: Tensor
@@ -50,24 +61,30 @@ class WholeCache:
 
 
 class FlashInferAttention:
-    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream; of a plan's layers with one
-    geometry, the first runs first.
+    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream; of
+    a plan's layers with one geometry, the first runs first.
 
-    A layer's cache is two tensors, keys and values, each `[num_blocks, block_size, Hkv, D]`: the canonical layout.
+    A layer's cache is two tensors, keys and values, each `[num_blocks, block_size, Hkv, D]`: the
+    canonical layout.
     """
 
-    def __init__(self, device: str, options: FlashInferOptions, flashinfer: Any, max_num_seqs: int) -> None:
-        """`flashinfer` is the module; `max_num_seqs` the most rows of a decode step, captured or not."""
+    def __init__(
+        self, device: str, options: FlashInferOptions, flashinfer: Any, max_num_seqs: int
+    ) -> None:
+        """`flashinfer` is the module; `max_num_seqs` the most rows of a decode step, captured or
+        not."""
         self.device, self._options, self._flashinfer = torch.device(device), options, flashinfer
         self._max_num_seqs, self._num_sms = max_num_seqs, 1
         if self.device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._workspace: Tensor | None = None
-        """Of partial results within one run; all wrappers share it, since runs follow each other on a stream."""
+        """Of partial results within one run; all wrappers share it, since runs follow each other on
+        a stream."""
         self._ragged: dict[tuple[Geometry, int, int], Work] = {}
         """By geometry, block size, and a layer's index, which tells KV groups apart."""
         self._decodes: dict[tuple[Geometry, int, int, int, int], DecodeWork] = {}
-        """The same, by number of rows and `rounded_width` of the block table as well; the most recently used last."""
+        """The same, by number of rows and `rounded_width` of the block table as well; the most
+        recently used last."""
         self._types: Types | None = None
         """Of the run before."""
         self._caches: dict[tuple[int, int], WholeCache] = {}
@@ -79,7 +96,9 @@ class FlashInferAttention:
         dtype, key = getattr(torch, spec.dtype), (spec.num_blocks, spec.block_size)
         if key not in self._caches:
             self._caches[key] = WholeCache.of(*key, self.device)
-        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device)
+        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(
+            shape, dtype=dtype, device=self.device
+        )
 
     def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
         found: Plan = {}
@@ -97,14 +116,18 @@ class FlashInferAttention:
     def _make_workspace(self, geometries: set[Geometry], num_rows: int) -> None:
         """Allocate what the largest step of these layers needs (workspace.py), at their first plan.
 
-        That is the first moment at which the layers are known, and before any capture: the worker plans outside of it. If
-        layers that come later need more, they get a larger workspace. Works keep the one that they began with, which has room
-        for all of their steps, so that no captured address is freed.
+        That is the first moment at which the layers are known, and before any capture: the worker
+        plans outside of it. If layers that come later need more, they get a larger workspace. Works
+        keep the one that they began with, which has room for all of their steps, so that no
+        captured address is freed.
         """
         if self._options.workspace_mb is not None:
             needed = self._options.workspace_mb << 20
         else:
-            rows = max(self._max_num_seqs, 1 << (num_rows - 1).bit_length() if num_rows > self._max_num_seqs else 0)
+            rows = max(
+                self._max_num_seqs,
+                1 << (num_rows - 1).bit_length() if num_rows > self._max_num_seqs else 0,
+            )
             needed = max(workspace_bytes(of, rows, self._num_sms) for of in geometries)
         if self._workspace is None or needed > self._workspace.nbytes:
             self._workspace = torch.zeros(needed, dtype=torch.uint8, device=self.device)
@@ -133,7 +156,16 @@ class FlashInferAttention:
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
+    def run(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        plan: Plan,
+        out: Tensor,
+    ) -> None:
         if not plan:
             return
         step = plan[Geometry.of(layer)]
@@ -147,9 +179,19 @@ class FlashInferAttention:
         self._write(layer, k[:n], v[:n], cache, work)
         scales = self._host_scales(layer)
         is_direct = out.dtype == types.q and out.is_contiguous()
-        target = out[:n] if is_direct else torch.empty((n, *out.shape[1:]), dtype=types.q, device=out.device)
+        target = (
+            out[:n]
+            if is_direct
+            else torch.empty((n, *out.shape[1:]), dtype=types.q, device=out.device)
+        )
         paged = tuple(x.view(-1, work.page_size, *x.shape[2:]) for x in cache)
-        wrapper.run(q[:n].to(types.q), paged, k_scale=scales and scales[0], v_scale=scales and scales[1], out=target)
+        wrapper.run(
+            q[:n].to(types.q),
+            paged,
+            k_scale=scales and scales[0],
+            v_scale=scales and scales[1],
+            out=target,
+        )
         if not is_direct:
             out[:n] = target
 
@@ -157,7 +199,15 @@ class FlashInferAttention:
         keys, values = _stored(k, v, cache[0].dtype, layer.kv_scales)
         whole = self._caches[cache[0].shape[0], cache[0].shape[1]]
         self._flashinfer.append_paged_kv_cache(
-            keys, values, work.nobody, work.slots, cache, whole.indices, whole.indptr, whole.last_len, kv_layout=LAYOUT
+            keys,
+            values,
+            work.nobody,
+            work.slots,
+            cache,
+            whole.indices,
+            whole.indptr,
+            whole.last_len,
+            kv_layout=LAYOUT,
         )
 
     def _host_scales(self, layer: AttentionLayer) -> tuple[float, float] | None:
@@ -170,7 +220,9 @@ class FlashInferAttention:
             self._scales[layer.index] = known
         return known[1:]
 
-    def export_kv(self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def export_kv(
+        self, cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         index = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         keys, values = (x[index] for x in cache)
         return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
@@ -181,7 +233,9 @@ class FlashInferAttention:
             own[index] = given.to(device=self.device, dtype=own.dtype)
 
 
-def _stored(k: Tensor, v: Tensor, dtype: torch.dtype, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+def _stored(
+    k: Tensor, v: Tensor, dtype: torch.dtype, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Keys and values as the cache holds them."""
     if dtype.itemsize > 1:
         return k.to(dtype), v.to(dtype)
@@ -192,14 +246,24 @@ def _stored(k: Tensor, v: Tensor, dtype: torch.dtype, scales: Tensor | None) -> 
     return keys, values
 
 
-def _check(layer: AttentionLayer, n: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor) -> None:
+def _check(
+    layer: AttentionLayer, n: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor
+) -> None:
     """What FlashInfer would read past the end of."""
     heads, kv = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
-    if not (q.stride(2) == k.stride(2) == v.stride(2) == 1 and k.dtype == v.dtype == out.dtype == q.dtype):
+    if not (
+        q.stride(2) == k.stride(2) == v.stride(2) == 1
+        and k.dtype == v.dtype == out.dtype == q.dtype
+    ):
         raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
     if not (
-        q.shape[0] >= n <= k.shape[0] and v.shape[0] >= n <= out.shape[0]
-        and q.shape[1:] == out.shape[1:] == heads and k.shape[1:] == v.shape[1:] == kv
+        q.shape[0] >= n <= k.shape[0]
+        and v.shape[0] >= n <= out.shape[0]
+        and q.shape[1:] == out.shape[1:] == heads
+        and k.shape[1:] == v.shape[1:] == kv
         and all(tuple(x.shape[2:]) == kv for x in cache)
-    ):  # fmt: skip
-        raise PluginError("attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's, as planned")
+    ):
+        raise PluginError(
+            "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's,"
+            " as planned"
+        )

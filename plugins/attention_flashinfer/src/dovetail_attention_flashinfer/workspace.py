@@ -1,4 +1,5 @@
-"""How much device memory FlashInfer needs for partial results: the formulas of its planners, for the largest step."""
+"""How much device memory FlashInfer needs for partial results: the formulas of its planners, for
+the largest step."""
 
 from __future__ import annotations
 
@@ -9,20 +10,25 @@ FLOAT = 4
 ALIGNMENT = 16
 """Bytes, of each of the two arrays."""
 PROGRAMS_PER_SM, THREADS_PER_SM, DECODE_THREADS = 2, 2048, 128
-"""Thread blocks that the prefill's planner counts on; and a bound on those of the decode kernels."""
+"""Thread blocks that the prefill's planner counts on; and a bound on those of the decode
+kernels."""
 
 
 def workspace_bytes(geometry: Geometry, num_rows: int, num_sms: int) -> int:
     """Bytes for any step of at most `num_rows` rows.
 
-    From `PrefillPlan`, `PrefillSplitQOKVIndptr` and `DecodePlan` of FlashInfer 0.6.13 (flashinfer/attention/scheduler.cuh). A
-    planner reserves, for each query head and each of `padded` tiles of `tile` query rows, a vector and a logarithm:
-    `heads * padded * tile * (head_size + 1) * 4` bytes. With `programs = 2 * num_sms // kv_heads`:
+    From `PrefillPlan`, `PrefillSplitQOKVIndptr` and `DecodePlan` of FlashInfer 0.6.13
+    (flashinfer/attention/scheduler.cuh). A planner reserves, for each query head and each of
+    `padded` tiles of `tile` query rows, a vector and a logarithm: `heads * padded * tile *
+    (head_size + 1) * 4` bytes. With `programs = 2 * num_sms // kv_heads`:
 
-    - decode on tensor cores in graph mode: `padded = max(programs, ceil(num_rows * group / tile) + num_rows - 1)`, because it
-      always splits contexts there, and `tile` is the smallest of 16, 64 and 128 that holds a group;
-    - decode without tensor cores: `padded` is the number of thread blocks the GPU can hold, over `kv_heads`, and `tile` is 1;
-    - prefill, which splits contexts only if its tiles are fewer than `programs`: `padded = programs`, `tile = 128`.
+    - decode on tensor cores in graph mode: `padded = max(programs, ceil(num_rows * group / tile) +
+      num_rows - 1)`, because it always splits contexts there, and `tile` is the smallest of 16, 64
+      and 128 that holds a group;
+    - decode without tensor cores: `padded` is the number of thread blocks the GPU can hold, over
+      `kv_heads`, and `tile` is 1;
+    - prefill, which splits contexts only if its tiles are fewer than `programs`: `padded =
+      programs`, `tile = 128`.
 
     64 query heads of 128 with 8 KV heads, 256 rows: 383 tiles of 16, which is 193 MiB.
     """
@@ -37,7 +43,8 @@ def workspace_bytes(geometry: Geometry, num_rows: int, num_sms: int) -> int:
 
 
 def query_tile(geometry: Geometry, num_queries: int) -> int:
-    """Query tokens * heads of a group in a tile, where a row has `num_queries` of them (`FA2DetermineCtaTileQ`)."""
+    """Query tokens * heads of a group in a tile, where a row has `num_queries` of them
+    (`FA2DetermineCtaTileQ`)."""
     if num_queries > 64 and geometry.head_size < 256:
         return 128
     return 64 if num_queries > 16 else 16

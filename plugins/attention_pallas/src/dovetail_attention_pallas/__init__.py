@@ -21,7 +21,8 @@ CAPABILITIES = AttentionCapabilities(
     dtypes=("float32", "bfloat16"),
     kv_dtypes=("float32", "bfloat16"),
     block_sizes=(16, 32, 64, 128, 256),
-    blocks_per_sequence=16,  # a block is one copy to the core's memory: few and large ones keep it busy
+    # a block is one copy to the core's memory: few and large ones keep it busy
+    blocks_per_sequence=16,
     sliding_window=True,
     logit_soft_cap=True,
     sinks=True,
@@ -36,9 +37,16 @@ class PallasOptions(Options):
 def why_not(context: Context) -> list[Reason]:
     reasons = []
     if importlib.util.find_spec("jax") is None:
-        reasons.append(Reason("JAX is not installed", "pip install 'dovetail-attention-pallas[jax]'"))
+        reasons.append(
+            Reason("JAX is not installed", "pip install 'dovetail-attention-pallas[jax]'")
+        )
     if context.device_name.startswith("tpu"):
-        reasons.append(Reason("no worker keeps its tensors on a TPU yet", "use the functional form, kernel.paged_attention"))
+        reasons.append(
+            Reason(
+                "no worker keeps its tensors on a TPU yet",
+                "use the functional form, kernel.paged_attention",
+            )
+        )
     return reasons
 
 

@@ -1,8 +1,9 @@
 """Ragged paged attention in JAX: a pure function of the cache, around one Pallas kernel for TPU.
 
-The kernel walks a list of (query tile, cache block) pairs for each KV head. The list is prefetched as scalars, so that while
-one block is computed the next one's address is known and it is on its way. Softmax is online (Milakov and Gimelshein, 2018,
-arXiv:1805.02867): a running maximum, sum and weighted value for each query, in float32, until the tile's last block.
+The kernel walks a list of (query tile, cache block) pairs for each KV head. The list is prefetched
+as scalars, so that while one block is computed the next one's address is known and it is on its
+way. Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867): a running maximum, sum and
+weighted value for each query, in float32, until the tile's last block.
 """
 
 from __future__ import annotations
@@ -26,43 +27,71 @@ HIDDEN = -2.0e38
 
 
 class Cache(NamedTuple):
-    """One layer's, each `[num_blocks, Hkv, block_size, D]`: a head's part of a block lies together."""
+    """One layer's, each `[num_blocks, Hkv, block_size, D]`: a head's part of a block lies
+    together."""
 
     keys: jax.Array
     values: jax.Array
 
 
 def paged_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache, schedule: Schedule, *,
-    scale: float, soft_cap: float | None = None, sinks: jax.Array | None = None, interpret: bool = False,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Write a step's keys and values, then attend. Returns `[T, Hq, D]` in q's dtype, and the cache with what was written.
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Cache,
+    schedule: Schedule,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Cache]:
+    """Write a step's keys and values, then attend. Returns `[T, Hq, D]` in q's dtype, and the cache
+    with what was written.
 
-    q `[T, Hq, D]`; k, v `[T, Hkv, D]`; T is the step's number of tokens as `schedule.padded` has it, and what is computed for
-    the padding means nothing. sinks: f32[Hq]. Everything is written before anything is read. `interpret` runs the kernel where
-    there is no TPU, slowly. Pure: jit it with the cache donated, and the cache is updated in place.
+    q `[T, Hq, D]`; k, v `[T, Hkv, D]`; T is the step's number of tokens as `schedule.padded` has
+    it, and what is computed for the padding means nothing. sinks: f32[Hq]. Everything is written
+    before anything is read. `interpret` runs the kernel where there is no TPU, slowly. Pure: jit it
+    with the cache donated, and the cache is updated in place.
     """
     cache = write(k, v, cache, schedule)
-    return attend(q, cache, schedule, scale=scale, soft_cap=soft_cap, sinks=sinks, interpret=interpret), cache
+    return (
+        attend(
+            q, cache, schedule, scale=scale, soft_cap=soft_cap, sinks=sinks, interpret=interpret
+        ),
+        cache,
+    )
 
 
 def write(k: jax.Array, v: jax.Array, cache: Cache, schedule: Schedule) -> Cache:
-    """The first half of `paged_attention`: the cache with the step's keys and values at their slots."""
+    """The first half of `paged_attention`: the cache with the step's keys and values at their
+    slots."""
     block_size = cache.keys.shape[2]
     block, offset = schedule.slot_mapping // block_size, schedule.slot_mapping % block_size
     new = (x.astype(cache.keys.dtype) for x in (k, v))
-    return Cache(*(old.at[block, :, offset].set(x, mode="drop") for old, x in zip(cache, new, strict=True)))
+    return Cache(
+        *(old.at[block, :, offset].set(x, mode="drop") for old, x in zip(cache, new, strict=True))
+    )
 
 
 def attend(
-    q: jax.Array, cache: Cache, schedule: Schedule, *,
-    scale: float, soft_cap: float | None = None, sinks: jax.Array | None = None, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
-    """The second half of `paged_attention`: q `[T, Hq, D]` → `[T, Hq, D]`, over what is in the cache."""
+    q: jax.Array,
+    cache: Cache,
+    schedule: Schedule,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The second half of `paged_attention`: q `[T, Hq, D]` → `[T, Hq, D]`, over what is in the
+    cache."""
     _, num_heads, head_size = q.shape
     num_tiles, tile = schedule.tile_tokens.shape
     num_kv_heads = cache.keys.shape[1]
-    rows = num_heads // num_kv_heads * tile  # of a tile: for each query head of the KV head, its tokens
+    rows = (
+        num_heads // num_kv_heads * tile
+    )  # of a tile: for each query head of the KV head, its tokens
 
     tiles = q[schedule.tile_tokens].reshape(num_tiles, tile, num_kv_heads, -1, head_size)
     tiles = tiles.transpose(0, 2, 3, 1, 4).reshape(num_tiles, num_kv_heads, rows, head_size)
@@ -74,9 +103,16 @@ def attend(
 
 
 def _attend(
-    tiles: jax.Array, first: jax.Array, cache: Cache, schedule: Schedule, scale: float, soft_cap: float | None, interpret: bool
+    tiles: jax.Array,
+    first: jax.Array,
+    cache: Cache,
+    schedule: Schedule,
+    scale: float,
+    soft_cap: float | None,
+    interpret: bool,
 ) -> jax.Array:
-    """tiles `[N, Hkv, rows, D]`, first f32`[Hkv, rows, 1]` (the maximum to begin with) → `[N, Hkv, rows, D]`."""
+    """tiles `[N, Hkv, rows, D]`, first f32`[Hkv, rows, 1]` (the maximum to begin with) → `[N, Hkv,
+    rows, D]`."""
     _, num_kv_heads, rows, head_size = tiles.shape
     block_size = cache.keys.shape[2]
     tile = schedule.tile_tokens.shape[1]
@@ -101,17 +137,35 @@ def _attend(
 
 
 def _kernel(
-    position: Any, end: Any, page: Any, work: Any, work_tile: Any, work_block: Any, window: Any,
-    first: Any, q: Any, k: Any, v: Any, out: Any, top: Any, total: Any, acc: Any,
-    *, tile: int, scale: float, soft_cap: float | None,
-) -> None:  # fmt: skip
-    """One tile and one block, of one KV head. `top`, `total` f32`[rows, LANES]` and `acc` f32`[rows, D]` last over the tile."""
+    position: Any,
+    end: Any,
+    page: Any,
+    work: Any,
+    work_tile: Any,
+    work_block: Any,
+    window: Any,
+    first: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    top: Any,
+    total: Any,
+    acc: Any,
+    *,
+    tile: int,
+    scale: float,
+    soft_cap: float | None,
+) -> None:
+    """One tile and one block, of one KV head. `top`, `total` f32`[rows, LANES]` and `acc`
+    f32`[rows, D]` last over the tile."""
     w = pl.program_id(1)
     n = work_tile[w]
 
     @pl.when(w == work[n])
     def _begin() -> None:
-        # A sink is a key of that logit and no value. Without one `first` is HIDDEN, and the first key seen makes it weigh 0.
+        # A sink is a key of that logit and no value. Without one `first` is HIDDEN, and the first
+        # key seen makes it weigh 0.
         top[...] = jnp.broadcast_to(first[0], top.shape)
         total[...] = jnp.ones_like(total)
         acc[...] = jnp.zeros_like(acc)
@@ -121,7 +175,9 @@ def _kernel(
         rows, block_size = q.shape[2], k.shape[2]
         begin = (page[n] + w - work[n]) * block_size
         key_at = begin + lax.broadcasted_iota(jnp.int32, (rows, block_size), 1)
-        query_at = position[n] + (lax.broadcasted_iota(jnp.int32, (rows, block_size), 0) & (tile - 1))
+        query_at = position[n] + (
+            lax.broadcasted_iota(jnp.int32, (rows, block_size), 0) & (tile - 1)
+        )
         query_at = jnp.minimum(query_at, end[n] - 1)
         seen = (key_at <= query_at) & (key_at > query_at - window[0])
 
@@ -131,7 +187,8 @@ def _kernel(
         logits = jnp.where(seen, logits, HIDDEN)
         before = top[:, :1]
         highest = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-        # Of a block in which a query sees nothing yet, it weighs all keys alike; the first that it sees fades them to 0.
+        # Of a block in which a query sees nothing yet, it weighs all keys alike; the first that it
+        # sees fades them to 0.
         weights, fade = jnp.exp(logits - highest), jnp.exp(before - highest)
         # Slots that no query of the tile sees may hold anything: 0 · NaN would be NaN.
         value_at = begin + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0)

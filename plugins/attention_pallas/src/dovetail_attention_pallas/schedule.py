@@ -1,7 +1,9 @@
-"""A step's work for the kernel, from the lengths that the host knows: which query tile meets which cache block.
+"""A step's work for the kernel, from the lengths that the host knows: which query tile meets which
+cache block.
 
-Each row's new tokens are cut into tiles of one size; each tile meets its sequence's blocks from the first that its first query
-sees to the last that its last query sees. Padded to powers of two, so that a server's steps share a few compiled shapes.
+Each row's new tokens are cut into tiles of one size; each tile meets its sequence's blocks from the
+first that its first query sees to the last that its last query sees. Padded to powers of two, so
+that a server's steps share a few compiled shapes.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ import numpy as np
 
 Array = Any
 TILE = 32
-"""Tokens in a query tile, at most. A tile's matrix has a row for each of them and each query head that shares the KV head."""
+"""Tokens in a query tile, at most. A tile's matrix has a row for each of them and each query head
+that shares the KV head."""
 NO_WINDOW = 2**30
 
 
 class Schedule(NamedTuple):
-    """T tokens, N tiles of `tile` tokens, W pieces of work (a tile and one block), each padded. All i32."""
+    """T tokens, N tiles of `tile` tokens, W pieces of work (a tile and one block), each padded. All
+    i32."""
 
     slot_mapping: Array
     """[T]: where each token's key and value go. Padding lies past any cache, and is dropped."""
     tile_tokens: Array
-    """[N, tile]: the tokens of a tile. Places past its last token hold some token, whose result nobody reads."""
+    """[N, tile]: the tokens of a tile. Places past its last token hold some token, whose result
+    nobody reads."""
     token_place: Array
     """[T]: the place `n * tile + i` of each token."""
     tile_position: Array
@@ -43,11 +48,16 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(
-    query_start: Sequence[int], seq_lens: Sequence[int], block_table: Any, slot_mapping: Any, block_size: int,
+    query_start: Sequence[int],
+    seq_lens: Sequence[int],
+    block_table: Any,
+    slot_mapping: Any,
+    block_size: int,
     window: int | None = None,
-) -> Schedule:  # fmt: skip
-    """Lengths `[B + 1]` and `[B]` are the host's; `block_table` `[B, max_blocks]` and `slot_mapping` `[T]` are any arrays that
-    NumPy can read and index. At least one token. The answer shares no memory with them.
+) -> Schedule:
+    """Lengths `[B + 1]` and `[B]` are the host's; `block_table` `[B, max_blocks]` and
+    `slot_mapping` `[T]` are any arrays that NumPy can read and index. At least one token. The
+    answer shares no memory with them.
     """
     reach = NO_WINDOW if window is None else window
     starts, lens = np.asarray(query_start, np.int64), np.asarray(seq_lens, np.int64)
@@ -69,7 +79,9 @@ def make_schedule(
     tokens = np.minimum(first[:, None] + np.arange(tile), num_tokens - 1)
     of_token, nth_token = _ragged(size)
     return Schedule(
-        slot_mapping=_pad(np.asarray(slot_mapping)[:num_tokens], num_tokens, np.iinfo(np.int32).max),
+        slot_mapping=_pad(
+            np.asarray(slot_mapping)[:num_tokens], num_tokens, np.iinfo(np.int32).max
+        ),
         tile_tokens=_pad(tokens, len(row), 0),
         token_place=_pad(of_token * tile + nth_token, num_tokens, 0),
         tile_position=_pad(position, len(row), 0),

@@ -1,4 +1,5 @@
-"""`dovetail bench`: measures engines and servers. This module is light: what measures is imported when the command is given."""
+"""`dovetail bench`: measures engines and servers. This module is light: what measures is imported
+when the command is given."""
 
 from __future__ import annotations
 
@@ -20,19 +21,37 @@ def _add_arguments(parser: ArgumentParser) -> None:
         sub = kinds.add_parser(kind, help=help)
         sub.add_argument("model", nargs="?")
         sub.add_argument("--input-len", type=int, default=128, help="prompt tokens (default 128)")
-        sub.add_argument("--output-len", type=int, default=64, help="tokens to generate (default 64)")
-        sub.add_argument("--rounds", type=int, default=5, help="repeats; the median is reported (default 5)")
+        sub.add_argument(
+            "--output-len", type=int, default=64, help="tokens to generate (default 64)"
+        )
+        sub.add_argument(
+            "--rounds", type=int, default=5, help="repeats; the median is reported (default 5)"
+        )
         sub.add_argument("--json", metavar="FILE", help="also write the results to a file")
         if kind == "latency":
             sub.set_defaults(plot=None)
         else:
-            waves, together = ("as many as run at a time", "all, or 64") if kind == "throughput" else ("4 × those", "16")
-            sub.add_argument("--num-requests", type=int, help=f"requests of a round (default: {waves})")
+            waves, together = (
+                ("as many as run at a time", "all, or 64")
+                if kind == "throughput"
+                else ("4 × those", "16")
+            )
+            sub.add_argument(
+                "--num-requests", type=int, help=f"requests of a round (default: {waves})"
+            )
             at_a_time = f"requests at a time; several are a sweep (default: {together})"
             sub.add_argument("--concurrency", type=_counts, metavar="N,N,…", help=at_a_time)
-            sub.add_argument("--plot", metavar="FOLDER", help="also write plots: PNG, and one self-contained page of HTML")
+            sub.add_argument(
+                "--plot",
+                metavar="FOLDER",
+                help="also write plots: PNG, and one self-contained page of HTML",
+            )
         if kind == "throughput":
-            sub.add_argument("--breakdown", action="store_true", help="also time the parts of a step (without overlap)")
+            sub.add_argument(
+                "--breakdown",
+                action="store_true",
+                help="also time the parts of a step (without overlap)",
+            )
         if kind == "serve":
             sub.add_argument("--url", default="http://127.0.0.1:8000")
         add_engine_arguments(sub)

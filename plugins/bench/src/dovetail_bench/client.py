@@ -1,4 +1,5 @@
-"""A measuring client for streamed completions: many connections, one thread, raw sockets, nothing parsed that is not needed.
+"""A measuring client for streamed completions: many connections, one thread, raw sockets, nothing
+parsed that is not needed.
 
 It shares the machine with the server that it measures, so what it costs is taken from the server.
 """
@@ -40,9 +41,18 @@ class _Client:
     """One connection at a time, with one request at a time."""
 
     def __init__(
-        self, address: tuple[str, int], requests: Iterator[bytes], measured: Measured, selector: selectors.BaseSelector
+        self,
+        address: tuple[str, int],
+        requests: Iterator[bytes],
+        measured: Measured,
+        selector: selectors.BaseSelector,
     ) -> None:
-        self._address, self._requests, self._measured, self._selector = address, requests, measured, selector
+        self._address, self._requests, self._measured, self._selector = (
+            address,
+            requests,
+            measured,
+            selector,
+        )
         self._head = self._tail = self._request = b""
         self._began = self._last = 0.0
         self._kept = False
@@ -73,7 +83,8 @@ class _Client:
         return True
 
     def _send_again(self) -> None:
-        """On a new connection: some servers close a kept one without a word, just as the next request goes out."""
+        """On a new connection: some servers close a kept one without a word, just as the next
+        request goes out."""
         self.close()
         self._connect()
         self._sock.sendall(self._request)
@@ -109,13 +120,17 @@ class _Client:
 
 
 def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
-    """Send completions, `concurrency` at a time, and read their streams to the end. Raises `ConfigError` if one fails."""
+    """Send completions, `concurrency` at a time, and read their streams to the end. Raises
+    `ConfigError` if one fails."""
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
     requests = iter([_encode(parts.netloc, body) for body in bodies])
     measured = Measured()
     with selectors.DefaultSelector() as selector:
-        clients = [_Client(address, requests, measured, selector) for _ in range(min(concurrency, len(bodies)))]
+        clients = [
+            _Client(address, requests, measured, selector)
+            for _ in range(min(concurrency, len(bodies)))
+        ]
         try:
             began = time.perf_counter()
             for client in clients:

@@ -1,4 +1,5 @@
-"""The load: prompts of random tokens, so many requests at a time, through an engine in this process."""
+"""The load: prompts of random tokens, so many requests at a time, through an engine in this
+process."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Work:
-    """One round's work: `num_requests` requests, `concurrency` of them at a time. Lengths are in tokens."""
+    """One round's work: `num_requests` requests, `concurrency` of them at a time. Lengths are in
+    tokens."""
 
     input_len: int
     output_len: int
@@ -30,7 +32,9 @@ class Work:
 
     def prompts(self, seed: int, vocab_size: int) -> list[list[int]]:
         """No two rounds share a prompt, so no cache of prefixes helps."""
-        return [prompt_of(self.input_len, 1000 * seed + i, vocab_size) for i in range(self.num_requests)]
+        return [
+            prompt_of(self.input_len, 1000 * seed + i, vocab_size) for i in range(self.num_requests)
+        ]
 
 
 def prompt_of(length: int, seed: int, vocab_size: int) -> list[int]:
@@ -78,15 +82,20 @@ def percentile(values: Sequence[float], share: float) -> float:
 class ClosedLoop:
     """Requests through an engine in this process: when one ends, the next begins.
 
-    A step of it is the engine's step and what stands around it: `feed` takes requests in, `text` turns news into text.
+    A step of it is the engine's step and what stands around it: `feed` takes requests in, `text`
+    turns news into text.
     """
 
-    def __init__(self, llm: LLM, prompts: Iterable[list[int]], output_len: int, concurrency: int) -> None:
+    def __init__(
+        self, llm: LLM, prompts: Iterable[list[int]], output_len: int, concurrency: int
+    ) -> None:
         self.clock = Clock()
         self.num_tokens = 0
         self._engine = llm.engine
         self._tokenizer = llm.tokenizer
-        self._maker = RequestMaker(model_facts(Path(llm.plan.folder)), llm.plan.max_model_len, llm.tokenizer)
+        self._maker = RequestMaker(
+            model_facts(Path(llm.plan.folder)), llm.plan.max_model_len, llm.tokenizer
+        )
         self._params = SamplingParams(max_tokens=output_len, temperature=0, ignore_eos=True)
         self._concurrency = concurrency
         self._prompts = list(reversed(list(prompts)))
@@ -112,7 +121,11 @@ class ClosedLoop:
 
     def feed(self) -> None:
         engine = self._engine
-        while self._prompts and len(self._live) < self._concurrency and len(engine.scheduler.waiting) < engine.max_num_waiting:
+        while (
+            self._prompts
+            and len(self._live) < self._concurrency
+            and len(engine.scheduler.waiting) < engine.max_num_waiting
+        ):
             request = self._maker.make(self._prompts.pop(), self._params)
             self._live[request.request_id] = RequestState(request, self._tokenizer)
             self.clock.began(request.request_id, time.perf_counter())
@@ -133,7 +146,9 @@ class ClosedLoop:
 
 def throughput_round(llm: LLM, work: Work, seed: int) -> Figures:
     """Output tokens per second, prefill included, and how long a request waits for its tokens."""
-    loop = ClosedLoop(llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency)
+    loop = ClosedLoop(
+        llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency
+    )
     before = llm.engine.stats.num_steps
     seconds = loop.run()
     return {

@@ -11,9 +11,22 @@ from dovetail.plan import Plan
 
 # Those that decide which matrix and attention kernels a CPU can run.
 FLAGS = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_fp16",
-    "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
-)  # fmt: skip
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "amx_fp16",
+    "asimd",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+    "sve2",
+)
 
 
 def machine() -> dict[str, Any]:
@@ -35,7 +48,11 @@ def cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    names = (
+        line.partition(":")[2].strip()
+        for line in text.splitlines()
+        if line.startswith("model name")
+    )
     return next(names, "") or platform.processor() or platform.machine()
 
 
@@ -44,7 +61,8 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """The plan as far as it decides speed; a model folder goes by its name, so that results can be shown to others."""
+    """The plan as far as it decides speed; a model folder goes by its name, so that results can be
+    shown to others."""
     return {
         "fingerprint": plan.fingerprint,
         "model": display_name(plan.model),
@@ -53,7 +71,11 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "dtype": plan.dtype,
         "overlap": plan.overlap,
         "choices": {
-            extension_point: {"provider": c.provider, "distribution": f"{c.distribution} {c.version}", "options": c.options}
+            extension_point: {
+                "provider": c.provider,
+                "distribution": f"{c.distribution} {c.version}",
+                "options": c.options,
+            }
             for extension_point, c in plan.choices.items()
         },
     }

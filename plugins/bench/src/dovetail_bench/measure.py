@@ -1,4 +1,5 @@
-"""What `dovetail bench` does: throughput and latency of an engine in this process, and of a running server over HTTP.
+"""What `dovetail bench` does: throughput and latency of an engine in this process, and of a running
+server over HTTP.
 
 Rounds at all concurrencies take turns, so that a machine that slows down does so for each of them.
 """
@@ -33,7 +34,11 @@ OpenLLM = Callable[..., AbstractContextManager[LLM]]
 def run(kind: str, args: argparse.Namespace, open_llm: OpenLLM) -> int:
     """Measure, print tables, and write JSON and plots if asked to."""
     works = _works(kind, args)
-    report = _measure_server(args, works) if kind == "serve" else _measure_engine(kind, args, works, open_llm)
+    report = (
+        _measure_server(args, works)
+        if kind == "serve"
+        else _measure_engine(kind, args, works, open_llm)
+    )
     report.print(wide_console())
     if args.json:
         report.write_json(Path(args.json))
@@ -53,10 +58,15 @@ def _works(kind: str, args: argparse.Namespace) -> list[Work]:
         raise ConfigError("--num-requests is at least 1")
     concurrency = args.concurrency or [16 if kind == "serve" else args.num_requests or 64]
     waves = 4 if kind == "serve" else 1
-    return [Work(args.input_len, args.output_len, args.num_requests or waves * n, n) for n in concurrency]
+    return [
+        Work(args.input_len, args.output_len, args.num_requests or waves * n, n)
+        for n in concurrency
+    ]
 
 
-def _measure_engine(kind: str, args: argparse.Namespace, works: list[Work], open_llm: OpenLLM) -> Report:
+def _measure_engine(
+    kind: str, args: argparse.Namespace, works: list[Work], open_llm: OpenLLM
+) -> Report:
     measure = throughput_round if kind == "throughput" else latency_round
     with open_llm() as llm:
         for work in works:
@@ -65,7 +75,9 @@ def _measure_engine(kind: str, args: argparse.Namespace, works: list[Work], open
         plan = llm.plan
     if getattr(args, "breakdown", False):
         with open_llm(overlap=False) as llm:
-            for i in track(range(len(works)), "timing the parts of a step", console=Console(stderr=True)):
+            for i in track(
+                range(len(works)), "timing the parts of a step", console=Console(stderr=True)
+            ):
                 throughput_round(llm, _short(works[i]), 0)  # warm up
                 points[i].step_us = step_parts(llm, works[i], seed=1)
     return _report(kind, args, display_name(plan.model), plan_summary(plan), points)
@@ -73,7 +85,9 @@ def _measure_engine(kind: str, args: argparse.Namespace, works: list[Work], open
 
 def step_parts(llm: LLM, work: Work, seed: int) -> Figures:
     """Mean microseconds of each part of a step: see `Profile.microseconds_a_step`."""
-    loop = ClosedLoop(llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency)
+    loop = ClosedLoop(
+        llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency
+    )
     with Profile() as profile:
         profile.watch_engine(llm.engine)
         profile.watch_loop(loop)
@@ -85,7 +99,9 @@ def _measure_server(args: argparse.Namespace, works: list[Work]) -> Report:
     about = about_server(args.url)
     model = args.model or about["model"]
     serve_round(args.url, model, _short(works[-1]), 0)  # warm up
-    points = _rounds(args.rounds, works, lambda work, seed: serve_round(args.url, model, work, seed))
+    points = _rounds(
+        args.rounds, works, lambda work, seed: serve_round(args.url, model, work, seed)
+    )
     server = {"version": about.get("version"), "fingerprint": about.get("plan")}
     return _report("serve", args, display_name(model), server, points)
 
@@ -102,6 +118,17 @@ def _rounds(count: int, works: list[Work], measure: Callable[[Work, int], Figure
     return points
 
 
-def _report(kind: str, args: argparse.Namespace, model: str, plan: dict[str, object], points: list[Point]) -> Report:
+def _report(
+    kind: str, args: argparse.Namespace, model: str, plan: dict[str, object], points: list[Point]
+) -> Report:
     work = {"input_len": args.input_len, "output_len": args.output_len, "rounds": args.rounds}
-    return Report(kind, time.strftime("%Y-%m-%dT%H:%M:%S%z"), __version__, model, machine(), plan, work, points)
+    return Report(
+        kind,
+        time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        __version__,
+        model,
+        machine(),
+        plan,
+        work,
+        points,
+    )

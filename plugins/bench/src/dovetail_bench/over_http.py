@@ -18,11 +18,15 @@ def serve_round(url: str, model: str, work: Work, seed: int) -> Figures:
     """
     bodies = [
         {
-            "model": model, "prompt": prompt, "stream": True, "max_tokens": work.output_len, "temperature": 0,
+            "model": model,
+            "prompt": prompt,
+            "stream": True,
+            "max_tokens": work.output_len,
+            "temperature": 0,
             "ignore_eos": True,
         }
         for prompt in work.prompts(seed, 4000)
-    ]  # fmt: skip
+    ]
     measured = drive(url, bodies, work.concurrency)
     return {
         "requests/s": work.num_requests / measured.seconds,
@@ -32,7 +36,8 @@ def serve_round(url: str, model: str, work: Work, seed: int) -> Figures:
 
 
 def about_server(url: str) -> dict[str, Any]:
-    """`model`: the first one that it serves; `version` and `plan` (the fingerprint) where the server tells."""
+    """`model`: the first one that it serves; `version` and `plan` (the fingerprint) where the
+    server tells."""
     try:
         model = _get(f"{url}/v1/models")["data"][0]["id"]
     except (OSError, ValueError, LookupError) as e:

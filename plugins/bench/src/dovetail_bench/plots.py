@@ -18,7 +18,8 @@ COLOURS = ("#2f6fab", "#e08a2e", "#4a9d6b", "#b8475a", "#7d68a8", "#9a9a9a")
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Write `<kind>.png`, `<kind>-steps.png` if the parts of a step are known, and `<kind>.html`; returns the files."""
+    """Write `<kind>.png`, `<kind>-steps.png` if the parts of a step are known, and `<kind>.html`;
+    returns the files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -56,8 +57,22 @@ def _curve(report: Report, axes: Axes, names: tuple[str, ...], label: str) -> No
     x = [p.concurrency for p in report.points]
     for name, colour in zip(names, COLOURS, strict=False):
         columns = [p.column(name) for p in report.points]
-        axes.plot(x, [p.medians[name] for p in report.points], "o-", color=colour, label=name, markersize=4)
-        axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            x,
+            [p.medians[name] for p in report.points],
+            "o-",
+            color=colour,
+            label=name,
+            markersize=4,
+        )
+        axes.fill_between(
+            x,
+            [min(c) for c in columns],
+            [max(c) for c in columns],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [str(n) for n in x])
     axes.set_xticks([], minor=True)
@@ -68,7 +83,8 @@ def _curve(report: Report, axes: Axes, names: tuple[str, ...], label: str) -> No
 
 
 def step_parts(report: Report) -> Figure:
-    """Stacked bars by concurrency: the mean time of each part of a step, and the same without the model's share."""
+    """Stacked bars by concurrency: the mean time of each part of a step, and the same without the
+    model's share."""
     from matplotlib.figure import Figure
 
     points = [(str(p.concurrency), p.step_us) for p in report.points if p.step_us is not None]
@@ -80,7 +96,14 @@ def step_parts(report: Report) -> Figure:
         for part, colour in zip((*PARTS, "other"), COLOURS, strict=True):
             if part != skipped:
                 heights = [us[part] for _, us in points]
-                axes.bar([name for name, _ in points], heights, bottom=bottom, color=colour, label=part, width=0.7)
+                axes.bar(
+                    [name for name, _ in points],
+                    heights,
+                    bottom=bottom,
+                    color=colour,
+                    label=part,
+                    width=0.7,
+                )
                 bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     _label(whole, "mean time of a step, µs")
     _label(host, "the same without forward, µs")

@@ -15,7 +15,8 @@ from dovetail.types import StepPlan
 from dovetail_bench.load import ClosedLoop
 
 PARTS = ("schedule", "forward", "sampling", "commit", "text")
-"""Of a step, in their order. forward: inputs, model and logits. text: from tokens to text, in the front-end."""
+"""Of a step, in their order. forward: inputs, model and logits. text: from tokens to text, in the
+front-end."""
 
 
 class Profile:
@@ -46,11 +47,14 @@ class Profile:
         self._put(owner, method, timed)
 
     def watch_engine(self, engine: Engine) -> None:
-        """The parts of a step of the plain loop. In the overlapped one `submit` returns before the work is done."""
+        """The parts of a step of the plain loop. In the overlapped one `submit` returns before the
+        work is done."""
         submit = engine.worker.submit
 
         def submit_without_drawing(plan: StepPlan) -> Any:
-            plan.masked = True  # by the worker's contract `sample` then samples: the two can be told apart
+            plan.masked = (
+                True  # by the worker's contract `sample` then samples: the two can be told apart
+            )
             return submit(plan)
 
         self._put(engine.worker, "submit", submit_without_drawing)

@@ -54,23 +54,37 @@ class Report:
         return f"{self.kind}: {self.model} · {in_words(self.machine)} · {self.date[:10]}"
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """(header, rows) of each. A single point shows the spread of its rounds, a sweep the medians."""
+        """(header, rows) of each. A single point shows the spread of its rounds, a sweep the
+        medians."""
         out = [self._sweep() if len(self.points) > 1 else self._single()]
         parts = [p for p in self.points if p.step_us is not None]
         if parts:
             names = list(parts[0].step_us or ())
             header = ["concurrency", *(f"{name} µs" for name in names)]
-            out.append((header, [[str(p.concurrency), *(f"{(p.step_us or {})[n]:.0f}" for n in names)] for p in parts]))
+            out.append(
+                (
+                    header,
+                    [
+                        [str(p.concurrency), *(f"{(p.step_us or {})[n]:.0f}" for n in names)]
+                        for p in parts
+                    ],
+                )
+            )
         return out
 
     def _single(self) -> tuple[list[str], list[list[str]]]:
         point = self.points[0]
-        rows = [[name, *(f"{f(point.column(name)):.2f}" for f in (statistics.median, min, max))] for name in point.rounds[0]]
+        rows = [
+            [name, *(f"{f(point.column(name)):.2f}" for f in (statistics.median, min, max))]
+            for name in point.rounds[0]
+        ]
         return ["figure", "median", "lowest", "highest"], rows
 
     def _sweep(self) -> tuple[list[str], list[list[str]]]:
         names = list(self.points[0].rounds[0])
-        return ["concurrency", *names], [[str(p.concurrency), *(f"{p.medians[n]:.1f}" for n in names)] for p in self.points]
+        return ["concurrency", *names], [
+            [str(p.concurrency), *(f"{p.medians[n]:.1f}" for n in names)] for p in self.points
+        ]
 
     def print(self, console: Console) -> None:
         console.print(self.title, style="bold", markup=False, highlight=False)
@@ -95,7 +109,12 @@ class Report:
         for header, rows in self.tables():
             lines = [_row(header, "th"), *(_row(row, "td") for row in rows)]
             parts.append(f"<table>{''.join(lines)}</table>")
-        about = {"version": self.version, "machine": self.machine, "plan": self.plan, "work": self.work}
+        about = {
+            "version": self.version,
+            "machine": self.machine,
+            "plan": self.plan,
+            "work": self.work,
+        }
         text = html.escape(json.dumps(about, indent=1, ensure_ascii=False))
         parts.append(f"<details><summary>machine, plan, work</summary><pre>{text}</pre></details>")
         title = html.escape(self.title)
@@ -119,4 +138,4 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0 }}
 <body><h1>{title}</h1>
 {body}
 </body></html>
-"""
+"""  # noqa: E501

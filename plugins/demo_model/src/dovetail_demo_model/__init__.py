@@ -1,4 +1,5 @@
-"""The demo model: a small Llama that answers questions about the Python library, so that serving needs no download."""
+"""The demo model: a small Llama that answers questions about the Python library, so that serving
+needs no download."""
 
 from __future__ import annotations
 
@@ -30,6 +31,11 @@ def _draft(context: Any, options: DemoOptions) -> ModelSource:
 @hookimpl
 def dovetail_models() -> list[Provider[ModelSource]]:
     return [
-        Provider("demo", "answers questions about the Python library (Llama, 7 M parameters)", _source, DemoOptions),
+        Provider(
+            "demo",
+            "answers questions about the Python library (Llama, 7 M parameters)",
+            _source,
+            DemoOptions,
+        ),
         Provider("demo-draft", "drafts for demo (Llama, 0.9 M parameters)", _draft, DemoOptions),
     ]

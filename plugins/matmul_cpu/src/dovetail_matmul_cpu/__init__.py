@@ -1,4 +1,5 @@
-"""Products by quantized weights for x86-64 CPUs: C++ that is compiled for the CPU it runs on, at first use.
+"""Products by quantized weights for x86-64 CPUs: C++ that is compiled for the CPU it runs on, at
+first use.
 
 This module is the light root: it offers the provider and imports no tensor library.
 """
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 CAPABILITIES = MatmulCapabilities(
     codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), compiled_steps=True
 )
-NEEDED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_bf16")
+NEEDED_FLAGS = (
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_vnni",
+    "avx512vbmi",
+    "avx512_bf16",
+)
 
 
 def why_not(context: Context) -> list[Reason]:
@@ -33,9 +42,13 @@ def build(context: BuildContext, options: Options) -> CpuMatmul:
 
 
 PROVIDER = Provider(
-    "cpu", "8-bit and 4-bit weights expanded in registers, in C++ (AVX-512 with VNNI)", build, capabilities=CAPABILITIES,
-    why_not=why_not, priority=50,
-)  # fmt: skip
+    "cpu",
+    "8-bit and 4-bit weights expanded in registers, in C++ (AVX-512 with VNNI)",
+    build,
+    capabilities=CAPABILITIES,
+    why_not=why_not,
+    priority=50,
+)
 
 
 @hookimpl

@@ -1,4 +1,5 @@
-"""The kernels behind the matmul contract: tensors to pointers, and the memory that prepared rows take."""
+"""The kernels behind the matmul contract: tensors to pointers, and the memory that prepared rows
+take."""
 
 from __future__ import annotations
 
@@ -30,9 +31,21 @@ _p, _i, _n, _f = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 class WeightStruct(ctypes.Structure):
     _fields_ = [
-        ("codes", _i), ("inputs", _i), ("type", _i), ("has_groups", _i), ("num_outputs", _n), ("depth", _n), ("chunk", _n),
-        ("packed", _p), ("scales", _p), ("zeros", _p), ("bias", _p), ("order", _p), ("input_scale", _f), ("zero", _i),
-    ]  # fmt: skip
+        ("codes", _i),
+        ("inputs", _i),
+        ("type", _i),
+        ("has_groups", _i),
+        ("num_outputs", _n),
+        ("depth", _n),
+        ("chunk", _n),
+        ("packed", _p),
+        ("scales", _p),
+        ("zeros", _p),
+        ("bias", _p),
+        ("order", _p),
+        ("input_scale", _f),
+        ("zero", _i),
+    ]
 
 
 class CallStruct(ctypes.Structure):
@@ -53,7 +66,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class CpuMatmul:
-    """A `Matmul`. Prepared rows of all its layers share memory: layers are multiplied one after the other."""
+    """A `Matmul`. Prepared rows of all its layers share memory: layers are multiplied one after the
+    other."""
 
     def __init__(self, facts: DeviceFacts) -> None:
         path = build_library("matmul-cpu", SOURCES, facts, openmp=openmp_of("torch"))
@@ -64,18 +78,28 @@ class CpuMatmul:
         self._rows: dict[int, Any] = {}
         """Of compiled steps, by size: their addresses stay."""
 
-    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> CpuLinear:
+    def linear(
+        self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
+    ) -> CpuLinear:
         return CpuLinear(self, format, layer, tensors)
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
         chunk = _chunk(format, layer)
         num_chunks = -(-layer.in_features // chunk)
-        depth, width = num_chunks * -(-chunk // UNIT) * UNIT, -(-layer.out_features // PANEL) * PANEL
+        depth, width = (
+            num_chunks * -(-chunk // UNIT) * UNIT,
+            -(-layer.out_features // PANEL) * PANEL,
+        )
         scales = format.num_groups(layer.in_features) * width * (5 if format.zeros else 4)
-        return depth * width * format.bits // 8 + scales + (layer.in_features * 8 if format.order else 0)
+        return (
+            depth * width * format.bits // 8
+            + scales
+            + (layer.in_features * 8 if format.order else 0)
+        )
 
     def rows(self, num_bytes: int) -> int:
-        """The address of memory for prepared rows, touched only as it is used. What is in it does not outlive a product."""
+        """The address of memory for prepared rows, touched only as it is used. What is in it does
+        not outlive a product."""
         have = next((size for size in self._rows if size >= num_bytes), None)
         if have is None:
             tensor = torch.frombuffer(zeros(num_bytes + 64), dtype=torch.uint8)
@@ -88,24 +112,38 @@ class CpuLinear:
     """A `CompiledLinear`. An output does not depend on how many rows there are: batch invariant."""
 
     def __init__(
-        self, matmul: CpuMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
+        self,
+        matmul: CpuMatmul,
+        format: WeightFormat,
+        layer: LinearLayer,
+        tensors: Mapping[str, Tensor],
     ) -> None:
         self._matmul, self._functions = matmul, matmul.functions
         self.out_features = layer.out_features
         self._dtype = getattr(torch, layer.dtype)
         chunk = _chunk(format, layer)
         self._struct = WeightStruct(
-            CODES[format.codes], INPUTS[format.inputs], TYPES[layer.dtype], format.group_size is not None, layer.out_features,
-            layer.in_features, chunk, zero=ZERO[format.codes],
-        )  # fmt: skip
+            CODES[format.codes],
+            INPUTS[format.inputs],
+            TYPES[layer.dtype],
+            format.group_size is not None,
+            layer.out_features,
+            layer.in_features,
+            chunk,
+            zero=ZERO[format.codes],
+        )
         self._address = ctypes.addressof(self._struct)
         self._kept = {
-            "packed": torch.frombuffer(zeros(self._functions.dovetail_packed_bytes(self._address)), dtype=torch.uint8),
+            "packed": torch.frombuffer(
+                zeros(self._functions.dovetail_packed_bytes(self._address)), dtype=torch.uint8
+            ),
             "scales": self._wide(tensors["scales"].float().T),
         }
         if format.zeros:
             shift = 128 if format.codes == "int8" else 0  # as the codes are
-            self._kept["zeros"] = self._wide((tensors["zeros"].T.to(torch.int16) + shift).to(torch.uint8))
+            self._kept["zeros"] = self._wide(
+                (tensors["zeros"].T.to(torch.int16) + shift).to(torch.uint8)
+            )
         if layer.bias:
             self._kept["bias"] = self._wide(tensors["bias"].float()[None])
         if format.order:
@@ -119,7 +157,8 @@ class CpuLinear:
         self._row_bytes: int = self._functions.dovetail_row_bytes(self._address)
 
     def _wide(self, rows: Tensor) -> Tensor:
-        """`[n, out]` → `[panels, n, PANEL]`, filled up with zeros: what a panel needs lies together."""
+        """`[n, out]` → `[panels, n, PANEL]`, filled up with zeros: what a panel needs lies
+        together."""
         wide = torch.zeros(len(rows), -(-self.out_features // PANEL) * PANEL, dtype=rows.dtype)
         wide[:, : self.out_features] = rows
         return wide.view(len(rows), -1, PANEL).transpose(0, 1).contiguous()
@@ -129,8 +168,12 @@ class CpuLinear:
             x = x.contiguous()
         out = torch.empty(len(x), self.out_features, dtype=self._dtype)
         rows = torch.empty(len(x) * self._row_bytes + 64, dtype=torch.uint8)
-        call = CallStruct(x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), _aligned(rows.data_ptr()))
-        self._functions.dovetail_multiply(self._address, ctypes.addressof(call), len(x), torch.get_num_threads())
+        call = CallStruct(
+            x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), _aligned(rows.data_ptr())
+        )
+        self._functions.dovetail_multiply(
+            self._address, ctypes.addressof(call), len(x), torch.get_num_threads()
+        )
         return out
 
     def compile(self, x: Tensor, y: Tensor) -> Compiled:
@@ -142,12 +185,14 @@ class CpuLinear:
 
 
 def _chunk(format: WeightFormat, layer: LinearLayer) -> int:
-    """Inputs that are added up before their sum is scaled. A long chunk costs less; what is expanded stays in the first cache,
-    and integers do not overflow."""
+    """Inputs that are added up before their sum is scaled. A long chunk costs less; what is
+    expanded stays in the first cache, and integers do not overflow."""
     if format.group_size is not None:
         return min(format.group_size, layer.in_features)
     count = -(-layer.in_features // (2048 if format.inputs == "int8" else 256))
-    return min(-(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features)  # all of about one size
+    return min(
+        -(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features
+    )  # all of about one size
 
 
 def _aligned(address: int) -> int:

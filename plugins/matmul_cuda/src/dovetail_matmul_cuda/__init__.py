@@ -1,4 +1,5 @@
-"""Products by quantized weights for NVIDIA GPUs, in Triton, and `dovetail tune`, which measures how its kernels run best.
+"""Products by quantized weights for NVIDIA GPUs, in Triton, and `dovetail tune`, which measures how
+its kernels run best.
 
 This module is the light root: it offers provider and command, and imports neither Triton nor torch.
 """
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from dovetail_matmul_cuda.matmul import TritonMatmul
 
-CAPABILITIES = MatmulCapabilities(codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), devices=("cuda",))
+CAPABILITIES = MatmulCapabilities(
+    codes=("int8", "uint4", "float8_e4m3fn"), inputs=("int8", "float8_e4m3fn"), devices=("cuda",)
+)
 
 
 class TritonOptions(Options):
-    table: str | None = Field(None, description="a file that `dovetail tune` wrote; default: the one for this GPU, if any")
+    table: str | None = Field(
+        None, description="a file that `dovetail tune` wrote; default: the one for this GPU, if any"
+    )
 
 
 def why_not(context: Context) -> list[Reason]:
@@ -34,7 +39,12 @@ def why_not(context: Context) -> list[Reason]:
     is_fp8 = "float8_e4m3fn" in context.needs.get("inputs", ())
     reasons = why_not_gpu(context, (8, 9) if is_fp8 else (8, 0))
     if importlib.util.find_spec("triton") is None:
-        reasons.append(Reason("Triton is not installed", "pip install triton; PyTorch's CUDA builds bring it along"))
+        reasons.append(
+            Reason(
+                "Triton is not installed",
+                "pip install triton; PyTorch's CUDA builds bring it along",
+            )
+        )
     return reasons
 
 
@@ -61,19 +71,42 @@ def dovetail_matmuls() -> list[Provider[TritonMatmul]]:
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("what", choices=("kernels",), help="products by quantized weights, on the GPUs of this machine")
+    parser.add_argument(
+        "what",
+        choices=("kernels",),
+        help="products by quantized weights, on the GPUs of this machine",
+    )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="FOLDER", help="a checkpoint, or its config.json alone: the shapes of its layers")
+    which.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="a checkpoint, or its config.json alone: the shapes of its layers",
+    )
     which.add_argument("--shapes", metavar="LIST", help="outputs x inputs: 4096x14336,6144x4096")
     parser.add_argument(
-        "--formats", default="uint4-128", metavar="LIST",
-        help="codes, group size, what inputs are rounded to: uint4-128,int8,int8:int8,float8:float8 (default uint4-128)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rows", default="1,4,16,32,64,128,256,512,1024,4096", metavar="LIST", help="numbers of rows (default %(default)s)"
+        "--formats",
+        default="uint4-128",
+        metavar="LIST",
+        help=(
+            "codes, group size, what inputs are rounded to: uint4-128,int8,int8:int8,float8:float8"
+            " (default uint4-128)"
+        ),
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of inputs (default bfloat16)")
-    parser.add_argument("--out", metavar="FILE", help="the table to write or to complete (default: this GPU's)")
+    parser.add_argument(
+        "--rows",
+        default="1,4,16,32,64,128,256,512,1024,4096",
+        metavar="LIST",
+        help="numbers of rows (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16"),
+        help="of inputs (default bfloat16)",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="the table to write or to complete (default: this GPU's)"
+    )
 
 
 def _run(args: Namespace, progress: Progress) -> int:
@@ -82,4 +115,6 @@ def _run(args: Namespace, progress: Progress) -> int:
     return run(args, progress)
 
 
-TUNE = Command("measure kernels on this machine's GPUs, so that the fastest are taken", _add_arguments, _run)
+TUNE = Command(
+    "measure kernels on this machine's GPUs, so that the fastest are taken", _add_arguments, _run
+)

@@ -1,4 +1,5 @@
-"""Which kernel multiplies, and how it is launched: from a table of what was measured, or by rule where nothing was."""
+"""Which kernel multiplies, and how it is launched: from a table of what was measured, or by rule
+where nothing was."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ SLICE_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel and how it is launched. "words" and "codes" are kernels of kernels.py; "dequantize" expands weights in slices of
-    `block_n` outputs for cuBLAS; "scaled_mm" is PyTorch's, and takes nothing else from here."""
+    """A kernel and how it is launched. "words" and "codes" are kernels of kernels.py; "dequantize"
+    expands weights in slices of `block_n` outputs for cuBLAS; "scaled_mm" is PyTorch's, and takes
+    nothing else from here."""
 
     kernel: str
     block_m: int = 16
@@ -62,7 +64,8 @@ def bucket(rows: int) -> int:
 
 
 class Table:
-    """Choices by case. A number of rows that was not measured takes the next larger one, or else the largest."""
+    """Choices by case. A number of rows that was not measured takes the next larger one, or else
+    the largest."""
 
     def __init__(self, choices: Mapping[Case, Choice] | None = None) -> None:
         self.choices = dict(choices or {})
@@ -72,7 +75,9 @@ class Table:
         if not rows:
             return None
         near = next((r for r in rows if r >= case.rows), rows[-1])
-        return self.choices[Case(case.codes, case.inputs, case.group_size, case.outs, case.in_features, near)]
+        return self.choices[
+            Case(case.codes, case.inputs, case.group_size, case.outs, case.in_features, near)
+        ]
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
         """At once, so that one who stops loses nothing."""
@@ -89,14 +94,20 @@ class Table:
             entries = json.loads(path.read_text())["entries"]
             found = {_made(Case, entry): _made(Choice, entry) for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ConfigError(f"the table of kernels {path} cannot be read: {type(e).__name__}: {e}") from e
+            raise ConfigError(
+                f"the table of kernels {path} cannot be read: {type(e).__name__}: {e}"
+            ) from e
         if unknown := {choice.kernel for choice in found.values()} - set(KERNELS):
-            raise ConfigError(f"the table of kernels {path} names {', '.join(sorted(unknown))}; there are {', '.join(KERNELS)}")
+            raise ConfigError(
+                f"the table of kernels {path} names {', '.join(sorted(unknown))}; there are"
+                f" {', '.join(KERNELS)}"
+            )
         return Table(found)
 
 
 def table_for(gpu: str, path: str | None, environ: Mapping[str, str] = os.environ) -> Table:
-    """That of a file; or the user's for this GPU; or the one that comes with this package; or an empty one."""
+    """That of a file; or the user's for this GPU; or the one that comes with this package; or an
+    empty one."""
     if path is not None:
         return Table.read(Path(path).expanduser())
     for candidate in (user_table(gpu, environ), Path(__file__).parent / "tables" / file_name(gpu)):
@@ -116,13 +127,16 @@ def file_name(gpu: str) -> str:
 
 
 def by_rule(case: Case, kinds: tuple[str, ...], num_sms: int, itemsize: int) -> Choice:
-    """For inputs of `itemsize` bytes. `kinds`: kernels that this product can have, best first for many rows."""
+    """For inputs of `itemsize` bytes. `kinds`: kernels that this product can have, best first for
+    many rows."""
     rows = case.rows
     if "scaled_mm" in kinds:
         return Choice("scaled_mm")
     if "codes" in kinds:
         if rows <= 32:
-            return _split(case, Choice("codes", 16 if rows <= 16 else 32, 64, num_stages=4), num_sms)
+            return _split(
+                case, Choice("codes", 16 if rows <= 16 else 32, 64, num_stages=4), num_sms
+            )
         if rows <= 128:
             return _split(case, Choice("codes", 64, 64), num_sms)
         return Choice("codes", 128, 128, num_warps=8)
@@ -133,14 +147,21 @@ def by_rule(case: Case, kinds: tuple[str, ...], num_sms: int, itemsize: int) -> 
         return _split(case, Choice("words", 16, 32, num_stages=1), num_sms)
     if rows <= 32:
         return _split(case, Choice("words", 16 if rows <= 16 else 32, 64, num_stages=4), num_sms)
-    return _split(case, Choice("words", 64, 64 if rows <= 64 else 128, num_warps=4 if rows <= 64 else 8), num_sms)
+    return _split(
+        case,
+        Choice("words", 64, 64 if rows <= 64 else 128, num_warps=4 if rows <= 64 else 8),
+        num_sms,
+    )
 
 
 def _split(case: Case, choice: Choice, num_sms: int) -> Choice:
-    """Over as many programs as keep all multiprocessors busy twice, with 512 inputs each at least."""
+    """Over as many programs as keep all multiprocessors busy twice, with 512 inputs each at
+    least."""
     programs = -(-case.outs // choice.block_n) * -(-case.rows // choice.block_m)
     split = 1
-    while split < 16 and programs * split * 2 <= 2 * num_sms and case.in_features >= 512 * split * 2:
+    while (
+        split < 16 and programs * split * 2 <= 2 * num_sms and case.in_features >= 512 * split * 2
+    ):
         split *= 2
     return Choice(**{**asdict(choice), "split_k": split})
 

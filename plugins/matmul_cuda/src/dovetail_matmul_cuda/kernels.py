@@ -1,11 +1,13 @@
-"""Products by quantized weights in Triton: weights expanded in registers, and 8-bit weights by 8-bit inputs.
+"""Products by quantized weights in Triton: weights expanded in registers, and 8-bit weights by
+8-bit inputs.
 
-`multiply_words` serves every format whose weights are expanded to the type of the inputs. Its weights are 32-bit words
-`[chunks, 16, out]` (layout.py): a word holds codes of inputs that lie 16 apart, so that the codes at one place of 16 words are
-16 inputs in a row. Such a plane, `[16, BLOCK_N]`, is an operand of `tl.dot` as it is.
+`multiply_words` serves every format whose weights are expanded to the type of the inputs. Its
+weights are 32-bit words `[chunks, 16, out]` (layout.py): a word holds codes of inputs that lie 16
+apart, so that the codes at one place of 16 words are 16 inputs in a row. Such a plane, `[16,
+BLOCK_N]`, is an operand of `tl.dot` as it is.
 
-`multiply_codes` multiplies codes by codes. Both leave float32 partial sums where the inputs are split over programs, which
-`add_up` adds in their order: the same input gives the same bits.
+`multiply_codes` multiplies codes by codes. Both leave float32 partial sums where the inputs are
+split over programs, which `add_up` adds in their order: the same input gives the same bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -16,7 +18,8 @@ import triton
 import triton.language as tl
 
 ROUND = tl.constexpr(12582912.0)
-"""1.5 · 2^23: adding it to a small float32 and taking it away rounds to the nearest integer, even if two are."""
+"""1.5 · 2^23: adding it to a small float32 and taking it away rounds to the nearest integer, even
+if two are."""
 
 
 @triton.jit
@@ -24,14 +27,19 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 `x` in TYPE, to the nearest; Triton's interpreter would cut bfloat16 off."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
-        x = tl.where(x == x, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+        x = tl.where(
+            x == x,
+            ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True),
+            x,
+        )
     return x.to(TYPE)
 
 
 @triton.jit
 def float8(x):
-    """The code (u8) of the E4M3 number nearest to float32 `x`, even if two are, from -448 to 448. In integers, because
-    Triton's own conversion differs between its interpreter and its targets, and before sm_89 there is none."""
+    """The code (u8) of the E4M3 number nearest to float32 `x`, even if two are, from -448 to 448.
+    In integers, because Triton's own conversion differs between its interpreter and its targets,
+    and before sm_89 there is none."""
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.uint32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
@@ -41,14 +49,16 @@ def float8(x):
 
 @triton.jit
 def from_float8(codes, TYPE: tl.constexpr):
-    """E4M3 numbers of codes (integers), exactly. As float16 their exponent is 8 too small; its subnormals are theirs."""
+    """E4M3 numbers of codes (integers), exactly. As float16 their exponent is 8 too small; its
+    subnormals are theirs."""
     half = ((codes & 0x7F) << 7 | (codes & 0x80) << 8).to(tl.uint16).to(tl.float16, bitcast=True)
     return (half * 256.0).to(TYPE)
 
 
 @triton.jit
 def offset(zeros, KIND: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What `plane` takes away, as it wants it: zero points `[BLOCK_N]` (u8, float32 numbers) and what codes are raised by."""
+    """What `plane` takes away, as it wants it: zero points `[BLOCK_N]` (u8, float32 numbers) and
+    what codes are raised by."""
     if KIND != "uint4":
         less = zeros.to(tl.float32) + 8388608.0
     elif INTERPRETED or tl.float32 == COMPUTE:
@@ -61,12 +71,20 @@ def offset(zeros, KIND: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.con
 
 
 @triton.jit
-def plane(words, P: tl.constexpr, less, KIND: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The weights at place P of words (i32[16, BLOCK_N]), less their zero points and not yet scaled: small integers or E4M3
-    numbers, which COMPUTE holds exactly.
+def plane(
+    words,
+    P: tl.constexpr,
+    less,
+    KIND: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The weights at place P of words (i32[16, BLOCK_N]), less their zero points and not yet
+    scaled: small integers or E4M3 numbers, which COMPUTE holds exactly.
 
-    An integer is put into the fraction of a number whose last place counts 1, which is then taken away: conversions from
-    integers run at a fraction of the rate of arithmetic. Two nibbles, 16 bits apart, are made so at once.
+    An integer is put into the fraction of a number whose last place counts 1, which is then taken
+    away: conversions from integers run at a fraction of the rate of arithmetic. Two nibbles, 16
+    bits apart, are made so at once.
     """
     TYPE: tl.constexpr = tl.float32 if INTERPRETED else COMPUTE
     if KIND == "float8":
@@ -77,11 +95,17 @@ def plane(words, P: tl.constexpr, less, KIND: tl.constexpr, COMPUTE: tl.constexp
     elif tl.float32 == TYPE:
         weights = ((words >> (4 * (P // 2) + 16 * (P % 2))) & 15).to(tl.float32) - less[None, :]
     else:
-        # (words & 0x000F000F) | two numbers whose last place counts 1. As one instruction, which the compiler does not find.
+        # (words & 0x000F000F) | two numbers whose last place counts 1. As one instruction, which
+        # the compiler does not find.
         RAISE: tl.constexpr = "0x43004300" if tl.bfloat16 == COMPUTE else "0x64006400"
         shifted = words >> (4 * (P // 2))
         pair = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000F000F, " + RAISE + ", 0xEA;", "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1
+            "lop3.b32 $0, $1, 0x000F000F, " + RAISE + ", 0xEA;",
+            "=r,r",
+            [shifted],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
         weights = (pair >> (16 * (P % 2))).to(tl.uint16).to(COMPUTE, bitcast=True) - less[None, :]
     return weights
@@ -89,16 +113,38 @@ def plane(words, P: tl.constexpr, less, KIND: tl.constexpr, COMPUTE: tl.constexp
 
 @triton.jit
 def multiply_words(
-    x, words, scales, zeros, x_scales, bias, out,
-    num_rows, num_outs, x_row, out_row,
-    IN: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, NUM_CHUNKS: tl.constexpr, KIND: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, IN_GROUPS: tl.constexpr, HAS_X_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """`out[m, n] = sum over k of x[m, k] · weight[n, k]`, programs (tile of n, tile of m, share of k).
+    x,
+    words,
+    scales,
+    zeros,
+    x_scales,
+    bias,
+    out,
+    num_rows,
+    num_outs,
+    x_row,
+    out_row,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    IN_GROUPS: tl.constexpr,
+    HAS_X_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """`out[m, n] = sum over k of x[m, k] · weight[n, k]`, programs (tile of n, tile of m, share of
+    k).
 
-    A group of GROUP inputs takes PADDED places, a multiple of 16; what is beyond it or beyond IN counts as zero in x. With
-    SPLIT_K > 1, `out` is f32[SPLIT_K, rows, outs] and gets sums alone, without bias and scales of rows.
+    A group of GROUP inputs takes PADDED places, a multiple of 16; what is beyond it or beyond IN
+    counts as zero in x. With SPLIT_K > 1, `out` is f32[SPLIT_K, rows, outs] and gets sums alone,
+    without bias and scales of rows.
     """
     ROWS: tl.constexpr = 16  # of a plane, as in layout.py
     PLANES: tl.constexpr = 8 if KIND == "uint4" else 4
@@ -123,9 +169,12 @@ def multiply_words(
         at = words + (chunk * ROWS + j).to(tl.int64)[:, None] * num_outs + n[None, :]
         word = tl.load(at, mask=is_n[None, :], other=0)
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        # Of place 0 of the chunk: its group, how far into that, and its input. The rest is known when this is compiled.
+        # Of place 0 of the chunk: its group, how far into that, and its input. The rest is known
+        # when this is compiled.
         group, into = chunk * CHUNK // PADDED, chunk * CHUNK % PADDED
-        k = chunk * CHUNK + j if IS_FULL else group * GROUP + into + j  # the compiler sees that the former is aligned
+        k = (
+            chunk * CHUNK + j if IS_FULL else group * GROUP + into + j
+        )  # the compiler sees that the former is aligned
         inputs_at, group_at = x_at + k[None, :], group * num_outs + n
         for p in tl.static_range(PLANES):
             groups_on = p * ROWS // PADDED  # none if a chunk lies in a group
@@ -151,18 +200,50 @@ def multiply_words(
                 total = tl.dot(inputs.to(INPUT), weights, total, input_precision="ieee")
     if not IN_GROUPS:
         total = total * tl.load(scales + n, mask=is_n, other=0.0)[None, :]
-    store(total, x_scales, bias, out, m, n, share, num_rows, num_outs, out_row, HAS_X_SCALES, HAS_BIAS, SPLIT_K, INTERPRETED)
+    store(
+        total,
+        x_scales,
+        bias,
+        out,
+        m,
+        n,
+        share,
+        num_rows,
+        num_outs,
+        out_row,
+        HAS_X_SCALES,
+        HAS_BIAS,
+        SPLIT_K,
+        INTERPRETED,
+    )
 
 
 @triton.jit
 def multiply_codes(
-    x, codes, scales, x_scales, bias, out,
-    num_rows, num_outs, x_row, out_row,
-    IN: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, NUM_PLACES: tl.constexpr, IN_GROUPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    x,
+    codes,
+    scales,
+    x_scales,
+    bias,
+    out,
+    num_rows,
+    num_outs,
+    x_row,
+    out_row,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    NUM_PLACES: tl.constexpr,
+    IN_GROUPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The same of codes `x [rows, IN]` and `codes [outs, NUM_PLACES]`, both int8 or both float8. BLOCK_K divides PADDED."""
+):
+    """The same of codes `x [rows, IN]` and `codes [outs, NUM_PLACES]`, both int8 or both float8.
+    BLOCK_K divides PADDED."""
     IS_FULL: tl.constexpr = GROUP == PADDED and NUM_PLACES == IN
     IS_INT: tl.constexpr = codes.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if IS_INT else tl.float32
@@ -198,14 +279,41 @@ def multiply_codes(
             part = tl.dot(inputs.to(INPUT), weights.to(INPUT), part, out_dtype=SUM)
     if not IN_GROUPS:
         total = part.to(tl.float32) * tl.load(scales + n, mask=is_n, other=0.0)[None, :]
-    store(total, x_scales, bias, out, m, n, share, num_rows, num_outs, out_row, True, HAS_BIAS, SPLIT_K, INTERPRETED)
+    store(
+        total,
+        x_scales,
+        bias,
+        out,
+        m,
+        n,
+        share,
+        num_rows,
+        num_outs,
+        out_row,
+        True,
+        HAS_BIAS,
+        SPLIT_K,
+        INTERPRETED,
+    )
 
 
 @triton.jit
 def store(
-    total, x_scales, bias, out, m, n, share, num_rows, num_outs, out_row,
-    HAS_X_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    total,
+    x_scales,
+    bias,
+    out,
+    m,
+    n,
+    share,
+    num_rows,
+    num_outs,
+    out_row,
+    HAS_X_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """A tile, finished or as a partial sum."""
     is_n, is_m = n < num_outs, m < num_rows
     inside = is_m[:, None] & is_n[None, :]
@@ -223,27 +331,43 @@ def store(
 
 @triton.jit
 def add_up(
-    parts, x_scales, bias, out, num_rows, num_outs,
-    HAS_X_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    parts,
+    x_scales,
+    bias,
+    out,
+    num_rows,
+    num_outs,
+    HAS_X_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """Partial sums f32[SPLIT_K, rows, outs] in their order; programs (stretch of outputs, row)."""
     m = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_n = n < num_outs
     total = tl.zeros([BLOCK], tl.float32)
     for share in tl.static_range(SPLIT_K):
-        total += tl.load(parts + (share * num_rows + m).to(tl.int64) * num_outs + n, mask=is_n, other=0.0)
+        total += tl.load(
+            parts + (share * num_rows + m).to(tl.int64) * num_outs + n, mask=is_n, other=0.0
+        )
     if HAS_X_SCALES:
         total = total * tl.load(x_scales + m)
     if HAS_BIAS:
         total += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)
-    tl.store(out + m.to(tl.int64) * num_outs + n, narrowed(total, out.dtype.element_ty, INTERPRETED), mask=is_n)
+    tl.store(
+        out + m.to(tl.int64) * num_outs + n,
+        narrowed(total, out.dtype.element_ty, INTERPRETED),
+        mask=is_n,
+    )
 
 
 @triton.jit
 def rounded(x, scale, KIND: tl.constexpr):
-    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale. Divisions round to the
-    nearest (`div.rn`), as PyTorch's do: `/` is within 2 ulp only, and the next code is one of them away."""
+    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale.
+    Divisions round to the nearest (`div.rn`), as PyTorch's do: `/` is within 2 ulp only, and the
+    next code is one of them away."""
     number = tl.where(x == x, tl.div_rn(x, scale), 0.0)
     if KIND == "int8":
         codes = ((tl.minimum(tl.maximum(number, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
@@ -260,12 +384,22 @@ def size_of(x, HAS_FIXED: tl.constexpr):
 
 @triton.jit
 def round_rows(
-    x, fixed, codes, scales, num_rows, x_row,
-    IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, HAS_FIXED: tl.constexpr,
+    x,
+    fixed,
+    codes,
+    scales,
+    num_rows,
+    x_row,
+    IN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_FIXED: tl.constexpr,
     AS_FLOAT: tl.constexpr,
-):  # fmt: skip
-    """Programs of BLOCK_M rows: their codes (int8, or float8 as u8), contiguous, and their scales: `fixed`, or by their largest
-    values, or NaN. With AS_FLOAT, `codes` is of a floating type and gets the numbers that codes stand for."""
+):
+    """Programs of BLOCK_M rows: their codes (int8, or float8 as u8), contiguous, and their scales:
+    `fixed`, or by their largest values, or NaN. With AS_FLOAT, `codes` is of a floating type and
+    gets the numbers that codes stand for."""
     LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     is_m = m < num_rows
@@ -274,7 +408,9 @@ def round_rows(
     values = tl.load(x + at, mask=is_m[:, None] & (k < IN)[None, :], other=0.0).to(tl.float32)
     sizes = size_of(values, HAS_FIXED)
     for start in range(BLOCK, IN, BLOCK):
-        more = tl.load(x + at + start, mask=is_m[:, None] & (start + k < IN)[None, :], other=0.0).to(tl.float32)
+        more = tl.load(
+            x + at + start, mask=is_m[:, None] & (start + k < IN)[None, :], other=0.0
+        ).to(tl.float32)
         sizes = tl.maximum(sizes, size_of(more, HAS_FIXED))
     top = tl.max(sizes, 1)
     is_number = top < float("inf")
@@ -289,7 +425,11 @@ def round_rows(
         code = rounded(values, scale[:, None], KIND)
         to = codes + m[:, None] * IN + start + k[None, :]
         if AS_FLOAT:
-            number = from_float8(code.to(tl.int32), tl.float32) if KIND == "float8" else code.to(tl.float32)
+            number = (
+                from_float8(code.to(tl.int32), tl.float32)
+                if KIND == "float8"
+                else code.to(tl.float32)
+            )
             tl.store(to, number.to(codes.dtype.element_ty), mask=inside)
         else:
             tl.store(to, code, mask=inside)
@@ -297,18 +437,35 @@ def round_rows(
 
 @triton.jit
 def expand_words(
-    words, scales, zeros, out, num_outs, first, width,
-    IN: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, HAS_ZEROS: tl.constexpr,
-    BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The weights of outputs `first` to `first + width`, `out [IN, width]`; programs (tile of outputs, chunk)."""
+    words,
+    scales,
+    zeros,
+    out,
+    num_outs,
+    first,
+    width,
+    IN: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The weights of outputs `first` to `first + width`, `out [IN, width]`; programs (tile of
+    outputs, chunk)."""
     ROWS: tl.constexpr = 16  # of a plane, as in layout.py
     PLANES: tl.constexpr = 8 if KIND == "uint4" else 4
     chunk = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     j = tl.arange(0, ROWS)
     is_n, n = column < width, first + column
-    word = tl.load(words + (chunk * ROWS + j).to(tl.int64)[:, None] * num_outs + n[None, :], mask=is_n[None, :], other=0)
+    word = tl.load(
+        words + (chunk * ROWS + j).to(tl.int64)[:, None] * num_outs + n[None, :],
+        mask=is_n[None, :],
+        other=0,
+    )
     usual: tl.constexpr = 8.0 if KIND == "uint4" else 128.0
     less = offset(tl.full([BLOCK_N], usual, tl.float32), KIND, COMPUTE, INTERPRETED)
     for p in tl.static_range(PLANES):
@@ -317,7 +474,9 @@ def expand_words(
             group_at = place // PADDED * num_outs + n
             scale = tl.load(scales + group_at, mask=is_n, other=0.0)
             if HAS_ZEROS:
-                less = offset(tl.load(zeros + group_at, mask=is_n, other=0), KIND, COMPUTE, INTERPRETED)
+                less = offset(
+                    tl.load(zeros + group_at, mask=is_n, other=0), KIND, COMPUTE, INTERPRETED
+                )
         weights = plane(word, p, less, KIND, COMPUTE, INTERPRETED).to(tl.float32) * scale[None, :]
         within = place % PADDED + j
         k = place // PADDED * GROUP + within

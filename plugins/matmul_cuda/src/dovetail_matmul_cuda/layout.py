@@ -1,8 +1,10 @@
-"""Weights as the kernels want them. A group of inputs takes `padded` places; what fills it up meets zeros of x.
+"""Weights as the kernels want them. A group of inputs takes `padded` places; what fills it up meets
+zeros of x.
 
-Words: i32[chunks, 16, out]. A chunk is 16 words of an output, each with `planes` codes: 8 of 4 bits, or 4 of 8. Word j holds
-those of places j, j + 16, j + 32, … of the chunk. Codes of 4 bits are ordered so that the first two lie 16 bits apart, and so
-the next two: a 32-bit operation takes both. Codes int8 are raised by 128, and so are their zero points.
+Words: i32[chunks, 16, out]. A chunk is 16 words of an output, each with `planes` codes: 8 of 4
+bits, or 4 of 8. Word j holds those of places j, j + 16, j + 32, … of the chunk. Codes of 4 bits are
+ordered so that the first two lie 16 bits apart, and so the next two: a 32-bit operation takes both.
+Codes int8 are raised by 128, and so are their zero points.
 """
 
 from __future__ import annotations
@@ -53,7 +55,12 @@ def geometry(format: WeightFormat, in_features: int) -> Geometry:
     if padded > unit:
         padded = _up(group, unit)
     num_places = -(-in_features // group) * padded
-    return Geometry(in_features, group, padded, num_places if multiplies_codes(format) else _up(num_places, unit))
+    return Geometry(
+        in_features,
+        group,
+        padded,
+        num_places if multiplies_codes(format) else _up(num_places, unit),
+    )
 
 
 def planes(format: WeightFormat) -> int:
@@ -68,11 +75,14 @@ def bits_of(plane: int, format: WeightFormat) -> int:
 def nbytes(format: WeightFormat, in_features: int, out_features: int) -> int:
     at = geometry(format, in_features)
     groups = at.num_groups * (5 if format.zeros else 4)
-    return out_features * (at.num_places * format.bits // 8 + groups) + (in_features * 8 if format.order else 0)
+    return out_features * (at.num_places * format.bits // 8 + groups) + (
+        in_features * 8 if format.order else 0
+    )
 
 
 def packed(format: WeightFormat, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Canonical codes as words, or, where codes are multiplied, `[out, places]` in their own type."""
+    """Canonical codes as words, or, where codes are multiplied, `[out, places]` in their own
+    type."""
     at, found = geometry(format, in_features), []
     for codes in torch.split(tensors["codes"], OUTS_AT_A_TIME):
         if format.bits == 4:
@@ -81,7 +91,9 @@ def packed(format: WeightFormat, in_features: int, tensors: Mapping[str, Tensor]
         if multiplies_codes(format):
             found.append(_spread(codes, at))
         else:
-            found.append(_words(_spread(codes ^ 128 if format.codes == "int8" else codes, at), format))
+            found.append(
+                _words(_spread(codes ^ 128 if format.codes == "int8" else codes, at), format)
+            )
     if multiplies_codes(format):
         return torch.cat(found).view(tensors["codes"].dtype)
     return torch.cat(found, 2)

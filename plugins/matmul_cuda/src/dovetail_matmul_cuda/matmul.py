@@ -1,4 +1,5 @@
-"""The kernels behind the matmul contract: weights are brought into their layout once, launches happen once a call."""
+"""The kernels behind the matmul contract: weights are brought into their layout once, launches
+happen once a call."""
 
 from __future__ import annotations
 
@@ -25,9 +26,16 @@ ScaledMM = Callable[..., Tensor]
 
 
 class TritonMatmul:
-    """A `Matmul`. `scaled_mm` is `torch._scaled_mm` where its FP8 products are to be had, or None."""
+    """A `Matmul`. `scaled_mm` is `torch._scaled_mm` where its FP8 products are to be had, or
+    None."""
 
-    def __init__(self, device: str, num_sms: int, table: Table | None = None, scaled_mm: ScaledMM | None = None) -> None:
+    def __init__(
+        self,
+        device: str,
+        num_sms: int,
+        table: Table | None = None,
+        scaled_mm: ScaledMM | None = None,
+    ) -> None:
         self.device = torch.device(device)
         self.num_sms, self.table, self.scaled_mm = num_sms, table or Table(), scaled_mm
         self.is_interpreted = isinstance(kernels.multiply_words, InterpretedFunction)
@@ -39,18 +47,27 @@ class TritonMatmul:
         facts = torch.cuda.get_device_properties(torch.device(device))
         has_fp8 = facts.major >= 9  # before, PyTorch's products are scaled by one number
         return TritonMatmul(
-            device, facts.multi_processor_count, table_for(facts.name, table), torch._scaled_mm if has_fp8 else None
+            device,
+            facts.multi_processor_count,
+            table_for(facts.name, table),
+            torch._scaled_mm if has_fp8 else None,
         )
 
-    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Linear:
+    def linear(
+        self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
+    ) -> Linear:
         kind = CodesLinear if layout.multiplies_codes(format) else WordsLinear
         return kind(self, format, layer, tensors)
 
     def by_rule(self, case: Case, able: tuple[str, ...], dtype: torch.dtype) -> Choice:
         """Where nothing was measured."""
-        if self.is_interpreted:  # few programs, for each operation takes as long as any other; small for NumPy's threads
+        if (
+            self.is_interpreted
+        ):  # few programs, for each operation takes as long as any other; small for NumPy's threads
             rows, outs = (triton.next_power_of_2(max(16, n)) for n in (case.rows, case.outs))
-            return Choice(able[0], min(64, rows), min(256, outs), split_k=2 if case.rows == 4 else 1)
+            return Choice(
+                able[0], min(64, rows), min(256, outs), split_k=2 if case.rows == 4 else 1
+            )
         return by_rule(case, able, self.num_sms, dtype.itemsize)
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
@@ -60,7 +77,13 @@ class TritonMatmul:
 class Linear:
     """What both kinds of layers have in common."""
 
-    def __init__(self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        matmul: TritonMatmul,
+        format: WeightFormat,
+        layer: LinearLayer,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
         self._matmul, self.format = matmul, format
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._at = layout.geometry(format, layer.in_features)
@@ -73,7 +96,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.in_features or x.dtype not in TYPES:
-            raise PluginError(f"x is {list(x.shape)} {x.dtype}; this layer takes [T, {self.in_features}] of a floating type")
+            raise PluginError(
+                f"x is {list(x.shape)} {x.dtype}; this layer takes [T, {self.in_features}] of a"
+                " floating type"
+            )
         if not len(x):
             return x.new_empty(0, self.out_features)
         if self._order is not None:
@@ -89,7 +115,10 @@ class Linear:
     def choice(self, num_rows: int, dtype: torch.dtype) -> Choice:
         key = (bucket(num_rows), dtype)
         if key not in self._choices:
-            case, able = Case.of(self.format, self.out_features, self.in_features, num_rows), self.kernels(dtype)
+            case, able = (
+                Case.of(self.format, self.out_features, self.in_features, num_rows),
+                self.kernels(dtype),
+            )
             found = self._matmul.table.find(case) if dtype.itemsize == 2 else None
             if found is None or found.kernel not in able:
                 found = self._matmul.by_rule(case, able, dtype)
@@ -107,10 +136,20 @@ class Linear:
         block = min(ROUND_BLOCK, triton.next_power_of_2(self.in_features))
         block_m = 16 if self._matmul.is_interpreted else 1
         kernels.round_rows[(triton.cdiv(len(x), block_m),)](
-            x, self._input_scale, codes.view(torch.uint8) if dtype == torch.float8_e4m3fn else codes, scales,
-            len(x), x.stride(0), IN=self.in_features, BLOCK_M=block_m, BLOCK=block, KIND=KINDS[str(self.format.inputs)],
-            HAS_FIXED=self._input_scale is not None, AS_FLOAT=dtype == torch.bfloat16, num_warps=8 if block > 2048 else 4,
-        )  # fmt: skip
+            x,
+            self._input_scale,
+            codes.view(torch.uint8) if dtype == torch.float8_e4m3fn else codes,
+            scales,
+            len(x),
+            x.stride(0),
+            IN=self.in_features,
+            BLOCK_M=block_m,
+            BLOCK=block,
+            KIND=KINDS[str(self.format.inputs)],
+            HAS_FIXED=self._input_scale is not None,
+            AS_FLOAT=dtype == torch.bfloat16,
+            num_warps=8 if block > 2048 else 4,
+        )
         return codes, scales
 
     def _target(self, x: Tensor, split_k: int) -> Tensor:
@@ -125,26 +164,46 @@ class Linear:
         out = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
         block = 256
         kernels.add_up[(triton.cdiv(self.out_features, block), len(x))](
-            target, x_scales, self._bias, out, len(x), self.out_features,
-            HAS_X_SCALES=x_scales is not None, HAS_BIAS=self._bias is not None, SPLIT_K=split_k, BLOCK=block,
-            INTERPRETED=self._matmul.is_interpreted, num_warps=2,
-        )  # fmt: skip
+            target,
+            x_scales,
+            self._bias,
+            out,
+            len(x),
+            self.out_features,
+            HAS_X_SCALES=x_scales is not None,
+            HAS_BIAS=self._bias is not None,
+            SPLIT_K=split_k,
+            BLOCK=block,
+            INTERPRETED=self._matmul.is_interpreted,
+            num_warps=2,
+        )
         return out
 
 
 class WordsLinear(Linear):
-    """Weights that are expanded to the type of the inputs: in registers, or for cuBLAS where rows are many."""
+    """Weights that are expanded to the type of the inputs: in registers, or for cuBLAS where rows
+    are many."""
 
-    def __init__(self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        matmul: TritonMatmul,
+        format: WeightFormat,
+        layer: LinearLayer,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
         super().__init__(matmul, format, layer, tensors)
         self._zeros = None
         if format.zeros:
             raised = tensors["zeros"].to(torch.int16) + (128 if format.codes == "int8" else 0)
             self._zeros = layout.by_group(raised.to(torch.uint8), self._at)
         self._shape: dict[str, Any] = {
-            "IN": self.in_features, "GROUP": self._at.group, "PADDED": self._at.padded, "KIND": KINDS[format.codes],
-            "HAS_ZEROS": format.zeros, "INTERPRETED": matmul.is_interpreted,
-        }  # fmt: skip
+            "IN": self.in_features,
+            "GROUP": self._at.group,
+            "PADDED": self._at.padded,
+            "KIND": KINDS[format.codes],
+            "HAS_ZEROS": format.zeros,
+            "INTERPRETED": matmul.is_interpreted,
+        }
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, ...]:
         return ("words", "dequantize") if self.format.inputs is None else ("words",)
@@ -153,17 +212,40 @@ class WordsLinear(Linear):
         if how.kernel == "dequantize":
             return self._multiply_expanded(x, how.block_n)
         # Whatever codes inputs are rounded to, bfloat16 holds them exactly.
-        inputs, x_scales = (x, None) if self.format.inputs is None else self._rounded(x, torch.bfloat16)
+        inputs, x_scales = (
+            (x, None) if self.format.inputs is None else self._rounded(x, torch.bfloat16)
+        )
         split = min(how.split_k, len(self._codes))
         target = self._target(x, split)
-        grid = (triton.cdiv(self.out_features, how.block_n), triton.cdiv(len(x), how.block_m), split)
+        grid = (
+            triton.cdiv(self.out_features, how.block_n),
+            triton.cdiv(len(x), how.block_m),
+            split,
+        )
         kernels.multiply_words[grid](
-            inputs, self._codes, self._scales, self._zeros, x_scales, self._bias, target,
-            len(x), self.out_features, inputs.stride(0), self.out_features,
-            NUM_CHUNKS=len(self._codes), IN_GROUPS=self._at.num_groups > 1, HAS_X_SCALES=x_scales is not None,
-            HAS_BIAS=self._bias is not None, BLOCK_M=how.block_m, BLOCK_N=how.block_n, SPLIT_K=split,
-            COMPUTE=TYPES[inputs.dtype], **self._shape, num_warps=how.num_warps, num_stages=how.num_stages,
-        )  # fmt: skip
+            inputs,
+            self._codes,
+            self._scales,
+            self._zeros,
+            x_scales,
+            self._bias,
+            target,
+            len(x),
+            self.out_features,
+            inputs.stride(0),
+            self.out_features,
+            NUM_CHUNKS=len(self._codes),
+            IN_GROUPS=self._at.num_groups > 1,
+            HAS_X_SCALES=x_scales is not None,
+            HAS_BIAS=self._bias is not None,
+            BLOCK_M=how.block_m,
+            BLOCK_N=how.block_n,
+            SPLIT_K=split,
+            COMPUTE=TYPES[inputs.dtype],
+            **self._shape,
+            num_warps=how.num_warps,
+            num_stages=how.num_stages,
+        )
         return self._finished(x, target, x_scales, split)
 
     def _multiply_expanded(self, x: Tensor, outs: int) -> Tensor:
@@ -179,23 +261,44 @@ class WordsLinear(Linear):
 
     def _expanded(self, first: int, width: int, dtype: torch.dtype) -> Tensor:
         """`[in, width]`"""
-        weights, block = torch.empty(self.in_features, width, dtype=dtype, device=self._codes.device), 128
+        weights, block = (
+            torch.empty(self.in_features, width, dtype=dtype, device=self._codes.device),
+            128,
+        )
         kernels.expand_words[(triton.cdiv(width, block), len(self._codes))](
-            self._codes, self._scales, self._zeros, weights, self.out_features, first, width,
-            BLOCK_N=block, COMPUTE=TYPES[dtype], **self._shape, num_warps=4,
-        )  # fmt: skip
+            self._codes,
+            self._scales,
+            self._zeros,
+            weights,
+            self.out_features,
+            first,
+            width,
+            BLOCK_N=block,
+            COMPUTE=TYPES[dtype],
+            **self._shape,
+            num_warps=4,
+        )
         return weights
 
 
 class CodesLinear(Linear):
     """Weights of 8 bits by inputs that are rounded to the same type."""
 
-    def __init__(self, matmul: TritonMatmul, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        matmul: TritonMatmul,
+        format: WeightFormat,
+        layer: LinearLayer,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
         super().__init__(matmul, format, layer, tensors)
         # What cuBLAS asks of FP8: whole units of 16, and scales by rows of both, or one for each.
         is_whole = self._at.num_places == self.in_features and self.out_features % 16 == 0
         self._has_scaled_mm = (
-            format.codes == "float8_e4m3fn" and self._at.num_groups == 1 and is_whole and matmul.scaled_mm is not None
+            format.codes == "float8_e4m3fn"
+            and self._at.num_groups == 1
+            and is_whole
+            and matmul.scaled_mm is not None
         )
         self._one_scale = None
         if format.input_scale and bool((self._scales == self._scales[0, 0]).all()):
@@ -203,7 +306,11 @@ class CodesLinear(Linear):
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, ...]:
         """FP8 products scaled by rows are to be had in bfloat16 alone."""
-        return ("scaled_mm", "codes") if self._has_scaled_mm and dtype == torch.bfloat16 else ("codes",)
+        return (
+            ("scaled_mm", "codes")
+            if self._has_scaled_mm and dtype == torch.bfloat16
+            else ("codes",)
+        )
 
     def multiply(self, x: Tensor, how: Choice) -> Tensor:
         codes, x_scales = self._rounded(x, self._codes.dtype)
@@ -212,24 +319,55 @@ class CodesLinear(Linear):
         block_k = min(how.block_k, self._at.padded)
         split = min(how.split_k, self._at.num_places // block_k)
         target = self._target(x, split)
-        grid = (triton.cdiv(len(x), how.block_m), triton.cdiv(self.out_features, how.block_n), split)
+        grid = (
+            triton.cdiv(len(x), how.block_m),
+            triton.cdiv(self.out_features, how.block_n),
+            split,
+        )
         kernels.multiply_codes[grid](
-            codes, self._codes, self._scales, x_scales, self._bias, target,
-            len(x), self.out_features, codes.stride(0), self.out_features,
-            IN=self.in_features, GROUP=self._at.group, PADDED=self._at.padded, NUM_PLACES=self._at.num_places,
-            IN_GROUPS=self._at.num_groups > 1, HAS_BIAS=self._bias is not None, BLOCK_M=how.block_m, BLOCK_N=how.block_n,
-            BLOCK_K=block_k, SPLIT_K=split, INTERPRETED=self._matmul.is_interpreted, num_warps=how.num_warps,
+            codes,
+            self._codes,
+            self._scales,
+            x_scales,
+            self._bias,
+            target,
+            len(x),
+            self.out_features,
+            codes.stride(0),
+            self.out_features,
+            IN=self.in_features,
+            GROUP=self._at.group,
+            PADDED=self._at.padded,
+            NUM_PLACES=self._at.num_places,
+            IN_GROUPS=self._at.num_groups > 1,
+            HAS_BIAS=self._bias is not None,
+            BLOCK_M=how.block_m,
+            BLOCK_N=how.block_n,
+            BLOCK_K=block_k,
+            SPLIT_K=split,
+            INTERPRETED=self._matmul.is_interpreted,
+            num_warps=how.num_warps,
             num_stages=how.num_stages,
-        )  # fmt: skip
+        )
         return self._finished(x, target, x_scales, split)
 
     def _scaled_mm(self, codes: Tensor, x_scales: Tensor) -> Tensor:
-        """By one scale of all inputs and one of all weights where there are such: cuBLAS has its best kernels for that."""
-        scales = (x_scales[:, None], self._scales) if self._one_scale is None else (self._input_scale, self._one_scale)
+        """By one scale of all inputs and one of all weights where there are such: cuBLAS has its
+        best kernels for that."""
+        scales = (
+            (x_scales[:, None], self._scales)
+            if self._one_scale is None
+            else (self._input_scale, self._one_scale)
+        )
         bias = None if self._bias is None else self._bias.to(torch.bfloat16)
         multiply = self._matmul.scaled_mm
         assert multiply is not None
         return multiply(
-            codes, self._codes.t(), scale_a=scales[0], scale_b=scales[1], bias=bias, out_dtype=torch.bfloat16,
+            codes,
+            self._codes.t(),
+            scale_a=scales[0],
+            scale_b=scales[1],
+            bias=bias,
+            out_dtype=torch.bfloat16,
             use_fast_accum=True,
-        )  # fmt: skip
+        )

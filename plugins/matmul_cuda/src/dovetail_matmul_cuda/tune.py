@@ -1,7 +1,8 @@
-"""`dovetail tune kernels`: candidates are measured for each product, and the fastest go into a table (choice.py).
+"""`dovetail tune kernels`: candidates are measured for each product, and the fastest go into a
+table (choice.py).
 
-A process for each GPU takes products in turn. The table is written after every one, so that a run which was stopped goes on
-where it was.
+A process for each GPU takes products in turn. The table is written after every one, so that a run
+which was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ from dovetail.interfaces.matmul import Codes, Inputs, WeightFormat
 from dovetail.interfaces.worker import Progress
 from dovetail_matmul_cuda.choice import Case, Choice, Table, bucket, user_table
 
-CODES: dict[str, Codes] = {"uint4": "uint4", "int8": "int8", "float8": "float8_e4m3fn", "fp8": "float8_e4m3fn"}
+CODES: dict[str, Codes] = {
+    "uint4": "uint4",
+    "int8": "int8",
+    "float8": "float8_e4m3fn",
+    "fp8": "float8_e4m3fn",
+}
 Measured = Iterator[tuple[Case, Choice, float]]
 """Products, the fastest choice for each and its seconds, in any order."""
 MeasureAll = Callable[[list[Case], str], Measured]
@@ -32,23 +38,41 @@ MeasureAll = Callable[[list[Case], str], Measured]
 
 def run(args: Namespace, progress: Progress) -> int:
     cases = all_cases(
-        shapes_of_model(Path(args.model)) if args.model else parse_shapes(args.shapes), parse_formats(args.formats),
+        shapes_of_model(Path(args.model)) if args.model else parse_shapes(args.shapes),
+        parse_formats(args.formats),
         parse_rows(args.rows),
-    )  # fmt: skip
+    )
     facts = device_facts()
     if not facts.gpus:
-        raise ConfigError(f"there is no GPU here to measure on{': ' * bool(facts.gpu_trouble)}{facts.gpu_trouble}")
+        raise ConfigError(
+            f"there is no GPU here to measure on{': ' * bool(facts.gpu_trouble)}{facts.gpu_trouble}"
+        )
     if len(names := sorted({gpu.name for gpu in facts.gpus})) > 1:
-        raise ConfigError(f"the GPUs here differ ({', '.join(names)}): choose some of one kind by CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            f"the GPUs here differ ({', '.join(names)}): choose some of one kind by"
+            " CUDA_VISIBLE_DEVICES"
+        )
     path = Path(args.out) if args.out else user_table(names[0])
-    table = tune(cases, args.dtype, path, {"gpu": names[0]}, lambda c, d: on_gpus(c, d, len(facts.gpus)), progress)
+    table = tune(
+        cases,
+        args.dtype,
+        path,
+        {"gpu": names[0]},
+        lambda c, d: on_gpus(c, d, len(facts.gpus)),
+        progress,
+    )
     print(f"{path}: {len(table.choices)} products")
     return 0
 
 
 def tune(
-    cases: list[Case], dtype: str, path: Path, about: dict[str, Any], measure: MeasureAll, progress: Progress
-) -> Table:  # fmt: skip
+    cases: list[Case],
+    dtype: str,
+    path: Path,
+    about: dict[str, Any],
+    measure: MeasureAll,
+    progress: Progress,
+) -> Table:
     """Complete the table at `path`, or begin it."""
     table = Table.read(path) if path.exists() else Table()
     todo = [case for case in cases if case not in table.choices]
@@ -63,10 +87,12 @@ def tune(
 
 
 def fastest(
-    candidates: list[Choice], seconds: Callable[[Choice], float], passed_over: tuple[type[Exception], ...] = (MemoryError,)
-) -> tuple[Choice, float]:  # fmt: skip
-    """The first of those that take least, without those whose errors are `passed_over`: what a GPU has no room for. Raises
-    `ConfigError` if that is all of them."""
+    candidates: list[Choice],
+    seconds: Callable[[Choice], float],
+    passed_over: tuple[type[Exception], ...] = (MemoryError,),
+) -> tuple[Choice, float]:
+    """The first of those that take least, without those whose errors are `passed_over`: what a GPU
+    has no room for. Raises `ConfigError` if that is all of them."""
     found, errors = [], []
     for choice in candidates:
         try:
@@ -85,14 +111,26 @@ def candidates(case: Case, kernels: tuple[str, ...], num_sms: int) -> list[Choic
     if "scaled_mm" in kernels:
         found.append(Choice("scaled_mm"))
     if "dequantize" in kernels and case.rows >= 64:
-        found += [Choice("dequantize", block_n=n) for n in sorted({1024, 2048, 4096, case.outs}) if n <= case.outs]
+        found += [
+            Choice("dequantize", block_n=n)
+            for n in sorted({1024, 2048, 4096, case.outs})
+            if n <= case.outs
+        ]
     kernel = "codes" if "codes" in kernels else "words"
     block_m = min(128, max(16, case.rows))
     for m, n in product(sorted({block_m, max(16, block_m // 2)}), (32, 64, 128, 256)):
-        if (m <= 32 and n > 128) or (m > 32 and n < 64) or (kernel == "words" and m > 64 and n > 128):
+        if (
+            (m <= 32 and n > 128)
+            or (m > 32 and n < 64)
+            or (kernel == "words" and m > 64 and n > 128)
+        ):
             continue
         programs = -(-case.rows // m) * -(-case.outs // n)
-        splits = [s for s in (1, 2, 4, 8) if s == 1 or (programs * s <= 4 * num_sms and case.in_features >= 512 * s)]
+        splits = [
+            s
+            for s in (1, 2, 4, 8)
+            if s == 1 or (programs * s <= 4 * num_sms and case.in_features >= 512 * s)
+        ]
         warps = (4,) if m * n <= 64 * 64 else (8,) if m * n >= 128 * 128 else (4, 8)
         depths = (64, 128) if kernel == "codes" and m > 32 else (128,)
         shapes = product(depths, splits, warps, (3, 5) if m <= 32 else (3,))
@@ -100,8 +138,14 @@ def candidates(case: Case, kernels: tuple[str, ...], num_sms: int) -> list[Choic
     return found
 
 
-def all_cases(shapes: list[tuple[int, int]], formats: list[WeightFormat], rows: list[int]) -> list[Case]:
-    return list(dict.fromkeys(Case.of(f, outs, ins, n) for f in formats for outs, ins in shapes for n in rows))
+def all_cases(
+    shapes: list[tuple[int, int]], formats: list[WeightFormat], rows: list[int]
+) -> list[Case]:
+    return list(
+        dict.fromkeys(
+            Case.of(f, outs, ins, n) for f in formats for outs, ins in shapes for n in rows
+        )
+    )
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -128,24 +172,41 @@ def parse_formats(text: str) -> list[WeightFormat]:
     for one in text.split(","):
         weights, _, inputs = one.strip().partition(":")
         codes, _, group = weights.partition("-")
-        if codes not in CODES or (group and not group.isdecimal()) or inputs not in ("", "int8", "float8", "fp8"):
-            raise ConfigError(f"--formats: {one!r} is no CODES-GROUP:INPUTS, such as uint4-128, int8 or float8:float8")
+        if (
+            codes not in CODES
+            or (group and not group.isdecimal())
+            or inputs not in ("", "int8", "float8", "fp8")
+        ):
+            raise ConfigError(
+                f"--formats: {one!r} is no CODES-GROUP:INPUTS, such as uint4-128, int8 or"
+                " float8:float8"
+            )
         rounded = cast(Inputs, CODES[inputs]) if inputs else None
         found.append(WeightFormat(CODES[codes], int(group) if group else None, inputs=rounded))
     return found
 
 
 def shapes_of_model(folder: Path) -> list[tuple[int, int]]:
-    """Of a decoder's layers as they are fused: queries, keys and values; what attention gives; gate and up; down."""
+    """Of a decoder's layers as they are fused: queries, keys and values; what attention gives; gate
+    and up; down."""
     path = folder if folder.is_file() else folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        hidden, inner, heads = (config[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
+        hidden, inner, heads = (
+            config[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads")
+        )
     except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"--model: {path} gives no shapes of linear layers: {type(e).__name__}: {e}") from e
+        raise ConfigError(
+            f"--model: {path} gives no shapes of linear layers: {type(e).__name__}: {e}"
+        ) from e
     size = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
-    shapes = [((heads + 2 * kv_heads) * size, hidden), (hidden, heads * size), (2 * inner, hidden), (hidden, inner)]
+    shapes = [
+        ((heads + 2 * kv_heads) * size, hidden),
+        (hidden, heads * size),
+        (2 * inner, hidden),
+        (hidden, inner),
+    ]
     return list(dict.fromkeys(shapes))
 
 
@@ -159,7 +220,9 @@ def on_gpus(cases: list[Case], dtype: str, count: int) -> Measured:
     for index in range(count):
         devices.put(index)
     with ProcessPoolExecutor(count, context, _take_device, (devices,)) as pool:
-        waiting = [pool.submit(_measure, case, dtype) for case in sorted(cases, key=lambda c: -c.rows)]
+        waiting = [
+            pool.submit(_measure, case, dtype) for case in sorted(cases, key=lambda c: -c.rows)
+        ]
         for future in as_completed(waiting):
             yield future.result()
 
@@ -182,7 +245,9 @@ def _measure(case: Case, dtype: str) -> tuple[Case, Choice, float]:
     x = torch.randn(case.rows, case.in_features, device=device).to(getattr(torch, dtype))
     tried = candidates(case, linear.kernels(x.dtype), matmul.num_sms)
     no_room = (OutOfResources, torch.OutOfMemoryError)
-    return case, *fastest(tried, lambda choice: _seconds(lambda: linear.multiply(x, choice)), no_room)
+    return case, *fastest(
+        tried, lambda choice: _seconds(lambda: linear.multiply(x, choice)), no_room
+    )
 
 
 def random_linear(matmul: Any, case: Case, dtype: str, device: str) -> Any:
@@ -190,18 +255,25 @@ def random_linear(matmul: Any, case: Case, dtype: str, device: str) -> Any:
 
     from dovetail.interfaces.quantization import LinearLayer, Part
 
-    format = WeightFormat(cast(Codes, case.codes), case.group_size, inputs=cast("Inputs | None", case.inputs))
+    format = WeightFormat(
+        cast(Codes, case.codes), case.group_size, inputs=cast("Inputs | None", case.inputs)
+    )
     width = -(-case.in_features // 2) if format.bits == 4 else case.in_features
     codes = torch.randint(0, 120, (case.outs, width), dtype=torch.uint8, device=device)
-    scales = torch.rand(case.outs, format.num_groups(case.in_features), device=device) * 0.01 + 0.001
-    layer = LinearLayer("tuned", (Part("tuned", case.outs),), case.in_features, False, dtype, device)
+    scales = (
+        torch.rand(case.outs, format.num_groups(case.in_features), device=device) * 0.01 + 0.001
+    )
+    layer = LinearLayer(
+        "tuned", (Part("tuned", case.outs),), case.in_features, False, dtype, device
+    )
     if format.bits == 8:
         codes = codes.view(getattr(torch, case.codes))
     return matmul.linear(format, layer, {"codes": codes, "scales": scales})
 
 
 def _seconds(launch: Callable[[], object], rounds: int = 5, count: int = 20) -> float:
-    """Of one launch within a graph, as a decode step has it; the second cache holds nothing of it."""
+    """Of one launch within a graph, as a decode step has it; the second cache holds nothing of
+    it."""
     import torch
 
     launch()

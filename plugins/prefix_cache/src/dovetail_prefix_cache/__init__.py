@@ -1,4 +1,5 @@
-"""Prefix caching: a hash index of computed blocks. Opens an extension point of its own, `eviction`, for the order of giving up."""
+"""Prefix caching: a hash index of computed blocks. Opens an extension point of its own, `eviction`,
+for the order of giving up."""
 
 from __future__ import annotations
 
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
 
 
 EVICTION = ExtensionPoint(
-    "eviction", "dovetail_eviction_policies", "which cached blocks to give up first", within="prefix_cache",
-    interface=MakePolicy, contract_class="dovetail_prefix_cache.testing:EvictionContract",
+    "eviction",
+    "dovetail_eviction_policies",
+    "which cached blocks to give up first",
+    within="prefix_cache",
+    interface=MakePolicy,
+    contract_class="dovetail_prefix_cache.testing:EvictionContract",
     scaffold="dovetail_prefix_cache:scaffold/eviction",
-)  # fmt: skip
+)
 
 
 def _settle(context: Context, options: TieredCacheOptions) -> tuple[TieredCacheOptions, list[str]]:
     asked, there = options.host_memory_gb, context.device.memory_bytes / 2**30
     if asked > there:
-        raise ConfigError(f"prefix_cache.host_memory_gb: {asked:g} GiB is more than this machine has ({there:.1f} GiB)")
+        raise ConfigError(
+            f"prefix_cache.host_memory_gb: {asked:g} GiB is more than this machine has ({there:.1f}"
+            " GiB)"
+        )
     return options, []
 
 
@@ -57,12 +65,19 @@ def dovetail_extension_points() -> list[ExtensionPoint]:
 @hookimpl
 def dovetail_prefix_caches() -> list[Provider[HashIndex]]:
     summary = "blocks by chained, keyed 128-bit hashes; every hit is verified"
-    return [Provider("hash", summary, _hash, TieredCacheOptions, resolve_options=_settle, priority=50)]
+    return [
+        Provider("hash", summary, _hash, TieredCacheOptions, resolve_options=_settle, priority=50)
+    ]
 
 
 @hookimpl
 def dovetail_eviction_policies() -> list[Provider[MakePolicy]]:
     return [
-        Provider("lru", "least recently used, and of one sequence the last blocks first", _lru, priority=50),
+        Provider(
+            "lru",
+            "least recently used, and of one sequence the last blocks first",
+            _lru,
+            priority=50,
+        ),
         Provider("lfu", "least often used, among those the least recently", _lfu, priority=40),
     ]

@@ -13,18 +13,20 @@ from typing import Protocol
 class EvictionPolicy(Protocol):
     """An order among the blocks that are kept and that no sequence uses.
 
-    Blocks of one sequence are added from the last to the first; a block without the ones before it is of no use, so what
-    was added first should, all else equal, go first.
+    Blocks of one sequence are added from the last to the first; a block without the ones before it
+    is of no use, so what was added first should, all else equal, go first.
     """
 
     def add(self, block_id: int) -> None:
-        """A block is no longer in use. It is not here now; it may have been before, with the same content."""
+        """A block is no longer in use. It is not here now; it may have been before, with the same
+        content."""
 
     def remove(self, block_id: int) -> None:
         """A block that is here is in use again: somebody asked for what it holds."""
 
     def pop(self) -> int:
-        """Take out the least valuable block: its content is forgotten. Never called when none is here."""
+        """Take out the least valuable block: its content is forgotten. Never called when none is
+        here."""
 
     def clear(self) -> None:
         """All is forgotten."""
@@ -40,7 +42,8 @@ class LeastRecentlyUsed:
     """In the order in which they were added."""
 
     def __init__(self, num_blocks: int) -> None:
-        # A plain dict would do but for `pop`: it looks for its first entry among those deleted before.
+        # A plain dict would do but for `pop`: it looks for its first entry among those deleted
+        # before.
         self._order: OrderedDict[int, None] = OrderedDict()
 
     def add(self, block_id: int) -> None:
@@ -57,7 +60,8 @@ class LeastRecentlyUsed:
 
 
 class LeastFrequentlyUsed:
-    """By how often a block was used since it was computed, then in the order in which they were added."""
+    """By how often a block was used since it was computed, then in the order in which they were
+    added."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_uses = [0] * num_blocks

@@ -1,9 +1,10 @@
 """Which block holds the KV of which tokens, by chained hashes.
 
-A block's key is the 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its own tokens; the first one's
-predecessor is the hash of adapter and salt under a secret that is sampled anew for every index. So a key stands for all tokens up
-to the end of its block, and as no key can be known without the secret, nobody can choose tokens that collide. A hit is verified
-all the same: an entry keeps its tokens and its predecessor's key, and both are compared.
+A block's key is the 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its
+own tokens; the first one's predecessor is the hash of adapter and salt under a secret that is
+sampled anew for every index. So a key stands for all tokens up to the end of its block, and as no
+key can be known without the secret, nobody can choose tokens that collide. A hit is verified all
+the same: an entry keeps its tokens and its predecessor's key, and both are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ KEY_BYTES = 16
 
 
 Entry = tuple[Any, ...]
-"""One block's worth of tokens: these, the key of the block before, and per KV group the block that holds their KV.
+"""One block's worth of tokens: these, the key of the block before, and per KV group the block that
+holds their KV.
 
 There may be a million, and Python's collector does not look at tuples of bytes and numbers."""
 
@@ -45,15 +47,22 @@ class HashIndex:
     """A `TieredPrefixCache`; the interface says what each method promises."""
 
     def __init__(
-        self, block_size: int, num_blocks: list[int], make_policy: MakePolicy, named: str | None = None,
+        self,
+        block_size: int,
+        num_blocks: list[int],
+        make_policy: MakePolicy,
+        named: str | None = None,
         num_host_blocks: Counts[int] = (),
-    ) -> None:  # fmt: skip
-        """`named`: who the policy is, for errors. `num_host_blocks`: of the host tier, if there is one."""
+    ) -> None:
+        """`named`: who the policy is, for errors. `num_host_blocks`: of the host tier, if there is
+        one."""
         self._named = named
         self._block_size = block_size
         self._secret = os.urandom(32)
         self._entries: dict[bytes, Entry] = {}
-        all_blocks = [n + h for n, h in zip(num_blocks, num_host_blocks or [0] * len(num_blocks), strict=True)]
+        all_blocks = [
+            n + h for n, h in zip(num_blocks, num_host_blocks or [0] * len(num_blocks), strict=True)
+        ]
         self._key_of: list[list[bytes | None]] = [[None] * n for n in all_blocks]
         """By KV group and block: of what it holds."""
         self._policies = [make_policy(n) for n in num_blocks]
@@ -64,7 +73,8 @@ class HashIndex:
         self._expected: dict[bytes, int] = {}
         """Keys of blocks that running sequences are about to compute, and which of them does."""
         self._coming: dict[int, tuple[int, int]] = {}
-        """By running sequence: the first block that it has not inserted yet, and the end of those expected."""
+        """By running sequence: the first block that it has not inserted yet, and the end of those
+        expected."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found: list[tuple[int, ...]] = []
@@ -95,13 +105,17 @@ class HashIndex:
                 for key_of, block in zip(self._key_of, blocks, strict=True):
                     if block != NOT_HERE:
                         key_of[block] = key
-            elif entry[0] == tokens[i] and entry[1] == keys[i]:  # else another block of the same hash: the first one stays
+            elif (
+                entry[0] == tokens[i] and entry[1] == keys[i]
+            ):  # else another block of the same hash: the first one stays
                 for group, block in enumerate(blocks):
                     if block != NOT_HERE and entry[2 + group] == NOT_HERE:
                         self._put(key, group, block)
 
     def expect(self, seq: Sequence, first: int, end: int) -> None:
-        self._expected.update(dict.fromkeys(self._chain(seq, end).keys[first + 1 : end + 1], seq.seq_id))
+        self._expected.update(
+            dict.fromkeys(self._chain(seq, end).keys[first + 1 : end + 1], seq.seq_id)
+        )
         self._coming[seq.seq_id] = first, end
 
     def expected_from(self, seq: Sequence, block: int) -> int | None:
@@ -163,16 +177,21 @@ class HashIndex:
             self._put(self._take_out(group, source), group, target)
 
     def _take_out(self, group: int, block: int) -> bytes:
-        """The key of what a block holds that a policy has given up; from now on it holds nothing."""
+        """The key of what a block holds that a policy has given up; from now on it holds
+        nothing."""
         key_of = self._key_of[group]
         key = key_of[block] if type(block) is int and 0 <= block < len(key_of) else None
         if key is None:
-            raise PluginError(f"the eviction policy gave up {block!r}, no block that is kept", provider=self._named)
+            raise PluginError(
+                f"the eviction policy gave up {block!r}, no block that is kept",
+                provider=self._named,
+            )
         key_of[block] = None
         return key
 
     def _put(self, key: bytes, group: int, block: int) -> None:
-        """What `key` stands for is in this block of a KV group, or `NOT_HERE`; once it is nowhere it is forgotten."""
+        """What `key` stands for is in this block of a KV group, or `NOT_HERE`; once it is nowhere
+        it is forgotten."""
         if block != NOT_HERE:
             self._key_of[group][block] = key
         entry = self._entries[key]

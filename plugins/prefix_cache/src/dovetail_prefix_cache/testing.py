@@ -1,7 +1,7 @@
 """The contract of the `eviction` extension point, as tests. A plugin's test is a subclass:
 
-    class TestMyPolicy(EvictionContract):
-        provider = PROVIDER
+class TestMyPolicy(EvictionContract):
+    provider = PROVIDER
 """
 
 from __future__ import annotations
@@ -32,29 +32,44 @@ class EvictionContract(Contract):
         policy: EvictionPolicy = self.build()(num_blocks)
         return policy
 
-    @common_causes("a block popped and kept", "remove that leaves an entry behind", "state left after clear")
+    @common_causes(
+        "a block popped and kept", "remove that leaves an entry behind", "state left after clear"
+    )
     def test_every_block_leaves_once(self) -> None:
-        """`pop` names blocks that were added and not removed since, each once; in the end all that were added have left."""
+        """`pop` names blocks that were added and not removed since, each once; in the end all that
+        were added have left."""
         self.run_machine(partial(PolicyMachine, self), examples=150)
 
     @common_causes("state kept by the class or the module instead of the object")
     def test_policies_do_not_meet(self) -> None:
-        """Policies made one after the other, as for two KV groups, know nothing of each other's blocks."""
+        """Policies made one after the other, as for two KV groups, know nothing of each other's
+        blocks."""
         make = self.build()
         policies = [make(8) for _ in range(2)]
         for block in (1, 2, 3):
             policies[0].add(block)
             policies[1].add(block + 3)
         policies[0].remove(2)
-        gone = [sorted(policy.pop() for _ in range(count)) for policy, count in zip(policies, (2, 3), strict=True)]
-        assert gone == [[1, 3], [4, 5, 6]], f"of blocks [1, 3] here and [4, 5, 6] there, {gone[0]} and {gone[1]} were popped"
+        gone = [
+            sorted(policy.pop() for _ in range(count))
+            for policy, count in zip(policies, (2, 3), strict=True)
+        ]
+        assert gone == [
+            [1, 3],
+            [4, 5, 6],
+        ], f"of blocks [1, 3] here and [4, 5, 6] there, {gone[0]} and {gone[1]} were popped"
 
     @common_causes("state shared between the policies of two groups, or of two engines")
     def test_an_engine_whatever_happens(self) -> None:
-        """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone ends."""
+        """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone
+        ends."""
 
         def new_kv(setup: Setup) -> ReusingKVCache:
-            return ReusingKVCache(setup.groups, setup.num_blocks, HashIndex(setup.block_size, setup.num_blocks, self.build()))
+            return ReusingKVCache(
+                setup.groups,
+                setup.num_blocks,
+                HashIndex(setup.block_size, setup.num_blocks, self.build()),
+            )
 
         self.run_machine(partial(EngineMachine, Parts(new_kv, new_scheduler)), examples=40)
 
@@ -104,4 +119,6 @@ class PolicyMachine(Machine):
 
     def end(self) -> None:
         left = [self.policy.pop() for _ in range(len(self.here))]
-        assert sorted(left) == sorted(self.here), f"{left} were popped at the end, and here were {sorted(self.here)}"
+        assert sorted(left) == sorted(self.here), (
+            f"{left} were popped at the end, and here were {sorted(self.here)}"
+        )

@@ -1,4 +1,5 @@
-"""AWQ and GPTQ checkpoints: weights of 4 and 8 bits with a scale and a zero point for each group of inputs.
+"""AWQ and GPTQ checkpoints: weights of 4 and 8 bits with a scale and a zero point for each group of
+inputs.
 
 This module is the light root: it offers the providers and imports no tensor library.
 """
@@ -33,17 +34,26 @@ GPTQ_EXAMPLES = (
 def _awq(context: BuildContext, options: Options) -> Awq:
     from dovetail_quant_awq_gptq.awq import Awq
 
-    return Awq(context.build("matmul"), context.model.quantization_config or {}, f"{context.model.folder / 'config.json'}")
+    return Awq(
+        context.build("matmul"),
+        context.model.quantization_config or {},
+        f"{context.model.folder / 'config.json'}",
+    )
 
 
 def _gptq(context: BuildContext, options: Options) -> Gptq:
     from dovetail_quant_awq_gptq.gptq import Gptq
 
-    return Gptq(context.build("matmul"), context.model.quantization_config or {}, f"{context.model.folder / 'config.json'}")
+    return Gptq(
+        context.build("matmul"),
+        context.model.quantization_config or {},
+        f"{context.model.folder / 'config.json'}",
+    )
 
 
 def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
-    """GPTQ: of 4 and 8 bits, those that the checkpoint has; rules for layers (`dynamic`) may change them."""
+    """GPTQ: of 4 and 8 bits, those that the checkpoint has; rules for layers (`dynamic`) may change
+    them."""
     config = (context.model.quantization_config if context.model else None) or {}
     rules = (config.get("dynamic") or {}).values()
     bits = [config.get("bits"), *(rule.get("bits") for rule in rules if rule)]
@@ -51,18 +61,29 @@ def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
     return {"matmul": {"codes": codes}} if codes else {}
 
 
-def _can(method: str, codes: tuple[str, ...], examples: tuple[dict[str, Any], ...]) -> QuantizationCapabilities:
-    return QuantizationCapabilities((method,), devices=None, codes=codes, examples=examples, compiled_steps=True)
+def _can(
+    method: str, codes: tuple[str, ...], examples: tuple[dict[str, Any], ...]
+) -> QuantizationCapabilities:
+    return QuantizationCapabilities(
+        (method,), devices=None, codes=codes, examples=examples, compiled_steps=True
+    )
 
 
 AWQ = Provider(
-    "awq", "AWQ checkpoints: 4-bit weights in groups, scaled for activations", _awq,
-    capabilities=_can("awq", ("uint4",), AWQ_EXAMPLES), priority=50,
-)  # fmt: skip
+    "awq",
+    "AWQ checkpoints: 4-bit weights in groups, scaled for activations",
+    _awq,
+    capabilities=_can("awq", ("uint4",), AWQ_EXAMPLES),
+    priority=50,
+)
 GPTQ = Provider(
-    "gptq", "GPTQ checkpoints: 4-bit and 8-bit weights in groups, rounded in sequence", _gptq,
-    capabilities=_can("gptq", ("uint4", "int8"), GPTQ_EXAMPLES), needs=needs, priority=50,
-)  # fmt: skip
+    "gptq",
+    "GPTQ checkpoints: 4-bit and 8-bit weights in groups, rounded in sequence",
+    _gptq,
+    capabilities=_can("gptq", ("uint4", "int8"), GPTQ_EXAMPLES),
+    needs=needs,
+    priority=50,
+)
 
 
 @hookimpl

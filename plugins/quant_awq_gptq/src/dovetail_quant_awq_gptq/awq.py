@@ -1,7 +1,8 @@
-"""AWQ: activation-aware weight quantization (Lin et al., arXiv 2306.00978), in the packing of its "gemm" kernel.
+"""AWQ: activation-aware weight quantization (Lin et al., arXiv 2306.00978), in the packing of its
+"gemm" kernel.
 
-`qweight i32[in, out / 8]` and `qzeros i32[in / group, out / 8]` hold eight columns a word, `scales [in / group, out]`;
-weight = (code - zero) * scale.
+`qweight i32[in, out / 8]` and `qzeros i32[in / group, out / 8]` hold eight columns a word, `scales
+[in / group, out]`; weight = (code - zero) * scale.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ class Awq(MatmulScheme):
         self._left_out: list[str] = config.get("modules_to_not_convert") or []
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
-        if layer.alike(self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"):
+        if layer.alike(
+            self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"
+        ):
             return Declined("the checkpoint leaves it out (modules_to_not_convert)")
         group = self._group or layer.in_features
         odd = [part.name for part in layer.parts if part.out_features % PER_WORD]
         if odd or layer.in_features % group:
-            what = f"the outputs of {odd[0]} are no multiple of {PER_WORD}" if odd else f"its inputs are not groups of {group}"
-            raise CheckpointError(f"{layer.name} ({layer.in_features} inputs) cannot be read as AWQ: {what}")
+            what = (
+                f"the outputs of {odd[0]} are no multiple of {PER_WORD}"
+                if odd
+                else f"its inputs are not groups of {group}"
+            )
+            raise CheckpointError(
+                f"{layer.name} ({layer.in_features} inputs) cannot be read as AWQ: {what}"
+            )
         words = Axis("out", features=PER_WORD)
         groups = Axis("in", features=group)
         found = {
@@ -56,7 +65,9 @@ class Awq(MatmulScheme):
         codes = unpack(tensors["qweight"], BITS, 1, INTERLEAVED).T
         found = {"scales": tensors["scales"].T, "codes": canonical_codes(codes, BITS)}
         if self._has_zeros:
-            found["zeros"] = canonical_zeros(unpack(tensors["qzeros"], BITS, 1, INTERLEAVED).T, BITS)
+            found["zeros"] = canonical_zeros(
+                unpack(tensors["qzeros"], BITS, 1, INTERLEAVED).T, BITS
+            )
         return found
 
     def _is_left_out(self, name: str) -> bool:

@@ -1,10 +1,11 @@
 """GPTQ (Frantar et al., arXiv 2210.17323), in the layout of AutoGPTQ and gptqmodel.
 
-`qweight i32[in * bits / 32, out]` holds the inputs of a word, `qzeros i32[in / group, out * bits / 32]` the outputs,
-`scales [in / group, out]`, `g_idx i32[in]` the group of each input; weight = (code - zero) * scale.
+`qweight i32[in * bits / 32, out]` holds the inputs of a word, `qzeros i32[in / group, out * bits /
+32]` the outputs, `scales [in / group, out]`, `g_idx i32[in]` the group of each input; weight =
+(code - zero) * scale.
 
-The first version of the format stores one less than each zero point. Tools subtract from whole words, so that a zero point of 0
-borrows from the next one: whole words are what one is added to.
+The first version of the format stores one less than each zero point. Tools subtract from whole
+words, so that a zero point of 0 borrows from the next one: whole words are what one is added to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.interfaces.matmul import Matmul, MatmulScheme, WeightFormat
-from dovetail.interfaces.packing import canonical_codes, canonical_zeros, order_of_groups, plain_groups, unpack
+from dovetail.interfaces.packing import (
+    canonical_codes,
+    canonical_zeros,
+    order_of_groups,
+    plain_groups,
+    unpack,
+)
 from dovetail.interfaces.quantization import OUT, Axis, Declined, LinearLayer, Parameter
 from dovetail_quant_awq_gptq.settings import Config, group_size, one_of
 
@@ -39,7 +46,9 @@ class Settings:
     @classmethod
     def of(cls, where: str, config: Config) -> Settings:
         bits = one_of(where, config, ("bits",), (4, 8), 4)
-        return cls(bits, group_size(where, config, ("group_size",)), bool(config.get("desc_act", False)))
+        return cls(
+            bits, group_size(where, config, ("group_size",)), bool(config.get("desc_act", False))
+        )
 
 
 class Gptq(MatmulScheme):
@@ -54,10 +63,14 @@ class Gptq(MatmulScheme):
         one_of(where, config, ("pack_dtype",), ("int32",), "int32")
         self._is_first_version = version == "gptq"
         self._lm_head: bool = config.get("lm_head", False)
-        self._inside = [name for names in config.get("modules_in_block_to_quantize") or () for name in names]
+        self._inside = [
+            name for names in config.get("modules_in_block_to_quantize") or () for name in names
+        ]
         self._rules: list[tuple[re.Pattern[str], Settings | None]] = []
         for rule, changes in (config.get("dynamic") or {}).items():
-            settings = None if rule.startswith("-:") else Settings.of(where, {**config, **(changes or {})})
+            settings = (
+                None if rule.startswith("-:") else Settings.of(where, {**config, **(changes or {})})
+            )
             self._rules.append((re.compile(rule.removeprefix("-:").removeprefix("+:")), settings))
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
@@ -68,12 +81,18 @@ class Gptq(MatmulScheme):
         odd = [part.name for part in layer.parts if part.out_features % per_word]
         if odd or layer.in_features % per_word:
             what = f"the outputs of {odd[0]}" if odd else f"its {layer.in_features} inputs"
-            raise CheckpointError(f"{layer.name} cannot be read as GPTQ: {what} are no multiple of {per_word}")
+            raise CheckpointError(
+                f"{layer.name} cannot be read as GPTQ: {what} are no multiple of {per_word}"
+            )
         if layer.in_features % group and settings.ordered:
-            what = f"its {layer.in_features} inputs are not whole groups of {group}, and in an order"
+            what = (
+                f"its {layer.in_features} inputs are not whole groups of {group}, and in an order"
+            )
             raise CheckpointError(f"{layer.name} cannot be read as GPTQ: {what}")
         groups = Axis("in", features=group)
-        whole = Axis("in", features=layer.in_features, elements=layer.in_features)  # which a rank cannot share
+        whole = Axis(
+            "in", features=layer.in_features, elements=layer.in_features
+        )  # which a rank cannot share
         return {
             "qweight": Parameter((Axis("in", features=per_word), OUT), "int32"),
             "qzeros": Parameter((groups, Axis("out", features=per_word)), "int32"),
@@ -89,10 +108,14 @@ class Gptq(MatmulScheme):
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         settings = self._records(layer)
         codes = unpack(tensors["qweight"], settings.bits, 0).T
-        words = tensors["qzeros"] + ONES[settings.bits] if self._is_first_version else tensors["qzeros"]
+        words = (
+            tensors["qzeros"] + ONES[settings.bits] if self._is_first_version else tensors["qzeros"]
+        )
         found = {"scales": tensors["scales"].T}
         if settings.ordered:
-            found["order"] = order_of_groups(layer, "g_idx", tensors["g_idx"], settings.group or layer.in_features)
+            found["order"] = order_of_groups(
+                layer, "g_idx", tensors["g_idx"], settings.group or layer.in_features
+            )
             codes = codes[:, found["order"]]
         else:
             self._check_plain(settings, layer, tensors["g_idx"])
@@ -114,7 +137,9 @@ class Gptq(MatmulScheme):
         return settings
 
     def _of(self, layer: LinearLayer) -> Settings | None:
-        found: Settings | None = layer.alike(self._settings_of, "the checkpoint's quantization_config")
+        found: Settings | None = layer.alike(
+            self._settings_of, "the checkpoint's quantization_config"
+        )
         return found
 
     def _settings_of(self, name: str) -> Settings | None:

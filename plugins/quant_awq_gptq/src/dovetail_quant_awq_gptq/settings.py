@@ -15,8 +15,11 @@ def refused(where: str, key: str, given: object, what: str) -> CheckpointError:
     return CheckpointError(f"{where}: quantization_config.{key} is {given!r}; {what}")
 
 
-def one_of(where: str, config: Config, keys: Iterable[str], known: tuple[Any, ...], default: Any) -> Any:
-    """The value of the first key that is there, in lower case. Raises `CheckpointError` for one that is not known."""
+def one_of(
+    where: str, config: Config, keys: Iterable[str], known: tuple[Any, ...], default: Any
+) -> Any:
+    """The value of the first key that is there, in lower case. Raises `CheckpointError` for one
+    that is not known."""
     key = next((k for k in keys if config.get(k) is not None), None)
     given = default if key is None else config[key]
     value = given.lower() if isinstance(given, str) else given
@@ -32,5 +35,7 @@ def group_size(where: str, config: Config, keys: Iterable[str]) -> int | None:
     if given in (-1, None):
         return None
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise refused(where, str(key), given, "it must be a number of inputs, or -1 for all of them")
+        raise refused(
+            where, str(key), given, "it must be a number of inputs, or -1 for all of them"
+        )
     return given

@@ -1,4 +1,5 @@
-"""FP8 (E4M3) weights and inputs: checkpoints of the method `fp8`, and plain weights quantized while they are read.
+"""FP8 (E4M3) weights and inputs: checkpoints of the method `fp8`, and plain weights quantized while
+they are read.
 
 This module is the light root: it offers the provider and imports no tensor library.
 """
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 METHOD = "fp8"
 EXAMPLES: tuple[dict[str, Any], ...] = (
     {"quant_method": METHOD, "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-    {"quant_method": METHOD, "activation_scheme": "dynamic", "weight_block_size": [64, 32], "modules_to_not_convert": ["kit"]},
+    {
+        "quant_method": METHOD,
+        "activation_scheme": "dynamic",
+        "weight_block_size": [64, 32],
+        "modules_to_not_convert": ["kit"],
+    },
     {"quant_method": METHOD, "activation_scheme": "dynamic", "weight_block_size": None},
     {"quant_method": METHOD, "activation_scheme": "static", "weight_block_size": None},
     {"quant_method": METHOD, "activation_scheme": "static", "ignored_layers": ["lm_head"]},
@@ -34,31 +40,50 @@ def why_not(context: Context) -> list[Reason]:
     if config is None:
         return []
     block = config.get("weight_block_size")
-    is_block = block is None or (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block))
-    known = {"activation_scheme": ("dynamic", "static"), "scale_fmt": ("float", "ue8m0"), "fmt": ("e4m3", "float8_e4m3fn")}
-    wrong = {key: " or ".join(values) for key, values in known.items() if config.get(key, values[0]) not in values}
+    is_block = block is None or (
+        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    )
+    known = {
+        "activation_scheme": ("dynamic", "static"),
+        "scale_fmt": ("float", "ue8m0"),
+        "fmt": ("e4m3", "float8_e4m3fn"),
+    }
+    wrong = {
+        key: " or ".join(values)
+        for key, values in known.items()
+        if config.get(key, values[0]) not in values
+    }
     if not is_block:
         wrong["weight_block_size"] = "two sizes, or null"
-    return [Reason(f"the checkpoint's {key} is {config[key]!r}", f"reads {values}") for key, values in wrong.items()]
+    return [
+        Reason(f"the checkpoint's {key} is {config[key]!r}", f"reads {values}")
+        for key, values in wrong.items()
+    ]
 
 
 def resolve_options(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
     """Decide what is left open: by the checkpoint, if it is in FP8."""
     config = _own_config(context.model.quantization_config if context.model else None)
-    stored = None if config is None else "tensor" if config.get("weight_block_size") is None else "block"
+    stored = (
+        None if config is None else "tensor" if config.get("weight_block_size") is None else "block"
+    )
     granularity = (stored or "channel") if options.granularity == "auto" else options.granularity
     if granularity != (stored or granularity):
         raise ConfigError(
-            f"quantization.granularity: {granularity!r} is asked for, and the checkpoint has a scale for each {stored}: "
-            "leave it out, or quantize the original weights"
+            f"quantization.granularity: {granularity!r} is asked for, and the checkpoint has a"
+            f" scale for each {stored}: leave it out, or quantize the original weights"
         )
     has_scale = config is not None and config.get("activation_scheme") == "static"
     if options.activations == "static" and not has_scale:
-        raise ConfigError("quantization.activations: 'static' is asked for, and the checkpoint has no scales of the inputs")
+        raise ConfigError(
+            "quantization.activations: 'static' is asked for, and the checkpoint has no scales of"
+            " the inputs"
+        )
     activations: str = options.activations
     if activations == "auto":
-        # The method rounds the inputs of blocks 128 at a time: not rounding them is nearer to that than one scale a row.
-        # Nor does rounding pay where all products are in 16 bits anyway, unless a checkpoint was made for it.
+        # The method rounds the inputs of blocks 128 at a time: not rounding them is nearer to that
+        # than one scale a row. Nor does rounding pay where all products are in 16 bits anyway,
+        # unless a checkpoint was made for it.
         is_left = granularity == "block" or (config is None and context.device_name == "cpu")
         activations = "static" if has_scale else "none" if is_left else "dynamic"
     return options.model_copy(update={"granularity": granularity, "activations": activations}), []
@@ -79,12 +104,24 @@ def _build(context: BuildContext, options: Fp8Options) -> Fp8:
 
 
 PROVIDER = Provider(
-    METHOD, "FP8 (E4M3) weights and inputs: checkpoints, and plain weights quantized while they are read", _build, Fp8Options,
+    METHOD,
+    "FP8 (E4M3) weights and inputs: checkpoints, and plain weights quantized while they are read",
+    _build,
+    Fp8Options,
     QuantizationCapabilities(
-        (METHOD,), on_the_fly=True, devices=None, activations="float8_e4m3fn", examples=EXAMPLES, codes=("float8_e4m3fn",),
+        (METHOD,),
+        on_the_fly=True,
+        devices=None,
+        activations="float8_e4m3fn",
+        examples=EXAMPLES,
+        codes=("float8_e4m3fn",),
         compiled_steps=True,
-    ), why_not, resolve_options, needs=needs, priority=50,
-)  # fmt: skip
+    ),
+    why_not,
+    resolve_options,
+    needs=needs,
+    priority=50,
+)
 
 
 @hookimpl

@@ -29,11 +29,14 @@ BLOCK = (128, 128)
 
 
 class Fp8(MatmulScheme):
-    """Layers of a checkpoint (`config` is its own), or of one that is quantized on the fly (None). The options are settled."""
+    """Layers of a checkpoint (`config` is its own), or of one that is quantized on the fly (None).
+    The options are settled."""
 
     unused = ("*.activation_scale", "*.input_scale")  # where the user does not want them
 
-    def __init__(self, matmul: Matmul, config: Mapping[str, Any] | None, options: Fp8Options) -> None:
+    def __init__(
+        self, matmul: Matmul, config: Mapping[str, Any] | None, options: Fp8Options
+    ) -> None:
         super().__init__(matmul)
         config = {"weight_block_size": None} if config is None else config
         self._granularity, self._activations = options.granularity, options.activations
@@ -43,17 +46,28 @@ class Fp8(MatmulScheme):
         self._scale, self._input_scale = "weight_scale_inv", "activation_scale"
         if "weight_block_size" not in config:
             self._scale, self._input_scale = "weight_scale", "input_scale"
-        self._left_out: list[str] = [*(config.get("modules_to_not_convert") or ()), *(config.get("ignored_layers") or ())]
+        self._left_out: list[str] = [
+            *(config.get("modules_to_not_convert") or ()),
+            *(config.get("ignored_layers") or ()),
+        ]
         self._has_kv_scales = bool(config.get("kv_cache_scheme"))
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
-        if layer.stored and layer.alike(self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"):
+        if layer.stored and layer.alike(
+            self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"
+        ):
             return Declined("the checkpoint leaves it out (modules_to_not_convert)")
         outputs, inputs = self._block
-        axes = {"tensor": (), "channel": (OUT, 1), "block": (Axis("out", features=outputs), Axis("in", features=inputs))}
+        axes = {
+            "tensor": (),
+            "channel": (OUT, 1),
+            "block": (Axis("out", features=outputs), Axis("in", features=inputs)),
+        }
         found = {
             "weight": Parameter((OUT, IN), "float8_e4m3fn"),
-            self._scale: Parameter(axes[self._granularity], self._scale_dtype, scale="not negative"),
+            self._scale: Parameter(
+                axes[self._granularity], self._scale_dtype, scale="not negative"
+            ),
         }
         if self._activations == "static":
             found[self._input_scale] = Parameter((), "float32", scale="positive")
@@ -68,18 +82,36 @@ class Fp8(MatmulScheme):
         )
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {"codes": tensors["weight"], "scales": self._scales(layer, tensors[self._scale].float())}
-        if self._activations == "static":  # the parts have one input: the widest scale holds what each of them saw
+        found = {
+            "codes": tensors["weight"],
+            "scales": self._scales(layer, tensors[self._scale].float()),
+        }
+        if (
+            self._activations == "static"
+        ):  # the parts have one input: the widest scale holds what each of them saw
             found["input_scale"] = tensors[self._input_scale].amax().reshape(1)
         return found
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
-        outputs, inputs = {"tensor": weight.shape, "channel": (1, weight.shape[1]), "block": self._block}[self._granularity]
-        rows, columns = (-(-size // unit) for size, unit in zip(weight.shape, (outputs, inputs), strict=True))
-        padded = F.pad(weight.float(), (0, columns * inputs - weight.shape[1], 0, rows * outputs - weight.shape[0]))
+        outputs, inputs = {
+            "tensor": weight.shape,
+            "channel": (1, weight.shape[1]),
+            "block": self._block,
+        }[self._granularity]
+        rows, columns = (
+            -(-size // unit) for size, unit in zip(weight.shape, (outputs, inputs), strict=True)
+        )
+        padded = F.pad(
+            weight.float(),
+            (0, columns * inputs - weight.shape[1], 0, rows * outputs - weight.shape[0]),
+        )
         blocks = padded.view(rows, outputs, columns, inputs)
         scales = blocks.abs().amax((1, 3), keepdim=True) / LARGEST
-        codes = (blocks / torch.where(scales > 0, scales, 1.0)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        codes = (
+            (blocks / torch.where(scales > 0, scales, 1.0))
+            .clamp(-LARGEST, LARGEST)
+            .to(torch.float8_e4m3fn)
+        )
         codes = codes.view(padded.shape)[: weight.shape[0], : weight.shape[1]].contiguous()
         scales = scales.reshape(() if self._granularity == "tensor" else (rows, columns))
         return {"weight": codes, self._scale: scales}
@@ -88,7 +120,10 @@ class Fp8(MatmulScheme):
         """As AutoFP8 stores them: scales of what the two projections give."""
         if not self._has_kv_scales:
             return None
-        return {f"{name}.{which}_proj.output_scale": Parameter((), "float32", scale="positive") for which in ("k", "v")}
+        return {
+            f"{name}.{which}_proj.output_scale": Parameter((), "float32", scale="positive")
+            for which in ("k", "v")
+        }
 
     def _scales(self, layer: LinearLayer, scale: Tensor) -> Tensor:
         """f32[out, groups]"""
@@ -98,7 +133,9 @@ class Fp8(MatmulScheme):
         # Each part's blocks begin with the part, whose last one may be smaller.
         counts = [-(-part.out_features // unit) for part in layer.parts]
         pieces = zip(layer.parts, torch.split(scale.reshape(sum(counts), -1), counts), strict=True)
-        return torch.cat([piece.repeat_interleave(unit, 0)[: part.out_features] for part, piece in pieces])
+        return torch.cat(
+            [piece.repeat_interleave(unit, 0)[: part.out_features] for part, piece in pieces]
+        )
 
     def _is_left_out(self, name: str) -> bool:
         # The output projection is never listed, and never quantized.

@@ -1,4 +1,5 @@
-"""INT8 weights and inputs: plain weights quantized while they are read, and 8-bit checkpoints of bitsandbytes.
+"""INT8 weights and inputs: plain weights quantized while they are read, and 8-bit checkpoints of
+bitsandbytes.
 
 This module is the light root: it offers the providers and imports no tensor library.
 """
@@ -22,18 +23,31 @@ if TYPE_CHECKING:
 
 METHOD = "bitsandbytes"
 THRESHOLD = 6.0
-EXAMPLE = {"quant_method": METHOD, "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
+EXAMPLE = {
+    "quant_method": METHOD,
+    "load_in_8bit": True,
+    "load_in_4bit": False,
+    "llm_int8_threshold": 6.0,
+}
 
 
 class Int8Options(Options):
     activations: Literal["dynamic", "none"] = Field(
-        "dynamic", description="dynamic: inputs are rounded to INT8, each row by its own scale; none: they stay as they are"
+        "dynamic",
+        description=(
+            "dynamic: inputs are rounded to INT8, each row by its own scale; none: they stay as"
+            " they are"
+        ),
     )
 
 
 class BitsAndBytesOptions(Options):
     threshold: float | Literal["auto"] = Field(
-        "auto", description="inputs of this size and more are not rounded to INT8; 0: all are; auto: the checkpoint's, or 6"
+        "auto",
+        description=(
+            "inputs of this size and more are not rounded to INT8; 0: all are; auto: the"
+            " checkpoint's, or 6"
+        ),
     )
 
 
@@ -52,24 +66,40 @@ def why_not(context: Context) -> list[Reason]:
         kind = config.get("bnb_4bit_quant_type", "fp4")
         reasons.append(
             Reason(
-                f"the checkpoint has 4-bit weights ({kind}), and 8-bit ones of bitsandbytes are read",
+                f"the checkpoint has 4-bit weights ({kind}), and 8-bit ones of bitsandbytes are"
+                " read",
                 "take the original weights, or 4-bit ones of AWQ, GPTQ or compressed-tensors",
             )
         )
     elif not (config.get("load_in_8bit") or config.get("_load_in_8bit")):
-        reasons.append(Reason("the checkpoint's quantization_config says neither load_in_8bit nor load_in_4bit"))
+        reasons.append(
+            Reason(
+                "the checkpoint's quantization_config says neither load_in_8bit nor load_in_4bit"
+            )
+        )
     if config.get("llm_int8_has_fp16_weight"):
-        reasons.append(Reason("its weights are 16-bit (llm_int8_has_fp16_weight)", "remove its quantization_config"))
+        reasons.append(
+            Reason(
+                "its weights are 16-bit (llm_int8_has_fp16_weight)",
+                "remove its quantization_config",
+            )
+        )
     threshold = config.get("llm_int8_threshold", THRESHOLD)
     if type(threshold) not in (int, float) or threshold < 0:
-        reasons.append(Reason(f"the checkpoint's llm_int8_threshold is {threshold!r}", "it is a number, from 0"))
+        reasons.append(
+            Reason(
+                f"the checkpoint's llm_int8_threshold is {threshold!r}", "it is a number, from 0"
+            )
+        )
     return reasons
 
 
 def resolve_options(context: Context, options: BitsAndBytesOptions) -> tuple[Options, list[str]]:
     if options.threshold != "auto":
         if options.threshold < 0:
-            raise ConfigError(f"quantization.threshold: must not be negative, found {options.threshold:g}")
+            raise ConfigError(
+                f"quantization.threshold: must not be negative, found {options.threshold:g}"
+            )
         return options, []
     config = own_config(context) or {}
     return BitsAndBytesOptions(threshold=config.get("llm_int8_threshold", THRESHOLD)), []
@@ -96,17 +126,34 @@ def _build_bitsandbytes(context: BuildContext, options: BitsAndBytesOptions) -> 
 
 
 INT8 = Provider(
-    "int8", "INT8 weights and inputs, of plain weights quantized while they are read", _build_int8, Int8Options,
-    QuantizationCapabilities(on_the_fly=True, devices=None, activations="int8", codes=("int8",), compiled_steps=True),
-    needs=needs, priority=50,
-)  # fmt: skip
-BITSANDBYTES = Provider(
-    METHOD, "LLM.int8(): INT8 weights and inputs, but for inputs of unusual size; checkpoints, and plain weights",
-    _build_bitsandbytes, BitsAndBytesOptions,
+    "int8",
+    "INT8 weights and inputs, of plain weights quantized while they are read",
+    _build_int8,
+    Int8Options,
     QuantizationCapabilities(
-        (METHOD,), on_the_fly=True, devices=None, activations="int8", examples=(EXAMPLE,), codes=("int8",)
-    ), why_not, resolve_options, priority=50,
-)  # fmt: skip
+        on_the_fly=True, devices=None, activations="int8", codes=("int8",), compiled_steps=True
+    ),
+    needs=needs,
+    priority=50,
+)
+BITSANDBYTES = Provider(
+    METHOD,
+    "LLM.int8(): INT8 weights and inputs, but for inputs of unusual size; checkpoints, and plain"
+    " weights",
+    _build_bitsandbytes,
+    BitsAndBytesOptions,
+    QuantizationCapabilities(
+        (METHOD,),
+        on_the_fly=True,
+        devices=None,
+        activations="int8",
+        examples=(EXAMPLE,),
+        codes=("int8",),
+    ),
+    why_not,
+    resolve_options,
+    priority=50,
+)
 
 
 @hookimpl

@@ -1,4 +1,5 @@
-"""Weights in INT8, a scale for each output: `weight i8[out, in]`, `weight_scale f32[out]`; weight = code * scale."""
+"""Weights in INT8, a scale for each output: `weight i8[out, in]`, `weight_scale f32[out]`; weight =
+code * scale."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ class Int8(MatmulScheme):
         self._format = WeightFormat("int8", inputs="int8" if rounds_inputs else None)
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter]:
-        return {"weight": Parameter((OUT, IN), "int8"), "weight_scale": Parameter((OUT,), "float32", scale="not negative")}
+        return {
+            "weight": Parameter((OUT, IN), "int8"),
+            "weight_scale": Parameter((OUT,), "float32", scale="not negative"),
+        }
 
     def format(self, layer: LinearLayer) -> WeightFormat:
         return self._format
@@ -35,7 +39,8 @@ class Int8(MatmulScheme):
 
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """f32[N, K] → i8[N, K], and f32[N]: the largest absolute value of each row, for which 127 stands."""
+    """f32[N, K] → i8[N, K], and f32[N]: the largest absolute value of each row, for which 127
+    stands."""
     largest = rows.abs().amax(1)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     return (rows / scale[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), largest

@@ -13,32 +13,80 @@ from dovetail.interfaces.worker import Progress
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a plugin's model name, a local folder, or a hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a plugin's model name, a local folder, or a hub id"
+    )
     parser.add_argument("--scheme", required=True, metavar="NAME", help="fp8, int8, awq, gptq")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make, or to finish")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the hub")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the folder to make, or to finish"
+    )
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a model on the hub"
+    )
     text = parser.add_argument_group("text")
-    text.add_argument("--calibration", type=Path, metavar="FILE", help="text that awq and gptq measure activations on")
     text.add_argument(
-        "--evaluation", type=Path, metavar="FILE",
-        help="text for the perplexity before and after (default: what the calibration leaves of its file)",
-    )  # fmt: skip
-    text.add_argument("--num-samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
-    text.add_argument("--sample-len", type=int, default=512, metavar="N", help="tokens in a window (default 512)")
-    text.add_argument("--num-evaluated", type=int, default=64, metavar="N", help="most windows for the perplexity (default 64)")
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text that awq and gptq measure activations on",
+    )
+    text.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "text for the perplexity before and after (default: what the calibration leaves of its"
+            " file)"
+        ),
+    )
+    text.add_argument(
+        "--num-samples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="windows to calibrate on (default 128)",
+    )
+    text.add_argument(
+        "--sample-len", type=int, default=512, metavar="N", help="tokens in a window (default 512)"
+    )
+    text.add_argument(
+        "--num-evaluated",
+        type=int,
+        default=64,
+        metavar="N",
+        help="most windows for the perplexity (default 64)",
+    )
     parser.add_argument_group("fp8").add_argument(
-        "--weight-only", action="store_true", help="inputs of linear layers are not rounded: nearer, slower where FP8 is fast"
+        "--weight-only",
+        action="store_true",
+        help="inputs of linear layers are not rounded: nearer, slower where FP8 is fast",
     )
     rounding = parser.add_argument_group("4 and 8 bits in groups (awq, gptq)")
     rounding.add_argument("--bits", type=int, default=4, help="4 (default); gptq also 8")
-    rounding.add_argument("--group-size", type=int, default=128, help="inputs that share a scale (default 128); -1: all")
     rounding.add_argument(
-        "--nearest", action="store_true", help="round to nearest: the same format without what awq and gptq are about"
+        "--group-size",
+        type=int,
+        default=128,
+        help="inputs that share a scale (default 128); -1: all",
+    )
+    rounding.add_argument(
+        "--nearest",
+        action="store_true",
+        help="round to nearest: the same format without what awq and gptq are about",
     )
     gptq = parser.add_argument_group("gptq")
-    gptq.add_argument("--desc-act", action="store_true", help="round inputs of large activations first (act-order)")
+    gptq.add_argument(
+        "--desc-act",
+        action="store_true",
+        help="round inputs of large activations first (act-order)",
+    )
     gptq.add_argument("--asymmetric", action="store_true", help="with zero points")
-    gptq.add_argument("--damp", type=float, default=0.01, help="share of its diagonal added to the Hessian (default 0.01)")
+    gptq.add_argument(
+        "--damp",
+        type=float,
+        default=0.01,
+        help="share of its diagonal added to the Hessian (default 0.01)",
+    )
 
 
 def _run(args: Namespace, progress: Progress) -> int:

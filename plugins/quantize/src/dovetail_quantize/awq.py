@@ -1,11 +1,14 @@
-"""AWQ: channels whose inputs are large are scaled up before rounding, so that their weights are rounded finer.
+"""AWQ: channels whose inputs are large are scaled up before rounding, so that their weights are
+rounded finer.
 
-Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han: AWQ: Activation-aware Weight Quantization for LLM Compression and
-Acceleration, arXiv 2306.00978. The scales s = mean|x| ** alpha are searched for, one alpha for all layers that have one input;
-what comes before these (a norm, or a linear layer) is divided by s, which changes nothing but the rounding. Then each group's
-range is clipped to where the error is least. Errors are those of outputs over all tokens: tr(D X Xᵀ Dᵀ), D the error of the
-weights. Beyond the paper, both ends of a range are clipped by themselves, those of queries and keys too; and values whose heads
-are shared are divided as well, by one scale for all that share them.
+Lin, Tang, Tang, Yang, Chen, Wang, Xiao, Dang, Gan, Han: AWQ: Activation-aware Weight Quantization
+for LLM Compression and Acceleration, arXiv 2306.00978. The scales s = mean|x| ** alpha are searched
+for, one alpha for all layers that have one input; what comes before these (a norm, or a linear
+layer) is divided by s, which changes nothing but the rounding. Then each group's range is clipped
+to where the error is least. Errors are those of outputs over all tokens: tr(D X Xᵀ Dᵀ), D the error
+of the weights. Beyond the paper, both ends of a range are clipped by themselves, those of queries
+and keys too; and values whose heads are shared are divided as well, by one scale for all that share
+them.
 """
 
 from __future__ import annotations
@@ -23,17 +26,21 @@ NUM_ALPHAS = 20
 FOLDS = (
     (("input_layernorm",), ("self_attn.q_proj", "self_attn.qkv_proj")),
     (("self_attn.v_proj",), ("self_attn.o_proj",)),
-    (("pre_feedforward_layernorm", "post_attention_layernorm"), ("mlp.gate_proj", "mlp.gate_up_proj")),
+    (
+        ("pre_feedforward_layernorm", "post_attention_layernorm"),
+        ("mlp.gate_proj", "mlp.gate_up_proj"),
+    ),
     (("mlp.up_proj",), ("mlp.down_proj",)),
 )
-"""What may be divided, the first that the layer has, and for which linear layer (with it, all that have the same input)."""
+"""What may be divided, the first that the layer has, and for which linear layer (with it, all that
+have the same input)."""
 
 
 def fold_scales(
     layer: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs], grid: Grid
 ) -> dict[str, Inputs]:
-    """Scale a decoder layer's channels, in place; returns the inputs as they then are. Raises `ConfigError` if it knows no
-    operation of the layer that could be divided."""
+    """Scale a decoder layer's channels, in place; returns the inputs as they then are. Raises
+    `ConfigError` if it knows no operation of the layer that could be divided."""
     changed = dict(inputs)
     folded = False
     for sources, targets in FOLDS:
@@ -54,23 +61,35 @@ def fold_scales(
         folded = True
     if not folded:
         names = ", ".join(n for n, _ in layer.named_children())
-        raise ConfigError(f"awq: knows no norm before the linear layers of a decoder layer made of {names}: use gptq")
+        raise ConfigError(
+            f"awq: knows no norm before the linear layers of a decoder layer made of {names}: use"
+            " gptq"
+        )
     return changed
 
 
 def check_fold(before: Tensor, after: Tensor) -> None:
-    """Raise `ConfigError` if a layer computes something else than before its channels were scaled: what was divided does not
-    come before what was multiplied, in this architecture."""
+    """Raise `ConfigError` if a layer computes something else than before its channels were scaled:
+    what was divided does not come before what was multiplied, in this architecture."""
     if ((after - before).norm(dim=-1) > 1e-2 * before.norm(dim=-1)).any():
-        raise ConfigError("awq: in this architecture the norms do not come before the linear layers in the usual way: use gptq")
+        raise ConfigError(
+            "awq: in this architecture the norms do not come before the linear layers in the usual"
+            " way: use gptq"
+        )
 
 
 def _channels(layer: nn.Module, source: nn.Module, target: nn.Linear) -> Tensor | None:
-    """i64[in]: by input of a layer, the channel before that it comes from; None if that is not known."""
-    num_in, num_out = target.in_features, source.out_features if isinstance(source, nn.Linear) else target.in_features
+    """i64[in]: by input of a layer, the channel before that it comes from; None if that is not
+    known."""
+    num_in, num_out = (
+        target.in_features,
+        source.out_features if isinstance(source, nn.Linear) else target.in_features,
+    )
     if num_in == num_out:
         return torch.arange(num_in)
-    size = getattr(getattr(layer, "self_attn", None), "head_dim", None)  # query heads that share a value head follow each other
+    size = getattr(
+        getattr(layer, "self_attn", None), "head_dim", None
+    )  # query heads that share a value head follow each other
     if not isinstance(size, int) or num_in % num_out or num_out % size:
         return None
     return torch.arange(num_out).view(-1, 1, size).expand(-1, num_in // num_out, -1).flatten()
@@ -79,7 +98,9 @@ def _channels(layer: nn.Module, source: nn.Module, target: nn.Linear) -> Tensor 
 def _search(weight: Tensor, inputs: Inputs, grid: Grid, channels: Tensor) -> Tensor:
     """f32[num_channels]: of all alphas, the scales with the least error."""
     count = int(channels.max()) + 1
-    size = (torch.zeros(count).index_add_(0, channels, inputs.mean_abs) * count / len(channels)).clamp_min(1e-4)
+    size = (
+        torch.zeros(count).index_add_(0, channels, inputs.mean_abs) * count / len(channels)
+    ).clamp_min(1e-4)
     best, least = torch.ones(count), float("inf")
     for i in range(NUM_ALPHAS):
         scales = size ** (i / NUM_ALPHAS)
@@ -92,7 +113,8 @@ def _search(weight: Tensor, inputs: Inputs, grid: Grid, channels: Tensor) -> Ten
 
 
 def _divide(source: nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Divide an operation's outputs; returns the scales as its stored weights have really taken them."""
+    """Divide an operation's outputs; returns the scales as its stored weights have really taken
+    them."""
     if isinstance(source, nn.Linear):
         source.weight.data /= scales[:, None]
         if source.bias is not None:
@@ -112,13 +134,20 @@ def _divide(source: nn.Module, scales: Tensor, dtype: torch.dtype) -> Tensor:
             bias.data = (shift / taken).to(dtype).float()
         if torch.allclose(source(probe) * taken, before, rtol=1e-2, atol=1e-3):
             return taken
-    raise ConfigError(f"awq: {type(source).__name__} is no norm whose outputs can be divided by changing its weight: use gptq")
+    raise ConfigError(
+        f"awq: {type(source).__name__} is no norm whose outputs can be divided by changing its"
+        " weight: use gptq"
+    )
 
 
 def group_error(inputs: Inputs, size: int) -> Callable[[Tensor], Tensor]:
     """Of the outputs, by group of inputs: for differences of weights f32[out, num_groups, size]."""
-    blocks = torch.stack([inputs.gram[i : i + size, i : i + size] for i in range(0, len(inputs.gram), size)])
-    return lambda difference: (torch.einsum("ogi,gij->ogj", difference, blocks) * difference).sum(-1)
+    blocks = torch.stack(
+        [inputs.gram[i : i + size, i : i + size] for i in range(0, len(inputs.gram), size)]
+    )
+    return lambda difference: (torch.einsum("ogi,gij->ogj", difference, blocks) * difference).sum(
+        -1
+    )
 
 
 def _module(layer: nn.Module, name: str) -> nn.Module | None:

@@ -25,8 +25,12 @@ class Checkpoint:
         """By tensor."""
         if (folder / INDEX).is_file():
             weight_map = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                raise CheckpointError(f"{folder / INDEX}: weight_map must say which file holds each tensor")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(f, str) for f in weight_map.values()
+            ):
+                raise CheckpointError(
+                    f"{folder / INDEX}: weight_map must say which file holds each tensor"
+                )
             self.files = dict(weight_map)
         elif (folder / SINGLE).is_file():
             with self._open(SINGLE) as file:
@@ -39,7 +43,9 @@ class Checkpoint:
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.files:
-                raise CheckpointError(f"{self.folder} lacks {name}, which the model described by its config.json has")
+                raise CheckpointError(
+                    f"{self.folder} lacks {name}, which the model described by its config.json has"
+                )
             by_file.setdefault(self.files[name], []).append(name)
         found = {}
         for file, wanted in by_file.items():
@@ -64,7 +70,10 @@ class Checkpoint:
 
     def identity(self) -> dict[str, list[int]]:
         """Size and time of change of each file: what tells one state of the folder from another."""
-        stats = {file: (self.folder / file).stat() for file in sorted({*self.files.values(), "config.json"})}
+        stats = {
+            file: (self.folder / file).stat()
+            for file in sorted({*self.files.values(), "config.json"})
+        }
         return {file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}
 
     def _open(self, file: str) -> Any:
@@ -76,10 +85,23 @@ class Checkpoint:
         try:
             yield
         except (SafetensorError, OSError, ValueError) as e:
-            raise CheckpointError(f"{self.folder / file} is missing, truncated or not a safetensors file: {e}") from None
+            raise CheckpointError(
+                f"{self.folder / file} is missing, truncated or not a safetensors file: {e}"
+            ) from None
 
 
-_BYTES = {"F64": 8, "I64": 8, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 """By safetensors' names of types; the others have 4."""
 
 

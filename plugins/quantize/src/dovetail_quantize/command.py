@@ -18,40 +18,80 @@ from dovetail_quantize.schemes import VERSION, make_scheme
 from dovetail_quantize.skeleton import Skeleton
 from dovetail_quantize.texts import read_texts
 
-OPTIONS = ("scheme", "weight_only", "bits", "group_size", "nearest", "desc_act", "asymmetric", "damp")
+OPTIONS = (
+    "scheme",
+    "weight_only",
+    "bits",
+    "group_size",
+    "nearest",
+    "desc_act",
+    "asymmetric",
+    "damp",
+)
 
 
 def run(args: Namespace, progress: Progress) -> int:
     """Everything is checked before the folder is made."""
     scheme = make_scheme(
-        args.scheme, has_text=args.calibration is not None, weight_only=args.weight_only, bits=args.bits,
-        group_size=args.group_size, nearest=args.nearest, desc_act=args.desc_act, asymmetric=args.asymmetric, damp=args.damp,
-    )  # fmt: skip
+        args.scheme,
+        has_text=args.calibration is not None,
+        weight_only=args.weight_only,
+        bits=args.bits,
+        group_size=args.group_size,
+        nearest=args.nearest,
+        desc_act=args.desc_act,
+        asymmetric=args.asymmetric,
+        damp=args.damp,
+    )
     source = find_model(args.model, trust_remote_code=False, revision=args.revision).folder
     facts = model_facts(source)
     files_to_copy(source)
     if facts.quantization_config is not None:
         method = facts.quantization_method
-        raise ConfigError(f"{source} is quantized already ({method}): quantize the checkpoint that it was made from")
+        raise ConfigError(
+            f"{source} is quantized already ({method}): quantize the checkpoint that it was made"
+            " from"
+        )
     if args.sample_len > facts.max_position_embeddings:
-        raise ConfigError(f"--sample-len {args.sample_len}: the model's context is {facts.max_position_embeddings} tokens")
+        raise ConfigError(
+            f"--sample-len {args.sample_len}: the model's context is"
+            f" {facts.max_position_embeddings} tokens"
+        )
     texts = read_texts(
-        source, args.calibration, args.evaluation, needed=scheme.calibrates, num_samples=args.num_samples,
-        sample_len=args.sample_len, num_evaluated=args.num_evaluated,
-    )  # fmt: skip
-    if any(len(ids) and int(ids.max()) >= facts.vocab_size for ids in (texts.calibration, texts.evaluation)):
-        raise CheckpointError(f"{source}: its tokenizer has more tokens than the model, whose vocabulary is {facts.vocab_size}")
+        source,
+        args.calibration,
+        args.evaluation,
+        needed=scheme.calibrates,
+        num_samples=args.num_samples,
+        sample_len=args.sample_len,
+        num_evaluated=args.num_evaluated,
+    )
+    if any(
+        len(ids) and int(ids.max()) >= facts.vocab_size
+        for ids in (texts.calibration, texts.evaluation)
+    ):
+        raise CheckpointError(
+            f"{source}: its tokenizer has more tokens than the model, whose vocabulary is"
+            f" {facts.vocab_size}"
+        )
     skeleton = Skeleton(source)
     making.check(skeleton, scheme)
     settings: dict[str, Any] = {
-        **{name: getattr(args, name) for name in OPTIONS}, "model": skeleton.checkpoint.identity(),
-        "texts": texts.fingerprint, "dovetail-quantize": VERSION, "torch": str(torch.__version__),
-        "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        **{name: getattr(args, name) for name in OPTIONS},
+        "model": skeleton.checkpoint.identity(),
+        "texts": texts.fingerprint,
+        "dovetail-quantize": VERSION,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
     folder = OutputFolder(args.out, settings, making.bytes_needed(skeleton, scheme, texts))
     report = making.make(skeleton, scheme, texts, folder, progress)
     report.write(folder, f"{args.model}: {args.scheme}", settings)
     config = read_json(source / "config.json")
     folder.finish({**config, "quantization_config": scheme.config(skeleton.other_linears())})
-    print(f"{args.out}: {args.scheme}\n{report.summary()}\nreport: {args.out / 'quantization_report.md'}")
+    print(
+        f"{args.out}: {args.scheme}\n{report.summary()}\nreport:"
+        f" {args.out / 'quantization_report.md'}"
+    )
     return 0

@@ -1,7 +1,8 @@
 """The folder that is being made: whole files only, and what a killed run needs to go on.
 
-While the work lasts there is no config.json, so that nobody loads half a model. Every file is written under another name and
-then renamed. The state says how many layers are finished; with it lie the hidden states that the next layer is given.
+While the work lasts there is no config.json, so that nobody loads half a model. Every file is
+written under another name and then renamed. The state says how many layers are finished; with it
+lie the hidden states that the next layer is given.
 """
 
 from __future__ import annotations
@@ -26,23 +27,30 @@ NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
 def files_to_copy(source: Path) -> list[Path]:
-    """Of a model folder, what `OutputFolder.copy_from` takes. Raises `ConfigError` for a link to what is no part of a model:
-    the copy, which may be published, would hold it. Snapshots in the hub's cache consist of links, to blobs in there."""
+    """Of a model folder, what `OutputFolder.copy_from` takes. Raises `ConfigError` for a link to
+    what is no part of a model: the copy, which may be published, would hold it. Snapshots in the
+    hub's cache consist of links, to blobs in there."""
     home = source.resolve()
     homes = [home]
-    if home.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/COMMIT; blobs lie in CACHE/…/blobs or CACHE/blobs
+    if (
+        home.parent.name == "snapshots"
+    ):  # CACHE/models--OWNER--NAME/snapshots/COMMIT; blobs lie in CACHE/…/blobs or CACHE/blobs
         homes += [home.parents[1] / "blobs", home.parents[2] / "blobs"]
     matches = [file for pattern in COPIED for file in sorted(source.glob(pattern))]
     found = [file for file in matches if file.name not in NOT_COPIED and file.is_file()]
     for file in found:
         target = file.resolve()
         if not any(target.is_relative_to(home) for home in homes):
-            raise ConfigError(f"{file} is a link to {target}, outside the model: if it is meant, put a copy there instead")
+            raise ConfigError(
+                f"{file} is a link to {target}, outside the model: if it is meant, put a copy there"
+                " instead"
+            )
     return found
 
 
 class OutputFolder:
-    """Raises `ConfigError` for a folder that holds something else, and when the disk is too small or full."""
+    """Raises `ConfigError` for a folder that holds something else, and when the disk is too small
+    or full."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any], num_bytes: int) -> None:
         self.path, self._settings, self._num_bytes = path, dict(settings), num_bytes
@@ -63,7 +71,11 @@ class OutputFolder:
         self._write_tensors(self._streams(0), streams)
 
     def finish_layer(
-        self, file: str, tensors: Mapping[str, Tensor], row: dict[str, Any], streams: Mapping[str, Tensor]
+        self,
+        file: str,
+        tensors: Mapping[str, Tensor],
+        row: dict[str, Any],
+        streams: Mapping[str, Tensor],
     ) -> None:
         self.write_tensors(file, tensors)
         done = len(self.rows) + 1
@@ -108,18 +120,25 @@ class OutputFolder:
             raise ConfigError(f"--out {self.path} is a file: name a folder")
         if not self._has_state:
             found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-            # A run that was killed before anything else leaves no more than its state, half-written.
+            # A run that was killed before anything else leaves no more than its state,
+            # half-written.
             if found and found != [Path(STATE).stem + PARTIAL + Path(STATE).suffix]:
-                raise ConfigError(f"--out {self.path} is not empty ({', '.join(found[:3])}, …): name a new folder")
+                raise ConfigError(
+                    f"--out {self.path} is not empty ({', '.join(found[:3])}, …): name a new folder"
+                )
             return
         state = read_json(self.path / STATE)
         before = state.get("settings", {})
-        changed = [k for k in {**before, **self._settings} if before.get(k) != self._settings.get(k)]
+        changed = [
+            k for k in {**before, **self._settings} if before.get(k) != self._settings.get(k)
+        ]
         if changed:
-            listing = "; ".join(f"{k}: {before.get(k)!r} there, {self._settings.get(k)!r} now" for k in changed)
+            listing = "; ".join(
+                f"{k}: {before.get(k)!r} there, {self._settings.get(k)!r} now" for k in changed
+            )
             raise ConfigError(
-                f"--out {self.path} holds an interrupted run that was another one ({listing}): repeat that command to finish "
-                "it, or name another folder"
+                f"--out {self.path} holds an interrupted run that was another one ({listing}):"
+                " repeat that command to finish it, or name another folder"
             )
         self.rows = state["layers"]
         for left in self.path.glob(f"*{PARTIAL}*"):
@@ -129,10 +148,16 @@ class OutputFolder:
         there = next(p for p in (self.path, *self.path.resolve().parents) if p.exists())
         free, missing = shutil.disk_usage(there).free, self._num_bytes - self._written()
         if free < missing:
-            raise ConfigError(f"--out {self.path}: the disk has {_mb(free)} free, and {_mb(missing)} are needed")
+            raise ConfigError(
+                f"--out {self.path}: the disk has {_mb(free)} free, and {_mb(missing)} are needed"
+            )
 
     def _written(self) -> int:
-        return sum(f.stat().st_size for f in self.path.glob("**/*") if f.is_file()) if self.path.is_dir() else 0
+        return (
+            sum(f.stat().st_size for f in self.path.glob("**/*") if f.is_file())
+            if self.path.is_dir()
+            else 0
+        )
 
     def _streams(self, done: int) -> Path:
         return self.path / f".dovetail-quantize-{done:05d}.safetensors"
@@ -169,8 +194,9 @@ class OutputFolder:
                 raise ConfigError(f"--out: {path} cannot be written: {e}") from None
             missing = max(0, self._num_bytes - self._written())
             raise ConfigError(
-                f"--out {self.path}: the disk is full, and {_mb(missing)} are still needed. {len(self.rows)} layers are "
-                "finished and kept: make room and repeat the command to go on"
+                f"--out {self.path}: the disk is full, and {_mb(missing)} are still needed."
+                f" {len(self.rows)} layers are finished and kept: make room and repeat the command"
+                " to go on"
             ) from None
 
 

@@ -29,18 +29,23 @@ class Inputs:
 
     def divided(self, scales: Tensor) -> Inputs:
         """When each channel is divided by its scale."""
-        return replace(self, gram=self.gram / (scales[:, None] * scales), mean_abs=self.mean_abs / scales)
+        return replace(
+            self, gram=self.gram / (scales[:, None] * scales), mean_abs=self.mean_abs / scales
+        )
 
 
 def measure(
     linears: Mapping[str, nn.Linear], dtype: torch.dtype, runs: Iterable[Callable[[], Any]]
-) -> dict[str, Inputs]:  # fmt: skip
-    """Call each of `runs`, in which the layers are used. Layers that are given one and the same tensor are measured once."""
+) -> dict[str, Inputs]:
+    """Call each of `runs`, in which the layers are used. Layers that are given one and the same
+    tensor are measured once."""
     first: dict[str, str] = {}
     grams: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     num_tokens: dict[str, int] = {}
-    seen: list[tuple[str, Tensor]] = []  # of the run in progress; keeps the tensors, so that none takes another's place
+    seen: list[
+        tuple[str, Tensor]
+    ] = []  # of the run in progress; keeps the tensors, so that none takes another's place
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def measured(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,9 @@
-"""Layer by layer: a decoder layer is read, measured, rounded, written and forgotten before the next one is read.
+"""Layer by layer: a decoder layer is read, measured, rounded, written and forgotten before the next
+one is read.
 
-Three streams of hidden states go through the layers: the calibration text's, through rounded layers, so that a layer is fitted
-to what it will be given; and the evaluation text's twice, through the layers as they were and as they become.
+Three streams of hidden states go through the layers: the calibration text's, through rounded
+layers, so that a layer is fitted to what it will be given; and the evaluation text's twice, through
+the layers as they were and as they become.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def check(skeleton: Skeleton, scheme: Scheme) -> None:
 
 
 def bytes_needed(skeleton: Skeleton, scheme: Scheme, texts: Texts) -> int:
-    """Of the finished weights, and of the hidden states that are kept meanwhile (twice, while new ones are written)."""
+    """Of the finished weights, and of the hidden states that are kept meanwhile (twice, while new
+    ones are written)."""
     sizes = skeleton.checkpoint.sizes()
     total = sum(sizes.values())
     for index in range(len(skeleton.layers)):
@@ -51,7 +54,9 @@ def bytes_needed(skeleton: Skeleton, scheme: Scheme, texts: Texts) -> int:
 
 
 @torch.inference_mode()
-def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder, progress: Progress) -> Report:
+def make(
+    skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder, progress: Progress
+) -> Report:
     """Fill the folder, from where it is. Returns what there is to say about it."""
     num_layers = len(skeleton.layers)
     what = f"quantizing {num_layers} layers"
@@ -70,7 +75,9 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
     file_of = _Files(num_layers + 1)
     for index in range(len(folder.rows), num_layers):
         with skeleton.loaded(index) as layer:
-            tensors, row = _make_layer(skeleton, scheme, index, layer, streams, lambda step, i=index: tell(i, step))  # type: ignore[misc]
+            tensors, row = _make_layer(
+                skeleton, scheme, index, layer, streams, lambda step, i=index: tell(i, step)
+            )  # type: ignore[misc]
         folder.finish_layer(file_of.layer(index), tensors, row, streams)
         tell(index + 1, 0)
     perplexity = _perplexities(skeleton, texts, streams) if len(texts.evaluation) else None
@@ -81,8 +88,8 @@ def make(skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder,
 
 
 def _embedded(skeleton: Skeleton, texts: Texts, *, only_one: bool) -> list[Tensor]:
-    """What the first layer is given, for each window; the skeleton then knows the arguments of all layers, for which one will
-    do."""
+    """What the first layer is given, for each window; the skeleton then knows the arguments of all
+    layers, for which one will do."""
     samples = torch.cat([texts.calibration, texts.evaluation])
     if not len(samples):
         return []
@@ -97,9 +104,15 @@ def _begin(embedded: list[Tensor], num_calibration: int) -> Streams:
 
 
 def _make_layer(
-    skeleton: Skeleton, scheme: Scheme, index: int, layer: nn.Module, streams: Streams, tell: Callable[[int], None]
+    skeleton: Skeleton,
+    scheme: Scheme,
+    index: int,
+    layer: nn.Module,
+    streams: Streams,
+    tell: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A layer's tensors, by full name, and the report's row. The streams are then what the next layer is given."""
+    """A layer's tensors, by full name, and the report's row. The streams are then what the next
+    layer is given."""
 
     def through(name: str) -> None:
         for sample in torch.split(streams[name], 1) if name in streams else ():
@@ -109,7 +122,9 @@ def _make_layer(
     through("plain")
     tell(1)
     samples = torch.split(streams["calibration"], 1) if "calibration" in streams else ()
-    inputs = measure(linears, skeleton.dtype, (partial(skeleton.run_layer, index, sample) for sample in samples))
+    inputs = measure(
+        linears, skeleton.dtype, (partial(skeleton.run_layer, index, sample) for sample in samples)
+    )
     tell(2)
     probe = partial(skeleton.run_layer, index, samples[0]) if samples else None
     rounded = scheme.round(layer, linears, inputs, skeleton.dtype, probe)
@@ -121,15 +136,25 @@ def _make_layer(
     if "plain" in streams:
         row["drift"] = _ratio(streams["rounded"] - streams["plain"], streams["plain"])
     if not all(math.isfinite(e) for e in rounded.errors.values()):
-        raise ConfigError(f"{prefix}*: the rounded weights are not finite: does the checkpoint hold NaN or infinite weights?")
+        raise ConfigError(
+            f"{prefix}*: the rounded weights are not finite: does the checkpoint hold NaN or"
+            " infinite weights?"
+        )
     kept = _kept(skeleton, index, layer, linears)
     return {f"{prefix}{name}": tensor for name, tensor in rounded.tensors.items()} | kept, row
 
 
-def _kept(skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """The layer's other tensors: as they are in the checkpoint, but for those that the scheme has changed."""
+def _kept(
+    skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear]
+) -> dict[str, Tensor]:
+    """The layer's other tensors: as they are in the checkpoint, but for those that the scheme has
+    changed."""
     prefix = skeleton.prefix(index)
-    names = [n for n in skeleton.of_layer(index) if n.removeprefix(prefix).removesuffix(".weight") not in linears]
+    names = [
+        n
+        for n in skeleton.of_layer(index)
+        if n.removeprefix(prefix).removesuffix(".weight") not in linears
+    ]
     stored, now = skeleton.checkpoint.read(names), dict(layer.named_parameters())
     found = {}
     for name, tensor in stored.items():
@@ -140,7 +165,9 @@ def _kept(skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str
 
 
 @contextmanager
-def _rounding_inputs(linears: Mapping[str, nn.Linear], round_inputs: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+def _rounding_inputs(
+    linears: Mapping[str, nn.Linear], round_inputs: Callable[[Tensor], Tensor] | None
+) -> Iterator[None]:
     """Linear layers multiply as the scheme has them multiply while a model runs."""
 
     def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -166,7 +193,9 @@ def _perplexities(skeleton: Skeleton, texts: Texts, streams: Streams) -> tuple[f
             for name in losses:
                 logits = ends.logits(ids[None], streams[name][i : i + 1])[0]
                 losses[name] += float(nn.functional.cross_entropy(logits[:-1], ids[1:]))
-    before, after = (math.exp(losses[name] / len(texts.evaluation)) for name in ("plain", "rounded"))
+    before, after = (
+        math.exp(losses[name] / len(texts.evaluation)) for name in ("plain", "rounded")
+    )
     return before, after
 
 
@@ -190,6 +219,9 @@ def _finish(skeleton: Skeleton, scheme: Scheme, folder: OutputFolder, file_of: _
     for i in range(file_of.count):
         with safe_open(folder.path / file_of.layer(i), framework="pt") as file:
             weight_map.update(dict.fromkeys(file.keys(), file_of.layer(i)))
-    index = {"metadata": {"total_size": folder.size()}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": {"total_size": folder.size()},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     folder.write_text(INDEX, json.dumps(index, indent=2) + "\n")
     folder.copy_from(skeleton.folder)

@@ -1,4 +1,5 @@
-"""What a run has to say: errors by layer, sizes, perplexity before and after; as JSON, Markdown and a plot."""
+"""What a run has to say: errors by layer, sizes, perplexity before and after; as JSON, Markdown and
+a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ NAME = "quantization_report"
 @dataclass(frozen=True)
 class Report:
     layers: list[dict[str, Any]]
-    """By decoder layer: `errors` of its linear layers, and `drift`, the error of the hidden states after it."""
+    """By decoder layer: `errors` of its linear layers, and `drift`, the error of the hidden states
+    after it."""
     bytes_before: int
     bytes_after: int
     perplexity: tuple[float, float] | None
@@ -35,10 +37,15 @@ class Report:
     def summary(self) -> str:
         shrunk = f"{self.bytes_before / 1e6:,.1f} MB → {self.bytes_after / 1e6:,.1f} MB"
         name, error = self.worst
-        said = [f"weights {shrunk} (× {self.bytes_after / self.bytes_before:.2f})", f"largest error {error:.2%}, {name}"]
+        said = [
+            f"weights {shrunk} (× {self.bytes_after / self.bytes_before:.2f})",
+            f"largest error {error:.2%}, {name}",
+        ]
         if self.perplexity is not None:
             before, after = self.perplexity
-            said.append(f"perplexity {before:.3f} → {after:.3f} (× {after / before:.4f}; {self.text})")
+            said.append(
+                f"perplexity {before:.3f} → {after:.3f} (× {after / before:.4f}; {self.text})"
+            )
         else:
             said.append(f"perplexity not measured: {self.text}")
         return "\n".join(said)
@@ -46,11 +53,14 @@ class Report:
     def write(self, folder: OutputFolder, title: str, settings: dict[str, Any]) -> None:
         """`quantization_report.json`, `.md` and `.svg`."""
         data = {
-            "settings": settings, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "settings": settings,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
             "perplexity_before": self.perplexity[0] if self.perplexity else None,
             "perplexity_after": self.perplexity[1] if self.perplexity else None,
-            "perplexity_text": self.text, "layers": self.layers,
-        }  # fmt: skip
+            "perplexity_text": self.text,
+            "layers": self.layers,
+        }
         folder.write_text(f"{NAME}.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         folder.write_with(f"{NAME}.svg", lambda path: self._plot(path, title))
         folder.write_text(f"{NAME}.md", self._markdown(title))
@@ -60,8 +70,12 @@ class Report:
         has_drift = "drift" in self.layers[0]
         lines = [f"# {title}", "", *(f"- {line}" for line in self.summary().splitlines())]
         lines += ["", f"![errors by layer]({NAME}.svg)", ""]
-        lines += ["Relative errors of each linear layer's outputs (of its weights, where no text was measured)"
-                  + ("; drift is that of the hidden states after the layer." if has_drift else "."), ""]  # fmt: skip
+        lines += [
+            "Relative errors of each linear layer's outputs (of its weights, where no text was"
+            " measured)"
+            + ("; drift is that of the hidden states after the layer." if has_drift else "."),
+            "",
+        ]
         lines.append(f"| layer | {' | '.join(names)} |{' drift |' if has_drift else ''}")
         lines.append("|---" * (len(names) + 1 + has_drift) + "|")
         for row in self.layers:
@@ -83,12 +97,25 @@ class Report:
                 y = [100 * row["errors"].get(name, float("nan")) for row in self.layers]
                 errors.plot(x, y, "o-", label=name, markersize=3)
             if "drift" in self.layers[0]:
-                errors.plot(x, [100 * row["drift"] for row in self.layers], "k--", label="hidden states after the layer")
+                errors.plot(
+                    x,
+                    [100 * row["drift"] for row in self.layers],
+                    "k--",
+                    label="hidden states after the layer",
+                )
             errors.set_ylim(bottom=0)
             errors.legend(frameon=False, fontsize=8)
             _label(errors, "decoder layer", "relative error, %")
-            sizes.bar(["before", "after"], [self.bytes_before / 1e6, self.bytes_after / 1e6], color=("#9a9a9a", "#2f6fab"))
-            text = f"perplexity {self.perplexity[0]:.3f} → {self.perplexity[1]:.3f}" if self.perplexity else ""
+            sizes.bar(
+                ["before", "after"],
+                [self.bytes_before / 1e6, self.bytes_after / 1e6],
+                color=("#9a9a9a", "#2f6fab"),
+            )
+            text = (
+                f"perplexity {self.perplexity[0]:.3f} → {self.perplexity[1]:.3f}"
+                if self.perplexity
+                else ""
+            )
             _label(sizes, text, "weights, MB")
             figure.savefig(path, format="svg", metadata={"Date": None})
 

@@ -1,4 +1,5 @@
-"""From weights to codes: grids of integers and of floats, by row or by group of inputs, and rounding to nearest.
+"""From weights to codes: grids of integers and of floats, by row or by group of inputs, and
+rounding to nearest.
 
 weight[o, i] = scales[o, groups[i]] * (codes[o, i] - zeros[o, groups[i]])
 """
@@ -24,7 +25,8 @@ OCTAVE = 8
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight `[out, in]` in codes. What `weight` gives is what every reader of the checkpoint computes with."""
+    """A weight `[out, in]` in codes. What `weight` gives is what every reader of the checkpoint
+    computes with."""
 
     codes: Tensor
     """[out, in]: u8 below 2 ** bits, i8, or f8_e4m3."""
@@ -42,7 +44,12 @@ class Rounded:
 
     def rows(self, begin: int, end: int) -> Rounded:
         """Some of the outputs."""
-        return replace(self, codes=self.codes[begin:end], scales=self.scales[begin:end], zeros=self.zeros[begin:end])
+        return replace(
+            self,
+            codes=self.codes[begin:end],
+            scales=self.scales[begin:end],
+            zeros=self.zeros[begin:end],
+        )
 
 
 @dataclass(frozen=True)
@@ -69,10 +76,15 @@ class Grid:
 
     def clips(self) -> list[tuple[float, float]]:
         """What to try of a range: how much of its low and of its high end to keep."""
-        return [(c, c) for c in CLIPS] if self.symmetric else [(low, high) for low in CLIPS for high in CLIPS]
+        return (
+            [(c, c) for c in CLIPS]
+            if self.symmetric
+            else [(low, high) for low in CLIPS for high in CLIPS]
+        )
 
     def fit(self, weight: Tensor, clip: tuple[float, float] = (1.0, 1.0)) -> tuple[Tensor, Tensor]:
-        """Scales and zero points f32[...] that span the last axis of `weight` [..., size], or a part of that range."""
+        """Scales and zero points f32[...] that span the last axis of `weight` [..., size], or a
+        part of that range."""
         low, high = weight.amin(-1).clamp_max(0) * clip[0], weight.amax(-1).clamp_min(0) * clip[1]
         if self.symmetric:
             high = torch.maximum(high, -low)
@@ -86,8 +98,8 @@ class Grid:
         return (weight / scales + zeros).round().clamp(0, self.largest)
 
     def round(self, weight: Tensor, error: Callable[[Tensor], Tensor] | None = None) -> Rounded:
-        """Every weight to its nearest code. `error`: of differences f32[out, num_groups, size], a number for each group; if
-        given, each group's range is clipped to where it is least."""
+        """Every weight to its nearest code. `error`: of differences f32[out, num_groups, size], a
+        number for each group; if given, each group's range is clipped to where it is least."""
         size = self.size(weight.shape[1])
         split = weight.view(len(weight), -1, size)
         scales, zeros = self.fit(split) if error is None else fit_least(self, split, error)
@@ -112,13 +124,16 @@ class RowGrid:
         return in_features
 
     def clips(self) -> list[float]:
-        """What to try of a scale. Nothing is clipped: eight bits reach far enough. But where a row's weights lie between the
-        powers of two, below which the codes of floats are twice as dense, matters."""
+        """What to try of a scale. Nothing is clipped: eight bits reach far enough. But where a
+        row's weights lie between the powers of two, below which the codes of floats are twice as
+        dense, matters."""
         return [1.0] if self.codes == torch.int8 else [2 ** (i / OCTAVE) for i in range(OCTAVE)]
 
     def fit(self, weight: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `Grid.fit`; zero points are 0."""
-        scales = (clip * weight.abs().amax(-1) / self.largest).to(self.dtype).float().clamp_min(SMALLEST)
+        scales = (
+            (clip * weight.abs().amax(-1) / self.largest).to(self.dtype).float().clamp_min(SMALLEST)
+        )
         return scales, torch.zeros_like(scales)
 
     def nearest(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -129,11 +144,16 @@ class RowGrid:
         """Every weight to its nearest code."""
         scales, zeros = (t[:, None] for t in self.fit(weight))
         groups = torch.zeros(weight.shape[1], dtype=torch.int32)
-        return Rounded(self.nearest(weight, scales, zeros).to(self.codes), scales, zeros.int(), groups)
+        return Rounded(
+            self.nearest(weight, scales, zeros).to(self.codes), scales, zeros.int(), groups
+        )
 
 
-def fit_least(grid: Grid | RowGrid, weight: Tensor, error: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """As the grid's `fit`, with that of its `clips` with which the `error` of the difference that rounding makes is least."""
+def fit_least(
+    grid: Grid | RowGrid, weight: Tensor, error: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As the grid's `fit`, with that of its `clips` with which the `error` of the difference that
+    rounding makes is least."""
     best: tuple[Tensor, Tensor] | None = None
     for clip in grid.clips():
         scales, zeros = grid.fit(weight, clip)  # type: ignore[arg-type]

@@ -1,7 +1,9 @@
-"""A model of transformers without its weights: decoder layers come into memory one at a time, and go again.
+"""A model of transformers without its weights: decoder layers come into memory one at a time, and
+go again.
 
-Weights are made on the meta device. One pass over it, whose layers do nothing but note what they are given, shows the
-arguments of each (rotary tables, masks); with these a layer runs by itself on hidden states that are kept between layers.
+Weights are made on the meta device. One pass over it, whose layers do nothing but note what they
+are given, shows the arguments of each (rotary tables, masks); with these a layer runs by itself on
+hidden states that are kept between layers.
 """
 
 from __future__ import annotations
@@ -31,19 +33,36 @@ class Skeleton:
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoint = folder, Checkpoint(folder)
         try:
-            # Said outright: left open, transformers asks on the terminal whether to run the code of a model folder.
-            self.config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # Said outright: left open, transformers asks on the terminal whether to run the code of
+            # a model folder.
+            self.config: Any = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             self.text: Any = self.config.get_text_config(decoder=True)
             self.dtype = self._dtype()
             with _NoMemory():
                 auto: Any = transformers.AutoModelForCausalLM
-                self.model: Any = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
+                self.model: Any = auto.from_config(
+                    self.config, dtype=torch.float32, trust_remote_code=False
+                )
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ImportError,
+        ) as e:
             raise CheckpointError(f"{folder}: transformers cannot build the model: {e}") from e
         self.model.eval().requires_grad_(False)
         _forget(self.model)
         count = self.text.num_hidden_layers
-        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        lists = [
+            (n, m)
+            for n, m in self.model.named_modules()
+            if isinstance(m, nn.ModuleList) and len(m) == count
+        ]
         if not lists:
             raise self.refusal(f"it has no list of {count} decoder layers")
         self._prefix, self.layers = lists[0]
@@ -53,12 +72,23 @@ class Skeleton:
 
     def _dtype(self) -> torch.dtype:
         """Of the checkpoint's weights."""
-        found = getattr(self.text, "dtype", None) or getattr(self.config, "dtype", None) or torch.float32
-        dtype: torch.dtype = found if isinstance(found, torch.dtype) else getattr(torch, str(found).removeprefix("torch."))
+        found = (
+            getattr(self.text, "dtype", None)
+            or getattr(self.config, "dtype", None)
+            or torch.float32
+        )
+        dtype: torch.dtype = (
+            found
+            if isinstance(found, torch.dtype)
+            else getattr(torch, str(found).removeprefix("torch."))
+        )
         return dtype
 
     def refusal(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: {type(self.model).__name__} cannot be quantized layer by layer: {reason}")
+        return CheckpointError(
+            f"{self.folder}: {type(self.model).__name__} cannot be quantized layer by layer:"
+            f" {reason}"
+        )
 
     def prefix(self, index: int) -> str:
         """Of a layer's tensors: "model.layers.3."."""
@@ -70,7 +100,11 @@ class Skeleton:
 
     def other_linears(self) -> list[str]:
         """Those outside the decoder layers: the output projection."""
-        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(self._prefix + ".")]
+        return [
+            n
+            for n, m in self.model.named_modules()
+            if isinstance(m, nn.Linear) and not n.startswith(self._prefix + ".")
+        ]
 
     def outside(self) -> list[str]:
         """The checkpoint's tensors that belong to no decoder layer."""
@@ -99,7 +133,9 @@ class Skeleton:
     @contextmanager
     def ends_loaded(self) -> Iterator[Ends]:
         """All but the decoder layers, with weights."""
-        state = {n: t for n, t in self.model.state_dict().items() if not n.startswith(self._prefix + ".")}
+        state = {
+            n: t for n, t in self.model.state_dict().items() if not n.startswith(self._prefix + ".")
+        }
         is_tied = getattr(self.text, "tie_word_embeddings", False)
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ()) if is_tied else set()
         self._fill({n: t for n, t in state.items() if n in self.checkpoint.files or n not in tied})
@@ -115,9 +151,13 @@ class Skeleton:
         tensors = self.checkpoint.read(sorted(wanted))
         for name, tensor in tensors.items():
             if tensor.shape != wanted[name].shape:
-                shapes = f"{list(tensor.shape)}, the model's config asks for {list(wanted[name].shape)}"
+                shapes = (
+                    f"{list(tensor.shape)}, the model's config asks for {list(wanted[name].shape)}"
+                )
                 raise CheckpointError(f"{self.folder}: {name} has shape {shapes}")
-        self.model.load_state_dict({n: as_float(t) for n, t in tensors.items()}, assign=True, strict=False)
+        self.model.load_state_dict(
+            {n: as_float(t) for n, t in tensors.items()}, assign=True, strict=False
+        )
         self.model.requires_grad_(False)
 
     def _check_layer(self, index: int) -> None:
@@ -127,7 +167,10 @@ class Skeleton:
             raise self.refusal(f"{prefix}* has no linear layers")
         others = [prefix + n for n, p in layer.named_parameters() if p.dim() > 1 and n not in ours]
         if others:
-            raise self.refusal(f"{others[0]} is no linear layer's weight (experts and convolutions are not supported)")
+            raise self.refusal(
+                f"{others[0]} is no linear layer's weight (experts and convolutions are not"
+                " supported)"
+            )
 
 
 class Ends:
@@ -137,7 +180,8 @@ class Ends:
         self._skeleton = skeleton
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """`i64[1, T]` → what the first layer is given, `f32[1, T, size]`; notes the arguments of all layers."""
+        """`i64[1, T]` → what the first layer is given, `f32[1, T, size]`; notes the arguments of
+        all layers."""
         noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hidden: list[Tensor] = []
 
@@ -161,7 +205,14 @@ class Ends:
             module.forward = layer
         try:
             return skeleton.model(input_ids=token_ids, use_cache=False)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as e:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            NotImplementedError,
+        ) as e:
             raise skeleton.refusal(f"a pass without its layers failed with {e!r}") from e
         finally:
             for module in skeleton.layers:
@@ -169,17 +220,21 @@ class Ends:
 
 
 class _NoMemory(TorchFunctionMode):
-    """Weights are made by `torch.empty`, and go to the meta device; tables that follow from the config are made as ever."""
+    """Weights are made by `torch.empty`, and go to the meta device; tables that follow from the
+    config are made as ever."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}))
+        return func(
+            *args, **({**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {})
+        )
 
 
 def _forget(module: nn.Module) -> None:
     for inner in module.modules():
         for name, parameter in inner.named_parameters(recurse=False):
             inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-    # glibc keeps what was freed, in pieces that the next layer's tensors do not fit into: memory would grow with every layer.
+    # glibc keeps what was freed, in pieces that the next layer's tensors do not fit into: memory
+    # would grow with every layer.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -25,14 +25,26 @@ class Texts:
 
 
 def read_texts(
-    folder: Path, calibration: Path | None, evaluation: Path | None, *, needed: bool, num_samples: int, sample_len: int,
+    folder: Path,
+    calibration: Path | None,
+    evaluation: Path | None,
+    *,
+    needed: bool,
+    num_samples: int,
+    sample_len: int,
     num_evaluated: int,
-) -> Texts:  # fmt: skip
-    """Raises `ConfigError` for files that cannot be read, or hold too little. `needed`: the scheme calibrates."""
+) -> Texts:
+    """Raises `ConfigError` for files that cannot be read, or hold too little. `needed`: the scheme
+    calibrates."""
     if min(num_samples, sample_len - 1, num_evaluated) < 1:
-        raise ConfigError("--num-samples and --num-evaluated are at least 1, --sample-len at least 2")
+        raise ConfigError(
+            "--num-samples and --num-evaluated are at least 1, --sample-len at least 2"
+        )
     if needed and calibration is None:
-        raise ConfigError("--calibration FILE is needed: this scheme measures activations on a text like the model's own use")
+        raise ConfigError(
+            "--calibration FILE is needed: this scheme measures activations on a text like the"
+            " model's own use"
+        )
     empty = torch.empty((0, sample_len), dtype=torch.long)
     chosen, rest, remark = empty, empty, "no text was given"
     tokenizer = Tokenizer(folder) if calibration or evaluation else None
@@ -41,20 +53,31 @@ def read_texts(
         remark = f"{calibration.name}, on which nothing was calibrated"
         if needed:
             if len(rest) < num_samples:
-                tokens = f"{len(rest)} windows of {sample_len} tokens, and --num-samples is {num_samples}"
+                tokens = (
+                    f"{len(rest)} windows of {sample_len} tokens, and --num-samples is"
+                    f" {num_samples}"
+                )
                 less = f", --num-samples {len(rest)}" if len(rest) else ""
                 hint = f"Give more text{less} or a smaller --sample-len"
                 raise ConfigError(f"--calibration {calibration}: too short: {tokens}. {hint}")
             places = _spread(len(rest), num_samples)
             chosen = rest[places]
             rest = rest[[i for i in range(len(rest)) if i not in set(places)]]
-            remark = f"what the calibration left of {calibration.name}" if len(rest) else "the calibration took all of its text"
+            remark = (
+                f"what the calibration left of {calibration.name}"
+                if len(rest)
+                else "the calibration took all of its text"
+            )
     if evaluation is not None and tokenizer is not None:
         rest, remark = _windows(tokenizer, evaluation, sample_len, "--evaluation"), evaluation.name
         if not len(rest):
-            raise ConfigError(f"--evaluation {evaluation}: too short: less than one window of {sample_len} tokens")
+            raise ConfigError(
+                f"--evaluation {evaluation}: too short: less than one window of {sample_len} tokens"
+            )
     rest = rest[_spread(len(rest), min(num_evaluated, len(rest)))]
-    digest = hashlib.sha256(chosen.numpy().tobytes() + b"|" + rest.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(chosen.numpy().tobytes() + b"|" + rest.numpy().tobytes()).hexdigest()[
+        :16
+    ]
     return Texts(chosen, rest, remark, digest)
 
 

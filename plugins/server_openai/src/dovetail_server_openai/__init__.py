@@ -1,4 +1,5 @@
-"""The OpenAI-compatible server. This root is light: FastAPI and uvicorn are imported when the server is built."""
+"""The OpenAI-compatible server. This root is light: FastAPI and uvicorn are imported when the
+server is built."""
 
 from __future__ import annotations
 
@@ -16,23 +17,39 @@ if TYPE_CHECKING:
 
 
 ROUTES = ExtensionPoint(
-    "routes", "dovetail_routes", "more routes on the server", within="server", many=True,
-    contract_class="dovetail_server_openai.testing:RoutesContract", scaffold="dovetail_server_openai:scaffold/routes",
-)  # fmt: skip
+    "routes",
+    "dovetail_routes",
+    "more routes on the server",
+    within="server",
+    many=True,
+    contract_class="dovetail_server_openai.testing:RoutesContract",
+    scaffold="dovetail_server_openai:scaffold/routes",
+)
 
 
 def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
     from dovetail_server_openai.server import OpenAIServer
 
-    return OpenAIServer(options, context.build_all("routes"), partial(context.responsible, extension_point="routes"))
+    return OpenAIServer(
+        options, context.build_all("routes"), partial(context.responsible, extension_point="routes")
+    )
 
 
 @hookimpl
 def dovetail_extension_points() -> list[ExtensionPoint]:
-    """`build` returns a function that is given an `EngineClient` and returns a `fastapi.APIRouter`."""
+    """`build` returns a function that is given an `EngineClient` and returns a
+    `fastapi.APIRouter`."""
     return [ROUTES]
 
 
 @hookimpl
 def dovetail_servers() -> list[Provider[OpenAIServer]]:
-    return [Provider("openai", "the OpenAI HTTP API, with vLLM's extra parameters", _server, ServerOptions, priority=50)]
+    return [
+        Provider(
+            "openai",
+            "the OpenAI HTTP API, with vLLM's extra parameters",
+            _server,
+            ServerOptions,
+            priority=50,
+        )
+    ]

@@ -21,7 +21,8 @@ class Choice:
     index: int
     request: Request
     held: Delta | None = None
-    """News that no chunk has told yet: half a character, what may become a stop string, a prompt's log-probabilities."""
+    """News that no chunk has told yet: half a character, what may become a stop string, a prompt's
+    log-probabilities."""
     opened: bool = False
     """The client has been told of it."""
     num_tokens: int = 0
@@ -64,7 +65,9 @@ class CompletionAnswer:
 
     kind, prefix = "text_completion", "cmpl"
 
-    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, echoed: list[str], n: int) -> None:
+    def __init__(
+        self, body: CompletionRequest, tokenizer: Tokenizer, echoed: list[str], n: int
+    ) -> None:
         self._body = body
         self._tokenizer = tokenizer
         self._echoed = echoed
@@ -128,12 +131,16 @@ class ChatAnswer:
         if self._body.return_token_ids:
             out["prompt_token_ids"] = choices[0].request.prompt_token_ids
         if self._body.prompt_logprobs is not None and choices[0].held is not None:
-            out["prompt_logprobs"] = prompt_logprobs(choices[0].held.prompt_logprobs, self._tokenizer)
+            out["prompt_logprobs"] = prompt_logprobs(
+                choices[0].held.prompt_logprobs, self._tokenizer
+            )
         return out
 
     def _common(self, delta: Delta) -> dict[str, Any]:
         out: dict[str, Any] = {
-            "logprobs": chat_logprobs(delta.logprobs, self._tokenizer) if self._body.logprobs else None,
+            "logprobs": (
+                chat_logprobs(delta.logprobs, self._tokenizer) if self._body.logprobs else None
+            ),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -143,7 +150,8 @@ class ChatAnswer:
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """A prompt counts once, however many samples it has, and is cached as far as its first sample found it."""
+    """A prompt counts once, however many samples it has, and is cached as far as its first sample
+    found it."""
     firsts = {id(c.request): c for c in reversed(choices)}.values()
     num_prompt_tokens = sum(len(c.request.prompt_token_ids) for c in firsts)
     num_tokens = sum(c.num_tokens for c in choices)
@@ -172,15 +180,22 @@ def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[
 
 
 class CompletionLogprobs:
-    """`choices[].logprobs` of the completions route. Keeps the text offset, so that chunks of a stream continue it."""
+    """`choices[].logprobs` of the completions route. Keeps the text offset, so that chunks of a
+    stream continue it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._offset = 0
 
     def take(self, positions: list[TokenLogprobs | int]) -> dict[str, Any]:
-        """`positions`: log-probabilities, or a bare token id where there are none (the first prompt token)."""
-        out: dict[str, Any] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        """`positions`: log-probabilities, or a bare token id where there are none (the first prompt
+        token)."""
+        out: dict[str, Any] = {
+            "text_offset": [],
+            "token_logprobs": [],
+            "tokens": [],
+            "top_logprobs": [],
+        }
         for p in positions:
             token_id = p if isinstance(p, int) else p.token_ids[0]
             text = self._tokenizer.token_text(token_id)
@@ -193,7 +208,8 @@ class CompletionLogprobs:
                 continue
             values = [max(v, FLOOR) for v in p.logprobs]
             out["token_logprobs"].append(values[0])
-            # The chosen token stands beside the most likely ones; of two tokens with one text the likelier counts.
+            # The chosen token stands beside the most likely ones; of two tokens with one text the
+            # likelier counts.
             top: dict[str, float] = {}
             for i, v in sorted(zip(p.token_ids, values, strict=True), key=lambda pair: -pair[1]):
                 top.setdefault(self._tokenizer.token_text(i), v)
@@ -201,16 +217,28 @@ class CompletionLogprobs:
         return out
 
 
-def prompt_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token, then {token_id: {logprob, rank, decoded_token}}."""
+def prompt_logprobs(
+    positions: list[TokenLogprobs], tokenizer: Tokenizer
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: null for the first token, then {token_id: {logprob, rank,
+    decoded_token}}."""
     out: list[dict[str, Any] | None] = [None]
     for p in positions:
-        # The first entry is the prompt's own token with its rank; the others are the best, in order.
+        # The first entry is the prompt's own token with its rank; the others are the best, in
+        # order.
         entries = {
-            str(i): {"logprob": max(v, FLOOR), "rank": rank, "decoded_token": tokenizer.token_text(i)}
+            str(i): {
+                "logprob": max(v, FLOOR),
+                "rank": rank,
+                "decoded_token": tokenizer.token_text(i),
+            }
             for rank, (i, v) in enumerate(zip(p.token_ids[1:], p.logprobs[1:], strict=True), 1)
         }
         own, logprob = p.token_ids[0], max(p.logprobs[0], FLOOR)
-        entries[str(own)] = {"logprob": logprob, "rank": p.rank, "decoded_token": tokenizer.token_text(own)}
+        entries[str(own)] = {
+            "logprob": logprob,
+            "rank": p.rank,
+            "decoded_token": tokenizer.token_text(own),
+        }
         out.append(entries)
     return out

@@ -22,17 +22,33 @@ from dovetail_server_openai.bodies import JSONRoute
 from dovetail_server_openai.guard import Guard
 from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.options import ServerOptions
-from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dovetail_server_openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from dovetail_server_openai.routes import Completions
 
 TOKENIZER_KEYS = (
-    "tokenizer_class", "model_max_length", "add_bos_token", "add_eos_token", "clean_up_tokenization_spaces",
-    "split_special_tokens", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
-)  # fmt: skip
-"""Fields of tokenizer_config.json that clients are shown; a folder may hold anything in the others."""
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+    "tokenizer_class",
+    "model_max_length",
+    "add_bos_token",
+    "add_eos_token",
+    "clean_up_tokenization_spaces",
+    "split_special_tokens",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
+"""Fields of tokenizer_config.json that clients are shown; a folder may hold anything in the
+others."""
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": text, "model": failures.ErrorBody} for code, text in failures.TYPES.items()
+    code: {"description": text, "model": failures.ErrorBody}
+    for code, text in failures.TYPES.items()
 }
 EMPTY: dict[int | str, dict[str, Any]] = {200: {"description": "No content"}}
 
@@ -42,13 +58,18 @@ MakeRouter = Callable[[EngineClient], APIRouter]
 
 
 def make_app(
-    engine: EngineClient, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None,
-    responsible: failures.Responsible | None = None, keys: Sequence[bytes] = (),
-) -> FastAPI:  # fmt: skip
-    """All routes for one engine. The engine may still be loading: those that need it then answer 503.
+    engine: EngineClient,
+    options: ServerOptions,
+    routes: Mapping[str, MakeRouter] | None = None,
+    responsible: failures.Responsible | None = None,
+    keys: Sequence[bytes] = (),
+) -> FastAPI:
+    """All routes for one engine. The engine may still be loading: those that need it then answer
+    503.
 
-    `routes` are other plugins', by name; `responsible` names the one that fails; `keys` are the API keys, if any. Raises
-    `PluginError` if a route cannot be built, or would take the place of one that is there.
+    `routes` are other plugins', by name; `responsible` names the one that fails; `keys` are the API
+    keys, if any. Raises `PluginError` if a route cannot be built, or would take the place of one
+    that is there.
     """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
     app.router.route_class = JSONRoute
@@ -69,9 +90,14 @@ def make_app(
     def card() -> dict[str, Any]:
         plan = engine.plan
         return {
-            "id": plan.served_model_name, "object": "model", "created": created, "owned_by": "dovetail",
-            "root": plan.model, "parent": None, "max_model_len": plan.max_model_len,
-        }  # fmt: skip
+            "id": plan.served_model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "dovetail",
+            "root": plan.model,
+            "parent": None,
+            "max_model_len": plan.max_model_len,
+        }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -80,7 +106,9 @@ def make_app(
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name != engine.plan.served_model_name:
-            raise ModelNotFound(f"the model {name!r} is not served here; {engine.plan.served_model_name!r} is")
+            raise ModelNotFound(
+                f"the model {name!r} is not served here; {engine.plan.served_model_name!r} is"
+            )
         return card()
 
     @app.get("/health", response_class=Response, responses=EMPTY)
@@ -136,13 +164,19 @@ def make_app(
     for name, make_router in (routes or {}).items():
         _add_routes(app, name, make_router, engine)
     app.add_middleware(
-        Guard, options=options, keys=keys, routes=app.routes, admit=engine.check_admission, metrics=metrics
+        Guard,
+        options=options,
+        keys=keys,
+        routes=app.routes,
+        admit=engine.check_admission,
+        metrics=metrics,
     )
     return app
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema, without the status that it gives for bad bodies: ours are 400, in the shape of all errors."""
+    """FastAPI's schema, without the status that it gives for bad bodies: ours are 400, in the shape
+    of all errors."""
     schema = FastAPI.openapi(app)
     for methods in schema["paths"].values():
         for operation in methods.values():
@@ -156,11 +190,19 @@ def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: Engine
     try:
         router = make_router(engine)
     except Exception as e:
-        raise PluginError(f"routes: {name} could not be built: {type(e).__name__}: {e}", provider=name) from e
+        raise PluginError(
+            f"routes: {name} could not be built: {type(e).__name__}: {e}", provider=name
+        ) from e
     if not isinstance(router, APIRouter):
-        raise PluginError(f"routes: {name} made {type(router).__name__}, not a fastapi.APIRouter", provider=name)
+        raise PluginError(
+            f"routes: {name} made {type(router).__name__}, not a fastapi.APIRouter", provider=name
+        )
     taken = {(m, r.path) for r in app.routes if isinstance(r, Route) for m in r.methods or ()}
     for route in router.routes:
-        if isinstance(route, Route) and (twice := [m for m in route.methods or () if (m, route.path) in taken]):
-            raise PluginError(f"routes: {name} would take the place of {twice[0]} {route.path}", provider=name)
+        if isinstance(route, Route) and (
+            twice := [m for m in route.methods or () if (m, route.path) in taken]
+        ):
+            raise PluginError(
+                f"routes: {name} would take the place of {twice[0]} {route.path}", provider=name
+            )
     app.include_router(router)

@@ -13,8 +13,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope
 
 LONG_BODY = 256 * 1024
-"""Bytes from which on a body is parsed in a thread, with orjson: several times as fast as `json`, and strict, so that what it
-refuses is not laid to a field. One at a time, because it holds the interpreter's lock."""
+"""Bytes from which on a body is parsed in a thread, with orjson: several times as fast as `json`,
+and strict, so that what it refuses is not laid to a field. One at a time, because it holds the
+interpreter's lock."""
 
 
 class JSONRoute(APIRoute):

@@ -1,6 +1,8 @@
-"""Connections within limits: how many, how long a request's head may be, and how long head and body may take.
+"""Connections within limits: how many, how long a request's head may be, and how long head and body
+may take.
 
-uvicorn's parser takes heads of any length and waits for them for ever, before any route or key is looked at.
+uvicorn's parser takes heads of any length and waits for them for ever, before any route or key is
+looked at.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ MAX_DESCRIPTORS = 65_536
 
 
 def allow_connections() -> int:
-    """Raise this process's limit of open files as far as it may, and return how many connections that leaves room for."""
+    """Raise this process's limit of open files as far as it may, and return how many connections
+    that leaves room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -28,14 +31,21 @@ def allow_connections() -> int:
     return max(1, room - RESERVED_DESCRIPTORS)
 
 
-def bounded_protocol(max_connections: int, head_timeout: float, body_timeout: float) -> type[HttpToolsProtocol]:
+def bounded_protocol(
+    max_connections: int, head_timeout: float, body_timeout: float
+) -> type[HttpToolsProtocol]:
     """uvicorn's protocol for servers of at most so many connections."""
-    limits = {"max_connections": max_connections, "head_timeout": head_timeout, "body_timeout": body_timeout}
+    limits = {
+        "max_connections": max_connections,
+        "head_timeout": head_timeout,
+        "body_timeout": body_timeout,
+    }
     return type("BoundedProtocol", (BoundedProtocol,), limits)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """What exceeds a limit is told so in one line, where it can be told, and the connection is closed."""
+    """What exceeds a limit is told so in one line, where it can be told, and the connection is
+    closed."""
 
     max_connections: int
     head_timeout: float
@@ -64,7 +74,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._num_head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES:
-            self._refuse("431 Request Header Fields Too Large", f"a request's head may have {MAX_HEAD_BYTES} bytes")
+            self._refuse(
+                "431 Request Header Fields Too Large",
+                f"a request's head may have {MAX_HEAD_BYTES} bytes",
+            )
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -90,7 +103,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._clear()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # an answer that has begun is only cut off
-            head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\n"
+        if (
+            self.cycle is None or self.cycle.response_complete
+        ):  # an answer that has begun is only cut off
+            head = (
+                f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: text/plain;"
+                " charset=utf-8\r\n"
+            )
             self.transport.write(f"{head}content-length: {len(message)}\r\n\r\n{message}".encode())
         self.transport.close()

@@ -21,7 +21,6 @@ from dovetail_server_openai.streams import ClientGone
 log = logging.getLogger("dovetail.server")
 
 
-
 class Responsible(Protocol):
     """Names the plugin whose route failed; empty if that cannot be told."""
 
@@ -29,10 +28,16 @@ class Responsible(Protocol):
 
 
 TYPES = {
-    400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError",
-    413: "BadRequestError", 429: "RateLimitError", 500: "InternalServerError", 503: "ServiceUnavailableError",
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "BadRequestError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
     504: "TimeoutError",
-}  # fmt: skip
+}
 
 
 class ErrorInfo(BaseModel):
@@ -56,28 +61,42 @@ _UNION_ARM = re.compile(r"(list|dict|function-.*)\[.*\]|str|int")
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + " …"
-    return {"error": {"message": message, "type": TYPES.get(status, "InternalServerError"), "param": param, "code": status}}
+    return {
+        "error": {
+            "message": message,
+            "type": TYPES.get(status, "InternalServerError"),
+            "param": param,
+            "code": status,
+        }
+    }
 
 
 def error_response(
-    message: str, status: int, param: str | None = None, headers: Mapping[str, str] | None = None,
+    message: str,
+    status: int,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
     retry_after: float | None = None,
-) -> JSONResponse:  # fmt: skip
+) -> JSONResponse:
     own = {"Retry-After": str(_spread(retry_after or 1.0))} if status in (429, 503) else {}
     return JSONResponse(error_body(message, status, param), status, {**own, **(headers or {})})
 
 
 def dovetail_error(error: DovetailError) -> JSONResponse:
-    return error_response(error.message, error.http_status, error.param, retry_after=error.retry_after)
+    return error_response(
+        error.message, error.http_status, error.param, retry_after=error.retry_after
+    )
 
 
 def _spread(seconds: float) -> int:
-    """Whole seconds, up to half as many again: clients that were refused together do not come back together."""
+    """Whole seconds, up to half as many again: clients that were refused together do not come back
+    together."""
     return math.ceil(seconds * random.uniform(1, 1.5))
 
 
 def install(app: FastAPI, responsible: Responsible | None = None) -> None:
-    """Answer every exception in this shape; `responsible` names the plugin whose route raised it."""
+    """Answer every exception in this shape; `responsible` names the plugin whose route raised
+    it."""
 
     @app.exception_handler(DovetailError)
     async def ours(request: Request, error: DovetailError) -> JSONResponse:
@@ -91,7 +110,9 @@ def install(app: FastAPI, responsible: Responsible | None = None) -> None:
         path = ".".join(str(p) for p in first["loc"][1:] if not _UNION_ARM.fullmatch(str(p)))
         if first["type"] == "json_invalid":
             return error_response(f"the body is no JSON: {first['ctx']['error']}", 400)
-        return error_response(f"{path + ': ' if path else ''}{first['msg']}", 400, path.split(".")[0] or None)
+        return error_response(
+            f"{path + ': ' if path else ''}{first['msg']}", 400, path.split(".")[0] or None
+        )
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -106,7 +127,8 @@ def install(app: FastAPI, responsible: Responsible | None = None) -> None:
         # The traceback goes to the log: the framework raises it again.
         who = ""
         if responsible is not None:
-            # What a route returned is looked at when it has ended: then only its module says whose it was.
+            # What a route returned is looked at when it has ended: then only its module says whose
+            # it was.
             module = getattr(request.scope.get("endpoint"), "__module__", "")
             who = responsible(error, module=module)
         what = f"{who}: {type(error).__name__}" if who else "internal error"

@@ -1,4 +1,5 @@
-"""Before any route: API keys, the size of the body, admission, the request id that is echoed, and the count of answers."""
+"""Before any route: API keys, the size of the body, admission, the request id that is echoed, and
+the count of answers."""
 
 from __future__ import annotations
 
@@ -21,17 +22,20 @@ OPEN = frozenset({"/health", "/ping", "/live", "/version"})
 """Paths that need no API key: what a load balancer asks."""
 METRICS = "/metrics"
 ADMITTED = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""Paths of requests for the engine: where it takes none, they are refused before their bodies are read."""
+"""Paths of requests for the engine: where it takes none, they are refused before their bodies are
+read."""
 KEY_VARIABLE = "DOVETAIL_API_KEY"
 NO_KEY: dict[str, list[str]] = {"security": []}
-"""`openapi_extra` of a plugin's route that needs no API key, in OpenAPI's own words. All others need one."""
+"""`openapi_extra` of a plugin's route that needs no API key, in OpenAPI's own words. All others
+need one."""
 SALT = "dovetail_cache_salt"
 """In the scope: what the caller's prefixes are kept apart by."""
 
 
 def api_keys(options: ServerOptions, environ: MutableMapping[str, str] = os.environ) -> list[bytes]:
-    """All keys that are accepted: of the options, of their file, and of the environment, where the key is removed, so that no
-    other process inherits it. Raises `ConfigError` for an empty key or file."""
+    """All keys that are accepted: of the options, of their file, and of the environment, where the
+    key is removed, so that no other process inherits it. Raises `ConfigError` for an empty key or
+    file."""
     keys = [] if options.api_key is None else [options.api_key.get_secret_value()]
     if (key := environ.pop(KEY_VARIABLE, None)) is not None:
         keys.append(key)
@@ -39,31 +43,47 @@ def api_keys(options: ServerOptions, environ: MutableMapping[str, str] = os.envi
         try:
             lines = Path(options.api_key_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"server.api_key_file: {options.api_key_file} cannot be read: {e}") from None
+            raise ConfigError(
+                f"server.api_key_file: {options.api_key_file} cannot be read: {e}"
+            ) from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise ConfigError(f"server.api_key_file: {options.api_key_file} holds no key")
         keys += found
     if any(not key.strip() for key in keys):
-        raise ConfigError(f"server.api_key, or {KEY_VARIABLE}, is empty: leave it out to serve without one")
+        raise ConfigError(
+            f"server.api_key, or {KEY_VARIABLE}, is empty: leave it out to serve without one"
+        )
     return [key.encode() for key in keys]
 
 
 class Guard:
-    """ASGI middleware. `routes` are asked whether they are open: a request whose route is not known needs a key too. `admit`
-    raises a `DovetailError` where the engine takes no request now."""
+    """ASGI middleware. `routes` are asked whether they are open: a request whose route is not known
+    needs a key too. `admit` raises a `DovetailError` where the engine takes no request now."""
 
     def __init__(
-        self, app: ASGIApp, options: ServerOptions, keys: Sequence[bytes], routes: Sequence[BaseRoute],
-        admit: Callable[[], None], metrics: Metrics,
-    ) -> None:  # fmt: skip
+        self,
+        app: ASGIApp,
+        options: ServerOptions,
+        keys: Sequence[bytes],
+        routes: Sequence[BaseRoute],
+        admit: Callable[[], None],
+        metrics: Metrics,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._admit = admit
         self._metrics = metrics
-        self._salts = {key: hashlib.sha256(b"dovetail prefix cache " + key).hexdigest()[:16] for key in self._keys}
+        self._salts = {
+            key: hashlib.sha256(b"dovetail prefix cache " + key).hexdigest()[:16]
+            for key in self._keys
+        }
         self._open = OPEN | ({METRICS} if options.open_metrics else set())
-        self._routes = [r for r in routes if isinstance(r, Route) and getattr(r, "openapi_extra", None) == NO_KEY]
+        self._routes = [
+            r
+            for r in routes
+            if isinstance(r, Route) and getattr(r, "openapi_extra", None) == NO_KEY
+        ]
         self._max_body = int(options.max_body_mb * 2**20)
         self._too_large = f"the body is larger than {self._max_body} bytes (max_body_mb)"
 
@@ -102,7 +122,9 @@ class Guard:
                 scope[SALT] = self._salts[matching[0]]
             elif not self._is_open(scope):
                 return failures.error_response(
-                    "give the API key: Authorization: Bearer …", 401, headers={"WWW-Authenticate": "Bearer"}
+                    "give the API key: Authorization: Bearer …",
+                    401,
+                    headers={"WWW-Authenticate": "Bearer"},
                 )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self._max_body:
@@ -115,4 +137,6 @@ class Guard:
         return None
 
     def _is_open(self, scope: Scope) -> bool:
-        return scope["path"] in self._open or any(r.matches(scope)[0] is Match.FULL for r in self._routes)
+        return scope["path"] in self._open or any(
+            r.matches(scope)[0] is Match.FULL for r in self._routes
+        )

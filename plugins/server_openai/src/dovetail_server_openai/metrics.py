@@ -1,4 +1,5 @@
-"""Prometheus metrics, under vLLM's base names so that dashboards can be reused. One registry a server."""
+"""Prometheus metrics, under vLLM's base names so that dashboards can be reused. One registry a
+server."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
@@ -18,7 +25,26 @@ from dovetail.interfaces.shadow import ShadowReport
 from dovetail.plan import SHADOW_PREFIX
 from dovetail.types import EngineStats, Request
 
-_FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_FAST = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
 _COUNTS = tuple(float(f * 10**e) for e in range(6) for f in (1, 2, 5))
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -47,14 +73,30 @@ class _EngineCollector(Collector):
             yield gauge
         for key, text, value in (
             ("num_preemptions", "sequences preempted", s.num_preemptions),
-            ("prompt_tokens", "prompt tokens computed, or found in the prefix cache", s.num_prompt_tokens),
+            (
+                "prompt_tokens",
+                "prompt tokens computed, or found in the prefix cache",
+                s.num_prompt_tokens,
+            ),
             ("generation_tokens", "tokens generated", s.num_generation_tokens),
             ("spec_decode_num_draft_tokens", "draft tokens verified", s.num_draft_tokens),
             ("spec_decode_num_accepted_tokens", "draft tokens accepted", s.num_accepted_tokens),
-            ("prefix_cache_queries", "prompt tokens looked for in the prefix cache", s.num_prefix_queried_tokens),
-            ("prefix_cache_hits", "prompt tokens found in the prefix cache", s.num_prefix_hit_tokens),
+            (
+                "prefix_cache_queries",
+                "prompt tokens looked for in the prefix cache",
+                s.num_prefix_queried_tokens,
+            ),
+            (
+                "prefix_cache_hits",
+                "prompt tokens found in the prefix cache",
+                s.num_prefix_hit_tokens,
+            ),
             ("engine_steps", "steps run", s.num_steps),
-            ("engine_failed_steps", "steps that failed, and their requests with them", s.num_failed_steps),
+            (
+                "engine_failed_steps",
+                "steps that failed, and their requests with them",
+                s.num_failed_steps,
+            ),
             ("engine_restarts", "engine processes replaced", self._engine.num_restarts),
         ):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
@@ -71,40 +113,66 @@ class _EngineCollector(Collector):
         if choice.is_empty:
             return
         num_drafts = s.drafted_by_position[0] if s.drafted_by_position else 0
-        mean_length, per_step = s.num_accepted_tokens / (num_drafts or 1), s.num_generation_tokens / (s.num_steps or 1)
+        mean_length, per_step = (
+            s.num_accepted_tokens / (num_drafts or 1),
+            s.num_generation_tokens / (s.num_steps or 1),
+        )
         for key, text, value in (
-            ("spec_decode_mean_accepted_length", "draft tokens accepted of a draft, on average", mean_length),
+            (
+                "spec_decode_mean_accepted_length",
+                "draft tokens accepted of a draft, on average",
+                mean_length,
+            ),
             ("spec_decode_tokens_per_step", "tokens generated in a step, on average", per_step),
         ):
             gauge = GaugeMetricFamily(self._prefix + key, text, labels=["model_name"])
             gauge.add_metric([name], value)
             yield gauge
         seconds = CounterMetricFamily(
-            self._prefix + "spec_decode_drafter_seconds", "seconds in the drafter, while the loop waits for it",
+            self._prefix + "spec_decode_drafter_seconds",
+            "seconds in the drafter, while the loop waits for it",
             labels=["model_name", "provider"],
-        )  # fmt: skip
+        )
         seconds.add_metric([name, choice.qualified_name], s.draft_seconds)
-        drafts = CounterMetricFamily(self._prefix + "spec_decode_num_drafts", "drafts verified", labels=["model_name"])
+        drafts = CounterMetricFamily(
+            self._prefix + "spec_decode_num_drafts", "drafts verified", labels=["model_name"]
+        )
         drafts.add_metric([name], num_drafts)
         yield from (seconds, drafts)
         for key, text, counts in (
-            ("spec_decode_num_draft_tokens_per_pos", "draft tokens verified, by position", s.drafted_by_position),
-            ("spec_decode_num_accepted_tokens_per_pos", "draft tokens accepted, by position", s.accepted_by_position),
+            (
+                "spec_decode_num_draft_tokens_per_pos",
+                "draft tokens verified, by position",
+                s.drafted_by_position,
+            ),
+            (
+                "spec_decode_num_accepted_tokens_per_pos",
+                "draft tokens accepted, by position",
+                s.accepted_by_position,
+            ),
         ):
-            counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name", "position"])
+            counter = CounterMetricFamily(
+                self._prefix + key, text, labels=["model_name", "position"]
+            )
             for position, count in enumerate(counts):
                 counter.add_metric([name, str(position)], count)
             yield counter
 
     def _prefix_cache(self, evicted: dict[str, int], blocks: dict[str, int]) -> Iterable[Metric]:
         name, labels = self._engine.plan.served_model_name, ["model_name"]
-        text = "blocks that the prefix cache forgot (device_full, host_full, reset) or moved (to_host)"
-        counter = CounterMetricFamily(self._prefix + "prefix_cache_evicted_blocks", text, labels=[*labels, "cause"])
+        text = (
+            "blocks that the prefix cache forgot (device_full, host_full, reset) or moved (to_host)"
+        )
+        counter = CounterMetricFamily(
+            self._prefix + "prefix_cache_evicted_blocks", text, labels=[*labels, "cause"]
+        )
         for cause, value in evicted.items():
             counter.add_metric([name, cause], value)
         yield counter
         text = "blocks that no sequence uses and that can be found again"
-        gauge = GaugeMetricFamily(self._prefix + "prefix_cache_blocks", text, labels=[*labels, "tier"])
+        gauge = GaugeMetricFamily(
+            self._prefix + "prefix_cache_blocks", text, labels=[*labels, "tier"]
+        )
         for tier, value in blocks.items():
             gauge.add_metric([name, tier], value)
         yield gauge
@@ -120,14 +188,20 @@ class _EngineCollector(Collector):
             counter.add_metric([name], value)
             yield counter
         labels = ["model_name", "candidate", "provider"]
-        off = GaugeMetricFamily(self._prefix + "shadow_switched_off", "1: it failed, and runs no more", labels=labels)
+        off = GaugeMetricFamily(
+            self._prefix + "shadow_switched_off", "1: it failed, and runs no more", labels=labels
+        )
         for key, choice in choices.items():
             if key.startswith(SHADOW_PREFIX):
                 off.add_metric([name, key, choice.qualified_name], key in report.failed)
         yield off
         for key, text, field in (
             ("shadow_max_abs_error", "largest difference from the trusted output", "max_abs_error"),
-            ("shadow_max_relative_error", "the same, over the largest magnitude of that output", "max_rel_error"),
+            (
+                "shadow_max_relative_error",
+                "the same, over the largest magnitude of that output",
+                "max_rel_error",
+            ),
             ("shadow_compared", "outputs compared", "num_compared"),
             ("shadow_speed", "of the candidate; the trusted provider's is 1", "speed"),
         ):
@@ -144,32 +218,56 @@ class Metrics:
     def __init__(self, engine: EngineClient, prefix: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, prefix))
-        # Memory, CPU time and open files of both processes: process_… of this one, engine_process_… of the other.
+        # Memory, CPU time and open files of both processes: process_… of this one, engine_process_…
+        # of the other.
         ProcessCollector(registry=self.registry)
-        ProcessCollector(namespace="engine", pid=lambda: engine.pid or NO_PROCESS, registry=self.registry)
+        ProcessCollector(
+            namespace="engine", pid=lambda: engine.pid or NO_PROCESS, registry=self.registry
+        )
         self._engine = engine
         name = engine.plan.served_model_name
 
         def histogram(key: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(prefix + key, text, ["model_name"], registry=self.registry, buckets=buckets).labels(name)
+            return Histogram(
+                prefix + key, text, ["model_name"], registry=self.registry, buckets=buckets
+            ).labels(name)
 
-        self._ttft = histogram("time_to_first_token_seconds", "from arrival to the first token", _FAST)
-        self._queue = histogram("request_queue_time_seconds", "from arrival in the engine to the first step", _FAST)
-        self._prefill = histogram("request_prefill_time_seconds", "from the first step to the first token", _FAST)
-        self._itl = histogram("inter_token_latency_seconds", "between two deliveries of one request", _FAST)
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "from arrival to the first token", _FAST
+        )
+        self._queue = histogram(
+            "request_queue_time_seconds", "from arrival in the engine to the first step", _FAST
+        )
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "from the first step to the first token", _FAST
+        )
+        self._itl = histogram(
+            "inter_token_latency_seconds", "between two deliveries of one request", _FAST
+        )
         self._e2e = histogram("e2e_request_latency_seconds", "from arrival to the end", _SLOW)
-        self._tpot = histogram("request_time_per_output_token_seconds", "of a request, after its first token", _FAST)
+        self._tpot = histogram(
+            "request_time_per_output_token_seconds", "of a request, after its first token", _FAST
+        )
         self._prompt = histogram("request_prompt_tokens", "prompt tokens of a request", _COUNTS)
-        self._output = histogram("request_generation_tokens", "tokens generated for a request, over its samples", _COUNTS)
+        self._output = histogram(
+            "request_generation_tokens", "tokens generated for a request, over its samples", _COUNTS
+        )
         self._n = histogram("request_params_n", "samples asked for", (1, 2, 4, 8, 16, 32, 64, 128))
-        self._max_tokens = histogram("request_params_max_tokens", "most tokens asked for, a sample", _COUNTS)
+        self._max_tokens = histogram(
+            "request_params_max_tokens", "most tokens asked for, a sample", _COUNTS
+        )
         self._ended = Counter(
-            prefix + "request_success", "requests by how they ended", ["model_name", "finished_reason"], registry=self.registry
+            prefix + "request_success",
+            "requests by how they ended",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
         )
         self._answered = Counter(
-            prefix + "http_requests", "answers by method, route and status", ["method", "handler", "status"],
+            prefix + "http_requests",
+            "answers by method, route and status",
+            ["method", "handler", "status"],
             registry=self.registry,
-        )  # fmt: skip
+        )
         self._name = name
 
     def answered(self, scope: Scope, status: int) -> None:

@@ -1,4 +1,5 @@
-"""The request bodies of the OpenAI API, as far as they mean something here. Unknown fields are ignored, null is absent."""
+"""The request bodies of the OpenAI API, as far as they mean something here. Unknown fields are
+ignored, null is absent."""
 
 from __future__ import annotations
 
@@ -11,19 +12,42 @@ from dovetail.types import SamplingParams
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
-"""A list whose first bad item is the error: a body of a million bad items is not a million errors."""
+"""A list whose first bad item is the error: a body of a million bad items is not a million
+errors."""
 
 UNSUPPORTED = (
-    "allowed_token_ids", "bad_words", "continue_final_message", "documents", "functions", "function_call", "grammar",
-    "guided_choice", "guided_grammar", "guided_json", "guided_regex", "json_schema", "logits_processors", "modalities",
-    "regex", "ebnf", "response_format", "structured_outputs", "tool_choice", "tools", "truncate_prompt_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "continue_final_message",
+    "documents",
+    "functions",
+    "function_call",
+    "grammar",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "json_schema",
+    "logits_processors",
+    "modalities",
+    "regex",
+    "ebnf",
+    "response_format",
+    "structured_outputs",
+    "tool_choice",
+    "tools",
+    "truncate_prompt_tokens",
     "use_beam_search",
-)  # fmt: skip
-"""Known, not built yet, and not to be ignored: they say what the answer must be. None means absent."""
+)
+"""Known, not built yet, and not to be ignored: they say what the answer must be. None means
+absent."""
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "continue_final_message": (False,), "modalities": (["text"],), "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"), "use_beam_search": (False,),
-}  # fmt: skip
+    "continue_final_message": (False,),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "use_beam_search": (False,),
+}
 """Values of these that ask for nothing."""
 
 
@@ -42,7 +66,8 @@ class Sampled(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        """Before fields are read, because unknown ones are not kept: a stream would hold them as long as it lasts."""
+        """Before fields are read, because unknown ones are not kept: a stream would hold them as
+        long as it lasts."""
         if isinstance(data, dict):
             for name in UNSUPPORTED:
                 value = data.get(name)
@@ -79,16 +104,29 @@ class Sampled(Body):
     def check(self) -> None:
         """Raise `InvalidRequest` for what is no range of one field."""
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options is for streams: set stream to true", param="stream_options")
+            raise InvalidRequest(
+                "stream_options is for streams: set stream to true", param="stream_options"
+            )
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
 
-    def sampling(self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
         """Request over the model's generation config over the defaults. Raises `InvalidRequest`."""
         names = (
-            "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-            "seed", "min_tokens", "prompt_logprobs",
-        )  # fmt: skip
+            "n",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+            "min_tokens",
+            "prompt_logprobs",
+        )
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
@@ -137,8 +175,12 @@ class Message(Body):
     content: str | Many[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates want it: content parts joined. Raises `InvalidRequest` for parts that are no text."""
-        data = {"role": self.role, **{k: v for k, v in (self.model_extra or {}).items() if v is not None}}
+        """As chat templates want it: content parts joined. Raises `InvalidRequest` for parts that
+        are no text."""
+        data = {
+            "role": self.role,
+            **{k: v for k, v in (self.model_extra or {}).items() if v is not None},
+        }
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"a message of role {self.role} needs content", param="messages")
         if isinstance(self.content, str):
@@ -146,7 +188,10 @@ class Message(Body):
         elif self.content is not None:
             for part in self.content:
                 if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise InvalidRequest(f"content part of type {part.get('type')!r}: this model reads text", param="messages")
+                    raise InvalidRequest(
+                        f"content part of type {part.get('type')!r}: this model reads text",
+                        param="messages",
+                    )
             data["content"] = "".join(part["text"] for part in self.content)
         return data
 

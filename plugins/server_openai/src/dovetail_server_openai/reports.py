@@ -15,7 +15,8 @@ EVERY = 10.0
 
 
 async def report_load(engine: EngineClient, every: float = EVERY) -> None:
-    """Until cancelled, log throughput, queue, KV cache and prefix hits since the last line, if anything was done."""
+    """Until cancelled, log throughput, queue, KV cache and prefix hits since the last line, if
+    anything was done."""
     last, began = EngineStats(), time.monotonic()
     while True:
         await asyncio.sleep(every)
@@ -33,8 +34,11 @@ def load_line(before: EngineStats, after: EngineStats, seconds: float) -> str:
     generated = (after.num_generation_tokens - before.num_generation_tokens) / seconds
     used = after.kv_blocks_used / after.kv_blocks_total if after.kv_blocks_total else 0.0
     queried = after.num_prefix_queried_tokens - before.num_prefix_queried_tokens
-    hits = (after.num_prefix_hit_tokens - before.num_prefix_hit_tokens) / queried if queried else 0.0
+    hits = (
+        (after.num_prefix_hit_tokens - before.num_prefix_hit_tokens) / queried if queried else 0.0
+    )
     return (
-        f"prompt {prompt:.1f} tok/s, generation {generated:.1f} tok/s, running {after.num_requests_running}, "
-        f"waiting {after.num_requests_waiting}, KV cache {used:.1%} used, prefix cache hits {hits:.1%}"
+        f"prompt {prompt:.1f} tok/s, generation {generated:.1f} tok/s, running"
+        f" {after.num_requests_running}, waiting {after.num_requests_waiting}, KV cache {used:.1%}"
+        f" used, prefix cache hits {hits:.1%}"
     )

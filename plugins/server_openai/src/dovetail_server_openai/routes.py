@@ -1,4 +1,5 @@
-"""The two completion routes: one way from a body to requests, from requests to a merged stream, and from there to JSON."""
+"""The two completion routes: one way from a body to requests, from requests to a merged stream, and
+from there to JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +24,13 @@ from dovetail_server_openai.failures import error_body
 from dovetail_server_openai.guard import SALT
 from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.options import ServerOptions
-from dovetail_server_openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
+from dovetail_server_openai.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampled,
+    TokenizeRequest,
+)
 from dovetail_server_openai.streams import EventStream, merged, until_gone
 
 T = TypeVar("T")
@@ -33,7 +40,8 @@ LONG_TEXT = 20_000
 LONG_ANSWER = 5_000
 """Log-probabilities from which on an answer is put together in a thread, for the same reason."""
 NUM_TOKENIZING = 2
-"""Long texts that are tokenized at a time: clients that send many wait for each other, and not the streams for them."""
+"""Long texts that are tokenized at a time: clients that send many wait for each other, and not the
+streams for them."""
 MAX_DETOKENIZED = 2**20
 """Token ids of one /detokenize."""
 
@@ -41,7 +49,13 @@ MAX_DETOKENIZED = 2**20
 class Completions:
     """Handlers of /v1/completions, /v1/chat/completions and /tokenize for one engine."""
 
-    def __init__(self, engine: EngineClient, metrics: Metrics, options: ServerOptions, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        metrics: Metrics,
+        options: ServerOptions,
+        defaults: dict[str, Any],
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._options = options
@@ -52,27 +66,38 @@ class Completions:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self._model:
-            raise ModelNotFound(f"the model {name!r} is not served here; {self._model!r} is", param="model")
+            raise ModelNotFound(
+                f"the model {name!r} is not served here; {self._model!r} is", param="model"
+            )
 
     async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
         self.check_model(body.model)
         self._engine.check_ready()
         body.check()
         self._check_logprobs("logprobs", body.logprobs)
-        params = self._sampling(body, 16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+        params = self._sampling(
+            body, 16 if body.max_tokens is None else body.max_tokens, body.logprobs
+        )
         if body.echo and body.logprobs is not None:
             params = msgspec.structs.replace(params, prompt_logprobs=body.logprobs)
         prompts = body.prompts()
         limit = self._engine.config.max_num_waiting
         if not 0 < len(prompts) * params.n <= limit:
             raise InvalidRequest(
-                f"{len(prompts)} prompts with n = {params.n}; there must be at least one prompt, and prompts × n can be at "
-                f"most {limit} (max_num_waiting)", param="prompt",
-            )  # fmt: skip
+                f"{len(prompts)} prompts with n = {params.n}; there must be at least one prompt,"
+                f" and prompts × n can be at most {limit} (max_num_waiting)",
+                param="prompt",
+            )
         requests = await self._make(prompts, params, body, http, special=body.add_special_tokens)
         tokenizer = self._engine.tokenizer
-        echoed = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts] if body.echo else [""] * len(prompts)
-        return await self._answer(requests, body, http, CompletionAnswer(body, tokenizer, echoed, params.n))
+        echoed = (
+            [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
+            if body.echo
+            else [""] * len(prompts)
+        )
+        return await self._answer(
+            requests, body, http, CompletionAnswer(body, tokenizer, echoed, params.n)
+        )
 
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         self.check_model(body.model)
@@ -80,13 +105,21 @@ class Completions:
         body.check()
         self._check_logprobs("top_logprobs", body.top_logprobs)
         if body.chat_template is not None and not self._options.allow_chat_template:
-            raise InvalidRequest("this server takes no templates from requests (allow_chat_template)", param="chat_template")
-        params = self._sampling(body, body.limit, (body.top_logprobs or 0) if body.logprobs else None)
+            raise InvalidRequest(
+                "this server takes no templates from requests (allow_chat_template)",
+                param="chat_template",
+            )
+        params = self._sampling(
+            body, body.limit, (body.top_logprobs or 0) if body.logprobs else None
+        )
         messages = [m.as_dict() for m in body.messages]
         encode = partial(
-            self._engine.maker.encode_chat, messages, add_generation_prompt=body.add_generation_prompt,
-            template=body.chat_template, variables=body.chat_template_kwargs,
-        )  # fmt: skip
+            self._engine.maker.encode_chat,
+            messages,
+            add_generation_prompt=body.add_generation_prompt,
+            template=body.chat_template,
+            variables=body.chat_template_kwargs,
+        )
         prompt = await self._encoded(encode, num_chars(messages))
         requests = await self._make([prompt], params, body, http, special=False)
         return await self._answer(requests, body, http, ChatAnswer(body, self._engine.tokenizer))
@@ -95,35 +128,57 @@ class Completions:
         self.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("give either prompt or messages", param="prompt")
-        special = body.add_special_tokens if body.add_special_tokens is not None else body.messages is None
+        special = (
+            body.add_special_tokens
+            if body.add_special_tokens is not None
+            else body.messages is None
+        )
         maker, messages = self._engine.maker, [m.as_dict() for m in body.messages or ()]
         if body.messages is None:
             encode = partial(maker.encode, body.prompt or "")
         else:
-            encode = partial(maker.encode_chat, messages, add_generation_prompt=body.add_generation_prompt)
+            encode = partial(
+                maker.encode_chat, messages, add_generation_prompt=body.add_generation_prompt
+            )
         size = len(body.prompt or "") + num_chars(messages)
         tokens = await self._encoded(partial(encode, add_special_tokens=special), size)
-        strings = [self._engine.tokenizer.token_text(t) for t in tokens] if body.return_token_strs else None
+        strings = (
+            [self._engine.tokenizer.token_text(t) for t in tokens]
+            if body.return_token_strs
+            else None
+        )
         return {
-            "count": len(tokens), "max_model_len": self._engine.plan.max_model_len, "tokens": tokens, "token_strs": strings,
-        }  # fmt: skip
+            "count": len(tokens),
+            "max_model_len": self._engine.plan.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings,
+        }
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
         self.check_model(body.model)
         size = self._engine.maker.model.vocab_size
         if len(body.tokens) > MAX_DETOKENIZED:
-            raise InvalidRequest(f"{len(body.tokens)} tokens; at most {MAX_DETOKENIZED} at a time", param="tokens")
+            raise InvalidRequest(
+                f"{len(body.tokens)} tokens; at most {MAX_DETOKENIZED} at a time", param="tokens"
+            )
         if not all(0 <= t < size for t in body.tokens):
             raise InvalidRequest(f"token ids are from 0 to {size - 1}", param="tokens")
         async with self._tokenizing:
-            text = await asyncio.to_thread(self._engine.tokenizer.decode, body.tokens, skip_special_tokens=False)
+            text = await asyncio.to_thread(
+                self._engine.tokenizer.decode, body.tokens, skip_special_tokens=False
+            )
         return {"prompt": text}
 
     def _check_logprobs(self, name: str, value: int | None) -> None:
         if value is not None and not 0 <= value <= self._options.max_logprobs:
-            raise InvalidRequest(f"{name} must be between 0 and {self._options.max_logprobs}, not {value}", param=name)
+            raise InvalidRequest(
+                f"{name} must be between 0 and {self._options.max_logprobs}, not {value}",
+                param=name,
+            )
 
-    def _sampling(self, body: Sampled, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def _sampling(
+        self, body: Sampled, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
         self._check_logprobs("prompt_logprobs", body.prompt_logprobs)
         return body.sampling(self._defaults, max_tokens=max_tokens, logprobs=logprobs)
 
@@ -135,33 +190,53 @@ class Completions:
             return await asyncio.to_thread(encode)
 
     async def _make(
-        self, prompts: list[str | list[int]], params: SamplingParams, body: Sampled, http: HttpRequest, *, special: bool
+        self,
+        prompts: list[str | list[int]],
+        params: SamplingParams,
+        body: Sampled,
+        http: HttpRequest,
+        *,
+        special: bool,
     ) -> list[Request]:
-        # Callers with keys of their own never find what another one's prompts left in the prefix cache.
+        # Callers with keys of their own never find what another one's prompts left in the prefix
+        # cache.
         salt, of_key = body.cache_salt, http.scope.get(SALT)
         if of_key is not None:
             salt = of_key if salt is None else f"{of_key} {salt}"
 
         def make() -> list[Request]:
-            make_one = partial(self._engine.maker.make, priority=body.priority, cache_salt=salt, add_special_tokens=special)
+            make_one = partial(
+                self._engine.maker.make,
+                priority=body.priority,
+                cache_salt=salt,
+                add_special_tokens=special,
+            )
             return [make_one(p, params) for p in prompts]
 
         requests = await self._encoded(make, sum(len(p) for p in prompts if isinstance(p, str)))
         count = num_logprobs(requests)
         if count > self._options.max_answer_logprobs:
             raise InvalidRequest(
-                f"the answer would hold {count} log-probabilities; at most "
-                f"{self._options.max_answer_logprobs} (max_answer_logprobs): ask for fewer alternatives, tokens or prompts",
+                f"the answer would hold {count} log-probabilities; at most"
+                f" {self._options.max_answer_logprobs} (max_answer_logprobs): ask for fewer"
+                " alternatives, tokens or prompts",
                 param="prompt_logprobs" if params.prompt_logprobs is not None else "logprobs",
             )
         return requests
 
-    async def _answer(self, requests: list[Request], body: Sampled, http: HttpRequest, answer: Answer) -> Response:
-        choices = [Choice(i * r.params.n + k, r) for i, r in enumerate(requests) for k in range(r.params.n)]
+    async def _answer(
+        self, requests: list[Request], body: Sampled, http: HttpRequest, answer: Answer
+    ) -> Response:
+        choices = [
+            Choice(i * r.params.n + k, r) for i, r in enumerate(requests) for k in range(r.params.n)
+        ]
         head: dict[str, Any] = {
-            "id": f"{answer.prefix}-{uuid.uuid4().hex}", "object": answer.kind, "created": int(time.time()),
-            "model": self._model, "system_fingerprint": self._fingerprint,
-        }  # fmt: skip
+            "id": f"{answer.prefix}-{uuid.uuid4().hex}",
+            "object": answer.kind,
+            "created": int(time.time()),
+            "model": self._model,
+            "system_fingerprint": self._fingerprint,
+        }
         if body.stream:
             return EventStream(self._events(requests, choices, body, head, answer))
 
@@ -174,13 +249,23 @@ class Completions:
 
         def written() -> bytes:
             whole = [answer.whole(c, c.held) for c in choices if c.held is not None]
-            return orjson.dumps({**head, "choices": whole, "usage": usage(choices), **answer.extra(choices)})
+            return orjson.dumps(
+                {**head, "choices": whole, "usage": usage(choices), **answer.extra(choices)}
+            )
 
         is_long = num_logprobs(requests) > LONG_ANSWER
-        return Response(await asyncio.to_thread(written) if is_long else written(), media_type="application/json")
+        return Response(
+            await asyncio.to_thread(written) if is_long else written(),
+            media_type="application/json",
+        )
 
     async def _events(
-        self, requests: list[Request], choices: list[Choice], body: Sampled, head: dict[str, Any], answer: Answer
+        self,
+        requests: list[Request],
+        choices: list[Choice],
+        body: Sampled,
+        head: dict[str, Any],
+        answer: Answer,
     ) -> AsyncGenerator[bytes]:
         """Errors before the first event are raised; later ones are an event of the stream."""
         options = body.stream_options

@@ -30,24 +30,40 @@ class OpenAIServer:
     """The `Server` contract over uvicorn."""
 
     def __init__(
-        self, options: ServerOptions, routes: Mapping[str, MakeRouter] | None = None, responsible: Responsible | None = None
+        self,
+        options: ServerOptions,
+        routes: Mapping[str, MakeRouter] | None = None,
+        responsible: Responsible | None = None,
     ) -> None:
         self._responsible = responsible
         self._options = options
         self._routes = routes or {}
 
-    def run(self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    def run(
+        self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]
+    ) -> None:
         sock = _bind(host, port)
         address, bound = sock.getsockname()[:2]
         url = f"http://{f'[{address}]' if ':' in address else address}:{bound}"
         limits = (allow_connections(), self._options.head_timeout, self._options.body_timeout)
-        app = make_app(engine, self._options, self._routes, self._responsible, keys := api_keys(self._options))
+        app = make_app(
+            engine, self._options, self._routes, self._responsible, keys := api_keys(self._options)
+        )
         if not keys and not ipaddress.ip_address(address).is_loopback:
-            log.warning("listening on %s without an API key: whoever reaches the port can use it (--api-key-file)", address)
+            log.warning(
+                "listening on %s without an API key: whoever reaches the port can use it"
+                " (--api-key-file)",
+                address,
+            )
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off",
-            timeout_graceful_shutdown=CLOSE_SECONDS, http=bounded_protocol(*limits), ws="none",
-        )  # fmt: skip
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            http=bounded_protocol(*limits),
+            ws="none",
+        )
 
         async def both() -> None:
             uvicorn_server = _Draining(config, engine, self._options.drain_seconds)
@@ -83,7 +99,8 @@ async def _until_failed(engine: EngineClient, server: uvicorn.Server) -> None:
 
 
 class _Draining(uvicorn.Server):
-    """On the first signal: refuse new requests with 503, finish those in flight, stop. On the second: stop now."""
+    """On the first signal: refuse new requests with 503, finish those in flight, stop. On the
+    second: stop now."""
 
     def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float) -> None:
         super().__init__(config)
@@ -117,5 +134,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as e:
         sock.close()
         why = e.strerror if isinstance(e, OSError) else e
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port") from None
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {why}; choose another --host or --port"
+        ) from None
     return sock

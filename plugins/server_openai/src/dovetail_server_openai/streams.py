@@ -1,4 +1,5 @@
-"""Requests in flight, as HTTP sees them: several as one stream, a client that may go away, and events on the wire."""
+"""Requests in flight, as HTTP sees them: several as one stream, a client that may go away, and
+events on the wire."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class ClientGone(Exception):
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work; if the client goes away first, cancel it, so that it stops costing, and raise `ClientGone`."""
+    """Do the work; if the client goes away first, cancel it, so that it stops costing, and raise
+    `ClientGone`."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -40,17 +42,26 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. An error before the first event is raised, so that it becomes a plain HTTP answer."""
+    """Server-sent events. An error before the first event is raised, so that it becomes a plain
+    HTTP answer."""
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def deliver() -> None:
             async with aclosing(self._events) as events:
                 event = await anext(events)
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": self.status_code,
+                        "headers": self.raw_headers,
+                    }
+                )
                 await send({"type": "http.response.body", "body": event, "more_body": True})
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -60,12 +71,17 @@ class EventStream(StreamingResponse):
             await until_gone(receive, deliver())
 
 
-def merged(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> AsyncGenerator[Delta]:
-    """News of all samples of all requests, as they come. `index` is then that of the choice: prompt after prompt."""
+def merged(
+    requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]
+) -> AsyncGenerator[Delta]:
+    """News of all samples of all requests, as they come. `index` is then that of the choice: prompt
+    after prompt."""
     return run(requests[0]) if len(requests) == 1 else _interleaved(requests, run)
 
 
-async def _interleaved(requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]) -> AsyncGenerator[Delta]:
+async def _interleaved(
+    requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]
+) -> AsyncGenerator[Delta]:
     queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
 
     async def pump(first: int, request: Request) -> None:

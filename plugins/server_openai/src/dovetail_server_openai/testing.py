@@ -1,8 +1,8 @@
 """The contract of the `routes` extension point, as tests. A plugin's test is a subclass:
 
-    class TestMyRoutes(RoutesContract):
-        provider = PROVIDER
-        requests = (("POST", "/v1/mine", {"text": "hello"}),)
+class TestMyRoutes(RoutesContract):
+    provider = PROVIDER
+    requests = (("POST", "/v1/mine", {"text": "hello"}),)
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from dovetail_server_openai.options import ServerOptions
 from dovetail_testing.contract import Contract, common_causes
 from dovetail_testing.plugin import SIMULATED, install, make_model
 
-COMPLETION = ("POST", "/v1/completions", {"model": "kit", "prompt": "abc", "max_tokens": 3, "seed": 1})
+COMPLETION = (
+    "POST",
+    "/v1/completions",
+    {"model": "kit", "prompt": "abc", "max_tokens": 3, "seed": 1},
+)
 OWN = ("/v1/models", "/health", "/metrics")
 BAD_BODIES: tuple[Any, ...] = ({}, [], "text", {"text": None}, {"": [1]})
 
 
 class RoutesContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest. The engine is a real one, over the simulated worker."""
+    """Subclass, set `provider`, and pytest does the rest. The engine is a real one, over the
+    simulated worker."""
 
     extension_point = "routes"
     added: ClassVar[tuple[ExtensionPoint, ...]] = (ROUTES,)
@@ -50,21 +55,26 @@ class RoutesContract(Contract):
 
     @common_causes("a router built at once, in place of a function from the engine to one")
     def test_a_router_is_made(self) -> None:
-        """What is built, called with an engine, returns a `fastapi.APIRouter` with at least one route."""
+        """What is built, called with an engine, returns a `fastapi.APIRouter` with at least one
+        route."""
 
         async def look(app: FastAPI, router: APIRouter) -> None:
             assert router.routes, "the router has no routes"
 
         self.with_app(look)
 
-    @common_causes("a path of the server's own", "a path parameter at the root that matches everything")
+    @common_causes(
+        "a path of the server's own", "a path parameter at the root that matches everything"
+    )
     def test_the_servers_own_routes_stay(self) -> None:
         """No route of the server is taken or hidden."""
 
         async def compare(app: FastAPI, router: APIRouter) -> None:
             for method, path, body in (COMPLETION, *(("GET", path, None) for path in OWN)):
                 status, answer = await call(app, method, path, body)
-                assert status == 200, f"{method} {path} answers {status} beside this router: {answer[:300]!r}"
+                assert status == 200, (
+                    f"{method} {path} answers {status} beside this router: {answer[:300]!r}"
+                )
             status, _ = await call(app, "GET", "/no/such/route", None)
             assert status in (404, 405), f"GET /no/such/route answers {status} beside this router"
 
@@ -79,7 +89,9 @@ class RoutesContract(Contract):
         async def ask(app: FastAPI, router: APIRouter) -> None:
             for method, path, body in self.requests:
                 status, answer = await call(app, method, path, body)
-                assert 200 <= status < 300, f"{method} {path} with {body!r} answers {status}: {answer[:300]!r}"
+                assert 200 <= status < 300, (
+                    f"{method} {path} with {body!r} answers {status}: {answer[:300]!r}"
+                )
 
         self.with_app(ask)
 
@@ -92,14 +104,19 @@ class RoutesContract(Contract):
             for route in router.routes:
                 assert isinstance(route, Route)
                 for body in BAD_BODIES:
-                    status, _ = await call(app, next(iter(route.methods or {"GET"})), route.path, body)
+                    status, _ = await call(
+                        app, next(iter(route.methods or {"GET"})), route.path, body
+                    )
                     assert 100 < status < 600
-            assert _text(await call(app, *COMPLETION)) == _text(before), "another request's answer changed"
+            assert _text(await call(app, *COMPLETION)) == _text(before), (
+                "another request's answer changed"
+            )
 
         self.with_app(send)
 
     def with_app(self, use: Callable[[FastAPI, APIRouter], Awaitable[None]]) -> None:
-        """Run `use` with the server's application, this router in it, and a running engine behind it."""
+        """Run `use` with the server's application, this router in it, and a running engine behind
+        it."""
         site = self.folder / "site"
         install(site)
         model = make_model(self.folder / "model")
@@ -134,14 +151,28 @@ def _text(answer: tuple[int, bytes]) -> Any:
 
 
 async def call(app: FastAPI, method: str, path: str, body: Any) -> tuple[int, bytes]:
-    """One request to an ASGI application, without an extension point: (status, body). An exception of the application is a 500."""
+    """One request to an ASGI application, without an extension point: (status, body). An exception
+    of the application is a 500."""
     data = b"" if body is None else json.dumps(body).encode()
-    headers = [(b"host", b"kit"), (b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    headers = [
+        (b"host", b"kit"),
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(data)).encode()),
+    ]
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers, "client": ("kit", 1),
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("kit", 1),
         "server": ("kit", 80),
-    }  # fmt: skip
+    }
     sent: list[dict[str, Any]] = []
     given = [{"type": "http.request", "body": data, "more_body": False}]
 

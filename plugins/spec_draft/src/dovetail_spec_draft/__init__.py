@@ -1,4 +1,5 @@
-"""Drafting with a smaller model of the same tokenizer: the worker loads it and drafts, this says with what, and how many."""
+"""Drafting with a smaller model of the same tokenizer: the worker loads it and drafts, this says
+with what, and how many."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class DraftModel:
 def _why_not(context: Context) -> list[Reason]:
     if context.needs.get("by_name", True):
         return []
-    return [Reason("the draft model must be named", "set speculation: {use: draft-model, model: NAME}")]
+    return [
+        Reason("the draft model must be named", "set speculation: {use: draft-model, model: NAME}")
+    ]
 
 
 def _build(context: BuildContext, options: DraftModelOptions) -> DraftModel:
@@ -39,7 +42,12 @@ def _build(context: BuildContext, options: DraftModelOptions) -> DraftModel:
 def dovetail_drafters() -> list[Provider[DraftModel]]:
     return [
         Provider(
-            "draft-model", "a smaller model of the same tokenizer, on the same worker", _build, DraftModelOptions,
-            DrafterCapabilities(runs_in="worker"), why_not=_why_not, priority=40,
+            "draft-model",
+            "a smaller model of the same tokenizer, on the same worker",
+            _build,
+            DraftModelOptions,
+            DrafterCapabilities(runs_in="worker"),
+            why_not=_why_not,
+            priority=40,
         )
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,5 @@
-"""Drafting without a model: `ngram` copies from the sequence itself, `suffix` from all that was said before."""
+"""Drafting without a model: `ngram` copies from the sequence itself, `suffix` from all that was
+said before."""
 
 from __future__ import annotations
 
@@ -15,9 +16,15 @@ if TYPE_CHECKING:
 
 
 class NgramOptions(DrafterOptions):
-    num_draft_tokens: int = Field(16, ge=1, le=32, description="most tokens proposed for a sequence in a step")
-    max_ngram: int = Field(4, ge=1, le=16, description="tokens of the longest match that is looked for")
-    min_ngram: int = Field(2, ge=1, le=16, description="tokens of the shortest one; each length is an index of its own")
+    num_draft_tokens: int = Field(
+        16, ge=1, le=32, description="most tokens proposed for a sequence in a step"
+    )
+    max_ngram: int = Field(
+        4, ge=1, le=16, description="tokens of the longest match that is looked for"
+    )
+    min_ngram: int = Field(
+        2, ge=1, le=16, description="tokens of the shortest one; each length is an index of its own"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> NgramOptions:
@@ -27,9 +34,14 @@ class NgramOptions(DrafterOptions):
 
 
 class SuffixOptions(NgramOptions):
-    max_match: int = Field(16, ge=1, le=64, description="tokens up to which places that agree longer are preferred")
+    max_match: int = Field(
+        16, ge=1, le=64, description="tokens up to which places that agree longer are preferred"
+    )
     max_tokens: int = Field(
-        100_000, ge=1_000, le=10_000_000, description="of earlier outputs that are kept, about 300 bytes each; the oldest go"
+        100_000,
+        ge=1_000,
+        le=10_000_000,
+        description="of earlier outputs that are kept, about 300 bytes each; the oldest go",
     )
 
 
@@ -48,13 +60,21 @@ def _suffix(context: BuildContext, options: SuffixOptions) -> Drafter:
 
 
 NGRAM = Provider(
-    "ngram", "copies what followed the same tokens earlier in prompt and output", _ngram, NgramOptions, DrafterCapabilities(),
+    "ngram",
+    "copies what followed the same tokens earlier in prompt and output",
+    _ngram,
+    NgramOptions,
+    DrafterCapabilities(),
     priority=50,
-)  # fmt: skip
+)
 SUFFIX = Provider(
-    "suffix", "says what most earlier outputs said after the same tokens", _suffix, SuffixOptions,
-    DrafterCapabilities(learns_from_other_requests=True), priority=40,
-)  # fmt: skip
+    "suffix",
+    "says what most earlier outputs said after the same tokens",
+    _suffix,
+    SuffixOptions,
+    DrafterCapabilities(learns_from_other_requests=True),
+    priority=40,
+)
 
 
 @hookimpl

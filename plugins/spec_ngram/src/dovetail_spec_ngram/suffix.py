@@ -1,8 +1,10 @@
-"""Drafting from what all requests have said: what did most go on with, of those that had just said the same?
+"""Drafting from what all requests have said: what did most go on with, of those that had just said
+the same?
 
-The outputs of ended sequences stand behind each other in one text. A dictionary has, of every short n-gram, the latest places
-after it; a lookup takes these and narrows them down, token by token backwards, to the places that agree longest: what a suffix
-tree of the text would find, at the price of one entry a token, and with the oldest outputs easy to forget.
+The outputs of ended sequences stand behind each other in one text. A dictionary has, of every short
+n-gram, the latest places after it; a lookup takes these and narrows them down, token by token
+backwards, to the places that agree longest: what a suffix tree of the text would find, at the price
+of one entry a token, and with the oldest outputs easy to forget.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ MAX_PLACES = 64
 
 
 class EarlierOutputs:
-    """The latest outputs, at most `max_tokens` tokens of them (each output counts one more, for its end)."""
+    """The latest outputs, at most `max_tokens` tokens of them (each output counts one more, for its
+    end)."""
 
     def __init__(self, ngram: int, max_match: int, max_tokens: int) -> None:
         self._ngram, self._max_match, self._max_tokens = ngram, max_match, max_tokens
@@ -57,11 +60,18 @@ class EarlierOutputs:
 
     def _ngrams(self, output: list[int]) -> list[tuple[int, ...]]:
         """Those that are followed by something, in order."""
-        return list(zip(*(output[i : len(output) - self._ngram + i] for i in range(self._ngram)), strict=True))
+        return list(
+            zip(
+                *(output[i : len(output) - self._ngram + i] for i in range(self._ngram)),
+                strict=True,
+            )
+        )
 
     def _forget_oldest(self) -> None:
         length = self._lengths.popleft()
-        for end, ngram in enumerate(self._ngrams(self._text[: length - 1].tolist()), self._first + self._ngram):
+        for end, ngram in enumerate(
+            self._ngrams(self._text[: length - 1].tolist()), self._first + self._ngram
+        ):
             places = self._places[ngram]
             if places[0] == end:  # else it has already given way to later ones
                 del places[0]
@@ -71,8 +81,9 @@ class EarlierOutputs:
         self._first += length
 
     def continuation(self, tokens: list[int], count: int) -> list[int]:
-        """At most `count` tokens: what most of the places that agree longest with the end of `tokens` say next, and after
-        that most of those that said it; the latest decides between equals."""
+        """At most `count` tokens: what most of the places that agree longest with the end of
+        `tokens` say next, and after that most of those that said it; the latest decides between
+        equals."""
         found = self._places.get(tuple(tokens[-self._ngram :]))
         if found is None:
             return []
@@ -105,7 +116,9 @@ class SuffixDrafter:
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         self._running[seq.seq_id] = seq
-        return self.earlier.continuation(seq.tokens, max_tokens) or self._own.propose(seq, max_tokens)
+        return self.earlier.continuation(seq.tokens, max_tokens) or self._own.propose(
+            seq, max_tokens
+        )
 
     def forget(self, seq_id: int) -> None:
         self._own.forget(seq_id)

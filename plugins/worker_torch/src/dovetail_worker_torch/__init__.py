@@ -12,7 +12,12 @@ from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.plan import Reason
 from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Context, Provider
-from dovetail_worker_torch.execution import OPERATIONS, OWN_ARCHITECTURES, TORCH_COMPILE, resolve_options
+from dovetail_worker_torch.execution import (
+    OPERATIONS,
+    OWN_ARCHITECTURES,
+    TORCH_COMPILE,
+    resolve_options,
+)
 from dovetail_worker_torch.options import WorkerOptions
 from dovetail_worker_torch.tiny import TINY_CONFIGS
 
@@ -25,29 +30,50 @@ if TYPE_CHECKING:
     from dovetail_worker_torch.worker import TorchWorker
 
 REFERENCE_CAPABILITIES = AttentionCapabilities(
-    devices=("cpu", "cuda"), kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"), sliding_window=True,
-    logit_soft_cap=True, sinks=True,
-)  # fmt: skip
+    devices=("cpu", "cuda"),
+    kv_dtypes=("float32", "bfloat16", "float16", "float8_e4m3fn", "int8"),
+    sliding_window=True,
+    logit_soft_cap=True,
+    sinks=True,
+)
 
 MATMUL_CAPABILITIES = MatmulCapabilities(
     ("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=("cpu", "cuda")
-)  # fmt: skip
-DECODER_CAPABILITIES = ArchitectureCapabilities(OWN_ARCHITECTURES, examples=TINY_CONFIGS, compiled=OPERATIONS)
-BRIDGE_CAPABILITIES = ArchitectureCapabilities(None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE)
+)
+DECODER_CAPABILITIES = ArchitectureCapabilities(
+    OWN_ARCHITECTURES, examples=TINY_CONFIGS, compiled=OPERATIONS
+)
+BRIDGE_CAPABILITIES = ArchitectureCapabilities(
+    None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE
+)
 
 
 def _needs_torch(context: Context) -> list[Reason]:
     if importlib.util.find_spec("torch") is None:
-        return [Reason("torch is not installed", "pip install torch, with the constraints file for the CPU build")]
+        return [
+            Reason(
+                "torch is not installed",
+                "pip install torch, with the constraints file for the CPU build",
+            )
+        ]
     return []
 
 
 def _why_no_worker(context: Context) -> list[Reason]:
     made = context.needs.get("architecture")
     if made is None:
-        return [*_needs_torch(context), Reason("no plugin that offers model code (an architecture) is installed")]
-    frameworks = {made.framework, *(scheme.framework for scheme in context.needs["quantization"])} - {"torch"}
-    return [*_needs_torch(context), *(Reason(f"the model's parts are written for {other}") for other in sorted(frameworks))]
+        return [
+            *_needs_torch(context),
+            Reason("no plugin that offers model code (an architecture) is installed"),
+        ]
+    frameworks = {
+        made.framework,
+        *(scheme.framework for scheme in context.needs["quantization"]),
+    } - {"torch"}
+    return [
+        *_needs_torch(context),
+        *(Reason(f"the model's parts are written for {other}") for other in sorted(frameworks)),
+    ]
 
 
 def _worker(context: BuildContext, options: WorkerOptions) -> TorchWorker:
@@ -85,43 +111,66 @@ def _reference(context: BuildContext, options: Any) -> ReferenceAttention:
 def dovetail_workers() -> list[Provider[TorchWorker]]:
     return [
         Provider(
-            "torch", "PyTorch, one device in this process", _worker, WorkerOptions,
-            capabilities=WorkerCapabilities(shadow=True, drafts=True, host_tier=True, describes_weights=True),
-            why_not=_why_no_worker, resolve_options=resolve_options,
+            "torch",
+            "PyTorch, one device in this process",
+            _worker,
+            WorkerOptions,
+            capabilities=WorkerCapabilities(
+                shadow=True, drafts=True, host_tier=True, describes_weights=True
+            ),
+            why_not=_why_no_worker,
+            resolve_options=resolve_options,
             priority=50,
         )
-    ]  # fmt: skip
+    ]
 
 
 @hookimpl
 def dovetail_architectures() -> list[Provider[Any]]:
     return [
         Provider(
-            "decoder", "our own code for the Llama family", _decoder,
-            capabilities=DECODER_CAPABILITIES, why_not=_needs_torch, priority=50,
+            "decoder",
+            "our own code for the Llama family",
+            _decoder,
+            capabilities=DECODER_CAPABILITIES,
+            why_not=_needs_torch,
+            priority=50,
         ),
         Provider(
-            "transformers", "any decoder-only model of transformers, on the engine's attention", _bridge,
-            capabilities=BRIDGE_CAPABILITIES, why_not=_needs_torch, priority=0,
+            "transformers",
+            "any decoder-only model of transformers, on the engine's attention",
+            _bridge,
+            capabilities=BRIDGE_CAPABILITIES,
+            why_not=_needs_torch,
+            priority=0,
         ),
-    ]  # fmt: skip
+    ]
 
 
 @hookimpl
 def dovetail_matmuls() -> list[Provider[TorchMatmul]]:
     return [
         Provider(
-            "torch", "plain torch on any device, which expands a weight for every product: slow, obviously right", _matmul,
-            capabilities=MATMUL_CAPABILITIES, why_not=_needs_torch, priority=0,
+            "torch",
+            "plain torch on any device, which expands a weight for every product: slow, obviously"
+            " right",
+            _matmul,
+            capabilities=MATMUL_CAPABILITIES,
+            why_not=_needs_torch,
+            priority=0,
         )
-    ]  # fmt: skip
+    ]
 
 
 @hookimpl
 def dovetail_attention() -> list[Provider[ReferenceAttention]]:
     return [
         Provider(
-            "torch-reference", "plain torch on any device: slow, obviously right", _reference,
-            capabilities=REFERENCE_CAPABILITIES, why_not=_needs_torch, priority=0,
+            "torch-reference",
+            "plain torch on any device: slow, obviously right",
+            _reference,
+            capabilities=REFERENCE_CAPABILITIES,
+            why_not=_needs_torch,
+            priority=0,
         )
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,5 @@
-"""What steps ask of a device that runs behind the host: numbers that come and go without waiting, and captured launches."""
+"""What steps ask of a device that runs behind the host: numbers that come and go without waiting,
+and captured launches."""
 
 from __future__ import annotations
 
@@ -42,17 +43,20 @@ class Accelerator(Protocol):
         """Begin to copy a tensor of the device to the host."""
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """Run once, then capture. All graphs share the memory in which `run` allocates, so a result that is to outlive the next
-        capture or replay must be copied to memory allocated outside. Raises `torch.OutOfMemoryError`, and what `run` raises."""
+        """Run once, then capture. All graphs share the memory in which `run` allocates, so a result
+        that is to outlive the next capture or replay must be copied to memory allocated outside.
+        Raises `torch.OutOfMemoryError`, and what `run` raises."""
 
     def synchronize(self) -> None:
         """Wait for all that is queued."""
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the device: free, once PyTorch has returned what it holds unused, and in total."""
+        """Bytes of the device: free, once PyTorch has returned what it holds unused, and in
+        total."""
 
     def peak_memory(self, run: Callable[[], None]) -> int:
-        """Run; return the largest number of bytes allocated meanwhile, beyond those allocated before."""
+        """Run; return the largest number of bytes allocated meanwhile, beyond those allocated
+        before."""
 
 
 def put(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -62,11 +66,13 @@ def put(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Cuda:
-    """An NVIDIA GPU. PyTorch keeps pinned memory that a copy still reads from being given to the next.
+    """An NVIDIA GPU. PyTorch keeps pinned memory that a copy still reads from being given to the
+    next.
 
-    All graphs of one object are warmed up and captured on one stream: cuBLAS keeps a workspace of 32 MiB for each stream that
-    it has worked on. Each object has its own stream and memory pool for graphs, so that engines neither share a workspace nor
-    free what another's graphs use. (PyTorch repeats its streams after 32.)
+    All graphs of one object are warmed up and captured on one stream: cuBLAS keeps a workspace of
+    32 MiB for each stream that it has worked on. Each object has its own stream and memory pool for
+    graphs, so that engines neither share a workspace nor free what another's graphs use. (PyTorch
+    repeats its streams after 32.)
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,10 +95,14 @@ class Cuda:
             self._capture_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream, main = self._capture_stream, torch.cuda.current_stream(self.device)
         stream.wait_stream(main)
-        with torch.cuda.stream(stream):  # kernels are built, and workspaces allocated, outside of the capture
+        with torch.cuda.stream(
+            stream
+        ):  # kernels are built, and workspaces allocated, outside of the capture
             run()
         main.wait_stream(stream)
-        if not self._graphs:  # PyTorch gives a pool up with its last graph: its handle is not to be used again
+        if (
+            not self._graphs
+        ):  # PyTorch gives a pool up with its last graph: its handle is not to be used again
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):

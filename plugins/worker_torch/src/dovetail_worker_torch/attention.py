@@ -1,7 +1,9 @@
-"""The reference attention: paged, ragged, in plain PyTorch. Slow, obviously right, and the same on every device.
+"""The reference attention: paged, ragged, in plain PyTorch. Slow, obviously right, and the same on
+every device.
 
-One idea: gather a sequence's visible keys and values into a contiguous tensor, then compute softmax(q·k) v in float32.
-Every kernel is tested against the same contract as this file (`dovetail_testing.attention`).
+One idea: gather a sequence's visible keys and values into a contiguous tensor, then compute
+softmax(q·k) v in float32. Every kernel is tested against the same contract as this file
+(`dovetail_testing.attention`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class ReferencePlan:
 class ReferenceAttention:
     """An `AttentionBackend` whose cache is in the canonical layout.
 
-    Not batch invariant: a matrix product chooses its summation order by shape, so neighbours can change the last bits.
+    Not batch invariant: a matrix product chooses its summation order by shape, so neighbours can
+    change the last bits.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -40,13 +43,24 @@ class ReferenceAttention:
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
         dtype = getattr(torch, spec.dtype)
-        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device)
+        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(
+            shape, dtype=dtype, device=self.device
+        )
 
-    def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> ReferencePlan:
+    def plan(
+        self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int
+    ) -> ReferencePlan:
         return ReferencePlan(batch, block_size)
 
     def run(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: ReferencePlan, out: Tensor
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        plan: ReferencePlan,
+        out: Tensor,
     ) -> None:
         batch, num_tokens = plan.batch, plan.batch.num_tokens
         keys, values = (c.flatten(0, 1) for c in cache)  # [slots, Hkv, D]
@@ -62,7 +76,10 @@ class ReferenceAttention:
                 positions = range(first_position + i - start, first_position + j - start)
                 visible = _visible(positions, layer.window)
                 where = _slots(batch.block_table[b], visible, plan.block_size)
-                seen_keys, seen_values = read(keys[where], scales[0]), read(values[where], scales[1])
+                seen_keys, seen_values = (
+                    read(keys[where], scales[0]),
+                    read(values[where], scales[1]),
+                )
                 out[i:j] = attend(layer, q[i:j], seen_keys, seen_values, positions, visible)
 
     def export_kv(
@@ -93,15 +110,20 @@ def read(x: Tensor, scale: Tensor | None) -> Tensor:
     return x.float() if scale is None else x.float() * scale
 
 
-def attend(layer: AttentionLayer, q: Tensor, keys: Tensor, values: Tensor, positions: range, visible: range) -> Tensor:
+def attend(
+    layer: AttentionLayer, q: Tensor, keys: Tensor, values: Tensor, positions: range, visible: range
+) -> Tensor:
     """Attention of one sequence's queries over its gathered keys and values, in float32.
 
-    q: `[Q, Hq, D]` at `positions`; keys, values: `[S, Hkv, D]` at the positions `visible`. Returns `[Q, Hq, D]` in q's dtype.
+    q: `[Q, Hq, D]` at `positions`; keys, values: `[S, Hkv, D]` at the positions `visible`. Returns
+    `[Q, Hq, D]` in q's dtype.
     """
     num_queries, num_heads, head_size = q.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads  # query head h reads key/value head h // group
-    queries = q.float().view(num_queries, num_kv_heads, group, head_size).permute(1, 2, 0, 3)  # [Hkv, group, Q, D]
+    queries = (
+        q.float().view(num_queries, num_kv_heads, group, head_size).permute(1, 2, 0, 3)
+    )  # [Hkv, group, Q, D]
     k, v = (x.float().transpose(0, 1).unsqueeze(1) for x in (keys, values))  # [Hkv, 1, S, D]
 
     logits = (queries @ k.transpose(-1, -2)) * layer.scale  # [Hkv, group, Q, S]
@@ -133,7 +155,8 @@ def _visible(positions: range, window: int | None) -> range:
 
 
 def _slots(table: Tensor, visible: range, block_size: int) -> Tensor:
-    """i64[len(visible)]: slots of those positions. Reads no table entry outside them: the others are undefined."""
+    """i64[len(visible)]: slots of those positions. Reads no table entry outside them: the others
+    are undefined."""
     first, last = visible.start // block_size, (visible.stop - 1) // block_size
     blocks = table[first : last + 1].long() * block_size
     slots = (blocks[:, None] + torch.arange(block_size, device=table.device)).flatten()

@@ -1,6 +1,8 @@
-"""What the worker knows of its sequences between steps, and a step's input arrays, built without a loop over rows.
+"""What the worker knows of its sequences between steps, and a step's input arrays, built without a
+loop over rows.
 
-Every sequence has a batch row: a row of a few flat host arrays. A step's inputs are gathered from those by index.
+Every sequence has a batch row: a row of a few flat host arrays. A step's inputs are gathered from
+those by index.
 """
 
 from __future__ import annotations
@@ -40,14 +42,25 @@ class StepInputs:
 
 
 class SequenceTable:
-    """Seats for `max_num_seqs` sequences of at most `max_len` tokens. Memory is touched only as it is used."""
+    """Seats for `max_num_seqs` sequences of at most `max_len` tokens. Memory is touched only as it
+    is used."""
 
-    def __init__(self, max_num_seqs: int, max_len: int, groups: list[KVGroup], draft_group: KVGroup | None = None) -> None:
-        """`groups` are the model's. That of a draft model comes after them, and is no part of a step's inputs."""
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_len: int,
+        groups: list[KVGroup],
+        draft_group: KVGroup | None = None,
+    ) -> None:
+        """`groups` are the model's. That of a draft model comes after them, and is no part of a
+        step's inputs."""
         self.max_num_seqs, self.max_len = max_num_seqs, max_len
         self.draft_group = len(groups)
         """Its index, if there is one."""
-        self._num_model_groups, groups = len(groups), [*groups, *([draft_group] if draft_group is not None else [])]
+        self._num_model_groups, groups = (
+            len(groups),
+            [*groups, *([draft_group] if draft_group is not None else [])],
+        )
         self.batch_index_of: dict[int, int] = {}
         self.start_of: dict[int, SequenceStart] = {}
         """By batch row."""
@@ -58,13 +71,16 @@ class SequenceTable:
         self._row_batch_indices: I64 = np.zeros(0, np.int64)
         self._free = list(range(max_num_seqs - 1, -1, -1))
         self._groups = groups
-        self._block_table: list[I32] = [np.zeros((max_num_seqs, max_len // g.block_size + 1), np.int32) for g in groups]
+        self._block_table: list[I32] = [
+            np.zeros((max_num_seqs, max_len // g.block_size + 1), np.int32) for g in groups
+        ]
         self._first_slot: list[I64] = [np.zeros(t.shape, np.int64) for t in self._block_table]
         """Of each block in the table."""
         self._num_blocks: list[I64] = [np.zeros(max_num_seqs, np.int64) for _ in groups]
 
     def update(self, plan: StepPlan) -> None:
-        """Take in a plan's released and started sequences, its drafts, and the blocks its rows were given."""
+        """Take in a plan's released and started sequences, its drafts, and the blocks its rows were
+        given."""
         for seq_id in plan.released:
             batch_index = self.batch_index_of.pop(seq_id, None)
             if batch_index is not None:
@@ -97,13 +113,16 @@ class SequenceTable:
         count = self._num_blocks[group][batch_index]
         self._block_table[group][batch_index, count : count + len(blocks)] = blocks
         size = self._groups[group].block_size
-        self._first_slot[group][batch_index, count : count + len(blocks)] = [b * size for b in blocks]
+        self._first_slot[group][batch_index, count : count + len(blocks)] = [
+            b * size for b in blocks
+        ]
         self._num_blocks[group][batch_index] = count + len(blocks)
 
     def inputs(self, plan: StepPlan) -> StepInputs:
         """The step's arrays.
 
-        Between two steps the caches are cold, and every array operation costs microseconds: they are few.
+        Between two steps the caches are cold, and every array operation costs microseconds: they
+        are few.
         """
         batch_indices = self.batch_indices(plan)
         num_computed = np.array(plan.num_computed, np.int64)
@@ -117,28 +136,40 @@ class SequenceTable:
             query_start = np.zeros(num_rows + 1, np.int32)
             np.cumsum(num_tokens, out=query_start[1:])
             batch_index_of_token = np.repeat(batch_indices, num_tokens)
-            positions = np.arange(len(batch_index_of_token)) + np.repeat(num_computed - query_start[:-1], num_tokens)
+            positions = np.arange(len(batch_index_of_token)) + np.repeat(
+                num_computed - query_start[:-1], num_tokens
+            )
             seq_lens = (num_computed + num_tokens).tolist()
         longest, groups = max(seq_lens), range(self._num_model_groups)
         return StepInputs(
-            batch_indices, batch_index_of_token, positions, query_start,
-            np.array(seq_lens, np.int32), query_start.tolist(), seq_lens,
-            [self.slots(g, batch_index_of_token, positions) for g in groups], [self.blocks(g, batch_indices, longest) for g in groups],
-        )  # fmt: skip
+            batch_indices,
+            batch_index_of_token,
+            positions,
+            query_start,
+            np.array(seq_lens, np.int32),
+            query_start.tolist(),
+            seq_lens,
+            [self.slots(g, batch_index_of_token, positions) for g in groups],
+            [self.blocks(g, batch_indices, longest) for g in groups],
+        )
 
     def tokens_at(self, inputs: StepInputs) -> I64:
-        """[T]: the step's tokens. Those that earlier steps sampled are there: `append` has put them in."""
+        """[T]: the step's tokens. Those that earlier steps sampled are there: `append` has put them
+        in."""
         return self.token_ids[inputs.batch_index_of_token, inputs.positions].astype(np.int64)
 
     def slots(self, group: int, batch_indices: I64, positions: I64) -> I64:
-        """Of the tokens at these positions of these batch rows, in blocks of a group; any shape, broadcast."""
+        """Of the tokens at these positions of these batch rows, in blocks of a group; any shape,
+        broadcast."""
         size = self._groups[group].block_size
         column = positions // size
         return self._first_slot[group][batch_indices, column] + (positions - column * size)
 
-    def blocks(self, group: int, batch_indices: I64, longest: int, skipped: list[int] | None = None) -> I32:
-        """i32[B, max_blocks]: the blocks of these batch rows, as many as `longest` tokens take. `skipped`: per row, how many tokens
-        stand before the first of them, in whole blocks."""
+    def blocks(
+        self, group: int, batch_indices: I64, longest: int, skipped: list[int] | None = None
+    ) -> I32:
+        """i32[B, max_blocks]: the blocks of these batch rows, as many as `longest` tokens take.
+        `skipped`: per row, how many tokens stand before the first of them, in whole blocks."""
         table: I32 = self._block_table[group]
         size = self._groups[group].block_size
         if skipped is None or not any(skipped):
@@ -156,15 +187,21 @@ class SequenceTable:
         """[B], of a plan that was taken in. Most steps have the rows of the step before."""
         if plan.seq_ids != self._row_seq_ids or plan.starts:
             self._row_seq_ids = plan.seq_ids
-            self._row_batch_indices = np.array([self.batch_index_of[i] for i in plan.seq_ids], np.int64)
+            self._row_batch_indices = np.array(
+                [self.batch_index_of[i] for i in plan.seq_ids], np.int64
+            )
         return self._row_batch_indices
 
-    def append(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
-        """Add the tokens sampled for these batch rows, one each, after the `lengths` tokens that they have."""
+    def append(
+        self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]
+    ) -> None:
+        """Add the tokens sampled for these batch rows, one each, after the `lengths` tokens that
+        they have."""
         self.token_ids[batch_indices, lengths] = np.array(token_ids, np.int32)
 
     def is_plain(self, batch_indices: I64) -> bool:
-        """All are sampled greedily from the raw logits, and nothing is asked about them or about the prompts'."""
+        """All are sampled greedily from the raw logits, and nothing is asked about them or about
+        the prompts'."""
         return not self._special_indices or self._special_indices.isdisjoint(batch_indices.tolist())
 
 

@@ -1,9 +1,10 @@
-"""One decoder for the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3 differ in the switches below, not in code.
+"""One decoder for the Llama family: Llama 2 and 3, Mistral, Qwen2, Qwen3 differ in the switches
+below, not in code.
 
-Per layer: norm, fused qkv, (per-head norm,) rotation of q and k in one go, attention, output projection; norm, fused
-gate and up, SiLU, down projection. Residuals are added in place, together with the
-norm that follows (operations.py). Plain objects rather than `nn.Module`s: at one token a step the interpreter is a good part
-of the time.
+Per layer: norm, fused qkv, (per-head norm,) rotation of q and k in one go, attention, output
+projection; norm, fused gate and up, SiLU, down projection. Residuals are added in place, together
+with the norm that follows (operations.py). Plain objects rather than `nn.Module`s: at one token a
+step the interpreter is a good part of the time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from dovetail_worker_torch.rope import RotaryEmbedding, inverse_frequencies, rop
 
 @dataclass(frozen=True)
 class Switches:
-    """How an architecture differs. A switch is fixed, or the name of the config's key that says it (absent: False)."""
+    """How an architecture differs. A switch is fixed, or the name of the config's key that says it
+    (absent: False)."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -40,10 +42,14 @@ class Switches:
 
 
 ARCHITECTURES: dict[str, Switches] = {
-    "LlamaForCausalLM": Switches(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "LlamaForCausalLM": Switches(
+        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
     "MistralForCausalLM": Switches(sliding_window=True),
     "Qwen2ForCausalLM": Switches(qkv_bias=True, sliding_window=True),
-    "Qwen3ForCausalLM": Switches(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True),
+    "Qwen3ForCausalLM": Switches(
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, sliding_window=True
+    ),
 }
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -76,7 +82,8 @@ class DecoderConfig:
 
 
 def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
-    """Read `config`, the contents of the config.json at `path`. Raises `CheckpointError` naming the key."""
+    """Read `config`, the contents of the config.json at `path`. Raises `CheckpointError` naming the
+    key."""
     switches = ARCHITECTURES[config["architectures"][0]]
 
     def number(key: str, default: int | None = None) -> int:
@@ -92,12 +99,17 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
     hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
     num_layers, num_kv_heads = number("num_hidden_layers"), number("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise CheckpointError(f"{path}: {num_heads} query heads cannot share {num_kv_heads} key/value heads evenly")
+        raise CheckpointError(
+            f"{path}: {num_heads} query heads cannot share {num_kv_heads} key/value heads evenly"
+        )
     # Qwen3 is the one whose head size, when absent, does not follow from the others.
     head_size = number("head_dim", 128 if switches.qk_norm else hidden_size // num_heads)
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
-        raise CheckpointError(f"{path}: hidden_act {activation!r} is not supported; known are {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(
+            f"{path}: hidden_act {activation!r} is not supported; known are"
+            f" {', '.join(ACTIVATIONS)}"
+        )
     norm_eps = config.get("rms_norm_eps", 1e-6)
     if not isinstance(norm_eps, int | float) or isinstance(norm_eps, bool) or not norm_eps > 0:
         raise CheckpointError(f"{path}: rms_norm_eps must be a number above 0, found {norm_eps!r}")
@@ -106,7 +118,9 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
     windows = _windows(path, config, num_layers) if switches.sliding_window else [None] * num_layers
     max_position_embeddings = number("max_position_embeddings", 2048)
     try:
-        inv_freq, rope_scale = inverse_frequencies(rope_parameters(dict(config)), head_size, max_position_embeddings)
+        inv_freq, rope_scale = inverse_frequencies(
+            rope_parameters(dict(config)), head_size, max_position_embeddings
+        )
     except ValueError as e:
         raise CheckpointError(f"{path}: {e}") from None
     return DecoderConfig(
@@ -132,16 +146,27 @@ def read_config(path: Path, config: Mapping[str, Any]) -> DecoderConfig:
 
 def _windows(path: Path, config: Mapping[str, Any], num_layers: int) -> list[int | None]:
     window, kinds = config.get("sliding_window"), config.get("layer_types")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise CheckpointError(f"{path}: sliding_window must be a positive integer or null, found {window!r}")
+    if window is not None and (
+        not isinstance(window, int) or isinstance(window, bool) or window < 1
+    ):
+        raise CheckpointError(
+            f"{path}: sliding_window must be a positive integer or null, found {window!r}"
+        )
     if isinstance(kinds, list):
         if len(kinds) != num_layers:
-            raise CheckpointError(f"{path}: layer_types has {len(kinds)} entries for {num_layers} layers")
+            raise CheckpointError(
+                f"{path}: layer_types has {len(kinds)} entries for {num_layers} layers"
+            )
         if other := sorted({str(kind) for kind in kinds} - KINDS_OF_LAYERS):
-            raise CheckpointError(f"{path}: layer_types holds {', '.join(other)}, which this architecture does not have")
+            raise CheckpointError(
+                f"{path}: layer_types holds {', '.join(other)}, which this architecture does not"
+                " have"
+            )
     windows = window_of_layers(dict(config))
     if isinstance(kinds, list) and "sliding_attention" in kinds and not any(windows):
-        raise CheckpointError(f"{path}: layer_types has sliding layers, and sliding_window is missing or switched off")
+        raise CheckpointError(
+            f"{path}: layer_types has sliding layers, and sliding_window is missing or switched off"
+        )
     return windows
 
 
@@ -150,8 +175,13 @@ class DecoderArchitecture:
 
     def model(self, build: ModelBuild) -> Decoder:
         sizes = read_config(build.folder / "config.json", build.config)
-        if sizes.tied and HEAD in build.tensor_names and not are_equal(build.folder, HEAD, EMBEDDING):
-            # As in transformers: what a checkpoint holds goes before what its config says of sharing.
+        if (
+            sizes.tied
+            and HEAD in build.tensor_names
+            and not are_equal(build.folder, HEAD, EMBEDDING)
+        ):
+            # As in transformers: what a checkpoint holds goes before what its config says of
+            # sharing.
             sizes = replace(sizes, tied=False)
         return Decoder(sizes, build.layers, build.dtype, build.device)
 
@@ -160,10 +190,21 @@ class DecoderLayer:
     """Attention and MLP, each around a residual. `name` is the checkpoint's ("model.layers.3")."""
 
     def __init__(
-        self, name: str, index: int, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        index: int,
+        c: DecoderConfig,
+        maker: LayerMaker,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.name, self.index = name, index
-        self.num_heads, self.num_kv_heads, self.head_size, self.eps = c.num_heads, c.num_kv_heads, c.head_size, c.norm_eps
+        self.num_heads, self.num_kv_heads, self.head_size, self.eps = (
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_size,
+            c.norm_eps,
+        )
         self.num_qk_heads = c.num_heads + c.num_kv_heads
         self.num_qkv_heads = c.num_heads + 2 * c.num_kv_heads
         self.activation = c.activation
@@ -171,11 +212,15 @@ class DecoderLayer:
 
         def linear(fused: str, in_features: int, bias: bool, **parts: int) -> Linear:
             block, _, _ = fused.partition(".")
-            full = [Part(f"{name}.{block}.{part}", out_features) for part, out_features in parts.items()]
+            full = [
+                Part(f"{name}.{block}.{part}", out_features) for part, out_features in parts.items()
+            ]
             return maker.linear(f"{name}.{fused}", full, in_features, bias)
 
         h, f = c.hidden_size, c.intermediate_size
-        self.qkv_proj = linear("self_attn.qkv_proj", h, c.qkv_bias, q_proj=q_size, k_proj=kv_size, v_proj=kv_size)
+        self.qkv_proj = linear(
+            "self_attn.qkv_proj", h, c.qkv_bias, q_proj=q_size, k_proj=kv_size, v_proj=kv_size
+        )
         self.o_proj = linear("self_attn.o_proj", q_size, c.o_bias, o_proj=h)
         self.gate_up_proj = linear("mlp.gate_up_proj", h, c.mlp_bias, gate_proj=f, up_proj=f)
         self.down_proj = linear("mlp.down_proj", f, c.mlp_bias, down_proj=h)
@@ -183,7 +228,11 @@ class DecoderLayer:
         self.input_norm = torch.empty(h, dtype=dtype, device=device)
         self.post_attention_norm = torch.empty(h, dtype=dtype, device=device)
         # A row a head, so that queries and keys are scaled in one multiplication.
-        self.qk_norm = torch.empty(self.num_qk_heads, c.head_size, dtype=dtype, device=device) if c.qk_norm else None
+        self.qk_norm = (
+            torch.empty(self.num_qk_heads, c.head_size, dtype=dtype, device=device)
+            if c.qk_norm
+            else None
+        )
 
     def targets(self) -> dict[str, Target]:
         found = {
@@ -192,22 +241,37 @@ class DecoderLayer:
         }
         if self.qk_norm is not None:
             shape = (self.head_size,)
-            found[f"{self.name}.self_attn.q_norm.weight"] = Target.into(self.qk_norm[: self.num_heads], shape)
-            found[f"{self.name}.self_attn.k_norm.weight"] = Target.into(self.qk_norm[self.num_heads :], shape)
+            found[f"{self.name}.self_attn.q_norm.weight"] = Target.into(
+                self.qk_norm[: self.num_heads], shape
+            )
+            found[f"{self.name}.self_attn.k_norm.weight"] = Target.into(
+                self.qk_norm[self.num_heads :], shape
+            )
         for layer in self.linears:
             found |= layer.targets()
         return found
 
     def forward(
-        self, hidden: Tensor, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, ops: Operations, next_norm: Tensor
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        ops: Operations,
+        next_norm: Tensor,
     ) -> Tensor:
-        """Add the layer's two contributions to `hidden: [T, H]`, in place. `x` is `hidden` under the layer's first norm;
-        returns the new `hidden` under `next_norm`."""
+        """Add the layer's two contributions to `hidden: [T, H]`, in place. `x` is `hidden` under
+        the layer's first norm; returns the new `hidden` under `next_norm`."""
         num_tokens = hidden.shape[0]
         qkv = self.qkv_proj(x).view(num_tokens, self.num_qkv_heads, self.head_size)
-        q, k, v = ops.rotated(qkv, self.num_heads, self.num_kv_heads, self.qk_norm, self.eps, cos, sin)
+        q, k, v = ops.rotated(
+            qkv, self.num_heads, self.num_kv_heads, self.qk_norm, self.eps, cos, sin
+        )
         seen = attend(self.index, q, k, v)
-        x = ops.add_rms_norm(hidden, self.o_proj(seen.view(num_tokens, -1)), self.post_attention_norm, self.eps)
+        x = ops.add_rms_norm(
+            hidden, self.o_proj(seen.view(num_tokens, -1)), self.post_attention_norm, self.eps
+        )
         gated = ops.gated(self.gate_up_proj(x), self.activation)
         return ops.add_rms_norm(hidden, self.down_proj(gated), next_norm, self.eps)
 
@@ -215,25 +279,36 @@ class DecoderLayer:
 class Decoder:
     """Embedding, layers, final norm, output projection. A `Model`."""
 
-    def __init__(self, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, c: DecoderConfig, maker: LayerMaker, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.config = c
         self.operations: Operations = TorchOperations()
         self.vocab_size = c.vocab_size
         self.attention_layers = [
             maker.attention(
                 f"model.layers.{i}.self_attn",
-                AttentionLayer(i, c.num_heads, c.num_kv_heads, c.head_size, c.head_size**-0.5, window=window),
+                AttentionLayer(
+                    i, c.num_heads, c.num_kv_heads, c.head_size, c.head_size**-0.5, window=window
+                ),
             )
             for i, window in enumerate(c.windows)
         ]
         self.rotary = RotaryEmbedding(c.inv_freq, c.rope_scale, dtype, device)
         self.embedding = maker.embedding("model.embed_tokens", c.vocab_size, c.hidden_size)
-        self.layers = [DecoderLayer(f"model.layers.{i}", i, c, maker, dtype, device) for i in range(c.num_layers)]
+        self.layers = [
+            DecoderLayer(f"model.layers.{i}", i, c, maker, dtype, device)
+            for i in range(c.num_layers)
+        ]
         self.norm = torch.empty(c.hidden_size, dtype=dtype, device=device)
         if c.tied:
-            self.lm_head = maker.tied("lm_head", self.embedding, "model.embed_tokens", c.vocab_size, c.hidden_size)
+            self.lm_head = maker.tied(
+                "lm_head", self.embedding, "model.embed_tokens", c.vocab_size, c.hidden_size
+            )
         else:
-            self.lm_head = maker.linear("lm_head", [Part("lm_head", c.vocab_size)], c.hidden_size, False)
+            self.lm_head = maker.linear(
+                "lm_head", [Part("lm_head", c.vocab_size)], c.hidden_size, False
+            )
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that the checkpoint must hold, by name."""
@@ -252,7 +327,9 @@ class Decoder:
         hidden, ops = self.embedding.rows(token_ids), self.operations
         cos, sin = self.rotary(positions)
         x = ops.rms_norm(hidden, self.layers[0].input_norm, self.config.norm_eps)
-        for layer, next_norm in zip(self.layers, [*(layer.input_norm for layer in self.layers[1:]), self.norm], strict=True):
+        for layer, next_norm in zip(
+            self.layers, [*(layer.input_norm for layer in self.layers[1:]), self.norm], strict=True
+        ):
             x = layer.forward(hidden, x, cos, sin, attend, ops, next_norm)
         return x
 

@@ -1,7 +1,8 @@
-"""A runner for devices that run behind the host: steps are queued, their tokens sampled there, and looked at one step later.
+"""A runner for devices that run behind the host: steps are queued, their tokens sampled there, and
+looked at one step later.
 
-What needs the host's word in between (drafts to verify, masks, penalties, log-probabilities, a shadow run) waits for all that
-is queued, and then runs as `Runner` has it.
+What needs the host's word in between (drafts to verify, masks, penalties, log-probabilities, a
+shadow run) waits for all that is queued, and then runs as `Runner` has it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def waits_for_host(p: SamplingParams) -> bool:
 
 
 class DeviceRunner(Runner):
-    """Steps run in the order of the calls; not thread-safe. `submit` and `finalize` are called in torch's inference mode."""
+    """Steps run in the order of the calls; not thread-safe. `submit` and `finalize` are called in
+    torch's inference mode."""
 
     table: DeviceTable
 
@@ -59,13 +61,17 @@ class DeviceRunner(Runner):
         """Sequences that wait for the host, by id."""
 
     def submit(self, plan: StepPlan) -> InFlightStep | Computed | StepResult:
-        """Queue a step, or run it if it waits for the host. Raises `OutOfMemory` if the device has no room for it."""
+        """Queue a step, or run it if it waits for the host. Raises `OutOfMemory` if the device has
+        no room for it."""
         self._waiting.difference_update(plan.released)
         self._waiting.update(start.seq_id for start in plan.starts if waits_for_host(start.params))
         try:
             if (
-                plan.masked or plan.draft_token_ids or self._shadow is not None or not self._waiting.isdisjoint(plan.seq_ids)
-            ):  # fmt: skip
+                plan.masked
+                or plan.draft_token_ids
+                or self._shadow is not None
+                or not self._waiting.isdisjoint(plan.seq_ids)
+            ):
                 for step in [*self._in_flight]:
                     self.finalize(step)
                 computed = self.forward(plan)
@@ -75,8 +81,9 @@ class DeviceRunner(Runner):
             raise self._lost(e) from e
         except torch.OutOfMemoryError as e:
             raise OutOfMemory(
-                f"a step of {len(plan.seq_ids)} sequences and {sum(plan.num_tokens)} tokens found no memory on "
-                f"{self.device}: lower scheduler.max_num_batched_tokens or kv_cache.memory_fraction ({e})"
+                f"a step of {len(plan.seq_ids)} sequences and {sum(plan.num_tokens)} tokens found"
+                f" no memory on {self.device}: lower scheduler.max_num_batched_tokens or"
+                f" kv_cache.memory_fraction ({e})"
             ) from None
 
     def capture(self, max_num_seqs: int, progress: Callable[[int, int], None]) -> None:
@@ -86,14 +93,21 @@ class DeviceRunner(Runner):
         self.graphs = graphs
 
     def measure_capture(self, max_num_seqs: int) -> int:
-        """Capture some sizes on trial; return the bytes that `capture` will take. The captured graphs are not kept."""
+        """Capture some sizes on trial; return the bytes that `capture` will take. The captured
+        graphs are not kept."""
         return graph_memory(self.accelerator, lambda: self._new_graphs(max_num_seqs))
 
     def _new_graphs(self, max_num_seqs: int) -> GraphLadder:
         return GraphLadder(
-            self.accelerator, self.model, self.table, self._groups, self._backends, self._layers, self._attend,
+            self.accelerator,
+            self.model,
+            self.table,
+            self._groups,
+            self._backends,
+            self._layers,
+            self._attend,
             capture_sizes(max_num_seqs),
-        )  # fmt: skip
+        )
 
     def finalize(self, step: InFlightStep) -> StepResult:
         """Wait for a queued step's tokens."""
@@ -106,8 +120,11 @@ class DeviceRunner(Runner):
         return step.result
 
     def _lost(self, error: Exception) -> EngineDead:
-        """What a kernel has done wrong shows at some later call, and all calls after it fail too."""
-        return EngineDead(f"{self.device} failed, and nothing more can be run on it by this process: {error}")
+        """What a kernel has done wrong shows at some later call, and all calls after it fail
+        too."""
+        return EngineDead(
+            f"{self.device} failed, and nothing more can be run on it by this process: {error}"
+        )
 
     def _result_of(self, step: InFlightStep) -> StepResult:
         result = StepResult(step.plan.step_id, [[] for _ in step.plan.seq_ids])
@@ -124,14 +141,29 @@ class DeviceRunner(Runner):
         size = self.graphs.size_for(len(rows)) if is_decode and self.graphs is not None else None
         if size is None or self.graphs is None:
             step = self.forward(plan)
-            batch_indices, lengths = step.inputs.batch_indices[rows], step.inputs.seq_lens[rows].astype(np.int64)
+            batch_indices, lengths = (
+                step.inputs.batch_indices[rows],
+                step.inputs.seq_lens[rows].astype(np.int64),
+            )
             logits, is_plain = step.logits, step.is_plain
         else:
             self.begin(plan)
-            batch_indices, num_computed = self.table.batch_indices(plan), np.array(plan.num_computed, np.int64)
-            logits, is_plain = self.graphs.run(batch_indices, num_computed, size), self.table.is_plain(batch_indices)
+            batch_indices, num_computed = (
+                self.table.batch_indices(plan),
+                np.array(plan.num_computed, np.int64),
+            )
+            logits, is_plain = (
+                self.graphs.run(batch_indices, num_computed, size),
+                self.table.is_plain(batch_indices),
+            )
             lengths = num_computed + 1
-        queued = InFlightStep(plan, rows, batch_indices, lengths, self._drawn(logits, batch_indices, lengths, is_plain) if rows else None)
+        queued = InFlightStep(
+            plan,
+            rows,
+            batch_indices,
+            lengths,
+            self._drawn(logits, batch_indices, lengths, is_plain) if rows else None,
+        )
         self._in_flight.append(queued)
         return queued
 

@@ -1,4 +1,5 @@
-"""The sequence table with a copy on the device, so that a step's inputs need not wait for the host to learn the last tokens."""
+"""The sequence table with a copy on the device, so that a step's inputs need not wait for the host
+to learn the last tokens."""
 
 from __future__ import annotations
 
@@ -15,27 +16,38 @@ from dovetail_worker_torch.batch import I64, SequenceTable, StepInputs
 
 
 class DeviceTable(SequenceTable):
-    """On the device: every batch row's tokens, sampled ones included as soon as they are sampled, and its blocks.
+    """On the device: every batch row's tokens, sampled ones included as soon as they are sampled,
+    and its blocks.
 
     There is one batch row more than on the host, of padding: one token, in block 0.
     """
 
     def __init__(
-        self, accelerator: Accelerator, max_num_seqs: int, max_len: int, groups: list[KVGroup],
+        self,
+        accelerator: Accelerator,
+        max_num_seqs: int,
+        max_len: int,
+        groups: list[KVGroup],
         draft_group: KVGroup | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(max_num_seqs, max_len, groups, draft_group)
         self._accelerator = accelerator
         self.padding_batch_index = max_num_seqs
 
         def zeros(width: int) -> Tensor:
-            return torch.zeros(max_num_seqs + 1, width, dtype=torch.int32, device=accelerator.device)
+            return torch.zeros(
+                max_num_seqs + 1, width, dtype=torch.int32, device=accelerator.device
+            )
 
         self.tokens_on_device = zeros(max_len + 1)
-        self.blocks_on_device = [zeros(table.shape[1]) for table in self._block_table[: len(groups)]]
+        self.blocks_on_device = [
+            zeros(table.shape[1]) for table in self._block_table[: len(groups)]
+        ]
         """Per KV group of the model."""
         targets = [self.tokens_on_device, *self.blocks_on_device]
-        self._changes: list[tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]] = [([], []) for _ in targets]
+        self._changes: list[tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]] = [
+            ([], []) for _ in targets
+        ]
         """Places in the flat tensors, and what they are to hold; not on the device yet."""
         self._targets = targets
 
@@ -77,25 +89,38 @@ class DeviceTable(SequenceTable):
     def device_tokens_at(self, inputs: StepInputs) -> Tensor:
         """`tokens_at`, on the device and from there."""
         self._flush()
-        places = self._accelerator.upload(self._places(inputs.batch_index_of_token, inputs.positions))
+        places = self._accelerator.upload(
+            self._places(inputs.batch_index_of_token, inputs.positions)
+        )
         return self.tokens_on_device.view(-1)[places].to(torch.int64)
 
     def _places(self, batch_indices: I64, positions: npt.NDArray[np.integer[Any]]) -> I64:
         """Of tokens, in `tokens_on_device` seen as one row."""
         return (batch_indices * self.tokens_on_device.shape[1] + positions).astype(np.int64)
 
-    def append(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+    def append(
+        self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]
+    ) -> None:
         """Tokens that the host drew, or was told of, on both sides."""
         super().append(batch_indices, lengths, token_ids)
         if token_ids:
             self._flush()
-            self._scatter(self.tokens_on_device, self._places(batch_indices, lengths), np.array(token_ids, np.int32))
+            self._scatter(
+                self.tokens_on_device,
+                self._places(batch_indices, lengths),
+                np.array(token_ids, np.int32),
+            )
 
-    def append_on_device(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: Tensor) -> None:
-        """The tokens sampled for these batch rows, which the host does not know yet: `finalized` tells it. `token_ids` i64[R]."""
+    def append_on_device(
+        self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: Tensor
+    ) -> None:
+        """The tokens sampled for these batch rows, which the host does not know yet: `finalized`
+        tells it. `token_ids` i64[R]."""
         places = self._accelerator.upload(self._places(batch_indices, lengths))
         self.tokens_on_device.view(-1).index_put_((places,), token_ids.to(torch.int32))
 
-    def finalized(self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]) -> None:
+    def finalized(
+        self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]
+    ) -> None:
         """Tell the host what `append_on_device` added."""
         super().append(batch_indices, lengths, token_ids)

@@ -1,8 +1,10 @@
-"""How a model's forward pass will run here: decided when the plan is made, from facts alone. Imports no torch.
+"""How a model's forward pass will run here: decided when the plan is made, from facts alone.
+Imports no torch.
 
-What an architecture provider declares as `compiled` says how: "operations", a list of C++ operations that run in one call a
-step, where the machine and the attention and linear layers chosen allow it; "torch.compile", only where that is asked for.
-Linear layers that no scheme supplies are packed for the C++ kernels wherever those run, whoever wrote the model.
+What an architecture provider declares as `compiled` says how: "operations", a list of C++
+operations that run in one call a step, where the machine and the attention and linear layers chosen
+allow it; "torch.compile", only where that is asked for. Linear layers that no scheme supplies are
+packed for the C++ kernels wherever those run, whoever wrote the model.
 """
 
 from __future__ import annotations
@@ -18,18 +20,32 @@ from dovetail_worker_torch.options import Execution, LinearKind, WorkerOptions
 OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
 """What `ArchitectureCapabilities.compiled` may say for this worker."""
 
-OWN_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+OWN_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 """Architectures of our own decoder."""
 
+
 def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
-    """Say what `auto` is here, and why. Raises `ConfigError` for what was asked for and cannot be had."""
+    """Say what `auto` is here, and why. Raises `ConfigError` for what was asked for and cannot be
+    had."""
     made: ArchitectureCapabilities = context.needs["architecture"]
     no_kernels = _why_no_kernels(context)
     linear = options.linear
     if linear == "packed" and no_kernels:
-        raise ConfigError(f"worker.linear: packed cannot be had here: {_listed(no_kernels)}. Set it to auto or torch")
+        raise ConfigError(
+            f"worker.linear: packed cannot be had here: {_listed(no_kernels)}. Set it to auto or"
+            " torch"
+        )
     if linear == "auto":
-        linear = "torch" if no_kernels or options.execution == "plain" or not made.quantization else "packed"
+        linear = (
+            "torch"
+            if no_kernels or options.execution == "plain" or not made.quantization
+            else "packed"
+        )
     execution, remarks = options.execution, list[str]()
     if context.device_name.startswith("cuda") or execution == "graphs":
         execution, remarks = _graphs(context, execution)
@@ -39,13 +55,19 @@ def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOpt
     elif execution != "plain":
         reasons = _why_not_compiled(context, made, options.linear, no_kernels)
         if reasons and execution == "compiled":
-            raise ConfigError(f"worker.execution: compiled cannot be had here: {_listed(reasons)}. Set it to auto or plain")
+            raise ConfigError(
+                f"worker.execution: compiled cannot be had here: {_listed(reasons)}. Set it to auto"
+                " or plain"
+            )
         if reasons:
             execution, remarks = "plain", [f"steps are not compiled: {_listed(reasons)}"]
         elif made.compiled == OPERATIONS:
             execution = "compiled"
         elif execution == "auto":
-            execution, remarks = "plain", ["steps are compiled by torch.compile only where that is asked for"]
+            execution, remarks = (
+                "plain",
+                ["steps are compiled by torch.compile only where that is asked for"],
+            )
         else:
             remarks = ["steps are compiled by torch.compile"]
     if linear == "packed":
@@ -54,12 +76,15 @@ def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOpt
 
 
 def _graphs(context: Context, wanted: Execution) -> tuple[Execution, list[str]]:
-    """On a GPU, or where graphs are asked for. torch.compile is what "compiled" means there, for models that it serves."""
+    """On a GPU, or where graphs are asked for. torch.compile is what "compiled" means there, for
+    models that it serves."""
     made: ArchitectureCapabilities = context.needs["architecture"]
     if wanted == "plain" or (wanted == "compiled" and made.compiled == TORCH_COMPILE):
         return wanted, []
     if wanted == "compiled":
-        raise ConfigError("worker.execution: compiled steps are for CPUs. Set it to auto, graphs or plain")
+        raise ConfigError(
+            "worker.execution: compiled steps are for CPUs. Set it to auto, graphs or plain"
+        )
     reasons: list[Reason] = []
     if not context.device_name.startswith("cuda"):
         reasons.append(Reason(f"graphs are CUDA's, and the device is {context.device_name}"))
@@ -68,7 +93,10 @@ def _graphs(context: Context, wanted: Execution) -> tuple[Execution, list[str]]:
     if context.needs.get("shadow"):
         reasons.append(Reason("a shadow run compares layers one by one", "remove shadow"))
     if reasons and wanted == "graphs":
-        raise ConfigError(f"worker.execution: graphs cannot be had here: {_listed(reasons)}. Set it to auto or plain")
+        raise ConfigError(
+            f"worker.execution: graphs cannot be had here: {_listed(reasons)}. Set it to auto or"
+            " plain"
+        )
     if reasons:
         return "plain", [f"steps are not captured and run in plain torch: {_listed(reasons)}"]
     return "graphs", ["decode steps are CUDA graphs"]
@@ -79,8 +107,14 @@ def has_triton() -> bool:
 
 
 def fuses(execution: Execution, device: str, made: ArchitectureCapabilities) -> bool:
-    """Whether a decoder's operations between products are Triton's: on a GPU, unless plain torch was asked for."""
-    return device.startswith("cuda") and execution != "plain" and made.compiled == OPERATIONS and has_triton()
+    """Whether a decoder's operations between products are Triton's: on a GPU, unless plain torch
+    was asked for."""
+    return (
+        device.startswith("cuda")
+        and execution != "plain"
+        and made.compiled == OPERATIONS
+        and has_triton()
+    )
 
 
 def _listed(reasons: list[Reason]) -> str:
@@ -94,7 +128,11 @@ def _why_not_compiled(
         return [Reason("a shadow run compares layers one by one", "remove shadow")]
     name = context.model.architecture if context.model else "the model"
     if made.compiled == TORCH_COMPILE:
-        return [NO_COMPILER] if context.device_name == "cpu" and context.device.compiler is None else []
+        return (
+            [NO_COMPILER]
+            if context.device_name == "cpu" and context.device.compiler is None
+            else []
+        )
     if made.compiled != OPERATIONS:
         return [Reason(f"the code of {name} does not offer it")]
     reasons = list(no_kernels)
@@ -114,8 +152,15 @@ def _why_no_kernels(context: Context) -> list[Reason]:
     if context.device_name != "cpu":
         return [Reason(f"the kernels are for CPUs, and the device is {context.device_name}")]
     if device.system != "Linux" or device.machine not in ("x86_64", "AMD64"):
-        reasons.append(Reason(f"the kernels are for Linux on x86-64, and this is {device.system} on {device.machine}"))
-    elif missing := [f for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq") if f not in device.cpu_flags]:
+        reasons.append(
+            Reason(
+                f"the kernels are for Linux on x86-64, and this is {device.system} on"
+                f" {device.machine}"
+            )
+        )
+    elif missing := [
+        f for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq") if f not in device.cpu_flags
+    ]:
         reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
     if device.compiler is None:
         reasons.append(NO_COMPILER)
@@ -125,8 +170,9 @@ def _why_no_kernels(context: Context) -> list[Reason]:
 
 
 MEASURED = {"AVX-512 with BF16": {1: 1.5, 16: 1.9, 32: 1.7, 128: 1.2, 512: 1.05, 2048: 1.0}}
-"""By instruction set, for bfloat16: by number of rows, times the rate of torch's linear layer (benchmarks/linear_cpu.py). The
-packed layers were at least as fast wherever they were measured, so they are what compiled steps take."""
+"""By instruction set, for bfloat16: by number of rows, times the rate of torch's linear layer
+(benchmarks/linear_cpu.py). The packed layers were at least as fast wherever they were measured, so
+they are what compiled steps take."""
 
 
 def _kernel(context: Context) -> str:
@@ -136,5 +182,9 @@ def _kernel(context: Context) -> str:
     kernel = "AVX-512 with BF16" if "avx512_bf16" in flags else "AVX-512, widened to float32"
     if {"amx_bf16", "amx_tile"} <= flags:
         kernel = "AMX"
-    measured = ", ".join(f"{rows} rows {times:g} ×" for rows, times in MEASURED.get(kernel, {}).items())
-    return f"linear layers: packed bfloat16, {kernel} (beside torch: {measured or 'not measured yet'})"
+    measured = ", ".join(
+        f"{rows} rows {times:g} ×" for rows, times in MEASURED.get(kernel, {}).items()
+    )
+    return (
+        f"linear layers: packed bfloat16, {kernel} (beside torch: {measured or 'not measured yet'})"
+    )

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Triton's language has no types that mypy knows.
-"""What stands between a decoder's matrix products, in Triton: one pass over memory each. `operations.py` is the same in
-torch."""
+"""What stands between a decoder's matrix products, in Triton: one pass over memory each.
+`operations.py` is the same in torch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,27 @@ def rounded(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 `x` to the nearest of TYPE; Triton's interpreter would cut bfloat16 off."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
-        x = tl.where(x == x, ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+        x = tl.where(
+            x == x,
+            ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True),
+            x,
+        )
     return x.to(TYPE)
 
 
 @triton.jit
 def rms_norm_kernel(
-    hidden, delta, weight, out, eps, row_stride,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, HAS_DELTA: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    delta,
+    weight,
+    out,
+    eps,
+    row_stride,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """One program a row."""
     TYPE: tl.constexpr = out.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -42,7 +54,11 @@ def rms_norm_kernel(
     inside = at < SIZE
     x = tl.load(hidden + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        summed = rounded(x + tl.load(delta + row * SIZE + at, mask=inside, other=0.0).to(tl.float32), TYPE, INTERPRETED)
+        summed = rounded(
+            x + tl.load(delta + row * SIZE + at, mask=inside, other=0.0).to(tl.float32),
+            TYPE,
+            INTERPRETED,
+        )
         tl.store(hidden + row * row_stride + at, summed, mask=inside)
         x = summed.to(tl.float32)
     x = rounded(x * tl.rsqrt(tl.sum(x * x) / SIZE + eps), TYPE, INTERPRETED).to(tl.float32)
@@ -52,10 +68,23 @@ def rms_norm_kernel(
 
 @triton.jit
 def rotate_kernel(
-    qkv, norm, cos, sin, q, k, v, eps, row_stride,
-    NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    HAS_NORM: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    norm,
+    cos,
+    sin,
+    q,
+    k,
+    v,
+    eps,
+    row_stride,
+    NUM_Q: tl.constexpr,
+    NUM_KV: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """One program HEADS heads of a token, each as two halves of HALF elements."""
     TYPE: tl.constexpr = q.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -69,7 +98,9 @@ def rotate_kernel(
     if HAS_NORM:
         scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + eps)[:, None]
         weight, is_normed = norm + head[:, None] * (2 * HALF) + at[None, :], inside & turns
-        one = rounded(one * scale, TYPE, INTERPRETED).to(tl.float32) * tl.load(weight, mask=is_normed, other=0.0).to(tl.float32)
+        one = rounded(one * scale, TYPE, INTERPRETED).to(tl.float32) * tl.load(
+            weight, mask=is_normed, other=0.0
+        ).to(tl.float32)
         two = rounded(two * scale, TYPE, INTERPRETED).to(tl.float32)
         two = two * tl.load(weight + HALF, mask=is_normed, other=0.0).to(tl.float32)
         one = rounded(one, TYPE, INTERPRETED).to(tl.float32)
@@ -97,7 +128,13 @@ def rotate_kernel(
 
 @triton.jit
 def gated_kernel(
-    gate_up, out, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, INTERPRETED: tl.constexpr
+    gate_up,
+    out,
+    row_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """One program BLOCK features of a row: activation(gate) · up."""
     TYPE: tl.constexpr = out.dtype.element_ty
@@ -121,7 +158,8 @@ def gated_kernel(
 
 @triton.jit
 def gumbel_noise_kernel(logits, keys, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program BLOCK logits of a row: subtract log(e), e exponential noise keyed by row and token (noise.py)."""
+    """One program BLOCK logits of a row: subtract log(e), e exponential noise keyed by row and
+    token (noise.py)."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     low = tl.load(keys + row * 2).to(tl.uint32, bitcast=True)
@@ -132,18 +170,28 @@ def gumbel_noise_kernel(logits, keys, row_stride, SIZE: tl.constexpr, BLOCK: tl.
     h = h ^ (h >> 13)
     h = h * 0xC2B2AE35
     h = h ^ (h >> 16)
-    u = ((h & 0x7FFFFFFF).to(tl.float32) + 0.5) * (4.656612873077393e-10 * (1 - 5.9604644775390625e-08))
-    # log(1 - u) to the last bit where u is small: the rounding of 1 - u is divided out again (W. Kahan's way).
+    u = ((h & 0x7FFFFFFF).to(tl.float32) + 0.5) * (
+        4.656612873077393e-10 * (1 - 5.9604644775390625e-08)
+    )
+    # log(1 - u) to the last bit where u is small: the rounding of 1 - u is divided out again (W.
+    # Kahan's way).
     rest = 1.0 - u
-    exponential = tl.where(rest == 1.0, u, -tl.log(rest) * u / (1.0 - tl.where(rest == 1.0, 0.0, rest)))
+    exponential = tl.where(
+        rest == 1.0, u, -tl.log(rest) * u / (1.0 - tl.where(rest == 1.0, 0.0, rest))
+    )
     place, inside = logits + row * row_stride + token, token < SIZE
     tl.store(place, tl.load(place, mask=inside, other=0.0) - tl.log(exponential), mask=inside)
 
 
 IS_INTERPRETED = isinstance(rms_norm_kernel, InterpretedFunction)
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-}  # fmt: skip
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 """By the name in a config.json."""
 
 
@@ -161,23 +209,53 @@ class TritonOperations:
         out = hidden.new_empty(rows, size)
         if rows:
             rms_norm_kernel[(rows,)](
-                hidden, delta, weight, out, eps, hidden.stride(0), SIZE=size, WIDTH=triton.next_power_of_2(size),
-                HAS_DELTA=delta is not None, INTERPRETED=IS_INTERPRETED, num_warps=4 if size <= 4096 else 8,
-            )  # fmt: skip
+                hidden,
+                delta,
+                weight,
+                out,
+                eps,
+                hidden.stride(0),
+                SIZE=size,
+                WIDTH=triton.next_power_of_2(size),
+                HAS_DELTA=delta is not None,
+                INTERPRETED=IS_INTERPRETED,
+                num_warps=4 if size <= 4096 else 8,
+            )
         return out
 
     def rotated(
-        self, qkv: Tensor, num_heads: int, num_kv_heads: int, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor
+        self,
+        qkv: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        norm: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, heads, size = qkv.shape
         q = qkv.new_empty(tokens, num_heads, size)
         k, v = qkv.new_empty(tokens, num_kv_heads, size), qkv.new_empty(tokens, num_kv_heads, size)
         if tokens:
             rotate_kernel[(tokens, triton.cdiv(heads, HEADS_AT_A_TIME))](
-                qkv, norm, cos, sin, q, k, v, eps, qkv.stride(0), NUM_Q=num_heads, NUM_KV=num_kv_heads, HALF=size // 2,
-                WIDTH=triton.next_power_of_2(size // 2), HEADS=HEADS_AT_A_TIME, HAS_NORM=norm is not None,
-                INTERPRETED=IS_INTERPRETED, num_warps=2,
-            )  # fmt: skip
+                qkv,
+                norm,
+                cos,
+                sin,
+                q,
+                k,
+                v,
+                eps,
+                qkv.stride(0),
+                NUM_Q=num_heads,
+                NUM_KV=num_kv_heads,
+                HALF=size // 2,
+                WIDTH=triton.next_power_of_2(size // 2),
+                HEADS=HEADS_AT_A_TIME,
+                HAS_NORM=norm is not None,
+                INTERPRETED=IS_INTERPRETED,
+                num_warps=2,
+            )
         return q, k, v
 
     def gated(self, gate_up: Tensor, activation: str) -> Tensor:
@@ -185,9 +263,15 @@ class TritonOperations:
         out = gate_up.new_empty(rows, size)
         if rows:
             gated_kernel[(rows, triton.cdiv(size, FEATURES_AT_A_TIME))](
-                gate_up, out, gate_up.stride(0), SIZE=size, BLOCK=FEATURES_AT_A_TIME, ACTIVATION=ACTIVATIONS[activation],
-                INTERPRETED=IS_INTERPRETED, num_warps=4,
-            )  # fmt: skip
+                gate_up,
+                out,
+                gate_up.stride(0),
+                SIZE=size,
+                BLOCK=FEATURES_AT_A_TIME,
+                ACTIVATION=ACTIVATIONS[activation],
+                INTERPRETED=IS_INTERPRETED,
+                num_warps=4,
+            )
         return out
 
 
@@ -200,4 +284,4 @@ class TritonSampler(TorchSampler):
             halves = put(keys.view(np.int32).reshape(rows, 2), torch.int32, logits.device)
             gumbel_noise_kernel[(rows, triton.cdiv(vocab, TOKENS_AT_A_TIME))](
                 logits, halves, logits.stride(0), SIZE=vocab, BLOCK=TOKENS_AT_A_TIME, num_warps=4
-            )  # fmt: skip
+            )

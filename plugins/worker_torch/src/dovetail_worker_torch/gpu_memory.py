@@ -40,15 +40,19 @@ class GpuMemory:
         total, allowed, taken, step, tables, graphs = (f"{n / 2**30:.2f} GiB" for n in parts)
         enough = "" if needed >= 1 else f"raise kv_cache.memory_fraction above {needed:.2f}, "
         raise OutOfMemory(
-            f"nothing is left for the KV cache: the GPU has {total}, of which {allowed} may be used (kv_cache.memory_fraction "
-            f"{fraction:g}); {taken} are taken by weights and others, a step of {num_tokens} tokens and {num_rows} sequences "
-            f"takes {step}, tables of sequences {tables}, graphs {graphs}. To make room, {enough}lower "
-            "scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or quantize the weights"
+            f"nothing is left for the KV cache: the GPU has {total}, of which {allowed} may be used"
+            f" (kv_cache.memory_fraction {fraction:g}); {taken} are taken by weights and others, a"
+            f" step of {num_tokens} tokens and {num_rows} sequences takes {step}, tables of"
+            f" sequences {tables}, graphs {graphs}. To make room, {enough}lower"
+            " scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or quantize the weights"
         )
 
 
-def largest_step(model: Model, sampler: SamplerBackend, accelerator: Accelerator, num_tokens: int, num_rows: int) -> int:
-    """Run a step of so many tokens and rows that sample, without a cache; bytes of its peak. Raises `OutOfMemory`."""
+def largest_step(
+    model: Model, sampler: SamplerBackend, accelerator: Accelerator, num_tokens: int, num_rows: int
+) -> int:
+    """Run a step of so many tokens and rows that sample, without a cache; bytes of its peak. Raises
+    `OutOfMemory`."""
     device = accelerator.device
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,14 +70,16 @@ def largest_step(model: Model, sampler: SamplerBackend, accelerator: Accelerator
             return accelerator.peak_memory(step)
     except torch.OutOfMemoryError as e:
         raise OutOfMemory(
-            f"a step of {num_tokens} tokens and {num_rows} sequences does not fit on {device} beside the weights: lower "
-            f"scheduler.max_num_batched_tokens or scheduler.max_num_seqs, or quantize the weights ({e})"
+            f"a step of {num_tokens} tokens and {num_rows} sequences does not fit on {device}"
+            " beside the weights: lower scheduler.max_num_batched_tokens or"
+            f" scheduler.max_num_seqs, or quantize the weights ({e})"
         ) from None
 
 
 def graph_memory(accelerator: Accelerator, new_graphs: Callable[[], GraphLadder]) -> int:
-    """Bytes that capturing every size takes, from a trial of the largest, a middle and the smallest: what the largest takes is
-    shared, and each other graph adds what these two did on average. The graphs are not kept."""
+    """Bytes that capturing every size takes, from a trial of the largest, a middle and the
+    smallest: what the largest takes is shared, and each other graph adds what these two did on
+    average. The graphs are not kept."""
     free, _ = accelerator.memory()
     graphs, left = new_graphs(), [free]
     sizes = graphs.sizes

@@ -1,8 +1,8 @@
 """Captured decode steps: one graph for each of the capture sizes, all reading the same buffers.
 
-A step of B rows runs the graph of the next size, its other rows padding: sequences of one token in block 0. What a graph reads
-of a step is two numbers a row, its batch row and how many tokens it has computed; tokens and blocks it gathers from the table's
-copy on the device.
+A step of B rows runs the graph of the next size, its other rows padding: sequences of one token in
+block 0. What a graph reads of a step is two numbers a row, its batch row and how many tokens it has
+computed; tokens and blocks it gathers from the table's copy on the device.
 """
 
 from __future__ import annotations
@@ -24,20 +24,35 @@ from dovetail_worker_torch.step_attention import StepAttention
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Sizes in which few rows of padding are computed: 1, 2, 4, 8, then steps of 8 to 256, and of 32 after that."""
+    """Sizes in which few rows of padding are computed: 1, 2, 4, 8, then steps of 8 to 256, and of
+    32 after that."""
     largest = min(max_num_seqs, 512)
-    return [n for n in (1, 2, 4, *range(8, 257, 8), *range(288, 512, 32)) if n < largest] + [largest]
+    return [n for n in (1, 2, 4, *range(8, 257, 8), *range(288, 512, 32)) if n < largest] + [
+        largest
+    ]
 
 
 class GraphLadder:
     """Decode steps of one model. `capture_all` once, when the caches are there; then `run`."""
 
     def __init__(
-        self, accelerator: Accelerator, model: Model, table: DeviceTable, groups: list[KVGroup],
-        backends: list[AttentionBackend], layers: list[list[AttentionLayer]], attend: StepAttention, sizes: list[int],
-    ) -> None:  # fmt: skip
+        self,
+        accelerator: Accelerator,
+        model: Model,
+        table: DeviceTable,
+        groups: list[KVGroup],
+        backends: list[AttentionBackend],
+        layers: list[list[AttentionLayer]],
+        attend: StepAttention,
+        sizes: list[int],
+    ) -> None:
         """`layers` and `backends` by group; `attend` is the runner's, whose plans it sets."""
-        self._accelerator, self._model, self._table, self._attend = accelerator, model, table, attend
+        self._accelerator, self._model, self._table, self._attend = (
+            accelerator,
+            model,
+            table,
+            attend,
+        )
         self._groups, self._backends, self._layers = groups, backends, layers
         self.sizes = sorted(sizes)
         self._graphs: dict[int, Graph] = {}
@@ -46,15 +61,22 @@ class GraphLadder:
         """Of each row: its batch row, and how many tokens it has computed."""
         self._query_start = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.ones(largest, dtype=torch.int32, device=device)
-        self._block_tables = [torch.zeros_like(t[:1].expand(largest, -1)).contiguous() for t in table.blocks_on_device]
+        self._block_tables = [
+            torch.zeros_like(t[:1].expand(largest, -1)).contiguous() for t in table.blocks_on_device
+        ]
         self._slots = [torch.zeros(largest, dtype=torch.int64, device=device) for _ in groups]
         self._logits = torch.zeros(largest, model.vocab_size, dtype=torch.float32, device=device)
-        """Of the last step, whatever its size. Tensors allocated in a capture and kept would add up over the sizes."""
+        """Of the last step, whatever its size. Tensors allocated in a capture and kept would add up
+        over the sizes."""
 
     def size_for(self, num_rows: int) -> int | None:
         """The captured size that a step of so many rows runs in, if there is one."""
         at = bisect_left(self.sizes, num_rows)
-        return self.sizes[at] if num_rows > 0 and at < len(self.sizes) and self.sizes[at] in self._graphs else None
+        return (
+            self.sizes[at]
+            if num_rows > 0 and at < len(self.sizes) and self.sizes[at] in self._graphs
+            else None
+        )
 
     def capture_all(self, progress: Callable[[int, int], None]) -> None:
         """Capture every size, the largest first, so that the others fit into its memory."""
@@ -78,14 +100,28 @@ class GraphLadder:
     def _prepare(self, batch_indices: I64, num_computed: I64, size: int) -> None:
         """Write what differs between steps of a size."""
         numbers = np.zeros((2, size), np.int64)
-        numbers[0], numbers[0, : len(batch_indices)], numbers[1, : len(batch_indices)] = self._table.padding_batch_index, batch_indices, num_computed
+        numbers[0], numbers[0, : len(batch_indices)], numbers[1, : len(batch_indices)] = (
+            self._table.padding_batch_index,
+            batch_indices,
+            num_computed,
+        )
         self._numbers[:, :size].copy_(self._accelerator.upload(numbers))
         lens = (numbers[1] + 1).tolist()
-        for i, (group, backend, layers) in enumerate(zip(self._groups, self._backends, self._layers, strict=True)):
+        for i, (group, backend, layers) in enumerate(
+            zip(self._groups, self._backends, self._layers, strict=True)
+        ):
             batch = AttentionBatch(
-                self._query_start[: size + 1], self._seq_lens[:size], self._block_tables[i][:size], self._slots[i][:size],
-                [*range(size + 1)], lens, size, size, 1, max(lens),
-            )  # fmt: skip
+                self._query_start[: size + 1],
+                self._seq_lens[:size],
+                self._block_tables[i][:size],
+                self._slots[i][:size],
+                [*range(size + 1)],
+                lens,
+                size,
+                size,
+                1,
+                max(lens),
+            )
             self._attend.plans[i] = backend.plan(batch, layers, group.block_size)
 
     def _forward(self, size: int) -> None:
@@ -94,7 +130,7 @@ class GraphLadder:
         self._seq_lens[:size] = positions + 1
         for group, own, table, slots in zip(
             self._groups, self._table.blocks_on_device, self._block_tables, self._slots, strict=True
-        ):  # fmt: skip
+        ):
             torch.index_select(own, 0, batch_indices, out=table[:size])
             column = torch.div(positions, group.block_size, rounding_mode="floor")
             first = own[batch_indices, column].to(torch.int64) * group.block_size

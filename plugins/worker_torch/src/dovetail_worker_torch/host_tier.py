@@ -1,4 +1,5 @@
-"""KV blocks in host memory: copied out of the device's cache and back, in the canonical layout, before a step's kernels run."""
+"""KV blocks in host memory: copied out of the device's cache and back, in the canonical layout,
+before a step's kernels run."""
 
 from __future__ import annotations
 
@@ -34,9 +35,13 @@ class HostTier:
     """Per KV group, `num_blocks` blocks counted from 0."""
 
     def __init__(
-        self, groups: list[KVGroup], num_blocks: list[int], layers: list[list[CachedLayer]], dtype: torch.dtype,
+        self,
+        groups: list[KVGroup],
+        num_blocks: list[int],
+        layers: list[list[CachedLayer]],
+        dtype: torch.dtype,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`layers`: by group. Raises `OutOfMemory`."""
         self._layers: list[list[HostLayer]] = []
         for group, count, cached in zip(groups, num_blocks, layers, strict=True):
@@ -45,9 +50,14 @@ class HostTier:
                 shape = (count, group.block_size, layer.fixed.num_kv_heads, layer.fixed.head_size)
                 try:
                     # Page-locked: a GPU copies it without the processor's help.
-                    pair = [torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda") for _ in range(2)]
+                    pair = [
+                        torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+                        for _ in range(2)
+                    ]
                 except (RuntimeError, MemoryError, OSError) as e:
-                    raise OutOfMemory(f"a host tier of {count} blocks could not be allocated: {e}") from None
+                    raise OutOfMemory(
+                        f"a host tier of {count} blocks could not be allocated: {e}"
+                    ) from None
                 own.append(HostLayer(layer, *pair))
             self._layers.append(own)
 
@@ -60,7 +70,9 @@ class HostTier:
                     keys, values = layer.device.backend.export_kv(layer.device.cache, sources)
                     layer.keys[targets], layer.values[targets] = keys.cpu(), values.cpu()
                 else:
-                    layer.device.backend.import_kv(layer.device.cache, targets, layer.keys[sources], layer.values[sources])
+                    layer.device.backend.import_kv(
+                        layer.device.cache, targets, layer.keys[sources], layer.values[sources]
+                    )
 
 
 def _runs(ops: Iterable[BlockOp]) -> Iterator[list[BlockOp]]:

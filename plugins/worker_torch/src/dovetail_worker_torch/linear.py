@@ -1,4 +1,5 @@
-"""Linear layers and embeddings in plain torch. Model code asks a `LayerMaker` for its layers, so it never names these."""
+"""Linear layers and embeddings in plain torch. Model code asks a `LayerMaker` for its layers, so it
+never names these."""
 
 from __future__ import annotations
 
@@ -45,7 +46,11 @@ class TorchLinears:
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> TorchLinear:
         out_features = sum(part.out_features for part in parts)
         weight = torch.empty(out_features, in_features, dtype=self._dtype, device=self._device)
-        return TorchLinear(parts, weight, torch.empty(out_features, dtype=self._dtype, device=self._device) if bias else None)
+        return TorchLinear(
+            parts,
+            weight,
+            torch.empty(out_features, dtype=self._dtype, device=self._device) if bias else None,
+        )
 
     def embedding(self, name: str, vocab_size: int, size: int) -> TorchLinear:
         return self.linear(name, [Part(name, vocab_size)], size, False)

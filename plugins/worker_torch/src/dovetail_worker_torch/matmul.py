@@ -1,4 +1,5 @@
-"""Products by quantized weights in plain torch, on any device: a weight is expanded for each. Slow, obviously right."""
+"""Products by quantized weights in plain torch, on any device: a weight is expanded for each. Slow,
+obviously right."""
 
 from __future__ import annotations
 
@@ -17,15 +18,24 @@ LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 class TorchMatmul:
     """A `Matmul`: the reference."""
 
-    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def linear(
+        self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
+    ) -> Callable[[Tensor], Tensor]:
         kept = dict(tensors)
 
         def multiply(x: Tensor) -> Tensor:
-            rounded = x if format.inputs is None else round_inputs(x.float(), format.inputs, kept.get("input_scale"))
-            # Rounded inputs are not of x's dtype: their product is exact in float32 where that of bfloat16 is not.
+            rounded = (
+                x
+                if format.inputs is None
+                else round_inputs(x.float(), format.inputs, kept.get("input_scale"))
+            )
+            # Rounded inputs are not of x's dtype: their product is exact in float32 where that of
+            # bfloat16 is not.
             dtype = x.dtype if format.inputs is None else torch.float32
             bias = kept["bias"].to(dtype) if layer.bias else None
-            return F.linear(rounded, dequantized(format, layer.in_features, kept).to(dtype), bias).to(x.dtype)
+            return F.linear(
+                rounded, dequantized(format, layer.in_features, kept).to(dtype), bias
+            ).to(x.dtype)
 
         return multiply
 
@@ -34,8 +44,8 @@ class TorchMatmul:
 
 
 def round_inputs(x: Tensor, to: Inputs, scale: Tensor | None = None) -> Tensor:
-    """f32[T, in] as it is once rounded: to the nearest of `scale` times an int8 or float8; by default each row has its own
-    scale, by its largest value."""
+    """f32[T, in] as it is once rounded: to the nearest of `scale` times an int8 or float8; by
+    default each row has its own scale, by its largest value."""
     if scale is None:
         scale = x.abs().amax(1, keepdim=True) / LARGEST[to]
     scale = torch.where(scale > 0, scale, 1.0)

@@ -1,4 +1,5 @@
-"""From a model folder to a model with its weights: the architecture provider makes it, the worker reads what it asks for."""
+"""From a model folder to a model with its weights: the architecture provider makes it, the worker
+reads what it asks for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ import torch
 
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.facts import read_json
-from dovetail.interfaces.architecture import Architecture, Attend, Embedding, LayerMaker, Model, ModelBuild, Target
+from dovetail.interfaces.architecture import (
+    Architecture,
+    Attend,
+    Embedding,
+    LayerMaker,
+    Model,
+    ModelBuild,
+    Target,
+)
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.interfaces.weights import LayerWeights
@@ -42,23 +51,31 @@ class Unread:
         return layer
 
 
-def describe_weights(folder: Path, architecture: Architecture, layers: QuantizedLayers, plain: str) -> list[LayerWeights]:
-    """The linear layers that `layers`, whose plain maker is an `Unread`, makes of the folder's model."""
+def describe_weights(
+    folder: Path, architecture: Architecture, layers: QuantizedLayers, plain: str
+) -> list[LayerWeights]:
+    """The linear layers that `layers`, whose plain maker is an `Unread`, makes of the folder's
+    model."""
     stored, nowhere = tensor_names(folder), torch.device("meta")
     config = read_json(folder / "config.json")
-    architecture.model(ModelBuild(folder, config, stored, layers, torch.float32, nowhere, lambda *_: None))
+    architecture.model(
+        ModelBuild(folder, config, stored, layers, torch.float32, nowhere, lambda *_: None)
+    )
     layers.check(stored)
     return layers.weights(plain)
 
 
 def fill_randomly(targets: Mapping[str, Target], device: torch.device, progress: Progress) -> None:
-    """Vectors become ones, matrices normal numbers that keep the size of what they multiply. The same for every load."""
+    """Vectors become ones, matrices normal numbers that keep the size of what they multiply. The
+    same for every load."""
     generator = torch.Generator(device).manual_seed(0)
     for done, target in enumerate(targets.values()):
         if len(target.shape) < 2:
             target.store(torch.ones(target.shape, dtype=target.dtype, device=device))
         else:
-            numbers = torch.randn(target.shape, dtype=target.dtype, device=device, generator=generator)
+            numbers = torch.randn(
+                target.shape, dtype=target.dtype, device=device, generator=generator
+            )
             target.store(numbers.mul_(target.shape[-1] ** -0.5))
         progress("making weights", done + 1, len(targets))
 
@@ -74,8 +91,8 @@ def load_model(
     loads_weights: bool = False,
     is_random: bool = False,
 ) -> Model:
-    """Make the folder's model in `dtype` on `device` and read its weights, unless `architecture` `loads_weights` itself, or
-    they are to be random numbers.
+    """Make the folder's model in `dtype` on `device` and read its weights, unless `architecture`
+    `loads_weights` itself, or they are to be random numbers.
 
     Raises `CheckpointError`, naming the file and why.
     """
@@ -83,9 +100,14 @@ def load_model(
     config = read_json(path)
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise CheckpointError(f"{path}: architectures must name the model's one architecture, found {names!r}")
+        raise CheckpointError(
+            f"{path}: architectures must name the model's one architecture, found {names!r}"
+        )
     if is_random and (loads_weights or config.get("quantization_config") is not None):
-        raise ConfigError("worker.weights: random weights are for plain checkpoints, of models that the worker reads")
+        raise ConfigError(
+            "worker.weights: random weights are for plain checkpoints, of models that the worker"
+            " reads"
+        )
     stored = frozenset() if is_random else tensor_names(folder)
     model = architecture.model(ModelBuild(folder, config, stored, layers, dtype, device, progress))
     if is_random:

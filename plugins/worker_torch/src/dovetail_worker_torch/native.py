@@ -1,4 +1,5 @@
-"""The worker's C++ (csrc/) behind ctypes: structs with the names of the headers, and the functions, typed."""
+"""The worker's C++ (csrc/) behind ctypes: structs with the names of the headers, and the functions,
+typed."""
 
 from __future__ import annotations
 
@@ -33,26 +34,52 @@ class LinearOp(ctypes.Structure):
 
 class EmbedOp(ctypes.Structure):
     _fields_ = [
-        ("embedding", _p), ("hidden", _p), ("hidden_stride", _n), ("inv_freq", _p), ("angles", _p), ("rope_scale", _f),
+        ("embedding", _p),
+        ("hidden", _p),
+        ("hidden_stride", _n),
+        ("inv_freq", _p),
+        ("angles", _p),
+        ("rope_scale", _f),
         ("num_pairs", _i),
-    ]  # fmt: skip
+    ]
 
 
 class NormOp(ctypes.Structure):
     _fields_ = [
-        ("hidden", _p), ("delta", _p), ("out", _p), ("weight", _p), ("stride", _n), ("size", _i), ("eps", _f), ("type", _i),
-    ]  # fmt: skip
+        ("hidden", _p),
+        ("delta", _p),
+        ("out", _p),
+        ("weight", _p),
+        ("stride", _n),
+        ("size", _i),
+        ("eps", _f),
+        ("type", _i),
+    ]
 
 
 class RotateOp(ctypes.Structure):
     _fields_ = [
-        ("x", _p), ("stride", _n), ("norm_weight", _p), ("angles", _p), ("num_heads", _i), ("head_size", _i), ("eps", _f),
+        ("x", _p),
+        ("stride", _n),
+        ("norm_weight", _p),
+        ("angles", _p),
+        ("num_heads", _i),
+        ("head_size", _i),
+        ("eps", _f),
         ("type", _i),
-    ]  # fmt: skip
+    ]
 
 
 class GateOp(ctypes.Structure):
-    _fields_ = [("x", _p), ("out", _p), ("x_stride", _n), ("out_stride", _n), ("size", _i), ("activation", _i), ("type", _i)]
+    _fields_ = [
+        ("x", _p),
+        ("out", _p),
+        ("x_stride", _n),
+        ("out_stride", _n),
+        ("size", _i),
+        ("activation", _i),
+        ("type", _i),
+    ]
 
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -67,7 +94,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_perturb": (None, [_p, _n, _n, _n, _p, _i]),
     "dovetail_cut": (None, [_p, _n, _n, _n, _p, _p, _i]),
     "dovetail_instruction_set": (ctypes.c_char_p, []),
-    **{f"dovetail_{name}_op": (None, [_p, _p]) for name in ("linear", "embed", "norm", "rotate", "gate")},
+    **{
+        f"dovetail_{name}_op": (None, [_p, _p])
+        for name in ("linear", "embed", "norm", "rotate", "gate")
+    },
 }
 
 
@@ -79,8 +109,8 @@ def _open(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 class Kernels:
-    """The compiled library. Functions of `holding` keep Python's lock, which is for short calls: getting it back may take
-    milliseconds where other threads are busy."""
+    """The compiled library. Functions of `holding` keep Python's lock, which is for short calls:
+    getting it back may take milliseconds where other threads are busy."""
 
     def __init__(self, path: Path) -> None:
         self.functions = _open(ctypes.CDLL(str(path)))
@@ -89,7 +119,9 @@ class Kernels:
     @classmethod
     def load(cls, facts: DeviceFacts, **options: Any) -> Kernels:
         """Build the library at first use. It shares PyTorch's threads. Raises `PluginError`."""
-        return cls(build_library("worker-torch", SOURCES, facts, openmp=openmp_of("torch"), **options))
+        return cls(
+            build_library("worker-torch", SOURCES, facts, openmp=openmp_of("torch"), **options)
+        )
 
     @property
     def instruction_set(self) -> str:
@@ -98,5 +130,7 @@ class Kernels:
     def op(self, kind: str, arguments: ctypes.Structure) -> Op:
         """An operation of this library; `arguments` must live as long as it is run."""
         op = Op()
-        getattr(self.holding, f"dovetail_{kind}_op")(ctypes.addressof(op), ctypes.addressof(arguments))
+        getattr(self.holding, f"dovetail_{kind}_op")(
+            ctypes.addressof(op), ctypes.addressof(arguments)
+        )
         return op

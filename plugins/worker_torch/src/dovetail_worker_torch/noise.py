@@ -1,10 +1,13 @@
-"""Keyed noise: the randomness of a sample depends on (seed, sample index, position) and nothing else.
+"""Keyed noise: the randomness of a sample depends on (seed, sample index, position) and nothing
+else.
 
-A token is sampled as `argmax(logits - log(e))` with e exponential: the Gumbel-max trick, which samples exactly from
-softmax(logits). So a request's tokens do not depend on its neighbours, on the order of steps, or on drafting.
+A token is sampled as `argmax(logits - log(e))` with e exponential: the Gumbel-max trick, which
+samples exactly from softmax(logits). So a request's tokens do not depend on its neighbours, on the
+order of steps, or on drafting.
 
-The bits come from a counter-based hash: a 64-bit key a row (SplitMix64 over seed, sample index and position) and the
-finalizer of MurmurHash3 over the token id, with half of the key added before and half in the middle of it.
+The bits come from a counter-based hash: a 64-bit key a row (SplitMix64 over seed, sample index and
+position) and the finalizer of MurmurHash3 over the token id, with half of the key added before and
+half in the middle of it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ def _i32(value: int) -> int:
 _GOLDEN, _MIX1, _MIX2 = _i32(0x9E3779B1), _i32(0x85EBCA6B), _i32(0xC2B2AE35)
 
 
-def row_keys(seeds: npt.NDArray[np.int64], sample_indices: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> U64:
+def row_keys(
+    seeds: npt.NDArray[np.int64],
+    sample_indices: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+) -> U64:
     """One key a row: u64[R]. `positions` are those of the tokens to be sampled."""
     key = _splitmix(seeds.astype(np.uint64))
     key = _splitmix(key ^ sample_indices.astype(np.uint64))
@@ -45,13 +52,19 @@ def _splitmix(x: U64) -> U64:
 
 
 def add_gumbel_noise_(logits: Tensor, keys: U64) -> Tensor:
-    """Subtract log(e) in place, e exponential noise keyed by row and token id. `logits` f32[R, V] → itself."""
+    """Subtract log(e) in place, e exponential noise keyed by row and token id. `logits` f32[R, V] →
+    itself."""
     num_rows, vocab = logits.shape
-    low, high = put(keys.view(np.int32).reshape(num_rows, 2).T, torch.int32, logits.device)[:, :, None]
+    low, high = put(keys.view(np.int32).reshape(num_rows, 2).T, torch.int32, logits.device)[
+        :, :, None
+    ]
     width = max(1, _CHUNK // num_rows) if logits.device.type == "cpu" else vocab
     for start in range(0, vocab, width):
         part = logits[:, start : start + width]
-        h = torch.arange(start, start + part.shape[1], dtype=torch.int32, device=logits.device) * _GOLDEN
+        h = (
+            torch.arange(start, start + part.shape[1], dtype=torch.int32, device=logits.device)
+            * _GOLDEN
+        )
         h = h + low
         h ^= (h >> 16) & 0xFFFF
         h *= _MIX1
@@ -59,7 +72,8 @@ def add_gumbel_noise_(logits: Tensor, keys: U64) -> Tensor:
         h ^= (h >> 13) & 0x7FFFF
         h *= _MIX2
         h ^= (h >> 16) & 0xFFFF
-        # 31 bits to (0, 1), both ends excluded. Small values, which win, keep all their bits: a float is finest near 0.
+        # 31 bits to (0, 1), both ends excluded. Small values, which win, keep all their bits: a
+        # float is finest near 0.
         u = h.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31 * (1 - 2.0**-24))
         part -= u.neg_().log1p_().neg_().log_()
     return logits

@@ -1,4 +1,5 @@
-"""Linear layers of the compiled kernels: weights packed while they are read (csrc/linear.h), float32 or bfloat16, on a CPU."""
+"""Linear layers of the compiled kernels: weights packed while they are read (csrc/linear.h),
+float32 or bfloat16, on a CPU."""
 
 from __future__ import annotations
 
@@ -34,16 +35,26 @@ def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class PackedLinear:
-    """`x @ weight.T + bias`. An output does not depend on how many rows there are: batch invariant."""
+    """`x @ weight.T + bias`. An output does not depend on how many rows there are: batch
+    invariant."""
 
-    def __init__(self, kernels: Kernels, parts: Sequence[Part], in_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        parts: Sequence[Part],
+        in_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
         self.parts, self.in_features, self.dtype = parts, in_features, dtype
         self.out_features = sum(part.out_features for part in parts)
         self._kernels = kernels
         self._struct = LinearStruct(TYPES[dtype], self.out_features, in_features, None, None)
         self._address = ctypes.addressof(self._struct)
         # What fills up the last panel stays zero.
-        self._weight = lazy_zeros(kernels.holding.dovetail_weight_bytes(self._address), dtype=torch.uint8)
+        self._weight = lazy_zeros(
+            kernels.holding.dovetail_weight_bytes(self._address), dtype=torch.uint8
+        )
         self._struct.weight = self._weight.data_ptr()
         self._bias = torch.zeros(padded(self.out_features, PANEL)) if bias else None
         if self._bias is not None:
@@ -55,8 +66,12 @@ class PackedLinear:
         elif x.stride(1) != 1:
             x = x.contiguous()
         out = torch.empty(x.shape[0], self.out_features, dtype=dtype or x.dtype)
-        call = LinearCall(x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), TYPES[out.dtype])
-        self._kernels.functions.dovetail_linear(self._address, ctypes.addressof(call), x.shape[0], torch.get_num_threads())
+        call = LinearCall(
+            x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), TYPES[out.dtype]
+        )
+        self._kernels.functions.dovetail_linear(
+            self._address, ctypes.addressof(call), x.shape[0], torch.get_num_threads()
+        )
         return out
 
     def rows(self, token_ids: Tensor) -> Tensor:
@@ -73,12 +88,15 @@ class PackedLinear:
             shape = (part.out_features, self.in_features)
             found[f"{part.name}.weight"] = Target(shape, self.dtype, partial(self._pack, start))
             if self._bias is not None:
-                found[f"{part.name}.bias"] = Target.into(self._bias[start : start + part.out_features])
+                found[f"{part.name}.bias"] = Target.into(
+                    self._bias[start : start + part.out_features]
+                )
             start += part.out_features
         return found
 
     def compile(self, x: Tensor, y: Tensor) -> Compiled:
-        """The operation `y[:T] = self(x[:T])` on buffers of a compiled step; x's rows are zero behind `in_features`."""
+        """The operation `y[:T] = self(x[:T])` on buffers of a compiled step; x's rows are zero
+        behind `in_features`."""
         call = LinearCall(x.data_ptr(), y.data_ptr(), x.stride(0), y.stride(0), TYPES[y.dtype])
         arguments = LinearOp(self._address, call)
         return Compiled([self._kernels.op("linear", arguments)], (self, arguments, x, y))
@@ -90,7 +108,9 @@ class PackedLinear:
 
     def _pack(self, start: int, tensor: Tensor) -> None:
         rows = tensor.to(self.dtype).contiguous()
-        self._kernels.functions.dovetail_pack(self._address, rows.data_ptr(), rows.stride(0), start, rows.shape[0])
+        self._kernels.functions.dovetail_pack(
+            self._address, rows.data_ptr(), rows.stride(0), start, rows.shape[0]
+        )
 
 
 class PackedLinears:
@@ -99,7 +119,9 @@ class PackedLinears:
     def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
         self._kernels, self._dtype = kernels, dtype
 
-    def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> PackedLinear:
+    def linear(
+        self, name: str, parts: Sequence[Part], in_features: int, bias: bool
+    ) -> PackedLinear:
         return PackedLinear(self._kernels, parts, in_features, bias, self._dtype)
 
     def embedding(self, name: str, vocab_size: int, size: int) -> PackedLinear:

@@ -1,4 +1,5 @@
-"""One step on the device: inputs, forward pass through the attention extension point, logits of the rows that need them, draw."""
+"""One step on the device: inputs, forward pass through the attention extension point, logits of the
+rows that need them, draw."""
 
 from __future__ import annotations
 
@@ -34,9 +35,11 @@ class Computed:
     """The plan's, with what the worker drafted itself."""
     inputs: StepInputs
     rows: list[int]
-    """Of the plan: those that sample, in order; one with drafts stands here once for every token sampled."""
+    """Of the plan: those that sample, in order; one with drafts stands here once for every token
+    sampled."""
     behind: list[int]
-    """Drafts of the row after the place that is sampled at, like `rows`; empty if no row has any."""
+    """Drafts of the row after the place that is sampled at, like `rows`; empty if no row has
+    any."""
     is_plain: bool
     """Every row is sampled greedily from the raw logits, and nothing is asked about them."""
     logits: Tensor
@@ -45,7 +48,8 @@ class Computed:
 
 
 class Runner:
-    """Model, caches and sequence table of one device. Steps run in the order of the calls; not thread-safe.
+    """Model, caches and sequence table of one device. Steps run in the order of the calls; not
+    thread-safe.
 
     `forward` and `draw` are called in torch's inference mode.
     """
@@ -63,7 +67,8 @@ class Runner:
         shadow: ShadowAttention | None = None,
         drafting: DraftRunner | None = None,
     ) -> None:
-        """`provider_names`: by key of the plan, the `dist:name` of those who take part in a step."""
+        """`provider_names`: by key of the plan, the `dist:name` of those who take part in a
+        step."""
         self._shadow, self._drafting = shadow, drafting
         self.host_tier: HostTier | None = None
         self.model = model
@@ -74,8 +79,12 @@ class Runner:
         self._is_cpu = device.type == "cpu"
         self._groups = groups
         self._backends = backends
-        self._layers: list[list[AttentionLayer]] = [[model.attention_layers[i] for i in g.layers] for g in groups]
-        self._attend = StepAttention(model.attention_layers, groups, backends, caches, provider_names, shadow)
+        self._layers: list[list[AttentionLayer]] = [
+            [model.attention_layers[i] for i in g.layers] for g in groups
+        ]
+        self._attend = StepAttention(
+            model.attention_layers, groups, backends, caches, provider_names, shadow
+        )
 
     def forward(self, plan: StepPlan) -> Computed:
         """Run the model over a step's tokens."""
@@ -88,9 +97,13 @@ class Runner:
             self._attend.plans[i] = backend.plan(batch, self._layers[i], group.block_size)
             if self._shadow is not None:
                 self._shadow.plan(i, batch, self._layers[i])
-        hidden = self.model.forward(self._token_ids(inputs), self._to_device(inputs.positions), self._attend)
+        hidden = self.model.forward(
+            self._token_ids(inputs), self._to_device(inputs.positions), self._attend
+        )
         if hidden.ndim != 2 or len(hidden) != len(inputs.positions):
-            self._refuse(f"forward gave hidden states {[*hidden.shape]} for {len(inputs.positions)} tokens")
+            self._refuse(
+                f"forward gave hidden states {[*hidden.shape]} for {len(inputs.positions)} tokens"
+            )
         is_plain = self.table.is_plain(inputs.batch_indices)
         prompt_logprobs = [] if is_plain else self._prompt_logprobs(plan, inputs, hidden)
         rows, behind = list(compress(range(len(plan.samples)), plan.samples)), list[int]()
@@ -105,8 +118,9 @@ class Runner:
         return Computed(plan, drafts, inputs, rows, behind, is_plain, logits, prompt_logprobs)
 
     def begin(self, plan: StepPlan) -> list[list[int]]:
-        """Take a plan in, and move the blocks that it moves; the sequence table is brought up to date before anything can fail.
-        Returns the plan's drafts, with what the worker drafted itself."""
+        """Take a plan in, and move the blocks that it moves; the sequence table is brought up to
+        date before anything can fail. Returns the plan's drafts, with what the worker drafted
+        itself."""
         self.table.update(plan)
         if plan.block_ops:
             if self.host_tier is None:
@@ -120,14 +134,18 @@ class Runner:
             self._drafting.update(plan)
             return self._drafting.draft(plan)
         if any(DRAFTED_BY_WORKER in draft for draft in plan.draft_token_ids):
-            raise PluginError("the plan leaves drafting to the worker, which was given no draft model")
+            raise PluginError(
+                "the plan leaves drafting to the worker, which was given no draft model"
+            )
         return plan.draft_token_ids
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """f32[R, V]: what comes after relies on it, some of it in C++."""
         logits: Tensor = self.model.logits(hidden)
         if logits.shape != (len(hidden), self.model.vocab_size) or logits.dtype != torch.float32:
-            self._refuse(f"logits of {len(hidden)} rows are {[*logits.shape]} {logits.dtype}, not f32[R, V]")
+            self._refuse(
+                f"logits of {len(hidden)} rows are {[*logits.shape]} {logits.dtype}, not f32[R, V]"
+            )
         return logits
 
     def _refuse(self, what: str) -> NoReturn:
@@ -138,7 +156,9 @@ class Runner:
         plan, rows = step.plan, step.rows
         is_every_row = len(rows) == len(plan.seq_ids) and not step.behind
         # A row that samples has computed all its tokens, so its length is the number of them.
-        batch_indices = step.inputs.batch_indices if is_every_row else step.inputs.batch_indices[rows]
+        batch_indices = (
+            step.inputs.batch_indices if is_every_row else step.inputs.batch_indices[rows]
+        )
         lengths = step.inputs.seq_lens if is_every_row else step.inputs.seq_lens[rows]
         if step.behind:
             lengths = lengths - np.array(step.behind, np.int32)
@@ -146,10 +166,13 @@ class Runner:
         if masks is None and step.is_plain and rows:
             drawn, usable = self._sampler.best(step.logits)
         elif rows:
-            drawn, usable = self._draw_with_params(step, batch_indices, lengths.astype(np.int64), masks, result)
+            drawn, usable = self._draw_with_params(
+                step, batch_indices, lengths.astype(np.int64), masks, result
+            )
         else:
             drawn, usable = [], []
-        # Where a draft was accepted this writes what stands there; past the first that was not, nothing is ever read.
+        # Where a draft was accepted this writes what stands there; past the first that was not,
+        # nothing is ever read.
         self.table.append(batch_indices, lengths, drawn)
         if is_every_row and all(usable):
             result.token_ids = [[token] for token in drawn]
@@ -160,20 +183,36 @@ class Runner:
         if step.behind and self._drafting is not None:
             self._drafting.verified(plan, result.token_ids)
         if step.behind and result.logprobs:
-            result.logprobs = [of[: len(new)] for of, new in zip(result.logprobs, result.token_ids, strict=True)]
+            result.logprobs = [
+                of[: len(new)] for of, new in zip(result.logprobs, result.token_ids, strict=True)
+            ]
         return result
 
-    def take(self, result: StepResult, plan: StepPlan, drawn: Iterable[tuple[int, int, bool]]) -> None:
+    def take(
+        self, result: StepResult, plan: StepPlan, drawn: Iterable[tuple[int, int, bool]]
+    ) -> None:
         """Put what was sampled, (row, token, whether it is usable), into the result."""
         for row, token, is_usable in drawn:
             if is_usable:
                 result.token_ids[row].append(token)
             else:
-                computed = ", ".join(dict.fromkeys(f"{key.split('.')[0]} ({name})" for key, name in self._provider_names.items()))
-                result.failed[plan.seq_ids[row]] = f"the model's logits are not numbers (NaN); computed by {computed}"
+                computed = ", ".join(
+                    dict.fromkeys(
+                        f"{key.split('.')[0]} ({name})"
+                        for key, name in self._provider_names.items()
+                    )
+                )
+                result.failed[plan.seq_ids[row]] = (
+                    f"the model's logits are not numbers (NaN); computed by {computed}"
+                )
 
     def _draw_with_params(
-        self, step: Computed, batch_indices: I64, lengths: I64, masks: dict[int, bytes] | None, result: StepResult
+        self,
+        step: Computed,
+        batch_indices: I64,
+        lengths: I64,
+        masks: dict[int, bytes] | None,
+        result: StepResult,
     ) -> tuple[list[int], list[bool]]:
         """Draw as each row's parameters say; log-probabilities go into `result`."""
         plan = step.plan
@@ -182,11 +221,15 @@ class Runner:
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
         row_masks = [masks.get(plan.seq_ids[r]) for r in step.rows] if masks else None
         tokens = self.table.token_ids[batch_indices, : int(lengths.max())]
-        drawn, usable = sample(step.logits, SamplingRows(starts, tokens, lengths, row_masks), self._sampler)
+        drawn, usable = sample(
+            step.logits, SamplingRows(starts, tokens, lengths, row_masks), self._sampler
+        )
         if raw is not None:
             result.logprobs = [[] for _ in plan.seq_ids]
             counts = [starts[i].params.logprobs or 0 for i in wanted]
-            for i, logprobs in zip(wanted, token_logprobs(raw, [drawn[i] for i in wanted], counts), strict=True):
+            for i, logprobs in zip(
+                wanted, token_logprobs(raw, [drawn[i] for i in wanted], counts), strict=True
+            ):
                 result.logprobs[step.rows[i]].append(logprobs)
         return drawn, usable
 
@@ -206,7 +249,9 @@ class Runner:
             max_seq_len=max(lens),
         )
 
-    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor) -> list[list[TokenLogprobs]]:
+    def _prompt_logprobs(
+        self, plan: StepPlan, inputs: StepInputs, hidden: Tensor
+    ) -> list[list[TokenLogprobs]]:
         """For rows that asked: of the prompt tokens that follow the row's inputs."""
         out: list[list[TokenLogprobs]] = []
         for row, batch_index in enumerate(inputs.batch_indices.tolist()):
@@ -222,7 +267,9 @@ class Runner:
             for at in range(0, len(targets), 64):
                 piece = targets[at : at + 64]
                 logits = self._logits(hidden[begin + at : begin + at + len(piece)])
-                out[row] += token_logprobs(logits, piece, [start.params.prompt_logprobs] * len(piece))
+                out[row] += token_logprobs(
+                    logits, piece, [start.params.prompt_logprobs] * len(piece)
+                )
         return out
 
     def _token_ids(self, inputs: StepInputs) -> Tensor:
@@ -234,7 +281,8 @@ class Runner:
 
 
 def _accepted(step: Computed, drawn: list[int]) -> Iterator[bool]:
-    """Per draw: whether all drafts of its row before it were what was sampled, so that it counts."""
+    """Per draw: whether all drafts of its row before it were what was sampled, so that it
+    counts."""
     good = True
     for i, (row, left) in enumerate(zip(step.rows, step.behind, strict=True)):
         draft = step.drafts[row]

@@ -1,7 +1,8 @@
-"""From logits to tokens: biases, penalties, temperature, top-k, top-p, min-p, and the keyed sampling.
+"""From logits to tokens: biases, penalties, temperature, top-k, top-p, min-p, and the keyed
+sampling.
 
-Works on R rows at once, each the logits after some token of some sequence. A step of greedy rows without extras is one
-argmax; every other feature costs only when a row of the step asks for it.
+Works on R rows at once, each the logits after some token of some sequence. A step of greedy rows
+without extras is one argmax; every other feature costs only when a row of the step asks for it.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ class SamplingRows:
 
     starts: list[SequenceStart]
     token_ids: npt.NDArray[np.int32]
-    """[R, longest]: the row's tokens so far, prompt and output; what lies past `lengths` is ignored."""
+    """[R, longest]: the row's tokens so far, prompt and output; what lies past `lengths` is
+    ignored."""
     lengths: npt.NDArray[np.int64]
     """[R]"""
     masks: list[bytes | None] | None = None
     """Bitmaps of the tokens allowed, little-endian, or None for all."""
 
 
-def sample(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = TORCH) -> tuple[list[int], list[bool]]:
-    """Draw one token a row from `logits` f32[R, V], which are overwritten. Returns (token ids, usable).
+def sample(
+    logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = TORCH
+) -> tuple[list[int], list[bool]]:
+    """Draw one token a row from `logits` f32[R, V], which are overwritten. Returns (token ids,
+    usable).
 
     A row whose logits hold NaN is not usable.
     """
@@ -45,8 +50,8 @@ def sample(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = TORCH) 
 
 
 def shape_logits(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = TORCH) -> None:
-    """Change `logits` f32[R, V] so that the best token of each row is the one to draw. Waits for no device, unless there are
-    masks or penalties, which read `rows.token_ids`."""
+    """Change `logits` f32[R, V] so that the best token of each row is the one to draw. Waits for no
+    device, unless there are masks or penalties, which read `rows.token_ids`."""
     params = [s.params for s in rows.starts]
     _apply_masks(logits, rows)
     _add_biases(logits, params)
@@ -58,15 +63,21 @@ def shape_logits(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = T
     elif drawn:
         index = put(drawn, torch.int64, logits.device)
         part = logits[index]
-        picked = SamplingRows([rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn])
+        picked = SamplingRows(
+            [rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn]
+        )
         _prepare_sampling(part, [params[i] for i in drawn], picked, sampler)
         logits[index] = part
 
 
-def _prepare_sampling(logits: Tensor, params: list[SamplingParams], rows: SamplingRows, sampler: SamplerBackend) -> None:
+def _prepare_sampling(
+    logits: Tensor, params: list[SamplingParams], rows: SamplingRows, sampler: SamplerBackend
+) -> None:
     """Scale, cut and perturb, so that the argmax is a sample."""
     logits /= _column([p.temperature for p in params], logits)
-    sampler.filter_top_k_top_p_(logits, [max(p.top_k, 0) for p in params], [p.top_p for p in params])
+    sampler.filter_top_k_top_p_(
+        logits, [max(p.top_k, 0) for p in params], [p.top_p for p in params]
+    )
     _filter_min_p(logits, params)
     seeds = np.array([s.seed for s in rows.starts], np.int64)
     indices = np.array([s.sample_index for s in rows.starts], np.int64)
@@ -80,7 +91,9 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 def _apply_masks(logits: Tensor, rows: SamplingRows) -> None:
     for i, mask in enumerate(rows.masks or ()):
         if mask is not None:
-            bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=logits.shape[1], bitorder="little")
+            bits = np.unpackbits(
+                np.frombuffer(mask, np.uint8), count=logits.shape[1], bitorder="little"
+            )
             logits[i].masked_fill_(torch.from_numpy(bits == 0).to(logits.device), MASKED)
 
 
@@ -93,19 +106,26 @@ def _add_biases(logits: Tensor, params: list[SamplingParams]) -> None:
 
 
 def _apply_penalties(logits: Tensor, params: list[SamplingParams], rows: SamplingRows) -> None:
-    """Repetition over prompt and output (CTRL, arXiv 1909.05858); presence and frequency over the output."""
+    """Repetition over prompt and output (CTRL, arXiv 1909.05858); presence and frequency over the
+    output."""
     vocab = logits.shape[1]
     for i, p in enumerate(params):
         if not p.penalized:
             continue
-        tokens = torch.from_numpy(rows.token_ids[i, : rows.lengths[i]].astype(np.int64)).to(logits.device)
+        tokens = torch.from_numpy(rows.token_ids[i, : rows.lengths[i]].astype(np.int64)).to(
+            logits.device
+        )
         row = logits[i]
         if p.repetition_penalty != 1:
             seen = torch.unique(tokens)
             value = row[seen]
-            row[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+            row[seen] = torch.where(
+                value > 0, value / p.repetition_penalty, value * p.repetition_penalty
+            )
         if p.presence_penalty or p.frequency_penalty:
-            counts = torch.bincount(tokens[rows.starts[i].num_prompt_tokens :], minlength=vocab).to(torch.float32)
+            counts = torch.bincount(tokens[rows.starts[i].num_prompt_tokens :], minlength=vocab).to(
+                torch.float32
+            )
             row -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
 
 
@@ -127,13 +147,20 @@ def _filter_min_p(logits: Tensor, params: list[SamplingParams]) -> None:
 
 
 def token_logprobs(logits: Tensor, chosen: list[int], num_top: list[int]) -> list[TokenLogprobs]:
-    """Of the raw distribution of `logits` f32[R, V]: the chosen token of each row, its rank, and the `num_top` best."""
+    """Of the raw distribution of `logits` f32[R, V]: the chosen token of each row, its rank, and
+    the `num_top` best."""
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(chosen, device=logits.device)[:, None])
     ranks = (logprobs > own).sum(dim=-1).add_(1).tolist()
     top = logprobs.topk(min(max(num_top), logits.shape[1]), dim=-1) if max(num_top) else None
-    values, ids = (top.values.tolist(), top.indices.tolist()) if top is not None else ([[]] * len(chosen),) * 2
+    values, ids = (
+        (top.values.tolist(), top.indices.tolist())
+        if top is not None
+        else ([[]] * len(chosen),) * 2
+    )
     return [
         TokenLogprobs([token, *ids[i][:n]], [value, *values[i][:n]], rank)
-        for i, (token, value, rank, n) in enumerate(zip(chosen, own[:, 0].tolist(), ranks, num_top, strict=True))
+        for i, (token, value, rank, n) in enumerate(
+            zip(chosen, own[:, 0].tolist(), ranks, num_top, strict=True)
+        )
     ]

@@ -1,4 +1,5 @@
-"""The parts of a sample that look at every token of the vocabulary, in torch and in C++ (csrc/sample.cpp)."""
+"""The parts of a sample that look at every token of the vocabulary, in torch and in C++
+(csrc/sample.cpp)."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class SamplerBackend(Protocol):
         """Add noise, keyed by row, that makes the best token a sample (noise.py)."""
 
     def filter_top_k_top_p_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
-        """Mask what the row's top_k (0: all) and then its top_p (1: all; arXiv 1904.09751) leave out."""
+        """Mask what the row's top_k (0: all) and then its top_p (1: all; arXiv 1904.09751) leave
+        out."""
 
 
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +50,10 @@ class TorchSampler:
         vocab, device = logits.shape[1], logits.device
         if few := [i for i, k in enumerate(top_k) if 0 < k < vocab]:
             kept = [top_k[i] for i in few]
-            index, last = put(few, torch.int64, device), put([k - 1 for k in kept], torch.int64, device)
+            index, last = (
+                put(few, torch.int64, device),
+                put([k - 1 for k in kept], torch.int64, device),
+            )
             part = logits[index]
             largest = part.topk(max(kept), dim=-1).values
             logits[index] = part.masked_fill(part < largest.gather(1, last[:, None]), MASKED)
@@ -72,14 +77,25 @@ class CompiledSampler:
         rows, vocab = logits.shape
         tokens, usable = np.empty(rows, np.int64), np.empty(rows, np.bool_)
         self._kernels.holding.dovetail_argmax(
-            logits.data_ptr(), logits.stride(0), rows, vocab, tokens.ctypes.data, usable.ctypes.data, torch.get_num_threads()
+            logits.data_ptr(),
+            logits.stride(0),
+            rows,
+            vocab,
+            tokens.ctypes.data,
+            usable.ctypes.data,
+            torch.get_num_threads(),
         )
         return tokens.tolist(), usable.tolist()
 
     def add_gumbel_noise_(self, logits: Tensor, keys: U64) -> None:
         rows, vocab = logits.shape
         self._kernels.functions.dovetail_add_gumbel_noise(
-            logits.data_ptr(), logits.stride(0), rows, vocab, keys.ctypes.data, torch.get_num_threads()
+            logits.data_ptr(),
+            logits.stride(0),
+            rows,
+            vocab,
+            keys.ctypes.data,
+            torch.get_num_threads(),
         )
 
     def filter_top_k_top_p_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
@@ -88,5 +104,11 @@ class CompiledSampler:
             return
         k, p = np.array(top_k, np.int64), np.array(top_p, np.float32)
         self._kernels.functions.dovetail_filter_top_k_top_p(
-            logits.data_ptr(), logits.stride(0), rows, vocab, k.ctypes.data, p.ctypes.data, torch.get_num_threads()
+            logits.data_ptr(),
+            logits.stride(0),
+            rows,
+            vocab,
+            k.ctypes.data,
+            p.ctypes.data,
+            torch.get_num_threads(),
         )

@@ -1,9 +1,10 @@
-"""Shadow runs: a candidate computes what a trusted provider has just computed, from the same inputs, and is compared with it.
+"""Shadow runs: a candidate computes what a trusted provider has just computed, from the same
+inputs, and is compared with it.
 
-A sampled step runs as every other does, on the trusted providers, whose outputs are the step's. Beside them each layer's
-attention is computed again by the candidate, in a cache of its own, into which the blocks that the step reads are imported
-through the canonical layout just before; and each linear layer by the candidate scheme's, on the same input. A candidate that
-raises is switched off.
+A sampled step runs as every other does, on the trusted providers, whose outputs are the step's.
+Beside them each layer's attention is computed again by the candidate, in a cache of its own, into
+which the blocks that the step reads are imported through the canonical layout just before; and each
+linear layer by the candidate scheme's, on the same input. A candidate that raises is switched off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ import torch
 from torch import Tensor
 
 from dovetail.interfaces.architecture import Linear, Target
-from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer, KVCacheSpec
+from dovetail.interfaces.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionLayer,
+    KVCacheSpec,
+)
 from dovetail.interfaces.shadow import ShadowLayer, ShadowReport
 from dovetail.types import KVGroup
 
@@ -53,7 +59,12 @@ class Shadow:
             return work()
         except Exception as e:
             self.report.failed[key] = f"{type(e).__name__}: {e}"
-            log.error("%s (%s) failed and is switched off: %s", key, self._names[key], self.report.failed[key])
+            log.error(
+                "%s (%s) failed and is switched off: %s",
+                key,
+                self._names[key],
+                self.report.failed[key],
+            )
             return None
 
     def timed(self, work: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -64,8 +75,16 @@ class Shadow:
         self._wait()
         return result, time.perf_counter() - began
 
-    def compare(self, key: str, layer: str, trusted: Tensor, work: Callable[[], Tensor], trusted_seconds: float) -> None:
-        """Let the candidate compute one layer, and note how far it is from `trusted`, which took `trusted_seconds`."""
+    def compare(
+        self,
+        key: str,
+        layer: str,
+        trusted: Tensor,
+        work: Callable[[], Tensor],
+        trusted_seconds: float,
+    ) -> None:
+        """Let the candidate compute one layer, and note how far it is from `trusted`, which took
+        `trusted_seconds`."""
 
         def note() -> None:
             candidate, seconds = self.timed(work)
@@ -95,9 +114,12 @@ class Shadow:
 
 
 class ShadowLinear:
-    """A linear layer that answers, and the candidate's beside it. Both read their weights while the checkpoint is read."""
+    """A linear layer that answers, and the candidate's beside it. Both read their weights while the
+    checkpoint is read."""
 
-    def __init__(self, shadow: Shadow, key: str, name: str, trusted: Linear, candidate: Linear) -> None:
+    def __init__(
+        self, shadow: Shadow, key: str, name: str, trusted: Linear, candidate: Linear
+    ) -> None:
         self._shadow, self._key, self._name = shadow, key, name
         self._trusted, self._candidate = trusted, candidate
 
@@ -106,7 +128,9 @@ class ShadowLinear:
             return self._call(x, dtype)
         given = x.clone()
         y, seconds = self._shadow.timed(lambda: self._call(x, dtype))
-        self._shadow.compare(self._key, self._name, y, lambda: self._candidate(given, dtype), seconds)
+        self._shadow.compare(
+            self._key, self._name, y, lambda: self._candidate(given, dtype), seconds
+        )
         return y
 
     def _call(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -139,7 +163,8 @@ class CandidateGroup:
     cache: Any = None
     """Of blocks 1 … n, the step's; every layer's in turn."""
     blocks: list[int] | None = None
-    """The step's blocks in the trusted cache: block i here is blocks[i - 1] there. None: not this step."""
+    """The step's blocks in the trusted cache: block i here is blocks[i - 1] there. None: not this
+    step."""
     plan: Any = None
 
 
@@ -147,9 +172,13 @@ class ShadowAttention:
     """The candidates' side of a step's attention."""
 
     def __init__(
-        self, shadow: Shadow, groups: list[KVGroup], layers: list[AttentionLayer], candidates: Mapping[str, AttentionBackend],
+        self,
+        shadow: Shadow,
+        groups: list[KVGroup],
+        layers: list[AttentionLayer],
+        candidates: Mapping[str, AttentionBackend],
         kv_dtype: str,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`candidates`: by kind of layer."""
         self._shadow = shadow
         self._candidates: list[CandidateGroup | None] = []
@@ -161,7 +190,8 @@ class ShadowAttention:
             self._candidates.append(None if backend is None else CandidateGroup(key, backend, spec))
 
     def begin_step(self, step_id: int) -> None:
-        """Before the step is planned. Those that warm the worker up have a negative id, and are not sampled."""
+        """Before the step is planned. Those that warm the worker up have a negative id, and are not
+        sampled."""
         self._shadow.active = False
         if step_id >= 0:
             self._shadow.begin_step()
@@ -174,11 +204,15 @@ class ShadowAttention:
         candidate.blocks = None
         if self._shadow.runs(candidate.key):
             blocks, own = renumbered(batch, candidate.spec.block_size, layers[0].window)
-            if self._shadow.attempt(candidate.key, lambda: self._prepare(candidate, len(blocks), own, layers)):
+            if self._shadow.attempt(
+                candidate.key, lambda: self._prepare(candidate, len(blocks), own, layers)
+            ):
                 candidate.blocks = blocks
 
     @staticmethod
-    def _prepare(c: CandidateGroup, num_blocks: int, batch: AttentionBatch, layers: list[AttentionLayer]) -> bool:
+    def _prepare(
+        c: CandidateGroup, num_blocks: int, batch: AttentionBatch, layers: list[AttentionLayer]
+    ) -> bool:
         if c.cache is None or c.spec.num_blocks <= num_blocks:
             c.cache = None  # before the larger one is made
             c.spec = replace(c.spec, num_blocks=1 << (num_blocks + 1).bit_length())
@@ -187,10 +221,18 @@ class ShadowAttention:
         return True
 
     def run(
-        self, group: int, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, trusted: AttentionBackend, cache: Any,
+        self,
+        group: int,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        trusted: AttentionBackend,
+        cache: Any,
         answer: Callable[[], Tensor],
-    ) -> Tensor:  # fmt: skip
-        """`answer` is the trusted provider's `run`; its result is returned, whatever the candidate does."""
+    ) -> Tensor:
+        """`answer` is the trusted provider's `run`; its result is returned, whatever the candidate
+        does."""
         c = self._candidates[group]
         if c is None or c.blocks is None or not self._shadow.runs(c.key):
             return answer()
@@ -213,11 +255,18 @@ class ShadowAttention:
         return seen
 
 
-def renumbered(batch: AttentionBatch, block_size: int, window: int | None) -> tuple[list[int], AttentionBatch]:
-    """The blocks that a step reads or writes, in ascending order, and the step in a cache that holds only those, from 1 on."""
+def renumbered(
+    batch: AttentionBatch, block_size: int, window: int | None
+) -> tuple[list[int], AttentionBatch]:
+    """The blocks that a step reads or writes, in ascending order, and the step in a cache that
+    holds only those, from 1 on."""
     table, visible = batch.block_table, torch.zeros_like(batch.block_table, dtype=torch.bool)
     for b in range(batch.num_seqs):
-        length, start, end = batch.host_seq_lens[b], batch.host_query_start[b], batch.host_query_start[b + 1]
+        length, start, end = (
+            batch.host_seq_lens[b],
+            batch.host_query_start[b],
+            batch.host_query_start[b + 1],
+        )
         first = 0 if window is None else max(0, length - (end - start) - window + 1)
         visible[b, first // block_size : -(-length // block_size)] = True
     ids = table[visible].unique()  # sorted
@@ -225,4 +274,6 @@ def renumbered(batch: AttentionBatch, block_size: int, window: int | None) -> tu
     own[visible] = (torch.searchsorted(ids, table[visible]) + 1).to(table.dtype)
     slots = batch.slot_mapping[: batch.num_tokens]
     at = torch.searchsorted(ids, (slots // block_size).to(ids.dtype)) + 1
-    return ids.tolist(), replace(batch, block_table=own, slot_mapping=at * block_size + slots % block_size)
+    return ids.tolist(), replace(
+        batch, block_table=own, slot_mapping=at * block_size + slots % block_size
+    )

@@ -1,4 +1,5 @@
-"""All the test that a backend needs: the contract, tried over everything that the provider declares."""
+"""All the test that a backend needs: the contract, tried over everything that the provider
+declares."""
 
 from dovetail_testing.attention import AttentionContract
 from my_plugin import PROVIDER

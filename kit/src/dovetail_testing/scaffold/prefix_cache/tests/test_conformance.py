@@ -1,4 +1,5 @@
-"""All the test that a prefix cache needs: the contract, as state machines and in engines with little memory."""
+"""All the test that a prefix cache needs: the contract, as state machines and in engines with
+little memory."""
 
 from dovetail_testing.prefix_cache import PrefixCacheContract
 from my_plugin import PROVIDER

@@ -1,4 +1,5 @@
-"""All the test that a scheme needs: products, fused and sharded layers, memory, and what must be refused."""
+"""All the test that a scheme needs: products, fused and sharded layers, memory, and what must be
+refused."""
 
 from dovetail_testing.quantization import QuantizationContract
 from my_plugin import PROVIDER

@@ -1,4 +1,5 @@
-"""All the test that a scheduler needs: the contract, against engines that come and go as they like."""
+"""All the test that a scheduler needs: the contract, against engines that come and go as they
+like."""
 
 from dovetail_testing.scheduler import SchedulerContract
 from my_plugin import PROVIDER

@@ -1,4 +1,5 @@
-"""All the test that a drafter needs: it never changes what is said, whatever becomes of its proposals."""
+"""All the test that a drafter needs: it never changes what is said, whatever becomes of its
+proposals."""
 
 from dovetail_testing.drafter import DrafterContract
 from my_plugin import PROVIDER

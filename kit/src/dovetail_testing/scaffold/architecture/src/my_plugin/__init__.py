@@ -1,4 +1,5 @@
-"""Model code: the hook, and what this package offers. Imported whenever an engine is composed, so nothing heavy here."""
+"""Model code: the hook, and what this package offers. Imported whenever an engine is composed, so
+nothing heavy here."""
 
 from __future__ import annotations
 
@@ -12,18 +13,33 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.model import MyPluginArchitecture
 
-# `architectures` of the config.json that this is code for, and tiny configs of such models: what the kit tries it with.
+# `architectures` of the config.json that this is code for, and tiny configs of such models: what
+# the kit tries it with.
 NAME = "LlamaForCausalLM"
 TINY = {
-    "architectures": [NAME], "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64, "tie_word_embeddings": True,
-}  # fmt: skip
-UNTIED = {**TINY, "tie_word_embeddings": False, "head_dim": 16, "rope_theta": 500.0, "rms_norm_eps": 1e-3}
+    "architectures": [NAME],
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+UNTIED = {
+    **TINY,
+    "tie_word_embeddings": False,
+    "head_dim": 16,
+    "rope_theta": 500.0,
+    "rms_norm_eps": 1e-3,
+}
 CAPABILITIES = ArchitectureCapabilities(architectures=(NAME,), examples=(TINY, UNTIED))
 
 
 def build(context: BuildContext, options: Options) -> MyPluginArchitecture:
-    """Called once, in the process that computes. The worker then asks what this returns for the checkpoint's model."""
+    """Called once, in the process that computes. The worker then asks what this returns for the
+    checkpoint's model."""
     from my_plugin.model import MyPluginArchitecture  # heavy imports belong here
 
     return MyPluginArchitecture()
@@ -35,7 +51,9 @@ PROVIDER = Provider(
     build,
     Options,  # none of its own
     CAPABILITIES,
-    priority=-10,  # `auto` takes the highest. Below 0: only when asked for. A new architecture's code has no rival: take 10
+    # `auto` takes the highest. Below 0: only when asked for. A new architecture's code has no
+    # rival: take 10
+    priority=-10,
 )
 
 

@@ -1,7 +1,9 @@
-"""Llama, to be changed into something else. A model reads no file and knows no cache: linear layers come from `build.layers`
-(and are quantized or packed without a line about it here), attention is `attend`, and `targets` says which tensor goes where.
+"""Llama, to be changed into something else. A model reads no file and knows no cache: linear layers
+come from `build.layers` (and are quantized or packed without a line about it here), attention is
+`attend`, and `targets` says which tensor goes where.
 
-Words: T tokens of the step, laid end to end whatever sequence they are of; H hidden size; D head size.
+Words: T tokens of the step, laid end to end whatever sequence they are of; H hidden size; D head
+size.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
 
     def targets(self) -> dict[str, Target]:
         return {f"{self.name}.weight": Target.into(self.weight)}
@@ -43,19 +47,30 @@ class Norm:
 class Layer:
     """Attention and MLP, each added to what it was given."""
 
-    def __init__(self, build: ModelBuild, index: int, size: int, inner: int, heads: tuple[int, int, int]) -> None:
+    def __init__(
+        self, build: ModelBuild, index: int, size: int, inner: int, heads: tuple[int, int, int]
+    ) -> None:
         name, (num_heads, num_kv_heads, head_size) = f"model.layers.{index}", heads
-        sizes = {"q": num_heads * head_size, "k": num_kv_heads * head_size, "v": num_kv_heads * head_size}
+        sizes = {
+            "q": num_heads * head_size,
+            "k": num_kv_heads * head_size,
+            "v": num_kv_heads * head_size,
+        }
 
         def linear(fused: str, in_features: int, parts: dict[str, int]) -> Linear:
-            """One layer, made of the checkpoint's layers `parts`, whose outputs lie one after the other."""
+            """One layer, made of the checkpoint's layers `parts`, whose outputs lie one after the
+            other."""
             made = [Part(f"{name}.{part}", out_features) for part, out_features in parts.items()]
             return build.layers.linear(f"{name}.{fused}", made, in_features, False)
 
         self.index, self.heads = index, heads
-        self.qkv = linear("self_attn.qkv_proj", size, {f"self_attn.{x}_proj": n for x, n in sizes.items()})
+        self.qkv = linear(
+            "self_attn.qkv_proj", size, {f"self_attn.{x}_proj": n for x, n in sizes.items()}
+        )
         self.attention_out = linear("self_attn.o_proj", sizes["q"], {"self_attn.o_proj": size})
-        self.gate_up = linear("mlp.gate_up_proj", size, {"mlp.gate_proj": inner, "mlp.up_proj": inner})
+        self.gate_up = linear(
+            "mlp.gate_up_proj", size, {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+        )
         self.down = linear("mlp.down_proj", inner, {"mlp.down_proj": size})
         self.norm_1 = Norm(build, f"{name}.input_layernorm", size)
         self.norm_2 = Norm(build, f"{name}.post_attention_layernorm", size)
@@ -63,7 +78,11 @@ class Layer:
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """`x [T, H]` → the same shape."""
         num_heads, num_kv_heads, head_size = self.heads
-        q, k, v = self.qkv(self.norm_1(x)).unflatten(1, (-1, head_size)).split((num_heads, num_kv_heads, num_kv_heads), 1)
+        q, k, v = (
+            self.qkv(self.norm_1(x))
+            .unflatten(1, (-1, head_size))
+            .split((num_heads, num_kv_heads, num_kv_heads), 1)
+        )
         seen = attend(self.index, rotate(q, *angles), rotate(k, *angles), v.contiguous())
         x = x + self.attention_out(seen.flatten(1))
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, 1)
@@ -76,7 +95,8 @@ class Layer:
 
 
 class Llama:
-    """A `Model`. Whatever a config.json asks for and this cannot do is an error that names it, never passed over."""
+    """A `Model`. Whatever a config.json asks for and this cannot do is an error that names it,
+    never passed over."""
 
     def __init__(self, build: ModelBuild) -> None:
         config: Any = build.config
@@ -85,20 +105,39 @@ class Llama:
         heads = (num_heads, config.get("num_key_value_heads") or num_heads, head_size)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-        asked = {"hidden_act": config.get("hidden_act"), "rope_type": rope.get("rope_type"),
-                 "attention_bias": config.get("attention_bias"), "mlp_bias": config.get("mlp_bias")}  # fmt: skip
-        if unknown := {key: value for key, value in asked.items() if value not in (None, False, "silu", "default")}:
-            raise CheckpointError(f"{build.folder / 'config.json'}: {unknown} is not supported by my-plugin")
-        self.frequencies = theta ** -(torch.arange(0, head_size, 2, device=build.device) / head_size)
+        asked = {
+            "hidden_act": config.get("hidden_act"),
+            "rope_type": rope.get("rope_type"),
+            "attention_bias": config.get("attention_bias"),
+            "mlp_bias": config.get("mlp_bias"),
+        }
+        if unknown := {
+            key: value
+            for key, value in asked.items()
+            if value not in (None, False, "silu", "default")
+        }:
+            raise CheckpointError(
+                f"{build.folder / 'config.json'}: {unknown} is not supported by my-plugin"
+            )
+        self.frequencies = theta ** -(
+            torch.arange(0, head_size, 2, device=build.device) / head_size
+        )
         self.vocab_size: int = config["vocab_size"]
         self.embedding = build.layers.embedding("model.embed_tokens", self.vocab_size, size)
         self.head: Linear = self.embedding  # tied: one table for both ends
         if not config.get("tie_word_embeddings"):
-            self.head = build.layers.linear("lm_head", [Part("lm_head", self.vocab_size)], size, False)
-        self.layers = [Layer(build, i, size, config["intermediate_size"], heads) for i in range(config["num_hidden_layers"])]
+            self.head = build.layers.linear(
+                "lm_head", [Part("lm_head", self.vocab_size)], size, False
+            )
+        self.layers = [
+            Layer(build, i, size, config["intermediate_size"], heads)
+            for i in range(config["num_hidden_layers"])
+        ]
         self.norm = Norm(build, "model.norm", size)
         self.attention_layers = [
-            build.layers.attention(f"model.layers.{i}.self_attn", AttentionLayer(i, *heads, scale=head_size**-0.5))
+            build.layers.attention(
+                f"model.layers.{i}.self_attn", AttentionLayer(i, *heads, scale=head_size**-0.5)
+            )
             for i in range(len(self.layers))
         ]
 
@@ -110,7 +149,9 @@ class Llama:
         return found
 
     def unused(self) -> list[str]:
-        return ["lm_head.weight"] if self.head is self.embedding else []  # a tied head that was saved all the same
+        return (
+            ["lm_head.weight"] if self.head is self.embedding else []
+        )  # a tied head that was saved all the same
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """`i64[T]`, twice → hidden states `[T, H]`."""

@@ -1,6 +1,8 @@
-"""The attention itself, one token at a time: slow, short, and the same whatever else is in the batch.
+"""The attention itself, one token at a time: slow, short, and the same whatever else is in the
+batch.
 
-Words: T tokens in the step, Hq query heads, Hkv key/value heads, D head size. Query head h reads KV head h // (Hq / Hkv).
+Words: T tokens in the step, Hq query heads, Hkv key/value heads, D head size. Query head h reads KV
+head h // (Hq / Hkv).
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 
 Cache = tuple[Tensor, Tensor]
-"""One layer's keys and values, each `[num_blocks, block_size, Hkv, D]`. The layout is this package's own business."""
+"""One layer's keys and values, each `[num_blocks, block_size, Hkv, D]`. The layout is this
+package's own business."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,20 @@ class MyPluginAttention:
                 # Entries of the table outside these positions are undefined: never follow them.
                 blocks = batch.block_table[row, positions // block_size].long()
                 seen.append(blocks * block_size + positions % block_size)
-        return Plan(batch.slot_mapping.clone(), seen)  # the batch's buffers are used again for the next step
+        return Plan(
+            batch.slot_mapping.clone(), seen
+        )  # the batch's buffers are used again for the next step
 
-    def run(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: Cache, plan: Plan, out: Tensor) -> None:
+    def run(
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: Cache,
+        plan: Plan,
+        out: Tensor,
+    ) -> None:
         keys, values = (part.flatten(0, 1) for part in cache)  # [slots, Hkv, D], views of the cache
         # All of the step is written before any of it is read: rows of one step may share blocks.
         keys[plan.slot_mapping], values[plan.slot_mapping] = k.to(keys.dtype), v.to(values.dtype)

@@ -1,4 +1,5 @@
-"""A KV-cache manager: the hook, and what this package offers. Imported whenever an engine is composed: nothing heavy here."""
+"""A KV-cache manager: the hook, and what this package offers. Imported whenever an engine is
+composed: nothing heavy here."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(KVCacheOptions):
-    """`block_size`, `dtype` and the memory limits are inherited: workers read them. Add your own fields."""
+    """`block_size`, `dtype` and the memory limits are inherited: workers read them. Add your own
+    fields."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginBlocks:
@@ -29,7 +31,8 @@ PROVIDER = Provider(
     build,
     MyPluginOptions,
     priority=-10,  # `auto` takes the highest: the core's own has 50. Below 0: only when asked for
-    # What other extension points must not take beside it, and why: the plan shows it. `requires` and `untested_with` are the like.
+    # What other extension points must not take beside it, and why: the plan shows it. `requires`
+    # and `untested_with` are the like.
     conflicts=(Relation("prefix_cache", ("*",), "this manager never asks a prefix cache"),),
 )
 

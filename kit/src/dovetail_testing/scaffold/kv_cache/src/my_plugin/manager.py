@@ -1,5 +1,6 @@
-"""Who owns the blocks. A block holds the keys and values of `block_size` tokens, in every layer of a KV group; block 0 of each
-group is the null block, which is never handed out. Only whole blocks are shared, so nobody ever writes to a shared one.
+"""Who owns the blocks. A block holds the keys and values of `block_size` tokens, in every layer of
+a KV group; block 0 of each group is the null block, which is never handed out. Only whole blocks
+are shared, so nobody ever writes to a shared one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class MyPluginBlocks:
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         tables = self._tables.get(seq_id) or [[] for _ in self.groups]
-        needed = [max(0, -(-num_tokens // g.block_size) - len(t)) for g, t in zip(self.groups, tables, strict=True)]
+        needed = [
+            max(0, -(-num_tokens // g.block_size) - len(t))
+            for g, t in zip(self.groups, tables, strict=True)
+        ]
         if any(n > len(free) for n, free in zip(needed, self._free, strict=True)):
             return None  # looked at for all groups before any is changed
         added = [[free.pop() for _ in range(n)] for n, free in zip(needed, self._free, strict=True)]
@@ -43,7 +47,10 @@ class MyPluginBlocks:
     def share(self, source: int, target: int, num_tokens: int) -> int:
         unit = max(g.block_size for g in self.groups)  # a whole number of blocks in every group
         shared = num_tokens // unit * unit
-        heads = [t[: shared // g.block_size] for g, t in zip(self.groups, self._tables[source], strict=True)]
+        heads = [
+            t[: shared // g.block_size]
+            for g, t in zip(self.groups, self._tables[source], strict=True)
+        ]
         if not shared or any(NULL_BLOCK in head for head in heads):
             return 0
         self._tables[target] = heads
@@ -70,7 +77,8 @@ class MyPluginBlocks:
         for i, (group, table) in enumerate(zip(self.groups, self._tables[seq_id], strict=True)):
             if group.window is None:
                 continue
-            # The next token sees the `window - 1` tokens before it: blocks wholly before those are done with.
+            # The next token sees the `window - 1` tokens before it: blocks wholly before those are
+            # done with.
             unseen = max(0, num_computed_tokens - group.window + 1) // group.block_size
             self._drop(i, table[:unseen])
             table[:unseen] = [NULL_BLOCK] * len(table[:unseen])

@@ -1,4 +1,5 @@
-"""Products by quantized weights: the hook, and the offer. Imported when an engine is composed: nothing heavy here."""
+"""Products by quantized weights: the hook, and the offer. Imported when an engine is composed:
+nothing heavy here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.products import MyPluginMatmul
 
-# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit tries all that is.
+# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit
+# tries all that is.
 CAPABILITIES = MatmulCapabilities(
     codes=("int8", "uint4", "float8_e4m3fn"),
     inputs=("int8", "float8_e4m3fn"),  # what x may be rounded to before the product
@@ -21,7 +23,8 @@ CAPABILITIES = MatmulCapabilities(
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a description."""
+    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    description."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginMatmul:

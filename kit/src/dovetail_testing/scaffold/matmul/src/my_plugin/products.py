@@ -1,5 +1,5 @@
-"""The products: for each layer a callable that holds its codes and scales. How checkpoints store a weight is the schemes'
-business; here all of them come in one form, which `WeightFormat` describes.
+"""The products: for each layer a callable that holds its codes and scales. How checkpoints store a
+weight is the schemes' business; here all of them come in one form, which `WeightFormat` describes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 class MyPluginMatmul:
     """A `Matmul`: one object an engine."""
 
-    def linear(self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """`x [T, in]` → `x @ weight.T + bias`. The place to bring the codes into a kernel's order, once."""
+    def linear(
+        self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        """`x [T, in]` → `x @ weight.T + bias`. The place to bring the codes into a kernel's order,
+        once."""
         kept, size = dict(tensors), format.group_size or layer.in_features
 
         def multiply(x: Tensor) -> Tensor:
@@ -55,6 +58,10 @@ def rounded(x: Tensor, format: WeightFormat, tensors: Mapping[str, Tensor]) -> T
     """x as the format wants it rounded: by a scale of each row, or by the format's."""
     assert format.inputs is not None
     largest = LARGEST[format.inputs]
-    scale = tensors["input_scale"] if format.input_scale else x.abs().amax(1, keepdim=True) / largest
+    scale = (
+        tensors["input_scale"] if format.input_scale else x.abs().amax(1, keepdim=True) / largest
+    )
     limited = (x / scale.clamp_min(1e-30)).clamp(-largest, largest)
-    return (limited.round() if format.inputs == "int8" else limited.to(torch.float8_e4m3fn).float()) * scale
+    return (
+        limited.round() if format.inputs == "int8" else limited.to(torch.float8_e4m3fn).float()
+    ) * scale

@@ -12,13 +12,15 @@ from dovetail.plugin.provider import Options, Provider
 if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
 
-# A folder as on the Hugging Face hub: config.json, *.safetensors, tokenizer.json, tokenizer_config.json. The one that is there
-# now is a Llama of one layer with random weights, whose tokens are bytes: put your own files in its place.
+# A folder as on the Hugging Face hub: config.json, *.safetensors, tokenizer.json,
+# tokenizer_config.json. The one that is there now is a Llama of one layer with random weights,
+# whose tokens are bytes: put your own files in its place.
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def build(context: BuildContext, options: Options) -> ModelSource:
-    """Called before there is a plan: all later choices ask about the model. So `context` is None, and nothing is to be read."""
+    """Called before there is a plan: all later choices ask about the model. So `context` is None,
+    and nothing is to be read."""
     return ModelSource(WEIGHTS, licence="CC0-1.0 (random numbers)")
 
 

@@ -1,4 +1,5 @@
-"""A prefix cache: the hook, and what this package offers. Imported whenever an engine is composed, so nothing heavy here."""
+"""A prefix cache: the hook, and what this package offers. Imported whenever an engine is composed,
+so nothing heavy here."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a description."""
+    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    description."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginIndex:

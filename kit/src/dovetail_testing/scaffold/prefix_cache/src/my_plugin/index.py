@@ -1,8 +1,9 @@
-"""Which block holds the KV of which tokens. Blocks and their reference counts are the manager's; here is only what is known of
-them, and the order in which to give up those that nobody uses.
+"""Which block holds the KV of which tokens. Blocks and their reference counts are the manager's;
+here is only what is known of them, and the order in which to give up those that nobody uses.
 
-KV depends on all tokens before it, so a block's key is everything up to its end, with adapter and salt. Whole beginnings as
-keys cost memory that grows with the square of their length; chained hashes would not, but they need a check for collisions.
+KV depends on all tokens before it, so a block's key is everything up to its end, with adapter and
+salt. Whole beginnings as keys cost memory that grows with the square of their length; chained
+hashes would not, but they need a check for collisions.
 """
 
 from __future__ import annotations

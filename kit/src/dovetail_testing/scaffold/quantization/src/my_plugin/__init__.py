@@ -1,4 +1,5 @@
-"""A quantization scheme: the hook, and what this package offers. Imported when an engine is composed: nothing heavy here."""
+"""A quantization scheme: the hook, and what this package offers. Imported when an engine is
+composed: nothing heavy here."""
 
 from __future__ import annotations
 
@@ -12,22 +13,26 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.scheme import MyPluginScheme
 
-# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit tries all that is.
+# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit
+# tries all that is.
 CAPABILITIES = QuantizationCapabilities(
     on_the_fly=True,  # it quantizes plain checkpoints while they are read
     devices=("cpu", "cuda"),
     dtypes=("float32", "bfloat16", "float16"),  # of a layer's input and output
-    # A scheme that reads checkpoints of its own names their quant_method, and gives one such quantization_config for the kit:
-    # methods=("my-plugin",), examples=({"quant_method": "my-plugin"},),
+    # A scheme that reads checkpoints of its own names their quant_method, and gives one such
+    # quantization_config for the kit: methods=("my-plugin",), examples=({"quant_method":
+    # "my-plugin"},),
 )
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a description."""
+    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    description."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheme:
-    """Called once for each rule of the configuration. `context.model.quantization_config` is what the checkpoint says."""
+    """Called once for each rule of the configuration. `context.model.quantization_config` is what
+    the checkpoint says."""
     from my_plugin.scheme import MyPluginScheme
 
     return MyPluginScheme()
@@ -39,7 +44,9 @@ PROVIDER = Provider(
     build,
     MyPluginOptions,
     CAPABILITIES,
-    priority=-10,  # counts among schemes that read one checkpoint; plain weights are never quantized without being asked
+    # counts among schemes that read one checkpoint; plain weights are never quantized without being
+    # asked
+    priority=-10,
 )
 
 

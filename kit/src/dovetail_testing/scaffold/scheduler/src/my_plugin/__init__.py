@@ -1,4 +1,5 @@
-"""A scheduler: the hook, and what this package offers. Imported whenever an engine is composed, so nothing heavy here."""
+"""A scheduler: the hook, and what this package offers. Imported whenever an engine is composed, so
+nothing heavy here."""
 
 from __future__ import annotations
 
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(SchedulerOptions):
-    """`max_num_seqs` and `max_num_batched_tokens` are inherited: workers and caches are sized by them. Add your own fields."""
+    """`max_num_seqs` and `max_num_batched_tokens` are inherited: workers and caches are sized by
+    them. Add your own fields."""
 
 
-# What it promises beyond the contract: requests that wait together begin in order of arrival. Without a promise leave it out.
+# What it promises beyond the contract: requests that wait together begin in order of arrival.
+# Without a promise leave it out.
 CAPABILITIES = SchedulerCapabilities(order="arrival")
 
 

@@ -1,5 +1,6 @@
-"""Which tokens run now. There is no prefill and no decode: a sequence has known tokens and computed ones, and each step gives
-every scheduled sequence some tokens, so that the second catch up with the first.
+"""Which tokens run now. There is no prefill and no decode: a sequence has known tokens and computed
+ones, and each step gives every scheduled sequence some tokens, so that the second catch up with the
+first.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class MyPluginScheduler:
                 continue
             while not self._add_row(plan, seq, count):
                 is_tight = True
-                # A step in flight may read any block, so that none can be taken now: asked again when it has ended.
+                # A step in flight may read any block, so that none can be taken now: asked again
+                # when it has ended.
                 if in_flight or self._preempt_newest() is seq:
                     break
             else:
@@ -77,7 +79,8 @@ class MyPluginScheduler:
             budget -= count
 
     def _add_row(self, plan: StepPlan, seq: Sequence, count: int) -> bool:
-        """Give the sequence blocks for its next `count` tokens, and a row. False, and nothing changed, if there are none."""
+        """Give the sequence blocks for its next `count` tokens, and a row. False, and nothing
+        changed, if there are none."""
         added = self.kv.grow(seq.seq_id, seq.num_computed_tokens + count)
         if added is None:
             return False
@@ -85,7 +88,8 @@ class MyPluginScheduler:
         return True
 
     def _preempt_newest(self) -> Sequence:
-        """Take the blocks of the last that runs. It is computed again later: its output does not change."""
+        """Take the blocks of the last that runs. It is computed again later: its output does not
+        change."""
         seq = self.running.pop()
         self._take_blocks(seq)
         seq.restart()

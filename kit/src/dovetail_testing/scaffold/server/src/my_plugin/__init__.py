@@ -1,4 +1,5 @@
-"""A server: the hook, and what this package offers. Imported whenever an engine is composed, so nothing heavy here."""
+"""A server: the hook, and what this package offers. Imported whenever an engine is composed, so
+nothing heavy here."""
 
 from __future__ import annotations
 
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. A secret is a `SecretStr`: plans and logs mask it."""
+    """What a user may write beside `use: my-plugin`. A secret is a `SecretStr`: plans and logs mask
+    it."""
 
     max_tokens: int = Field(64, ge=1, description="tokens of an answer")
-    drain_seconds: float = Field(10, ge=0, description="how long requests in flight may go on after SIGTERM")
+    drain_seconds: float = Field(
+        10, ge=0, description="how long requests in flight may go on after SIGTERM"
+    )
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginServer:

@@ -31,19 +31,31 @@ class MyPluginServer:
     def __init__(self, options: MyPluginOptions) -> None:
         self._options = options
 
-    def run(self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    def run(
+        self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]
+    ) -> None:
         asyncio.run(self._run(engine, host, port, on_ready))
 
-    async def _run(self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    async def _run(
+        self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]
+    ) -> None:
         told_to_stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, told_to_stop.set)
         try:
-            listener = await asyncio.start_server(lambda r, w: self._answer(engine, r, w), host, port)
+            listener = await asyncio.start_server(
+                lambda r, w: self._answer(engine, r, w), host, port
+            )
         except OSError as e:
-            raise ConfigError(f"cannot listen on {host}:{port}: {e.strerror}; choose another --host or --port") from None
-        # Connections are taken from here on. Until the engine has loaded, `generate` raises what is answered with 503.
-        starting, stopping = asyncio.create_task(engine.start()), asyncio.create_task(told_to_stop.wait())
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {e.strerror}; choose another --host or --port"
+            ) from None
+        # Connections are taken from here on. Until the engine has loaded, `generate` raises what is
+        # answered with 503.
+        starting, stopping = (
+            asyncio.create_task(engine.start()),
+            asyncio.create_task(told_to_stop.wait()),
+        )
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
@@ -57,12 +69,16 @@ class MyPluginServer:
             await engine.close()
             await asyncio.gather(starting, stopping, return_exceptions=True)
 
-    async def _answer(self, engine: EngineClient, reader: StreamReader, writer: StreamWriter) -> None:
+    async def _answer(
+        self, engine: EngineClient, reader: StreamReader, writer: StreamWriter
+    ) -> None:
         try:
             async with asyncio.timeout(PATIENCE):
                 prompt = await _read(reader)
             text = ""
-            async for delta in engine.generate(prompt, SamplingParams(max_tokens=self._options.max_tokens, temperature=0)):
+            async for delta in engine.generate(
+                prompt, SamplingParams(max_tokens=self._options.max_tokens, temperature=0)
+            ):
                 text += delta.text
             status = HTTPStatus.OK
         except DovetailError as e:  # every error says what a server answers with
@@ -70,7 +86,10 @@ class MyPluginServer:
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError, ValueError):
             status, text = HTTPStatus.BAD_REQUEST, "this is no request with a body"
         body = text.encode()
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n"
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/plain;"
+            " charset=utf-8\r\nConnection: close\r\n"
+        )
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         writer.close()
 

@@ -1,6 +1,7 @@
 """A drafter: the hook, what this package offers, and, since it is so short, the drafter itself.
 
-The engine verifies every proposal against the model, so that a drafter makes it slower or faster and never different.
+The engine verifies every proposal against the model, so that a drafter makes it slower or faster
+and never different.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(DrafterOptions):
-    """`num_draft_tokens` is inherited. Add your own fields, each with a default and a description."""
+    """`num_draft_tokens` is inherited. Add your own fields, each with a default and a
+    description."""
 
 
 class MyPluginDrafter:
-    """A `Drafter`: one object an engine. It may keep what it likes about a sequence, by `seq_id`, until `forget`."""
+    """A `Drafter`: one object an engine. It may keep what it likes about a sequence, by `seq_id`,
+    until `forget`."""
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-        """The last token again, if it came twice already. `seq` is to be read only; an empty list means: no good guess."""
+        """The last token again, if it came twice already. `seq` is to be read only; an empty list
+        means: no good guess."""
         return seq.tokens[-1:] * max_tokens if seq.tokens[-1:] == seq.tokens[-2:-1] else []
 
     def forget(self, seq_id: int) -> None:
@@ -41,8 +45,10 @@ PROVIDER = Provider(
     "proposes what stutters to go on stuttering",
     build,
     MyPluginOptions,
-    DrafterCapabilities(),  # it learns nothing from other requests: proposals follow from the sequence alone
-    priority=-10,  # what `auto` goes by; without `speculation:` in the file there is no drafting at all
+    # it learns nothing from other requests: proposals follow from the sequence alone
+    DrafterCapabilities(),
+    # what `auto` goes by; without `speculation:` in the file there is no drafting at all
+    priority=-10,
 )
 
 

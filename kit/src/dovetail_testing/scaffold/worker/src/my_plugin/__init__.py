@@ -1,4 +1,5 @@
-"""A worker: the hook, and what this package offers. Imported whenever an engine is composed, so nothing heavy here."""
+"""A worker: the hook, and what this package offers. Imported whenever an engine is composed, so
+nothing heavy here."""
 
 from __future__ import annotations
 
@@ -15,17 +16,24 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a description."""
+    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    description."""
 
 
 def why_not(context: Context) -> list[Reason]:
-    """What this worker cannot do with the machine and with the parts that were chosen before it. An empty list: it can."""
+    """What this worker cannot do with the machine and with the parts that were chosen before it. An
+    empty list: it can."""
     made, schemes = context.needs.get("architecture"), context.needs.get("quantization", [])
     reasons = []
     if context.device_name != "cpu":
         reasons.append(Reason(f"it computes on the cpu, not on {context.device_name}"))
     if made is None or made.framework != "torch" or made.loads_weights:
-        reasons.append(Reason("it needs model code in torch that leaves the reading of weights to it", "architecture: decoder"))
+        reasons.append(
+            Reason(
+                "it needs model code in torch that leaves the reading of weights to it",
+                "architecture: decoder",
+            )
+        )
     if not all(PLAIN in scheme.methods for scheme in schemes):
         reasons.append(Reason("its linear layers are plain", "quantization: none"))
     return reasons

@@ -1,4 +1,5 @@
-"""What a model is given: plain linear layers, and the checkpoint's tensors in them. The model's code is the architecture's."""
+"""What a model is given: plain linear layers, and the checkpoint's tensors in them. The model's
+code is the architecture's."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.facts import read_json
-from dovetail.interfaces.architecture import Architecture, Embedding, Linear, Model, ModelBuild, Target
+from dovetail.interfaces.architecture import (
+    Architecture,
+    Embedding,
+    Linear,
+    Model,
+    ModelBuild,
+    Target,
+)
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.interfaces.worker import Progress
@@ -23,7 +31,9 @@ from dovetail.interfaces.worker import Progress
 class PlainLinear:
     """A `Linear`, and an `Embedding`: the same table, read by rows."""
 
-    def __init__(self, parts: Sequence[Part], in_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, parts: Sequence[Part], in_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
         out_features = sum(part.out_features for part in parts)
         self.parts = parts
         self.weight = torch.empty(out_features, in_features, dtype=dtype)
@@ -65,29 +75,46 @@ class PlainLayers:
         return layer
 
 
-def load_model(folder: Path, architecture: Architecture, dtype: torch.dtype, progress: Progress) -> Model:
-    """Make the folder's model and read its weights. Raises `CheckpointError` that names the file or the tensor."""
+def load_model(
+    folder: Path, architecture: Architecture, dtype: torch.dtype, progress: Progress
+) -> Model:
+    """Make the folder's model and read its weights. Raises `CheckpointError` that names the file or
+    the tensor."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no weights (*.safetensors)")
     try:
-        shards: dict[Path, Any] = {path: safe_open(path, framework="pt", device="cpu") for path in files}
+        shards: dict[Path, Any] = {
+            path: safe_open(path, framework="pt", device="cpu") for path in files
+        }
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{folder}: the weights are truncated or not safetensors: {e}") from None
+        raise CheckpointError(
+            f"{folder}: the weights are truncated or not safetensors: {e}"
+        ) from None
     where = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
     config = read_json(folder / "config.json")
-    build = ModelBuild(folder, config, frozenset(where), PlainLayers(dtype), dtype, torch.device("cpu"), progress)
+    build = ModelBuild(
+        folder, config, frozenset(where), PlainLayers(dtype), dtype, torch.device("cpu"), progress
+    )
     model = architecture.model(build)
     targets = model.targets()
     if missing := sorted(set(targets) - set(where)):
         raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}, which the model has")
-    unknown = [n for n in sorted(set(where) - set(targets)) if not any(fnmatchcase(n, glob) for glob in model.unused())]
+    unknown = [
+        n
+        for n in sorted(set(where) - set(targets))
+        if not any(fnmatchcase(n, glob) for glob in model.unused())
+    ]
     if unknown:
-        raise CheckpointError(f"{folder} holds {', '.join(unknown[:5])}, which the model does not have")
+        raise CheckpointError(
+            f"{folder} holds {', '.join(unknown[:5])}, which the model does not have"
+        )
     for done, (name, target) in enumerate(targets.items(), 1):
         tensor = shards[where[name]].get_tensor(name)
         if tuple(tensor.shape) != target.shape:
-            raise CheckpointError(f"{where[name]}: {name} has shape {list(tensor.shape)}, not {list(target.shape)}")
+            raise CheckpointError(
+                f"{where[name]}: {name} has shape {list(tensor.shape)}, not {list(target.shape)}"
+            )
         target.store(tensor)
         progress("loading weights", done, len(targets))
     return model

@@ -1,5 +1,5 @@
-"""From logits to a token, one row at a time, in the order that `SamplingParams` gives: bias, penalties, min_tokens,
-temperature, top_k, top_p, min_p, draw.
+"""From logits to a token, one row at a time, in the order that `SamplingParams` gives: bias,
+penalties, min_tokens, temperature, top_k, top_p, min_p, draw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ NEVER = -torch.inf
 
 
 def draw(logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | None) -> int:
-    """The token after `tokens`, from the raw `logits` f32[V]; `mask` is a bitmap of the tokens allowed, little-endian."""
+    """The token after `tokens`, from the raw `logits` f32[V]; `mask` is a bitmap of the tokens
+    allowed, little-endian."""
     params, logits = start.params, logits.clone()
     if mask is not None:
         allowed = [bool(mask[i // 8] >> i % 8 & 1) for i in range(len(logits))]
@@ -24,9 +25,14 @@ def draw(logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | 
         logits[token] += bias
     if params.penalized:
         seen = torch.tensor(sorted(set(tokens)))
-        scaled = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        scaled = torch.where(
+            logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
+        )
         logits[seen] = scaled[seen]
-        counts = torch.bincount(torch.tensor(tokens[start.num_prompt_tokens :], dtype=torch.int64), minlength=len(logits))
+        counts = torch.bincount(
+            torch.tensor(tokens[start.num_prompt_tokens :], dtype=torch.int64),
+            minlength=len(logits),
+        )
         logits -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
     if len(tokens) - start.num_prompt_tokens < params.min_tokens:
         logits[[*start.eos_token_ids, *params.stop_token_ids]] = NEVER
@@ -41,12 +47,14 @@ def draw(logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | 
     if params.min_p:
         probabilities = logits.softmax(-1)
         logits[probabilities < params.min_p * probabilities.max()] = NEVER
-    # The argmax of logits - log(e), e exponential, is a sample from their softmax (the Gumbel-max trick).
+    # The argmax of logits - log(e), e exponential, is a sample from their softmax (the Gumbel-max
+    # trick).
     return int((logits - noise(start.seed, start.sample_index, len(tokens), len(logits))).argmax())
 
 
 def noise(seed: int, sample_index: int, position: int, vocab_size: int) -> Tensor:
-    """f32[V] of log(e), keyed: it depends on nothing else, so that a request's tokens depend on no neighbour and no restart."""
+    """f32[V] of log(e), keyed: it depends on nothing else, so that a request's tokens depend on no
+    neighbour and no restart."""
     key = blake2b(f"{seed} {sample_index} {position}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     return torch.empty(vocab_size).exponential_(generator=generator).log()
@@ -57,4 +65,6 @@ def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, len(logits)))
     rank = 1 + int((logprobs > logprobs[token]).sum())
-    return TokenLogprobs([token, *best.indices.tolist()], [float(logprobs[token]), *best.values.tolist()], rank)
+    return TokenLogprobs(
+        [token, *best.indices.tolist()], [float(logprobs[token]), *best.values.tolist()], rank
+    )

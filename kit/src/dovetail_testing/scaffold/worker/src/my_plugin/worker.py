@@ -1,5 +1,5 @@
-"""Everything that touches the device. A step's rows are laid end to end, the model runs over them once, and each row that
-reaches the last known token of its sequence samples the next one.
+"""Everything that touches the device. A step's rows are laid end to end, the model runs over them
+once, and each row that reaches the last known token of its sequence samples the next one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from dovetail.interfaces.architecture import Model
-from dovetail.interfaces.attention import AttentionBackend, AttentionBatch, AttentionLayer, KVCacheSpec
+from dovetail.interfaces.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionLayer,
+    KVCacheSpec,
+)
 from dovetail.interfaces.worker import Progress
 from dovetail.plugin.build_context import BuildContext
 from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult
@@ -44,7 +49,8 @@ class Computed:
 
 
 class MyPluginWorker:
-    """A `Worker`. Its life: load, kv_groups, kv_memory, allocate, warm_up, then submit and sample for each step, and close."""
+    """A `Worker`. Its life: load, kv_groups, kv_memory, allocate, warm_up, then submit and sample
+    for each step, and close."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -60,22 +66,36 @@ class MyPluginWorker:
     def load(self, progress: Progress) -> None:
         plan = self._context.plan
         self._model = load_model(
-            Path(plan.folder), self._context.build("architecture"), getattr(torch, plan.dtype), progress
-        )  # fmt: skip
+            Path(plan.folder),
+            self._context.build("architecture"),
+            getattr(torch, plan.dtype),
+            progress,
+        )
 
     def kv_groups(self) -> list[KVGroup]:
         """Layers that see equally far share a numbering of blocks."""
         layers, groups = self._model.attention_layers, []
-        size, block_size = getattr(torch, self._kv_dtype).itemsize, self._context.option("kv_cache", "block_size")
+        size, block_size = (
+            getattr(torch, self._kv_dtype).itemsize,
+            self._context.option("kv_cache", "block_size"),
+        )
         for window in dict.fromkeys(layer.window for layer in layers):
             members = [layer for layer in layers if layer.window == window]
-            per_token = sum(2 * m.num_kv_heads * m.head_size * size for m in members)  # keys and values
+            per_token = sum(
+                2 * m.num_kv_heads * m.head_size * size for m in members
+            )  # keys and values
             kind = "full" if window is None else "sliding"
-            groups.append(KVGroup([m.index for m in members], kind, block_size, per_token * block_size, window))
+            groups.append(
+                KVGroup(
+                    [m.index for m in members], kind, block_size, per_token * block_size, window
+                )
+            )
         return groups
 
     def kv_memory(self) -> int:
-        asked, share = (self._context.option("kv_cache", name) for name in ("memory_gb", "memory_fraction"))
+        asked, share = (
+            self._context.option("kv_cache", name) for name in ("memory_gb", "memory_fraction")
+        )
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return int(asked * 2**30) if asked is not None else min(MOST_MEMORY, int(free * share))
 
@@ -85,14 +105,17 @@ class MyPluginWorker:
         for group, backend, count in zip(self._groups, self._backends, num_blocks, strict=True):
             for index in group.layers:
                 layer = self._model.attention_layers[index]
-                spec = KVCacheSpec(count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype)
+                spec = KVCacheSpec(
+                    count, group.block_size, layer.num_kv_heads, layer.head_size, self._kv_dtype
+                )
                 self._caches[index] = backend.allocate_cache(spec)
 
     def warm_up(self, progress: Progress) -> None:
         progress("warming up", 1, 1)  # nothing here is slow the first time
 
     def submit(self, plan: StepPlan) -> Computed:
-        """Computes at once, so that a step behind it finds its tokens sampled; one that waits for masks is sampled by `sample`."""
+        """Computes at once, so that a step behind it finds its tokens sampled; one that waits for
+        masks is sampled by `sample`."""
         self._update(plan)
         with torch.inference_mode():
             step = Computed(plan, self._forward(plan))
@@ -109,14 +132,19 @@ class MyPluginWorker:
         self._backends.clear()
 
     def _update(self, plan: StepPlan) -> None:
-        """Take in what the plan tells of sequences: only what changed since the last one. An odd plan changes nothing."""
+        """Take in what the plan tells of sequences: only what changed since the last one. An odd
+        plan changes nothing."""
         known = (set(self._known) - set(plan.released)) | {start.seq_id for start in plan.starts}
         if unknown := set(plan.seq_ids) - known:
-            raise ValueError(f"step {plan.step_id} has rows of unknown sequences: {sorted(unknown)}")
+            raise ValueError(
+                f"step {plan.step_id} has rows of unknown sequences: {sorted(unknown)}"
+            )
         for seq_id in plan.released:
             self._known.pop(seq_id, None)
         for start in plan.starts:
-            self._known[start.seq_id] = Known(start, list(start.token_ids), [list(ids) for ids in start.block_ids])
+            self._known[start.seq_id] = Known(
+                start, list(start.token_ids), [list(ids) for ids in start.block_ids]
+            )
         for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
             for table, blocks in zip(self._known[seq_id].tables, added, strict=bool(added)):
                 table += blocks
@@ -125,7 +153,10 @@ class MyPluginWorker:
         """Logits of every row's tokens."""
         rows = [self._known[i] for i in plan.seq_ids]
         drafts = plan.draft_token_ids or [[] for _ in rows]
-        spans = [range(first, first + n) for first, n in zip(plan.num_computed, plan.num_tokens, strict=True)]
+        spans = [
+            range(first, first + n)
+            for first, n in zip(plan.num_computed, plan.num_tokens, strict=True)
+        ]
         tokens = [[*row.tokens, *draft] for row, draft in zip(rows, drafts, strict=True)]
         token_ids = torch.tensor([tokens[b][p] for b, span in enumerate(spans) for p in span])
         positions = torch.tensor([p for span in spans for p in span])
@@ -159,11 +190,19 @@ class MyPluginWorker:
                 continue
             if params.prompt_logprobs is not None:  # of the prompt's tokens that follow this row's
                 first = plan.num_computed[b] + 1
-                said = row.tokens[first : min(first + plan.num_tokens[b], row.start.num_prompt_tokens)]
+                said = row.tokens[
+                    first : min(first + plan.num_tokens[b], row.start.num_prompt_tokens)
+                ]
                 for at, token in enumerate(said):
-                    result.prompt_logprobs[b].append(logprobs_of(logits[at], token, params.prompt_logprobs))
-            # Drafts are verified here: the model's token is sampled as always, and a draft counts while it is the same.
-            for at, draft in enumerate([*drafts[b], None] if plan.samples[b] else [], plan.num_tokens[b] - len(drafts[b]) - 1):
+                    result.prompt_logprobs[b].append(
+                        logprobs_of(logits[at], token, params.prompt_logprobs)
+                    )
+            # Drafts are verified here: the model's token is sampled as always, and a draft counts
+            # while it is the same.
+            for at, draft in enumerate(
+                [*drafts[b], None] if plan.samples[b] else [],
+                plan.num_tokens[b] - len(drafts[b]) - 1,
+            ):
                 token = draw(logits[at], row.start, row.tokens, masks.get(seq_id))
                 row.tokens.append(token)
                 result.token_ids[b].append(token)
@@ -175,12 +214,17 @@ class MyPluginWorker:
 
 
 def batch_of(tables: list[list[int]], spans: list[range], block_size: int) -> AttentionBatch:
-    """One step's rows in one KV group, from their block tables and the positions of their tokens."""
+    """One step's rows in one KV group, from their block tables and the positions of their
+    tokens."""
     starts = [0]
     for span in spans:
         starts.append(starts[-1] + len(span))
     width = max(map(len, tables))
-    slots = [t[p // block_size] * block_size + p % block_size for t, span in zip(tables, spans, strict=True) for p in span]
+    slots = [
+        t[p // block_size] * block_size + p % block_size
+        for t, span in zip(tables, spans, strict=True)
+        for p in span
+    ]
     lengths = [span.stop for span in spans]
     return AttentionBatch(
         query_start=torch.tensor(starts, dtype=torch.int32),

@@ -1,4 +1,5 @@
-"""An eviction policy: the hook, what this package offers, and, since it is so short, the policy itself."""
+"""An eviction policy: the hook, what this package offers, and, since it is so short, the policy
+itself."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ if TYPE_CHECKING:
 
 
 class MyPluginPolicy:
-    """An `EvictionPolicy`: an order among the blocks that are kept and that no sequence uses. It keeps that contract by shape:
-    nothing has to be imported from the package that opened the extension point.
+    """An `EvictionPolicy`: an order among the blocks that are kept and that no sequence uses. It
+    keeps that contract by shape: nothing has to be imported from the package that opened the
+    extension point.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self._blocks: dict[int, None] = {}  # in the order in which they came
 
     def add(self, block_id: int) -> None:
-        """A block is no longer in use. Of one sequence the last come first: without the earlier ones they are useless."""
+        """A block is no longer in use. Of one sequence the last come first: without the earlier
+        ones they are useless."""
         self._blocks[block_id] = None
 
     def remove(self, block_id: int) -> None:
@@ -52,7 +55,8 @@ PROVIDER = Provider(
 )
 
 
-# The hook is the prefix cache's own: where that is not installed the hook does not exist, and that is no mistake.
+# The hook is the prefix cache's own: where that is not installed the hook does not exist, and that
+# is no mistake.
 @hookimpl(optionalhook=True)
 def dovetail_eviction_policies() -> list[Provider[type[MyPluginPolicy]]]:
     return [PROVIDER]

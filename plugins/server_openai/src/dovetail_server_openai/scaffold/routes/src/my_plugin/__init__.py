@@ -1,4 +1,5 @@
-"""A route of the OpenAI server: the hook, and what this package offers. Nothing heavy here: FastAPI comes with the route."""
+"""A route of the OpenAI server: the hook, and what this package offers. Nothing heavy here: FastAPI
+comes with the route."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def build(context: BuildContext, options: Options) -> Callable[[EngineClient], APIRouter]:
-    """Called in the front-end process. What it returns is called once, with the engine that is served."""
+    """Called in the front-end process. What it returns is called once, with the engine that is
+    served."""
     from my_plugin.route import make_router
 
     return make_router
@@ -30,7 +32,8 @@ PROVIDER = Provider(
 )
 
 
-# The hook is the server's own: where that is not installed the hook does not exist, and that is no mistake.
+# The hook is the server's own: where that is not installed the hook does not exist, and that is no
+# mistake.
 @hookimpl(optionalhook=True)
 def dovetail_routes() -> list[Provider[Callable[[EngineClient], APIRouter]]]:
     return [PROVIDER]

@@ -1,6 +1,8 @@
-"""The route. Bad bodies, and errors that the engine raises, are answered by the server as for its own routes.
+"""The route. Bad bodies, and errors that the engine raises, are answered by the server as for its
+own routes.
 
-Try it with `curl localhost:8000/v1/my-plugin -H 'content-type: application/json' -d '{"text": "import os"}'`.
+Try it with `curl localhost:8000/v1/my-plugin -H 'content-type: application/json' -d '{"text":
+"import os"}'`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class Answer(BaseModel):
 
 
 def make_router(engine: EngineClient) -> APIRouter:
-    """The engine has `generate`, for routes that want the model, and `tokenizer`, `plan` and `stats`."""
+    """The engine has `generate`, for routes that want the model, and `tokenizer`, `plan` and
+    `stats`."""
     router = APIRouter()
 
     @router.post("/v1/my-plugin")
