@@ -304,7 +304,7 @@ def test_a_route_fails_its_request(values: Callable[..., dict[str, Any]]) -> Non
     config = load_config(**settings)
     engine = AsyncEngine(config, server=True)
     server: Any = build_server(config, engine.plan)
-    app = make_app(engine, server._options, server._routes, server._culprit)
+    app = make_app(engine, server._options, server._routes, server._responsible)
     with TestClient(app, raise_server_exceptions=False) as client:
         for fault in ("raise", "nan", "shape", "dtype"):
             answer: httpx.Response = client.get(f"/chaos/{fault}")

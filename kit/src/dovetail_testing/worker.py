@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from dovetail.errors import CheckpointError
+from dovetail.interfaces.worker import Worker
 from dovetail.plan import Plan
-from dovetail.types import StepPlan
+from dovetail.types import StepPlan, StepResult
 from dovetail_testing.contract import common_causes
 from dovetail_testing.tiny_model import LAYERS, softmax
 from dovetail_testing.worker_drafts import DraftChecks
@@ -42,6 +44,10 @@ CRITICAL = 5.5
 (one degree of freedom, χ² at most 5.5²). False alarms: in 3 of 10^7 runs of a correct sampler.
 Power: a sampler that samples the likeliest token, of probability 1/2, one percentage point too
 often is 8 standard deviations off in expectation, and is caught 994 times of 1000."""
+
+
+def run_step(worker: Worker, plan: StepPlan) -> StepResult:
+    return worker.sample(worker.submit(plan))
 
 
 class WorkerContract(TierChecks, DraftChecks, WeightChecks):
@@ -379,9 +385,7 @@ class WorkerContract(TierChecks, DraftChecks, WeightChecks):
             for params in (GREEDY, replace_params(GREEDY, temperature=1.0)):
                 seq_id = driver.add([1, 2, 3], params)
                 plan = driver.plan([(seq_id, 3)])
-                result = error_of(
-                    lambda plan=plan: driver.worker.sample(driver.worker.submit(plan))
-                )  # type: ignore[misc]
+                result = error_of(partial(run_step, driver.worker, plan))
                 failed = isinstance(result, Exception) or seq_id in result.failed
                 assert failed, f"all logits are NaN, and the row was answered: {result}"
         finally:

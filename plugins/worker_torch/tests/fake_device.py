@@ -20,8 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dovetail.assembly.compose import PlanContext
 from dovetail.interfaces.attention import AttentionCapabilities
-from dovetail.plugin.build_context import BuildContext
 from dovetail.plugin.provider import Options, Provider
 from dovetail_worker_torch.attention import Cache, ReferenceAttention, ReferencePlan, read, stored
 from dovetail_worker_torch.worker import TorchWorker
@@ -198,7 +198,7 @@ CAPTURABLE = Provider(
 
 
 @dataclass(frozen=True)
-class WithCapturableAttention(BuildContext):
+class WithCapturableAttention(PlanContext):
     """Builds this attention, whichever was chosen."""
 
     def build(self, key):

@@ -44,7 +44,7 @@ class CheckedScheduler:
     def __init__(
         self, scheduler: Scheduler, name: str, responsible: Responsible, max_num_batched_tokens: int
     ) -> None:
-        self._inner, self._name, self._culprit = scheduler, name, responsible
+        self._inner, self._name, self._responsible = scheduler, name, responsible
         self._max_num_batched_tokens = max_num_batched_tokens
         self.patience = PATIENCE
         self._sequences: dict[int, Sequence] = {}
@@ -77,7 +77,7 @@ class CheckedScheduler:
         try:
             self._inner.remove(seq)
         except Exception as e:
-            who = self._culprit(e, "scheduler")
+            who = self._responsible(e, "scheduler")
             raise PluginError(
                 f"{who}: failed to let go of a sequence: {type(e).__name__}: {e}",
                 provider=self._name,
