@@ -1,4 +1,4 @@
-"""The contract of the server socket, as tests. A plugin's test is a subclass:
+"""The contract of the server extension point, as tests. A plugin's test is a subclass:
 
     class TestMyServer(ServerContract):
         provider = PROVIDER
@@ -78,7 +78,7 @@ class ServerContract(Contract):
     """Subclass, set `provider`, and pytest does the rest. The provider is pickled: its functions
     are a module's own."""
 
-    socket = "server"
+    extension_point = "server"
     patience: ClassVar[float] = PATIENCE
     folder: ClassVar[Path]
     running: list[Running]

@@ -2,8 +2,8 @@
 
 A scheme knows how checkpoints store a weight; a matmul provider knows how one kind of device
 multiplies by it. Between them lies a canonical form: codes, scales by group, perhaps zero points.
-So a format that is new to the ecosystem needs no kernel, and a kernel that is new serves all
-formats.
+A new checkpoint format whose codes are int8, uint4 or FP8 (E4M3) needs no kernel, and a new kernel
+serves all formats. Other codes (FP4, for example) are not expressible yet.
 
     weight[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g])        with g = i // group_size
 """

@@ -113,32 +113,15 @@ class Sampled(Body):
     def sampling(
         self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
-        """Request over the model's generation config over the defaults. Raises `InvalidRequest`."""
-        names = (
-            "n",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-            "seed",
-            "min_tokens",
-            "prompt_logprobs",
-        )
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        """Request over the model's generation config over the defaults. Raises `InvalidRequest`.
+
+        A field of `SamplingParams` that a body has too is passed on under its name.
+        """
+        shared = self.model_fields_set.intersection(SamplingParams.__struct_fields__)
+        given = {name: value for name in shared if (value := getattr(self, name)) is not None}
+        given["logit_bias"] = _token_biases(self.logit_bias or {})
         return SamplingParams(
-            **{**defaults, **given},
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            logit_bias=_token_biases(self.logit_bias or {}),
-            stop=tuple(stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            ignore_eos=self.ignore_eos,
-            skip_special_tokens=self.skip_special_tokens,
+            **{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
         )
 
 

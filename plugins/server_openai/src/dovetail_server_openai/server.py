@@ -67,7 +67,7 @@ class OpenAIServer:
 
         async def both() -> None:
             uvicorn_server = _Draining(config, engine, self._options.drain_seconds)
-            serving = asyncio.create_task(uvicorn_server.serve(extension_points=[sock]))
+            serving = asyncio.create_task(uvicorn_server.serve(sockets=[sock]))
             starting = asyncio.create_task(engine.start())
             failing = asyncio.create_task(_until_failed(engine, uvicorn_server))
             reporting = asyncio.create_task(report_load(engine))
