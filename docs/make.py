@@ -264,7 +264,9 @@ def _table(model: type[BaseModel]) -> list[str]:
             .replace("typing.", "")
             .replace("|", "\\|")
         )
-        default = getattr(field.default, "use", "auto" if isinstance(field.default, BaseModel) else field.default)
+        default = getattr(
+            field.default, "use", "auto" if isinstance(field.default, BaseModel) else field.default
+        )
         rows.append(f"| `{name}` | {kind} | {default} | {field.description or ''} |")
     return rows
 

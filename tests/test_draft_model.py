@@ -156,12 +156,16 @@ def test_after_a_long_rest_its_context_begins_anew(monkeypatch: pytest.MonkeyPat
         )
 
     def noted(
-        self: DraftRunner, max_num_seqs: list[int], known: list[int], counts: list[int]
+        self: DraftRunner, batch_indices: list[int], known: list[int], counts: list[int]
     ) -> list[list[int]]:
-        drafted = draft(self, max_num_seqs, known, counts)
-        for seat, length, tokens in zip(max_num_seqs, known, drafted, strict=True):
+        drafted = draft(self, batch_indices, known, counts)
+        for batch_index, length, tokens in zip(batch_indices, known, drafted, strict=True):
             drafts.append(
-                (self._table.token_ids[seat, :length].tolist(), self._num_skipped[seat], tokens)
+                (
+                    self._table.token_ids[batch_index, :length].tolist(),
+                    self._num_skipped[batch_index],
+                    tokens,
+                )
             )
         return drafted
 
@@ -215,25 +219,25 @@ def wrong_at_every_fifth_place(
     verified, draw = DraftRunner.verified, DraftRunner._draw
 
     def spoilt(
-        self: DraftRunner, logits: Any, max_num_seqs: Any, lengths: Any, is_plain: bool
+        self: DraftRunner, logits: Any, batch_indices: Any, lengths: Any, is_plain: bool
     ) -> list[int]:
-        tokens = draw(self, logits, max_num_seqs, lengths, is_plain)
+        tokens = draw(self, logits, batch_indices, lengths, is_plain)
         return [
             t ^ 1 if place % 5 == 4 else t
             for t, place in zip(tokens, lengths.tolist(), strict=True)
         ]
 
-    def noted(self: DraftRunner, plan: StepPlan, drawn: list[list[int]]) -> None:
+    def noted(self: DraftRunner, plan: StepPlan, sampled: list[list[int]]) -> None:
         for row, tokens in enumerate(plan.draft_token_ids):
             if tokens:
                 places = range(plan.num_computed[row] + 1, plan.num_computed[row] + 1 + len(tokens))
                 seen.append(
                     (
-                        len(drawn[row]) - 1,
+                        len(sampled[row]) - 1,
                         next((i for i, p in enumerate(places) if p % 5 == 4), len(tokens)),
                     )
                 )
-        verified(self, plan, drawn)
+        verified(self, plan, sampled)
 
     monkeypatch.setattr(DraftRunner, "_draw", spoilt)
     monkeypatch.setattr(DraftRunner, "verified", noted)
@@ -259,18 +263,20 @@ def test_what_follows_a_draft_that_was_not_accepted_is_computed_again(
     assert not different()
 
 
-def keeps_what_was_not_accepted(self: DraftRunner, plan: StepPlan, drawn: list[list[int]]) -> None:
+def keeps_what_was_not_accepted(
+    self: DraftRunner, plan: StepPlan, sampled: list[list[int]]
+) -> None:
     pass
 
 
 def keeps_old_notes(self: DraftRunner, plan: StepPlan) -> None:
     for start in plan.starts:
-        self._num_computed[self._table.seat_of[start.seq_id]] = self._num_noted[
-            self._table.seat_of[start.seq_id]
+        self._num_computed[self._table.batch_index_of[start.seq_id]] = self._num_noted[
+            self._table.batch_index_of[start.seq_id]
         ] = 0
 
 
-def never_catches_up(self: DraftRunner, seat: int, known: int) -> int:
+def never_catches_up(self: DraftRunner, batch_index: int, known: int) -> int:
     return known - 1
 
 
@@ -278,7 +284,7 @@ def begins_where_the_model_does(self: DraftRunner, plan: StepPlan) -> None:
     UPDATE(self, plan)
     for start in plan.starts:
         row = plan.seq_ids.index(start.seq_id)
-        self._num_computed[self._table.seat_of[start.seq_id]] = plan.num_computed[row]
+        self._num_computed[self._table.batch_index_of[start.seq_id]] = plan.num_computed[row]
 
 
 UPDATE = DraftRunner.update

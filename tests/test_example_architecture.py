@@ -105,7 +105,7 @@ def test_checkpoints_without_the_prefix_are_read(gpt2: Checkpoint, tmp_path: Pat
     assert tokens_of(old, file) == tokens_of(gpt2.folder, file)
 
 
-def test_it_can_be_quantized_by_another_stranger(
+def test_it_can_be_quantized_by_a_third_party_scheme(
     gpt2: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = tmp_path / "wheel"

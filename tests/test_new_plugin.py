@@ -31,7 +31,7 @@ quantized."""
 
 
 def name_of(extension_point: str) -> str:
-    return f"stranger_{extension_point}"
+    return f"third_party_{extension_point}"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_all_are_found_and_none_takes_over(installed: Environment) -> None:
     offers = {
         o["extension_point"]: p
         for p in json.loads(plugins)
-        if p["name"].startswith("third party-")
+        if p["name"].startswith("third-party-")
         for o in p["offers"]
     }
     assert set(offers) == set(EXTENSION_POINTS)
@@ -76,7 +76,7 @@ def test_all_are_found_and_none_takes_over(installed: Environment) -> None:
         c["extension_point"]
         for c in choices.values()
         for r in c["rejected"]
-        if r["provider"].startswith("third party")
+        if r["provider"].startswith("third-party")
     }
     assert rejected == set(EXTENSION_POINTS) - {
         "routes",

@@ -58,7 +58,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of q or k as llama.cpp's Llama rotates them: pairs of neighbours, where the checkpoint
+    """Rows of q or k as llama.cpp's Llama rotates them: adjacent pairs, where the checkpoint
     pairs halves."""
     rows, columns = weight.shape
     halves = weight.reshape(num_heads, 2, rows // num_heads // 2, columns)

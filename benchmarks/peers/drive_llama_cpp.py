@@ -46,13 +46,13 @@ class LlamaCpp:
         ]
         out: list[list[int]] = [[] for _ in prompts]
         for _ in range(num_tokens):
-            drawn = [
+            sampled = [
                 t
                 for first in range(0, len(rows), BATCH)
                 for t in self._decode(context, rows[first : first + BATCH])
             ]
             rows = []
-            for seq, token in enumerate(drawn):
+            for seq, token in enumerate(sampled):
                 rows.append((token, len(prompts[seq]) + len(out[seq]), seq, True))
                 out[seq].append(token)
         return out

@@ -322,7 +322,7 @@ def test_adapting_changes_no_output(setup: Setup, workload: list[Any], costs: St
     )
 
 
-def test_engines_that_adapt_whatever_happens() -> None:
+def test_engines_that_adapt() -> None:
     """Requests come, run and are aborted at any moment, between draft and verification too."""
     seed = random.randrange(2**31)
     found = run_machine(partial(EngineMachine, parts(None, FLAT)), seed, examples=60, steps=40)

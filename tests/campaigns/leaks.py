@@ -16,7 +16,7 @@ from dovetail_testing.engines import blocks_add_up
 
 LATER = (
     "_released",
-    "seat_of",
+    "batch_index_of",
     "_known",
     "_row_seq_ids",
     "_waiting",

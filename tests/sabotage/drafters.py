@@ -7,7 +7,7 @@ from dovetail.plugin.provider import DrafterOptions, DraftModelOptions, Options,
 from dovetail.types import DRAFTED_BY_WORKER
 from sabotage import Sabotages
 
-PROPOSALS, ENGINE = "test_proposals", "test_an_engine_whatever_happens"
+PROPOSALS, ENGINE = "test_proposals", "test_engine_invariants_hold"
 
 
 class Copier:

@@ -7,7 +7,7 @@ from dovetail_prefix_cache.eviction import LeastFrequentlyUsed, LeastRecentlyUse
 from sabotage import Sabotages
 
 SABOTAGES = Sabotages("eviction", dovetail_eviction_policies()[0])
-ONCE, ENGINE = "test_every_block_leaves_once", "test_an_engine_whatever_happens"
+ONCE, ENGINE = "test_every_block_leaves_once", "test_engine_invariants_hold"
 sabotage = SABOTAGES.of_class(lambda cls, context, options: cls)
 
 

@@ -11,7 +11,7 @@ CONSERVED, LAST, ENGINE, BACK = (
     "test_blocks_are_conserved",
     "test_the_last_block_can_be_had",
     "test_an_engine_runs_on_it",
-    "test_whatever_happens_blocks_come_back",
+    "test_blocks_are_returned",
 )
 sabotage = SABOTAGES.of_class(
     lambda cls, context, o: cls(list(context.kv_groups), list(context.num_blocks))

@@ -10,7 +10,7 @@ from sabotage import Sabotages
 
 SABOTAGES = Sabotages("scheduler", dovetail_schedulers()[0])
 ADDS_UP, SAME, STARVES, ORDER, TIGHT = (
-    "test_whatever_happens_everything_adds_up",
+    "test_block_accounting_invariant_holds",
     "test_scheduling_changes_no_output",
     "test_nobody_starves_while_others_keep_coming",
     "test_declared_order",

@@ -329,10 +329,10 @@ class RejectedDraftStays(Verifying):
     def hook(self, runner):
         append = runner.table.append
 
-        def last_only(max_num_seqs, lengths, token_ids):
-            last = {int(seat): i for i, seat in enumerate(max_num_seqs)}
+        def last_only(batch_indices, lengths, token_ids):
+            last = {int(batch_index): i for i, batch_index in enumerate(batch_indices)}
             append(
-                max_num_seqs[list(last.values())],
+                batch_indices[list(last.values())],
                 lengths[list(last.values())],
                 [token_ids[i] for i in last.values()],
             )
@@ -364,10 +364,10 @@ class NoiseOfTheLastPlace(Verifying):
     def hook(self, runner):
         draw = runner._draw_with_params
 
-        def last(step, max_num_seqs, lengths, masks, result):
+        def last(step, batch_indices, lengths, masks, result):
             if step.behind:
                 lengths = lengths + step.behind
-            return draw(step, max_num_seqs, lengths, masks, result)
+            return draw(step, batch_indices, lengths, masks, result)
 
         runner._draw_with_params = last
 
@@ -379,15 +379,15 @@ class PenaltiesWithoutDrafts(Verifying):
     def hook(self, runner):
         draw, table = runner._draw_with_params, runner.table
 
-        def without(step, max_num_seqs, lengths, masks, result):
+        def without(step, batch_indices, lengths, masks, result):
             kept = table.token_ids.copy()
-            for seat, length, left in zip(
-                max_num_seqs, lengths, step.behind, strict=bool(step.behind)
+            for batch_index, length, left in zip(
+                batch_indices, lengths, step.behind, strict=bool(step.behind)
             ):
-                table.token_ids[seat, length : length + left] = 0
-            drawn = draw(step, max_num_seqs, lengths, masks, result)
+                table.token_ids[batch_index, length : length + left] = 0
+            sampled = draw(step, batch_indices, lengths, masks, result)
             table.token_ids[:] = kept
-            return drawn
+            return sampled
 
         runner._draw_with_params = without
 

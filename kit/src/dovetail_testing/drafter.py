@@ -102,7 +102,7 @@ class DrafterContract(Contract):
         "forget raises for a sequence that was never asked about",
         "propose raises after a preemption",
     )
-    def test_an_engine_whatever_happens(self) -> None:
+    def test_engine_invariants_hold(self) -> None:
         """Requests come, run and are aborted at any moment, between draft and verification too: no
         request fails."""
         self.run_machine(partial(EngineMachine, self.parts), examples=40)

@@ -126,7 +126,7 @@ class KVCacheContract(Contract):
     @common_causes(
         "state of a sequence that outlives `free`", "abort of a sequence that shares its prompt"
     )
-    def test_whatever_happens_blocks_come_back(self) -> None:
+    def test_blocks_are_returned(self) -> None:
         """Requests come, run and are aborted at any moment: outputs are right, and in the end all
         blocks are back."""
         self.run_machine(partial(EngineMachine, self.parts), examples=25)

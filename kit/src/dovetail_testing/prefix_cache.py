@@ -110,7 +110,7 @@ class PrefixCacheContract(Contract):
         self.run_machine(partial(IndexMachine, self.new), examples=120)
 
     @common_causes("a block in use named by evict", "more or fewer blocks evicted than asked for")
-    def test_an_engine_whatever_happens(self) -> None:
+    def test_engine_invariants_hold(self) -> None:
         """Requests that begin alike come, run and are aborted at any moment: blocks are conserved
         and everyone ends."""
         self.run_machine(partial(AlikeMachine, self.parts), examples=40)
@@ -119,7 +119,7 @@ class PrefixCacheContract(Contract):
         "a host block in the order of the device's",
         "a block that was moved still found where it was",
     )
-    def test_an_engine_with_a_host_tier_whatever_happens(self) -> None:
+    def test_engine_invariants_hold_with_a_host_tier(self) -> None:
         """The same where blocks go to host memory and come back: of both tiers every block is free
         or kept."""
         self.run_machine(partial(AlikeMachine, self.tiered, has_host_tier=True), examples=60)

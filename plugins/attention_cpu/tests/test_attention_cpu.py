@@ -209,7 +209,7 @@ def test_one_pool_of_threads(backend):
 
 
 @pytest.mark.parametrize(("head_size", "block_size"), [(72, 16), (272, 16), (64, 8)])
-def test_undeclared_sizes_are_refused(backend, head_size, block_size):
+def test_unsupported_sizes_are_refused(backend, head_size, block_size):
     with pytest.raises(PluginError, match="multiples of 16"):
         backend.allocate_cache(KVCacheSpec(2, block_size, 1, head_size, "float32"))
 

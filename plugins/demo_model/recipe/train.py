@@ -133,15 +133,15 @@ class Corpus:
     def batch(self, rows, length, text_share):
         """Return the inputs, i64[rows, length], and the targets: their positions in the flat batch
         and their ids."""
-        drawn = []
+        rows = []
         for _ in range(rows):
             if self.rng.random() < text_share:
                 source = self.text if self.rng.random() < 0.85 else self.src
                 start = self.rng.randrange(len(source) - length - 1)
-                drawn.append([source[start : start + length + 1].tolist()] * 2)
+                rows.append([source[start : start + length + 1].tolist()] * 2)
             else:
-                drawn.append(self.dialogue_row(length))
-        tokens, targets = torch.tensor(drawn).unbind(1)
+                rows.append(self.dialogue_row(length))
+        tokens, targets = torch.tensor(rows).unbind(1)
         return tokens[:, :-1].contiguous(), targets[:, 1:].flatten()
 
 

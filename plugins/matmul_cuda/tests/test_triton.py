@@ -83,7 +83,7 @@ def test_codes_by_codes(format, choice):
 
 
 @pytest.mark.parametrize("inputs", [None, "int8", F8])
-def test_rows_do_not_depend_on_their_neighbours(inputs):
+def test_rows_do_not_depend_on_each_other(inputs):
     """In one launch, to the last bit."""
     format = WeightFormat("int8" if inputs != F8 else F8, 128, inputs=inputs)
     kernel = Choice("words" if inputs is None else "codes", 16, 128, split_k=2)

@@ -51,7 +51,7 @@ def cases() -> list[KernelCase]:
         ),
         KernelCase(
             "noise",
-            f"{module}:perturb_kernel",
+            f"{module}:gumbel_noise_kernel",
             {"logits": "*fp32", "keys": "*i32", "row_stride": "i32"},
             {"SIZE": 128256, "BLOCK": 2048},
         ),

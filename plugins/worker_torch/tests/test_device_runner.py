@@ -351,7 +351,7 @@ def test_a_capture_that_fails_on_trial(folder, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 100, 256, 300, 4096])
-def test_the_ladder(most):
+def test_capture_sizes(most):
     """Up to 512 sequences every number has a size that is not much larger."""
     sizes = capture_sizes(most)
     assert sizes == sorted(set(sizes))

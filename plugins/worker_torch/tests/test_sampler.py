@@ -106,17 +106,17 @@ def test_every_draw_is_one_that_the_reference_allows(
     logits = torch.randn(len(each), VOCAB, generator=generator) * 3
     histories = [[rng.randrange(VOCAB) for _ in range(rng.randrange(1, 12))] for _ in each]
     starts = [start(p, rng.randrange(-(2**63), 2**63)) for p in each]
-    drawn, usable = sample(logits.clone(), rows_of(starts, histories), sampler)
+    sampled, usable = sample(logits.clone(), rows_of(starts, histories), sampler)
     assert all(usable)
     for i, p in enumerate(each):
         probs = reference_distribution(logits[i], p, histories[i], 1)
         if p.temperature == 0:
-            assert probs[drawn[i]] == 1
+            assert probs[sampled[i]] == 1
         else:
             # A token at the very edge of a cut may fall on either side of it in float32.
             looser = {"top_p": min(1.0, p.top_p + 1e-5), "min_p": max(0.0, p.min_p - 1e-5)}
             allowed = reference_distribution(logits[i], with_(p, **looser), histories[i], 1)
-            assert allowed[drawn[i]] > 0
+            assert allowed[sampled[i]] > 0
 
 
 def with_(p: SamplingParams, **changes: Any) -> SamplingParams:
@@ -127,7 +127,7 @@ def with_(p: SamplingParams, **changes: Any) -> SamplingParams:
 
 @settings(max_examples=40, deadline=None)
 @given(p=params_st, seed=st.integers(0, 2**31), others=st.integers(0, 5))
-def test_a_draw_does_not_depend_on_its_neighbours(
+def test_a_sample_does_not_depend_on_other_rows(
     sampler: SamplerBackend, p: SamplingParams, seed: int, others: int
 ) -> None:
     logits = torch.randn(1 + others, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
@@ -171,9 +171,9 @@ CASES = {
 
 FALSE_ALARM = 1e-4
 """Of one χ² test on a right sampler."""
-NUM_DRAWS = 20_000
+NUM_SAMPLES = 20_000
 NUM_CHUNKS = 50 if "DOVETAIL_SOAK" in os.environ else 1
-"""Of NUM_DRAWS each: `make soak` samples a million times in every case."""
+"""Of NUM_SAMPLES each: `make soak` samples a million times in every case."""
 
 
 @pytest.mark.parametrize("keyed_by", ["position", "seed", "sample index"])
@@ -188,20 +188,20 @@ def test_frequencies_are_those_of_the_distribution(
     history = [5, 9, 9, 30]
     observed = torch.zeros(VOCAB, dtype=torch.float64)
     for chunk in range(NUM_CHUNKS):
-        keys = np.arange(chunk * NUM_DRAWS, (chunk + 1) * NUM_DRAWS)
+        keys = np.arange(chunk * NUM_SAMPLES, (chunk + 1) * NUM_SAMPLES)
         if keyed_by == "position":
             # Only the key's position differs: the history that penalties see stays the same.
-            drawn = draw_at(sampler, logits.repeat(NUM_DRAWS, 1), p, base, keys, history)
+            sampled = sample_at(sampler, logits.repeat(NUM_SAMPLES, 1), p, base, keys, history)
         else:
             seeds, indices = (
                 (base + keys, 0 * keys) if keyed_by == "seed" else (0 * keys + base, keys)
             )
             starts = [start(p, int(s), int(i)) for s, i in zip(seeds, indices, strict=True)]
-            tokens = np.tile(np.array(history, np.int32), (NUM_DRAWS, 1))
-            rows = SamplingRows(starts, tokens, np.full(NUM_DRAWS, len(history), np.int64))
-            drawn, usable = sample(logits.repeat(NUM_DRAWS, 1), rows, sampler)
+            tokens = np.tile(np.array(history, np.int32), (NUM_SAMPLES, 1))
+            rows = SamplingRows(starts, tokens, np.full(NUM_SAMPLES, len(history), np.int64))
+            sampled, usable = sample(logits.repeat(NUM_SAMPLES, 1), rows, sampler)
             assert all(usable)
-        observed += torch.bincount(torch.tensor(drawn), minlength=VOCAB)
+        observed += torch.bincount(torch.tensor(sampled), minlength=VOCAB)
     expected = reference_distribution(logits, p, history, 1) * observed.sum()
     assert observed[expected == 0].sum() == 0
     chance = chance_of(observed, expected)
@@ -271,7 +271,7 @@ def power_of(freedom: int, noncentrality: float) -> float:
     return (weights * torch.stack([tail(freedom + 2 * int(i), low) for i in j])).sum().item()
 
 
-def draw_at(
+def sample_at(
     sampler: SamplerBackend,
     logits: Tensor,
     p: SamplingParams,
@@ -324,7 +324,7 @@ def test_nan_makes_a_row_unusable_and_no_other(sampler: SamplerBackend, vocab: i
     masked=st.booleans(),
     threads=st.integers(1, 3),
 )
-def test_compiled_drawing_is_the_torch_one(
+def test_the_compiled_sampler_is_the_torch_one(
     rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int
 ) -> None:
     """Ties and masked tokens included; the noise to a few units in the last place."""
@@ -368,9 +368,9 @@ def test_masks_allow_only_their_tokens(sampler: SamplerBackend) -> None:
         rows.lengths,
         [bytes(bitmap) if i % 2 else None for i in range(64)],
     )
-    drawn, _ = sample(torch.zeros(64, VOCAB), masked, sampler)
-    assert set(drawn[1::2]) == allowed
-    assert len(set(drawn[::2])) > 10
+    sampled, _ = sample(torch.zeros(64, VOCAB), masked, sampler)
+    assert set(sampled[1::2]) == allowed
+    assert len(set(sampled[::2])) > 10
 
 
 def test_logprobs_and_ranks() -> None:

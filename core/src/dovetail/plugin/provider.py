@@ -38,7 +38,10 @@ class KVCacheOptions(Options):
         ),
     )
     memory_fraction: float = Field(
-        0.9, gt=0, le=1, description=(
+        0.9,
+        gt=0,
+        le=1,
+        description=(
             "share of the free memory that the engine may take; on a CPU at most 4 GiB: set"
             " memory_gb for more"
         ),

@@ -51,13 +51,13 @@ class Profile:
         work is done."""
         submit = engine.worker.submit
 
-        def submit_without_drawing(plan: StepPlan) -> Any:
+        def submit_without_sampling(plan: StepPlan) -> Any:
             plan.masked = (
                 True  # by the worker's contract `sample` then samples: the two can be told apart
             )
             return submit(plan)
 
-        self._put(engine.worker, "submit", submit_without_drawing)
+        self._put(engine.worker, "submit", submit_without_sampling)
         self.watch("schedule", engine.scheduler, "schedule")
         self.watch("forward", engine.worker, "submit")
         self.watch("sampling", engine.worker, "sample")

@@ -60,7 +60,7 @@ class EvictionContract(Contract):
         ], f"of blocks [1, 3] here and [4, 5, 6] there, {gone[0]} and {gone[1]} were popped"
 
     @common_causes("state shared between the policies of two groups, or of two engines")
-    def test_an_engine_whatever_happens(self) -> None:
+    def test_engine_invariants_hold(self) -> None:
         """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone
         ends."""
 

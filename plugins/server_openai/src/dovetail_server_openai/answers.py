@@ -21,7 +21,7 @@ class Choice:
     index: int
     request: Request
     held: Delta | None = None
-    """News that no chunk has told yet: half a character, what may become a stop string, a prompt's
+    """Output that no chunk has sent yet: half a character, what may become a stop string, a prompt's
     log-probabilities."""
     opened: bool = False
     """The client has been told of it."""

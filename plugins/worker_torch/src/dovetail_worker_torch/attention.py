@@ -33,7 +33,7 @@ class ReferencePlan:
 class ReferenceAttention:
     """An `AttentionBackend` whose cache is in the canonical layout.
 
-    Not batch invariant: a matrix product chooses its summation order by shape, so neighbours can
+    Not batch invariant: a matrix product chooses its summation order by shape, so other rows can
     change the last bits.
     """
 

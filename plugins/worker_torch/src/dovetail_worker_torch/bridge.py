@@ -210,7 +210,7 @@ def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
             raise CheckpointError(
                 f"{path}: longrope past {original} positions is not supported: transformers chooses"
                 " the frequencies by the longest sequence of the batch, so that a request's output"
-                " would depend on its neighbours"
+                " would depend on the other rows"
             )
 
 

@@ -36,7 +36,7 @@ class InFlightStep:
     rows: list[int]
     batch_indices: I64
     lengths: I64
-    drawn: Fetched | None
+    sampled: Fetched | None
     """i64[2, rows]: the tokens, and whether they are usable; None if no row samples."""
     result: StepResult | None = None
 
@@ -128,9 +128,9 @@ class DeviceRunner(Runner):
 
     def _result_of(self, step: InFlightStep) -> StepResult:
         result = StepResult(step.plan.step_id, [[] for _ in step.plan.seq_ids])
-        if step.drawn is None:
+        if step.sampled is None:
             return result
-        tokens, usable = step.drawn.wait().tolist()
+        tokens, usable = step.sampled.wait().tolist()
         self.table.finalized(step.batch_indices, step.lengths, tokens)
         self.take(result, step.plan, zip(step.rows, tokens, usable, strict=True))
         return result
@@ -162,12 +162,12 @@ class DeviceRunner(Runner):
             rows,
             batch_indices,
             lengths,
-            self._drawn(logits, batch_indices, lengths, is_plain) if rows else None,
+            self._sampled(logits, batch_indices, lengths, is_plain) if rows else None,
         )
         self._in_flight.append(queued)
         return queued
 
-    def _drawn(self, logits: Tensor, batch_indices: I64, lengths: I64, is_plain: bool) -> Fetched:
+    def _sampled(self, logits: Tensor, batch_indices: I64, lengths: I64, is_plain: bool) -> Fetched:
         if not is_plain:
             starts = [self.table.start_of[batch_index] for batch_index in batch_indices.tolist()]
             nobody = np.zeros((len(batch_indices), 0), np.int32)

@@ -101,7 +101,7 @@ class DeviceTable(SequenceTable):
     def append(
         self, batch_indices: I64, lengths: npt.NDArray[np.integer[Any]], token_ids: list[int]
     ) -> None:
-        """Tokens that the host drew, or was told of, on both sides."""
+        """Tokens that the host sampled, or was told of, on both sides."""
         super().append(batch_indices, lengths, token_ids)
         if token_ids:
             self._flush()

@@ -136,14 +136,14 @@ class DraftRunner:
             drafts[r] = draft
         return drafts
 
-    def verified(self, plan: StepPlan, drawn: list[list[int]]) -> None:
+    def verified(self, plan: StepPlan, sampled: list[list[int]]) -> None:
         """Tokens after the first draft that was not accepted are not the sequence's."""
         for row, draft in enumerate(plan.draft_token_ids):
             if draft and draft[0] == DRAFTED_BY_WORKER:
                 batch_index = self._table.batch_index_of[plan.seq_ids[row]]
                 known = plan.num_computed[row] + plan.num_tokens[row] - len(draft)
                 self._num_computed[batch_index] = min(
-                    self._num_computed[batch_index], known + max(0, len(drawn[row]) - 1)
+                    self._num_computed[batch_index], known + max(0, len(sampled[row]) - 1)
                 )
 
     def _draft(

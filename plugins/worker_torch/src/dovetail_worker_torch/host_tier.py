@@ -62,7 +62,7 @@ class HostTier:
             self._layers.append(own)
 
     def move(self, ops: list[BlockOp]) -> None:
-        """Do the moves in order; neighbours that do not meet in one go."""
+        """Do the moves in order; adjacent blocks that do not overlap are moved in one go."""
         for run in _runs(ops):
             sources, targets = [op.src for op in run], [op.dst for op in run]
             for layer in self._layers[run[0].group]:

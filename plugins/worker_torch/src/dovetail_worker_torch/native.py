@@ -90,9 +90,9 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_new_program": (_p, [_p, _n]),
     "dovetail_free_program": (None, [_p]),
     "dovetail_run_program": (None, [_p, _p, _p]),
-    "dovetail_best": (None, [_p, _n, _n, _n, _p, _p, _i]),
-    "dovetail_perturb": (None, [_p, _n, _n, _n, _p, _i]),
-    "dovetail_cut": (None, [_p, _n, _n, _n, _p, _p, _i]),
+    "dovetail_argmax": (None, [_p, _n, _n, _n, _p, _p, _i]),
+    "dovetail_add_gumbel_noise": (None, [_p, _n, _n, _n, _p, _i]),
+    "dovetail_filter_top_k_top_p": (None, [_p, _n, _n, _n, _p, _p, _i]),
     "dovetail_instruction_set": (ctypes.c_char_p, []),
     **{
         f"dovetail_{name}_op": (None, [_p, _p])

@@ -2,7 +2,7 @@
 else.
 
 A token is sampled as `argmax(logits - log(e))` with e exponential: the Gumbel-max trick, which
-samples exactly from softmax(logits). So a request's tokens do not depend on its neighbours, on the
+samples exactly from softmax(logits). So a request's tokens do not depend on the other rows, on the
 order of steps, or on drafting.
 
 The bits come from a counter-based hash: a 64-bit key a row (SplitMix64 over seed, sample index and

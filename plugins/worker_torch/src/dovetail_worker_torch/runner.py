@@ -164,22 +164,22 @@ class Runner:
             lengths = lengths - np.array(step.behind, np.int32)
         result = StepResult(plan.step_id, [], prompt_logprobs=step.prompt_logprobs)
         if masks is None and step.is_plain and rows:
-            drawn, usable = self._sampler.best(step.logits)
+            sampled, usable = self._sampler.best(step.logits)
         elif rows:
-            drawn, usable = self._draw_with_params(
+            sampled, usable = self._draw_with_params(
                 step, batch_indices, lengths.astype(np.int64), masks, result
             )
         else:
-            drawn, usable = [], []
+            sampled, usable = [], []
         # Where a draft was accepted this writes what stands there; past the first that was not,
         # nothing is ever read.
-        self.table.append(batch_indices, lengths, drawn)
+        self.table.append(batch_indices, lengths, sampled)
         if is_every_row and all(usable):
-            result.token_ids = [[token] for token in drawn]
+            result.token_ids = [[token] for token in sampled]
             return result
         result.token_ids = [[] for _ in plan.seq_ids]
-        accepted = _accepted(step, drawn) if step.behind else repeat(True, len(rows))
-        self.take(result, plan, compress(zip(rows, drawn, usable, strict=True), accepted))
+        accepted = _accepted(step, sampled) if step.behind else repeat(True, len(rows))
+        self.take(result, plan, compress(zip(rows, sampled, usable, strict=True), accepted))
         if step.behind and self._drafting is not None:
             self._drafting.verified(plan, result.token_ids)
         if step.behind and result.logprobs:
@@ -189,10 +189,10 @@ class Runner:
         return result
 
     def take(
-        self, result: StepResult, plan: StepPlan, drawn: Iterable[tuple[int, int, bool]]
+        self, result: StepResult, plan: StepPlan, sampled: Iterable[tuple[int, int, bool]]
     ) -> None:
         """Put what was sampled, (row, token, whether it is usable), into the result."""
-        for row, token, is_usable in drawn:
+        for row, token, is_usable in sampled:
             if is_usable:
                 result.token_ids[row].append(token)
             else:
@@ -221,17 +221,17 @@ class Runner:
         raw = step.logits[wanted] if wanted else None  # a copy: sampling overwrites
         row_masks = [masks.get(plan.seq_ids[r]) for r in step.rows] if masks else None
         tokens = self.table.token_ids[batch_indices, : int(lengths.max())]
-        drawn, usable = sample(
+        sampled, usable = sample(
             step.logits, SamplingRows(starts, tokens, lengths, row_masks), self._sampler
         )
         if raw is not None:
             result.logprobs = [[] for _ in plan.seq_ids]
             counts = [starts[i].params.logprobs or 0 for i in wanted]
             for i, logprobs in zip(
-                wanted, token_logprobs(raw, [drawn[i] for i in wanted], counts), strict=True
+                wanted, token_logprobs(raw, [sampled[i] for i in wanted], counts), strict=True
             ):
                 result.logprobs[step.rows[i]].append(logprobs)
-        return drawn, usable
+        return sampled, usable
 
     def _attention_batch(self, inputs: StepInputs, group: int) -> AttentionBatch:
         starts, lens = inputs.host_query_start, inputs.host_seq_lens
@@ -280,12 +280,12 @@ class Runner:
         return tensor if self._is_cpu else tensor.to(self.device)
 
 
-def _accepted(step: Computed, drawn: list[int]) -> Iterator[bool]:
+def _accepted(step: Computed, sampled: list[int]) -> Iterator[bool]:
     """Per draw: whether all drafts of its row before it were what was sampled, so that it
     counts."""
     good = True
     for i, (row, left) in enumerate(zip(step.rows, step.behind, strict=True)):
         draft = step.drafts[row]
         at = len(draft) - left
-        good = at == 0 or (good and drawn[i - 1] == draft[at - 1])
+        good = at == 0 or (good and sampled[i - 1] == draft[at - 1])
         yield good

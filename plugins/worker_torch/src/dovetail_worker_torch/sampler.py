@@ -57,23 +57,23 @@ def shape_logits(logits: Tensor, rows: SamplingRows, sampler: SamplerBackend = T
     _add_biases(logits, params)
     _apply_penalties(logits, params, rows)
     _hold_back_ends(logits, params, rows)
-    drawn = [i for i, p in enumerate(params) if not p.greedy]
-    if len(drawn) == len(params):
+    sampled = [i for i, p in enumerate(params) if not p.greedy]
+    if len(sampled) == len(params):
         _prepare_sampling(logits, params, rows, sampler)
-    elif drawn:
-        index = put(drawn, torch.int64, logits.device)
+    elif sampled:
+        index = put(sampled, torch.int64, logits.device)
         part = logits[index]
         picked = SamplingRows(
-            [rows.starts[i] for i in drawn], rows.token_ids[drawn], rows.lengths[drawn]
+            [rows.starts[i] for i in sampled], rows.token_ids[sampled], rows.lengths[sampled]
         )
-        _prepare_sampling(part, [params[i] for i in drawn], picked, sampler)
+        _prepare_sampling(part, [params[i] for i in sampled], picked, sampler)
         logits[index] = part
 
 
 def _prepare_sampling(
     logits: Tensor, params: list[SamplingParams], rows: SamplingRows, sampler: SamplerBackend
 ) -> None:
-    """Scale, cut and perturb, so that the argmax is a sample."""
+    """Scale, filter and add noise, so that the argmax is the sampled token."""
     logits /= _column([p.temperature for p in params], logits)
     sampler.filter_top_k_top_p_(
         logits, [max(p.top_k, 0) for p in params], [p.top_p for p in params]

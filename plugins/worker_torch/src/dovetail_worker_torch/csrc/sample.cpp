@@ -1,4 +1,4 @@
-// Drawing tokens from logits f32[R, V]; rows are `stride` elements apart. noise.py and sampler.py say what is computed.
+// Sampling tokens from logits f32[R, V]; rows are `stride` elements apart. noise.py and sampler.py say what is computed.
 #include <dovetail/vec.h>
 
 #include <algorithm>
