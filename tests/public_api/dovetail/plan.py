@@ -11,7 +11,7 @@ class Reason:
     text: str
     hint: str = ''
     code: str = 'unusable'
-REASONS = {'unusable': 'its own `why_not` says so', 'undeclared': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another socket, or another socket's choice needs another one here", 'conflicts': 'it does not go with what another socket takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed', 'device': 'the device chosen is too old for it, or its driver is'}
+REASONS = {'unusable': 'its own `why_not` says so', 'unsupported': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another extension point, or another extension point's choice needs another one here", 'conflicts': 'it does not go with what another extension point takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed', 'device': 'the device chosen is too old for it, or its driver is'}
 
 class Rejected(msgspec.Struct, frozen=True):
     provider: str
@@ -19,7 +19,7 @@ class Rejected(msgspec.Struct, frozen=True):
     reasons: list[Reason]
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    socket: str
+    extension_point: str
     requested: str
     provider: str
     distribution: str

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CLOSE = 0.0001
 
 class ArchitectureContract(Contract):
-    socket = 'architecture'
+    extension_point = 'architecture'
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
     reference_logits: ClassVar[Callable[[dict[str, Any], dict[str, Tensor], list[int]], Tensor] | None] = None
 

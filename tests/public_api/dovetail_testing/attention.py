@@ -12,7 +12,7 @@ NUM_RANDOM_STEPS = 40
 HOST_FIELDS = ('host_query_start', 'host_seq_lens', 'num_seqs', 'num_tokens', 'max_query_len', 'max_seq_len')
 
 class AttentionContract(AttentionTrial):
-    socket = 'attention'
+    extension_point = 'attention'
 
     @common_causes('a field of AttentionCapabilities left empty')
     def test_declaration(self) -> None:

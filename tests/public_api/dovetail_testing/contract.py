@@ -16,9 +16,9 @@ from dovetail.errors import PluginError
 from dovetail.facts import LayerKind, ModelFacts, device_facts
 from dovetail.plan import Choice, Plan
 from dovetail.plugin.build_context import BuildContext
-from dovetail.plugin.config import SocketConfig
+from dovetail.plugin.config import ProviderConfig
 from dovetail.plugin.discovery import Offer, PluginInfo, Registry
-from dovetail.plugin.extension_points import SOCKETS, Socket
+from dovetail.plugin.extension_points import EXTENSION_POINTS, ExtensionPoint
 from dovetail.plugin.provider import Context, KVCacheOptions, Options, Provider, SchedulerOptions
 from dovetail_testing.machines import Machine, limits, run_machine, shown
 RUN_SEED = int(os.environ.get('DOVETAIL_TEST_SEED') or random.SystemRandom().randrange(2 ** 31))
@@ -38,13 +38,13 @@ def completed(error: Exception, given: str, asks: str, causes: str, seed: int) -
     ...
 
 class Contract:
-    socket: ClassVar[str]
+    extension_point: ClassVar[str]
     provider: ClassVar[Provider[Any]]
     device: ClassVar[str] = 'cpu'
     options: ClassVar[dict[str, Any]] = {}
     version: ClassVar[str] = ''
     inner: ClassVar[dict[str, Provider[Any]]] = {}
-    added: ClassVar[tuple[Socket, ...]] = ()
+    added: ClassVar[tuple[ExtensionPoint, ...]] = ()
     expected_failures: ClassVar[dict[str, str]] = {}
     seed: ClassVar[int] = RUN_SEED
 
@@ -84,5 +84,5 @@ class Contract:
 def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | None:
     ...
 DISTRIBUTION = 'under-test'
-BUILDS = 'With the options under test, `build` returns the object that its socket asks for.'
+BUILDS = 'With the options under test, `build` returns the object that its extension point asks for.'
 KIT_MODEL = ModelFacts(folder=Path('kit-model'), architecture='KitForCausalLM', model_type='kit', dtype='float32', num_layers=1, hidden_size=128, num_heads=2, num_kv_heads=2, head_size=64, vocab_size=64, max_position_embeddings=4096, layer_kinds=(LayerKind('full', None),), logit_soft_cap=None, eos_token_ids=(), has_sinks=False)

@@ -15,7 +15,7 @@ from dovetail_testing.machines import Machine, beginning, operation
 from dovetail_testing.prefix_cache import new_paged, new_scheduler
 
 class DrafterContract(Contract):
-    socket = 'speculation'
+    extension_point = 'speculation'
 
     @property
     def parts(self) -> Parts:
@@ -24,7 +24,7 @@ class DrafterContract(Contract):
     def new(self) -> Drafter:
         ...
 
-    @common_causes('the options do not extend DrafterOptions or DraftModelOptions', 'capabilities of another socket, or none')
+    @common_causes('the options do not extend DrafterOptions or DraftModelOptions', 'capabilities of another extension point, or none')
     def test_declaration(self) -> None:
         ...
 
@@ -37,7 +37,7 @@ class DrafterContract(Contract):
         ...
 
     @common_causes('forget raises for a sequence that was never asked about', 'propose raises after a preemption')
-    def test_an_engine_whatever_happens(self) -> None:
+    def test_engine_invariants_hold(self) -> None:
         ...
 
     @common_causes('state kept by the class or the module instead of the object')

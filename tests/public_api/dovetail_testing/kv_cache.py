@@ -16,7 +16,7 @@ FCFS = dovetail_schedulers()[0]
 NULL_BLOCK = 0
 
 class KVCacheContract(Contract):
-    socket = 'kv_cache'
+    extension_point = 'kv_cache'
 
     def new(self, groups: list[KVGroup], num_blocks: list[int]) -> KVCacheManager:
         ...
@@ -46,7 +46,7 @@ class KVCacheContract(Contract):
         ...
 
     @common_causes('state of a sequence that outlives `free`', 'abort of a sequence that shares its prompt')
-    def test_whatever_happens_blocks_come_back(self) -> None:
+    def test_blocks_are_returned(self) -> None:
         ...
 
     @common_causes('None from `reuse` without `may_wait`', 'blocks found and not counted as referred to')

@@ -31,7 +31,7 @@ class Product:
         ...
 
 class MatmulContract(Contract):
-    socket = 'matmul'
+    extension_point = 'matmul'
 
     @property
     def can(self) -> MatmulCapabilities:

@@ -13,7 +13,7 @@ UNSAFE = ('.bin', '.pt', '.pth', '.pkl', '.ckpt')
 TEXTS = ('', 'Hello, world!', 'def f(x):\n    return x ** 2\n', 'naïve — 漢字 🙂', 'a' * 300)
 
 class ModelContract(Contract):
-    socket = 'model'
+    extension_point = 'model'
 
     @property
     def source(self) -> ModelSource:

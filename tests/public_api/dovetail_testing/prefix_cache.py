@@ -20,10 +20,10 @@ def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
 
 def new_paged(setup: Setup) -> PagedKVCache:
     ...
-tiered_setups = st.builds(Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]), budget=st.integers(1, 40), seats=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40))
+tiered_setups = st.builds(Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]), budget=st.integers(1, 40), max_num_seqs=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40))
 
 class PrefixCacheContract(Contract):
-    socket = 'prefix_cache'
+    extension_point = 'prefix_cache'
 
     @property
     def parts(self) -> Parts:
@@ -47,11 +47,11 @@ class PrefixCacheContract(Contract):
         ...
 
     @common_causes('a block in use named by evict', 'more or fewer blocks evicted than asked for')
-    def test_an_engine_whatever_happens(self) -> None:
+    def test_engine_invariants_hold(self) -> None:
         ...
 
     @common_causes("a host block in the order of the device's", 'a block that was moved still found where it was')
-    def test_an_engine_with_a_host_tier_whatever_happens(self) -> None:
+    def test_engine_invariants_hold_with_a_host_tier(self) -> None:
         ...
 
     @common_causes('`promote` or `demote` pairs the blocks in another order', 'the books of one tier used for the other')

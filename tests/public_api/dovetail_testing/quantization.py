@@ -16,7 +16,7 @@ ODD = (((61,), 128), ((128,), 100), ((64, 24), 256), ((8,), 8))
 ROWS = (1, 2, 7, 33, 130)
 
 class QuantizationContract(Contract):
-    socket = 'quantization'
+    extension_point = 'quantization'
     inner: ClassVar[dict[str, Provider[Any]]] = {'matmul': KIT_MATMUL}
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
     pack: ClassVar[Callable[[dict[str, Any], LinearLayer, Tensor], dict[str, Tensor]] | None] = None

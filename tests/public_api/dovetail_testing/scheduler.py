@@ -18,7 +18,7 @@ PAGED = dovetail_kv_caches()[0]
 PATIENCE = 3000
 
 class SchedulerContract(Contract):
-    socket = 'scheduler'
+    extension_point = 'scheduler'
 
     @property
     def parts(self) -> Parts:
@@ -33,12 +33,12 @@ class SchedulerContract(Contract):
     def alone(self, requests: list[Request], window: int | None=None) -> Outputs:
         ...
 
-    @common_causes('the options do not extend SchedulerOptions', 'capabilities of another socket')
+    @common_causes('the options do not extend SchedulerOptions', 'capabilities of another extension point')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('a budget or seat that an early `continue` does not count', 'blocks not freed, or freed twice, on abort', 'a sequence kept in no list, or in two', 'preemption while a step is in flight')
-    def test_whatever_happens_everything_adds_up(self) -> None:
+    @common_causes('a budget or batch row that an early `continue` does not count', 'blocks not freed, or freed twice, on abort', 'a sequence kept in no list, or in two', 'preemption while a step is in flight')
+    def test_block_accounting_invariant_holds(self) -> None:
         ...
 
     @common_causes('num_computed_tokens left as it was on preemption', 'blocks shared before they are computed', 'a row planned from tokens that are still in flight as if they were known')

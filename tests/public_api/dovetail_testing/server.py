@@ -44,7 +44,7 @@ class Running:
         ...
 
 class ServerContract(Contract):
-    socket = 'server'
+    extension_point = 'server'
     patience: ClassVar[float] = PATIENCE
     folder: ClassVar[Path]
     running: list[Running]

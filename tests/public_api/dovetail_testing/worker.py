@@ -2,10 +2,12 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from functools import partial
 import pytest
 from dovetail.errors import CheckpointError
+from dovetail.interfaces.worker import Worker
 from dovetail.plan import Plan
-from dovetail.types import StepPlan
+from dovetail.types import StepPlan, StepResult
 from dovetail_testing.contract import common_causes
 from dovetail_testing.tiny_model import LAYERS, softmax
 from dovetail_testing.worker_drafts import DraftChecks
@@ -17,8 +19,11 @@ MARGIN = 0.0001
 NUM_DRAWS = 160000
 CRITICAL = 5.5
 
+def run_step(worker: Worker, plan: StepPlan) -> StepResult:
+    ...
+
 class WorkerContract(TierChecks, DraftChecks, WeightChecks):
-    socket = 'worker'
+    extension_point = 'worker'
 
     @common_causes('an option whose value depends on the machine or the process', 'an option that is no plain data')
     def test_the_plan_travels(self) -> None:
@@ -46,11 +51,11 @@ class WorkerContract(TierChecks, DraftChecks, WeightChecks):
     def test_a_batch_is_each_alone(self) -> None:
         ...
 
-    @common_causes('tokens, penalties or tables of a seat kept from before', 'a released sequence that is still looked up')
+    @common_causes('tokens, penalties or tables of a batch row kept from before', 'a released sequence that is still looked up')
     def test_preemption_changes_nothing(self) -> None:
         ...
 
-    @common_causes("a seat's last token kept for the next sequence that sits there")
+    @common_causes("a batch row's last token kept for the next sequence that sits there")
     def test_an_id_may_be_used_again(self) -> None:
         ...
 

@@ -6,7 +6,7 @@ from dovetail.errors import ConfigError, DovetailError, PluginError
 from dovetail.facts import device_facts
 from dovetail.interfaces.model import ModelSource
 from dovetail.plan import Choice
-from dovetail.plugin.config import SocketConfig
+from dovetail.plugin.config import ProviderConfig
 from dovetail.plugin.discovery import Registry, load_registry
 from dovetail.plugin.provider import Context
 

@@ -10,7 +10,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
     key: str
     scheme: str
     form: str
-    multiplied_by: str
+    gemm_backend: str
     nbytes: int
     remark: str = ''
 

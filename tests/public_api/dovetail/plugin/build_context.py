@@ -53,8 +53,11 @@ class BuildContext(Protocol):
     def build(self, key: str, options: Mapping[str, Any] | None=None) -> Any:
         ...
 
-    def build_all(self, socket: str) -> dict[str, Any]:
+    def build_all(self, extension_point: str) -> dict[str, Any]:
         ...
 
-    def responsible(self, error: BaseException, socket: str, module: str='') -> str:
+    def for_model(self, model: ModelFacts) -> BuildContext:
+        ...
+
+    def responsible(self, error: BaseException, extension_point: str, module: str='') -> str:
         ...

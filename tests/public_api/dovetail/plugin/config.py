@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dovetail.errors import ConfigError
 ENV_PREFIX = 'DOVETAIL_'
 
-class SocketConfig(BaseModel):
+class ProviderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
     use: str = 'auto'
     on_unsupported: Literal['error', 'fallback'] = 'error'
@@ -15,13 +15,13 @@ class SocketConfig(BaseModel):
 
 class AttentionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
-    default: SocketConfig = SocketConfig()
-    by_kind: dict[str, SocketConfig] = {}
+    default: ProviderConfig = ProviderConfig()
+    by_kind: dict[str, ProviderConfig] = {}
 
-    def of(self, kind: str) -> SocketConfig:
+    def of(self, kind: str) -> ProviderConfig:
         ...
 
-class QuantizationRule(SocketConfig):
+class QuantizationRule(ProviderConfig):
     match: str = '*'
 
 class QuantizationConfig(BaseModel):
@@ -31,7 +31,7 @@ class QuantizationConfig(BaseModel):
 class ShadowConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
     attention: AttentionConfig | None = None
-    quantization: SocketConfig | None = None
+    quantization: ProviderConfig | None = None
     share: float = Field(0.1, gt=0, le=1, description='of the steps that are compared')
 
 class EngineConfig(BaseModel):
@@ -42,16 +42,16 @@ class EngineConfig(BaseModel):
     device: str = Field('auto', description='auto, cpu, cuda:0, …')
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description="auto is the checkpoint's")
     max_model_len: int | None = Field(None, ge=1, description="longest sequence; default: the model's context")
-    quantization: QuantizationConfig = Field(QuantizationConfig(), description='a socket: for the whole model, or rules for some layers; auto: as the checkpoint is')
-    matmul: SocketConfig = Field(SocketConfig(), description='a socket: products by quantized weights, if there are any')
-    architecture: SocketConfig = Field(SocketConfig(), description='a socket: model code')
-    worker: SocketConfig = Field(SocketConfig(), description='a socket: what computes: see `dovetail plugins`')
-    attention: AttentionConfig = Field(AttentionConfig(), description='a socket: for all layers, or by kind')
-    kv_cache: SocketConfig = Field(SocketConfig(), description='a socket: owner of the KV blocks')
-    scheduler: SocketConfig = Field(SocketConfig(), description='a socket: what runs next')
-    prefix_cache: SocketConfig = Field(SocketConfig(), description='a socket: reuse between requests; none: without')
-    speculation: SocketConfig = Field(SocketConfig(use='none'), description='a socket: drafts tokens ahead; none: without')
-    server: SocketConfig = Field(SocketConfig(), description='a socket: for `dovetail serve`')
+    quantization: QuantizationConfig = Field(QuantizationConfig(), description='an extension point: for the whole model, or rules for some layers; auto: as the checkpoint is')
+    matmul: ProviderConfig = Field(ProviderConfig(), description='an extension point: products by quantized weights, if there are any')
+    architecture: ProviderConfig = Field(ProviderConfig(), description='an extension point: model code')
+    worker: ProviderConfig = Field(ProviderConfig(), description='an extension point: what computes: see `dovetail plugins`')
+    attention: AttentionConfig = Field(AttentionConfig(), description='an extension point: for all layers, or by kind')
+    kv_cache: ProviderConfig = Field(ProviderConfig(), description='an extension point: owner of the KV blocks')
+    scheduler: ProviderConfig = Field(ProviderConfig(), description='an extension point: what runs next')
+    prefix_cache: ProviderConfig = Field(ProviderConfig(), description='an extension point: reuse between requests; none: without')
+    speculation: ProviderConfig = Field(ProviderConfig(use='none'), description='an extension point: drafts tokens ahead; none: without')
+    server: ProviderConfig = Field(ProviderConfig(), description='an extension point: for `dovetail serve`')
     shadow: ShadowConfig | None = Field(None, description='candidates to compare on live traffic: {attention: NAME, quantization: NAME, share: 0.1}')
     overlap: bool | Literal['auto'] = Field('auto', description='schedule the next step while one runs; auto: unless both would share the same cores (cpu)')
     max_num_waiting: int = Field(1024, ge=1, description='sequences that may wait; more are refused as overload')

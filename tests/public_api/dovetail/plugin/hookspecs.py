@@ -3,7 +3,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from dovetail.plugin.provider import Provider
 if TYPE_CHECKING:
-    from dovetail.plugin.extension_points import Socket
+    from dovetail.plugin.extension_points import ExtensionPoint
 PROJECT = 'dovetail'
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -53,5 +53,5 @@ def dovetail_servers() -> list[Provider[Any]]:
     ...
 
 @hookspec
-def dovetail_sockets() -> list[Socket]:
+def dovetail_extension_points() -> list[ExtensionPoint]:
     ...

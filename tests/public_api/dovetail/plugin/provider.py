@@ -15,7 +15,7 @@ class Options(BaseModel):
 class KVCacheOptions(Options):
     block_size: int | Literal['auto'] = Field('auto', description="tokens in a block, 1 to 256; auto is attention's: mostly 16")
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'int8'] = Field('auto', description="auto is the model's; fp8 (float8_e4m3fn) and int8 take half the memory of 16 bits")
-    memory_fraction: float = Field(0.9, gt=0, le=1, description='share of the free memory that the engine may take')
+    memory_fraction: float = Field(0.9, gt=0, le=1, description='share of the free memory that the engine may take; on a CPU at most 4 GiB: set memory_gb for more')
     memory_gb: float | None = Field(None, gt=0, description='GiB for the cache, instead of a share of the memory')
 
 class SchedulerOptions(Options):
@@ -38,11 +38,11 @@ class DraftModelOptions(DrafterOptions):
 
 @dataclass(frozen=True)
 class Relation:
-    socket: str
+    extension_point: str
     providers: tuple[str, ...]
     because: str
 
-    def meets(self, socket: str, *names: str) -> bool:
+    def meets(self, extension_point: str, *names: str) -> bool:
         ...
 NO_COMPILER = Reason('no C++ compiler was found', 'install g++ or clang++, or set CXX')
 
@@ -77,7 +77,7 @@ class Provider(Generic[T]):
     options: type[Options] = Options
     capabilities: Any = None
     why_not: Callable[[Context], list[Reason]] = no_reasons
-    settle: Callable[[Context, Any], tuple[Options, list[str]]] = as_given
+    resolve_options: Callable[[Context, Any], tuple[Options, list[str]]] = as_given
     priority: int = 0
     requires: tuple[Relation, ...] = ()
     conflicts: tuple[Relation, ...] = ()
