@@ -261,15 +261,17 @@ def test_nan_makes_a_row_unusable_and_no_other(drawing: Drawing, vocab: int) -> 
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 5), vocab=st.integers(1, 3000), seed=st.integers(0, 2**31), levels=st.sampled_from([3, 1000]),
-    masked=st.booleans(), threads=st.integers(1, 3),
+    masked=st.booleans(), threads=st.integers(1, 3), own_threads=st.booleans(),
 )  # fmt: skip
-def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int) -> None:
+def test_compiled_drawing_is_the_torch_one(
+    rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int, own_threads: bool
+) -> None:
     """Ties and masked tokens included; the noise to a few units in the last place."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * levels).round() / levels * 3
     if masked:
         logits[:, rng.randrange(vocab)] = -math.inf
-    plain, compiled = TorchDrawing(), CompiledDrawing(Kernels.load(device_facts()))
+    plain, compiled = TorchDrawing(), CompiledDrawing(Kernels.load(device_facts(), own_threads=own_threads))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -288,6 +290,23 @@ def test_compiled_drawing_is_the_torch_one(rows: int, vocab: int, seed: int, lev
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_compiled_drawing_does_not_depend_on_threads() -> None:
+    rows, vocab = random.randrange(1, 5), random.randrange(40_000, 60_000)
+    logits, keys = torch.randn(rows, vocab), row_keys(np.arange(rows), np.arange(rows), np.arange(rows))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, own_threads in ((1, False), (3, False), (3, True)):
+            torch.set_num_threads(threads)
+            drawing, x = CompiledDrawing(Kernels.load(device_facts(), own_threads=own_threads)), logits.clone()
+            drawing.perturb_(x, keys)
+            best = drawing.best(x)
+            drawing.cut_(x, [100] * rows, [0.9] * rows)
+            found.append((x, best))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, found[0][0]) and best == found[0][1] for x, best in found)
 
 
 def test_masks_allow_only_their_tokens(drawing: Drawing) -> None:

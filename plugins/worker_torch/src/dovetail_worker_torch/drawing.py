@@ -72,15 +72,16 @@ class CompiledDrawing:
         rows, vocab = logits.shape
         tokens, usable = np.empty(rows, np.int64), np.empty(rows, np.bool_)
         self._kernels.holding.dovetail_best(
-            logits.data_ptr(), logits.stride(0), rows, vocab, tokens.ctypes.data, usable.ctypes.data, torch.get_num_threads()
-        )
+            logits.data_ptr(), logits.stride(0), rows, vocab, tokens.ctypes.data, usable.ctypes.data, torch.get_num_threads(),
+            self._kernels.team,
+        )  # fmt: skip
         return tokens.tolist(), usable.tolist()
 
     def perturb_(self, logits: Tensor, keys: U64) -> None:
         rows, vocab = logits.shape
         self._kernels.functions.dovetail_perturb(
-            logits.data_ptr(), logits.stride(0), rows, vocab, keys.ctypes.data, torch.get_num_threads()
-        )
+            logits.data_ptr(), logits.stride(0), rows, vocab, keys.ctypes.data, torch.get_num_threads(), self._kernels.team,
+        )  # fmt: skip
 
     def cut_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
         rows, vocab = logits.shape
@@ -88,5 +89,6 @@ class CompiledDrawing:
             return
         k, p = np.array(top_k, np.int64), np.array(top_p, np.float32)
         self._kernels.functions.dovetail_cut(
-            logits.data_ptr(), logits.stride(0), rows, vocab, k.ctypes.data, p.ctypes.data, torch.get_num_threads()
-        )
+            logits.data_ptr(), logits.stride(0), rows, vocab, k.ctypes.data, p.ctypes.data, torch.get_num_threads(),
+            self._kernels.team,
+        )  # fmt: skip

@@ -56,7 +56,9 @@ class PackedLinear:
             x = x.contiguous()
         out = torch.empty(x.shape[0], self.out_features, dtype=dtype or x.dtype)
         call = LinearCall(x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), TYPES[out.dtype])
-        self._kernels.functions.dovetail_linear(self._address, ctypes.addressof(call), x.shape[0], torch.get_num_threads())
+        self._kernels.functions.dovetail_linear(
+            self._address, ctypes.addressof(call), x.shape[0], torch.get_num_threads(), self._kernels.team
+        )
         return out
 
     def rows(self, token_ids: Tensor) -> Tensor:
