@@ -147,7 +147,7 @@ class CompiledModel:
     """A compiled decoder behind the dense attention that it is given."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        kernels = Kernels.load(device_facts())
+        kernels = Kernels.load(device_facts(), own_threads=True)
         decoder = load(folder, dtype, PackedLinears(kernels, dtype))
         assert isinstance(decoder, Decoder)
         self.model, self.backend = CompiledDecoder(decoder, kernels, 32), CalledAttention()

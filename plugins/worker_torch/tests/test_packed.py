@@ -3,8 +3,12 @@ emulated where it is not."""
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from dovetail_worker_torch.packed import PackedLinear
 
 BUILDS = {
     "native": {},
+    "native, own threads": {"own_threads": True},
     "avx2": {"target": "avx2"},
     "amx, emulated": {"defines": ("DOVETAIL_EMULATE_AMX",)},
 }
@@ -31,6 +36,14 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if "amx" in request.param and "avx512_bf16" not in device_facts().cpu_flags:
         pytest.skip("packs pairs of bfloat16, as CPUs with AMX do, which all have AVX-512 BF16")
     return Kernels.load(device_facts(), **BUILDS[request.param])
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(
@@ -156,6 +169,41 @@ def test_weights_of_another_type_are_converted(kernels: Kernels) -> None:
     linear = PackedLinear(kernels, [Part("w", 20)], 40, False, torch.bfloat16)
     linear.targets()["w.weight"].store(weight)
     assert torch.equal(linear.rows(torch.arange(20)), weight.bfloat16())
+
+
+def team_threads() -> int:
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            names.append((task / "comm").read_text())
+    return names.count("dovetail-team\n")
+
+
+def test_own_threads_end_with_close_and_with_the_kernels(three_threads: None) -> None:
+    def has_threads(more: int) -> bool:
+        deadline = time.monotonic() + 20  # the system shows a thread for a moment after its end
+        while team_threads() != before + more and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return team_threads() == before + more
+
+    weight, x = torch.randn(300, 64), torch.randn(5, 64)
+    gc.collect()  # kernels of other tests
+    before = team_threads()
+    kernels = Kernels.load(device_facts(), own_threads=True)
+    linear = make(kernels, weight)
+    assert has_threads(0)
+    found = linear(x)
+    assert has_threads(2)
+    kernels.close()
+    kernels.close()
+    assert has_threads(0)
+    assert torch.equal(linear(x), found)
+    assert has_threads(2)
+    del kernels, linear
+    gc.collect()
+    assert has_threads(0)
+    assert torch.equal(make(Kernels.load(device_facts()), weight)(x), found)
+    assert has_threads(0)
 
 
 def test_the_library_is_built_once(kernels: Kernels) -> None:

@@ -323,16 +323,20 @@ def test_nan_makes_a_row_unusable_and_no_other(sampler: SamplerBackend, vocab: i
     levels=st.sampled_from([3, 1000]),
     masked=st.booleans(),
     threads=st.integers(1, 3),
+    own_threads=st.booleans(),
 )
 def test_the_compiled_sampler_is_the_torch_one(
-    rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int
+    rows: int, vocab: int, seed: int, levels: int, masked: bool, threads: int, own_threads: bool
 ) -> None:
     """Ties and masked tokens included; the noise to a few units in the last place."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * levels).round() / levels * 3
     if masked:
         logits[:, rng.randrange(vocab)] = -math.inf
-    plain, compiled = TorchSampler(), CompiledSampler(Kernels.load(device_facts()))
+    plain, compiled = (
+        TorchSampler(),
+        CompiledSampler(Kernels.load(device_facts(), own_threads=own_threads)),
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -353,6 +357,29 @@ def test_the_compiled_sampler_is_the_torch_one(
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_compiled_sampler_does_not_depend_on_threads() -> None:
+    rows, vocab = random.randrange(1, 5), random.randrange(40_000, 60_000)
+    logits, keys = (
+        torch.randn(rows, vocab),
+        row_keys(np.arange(rows), np.arange(rows), np.arange(rows)),
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, own_threads in ((1, False), (3, False), (3, True)):
+            torch.set_num_threads(threads)
+            sampler, x = (
+                CompiledSampler(Kernels.load(device_facts(), own_threads=own_threads)),
+                logits.clone(),
+            )
+            sampler.add_gumbel_noise_(x, keys)
+            best = sampler.best(x)
+            sampler.filter_top_k_top_p_(x, [100] * rows, [0.9] * rows)
+            found.append((x, best))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, found[0][0]) and best == found[0][1] for x, best in found)
 
 
 def test_masks_allow_only_their_tokens(sampler: SamplerBackend) -> None:

@@ -21,8 +21,8 @@ class Choice:
     index: int
     request: Request
     held: Delta | None = None
-    """Output that no chunk has sent yet: half a character, what may become a stop string, a prompt's
-    log-probabilities."""
+    """Output that no chunk has sent yet: half a character, the possible beginning of a stop string,
+    a prompt's log-probabilities."""
     opened: bool = False
     """The client has been told of it."""
     num_tokens: int = 0

@@ -74,7 +74,7 @@ class EventStream(StreamingResponse):
 def merged(
     requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]
 ) -> AsyncGenerator[Delta]:
-    """Deltas of all samples of all requests, as they come. `index` is then that of the choice: prompt
+    """Deltas of all samples of all requests, as they come. `index` is that of the choice: prompt
     after prompt."""
     return run(requests[0]) if len(requests) == 1 else _interleaved(requests, run)
 

@@ -206,7 +206,9 @@ class Program:
     def run(self, step: StepHeader, *, hold: bool) -> None:
         """`hold` keeps Python's lock."""
         functions = self._kernels.holding if hold else self._kernels.functions
-        functions.dovetail_run_program(self._pointer, ctypes.addressof(step), None)
+        functions.dovetail_run_program(
+            self._pointer, ctypes.addressof(step), None, self._kernels.team
+        )
 
     def __del__(self) -> None:
         self._kernels.holding.dovetail_free_program(self._pointer)

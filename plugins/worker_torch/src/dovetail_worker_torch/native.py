@@ -4,6 +4,7 @@ typed."""
 from __future__ import annotations
 
 import ctypes
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,16 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_weight_bytes": (_n, [_p]),
     "dovetail_pack": (None, [_p, _p, _n, _n, _n]),
     "dovetail_unpack_rows": (None, [_p, _p, _n, _p, _n]),
-    "dovetail_linear": (None, [_p, _p, _i, _i]),
+    "dovetail_linear": (None, [_p, _p, _i, _i, _p]),
+    "dovetail_new_team": (_p, []),
+    "dovetail_stop_team": (None, [_p]),
+    "dovetail_free_team": (None, [_p]),
     "dovetail_new_program": (_p, [_p, _n]),
     "dovetail_free_program": (None, [_p]),
-    "dovetail_run_program": (None, [_p, _p, _p]),
-    "dovetail_argmax": (None, [_p, _n, _n, _n, _p, _p, _i]),
-    "dovetail_add_gumbel_noise": (None, [_p, _n, _n, _n, _p, _i]),
-    "dovetail_filter_top_k_top_p": (None, [_p, _n, _n, _n, _p, _p, _i]),
+    "dovetail_run_program": (None, [_p, _p, _p, _p]),
+    "dovetail_argmax": (None, [_p, _n, _n, _n, _p, _p, _i, _p]),
+    "dovetail_add_gumbel_noise": (None, [_p, _n, _n, _n, _p, _i, _p]),
+    "dovetail_filter_top_k_top_p": (None, [_p, _n, _n, _n, _p, _p, _i, _p]),
     "dovetail_instruction_set": (ctypes.c_char_p, []),
     **{
         f"dovetail_{name}_op": (None, [_p, _p])
@@ -110,18 +114,34 @@ def _open(library: ctypes.CDLL) -> ctypes.CDLL:
 
 class Kernels:
     """The compiled library. Functions of `holding` keep Python's lock, which is for short calls:
-    getting it back may take milliseconds where other threads are busy."""
+    getting it back may take milliseconds where other threads are busy.
 
-    def __init__(self, path: Path) -> None:
+    They run on PyTorch's threads, or with `own_threads` on a team of threads that `team` is the
+    address of: better where little of a step is torch's. The threads are started by the first call
+    that needs them, and end with `close` (a call after that starts them again), with this object or
+    with the process.
+    """
+
+    def __init__(self, path: Path, *, own_threads: bool = False) -> None:
         self.functions = _open(ctypes.CDLL(str(path)))
         self.holding = _open(ctypes.PyDLL(str(path)))
+        self.team: int | None = None
+        if own_threads:
+            self.team = self.holding.dovetail_new_team()
+            # Not at the exit of the process: a daemon thread may be in a step.
+            weakref.finalize(self, self.functions.dovetail_free_team, self.team).atexit = False
 
     @classmethod
-    def load(cls, facts: DeviceFacts, **options: Any) -> Kernels:
-        """Build the library at first use. It shares PyTorch's threads. Raises `PluginError`."""
-        return cls(
-            build_library("worker-torch", SOURCES, facts, openmp=openmp_of("torch"), **options)
+    def load(cls, facts: DeviceFacts, *, own_threads: bool = False, **options: Any) -> Kernels:
+        """Build the library at first use. Raises `PluginError`."""
+        library = build_library(
+            "worker-torch", SOURCES, facts, openmp=openmp_of("torch"), **options
         )
+        return cls(library, own_threads=own_threads)
+
+    def close(self) -> None:
+        if self.team is not None:
+            self.functions.dovetail_stop_team(self.team)
 
     @property
     def instruction_set(self) -> str:

@@ -70,7 +70,11 @@ class PackedLinear:
             x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0), TYPES[out.dtype]
         )
         self._kernels.functions.dovetail_linear(
-            self._address, ctypes.addressof(call), x.shape[0], torch.get_num_threads()
+            self._address,
+            ctypes.addressof(call),
+            x.shape[0],
+            torch.get_num_threads(),
+            self._kernels.team,
         )
         return out
 

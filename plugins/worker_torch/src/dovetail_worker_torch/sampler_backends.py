@@ -84,6 +84,7 @@ class CompiledSampler:
             tokens.ctypes.data,
             usable.ctypes.data,
             torch.get_num_threads(),
+            self._kernels.team,
         )
         return tokens.tolist(), usable.tolist()
 
@@ -96,6 +97,7 @@ class CompiledSampler:
             vocab,
             keys.ctypes.data,
             torch.get_num_threads(),
+            self._kernels.team,
         )
 
     def filter_top_k_top_p_(self, logits: Tensor, top_k: list[int], top_p: list[float]) -> None:
@@ -111,4 +113,5 @@ class CompiledSampler:
             k.ctypes.data,
             p.ctypes.data,
             torch.get_num_threads(),
+            self._kernels.team,
         )

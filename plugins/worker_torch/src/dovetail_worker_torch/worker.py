@@ -83,9 +83,14 @@ class TorchWorker:
         )
         self._made: ArchitectureCapabilities = context.capabilities("architecture")
         self._fuses = fuses(options.execution, plan.device, self._made)
-        self._kernels = Kernels.load(context.device) if options.linear == "packed" else None
         self._compiled = options.execution == "compiled"
         self._torch_compile = self._compiled and self._made.compiled == TORCH_COMPILE
+        own_threads = self._compiled and not self._torch_compile
+        self._kernels = (
+            Kernels.load(context.device, own_threads=own_threads)
+            if options.linear == "packed"
+            else None
+        )
         if self._torch_compile:
             from dovetail_worker_torch.torch_compile import (
                 check_compile,
@@ -486,6 +491,8 @@ class TorchWorker:
             self._runner = None
             self._model = self._draft = None
             self._cached = []
+        if self._kernels is not None:
+            self._kernels.close()
 
     def _require_runner(self) -> Runner:
         if self._runner is None:

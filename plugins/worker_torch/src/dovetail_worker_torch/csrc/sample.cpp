@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 using namespace dovetail;
 
 namespace {
@@ -18,7 +20,11 @@ constexpr int64_t kWorthThreads = 1 << 15;  // logits; below, waking a thread co
 constexpr int64_t kPart = 1 << 13;          // logits of a row that one thread takes at a time
 constexpr float kMasked = -kInf;
 
-int threads_for(int64_t logits, int num_threads) { return logits < kWorthThreads ? 1 : num_threads; }
+// f(row) for each row, or part of one.
+template <class F>
+void for_each(Team* team, int64_t logits, int num_threads, int64_t count, F&& f) {
+  on_threads(team, logits < kWorthThreads ? 1 : num_threads, static_cast<int>(count), f);
+}
 
 // Natural logarithm of positive normal numbers, within 2 units in the last place: 2 atanh((m - 1) / (m + 1)) of a mantissa m
 // between sqrt(1/2) and sqrt(2), plus the exponent's part.
@@ -134,21 +140,20 @@ extern "C" {
 
 // The first best token of each row, and whether the row is free of NaN.
 void dovetail_argmax(const float* logits, int64_t stride, int64_t num_rows, int64_t vocab, int64_t* tokens, uint8_t* usable,
-                   int num_threads) {
-#pragma omp parallel for num_threads(threads_for(num_rows * vocab, num_threads)) schedule(dynamic)
-  for (int64_t row = 0; row < num_rows; ++row) {
+                   int num_threads, Team* team) {
+  for_each(team, num_rows * vocab, num_threads, num_rows, [&](int64_t row) {
     const float* x = logits + row * stride;
     const bool good = !holds_nan(x, vocab);
     usable[row] = good;
     tokens[row] = good ? first_of(x, vocab, highest(x, vocab)) : 0;
-  }
+  });
 }
 
 // x -= log(exponential noise), keyed by row and token.
-void dovetail_add_gumbel_noise(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const uint64_t* keys, int num_threads) {
+void dovetail_add_gumbel_noise(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const uint64_t* keys, int num_threads,
+                      Team* team) {
   const int64_t parts = (vocab + kPart - 1) / kPart;
-#pragma omp parallel for num_threads(threads_for(num_rows * vocab, num_threads)) schedule(dynamic)
-  for (int64_t i = 0; i < num_rows * parts; ++i) {
+  for_each(team, num_rows * vocab, num_threads, num_rows * parts, [&](int64_t i) {
     float* x = logits + i / parts * stride;
     const auto low = static_cast<uint32_t>(keys[i / parts]), high = static_cast<uint32_t>(keys[i / parts] >> 32);
     const auto begin = static_cast<uint32_t>(i % parts * kPart), end = static_cast<uint32_t>(std::min(vocab, (i % parts + 1) * kPart));
@@ -157,19 +162,18 @@ void dovetail_add_gumbel_noise(float* logits, int64_t stride, int64_t num_rows, 
     float rest[kLanes];
     store(rest, noise(token, low, high));
     for (int i = 0; token < end; ++token, ++i) x[token] += rest[i];
-  }
+  });
 }
 
 // Mask all but the top_k (0: all; equals of the last are kept), then all but the nucleus of top_p (1: all).
 void dovetail_filter_top_k_top_p(float* logits, int64_t stride, int64_t num_rows, int64_t vocab, const int64_t* top_k, const float* top_p,
-                  int num_threads) {
-#pragma omp parallel for num_threads(threads_for(num_rows * vocab, num_threads)) schedule(dynamic)
-  for (int64_t row = 0; row < num_rows; ++row) {
+                  int num_threads, Team* team) {
+  for_each(team, num_rows * vocab, num_threads, num_rows, [&](int64_t row) {
     float* x = logits + row * stride;
-    if (holds_nan(x, vocab)) continue;  // the sample will say so
+    if (holds_nan(x, vocab)) return;  // the sample will say so
     const int64_t k = top_k[row];
     if (k > 0 && k < vocab) cut_top_k(x, vocab, k);
     if (top_p[row] < 1.f) cut_top_p(x, vocab, top_p[row]);
-  }
+  });
 }
 }

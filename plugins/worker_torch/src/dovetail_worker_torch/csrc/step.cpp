@@ -1,12 +1,11 @@
 // Running a compiled step, and linear layers on their own.
-#include <dovetail/pieces.h>
 #include <dovetail/step.h>
-#include <omp.h>
 
 #include <chrono>
 #include <vector>
 
 #include "linear.h"
+#include "threads.h"
 
 using namespace dovetail;
 
@@ -25,6 +24,12 @@ double now() {
 
 extern "C" {
 
+Team* dovetail_new_team() { return new Team; }
+
+void dovetail_stop_team(Team* team) { team->stop(); }
+
+void dovetail_free_team(Team* team) { delete team; }
+
 Program* dovetail_new_program(const dovetail_op* ops, int64_t count) {
   return new Program{{ops, ops + count}, std::vector<Pieces>(count)};
 }
@@ -32,11 +37,9 @@ Program* dovetail_new_program(const dovetail_op* ops, int64_t count) {
 void dovetail_free_program(Program* program) { delete program; }
 
 // `seconds`, if given, has a place for each operation, to which its time is added.
-void dovetail_run_program(Program* program, const dovetail_step* step, double* seconds) {
+void dovetail_run_program(Program* program, const dovetail_step* step, double* seconds, Team* team) {
   for (Pieces& p : program->pieces) p.reset();
-#pragma omp parallel num_threads(step->num_threads) if (step->num_threads > 1)
-  {
-    const int thread = omp_get_thread_num();
+  on_threads(team, step->num_threads, [&](int thread) {
     double before = seconds ? now() : 0;
     for (size_t i = 0; i < program->ops.size(); ++i) {
       const dovetail_op& op = program->ops[i];
@@ -47,7 +50,7 @@ void dovetail_run_program(Program* program, const dovetail_step* step, double* s
         before = after;
       }
     }
-  }
+  });
 }
 
 int64_t dovetail_weight_bytes(const Linear* linear) { return weight_bytes(*linear); }
@@ -60,10 +63,9 @@ void dovetail_unpack_rows(const Linear* linear, const int64_t* rows, int64_t cou
   for (int64_t i = 0; i < count; ++i) unpack_row(*linear, rows[i], static_cast<char*>(out) + i * row_bytes);
 }
 
-void dovetail_linear(const Linear* linear, const LinearCall* call, int num_rows, int num_threads) {
-  Pieces pieces;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
-  pieces.work(num_pieces(*linear, num_rows, num_threads), [&](int piece) { do_piece(*linear, *call, num_rows, piece, num_threads); });
+void dovetail_linear(const Linear* linear, const LinearCall* call, int num_rows, int num_threads, Team* team) {
+  on_threads(team, num_threads, num_pieces(*linear, num_rows, num_threads),
+             [&](int piece) { do_piece(*linear, *call, num_rows, piece, num_threads); });
 }
 
 const char* dovetail_instruction_set() {

@@ -9,6 +9,17 @@
 
 namespace dovetail {
 
+// Until `done()`, which another thread is about to bring about: spin, then let others have the core.
+template <class F>
+void wait_until(F&& done) {
+  constexpr int kSpins = 4000;  // some 50 µs: about what giving the core away and getting it back may cost
+  for (int spins = 0; !done(); ++spins)
+    if (spins < kSpins)
+      _mm_pause();
+    else
+      sched_yield();
+}
+
 class Pieces {
  public:
   // Take pieces of `count` until none is left, then wait until all are done. Every thread passes the same count.
@@ -18,11 +29,7 @@ class Pieces {
     int done = 0;
     for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count; ++done) f(i);
     if (done) done_.fetch_add(done, std::memory_order_release);
-    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins)
-      if (spins < kSpins)
-        _mm_pause();
-      else
-        sched_yield();
+    wait_until([&] { return done_.load(std::memory_order_acquire) >= count; });
   }
   // For the next round; no thread may be at work.
   void reset() {
@@ -31,7 +38,6 @@ class Pieces {
   }
 
  private:
-  static constexpr int kSpins = 4000;  // some 50 µs: about what giving the core away and getting it back may cost
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<int> done_{0};
 };
