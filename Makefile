@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := pip install -q --disable-pip-version-check
-PROJECTS := core plugins/worker_torch plugins/attention_cpu plugins/attention_cuda plugins/matmul_cpu plugins/matmul_cuda plugins/quant_fp8 plugins/quant_int8 plugins/quant_awq_gptq plugins/quant_compressed_tensors plugins/quantize plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/bench plugins/demo_model
+PROJECTS := core plugins/worker_torch plugins/models_torch plugins/models_transformers plugins/attention_cpu plugins/attention_cuda plugins/matmul_cpu plugins/matmul_cuda plugins/quant_fp8 plugins/quant_int8 plugins/quant_awq_gptq plugins/quant_compressed_tensors plugins/quantize plugins/prefix_cache plugins/spec_ngram plugins/spec_draft plugins/server_openai plugins/bench plugins/demo_model
 # Not in the default set: installed for the tests alone, through the root's extra `dev`.
 TEST_PROJECTS := kit plugins/attention_flashinfer plugins/attention_pallas
 MODEL ?= demo

@@ -102,7 +102,7 @@ def start(key: str, threads: int) -> dict[str, Any]:
 
     def run(compile: bool, cache: str) -> float:
         code = (
-            "import time, bridge_compile as b, dovetail_worker_torch.bridge; t ="
+            "import time, bridge_compile as b, dovetail_models_transformers.bridge; t ="
             f" time.perf_counter()\nwith b.engine({key!r}, {threads}, {compile}): print('took',"
             " time.perf_counter() - t)"
         )

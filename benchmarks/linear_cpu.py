@@ -23,9 +23,9 @@ from torch import Tensor
 
 from dovetail.facts import device_facts
 from dovetail_bench.machine import machine
-from dovetail_worker_torch.linear import Part
+from dovetail_worker_torch.loading.linear import Part
+from dovetail_worker_torch.loading.packed import PackedLinear, lazy_zeros
 from dovetail_worker_torch.native import Kernels
-from dovetail_worker_torch.packed import PackedLinear, lazy_zeros
 
 SHAPES = ((4096, 1024), (1024, 3072), (6144, 1024), (16384, 2048))
 """(outputs, inputs)"""

@@ -32,10 +32,10 @@ from dovetail.plugin.build_context import BuildContext
 from dovetail_attention_cpu import load_kernel
 from dovetail_attention_cpu.backend import CpuAttention
 from dovetail_bench.machine import machine
+from dovetail_models_torch.decoder import DecoderArchitecture
 from dovetail_prefix_cache.eviction import LeastRecentlyUsed
 from dovetail_prefix_cache.index import HashIndex
 from dovetail_worker_torch import WorkerOptions
-from dovetail_worker_torch.decoder import DecoderArchitecture
 from dovetail_worker_torch.worker import TorchWorker
 
 

@@ -302,7 +302,7 @@ class ChaoticArchitecture:
         self._options = options
 
     def model(self, build: Any) -> Any:
-        from dovetail_worker_torch.decoder import DecoderArchitecture
+        from dovetail_models_torch.decoder import DecoderArchitecture
 
         def wrong(fault: str, hidden: Any, args: Any) -> Any:
             if fault == "nan":

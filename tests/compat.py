@@ -20,7 +20,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from dovetail_worker_torch.versions import TESTED_TRANSFORMERS
+from dovetail_models_transformers.versions import TESTED_TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".compat"

@@ -30,8 +30,8 @@ class Int8:
     def linear(self, layer: LinearLayer, tensors: Mapping[str, Any]) -> Any:
         import torch
 
+        from dovetail_worker_torch.loading.packed import PackedLinear
         from dovetail_worker_torch.native import Kernels
-        from dovetail_worker_torch.packed import PackedLinear
 
         packed = PackedLinear(
             Kernels.load(self._device),

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from dovetail_worker_torch.versions import TESTED_TRANSFORMERS
+from dovetail_models_transformers.versions import TESTED_TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 OLDEST, *_, NEWEST = map(Version, TESTED_TRANSFORMERS)

@@ -23,7 +23,7 @@ from dovetail.sequence import Sequence
 from dovetail.types import DRAFTED_BY_WORKER, EngineStats, SequenceStart, StepPlan
 from dovetail_demo_model import WEIGHTS
 from dovetail_spec_draft import DraftModel
-from dovetail_worker_torch.drafting import DraftRunner
+from dovetail_worker_torch.runner.drafting import DraftRunner
 
 TIGHT = {"memory_gb": 0.0022, "block_size": 16}
 """Room for little more than one sequence of 128 tokens of the demo model and its draft in

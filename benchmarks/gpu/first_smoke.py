@@ -290,7 +290,7 @@ def of_device(*shape: int, seed: int = 0) -> Any:
 
 
 def operations() -> Any:
-    from dovetail_worker_torch.fused import TritonOperations
+    from dovetail_models_torch.fused import TritonOperations
 
     return TritonOperations()
 
@@ -316,7 +316,7 @@ def norm(rows: Rows, has_delta: bool = False) -> None:
 
 
 def rotation(rows: Rows, has_norm: bool) -> None:
-    from dovetail_worker_torch.rope import RotaryEmbedding
+    from dovetail_models_torch.rope import RotaryEmbedding
 
     num_heads, num_kv_heads, size = (4, 2, 64) if DRY else (32, 8, 128)
     qkv = of_device(TOKENS, num_heads + 2 * num_kv_heads, size)
@@ -340,7 +340,7 @@ def rotation(rows: Rows, has_norm: bool) -> None:
 
 
 def gate(rows: Rows, activation: str) -> None:
-    from dovetail_worker_torch.operations import ACTIVATIONS
+    from dovetail_models_torch.operations import ACTIVATIONS
 
     both = of_device(TOKENS, 2 * HIDDEN)
     expected = ACTIVATIONS[activation](both[:, :HIDDEN].double()) * both[:, HIDDEN:].double()
@@ -348,9 +348,9 @@ def gate(rows: Rows, activation: str) -> None:
 
 
 def sampling() -> Any:
-    from dovetail_worker_torch import fused
+    from dovetail_worker_torch.sampling import triton_sampler
 
-    return fused.TritonSampler()
+    return triton_sampler.TritonSampler()
 
 
 def logits_of(num_rows: int) -> Any:
@@ -361,7 +361,7 @@ def noise(rows: Rows) -> None:
     """Against its definition in noise.py, in float32 on the CPU."""
     import numpy as np
 
-    from dovetail_worker_torch.noise import add_gumbel_noise_, row_keys
+    from dovetail_worker_torch.sampling.noise import add_gumbel_noise_, row_keys
 
     logits, count = logits_of(4), np.arange(4, dtype=np.int64)
     keys = row_keys(count * 12345, count, count * 99)

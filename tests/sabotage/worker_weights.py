@@ -9,7 +9,7 @@ import msgspec
 
 from dovetail.interfaces.quantization import Parameter
 from dovetail_worker_torch import dovetail_workers
-from dovetail_worker_torch.quantized import QuantizedLinear
+from dovetail_worker_torch.loading.quantized import QuantizedLinear
 from dovetail_worker_torch.worker import TorchWorker
 from sabotage import Sabotages
 

@@ -10,7 +10,7 @@ import torch
 from dovetail.errors import CheckpointError
 from dovetail.types import StepResult
 from dovetail_worker_torch import dovetail_workers
-from dovetail_worker_torch.sampler_backends import TorchSampler
+from dovetail_worker_torch.sampling.backends import TorchSampler
 from dovetail_worker_torch.worker import TorchWorker
 from sabotage import Sabotages
 

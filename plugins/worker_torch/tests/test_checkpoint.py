@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.interfaces.architecture import Target
-from dovetail_worker_torch.checkpoint import INDEX, SINGLE, load_tensors
-from dovetail_worker_torch.decoder import Decoder
-from dovetail_worker_torch.linear import TorchLinear
+from dovetail_models_torch.decoder import Decoder
+from dovetail_worker_torch.loading.checkpoint import INDEX, SINGLE, load_tensors
+from dovetail_worker_torch.loading.linear import TorchLinear
 
 H, FFN, HEADS, KV_HEADS, D, VOCAB = 32, 48, 4, 2, 8, 61
 CONFIG: dict[str, Any] = {

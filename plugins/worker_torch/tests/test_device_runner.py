@@ -24,7 +24,7 @@ from dovetail_testing.worker import WorkerContract
 from dovetail_testing.worker_driver import Driver
 from dovetail_testing.worker_trial import no_progress
 from dovetail_worker_torch import dovetail_workers
-from dovetail_worker_torch.graphs import capture_sizes
+from dovetail_worker_torch.runner.graphs import capture_sizes
 
 (WORKER,) = dovetail_workers()
 FAKE = replace(WORKER, build=FakeDeviceWorker)

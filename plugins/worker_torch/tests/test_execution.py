@@ -14,14 +14,15 @@ from dovetail.facts import DeviceFacts
 from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.quantization import QuantizationCapabilities
 from dovetail.plugin.provider import Context
+from dovetail_models_torch import ARCHITECTURES as OWN_ARCHITECTURES
+from dovetail_models_torch import CAPABILITIES as DECODER
+from dovetail_models_torch.config import ARCHITECTURES
+from dovetail_models_transformers import CAPABILITIES as BRIDGE
 from dovetail_worker_torch import (
-    BRIDGE_CAPABILITIES,
-    DECODER_CAPABILITIES,
     WorkerOptions,
     dovetail_workers,
 )
-from dovetail_worker_torch.decoder import ARCHITECTURES
-from dovetail_worker_torch.execution import OWN_ARCHITECTURES, resolve_options
+from dovetail_worker_torch.execution import resolve_options
 
 AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
 DEVICE = DeviceFacts("Linux", "x86_64", 4, 2**33, AVX512, "/usr/bin/c++")
@@ -29,7 +30,7 @@ STRANGER = ArchitectureCapabilities(("StrangeForCausalLM",))
 
 
 def context(
-    dtype: str = "bfloat16", name: str = "cpu", made: Any = DECODER_CAPABILITIES, **device: Any
+    dtype: str = "bfloat16", name: str = "cpu", made: Any = DECODER, **device: Any
 ) -> Context:
     model: Any = SimpleNamespace(architecture="SomeForCausalLM")
     needs = {"compiled_attention": True, "architecture": made, "quantization": [PLAIN_WEIGHTS]}
@@ -83,7 +84,7 @@ def on_gpu(**needs: Any) -> Context:
 def test_on_a_gpu_decode_steps_are_graphs() -> None:
     assert settled(on_gpu())[:2] == settled(on_gpu(), execution="graphs")[:2] == ("graphs", "torch")
     assert "CUDA graphs" in settled(on_gpu())[2]
-    assert settled(on_gpu(architecture=BRIDGE_CAPABILITIES))[0] == "graphs"
+    assert settled(on_gpu(architecture=BRIDGE))[0] == "graphs"
     assert settled(on_gpu(), execution="plain") == ("plain", "torch", "")
 
 
@@ -154,16 +155,14 @@ def test_a_third_party_packages_model_has_packed_layers() -> None:
 
 
 def test_models_of_the_bridge_are_compiled_by_torch_when_asked() -> None:
-    assert settled(context(made=BRIDGE_CAPABILITIES))[:2] == ("plain", "torch")
-    execution, _, remarks = settled(context(made=BRIDGE_CAPABILITIES), execution="compiled")
+    assert settled(context(made=BRIDGE))[:2] == ("plain", "torch")
+    execution, _, remarks = settled(context(made=BRIDGE), execution="compiled")
     assert execution == "compiled"
     assert "torch.compile" in remarks
     with pytest.raises(ConfigError, match=r"no C\+\+ compiler"):
-        settled(context(made=BRIDGE_CAPABILITIES, compiler=None), execution="compiled")
+        settled(context(made=BRIDGE, compiler=None), execution="compiled")
     assert (
-        settled(
-            context(made=BRIDGE_CAPABILITIES, name="cuda:0", compiler=None), execution="compiled"
-        )[0]
+        settled(context(made=BRIDGE, name="cuda:0", compiler=None), execution="compiled")[0]
         == "compiled"
     )
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dovetail.errors import OutOfMemory
-from dovetail_worker_torch.gpu_memory import GpuMemory, largest_step
-from dovetail_worker_torch.memory import cpu_memory
-from dovetail_worker_torch.threads import set_num_threads
+from dovetail_worker_torch.runner.gpu_memory import GpuMemory, largest_step
+from dovetail_worker_torch.runner.memory import cpu_memory
+from dovetail_worker_torch.runner.threads import set_num_threads
 
 GIB = 2**30
 
@@ -57,7 +57,7 @@ def test_a_step_that_does_not_fit():
     ("available", "taken"), [(100 * GIB, 4 * GIB), (GIB, GIB // 2), (None, 2 * GIB)]
 )
 def test_the_cache_on_a_cpu(available, taken, monkeypatch):
-    monkeypatch.setattr("dovetail_worker_torch.memory.available_memory", lambda: available)
+    monkeypatch.setattr("dovetail_worker_torch.runner.memory.available_memory", lambda: available)
     assert cpu_memory(0.5) == taken
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from dovetail.facts import device_facts
 from dovetail.interfaces.quantization import Part
 from dovetail.native import build_library, cache_folder
+from dovetail_worker_torch.loading.packed import PackedLinear
 from dovetail_worker_torch.native import SOURCES, Kernels
-from dovetail_worker_torch.packed import PackedLinear
 
 BUILDS = {
     "native": {},

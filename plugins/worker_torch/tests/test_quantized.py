@@ -13,8 +13,8 @@ import torch
 from dovetail.errors import CheckpointError, PluginError
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import IN, OUT, LinearLayer, Parameter, Part
-from dovetail_worker_torch.linear import TorchLinears
-from dovetail_worker_torch.quantized import QuantizedLayers, QuantizedLinear
+from dovetail_worker_torch.loading.linear import TorchLinears
+from dovetail_worker_torch.loading.quantized import QuantizedLayers, QuantizedLinear
 
 CPU = torch.device("cpu")
 QKV = LinearLayer("qkv", (Part("q", 6), Part("k", 2), Part("v", 2)), 4, True, "float32")

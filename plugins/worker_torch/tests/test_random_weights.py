@@ -11,7 +11,7 @@ from dovetail.composition.resolution import resolve
 from dovetail.errors import ConfigError
 from dovetail.plugin.config import EngineConfig
 from dovetail.types import Request, SamplingParams
-from dovetail_worker_torch.tiny import TINY_CONFIGS
+from dovetail_models_torch.tiny import TINY_CONFIGS
 
 
 def engine_of(tmp_path, quantization="none", **more):

@@ -18,9 +18,9 @@ from torch import Tensor
 from dovetail.facts import device_facts
 from dovetail.types import SamplingParams, SequenceStart
 from dovetail_worker_torch.native import Kernels
-from dovetail_worker_torch.noise import row_keys
-from dovetail_worker_torch.sampler import SamplingRows, sample, token_logprobs
-from dovetail_worker_torch.sampler_backends import CompiledSampler, SamplerBackend, TorchSampler
+from dovetail_worker_torch.sampling.backends import CompiledSampler, SamplerBackend, TorchSampler
+from dovetail_worker_torch.sampling.noise import row_keys
+from dovetail_worker_torch.sampling.sampler import SamplingRows, sample, token_logprobs
 
 VOCAB = 37
 EOS, STOP = 3, 4

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
@@ -37,8 +37,12 @@ class ArchitectureCapabilities:
     examples: tuple[dict[str, Any], ...] = ()
     """Contents of config.json of tiny models, one for each architecture at least: what conformance
     is tried with."""
-    compiled: str | None = None
-    """How the worker that it is written for can compile its steps; None: it cannot."""
+    compiled: Literal["operations", "torch.compile"] | None = None
+    """How a worker can compile the steps of its models. "operations": they are `CompilableModel`s
+    (interfaces/compiled.py). "torch.compile": `model` compiles where `ModelBuild.compiled` is set.
+    None: not at all."""
+    fused: bool = False
+    """Its models have fused GPU kernels, in Triton: see `ModelBuild.fused`."""
 
 
 class Target(NamedTuple):
@@ -111,6 +115,17 @@ class LayerMaker(Protocol):
         some. `name` is that of the module in the checkpoint ("model.layers.3.self_attn")."""
 
 
+class WeightFiles(Protocol):
+    """The weight files of a model's folder. Every method raises `CheckpointError`, naming the
+    file."""
+
+    def check(self) -> int:
+        """Open every file. Return the bytes of all."""
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Return whether two tensors hold the same numbers. False if one is missing."""
+
+
 @dataclass(frozen=True)
 class ModelBuild:
     """What a model is made of."""
@@ -126,6 +141,13 @@ class ModelBuild:
     device: Any
     progress: Progress
     """For models that load their weights."""
+    files: WeightFiles | None = None
+    """None: the tensors do not come from files."""
+    compiled: bool = False
+    """For `compiled="torch.compile"`: the model's steps are to be compiled. Raises `ConfigError` if
+    that is not possible here."""
+    fused: bool = False
+    """For `fused`: use fused GPU kernels. Triton is installed, and the device is a GPU."""
 
 
 class Attend(Protocol):

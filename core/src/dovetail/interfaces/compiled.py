@@ -9,8 +9,10 @@ and says how threads share the work).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from dovetail.interfaces.architecture import Embedding, Linear, Model
 from dovetail.interfaces.attention import AttentionBackend, AttentionLayer
 
 CONTRACT = "0.1"
@@ -49,7 +51,7 @@ class Compiled(NamedTuple):
     keep: Any
 
 
-class CompiledLinear(Protocol):
+class CompiledLinear(Linear, Protocol):
     """A linear layer that can be part of a compiled step."""
 
     def compile(self, x: Any, y: Any) -> Compiled:
@@ -58,6 +60,13 @@ class CompiledLinear(Protocol):
         `x [max_num_tokens, ≥ in]` and `y [max_num_tokens, ≥ out]`, rows contiguous; those of x are
         zero from the end of the inputs to a multiple of 32.
         """
+
+
+class CompiledEmbedding(CompiledLinear, Embedding, Protocol):
+    """An embedding that can be part of a compiled step."""
+
+    def compile_rows(self, hidden: Any) -> Compiled:
+        """Return the operation `hidden[:T] = self.rows(token_ids)` on a buffer of the worker's."""
 
 
 class CompiledAttention(AttentionBackend, Protocol):
@@ -72,3 +81,29 @@ class CompiledAttention(AttentionBackend, Protocol):
     def address(self, layer: AttentionLayer, plan: Any) -> int:
         """Of what this step's operations read as `step->attention[layer.index]`; good as long as
         the plan."""
+
+
+class CompiledForward(NamedTuple):
+    """A model's forward pass as operations, in their order."""
+
+    compiled: Compiled
+    hidden: Any
+    """Buffer whose first T rows are the hidden states `[T, H]` after a step, the final norm
+    applied."""
+    num_multiplies: int
+    """Multiplications for one token, the attention's aside. A worker may release Python's lock for
+    a step that takes long."""
+
+
+class CompilableModel(Model, Protocol):
+    """A model of an architecture whose capabilities say `compiled="operations"`."""
+
+    def compile_forward(
+        self, max_num_tokens: int, backends: Sequence[CompiledAttention], caches: Sequence[Any]
+    ) -> CompiledForward:
+        """Return the operations of `forward`, for steps of up to `max_num_tokens` tokens.
+
+        `backends` and `caches` are those of the attention layers, in order. The model's linear
+        layers are `CompiledLinear`s, its embedding is a `CompiledEmbedding`, and their weights have
+        been read. Called again when the caches change.
+        """

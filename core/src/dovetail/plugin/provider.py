@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -136,6 +137,13 @@ class Relation:
 
 
 NO_COMPILER = Reason("no C++ compiler was found", "install g++ or clang++, or set CXX")
+
+
+def why_not_installed(module: str, how: str) -> list[Reason]:
+    """Why a provider that imports `module` cannot be used here. `how` says what to install."""
+    if importlib.util.find_spec(module) is None:
+        return [Reason(f"{module} is not installed", how)]
+    return []
 
 
 def why_not_built(device: DeviceFacts, needed_flags: Sequence[str]) -> list[Reason]:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from dovetail.interfaces.architecture import ArchitectureCapabilities
 from dovetail.interfaces.attention import AttentionCapabilities
 from dovetail.interfaces.matmul import MatmulCapabilities
 from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.plan import Reason
 from dovetail.plugin.hookspecs import hookimpl
-from dovetail.plugin.provider import Context, Provider
-from dovetail_worker_torch.execution import (
-    OPERATIONS,
-    OWN_ARCHITECTURES,
-    TORCH_COMPILE,
-    resolve_options,
-)
+from dovetail.plugin.provider import Context, Provider, why_not_installed
+from dovetail_worker_torch.execution import resolve_options
 from dovetail_worker_torch.options import WorkerOptions
-from dovetail_worker_torch.tiny import TINY_CONFIGS
 
 if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from dovetail_worker_torch.attention import ReferenceAttention
-    from dovetail_worker_torch.bridge import BridgeArchitecture
-    from dovetail_worker_torch.decoder import DecoderArchitecture
     from dovetail_worker_torch.matmul import TorchMatmul
     from dovetail_worker_torch.worker import TorchWorker
 
@@ -40,23 +30,12 @@ REFERENCE_CAPABILITIES = AttentionCapabilities(
 MATMUL_CAPABILITIES = MatmulCapabilities(
     ("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=("cpu", "cuda")
 )
-DECODER_CAPABILITIES = ArchitectureCapabilities(
-    OWN_ARCHITECTURES, examples=TINY_CONFIGS, compiled=OPERATIONS
-)
-BRIDGE_CAPABILITIES = ArchitectureCapabilities(
-    None, quantization=False, loads_weights=True, compiled=TORCH_COMPILE
-)
 
 
 def _needs_torch(context: Context) -> list[Reason]:
-    if importlib.util.find_spec("torch") is None:
-        return [
-            Reason(
-                "torch is not installed",
-                "pip install torch, with the constraints file for the CPU build",
-            )
-        ]
-    return []
+    return why_not_installed(
+        "torch", "pip install torch, with the constraints file for the CPU build"
+    )
 
 
 def _why_no_worker(context: Context) -> list[Reason]:
@@ -80,19 +59,6 @@ def _worker(context: BuildContext, options: WorkerOptions) -> TorchWorker:
     from dovetail_worker_torch.worker import TorchWorker
 
     return TorchWorker(context, options)
-
-
-def _decoder(context: BuildContext, options: Any) -> DecoderArchitecture:
-    from dovetail_worker_torch.decoder import DecoderArchitecture
-
-    return DecoderArchitecture()
-
-
-def _bridge(context: BuildContext, options: Any) -> BridgeArchitecture:
-    # It imports transformers, which takes seconds.
-    from dovetail_worker_torch.bridge import BridgeArchitecture
-
-    return BridgeArchitecture(context.plan.trust_remote_code)
 
 
 def _matmul(context: BuildContext, options: Any) -> TorchMatmul:
@@ -122,28 +88,6 @@ def dovetail_workers() -> list[Provider[TorchWorker]]:
             resolve_options=resolve_options,
             priority=50,
         )
-    ]
-
-
-@hookimpl
-def dovetail_architectures() -> list[Provider[Any]]:
-    return [
-        Provider(
-            "decoder",
-            "our own code for the Llama family",
-            _decoder,
-            capabilities=DECODER_CAPABILITIES,
-            why_not=_needs_torch,
-            priority=50,
-        ),
-        Provider(
-            "transformers",
-            "any decoder-only model of transformers, on the engine's attention",
-            _bridge,
-            capabilities=BRIDGE_CAPABILITIES,
-            why_not=_needs_torch,
-            priority=0,
-        ),
     ]
 
 

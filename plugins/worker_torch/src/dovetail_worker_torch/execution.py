@@ -18,15 +18,7 @@ from dovetail.plugin.provider import NO_COMPILER, Context
 from dovetail_worker_torch.options import Execution, LinearKind, WorkerOptions
 
 OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
-"""What `ArchitectureCapabilities.compiled` may say for this worker."""
-
-OWN_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-"""Architectures of our own decoder."""
+"""Values of `ArchitectureCapabilities.compiled`."""
 
 
 def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
@@ -49,7 +41,7 @@ def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOpt
     execution, remarks = options.execution, list[str]()
     if context.device_name.startswith("cuda") or execution == "graphs":
         execution, remarks = _graphs(context, execution)
-        if made.compiled == OPERATIONS and execution != "plain":
+        if made.fused and execution != "plain":
             whose = "Triton's" if has_triton() else "torch's, because Triton is not installed"
             remarks.append(f"norms, rotations and activations are {whose}")
     elif execution != "plain":
@@ -107,14 +99,9 @@ def has_triton() -> bool:
 
 
 def fuses(execution: Execution, device: str, made: ArchitectureCapabilities) -> bool:
-    """Whether a decoder's operations between products are Triton's: on a GPU, unless plain torch
-    was asked for."""
-    return (
-        device.startswith("cuda")
-        and execution != "plain"
-        and made.compiled == OPERATIONS
-        and has_triton()
-    )
+    """Return whether a model uses its fused kernels: on a GPU with Triton, unless plain torch was
+    requested."""
+    return device.startswith("cuda") and execution != "plain" and made.fused and has_triton()
 
 
 def _listed(reasons: list[Reason]) -> str:

@@ -16,9 +16,8 @@ from dovetail.native import build_library, openmp_of
 
 SOURCES = Path(__file__).parent / "csrc"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 
-_p, _i, _n, _f = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+_p, _i, _n = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
 class LinearStruct(ctypes.Structure):
@@ -34,53 +33,7 @@ class LinearOp(ctypes.Structure):
 
 
 class EmbedOp(ctypes.Structure):
-    _fields_ = [
-        ("embedding", _p),
-        ("hidden", _p),
-        ("hidden_stride", _n),
-        ("inv_freq", _p),
-        ("angles", _p),
-        ("rope_scale", _f),
-        ("num_pairs", _i),
-    ]
-
-
-class NormOp(ctypes.Structure):
-    _fields_ = [
-        ("hidden", _p),
-        ("delta", _p),
-        ("out", _p),
-        ("weight", _p),
-        ("stride", _n),
-        ("size", _i),
-        ("eps", _f),
-        ("type", _i),
-    ]
-
-
-class RotateOp(ctypes.Structure):
-    _fields_ = [
-        ("x", _p),
-        ("stride", _n),
-        ("norm_weight", _p),
-        ("angles", _p),
-        ("num_heads", _i),
-        ("head_size", _i),
-        ("eps", _f),
-        ("type", _i),
-    ]
-
-
-class GateOp(ctypes.Structure):
-    _fields_ = [
-        ("x", _p),
-        ("out", _p),
-        ("x_stride", _n),
-        ("out_stride", _n),
-        ("size", _i),
-        ("activation", _i),
-        ("type", _i),
-    ]
+    _fields_ = [("embedding", _p), ("hidden", _p), ("stride", _n)]
 
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -98,10 +51,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "dovetail_add_gumbel_noise": (None, [_p, _n, _n, _n, _p, _i, _p]),
     "dovetail_filter_top_k_top_p": (None, [_p, _n, _n, _n, _p, _p, _i, _p]),
     "dovetail_instruction_set": (ctypes.c_char_p, []),
-    **{
-        f"dovetail_{name}_op": (None, [_p, _p])
-        for name in ("linear", "embed", "norm", "rotate", "gate")
-    },
+    **{f"dovetail_{name}_op": (None, [_p, _p]) for name in ("linear", "embed")},
 }
 
 

@@ -30,26 +30,26 @@ from dovetail.types import (
     StepResult,
 )
 from dovetail_worker_torch.accelerator import Accelerator, Cuda
-from dovetail_worker_torch.batch import SequenceTable
-from dovetail_worker_torch.calibration import calibrate
-from dovetail_worker_torch.compiled import CompiledDecoder
-from dovetail_worker_torch.device_runner import DeviceRunner, InFlightStep
-from dovetail_worker_torch.device_table import DeviceTable
-from dovetail_worker_torch.drafting import DraftRunner, draft_group
 from dovetail_worker_torch.execution import OPERATIONS, TORCH_COMPILE, fuses
-from dovetail_worker_torch.gpu_memory import GpuMemory, largest_step
-from dovetail_worker_torch.host_tier import CachedLayer, HostTier
-from dovetail_worker_torch.linear import TorchLinears
-from dovetail_worker_torch.memory import cpu_memory
-from dovetail_worker_torch.model import Unread, describe_weights, load_model
+from dovetail_worker_torch.loading.calibration import calibrate
+from dovetail_worker_torch.loading.linear import TorchLinears
+from dovetail_worker_torch.loading.model import Unread, describe_weights, load_model
+from dovetail_worker_torch.loading.packed import PackedLinears
+from dovetail_worker_torch.loading.quantized import QuantizedLayers
 from dovetail_worker_torch.native import Kernels
 from dovetail_worker_torch.options import WorkerOptions
-from dovetail_worker_torch.packed import PackedLinears
-from dovetail_worker_torch.quantized import QuantizedLayers
-from dovetail_worker_torch.runner import Computed, Runner
-from dovetail_worker_torch.sampler_backends import CompiledSampler, SamplerBackend, TorchSampler
-from dovetail_worker_torch.shadow import Shadow, ShadowAttention
-from dovetail_worker_torch.threads import set_num_threads
+from dovetail_worker_torch.runner.batch import SequenceTable
+from dovetail_worker_torch.runner.compiled import CompiledModel
+from dovetail_worker_torch.runner.device_runner import DeviceRunner, InFlightStep
+from dovetail_worker_torch.runner.device_table import DeviceTable
+from dovetail_worker_torch.runner.drafting import DraftRunner, draft_group
+from dovetail_worker_torch.runner.gpu_memory import GpuMemory, largest_step
+from dovetail_worker_torch.runner.host_tier import CachedLayer, HostTier
+from dovetail_worker_torch.runner.memory import cpu_memory
+from dovetail_worker_torch.runner.runner import Computed, Runner
+from dovetail_worker_torch.runner.shadow import Shadow, ShadowAttention
+from dovetail_worker_torch.runner.threads import set_num_threads
+from dovetail_worker_torch.sampling.backends import CompiledSampler, SamplerBackend, TorchSampler
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,12 +91,6 @@ class TorchWorker:
             if options.linear == "packed"
             else None
         )
-        if self._torch_compile:
-            from dovetail_worker_torch.torch_compile import (
-                check_compile,
-            )  # not at the top: few ask for it
-
-            check_compile(plan.device)
         names = {key: context.name(key) for key in plan.choices if key.startswith(SHADOW_PREFIX)}
         self._shadow = Shadow(plan.shadow_share, names, self._device) if names else None
         self._plain = "worker: packed" if self._kernels else "worker: torch"
@@ -131,8 +125,6 @@ class TorchWorker:
         layers = QuantizedLayers(self._context, plain, plan.dtype, self._kv_dtype, self._shadow)
         self._model = self._load(Path(plan.folder), self._context, "architecture", layers, progress)
         self._weights = layers.weights(self._plain)
-        if self._torch_compile:
-            cast(Any, self._model).compile()
         if plan.draft is not None:
             folder = Path(plan.draft.folder)
             of_draft = self._context.for_model(model_facts(folder))
@@ -164,16 +156,14 @@ class TorchWorker:
             progress=progress,
             loads_weights=made.loads_weights,
             is_random=self._is_random,
+            compiled=self._torch_compile and made.compiled == TORCH_COMPILE,
+            fused=self._fuses and made.fused,
         )
         if self._kv_dtype == "int8":
             calibrate(model, context.plan.max_model_len, self._device, progress)
         # A draft model too is compiled only where the plan has looked whether the model can be.
-        if self._fuses and made.compiled == OPERATIONS:
-            from dovetail_worker_torch.fused import TritonOperations  # Triton is not always there
-
-            model.operations = TritonOperations()
         if self._compiled and made.compiled == self._made.compiled == OPERATIONS:
-            model = CompiledDecoder(
+            model = CompiledModel(
                 model, self._kernels, context.option("scheduler", "max_num_batched_tokens")
             )
         return cast(Model, model)
@@ -301,7 +291,7 @@ class TorchWorker:
 
     def _sampler(self) -> SamplerBackend:
         if self._fuses:
-            from dovetail_worker_torch.fused import TritonSampler
+            from dovetail_worker_torch.sampling.triton_sampler import TritonSampler
 
             return TritonSampler()
         return (
@@ -337,7 +327,7 @@ class TorchWorker:
                     raise OutOfMemory(
                         f"the KV cache of {count} blocks could not be allocated: {e}"
                     ) from None
-        if isinstance(model, CompiledDecoder):
+        if isinstance(model, CompiledModel):
             kind_of = {layer: group.kind for group in groups for layer in group.layers}
             order = range(len(model.attention_layers))
             model.bind([backends[kind_of[i]] for i in order], [caches[i] for i in order])

@@ -45,13 +45,4 @@ void unpack_row(const Linear& linear, int64_t row, void* out);
 int num_pieces(const Linear& linear, int num_rows, int num_threads);
 void do_piece(const Linear& linear, const LinearCall& call, int num_rows, int piece, int num_threads);
 
-// Calls f with the element type: those that compiled steps compute in.
-template <class F>
-void with_type(Type type, F&& f) {
-  if (type == Type::f32)
-    f(F32{});
-  else
-    f(BF16{});
-}
-
 }  // namespace dovetail

@@ -220,4 +220,13 @@ void with_element(Type type, F&& f) {
   }
 }
 
+// Calls f with the element type: those that compiled steps compute in.
+template <class F>
+void with_type(Type type, F&& f) {
+  if (type == Type::f32)
+    f(F32{});
+  else
+    f(BF16{});
+}
+
 }  // namespace dovetail

@@ -1,0 +1,1 @@
+"""From a checkpoint to a model with its weights: files, linear layers, quantization."""

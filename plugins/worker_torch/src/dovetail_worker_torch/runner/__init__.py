@@ -1,0 +1,1 @@
+"""Runs the steps: batches, caches, CUDA graphs, draft models."""
