@@ -2,8 +2,8 @@
 
 There are two implementations, selected by the tokenizer's decoder. If each token stands for bytes
 (ByteLevel, as in GPT-2, Llama 3 and Qwen), the bytes go through one incremental UTF-8 decoder. If
-the text of a token depends on the tokens next to it (SentencePiece with byte fallback, WordPiece), tokens
-are decoded together with the ones before them.
+the text of a token depends on the tokens next to it (SentencePiece with byte fallback, WordPiece),
+tokens are decoded together with the ones before them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Work that threads take piece by piece, and can wait for. Unlike a barrier, it asks nothing of a thread that the system has
-// not let run yet: the others do its share.
+// Work that threads take piece by piece, and can wait for. Unlike a barrier, it does not wait for a thread that the system has
+// not scheduled yet: the others do its share.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@ namespace dovetail {
 
 class Pieces {
  public:
-  // Take pieces of `count` until none is left, then wait until all are done. Every thread passes the same count.
+  // Takes pieces of `count` until none is left, then waits until all are done. Every thread passes the same count.
   template <class F>
   void work(int count, F&& f) {
     if (count == 0) return;
@@ -24,14 +24,14 @@ class Pieces {
       else
         sched_yield();
   }
-  // For the next round; no thread may be at work.
+  // Prepares the next round; no thread may be working.
   void reset() {
     next_.store(0, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
   }
 
  private:
-  static constexpr int kSpins = 4000;  // some 50 µs: about what giving the core away and getting it back may cost
+  static constexpr int kSpins = 4000;  // about 50 µs, which is roughly the cost of yielding the core and getting it back
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<int> done_{0};
 };
