@@ -83,7 +83,7 @@ def test_host_memory_that_is_no_size_is_refused(value: object) -> None:
 
 
 def test_host_memory_for_less_than_a_block_is_refused() -> None:
-    with pytest.raises(ConfigError, match="hold no block; give at least"):
+    with pytest.raises(ConfigError, match="hold less than one block per KV group; set at least"):
         LLM(**TIGHT, prefix_cache={"use": "hash", "host_memory_gb": 1e-9})
 
 

@@ -173,7 +173,7 @@ def test_options_that_the_checkpoint_decides(tmp_path: Path) -> None:
     made = made_of(tmp_path, GPTQ)
     said = refusal(made, ConfigError, quantization={"use": "gptq", "group_size": 128})
     assert "quantization.group_size: Extra inputs are not permitted" in said
-    assert f"The checkpoint {tmp_path} says of itself: quantization_config {{" in said
+    assert f"The checkpoint {tmp_path} declares quantization_config {{" in said
     assert '"group_size": 64' in said
 
 
@@ -203,7 +203,7 @@ def test_a_method_whose_package_is_not_installed(method: str, package: str, tmp_
     registry.offers[:] = [o for o in registry.offers if o.plugin.distribution != package]
     made = made_of(tmp_path, GPTQ)
     for given, advice in (
-        (method, f"pip install {package} brings one"),
+        (method, f"Install one: pip install {package}"),
         (f"{method}x", f"{method!r}: pip install {package}"),
     ):
         made.config["quantization_config"] = GPTQ | {"quant_method": given}

@@ -179,7 +179,7 @@ def test_a_worker_that_runs_no_candidates_is_not_taken(tmp_path: Path) -> None:
     config = load_config(
         model=str(make_model(tmp_path / "m")), **SIMULATED, shadow={"attention": "simulated"}
     )
-    with pytest.raises(PluginError, match="runs no candidates beside what answers"):
+    with pytest.raises(PluginError, match="does not run shadow candidates"):
         resolve(config)
 
 

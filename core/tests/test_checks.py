@@ -182,7 +182,7 @@ def test_a_block_manager_that_fails_after_a_step_fails_that_sequence(method: str
 
 def test_a_scheduler_that_does_not_let_go_ends_the_engine_by_name() -> None:
     with pytest.raises(
-        PluginError, match=r"scheduler .*: failed to let go of a sequence: RuntimeError: boom"
+        PluginError, match=r"scheduler .*: failed to remove a sequence: RuntimeError: boom"
     ):
         run(engine_with(scheduler=breaking("remove", 1, boom)))
 

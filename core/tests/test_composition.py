@@ -38,8 +38,8 @@ def test_auto_takes_the_best_usable_and_says_why_not_the_others(model: Path) -> 
     assert (choice.provider, choice.requested) == ("fast", "auto")
     assert why_not(choice, "broken") == ["no compiler"]
     dtype, head_size = (
-        "dtype float32 is not supported (has bfloat16)",
-        "head size 16 is not supported (has 128)",
+        "dtype float32 is not supported (supports bfloat16)",
+        "head size 16 is not supported (supports 128)",
     )
     assert why_not(choice, "narrow") == [dtype, head_size]
     assert why_not(choice, "plain") == ["priority 0; fast has 50 (set attention.full: plain)"]
@@ -57,7 +57,7 @@ def test_asked_for_and_impossible_is_an_error_with_the_alternatives(model: Path)
     plan = resolved(model, *offers, attention={"use": "gpu-only", "on_unsupported": "fallback"})
     choice = plan.choices["attention.full"]
     assert (choice.requested, choice.provider) == ("gpu-only", "plain")
-    assert why_not(choice, "gpu-only") == ["device cpu is not supported (has cuda)"]
+    assert why_not(choice, "gpu-only") == ["device cpu is not supported (supports cuda)"]
 
 
 def test_unknown_names_get_near_matches(model: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_block_size_left_open_is_what_attention_asks_for(
 def test_a_block_size_left_open_is_held_against_what_is_declared(model: Path) -> None:
     plan = resolved(model, attention("plain"), attention("large", 9, block_sizes=(32,)))
     assert list(map(str, plan.choices["attention.full"].rejected[0].reasons)) == [
-        "block size 16 is not supported (has 32)"
+        "block size 16 is not supported (supports 32)"
     ]
 
 
@@ -115,7 +115,7 @@ def test_layer_kinds_must_agree_on_a_block_size(tmp_path: Path) -> None:
     )
     with pytest.raises(
         ConfigError,
-        match=r"block_size: .* attention\.full asks for 64, attention\.sliding asks for 16: give",
+        match=r"block_size: .* attention\.full prefers 64, attention\.sliding prefers 16: set",
     ):
         resolved(model, *offers)
     assert resolved(model, *offers, kv_cache={"block_size": 32}).layer_kinds == ["full", "sliding"]
@@ -193,7 +193,7 @@ def test_a_scheduler_without_the_limits_that_others_read_is_broken() -> None:
     module = module_with(dovetail_schedulers=[Provider("lottery", "", lambda c, o: None, Tuned)])
     registry = registry_of(x=module)
     assert (
-        "the options of lottery must extend dovetail.plugin.provider.SchedulerOptions"
+        "the options of lottery must be a subclass of dovetail.plugin.provider.SchedulerOptions"
         in registry.broken["dist-x"]
     )
 
@@ -306,7 +306,7 @@ def test_config_round_trips() -> None:
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     registry = registry_of()
-    with pytest.raises(ConfigError, match="neither a model that comes with a plugin"):
+    with pytest.raises(ConfigError, match="neither a model provided by a plugin"):
         resolve(load_config(model="nonsense"), registry)
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         resolve(load_config(model=str(tmp_path)), registry)
@@ -321,9 +321,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_context_longer_than_the_models_is_refused(model: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"max_model_len: 999 is longer than the model's context of 256"
-    ):
+    with pytest.raises(ConfigError, match=r"max_model_len: 999 exceeds the model's context of 256"):
         resolved(model, attention("plain"), max_model_len=999)
 
 

@@ -37,7 +37,7 @@ def test_ranges_are_read(value: str, first: str, last: str) -> None:
 
 @pytest.mark.parametrize("value", ["0.1", "v1", "v0_2:v0_1", "", "v0_1:v0_2:v0_3"])
 def test_ranges_that_are_none_are_refused(value: str) -> None:
-    with pytest.raises(PluginError, match="range of contract versions"):
+    with pytest.raises(PluginError, match="contract version"):
         parse(value)
 
 
@@ -160,7 +160,7 @@ def test_auto_gives_way_to_what_was_asked_for(model: Path) -> None:
     choice = plan.choices["attention.full"]
     assert choice.provider == "second"
     assert "it overwrites its queries" in why_not(choice, "best")[0]
-    with pytest.raises(PluginError, match=r"does not go with|which does not go with"):
+    with pytest.raises(PluginError, match=r"conflicts with|which conflicts with"):
         chosen(model, registry, worker="w", attention="best")
 
 
@@ -192,8 +192,7 @@ def test_auto_gives_way_where_nothing_else_is_left(model: Path) -> None:
     )
     (why,) = why_not(plan.choices["worker"], "w")
     assert (
-        why
-        == "attention.full is best, which does not go with w (worker): it overwrites its queries"
+        why == "attention.full is best, which conflicts with w (worker): it overwrites its queries"
         " (change attention.full)"
     )
 
@@ -204,7 +203,7 @@ def test_what_is_required_must_be_there(model: Path) -> None:
     plan = chosen(model, registry_with([with_relations("plain")], [picky, WORKER]))
     assert plan.choices["worker"].provider == "w"
     assert (
-        "needs attention: paged-9, and attention.full is plain"
+        "requires attention: paged-9, but attention.full is plain"
         in why_not(plan.choices["worker"], "picky")[0]
     )
     plan = chosen(
@@ -274,7 +273,7 @@ def test_an_extension_point_of_a_plugin_is_filled_like_any_other(model: Path) ->
         built(server={"extras": ["a", "a"]})
     with pytest.raises(ConfigError, match=r"topping: expected NAME or .* found 3"):
         built(server={"topping": 3})
-    with pytest.raises(ConfigError, match="takes one provider, not 2"):
+    with pytest.raises(ConfigError, match="expected one provider, found 2"):
         built(server={"topping": ["salt", "pepper"]})
 
 
@@ -305,7 +304,7 @@ def test_an_optional_extension_point_may_stay_empty(model: Path) -> None:
     registry = registry_of(x=module)
     choice = resolve(load_config(model=str(model)), registry).choices["speculation"]
     assert choice.is_empty
-    assert why_not(choice, "guess") == ["none was asked for (set speculation: auto)"]
+    assert why_not(choice, "guess") == ["none was requested (set speculation: auto)"]
     taken = resolve(load_config(model=str(model), speculation="auto"), registry).choices[
         "speculation"
     ]
@@ -351,7 +350,7 @@ def test_a_worker_without_a_host_tier_is_refused_with_the_reason(model: Path) ->
     asked = {"prefix_cache": {"use": "c", "host_memory_gb": 1}}
     with pytest.raises(
         PluginError,
-        match=r"keeps no KV blocks in host memory \(remove prefix_cache.host_memory_gb\)",
+        match=r"does not store KV blocks in host memory \(remove prefix_cache.host_memory_gb\)",
     ):
         resolve(load_config(model=str(model), device="cpu", **asked), registry_of(x=module))
     assert resolve(

@@ -75,7 +75,7 @@ def test_messages_keep_what_is_no_text(tokenizer: Tokenizer) -> None:
 def test_a_conversation_longer_than_the_context_can_hold_is_refused_before_it_is_encoded(
     tokenizer: Tokenizer,
 ) -> None:
-    with pytest.raises(InvalidRequest, match="more than the context"):
+    with pytest.raises(InvalidRequest, match="more than fit into the context"):
         tokenizer.encode_chat([{"role": "user", "content": "a" * 100}], max_chars=50)
 
 

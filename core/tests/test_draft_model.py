@@ -86,7 +86,7 @@ def test_a_plan_with_a_draft_model_travels(model: Path, draft: Path) -> None:
 def test_a_worker_that_cannot_draft_is_refused(model: Path, draft: Path) -> None:
     with pytest.raises(
         PluginError,
-        match=r"worker: .*\n.*runs no draft model beside its own \(set speculation to a drafter",
+        match=r"worker: .*\n.*does not run a draft model \(set speculation to a drafter",
     ):
         planned(model, draft, drafts=False)
 
@@ -98,7 +98,7 @@ def test_another_vocabulary_is_refused_with_what_differs(model: Path, draft: Pat
 
     edit(draft / "tokenizer.json", swap)
     said = (
-        r"cannot draft for this model: its tokenizer is another: 2 tokens differ \('!' is \d+"
+        r"cannot draft for this model: its tokenizer differs: 2 tokens differ \('!' is \d+"
         r" instead of \d+; '\"' is"
     )
     with pytest.raises(ConfigError, match=said):
@@ -133,7 +133,7 @@ def test_tokenizers_of_pieces_with_scores_are_compared_too(model: Path, draft: P
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vocab_size": 77}, r"its vocabulary has 77 tokens, and the model's \d+"),
+        ({"vocab_size": 77}, r"its vocabulary has 77 tokens, that of the model \d+"),
         (
             {"max_position_embeddings": 100},
             "its context is shorter than max_model_len 256: lower that to 100",
@@ -160,7 +160,7 @@ def test_a_context_that_is_long_enough_will_do(model: Path, draft: Path) -> None
 def test_draft_models_that_are_not_there(model: Path, draft: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"speculation\.model: '.*nowhere' is neither a model that comes with a plugin",
+        match=r"speculation\.model: '.*nowhere' is neither a model provided by a plugin",
     ):
         planned(model, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -172,7 +172,7 @@ def test_draft_models_that_are_not_there(model: Path, draft: Path, tmp_path: Pat
     ):
         planned(model, draft)
     (draft / "tokenizer.json").write_text('{"model": {}}')
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no tokenizer that can be read"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a readable tokenizer"):
         planned(model, draft)
 
 
@@ -187,7 +187,7 @@ def test_numbers_of_draft_tokens_out_of_range(model: Path, draft: Path, count: A
 
 def test_the_options_name_the_model(model: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"speculation\.model: no draft model comes with this model: name one"
+        ConfigError, match=r"speculation\.model: this model has no draft model of its own: name a"
     ):
         planned(model, None)
     with pytest.raises(
@@ -213,7 +213,7 @@ def test_what_is_left_to_the_worker_is_nothing_else() -> None:
     seq = Sequence(
         0, Request("r", [1, 2], SamplingParams(), 9, 0, []), 0, [1, 2], num_computed_tokens=1
     )
-    with pytest.raises(PluginError, match="proposed 5; tokens are from -1 to -1"):
+    with pytest.raises(PluginError, match="proposed 5; token ids are integers from -1 to -1"):
         CheckedDrafter(Wrong(), 64, runs_in_worker=True).propose(seq, 4)
     assert CheckedDrafter(Wrong(), 64).propose(seq, 4) == [5] * 4
 

@@ -260,7 +260,7 @@ def test_bad_prompts(tokenizer: Tokenizer, folder: Path) -> None:
         ("", "empty"),
         ([], "empty"),
         ([5] * 33, "33 tokens and the context is 32"),
-        ([5] * 32, "no room"),
+        ([5] * 32, "no tokens for the output"),
         ([999], "999 is not in the vocabulary"),
         ([-1], "-1 is not"),
         ("x" * 10**7, "characters"),

@@ -105,9 +105,10 @@ def test_too_old():
     assert reasons("cpu") == reasons("cuda:0") == []
     (_, architecture), (code, driver) = reasons("cuda:1")
     assert code == "device"
-    assert architecture == "needs sm_80 or newer, and cuda:1 (Tesla T4) is sm_75"
+    assert architecture == "requires sm_80 or newer, but cuda:1 (Tesla T4) is sm_75"
     assert (
-        driver == "the driver of cuda:1 runs CUDA 11.4 at most, and 12.0 is needed (install a newer"
+        driver
+        == "the driver of cuda:1 supports CUDA 11.4 at most, but 12.0 is required (install a newer"
         " driver)"
     )
     assert [code for code, _ in reasons("cuda:0", architecture=(10, 0))] == ["device"]

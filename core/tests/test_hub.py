@@ -142,7 +142,7 @@ def test_a_revision_that_is_not_there(there: Hub) -> None:
 def test_a_folder_has_no_revision(model: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^revision: 'v1' is of a model on the hub, and .* is a folder: leave it out",
+        match=r"^revision: 'v1' applies to models on the hub, but .* is a local path: remove it",
     ):
         find_model(str(model), revision="v1")
     assert find_model(str(model)).revision is None

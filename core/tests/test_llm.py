@@ -240,7 +240,7 @@ def test_defaults_that_no_request_could_have_are_refused_at_the_start(
 
 def test_more_samples_than_may_wait_are_refused(model: Path) -> None:
     with LLM(model, device="cpu", max_num_waiting=3, **SIMULATED) as llm:
-        with pytest.raises(InvalidRequest, match="n is 4, and only 3 sequences may wait"):
+        with pytest.raises(InvalidRequest, match="n is 4, but only 3 sequences may wait"):
             llm.generate("a", SamplingParams(n=4))
         assert len(llm.generate("a", SamplingParams(n=3))[0].outputs) == 3
 

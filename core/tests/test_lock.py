@@ -97,15 +97,15 @@ def test_another_machine_is_drift(model: Path, simulated: Path, tmp_path: Path) 
     plan = resolve(load_config(model=str(model), **SIMULATED), registry)
     with pytest.raises(ConfigError, match=r"hardware\.num_gpus: 1 → 0") as e:
         check_lock(path, plan, registry)
-    assert "hardware.cpu_flags: lacks amx_int9" in e.value.message
+    assert "hardware.cpu_flags: missing: amx_int9" in e.value.message
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no lock"),
+        ("{", "is not a lock file"),
         ("[]", "not a lock of version"),
-        ('{"lock": 99}', "make it again"),
+        ('{"lock": 99}', "create it again"),
         (None, "cannot read"),
     ],
 )

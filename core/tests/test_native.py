@@ -155,7 +155,7 @@ def test_a_library_that_others_can_write_is_built_again(planted, mode, caplog):
     assert build(facts, library.parent) == library
     assert not loaded.exists()
     assert library.stat().st_mode & 0o777 == 0o700
-    assert "can be written by" in caplog.text
+    assert "is writable by" in caplog.text
     assert "built again" in caplog.text
 
 
@@ -194,7 +194,7 @@ def test_a_folder_that_others_can_write_to_is_refused(planted):
     facts, library, loaded = planted
     library.parent.chmod(0o1777)  # of a sticky folder too: others can add a library there
     with pytest.raises(
-        PluginError, match=r"does not load code from .* by everybody .* `chmod go-w"
+        PluginError, match=r"does not load code from .* by all users .* `chmod go-w"
     ):
         build(facts, library.parent)
     assert not loaded.exists()
@@ -224,7 +224,7 @@ def test_nor_may_the_owner_of_what_it_lies_in(planted, tmp_path, mode):
     os.chown(tmp_path / "theirs", 12345, -1)
     with pytest.raises(
         PluginError,
-        match=r"which lies in .*/theirs, because it belongs to user 12345.*of your own$",
+        match=r"which lies in .*/theirs, because it belongs to user 12345.*that you own$",
     ):
         build(facts, folder)
     assert not loaded.exists()

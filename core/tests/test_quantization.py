@@ -95,7 +95,8 @@ def test_auto_is_what_the_checkpoint_is(model: Path, awq: Path) -> None:
     why = {r.provider: list(map(str, r.reasons)) for r in plan.choices["quantization"].rejected}
     assert why["awq"] == ["the checkpoint is not quantized (reads awq)"]
     assert why["nf4"] == [
-        "the checkpoint is not quantized (ask for it by name to quantize weights as they are read)"
+        "the checkpoint is not quantized (request it by name to quantize the weights while they are"
+        " loaded)"
     ]
     plan = resolved(awq)
     assert rules(plan) == [("quantization", "*", "awq")]
@@ -177,8 +178,8 @@ def test_what_does_not_fit_shows_both(model: Path, awq: Path) -> None:
 def test_a_method_that_nobody_reads_names_near_ones_and_what_would_help(tmp_path: Path) -> None:
     folder = quantized(tmp_path, {"quant_method": "fbgemm_fp8"})
     near = (
-        r"with 'fbgemm_fp8', which no installed plugin reads. Near: fp8 \(dist-x:fp8\). Installed:"
-        r" awq, fp8. Install"
+        r"with 'fbgemm_fp8', which no installed plugin reads. Similar: fp8 \(dist-x:fp8\)."
+        r" Installed: awq, fp8. Install"
     )
     with pytest.raises(PluginError, match=near):
         resolved(folder)

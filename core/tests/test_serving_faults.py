@@ -171,7 +171,7 @@ def test_an_engine_that_serves_nobody_is_given_up(
                 assert isinstance(await outcome(complete(engine, "x", LONG)), EngineDead)
             await asyncio.wait_for(engine.failed.wait(), 5)
             with pytest.raises(
-                EngineUnavailable, match="given up: the process ended with exit status 3"
+                EngineUnavailable, match="not restarted: the process ended with exit status 3"
             ):
                 engine.check_ready()
 
@@ -289,7 +289,7 @@ def test_another_version_than_ours_is_refused(model: Path, simulated: Path) -> N
         engine = AsyncEngine(load_config(model=str(model), device="cpu", **SIMULATED))
         metadata.write_text(metadata.read_text().replace("Version: 0.1.0", "Version: 0.2.0"))
         with pytest.raises(
-            PluginError, match=r"the plan has dovetail-simulated 0\.1\.0, here is 0\.2\.0"
+            PluginError, match=r"the plan has dovetail-simulated 0\.1\.0, but 0\.2\.0 is installed"
         ):
             await engine.start()
         await engine.close()

@@ -34,7 +34,7 @@ def make_engine(faults: Faults | None = None, **setup: int) -> WatchedEngine:
         )
 
     return Parts(kv, scheduler).engine(
-        Setup(**{"spare_blocks": 200, "batch rows": 8, "budget": 16, **setup}), faults
+        Setup(**{"spare_blocks": 200, "max_num_seqs": 8, "budget": 16, **setup}), faults
     )
 
 

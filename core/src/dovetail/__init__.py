@@ -1,5 +1,5 @@
-"""Dovetail: an LLM inference engine made of joints. This is the public API of the core; it imports
-no tensor library."""
+"""Public API of Dovetail, an LLM inference engine built from plugins. It imports no tensor
+library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where commands print."""
+"""Build the console that commands print to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from rich.console import Console
 
 
 def wide_console() -> Console:
-    """A terminal's own width; for a pipe or a file, wide enough that nothing is folded."""
+    """Return a console with the terminal's width; for a pipe or a file, one so wide that no line is
+    wrapped."""
     console = Console()
     return console if console.is_terminal else Console(width=1000)

@@ -1,8 +1,8 @@
-"""Every error that Dovetail raises on purpose.
+"""Define the errors that Dovetail raises on purpose.
 
-Each has a stable `code`, the HTTP status that the server answers with, whether trying again can
-help, and the provider concerned where there is one. The message says what was wrong, where, and
-what to do.
+Each error has a stable `code`, the HTTP status that the server answers with, whether a retry can
+help, and the provider concerned, if there is one. The message says what was wrong, where, and what
+to do.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class DovetailError(Exception):
         self.param = param
         self.provider = provider
         self.retry_after = retry_after
-        """Seconds after which trying again may help, where that is known."""
+        """Seconds after which a retry may help, if known."""
 
 
 class InvalidRequest(DovetailError):
-    """A request that can never succeed as it stands. `param` names the field."""
+    """A request that can never succeed unchanged. `param` names the field."""
 
     code = "invalid_request"
     http_status = 400
@@ -48,7 +48,7 @@ class ModelNotFound(DovetailError):
 
 
 class Overloaded(DovetailError):
-    """A bounded queue is full, or the engine is draining. Nothing was queued; try again later."""
+    """A bounded queue is full, or the engine is draining. Nothing was queued; retry later."""
 
     code = "overloaded"
     http_status = 429
@@ -64,14 +64,14 @@ class EngineUnavailable(DovetailError):
 
 
 class EngineDead(EngineUnavailable):
-    """The engine process died or stalled while the request was in flight; its output so far is all
-    there is."""
+    """The engine process died or stalled while the request was in flight. The output sent so far is
+    all there is."""
 
     code = "engine_dead"
 
 
 class DeadlineExceeded(DovetailError):
-    """The request ran longer than the server gives one (`request_timeout`); its output so far is
+    """The request ran longer than the server allows (`request_timeout`). The output sent so far is
     all there is."""
 
     code = "deadline_exceeded"
@@ -79,34 +79,36 @@ class DeadlineExceeded(DovetailError):
 
 
 class StepFailed(DovetailError):
-    """A step-scoped part (worker, attention, quantization, scheduler) raised; the step's requests
-    failed with it."""
+    """A step-scoped component (worker, attention, quantization, scheduler) raised an exception, and
+    the requests of the step failed with it."""
 
     code = "step_failed"
     retryable = True
 
 
 class ConfigError(DovetailError):
-    """The configuration cannot be used. The message holds the path of the field."""
+    """The configuration cannot be used. The message contains the path of the field."""
 
     code = "config_error"
 
 
 class PluginError(DovetailError):
-    """A plugin is broken, missing, or cannot do what it was asked for. Names the distribution."""
+    """A plugin is broken, missing, or cannot do what was requested. The message names the
+    distribution."""
 
     code = "plugin_error"
 
 
 class CheckpointError(DovetailError):
-    """A model's files are missing, malformed, or do not fit its config. Names the file."""
+    """Files of a model are missing, malformed, or do not match its config. The message names the
+    file."""
 
     code = "checkpoint_error"
 
 
 class OutOfMemory(DovetailError):
-    """The model or its KV cache does not fit. The message says which setting to lower, and to
-    what."""
+    """The model or its KV cache does not fit in memory. The message says which setting to lower,
+    and to what value."""
 
     code = "out_of_memory"
 
@@ -128,4 +130,4 @@ ERRORS: dict[str, type[DovetailError]] = {
         OutOfMemory,
     )
 }
-"""By code: how an error travels between processes."""
+"""Error classes by code: an error is sent between processes as its code and message."""

@@ -1,5 +1,5 @@
-"""The resolved composition: the one truth that every process builds from and every status page
-prints."""
+"""Define the engine plan: the resolved engine config that every process builds from and every
+status page prints."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from typing import Any
 import msgspec
 
 SHADOW_PREFIX = "shadow."
-"""Of the keys of candidates of a shadow run: "shadow.attention.full"."""
+"""Prefix of the keys of shadow-run candidates, as in "shadow.attention.full"."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a provider cannot be used here, in words for a person; `hint` says what would change
+    """Why a provider cannot be used here, in words for a person. `hint` says what would change
     that."""
 
     text: str
     hint: str = ""
     code: str = "unusable"
-    """For machines: one of `REASONS`."""
+    """Machine-readable code: a key of `REASONS`."""
 
     def __str__(self) -> str:
         return f"{self.text} ({self.hint})" if self.hint else self.text
 
 
 REASONS = {
-    "unusable": "its own `why_not` says so",
-    "unsupported": "the composition needs what it does not declare",
+    "unusable": "its own `why_not` gives a reason",
+    "unsupported": "it does not declare a capability that the engine config requires",
     "contract": "it was written for a version of the contract that this core does not serve",
     "requires": (
-        "it needs another choice in another extension point, or another extension point's choice"
-        " needs another one here"
+        "it requires another provider in another extension point, or another extension point's"
+        " provider requires a different one here"
     ),
-    "conflicts": "it does not go with what another extension point takes",
-    "priority": "another usable one has a higher priority",
-    "not-asked": "the configuration names another one, or none",
-    "faulty": "its `why_not` failed",
-    "device": "the device chosen is too old for it, or its driver is",
+    "conflicts": "it conflicts with the provider of another extension point",
+    "priority": "another usable provider has a higher priority",
+    "not-asked": "the engine config names another provider, or none",
+    "faulty": "its `why_not` raised an exception",
+    "device": "the selected device, or its driver, is too old for it",
 }
-"""Codes of reasons, and what they mean."""
+"""Meaning of each reason code."""
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """A candidate that was not taken, and why."""
+    """A candidate that was not selected, with the reasons."""
 
     provider: str
     distribution: str
@@ -54,7 +54,7 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """Who fills an extension point."""
+    """The provider selected for an extension point."""
 
     extension_point: str
     requested: str
@@ -62,40 +62,41 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     distribution: str
     version: str
     contract: str
-    """The version of the extension point's contract at which it is served."""
+    """Version of the extension point's contract that is served to this provider."""
     options: dict[str, Any]
-    """With what they left open decided."""
+    """Resolved options: no value is left at `auto`."""
     match: str = ""
-    """Of a rule for some layers: the glob that their names match."""
+    """For a rule that covers some layers: the glob that their names match."""
     remarks: list[str] = []
-    """What the provider decided, and why."""
+    """Notes of the provider on how it resolved its options."""
     rejected: list[Rejected] = []
 
     @property
     def qualified_name(self) -> str:
-        """`dist:name` of who was taken."""
+        """`dist:name` of the selected provider."""
         return f"{self.distribution}:{self.provider}"
 
     @property
     def is_empty(self) -> bool:
-        """The extension point takes nothing: it is optional, and `provider` is "none"."""
+        """True if nothing is selected: the extension point is optional, and `provider` is
+        "none"."""
         return not self.distribution
 
 
 class DraftModel(msgspec.Struct, frozen=True):
-    """The model that the worker drafts with."""
+    """The model that the worker uses to propose draft tokens."""
 
     model: str
-    """As configured."""
+    """Model name as configured."""
     folder: str
     architecture: str
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine is built from. Made once, by `composition.resolution.resolve`."""
+    """Everything an engine is built from. Built once, by `composition.resolution.resolve`."""
 
     model: str
-    """As configured; also the name it is served under, unless `served_model_name` says else."""
+    """Model name as configured; requests use it too unless `served_model_name` is set."""
     served_model_name: str
     folder: str
     device: str
@@ -103,26 +104,28 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     layer_kinds: list[str]
     choices: dict[str, Choice]
-    """By extension point. Attention has one for each layer kind: attention.full, attention.sliding;
-    quantization for each rule: quantization.0, … (quantization, if there is one), of which the
-    first that matches a layer counts; an extension point of many has one for each that it takes:
-    routes.NAME. A draft model has its own: model.draft, architecture.draft, attention.draft."""
+    """Selected providers by plan key. The key is the extension point, with these exceptions:
+    attention has one key per layer kind (attention.full, attention.sliding); quantization has one
+    per rule (quantization.0, …, or quantization if there is one rule), and the first rule that
+    matches a layer applies; an extension point with several providers has one per provider
+    (routes.NAME). A draft model has keys of its own: model.draft, architecture.draft,
+    attention.draft."""
     overlap: bool
     max_num_waiting: int
     trust_remote_code: bool
     architecture: str
     shadow_share: float = 0.0
-    """Of the steps, on which the candidates run: the choices `shadow.attention.full`, … and
-    `shadow.quantization`."""
+    """Share of the steps on which candidates run in a shadow run. The candidates are the choices
+    `shadow.attention.full`, … and `shadow.quantization`."""
     draft: DraftModel | None = None
-    """Where the drafter runs in the worker."""
+    """Set if the drafter runs in the worker."""
     revision: str | None = None
-    """Commit of the model, where it was downloaded from the hub."""
+    """Commit of the model, if it was downloaded from the hub."""
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what is computed: no paths, no process ids, no list of those not
-        taken."""
+        """Hash of everything that decides what is computed. Paths, process ids and rejected
+        candidates are left out."""
         data = msgspec.to_builtins(self)
         del data["folder"]
         if data["draft"] is not None:
@@ -133,7 +136,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def quantization_rules(self) -> dict[str, Choice]:
-        """By key, in their order."""
+        """The choices of quantization rules by plan key, in the order of the rules."""
         return {
             k: c
             for k, c in self.choices.items()
@@ -141,8 +144,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     def report(self, invoked: Mapping[str, bool]) -> dict[str, Any]:
-        """The plan for people and machines: with its fingerprint, and for each key what was asked
-        for, what was taken and whether that was seen at work (null: it cannot be watched)."""
+        """Return the plan with its fingerprint and, for each key, the requested provider, the
+        effective one, and whether it has been invoked (None if it cannot be observed)."""
         attested = {
             key: {"requested": c.requested, "effective": c.provider, "invoked": invoked.get(key)}
             for key, c in self.choices.items()

@@ -1,5 +1,5 @@
-"""The engine's view of a sequence: known tokens, computed tokens, and what steps in flight will
-add."""
+"""Define the engine's view of a sequence: its known tokens, its computed tokens, and the tokens
+that steps in flight will add."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from dovetail.types import FinishReason, Request, SequenceStart, StepPlan
 
 NO_BLOCKS: list[list[int]] = []
-"""In a plan: the row adds none."""
+"""Value of `StepPlan.new_block_ids` for a row that adds no blocks."""
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One sample of a request. Changed by the scheduler (what is computed) and by commit (what is
-    known)."""
+    """One sample of a request. The scheduler updates what is computed; commit updates what is
+    known."""
 
     seq_id: int
     request: Request
@@ -23,38 +23,39 @@ class Sequence:
     tokens: list[int]
     """Known tokens: prompt and committed output."""
     siblings: list[Sequence] = field(default_factory=list)
-    """The other samples of the request that are alive, and this one: they can share prompt
-    blocks."""
+    """The live samples of the request, this one included. They can share prompt blocks."""
 
     num_prompt_tokens: int = field(init=False)
     max_len: int = field(init=False)
-    """Bound on the number of tokens that it will ever hold."""
+    """Upper bound on the number of tokens of the sequence, prompt included."""
     end_ids: frozenset[int] = field(init=False)
-    """Tokens that may end it: end of sequence, and its request's stop tokens."""
+    """Tokens that may end the sequence: end-of-sequence tokens and the request's stop tokens."""
 
     num_computed_tokens: int = 0
-    """Tokens whose KV is in the cache, once the steps in flight have ended."""
+    """Tokens whose KV is in the cache once the steps in flight have ended."""
     num_slots: int = 0
-    """Tokens that its blocks have room for, as far as the scheduler has asked."""
+    """Number of tokens for which the scheduler has allocated slots."""
     num_in_flight: int = 0
-    """Tokens that steps in flight will sample: known to be coming, not yet what they are."""
+    """Tokens that steps in flight will sample; their ids are not known yet."""
     steps_in_flight: int = 0
-    """Steps in flight with a row of this sequence: until 0, its blocks may not be freed."""
+    """Steps in flight with a row of this sequence. Its blocks may be freed only when this is 0."""
     draft_token_ids: list[int] = field(default_factory=list)
-    """Proposed and not yet in a step: the step that takes them verifies them."""
+    """Draft tokens not yet in a step. The step that contains them verifies them."""
     num_prompt_counted: int = 0
-    """Prompt tokens that the stats have counted, for the same reason as the next."""
+    """Prompt tokens already counted in the stats; a preempted prompt is computed again but not
+    counted again."""
     num_prompt_logprobs: int = 0
-    """Prompt log-probabilities given out: a preempted prompt is computed again, not reported
-    again."""
+    """Prompt log-probabilities already returned; a preempted prompt is computed again but not
+    reported again."""
     on_worker: bool = False
-    """The worker knows this sequence."""
+    """True if the worker knows this sequence."""
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
-    """First tokens whose KV was found computed when it first ran."""
+    """Number of leading tokens whose KV was found in the prefix cache when the sequence first
+    ran."""
     added_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0
-    """When its first step was planned, on the same clock; 0 while it waits for that."""
+    """Time at which its first step was planned, on the clock of `added_at`; 0 before that."""
 
     def __post_init__(self) -> None:
         r = self.request
@@ -68,14 +69,14 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens, with those that steps in flight will sample, and drafts: what
-        `num_computed_tokens` must catch up with."""
+        """Number of known tokens, tokens that steps in flight will sample, and draft tokens.
+        `num_computed_tokens` must catch up with it."""
         return len(self.tokens) + self.num_in_flight + len(self.draft_token_ids)
 
     @property
     def num_to_compute(self) -> int:
-        """Tokens to catch up with now. 0 when all output is known or coming: a last token needs no
-        KV of its own."""
+        """Number of tokens left to compute. It is 0 once all output is known or in flight, because
+        the last token needs no KV of its own."""
         if self.num_in_flight + self.num_output_tokens > 0 and self.num_tokens >= self.max_len:
             return 0
         return self.num_tokens - self.num_computed_tokens
@@ -83,14 +84,17 @@ class Sequence:
     def add_row(
         self, plan: StepPlan, count: int, added: list[list[int]], tables: list[list[int]]
     ) -> None:
-        """Put a row of its next `count` tokens into a plan: the last thing a scheduler does with a
-        sequence in a step.
+        """Add a row for the next `count` tokens to a plan. This is the last thing a scheduler does
+        with a sequence in a step.
 
-        Per KV group, `tables` has all its blocks and `added` those that it got for this row. Drafts
-        for which `count` has no room are dropped.
+        Args:
+            tables: all blocks of the sequence, per KV group.
+            added: the blocks allocated for this row, per KV group.
+
+        Draft tokens that do not fit into `count` are dropped.
         """
         if not self.on_worker:
-            # The blocks shared so far; those of this step travel in the row.
+            # The start carries the blocks shared so far; the blocks of this step are in the row.
             plan.starts.append(
                 self.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)])
             )
@@ -117,13 +121,13 @@ class Sequence:
         self.steps_in_flight += 1
 
     def restart(self) -> None:
-        """Its blocks have been taken: it is computed again from the beginning, with what it has
-        said so far."""
+        """Compute the sequence again from the beginning, output tokens included, because its blocks
+        have been taken away."""
         self.num_computed_tokens = self.num_slots = 0
         self.draft_token_ids = []
 
     def start(self, block_ids: list[list[int]]) -> SequenceStart:
-        """What a worker must be told before the first row of this sequence."""
+        """Build what the worker needs to know before the first row of this sequence."""
         r = self.request
         return SequenceStart(
             self.seq_id,

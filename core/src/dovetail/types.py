@@ -1,8 +1,7 @@
-"""What the parts of an engine say to each other: requests, step plans, step results. No tensors, no
-behaviour.
+"""Define the data that the components of an engine exchange: requests, step plans, step results.
 
-All are msgspec structs, so the same objects pass by reference inside one process and as msgpack
-between two.
+These types contain no tensors and no behaviour. All are msgspec structs: they are passed by
+reference within a process and as msgpack between processes.
 """
 
 from __future__ import annotations
@@ -22,56 +21,58 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_TEMPERATURE = MAX_REPETITION_PENALTY = 1e6
-"""Far beyond what makes a difference, and far from what float32 cannot hold."""
+"""Far above any useful value, and far below the limit of float32."""
 GREEDY_BELOW = 1e-5
-"""Temperatures below this one would overflow float32 logits, and choose the best token anyway."""
+"""Lower temperatures are treated as greedy: dividing by them would overflow float32 logits, and
+they select the most likely token anyway."""
 DRAFTED_BY_WORKER = -1
-"""In place of a draft token: the worker drafts it."""
+"""Placeholder for a draft token that the worker proposes itself."""
 _INT32, _INT64 = 2**31, 2**63
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the tokens of one request are sampled, and when it ends.
+    """How the tokens of one request are sampled, and when generation ends.
 
-    Raises `InvalidRequest`, naming the field, for values out of range. Order of application to the
-    logits: logit_bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k,
-    top_p, min_p, draw.
+    Values out of range raise `InvalidRequest`, which names the field. The logits are processed in
+    this order: logit_bias, repetition / presence / frequency penalties, min_tokens, temperature,
+    top_k, top_p, min_p; then a token is sampled.
     """
 
     n: int = 1
-    """Sequences sampled from the same prompt. Sample i of a seeded request is the same whatever `n`
-    is."""
+    """Number of sequences sampled from the prompt. Sample i of a seeded request does not depend on
+    `n`."""
     max_tokens: int | None = 16
-    """Most tokens to generate; None is up to the end of the context. 0 only scores the prompt."""
+    """Maximum number of tokens to generate. None allows generation up to the end of the context; 0
+    only scores the prompt."""
     min_tokens: int = 0
-    """End-of-sequence and stop tokens cannot be sampled, and stop strings do not count, before this
-    many tokens."""
+    """Number of tokens before which end-of-sequence and stop tokens cannot be sampled and stop
+    strings are ignored."""
     temperature: float = 1.0
-    """0, or anything below 1e-5, is greedy."""
+    """Sampling temperature. 0, and any value below 1e-5, means greedy."""
     top_k: int = 0
-    """0 or -1: all tokens."""
+    """Number of most likely tokens to sample from; 0 or -1 means all tokens."""
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Over prompt and output (CTRL, arXiv 1909.05858)."""
+    """Factor applied to tokens that occur in the prompt or the output (CTRL, arXiv 1909.05858)."""
     presence_penalty: float = 0.0
-    """Over the output."""
+    """Penalty on tokens that occur in the output."""
     frequency_penalty: float = 0.0
-    """Over the output."""
+    """Penalty on tokens of the output, per occurrence."""
     logit_bias: dict[int, float] = {}
     seed: int | None = None
-    """None: sampled at random when the request is taken in."""
+    """Seed of the sampling noise. None: a random seed is chosen when the request is accepted."""
     stop: tuple[str, ...] = ()
-    """A list, or a single string, is taken too."""
+    """Stop strings. A list or a single string is also accepted."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
-    """Log-probabilities of the raw model distribution: of the chosen token and of this many most
-    likely ones."""
+    """Return log-probabilities of the raw model distribution: of the sampled token and of this many
+    most likely tokens."""
     prompt_logprobs: int | None = None
-    """The same for every prompt token but the first."""
+    """The same for every prompt token except the first."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -142,15 +143,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def check_range(
     name: str, value: float | None, low: float | None, high: float | None, *, whole: bool = False
 ) -> None:
-    """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]; an open end
-    is None."""
+    """Raise `InvalidRequest` unless `value` is None or a finite number in [low, high]. A bound of
+    None is open."""
     if value is None:
         return
     if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
         raise InvalidRequest(
             f"{name} must be {'an integer' if whole else 'a number'}, not {value!r}", param=name
         )
-    # An integer is always finite, also one that no float can hold.
+    # An integer is always finite, even one too large for a float.
     infinite = isinstance(value, float) and not math.isfinite(value)
     if infinite or (low is not None and value < low) or (high is not None and value > high):
         span = f"in [{low}, {high}]" if high is not None else f"at least {low}"
@@ -158,59 +159,62 @@ def check_range(
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One prompt on its way into an engine: tokenized, checked against the model, with its seed
-    sampled."""
+    """One prompt to be run by an engine: tokenized, checked against the model, and with its seed
+    fixed."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
-    """`params.max_tokens`, resolved and clamped to the context."""
+    """`params.max_tokens`, resolved and limited to the context length."""
     seed: int
     eos_token_ids: list[int]
     """Tokens that end a sequence; empty under `ignore_eos`."""
     priority: int = 0
-    """Lower runs first, where the scheduler looks at it."""
+    """Priority of the request; lower runs first, if the scheduler uses it."""
     arrival: float = 0.0
-    """Seconds since the epoch."""
+    """Arrival time in seconds since the epoch."""
     adapter_id: str | None = None
     cache_salt: str | None = None
-    """KV is shared only between requests of equal salt."""
+    """KV is shared only between requests with the same salt."""
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
-    """One position: `token_ids[0]` is the token that stands there, the others the most likely, best
-    first."""
+    """Log-probabilities at one position: `token_ids[0]` is the token at this position, the others
+    are the most likely tokens, best first."""
 
     token_ids: list[int]
     logprobs: list[float]
     rank: int
-    """Of `token_ids[0]` among all tokens; 1 is the most likely."""
+    """Rank of `token_ids[0]` among all tokens; 1 is the most likely."""
 
 
 class SequenceStart(msgspec.Struct, array_like=True):
-    """All a worker must know of a sequence that it does not know (yet, or any more)."""
+    """Everything a worker needs to know about a sequence that is new to it, or that it released."""
 
     seq_id: int
     request_id: str
     sample_index: int
     token_ids: list[int]
-    """Prompt and output so far: after a preemption, more than the prompt."""
+    """Prompt and output tokens so far. After a preemption these are more than the prompt."""
     num_prompt_tokens: int
     block_ids: list[list[int]]
-    """Per KV group: the block table so far (shared blocks, mostly empty)."""
+    """Block table so far, per KV group: shared blocks, often empty."""
     params: SamplingParams
     seed: int
     eos_token_ids: list[int]
     max_len: int
-    """Bound on the number of tokens that it will ever hold."""
+    """Upper bound on the number of tokens of the sequence, prompt included."""
     adapter_id: str | None = None
 
 
 class BlockOp(msgspec.Struct, array_like=True):
-    """Move KV before the step's kernels run: `kind` copy (within the device), out (to block `dst`
-    of the host tier) or in (from block `src` of the host tier, counted from 0). Moves are done in
-    the order of the plan: one may read what another wrote."""
+    """A copy of one KV block, executed before the step's kernels.
+
+    `kind` is copy (within the device), out (to block `dst` of the host tier) or in (from block
+    `src` of the host tier); host blocks are counted from 0. Operations run in the order of the
+    plan, since one may read what another wrote.
+    """
 
     kind: Literal["copy", "out", "in"]
     group: int
@@ -219,13 +223,13 @@ class BlockOp(msgspec.Struct, array_like=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """What one step computes. Flat lists with one entry a row; only what changed since the last
+    """The work of one step: flat lists with one entry per row, and only what changed since the last
     plan.
 
     Row i computes tokens `num_computed[i] … num_computed[i] + num_tokens[i] - 1` of sequence
-    `seq_ids[i]`. The worker knows each sequence's tokens: from its `SequenceStart`, and because it
-    appends what it samples itself. So a row's input may be a token that a step still in flight will
-    sample, and nobody has to send it.
+    `seq_ids[i]`. The worker knows the tokens of each sequence from its `SequenceStart` and appends
+    the tokens that it samples. The input of a row may therefore be a token that a step still in
+    flight will sample, and it never has to be sent.
     """
 
     step_id: int
@@ -233,53 +237,55 @@ class StepPlan(msgspec.Struct, array_like=True):
     num_tokens: list[int]
     num_computed: list[int]
     samples: list[bool]
-    """The row reaches its sequence's last token, and a token is sampled after it."""
+    """True if the row reaches the last token of its sequence, so that a token is sampled after
+    it."""
     new_block_ids: list[list[list[int]]]
-    """Per row: the blocks to append to its block table, per KV group; an empty list where there are
-    none."""
+    """Blocks to append to the row's block table, per KV group; an empty list if there are none."""
     draft_token_ids: list[list[int]] = []
-    """Per row, or empty: the last tokens of the row are these, unverified; `num_tokens` counts
-    them. A row's are tokens, or all `DRAFTED_BY_WORKER` (-1): the worker drafts as many itself, and
-    then verifies them in the same step."""
+    """Draft tokens per row, or an empty list. They are the last tokens of the row and counted in
+    `num_tokens`. A row has either token ids, or only `DRAFTED_BY_WORKER` (-1): the worker then
+    proposes that many draft tokens itself and verifies them in the same step."""
     starts: list[SequenceStart] = []
-    """Sequences to take in before the rows are looked up."""
+    """Sequences to add before the rows are looked up."""
     released: list[int] = []
-    """Sequences to forget, before `starts` are taken in."""
+    """Sequences to remove, before `starts` are added."""
     block_ops: list[BlockOp] = []
     masked: bool = False
-    """Sampling waits for the masks given to `sample`; such a plan is not overlapped."""
+    """Sampling waits for the masks passed to `sample`. Such a plan is not overlapped."""
     payloads: dict[str, bytes] = {}
-    """Opaque inputs (embeddings, images) by a name that model and front-end agree on."""
+    """Opaque inputs (embeddings, images), by a name that the model and the front-end agree on."""
 
 
 class StepResult(msgspec.Struct, array_like=True):
-    """What a step produced, row by row in the order of the plan."""
+    """The results of a step, with one entry per row in the order of the plan."""
 
     step_id: int
     token_ids: list[list[int]]
-    """Tokens sampled: none for a row that does not sample, else one, and one more for each accepted
-    draft token."""
+    """Sampled tokens: none for a row that does not sample; otherwise one, plus one for each
+    accepted draft token."""
     logprobs: list[list[TokenLogprobs]] = []
-    """Like `token_ids`, for the rows that asked; else empty."""
+    """Log-probabilities in the shape of `token_ids`, for rows that requested them; otherwise
+    empty."""
     prompt_logprobs: list[list[TokenLogprobs]] = []
-    """Per row, or empty: of the prompt tokens that follow this row's inputs, within the prompt."""
+    """Per row, or an empty list: log-probabilities of the prompt tokens that follow this row's
+    inputs."""
     failed: dict[int, str] = {}
-    """By seq_id: rows that produced nothing usable (say, NaN logits), and why."""
+    """Rows without a usable result (for example NaN logits), by seq_id, with the reason."""
     payloads: dict[str, bytes] = {}
 
 
 class RequestTimes(msgspec.Struct, array_like=True, gc=False):
-    """Where a sequence's time to its first token went."""
+    """The parts of a sequence's time to first token."""
 
     queue_seconds: float
-    """From its arrival in the engine to its first step."""
+    """Seconds from arrival in the engine to the first step."""
     prefill_seconds: float
-    """From its first step to its first token, preemptions included."""
+    """Seconds from the first step to the first token, preemptions included."""
 
 
 class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
-    """News of one sequence, from the engine to the front-end. Never part of a cycle, so the
-    collector need not look."""
+    """Outputs of one sequence in a step, sent from the engine to the front-end. Never part of a
+    reference cycle, so it is not tracked by the garbage collector."""
 
     request_id: str
     sample_index: int
@@ -290,28 +296,30 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     stop_token_id: int | None = None
     """The stop token (never an end-of-sequence token) that ended the sequence."""
     error: tuple[str, str] | None = None
-    """(code of errors.py, message) when `finish_reason` is error."""
+    """(code from errors.py, message) if `finish_reason` is "error"."""
     num_cached_tokens: int = 0
-    """Of the prompt, found in the prefix cache; told with the first tokens, and perhaps again."""
+    """Number of prompt tokens found in the prefix cache; sent with the first tokens, and possibly
+    again."""
     times: RequestTimes | None = None
-    """Told with the first token."""
+    """Sent with the first token."""
 
 
 class KVGroup(msgspec.Struct, frozen=True):
-    """Layers whose KV lives in blocks of one numbering."""
+    """Layers whose KV cache shares one block numbering."""
 
     layers: list[int]
     kind: str
-    """full, sliding, …: the layer kind that the attention provider was chosen for."""
+    """Layer kind for which the attention provider was selected: full, sliding, …"""
     block_size: int
     bytes_per_block: int
-    """Over all layers of the group, keys and values."""
+    """Size of a block in bytes, over all layers of the group, keys and values."""
     window: int | None = None
-    """A token sees itself and the `window - 1` tokens before it; None is all before it."""
+    """Window in tokens: a token attends to itself and the `window - 1` tokens before it. None means
+    all tokens before it."""
 
 
 class EngineStats(msgspec.Struct):
-    """Counters since the start, and gauges as of the last step."""
+    """Counters since the engine's start, and gauges as of the last step."""
 
     num_requests_running: int = 0
     num_requests_waiting: int = 0
@@ -320,26 +328,29 @@ class EngineStats(msgspec.Struct):
     num_preemptions: int = 0
     num_steps: int = 0
     num_prompt_tokens: int = 0
-    """Computed, or found in the prefix cache; once a request."""
+    """Prompt tokens computed or found in the prefix cache; counted once per request."""
     num_generation_tokens: int = 0
     num_failed_steps: int = 0
     num_draft_tokens: int = 0
-    """Verified; of these accepted:"""
+    """Number of draft tokens verified."""
     num_accepted_tokens: int = 0
+    """Number of draft tokens accepted."""
     drafted_by_position: list[int] = []
-    """The same, by position in the draft."""
+    """Number of draft tokens verified, by position in the draft."""
     accepted_by_position: list[int] = []
+    """Number of draft tokens accepted, by position in the draft."""
     draft_seconds: float = 0.0
-    """In the drafter, as far as it runs in the engine."""
+    """Seconds spent in a drafter that runs in the engine."""
     num_prefix_queried_tokens: int = 0
-    """Prompt tokens looked for in the prefix cache; of these found:"""
+    """Prompt tokens looked up in the prefix cache."""
     num_prefix_hit_tokens: int = 0
+    """Prompt tokens found in the prefix cache."""
     num_prefix_evicted_blocks: dict[str, int] = {}
-    """By cause: `KVCacheManager.num_evicted`."""
+    """Evicted blocks by cause, as in `KVCacheManager.num_evicted`."""
     num_prefix_blocks: dict[str, int] = {}
-    """That nobody uses and that can be found again, by tier."""
+    """Evictable blocks (cached and unreferenced), by tier."""
 
 
 def to_builtins(value: Any) -> Any:
-    """JSON-ready form of any of the structs above."""
+    """Return the JSON-ready form of any of the structs above."""
     return msgspec.to_builtins(value)

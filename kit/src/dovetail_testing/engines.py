@@ -212,12 +212,12 @@ def blocks_add_up(kv: PagedKVCache) -> None:
             "references are not what is held"
         )
         if isinstance(kv, TieredKVCache):
-            host = [*kv.host_free[group], *kv.host_kept[group]]
+            host = [*kv.host_free[group], *kv.host_cached[group]]
             first, count = kv.num_blocks[group], kv.num_host_blocks[group]
             assert sorted(host) == list(range(first, first + count)), (
                 "a host block was leaked, or is free and kept"
             )
-        kept = kv.kept[group] if isinstance(kv, ReusingKVCache) else set()
+        kept = kv.evictable[group] if isinstance(kv, ReusingKVCache) else set()
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
         assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), (
             "a block was leaked"

@@ -343,7 +343,7 @@ class PrefixCacheContract(Contract):
             engine.step()
         hits = engine.kv.num_hit_tokens
         engine.kv.reset_prefix_cache()
-        kept = [len(k) for k in engine.kv.kept]
+        kept = [len(k) for k in engine.kv.evictable]
         assert not any(kept), f"{kept} blocks are kept after a reset"
         run(engine, [])
         run(engine, [request("after", list(range(1, 30)), 1)])

@@ -119,7 +119,7 @@ def test_a_cache_that_others_can_write_to_is_refused(
     shared = torch_compile.cache_folder()
     assert shared.stat().st_mode & 0o777 == 0o700
     shared.chmod(0o777)
-    with pytest.raises(PluginError, match=r"can be written by everybody .*set XDG_CACHE_HOME"):
+    with pytest.raises(PluginError, match=r"is writable by all users .*set XDG_CACHE_HOME"):
         check_compile("cpu")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "theirs"))  # torch's affair, and the user's
     check_compile("cpu")

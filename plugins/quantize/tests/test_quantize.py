@@ -343,7 +343,7 @@ def test_models_that_cannot_be_taken_are_refused(
                 " linear layers"
             ),
         ),
-        (tmp_path / "nowhere", "is neither a model that comes with a plugin"),
+        (tmp_path / "nowhere", "is neither a model provided by a plugin"),
     ):
         assert quantize(source, tmp_path / "out", "--scheme", "fp8") == 2
         assert said in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""From a plan to an engine."""
+"""Build an engine from a plan."""

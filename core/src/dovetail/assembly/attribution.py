@@ -1,5 +1,5 @@
-"""Whose code failed: from an exception, or from what a thread runs, to the provider. Asked only
-when something is wrong."""
+"""Find the provider whose code failed or hangs, from an exception or from the stack of a thread.
+Used only when something is wrong."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from typing import NamedTuple
 from dovetail.plan import SHADOW_PREFIX, Plan
 from dovetail.plugin.discovery import Registry
 
-ASKS = {"scheduler": ("kv_cache",), "worker": ("attention", "quantization", "architecture")}
-"""By part: the extension points whose providers run when it is asked. Every other part answers for
-itself, and for what it opens."""
+CALLS = {"scheduler": ("kv_cache",), "worker": ("attention", "quantization", "architecture")}
+"""The extension points whose providers a component calls, by component. Every other component calls
+only itself and the extension points that it adds."""
 ENGINE = "engine"
-"""The part that asks all others."""
+"""The component that calls all others."""
 
 
 class Candidate(NamedTuple):
+    """A provider that may be responsible for an error."""
+
     extension_point: str
     name: str
     """`dist:name`"""
     package: str
-    """Of its distribution's code; empty for the core's own, of which it is a module."""
+    """Package with its code; empty for a provider of the core, which is identified by module."""
     modules: set[str]
-    """In which it is implemented."""
+    """Modules in which it is implemented."""
 
     def __str__(self) -> str:
         return f"{self.extension_point} ({self.name})"
 
 
 class Attribution:
-    """Names the provider at fault, for errors and for log lines: "attention
-    (dovetail-fast:fast)"."""
+    """Names the responsible provider in errors and log lines: "attention (dovetail-fast:fast)"."""
 
     def __init__(self, plan: Plan, registry: Registry, built: Mapping[str, object]) -> None:
-        """`built`: what the providers have built, by key of the plan; it may grow."""
+        """Create an attribution. `built` has the providers' objects by plan key; it may grow."""
         self._plan, self._registry, self._built = plan, registry, built
 
     def __call__(self, error: BaseException, part: str) -> str:
-        """`part` is who was asked; who failed may be somebody that it asked in turn. Without a
-        provider, `part` itself."""
+        """Return the responsible provider. `part` is the component that was called; another one
+        that it calls may be responsible. Without a provider, return `part`."""
         return (
             self.seen(error, part)
             or _only([s for s in self._candidates(part) if s.extension_point == part])
@@ -51,7 +52,8 @@ class Attribution:
         )
 
     def seen(self, error: BaseException, part: str) -> str:
-        """The same, as far as the error itself shows it; else empty."""
+        """Return the responsible provider if the error itself shows it; otherwise an empty
+        string."""
         candidates = self._candidates(part)
         named = getattr(error, "provider", None)
         of_name = [
@@ -61,19 +63,19 @@ class Attribution:
         return _only(of_name[:1] or _in_frames(reversed(frames), candidates))
 
     def of_module(self, module: str, part: str) -> str:
-        """Whose module it is; empty if nobody's."""
+        """Return the provider that a module belongs to, or an empty string."""
         return _only(_owners(module, self._candidates(part)))
 
     def running(self) -> str:
-        """The provider whose code a thread of this process is running now; empty if there is
-        none."""
+        """Return the provider whose code a thread of this process is running now, or an empty
+        string."""
         candidates = self._candidates(ENGINE)
         known = {t.ident: t for t in threading.enumerate()}
         found = []
         for ident, frame in sys._current_frames().items():
             if ident in known and ident != threading.get_ident():
                 found += _in_frames(_outwards(frame), candidates)
-        # The loop's thread only waits for the worker's, in which somebody else may be at work.
+        # The engine's thread may only wait for the worker's, in which another provider runs.
         found.sort(key=lambda s: s.extension_point == "worker")
         return str(found[0]) if found else ""
 
@@ -88,7 +90,7 @@ class Attribution:
             within = self._registry.extension_points[choice.extension_point].within
             if not (
                 part in (ENGINE, choice.extension_point, within)
-                or choice.extension_point in ASKS.get(part, ())
+                or choice.extension_point in CALLS.get(part, ())
             ):
                 continue
             for offer in (o for o in offers if o.provider.name == choice.provider):
@@ -115,7 +117,7 @@ def _only(found: list[Candidate]) -> str:
 
 
 def _in_frames(frames: Iterable[FrameType], candidates: list[Candidate]) -> list[Candidate]:
-    """The owners of the first frame that has any."""
+    """Return the owners of the first frame that has any."""
     for frame in frames:
         if found := _owners(frame.f_globals.get("__name__", ""), candidates):
             return found
@@ -123,7 +125,8 @@ def _in_frames(frames: Iterable[FrameType], candidates: list[Candidate]) -> list
 
 
 def _owners(module: str, candidates: list[Candidate]) -> list[Candidate]:
-    """Who a module belongs to, if that is one provider: a distribution may offer several."""
+    """Return the provider that a module belongs to, if it is only one: a distribution may have
+    several."""
     for matching in (
         [s for s in candidates if module in s.modules],
         [s for s in candidates if s.package and module.partition(".")[0] == s.package],

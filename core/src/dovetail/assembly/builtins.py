@@ -1,5 +1,5 @@
-"""The core's own plugin: paged KV cache, three schedulers, and no quantization. It enters by the
-same door as every other."""
+"""Register the core's own plugin: paged KV cache, three schedulers, and unquantized weights. It is
+registered like any other plugin."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN_WEIGHTS = QuantizationCapabilities(
 
 
 def _unquantized(context: BuildContext, options: object) -> None:
-    """The worker's own layers need no scheme."""
+    """Build nothing: the worker's own layers need no scheme."""
 
 
 def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
@@ -77,7 +77,7 @@ def _longest_prefix(context: BuildContext, options: LongestPrefixOptions) -> Lon
 
 @hookimpl
 def dovetail_quantization() -> list[Provider[None]]:
-    summary = "weights are not quantized: the worker's own linear layers"
+    summary = "unquantized weights: the worker's own linear layers"
     return [Provider("none", summary, _unquantized, capabilities=PLAIN_WEIGHTS)]
 
 
@@ -86,7 +86,7 @@ def dovetail_kv_caches() -> list[Provider[PagedKVCache]]:
     return [
         Provider(
             "paged",
-            "blocks with reference counts, per KV group",
+            "paged blocks with reference counts, per KV group",
             _paged,
             KVCacheOptions,
             priority=50,
@@ -107,7 +107,7 @@ def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
         ),
         Provider(
             "priority",
-            "lower `priority` first, then first come",
+            "lower `priority` first, then first come, first served",
             _priority,
             SchedulerOptions,
             SchedulerCapabilities("priority"),
@@ -115,7 +115,7 @@ def dovetail_schedulers() -> list[Provider[TokenBudgetScheduler]]:
         ),
         Provider(
             "longest-prefix",
-            "who has most in the prefix cache, within bounds; then first come",
+            "longest cached prefix first, without starvation; then first come, first served",
             _longest_prefix,
             LongestPrefixOptions,
             priority=30,

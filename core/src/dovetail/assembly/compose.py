@@ -1,8 +1,8 @@
-"""From a plan to an engine.
+"""Build an engine from a plan.
 
-`resolve` makes the plan, once, in the front-end. `build_engine` runs in the process that hosts the
-engine, from the plan alone. Between the two a plan may travel; its fingerprint says that both mean
-the same.
+`resolve` builds the plan, once, in the front-end. `build_engine` runs in the process that hosts the
+engine, from the plan alone. A plan may be sent between processes; its fingerprint verifies that
+both have the same.
 """
 
 from __future__ import annotations
@@ -46,25 +46,26 @@ from dovetail.types import KVGroup
 
 @dataclass(frozen=True)
 class PlanContext:
-    """The `BuildContext` of a plan: builds what it chose, and remembers it."""
+    """The `BuildContext` of a plan: builds the selected providers and records what they built."""
 
     plan: Plan
     registry: Registry
     device: DeviceFacts
     model: ModelFacts
     prefix_cache: PrefixCache | None = None
-    """For the KV-cache manager."""
+    """The prefix cache, for the KV-cache manager."""
     kv: KVCacheManager | None = None
-    """For the scheduler."""
+    """The KV-cache manager, for the scheduler."""
     kv_groups: tuple[KVGroup, ...] = ()
     num_blocks: tuple[int, ...] = ()
-    """For the KV-cache manager: per group, the null block included."""
+    """Number of blocks per group, the null block included, for the KV-cache manager."""
     built: dict[str, object] = field(default_factory=dict)
-    """By key of the plan: what its provider has built."""
+    """Objects that providers have built, by plan key."""
     attestation: Attestation = field(default_factory=Attestation)
-    """Watches what is built."""
+    """Records which of these objects are used."""
     num_host_blocks: tuple[int, ...] = ()
-    """For the prefix cache and the manager: per group; empty without a host tier."""
+    """Number of blocks per group in host memory, for the prefix cache and the KV-cache manager;
+    empty without a host tier."""
 
     def option(self, key: str, name: str) -> Any:
         return self.plan.choices[key].options[name]
@@ -91,7 +92,7 @@ class PlanContext:
                 provider=offer.qualified_name,
             ) from e
         if missing := extension_point.missing(built):
-            what = f"built {type(built).__name__}, which has no {', '.join(missing)}"
+            what = f"built {type(built).__name__}, which lacks {', '.join(missing)}"
             raise PluginError(
                 f"{key}: {offer.qualified_name} {what}", provider=offer.qualified_name
             )
@@ -124,14 +125,14 @@ def build_engine(
     registry: Registry | None = None,
     attestation: Attestation | None = None,
 ) -> Engine:
-    """Build, load and warm up the engine of a plan. Takes seconds to minutes; `progress` is told,
-    and `attestation` watches."""
+    """Build, load and warm up the engine of a plan. This takes seconds to minutes, reported to
+    `progress`; `attestation` observes the providers."""
     attestation = attestation or Attestation()
     registry = load_registry() if registry is None else registry
     facts, model = device_facts(), model_facts(Path(plan.folder))
     context = PlanContext(plan, registry, facts, model, attestation=attestation)
     responsible = Attribution(plan, registry, context.built)
-    with bounded_spinning():  # before anybody imports torch
+    with bounded_spinning():  # before any module imports torch
         worker: Worker = context.build("worker")
     try:
         worker.load(progress)
@@ -147,9 +148,8 @@ def build_engine(
         worker.allocate(num_blocks)
         num_host_blocks = size_host_tier(plan, groups, num_blocks)
         if num_host_blocks:
-            cast(TieringWorker, worker).allocate_host(
-                num_host_blocks
-            )  # the plan took one that declares it
+            # The plan selected a worker that declares `host_tier`.
+            cast(TieringWorker, worker).allocate_host(num_host_blocks)
         worker.warm_up(progress)
         context = replace(
             context,
@@ -205,11 +205,11 @@ def _speculation(context: PlanContext, engine: Engine, vocab_size: int) -> Specu
 def weights_of(
     plan: Plan, registry: Registry | None = None, running: Worker | None = None
 ) -> list[LayerWeights]:
-    """How the engine of a plan keeps the weights of its linear layers. Empty if none is quantized,
-    or its worker does not say.
+    """Return how the engine of a plan stores the weights of its linear layers. Empty if none is
+    quantized, or if the worker does not describe them.
 
-    `running`: the plan's worker; by default one is built, and reads no weight. Raises
-    `CheckpointError` or `ConfigError` where the checkpoint and the rules for its layers do not fit.
+    `running` is the plan's worker; by default one is built, and loads no weights. Raises
+    `CheckpointError` or `ConfigError` if the checkpoint and the rules for its layers do not match.
     """
     registry = load_registry() if registry is None else registry
     context = PlanContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
@@ -217,8 +217,8 @@ def weights_of(
         context.capabilities("worker"),
         [context.capabilities(key) for key in plan.quantization_rules],
     )
-    says = isinstance(can, WorkerCapabilities) and can.describes_weights
-    if not says or not any(
+    describes = isinstance(can, WorkerCapabilities) and can.describes_weights
+    if not describes or not any(
         isinstance(s, QuantizationCapabilities) and PLAIN not in s.methods for s in schemes
     ):
         return []
@@ -233,17 +233,17 @@ def weights_of(
 
 
 def shadow_report_of(worker: Any) -> ShadowReport | None:
-    """What a worker that runs candidates has to tell; None from one that does not."""
+    """Return the shadow report of a worker, or None if it runs no candidates."""
     ask: Callable[[], ShadowReport | None] = getattr(worker, "shadow_report", lambda: None)
     return ask()
 
 
 def build_server(config: EngineConfig, plan: Plan, registry: Registry | None = None) -> Server:
-    """Build the server of a plan, in the front-end. Its options come from `config`: a plan holds no
-    secrets."""
+    """Build the server of a plan, in the front-end. Its options come from `config`, because a plan
+    contains no secrets."""
     registry = load_registry() if registry is None else registry
     context = PlanContext(plan, registry, device_facts(), model_facts(Path(plan.folder)))
-    opened = {s.name for s in registry.extension_points.values() if s.within == "server"}
-    options = {k: v for k, v in config.server.options.items() if k not in opened}
+    added = {s.name for s in registry.extension_points.values() if s.within == "server"}
+    options = {k: v for k, v in config.server.options.items() if k not in added}
     server: Server = context.build("server", options)
     return server

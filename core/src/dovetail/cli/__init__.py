@@ -1,1 +1,1 @@
-"""The `dovetail` command."""
+"""Implement the `dovetail` command."""

@@ -1,4 +1,4 @@
-"""Commands that installed packages add: see `dovetail.interfaces.command`."""
+"""Add the commands of installed packages. See `dovetail.interfaces.command`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from dovetail.errors import PluginError
 from dovetail.interfaces.command import GROUP, Command
 
 AddCommand = Callable[[str, Any, str], ArgumentParser]
-"""Name, what runs it, its summary."""
+"""Function to add a command: (name, function to run, summary) -> parser."""
 
 
 def add_installed(add: AddCommand, known: Iterable[str]) -> None:
-    """Add all of them. Raises `PluginError` for two of one name; one that cannot be imported is
-    listed, and fails when run."""
+    """Add all commands of installed packages. Raises `PluginError` if two have the same name. A
+    command that cannot be imported is listed, and fails when it is run."""
     owners = dict.fromkeys(known, "dovetail-core")
     for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
         owner = entry.dist.name if entry.dist is not None else entry.value
         if entry.name in owners:
-            twins = f"one from {owners[entry.name]}, one from {owner}"
-            raise PluginError(f"two commands are named {entry.name!r}: {twins}; uninstall one")
+            owner_names = f"one from {owners[entry.name]}, one from {owner}"
+            raise PluginError(
+                f"two commands are named {entry.name!r}: {owner_names}; uninstall one"
+            )
         owners[entry.name] = owner
         try:
             command = _loaded(entry)
         except Exception as e:
             why = f"the command {entry.name!r} of {owner} is broken: {type(e).__name__}: {e}"
-            add(entry.name, _refuse(why, owner), why.replace("%", "%%"))
+            add(entry.name, _failing(why, owner), why.replace("%", "%%"))
             continue
         command.add_arguments(add(entry.name, _with_progress(command), command.summary))
 
@@ -51,7 +53,7 @@ def _with_progress(command: Command) -> Callable[[Namespace], int]:
     return run
 
 
-def _refuse(why: str, owner: str) -> Callable[[Namespace], int]:
+def _failing(why: str, owner: str) -> Callable[[Namespace], int]:
     def run(args: Namespace) -> int:
         raise PluginError(why, provider=owner)
 

@@ -1,4 +1,4 @@
-"""`dovetail lock`, and what `--locked` does for the commands that run an engine."""
+"""Implement `dovetail lock`, and `--locked` for the commands that run an engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dovetail.plugin.discovery import load_registry
 
 
 def lock(config_file: str | None, values: dict[str, Any], out: str | None) -> int:
-    """Write the lock of a composition: whole, or not at all."""
+    """Write the lock of an engine config, atomically."""
     config = load_config(config_file, **values)
     path = (
         Path(out)
@@ -38,7 +38,7 @@ def lock(config_file: str | None, values: dict[str, Any], out: str | None) -> in
 
 
 def check(config: EngineConfig, locked: str) -> None:
-    """Raise `ConfigError` that lists every difference between the lock and what would be run."""
+    """Raise `ConfigError`, listing every difference between the lock and the engine to run."""
     registry = load_registry()
     plan = resolve(config, registry, server=True)
     with progress_bars() as progress:

@@ -1,4 +1,4 @@
-"""The `dovetail` command. Each subcommand imports what it needs when it runs."""
+"""Run the `dovetail` command. Each subcommand imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dovetail.errors import DovetailError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit status. An error that we foresaw is one line, not a
+    """Run a command and return its exit status. An expected error is printed as one line, without a
     traceback."""
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "dovetail", description="An LLM inference engine in which everything is a plugin."
+        "dovetail", description="An LLM inference engine built from plugins."
     )
     parser.add_argument("--version", action="version", version=f"dovetail {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -43,20 +43,20 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     plugins = command(
         "plugins", _plugins, "list installed plugins, what each offers, and what is broken"
     )
-    plugins.add_argument("--json", action="store_true", help="for machines")
+    plugins.add_argument("--json", action="store_true", help="print JSON")
 
     explain = command(
-        "explain", _explain, "show what an engine would be made of, and why; loads no weights"
+        "explain", _explain, "show the plan of an engine with reasons; loads no weights"
     )
     explain.add_argument(
         "config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)"
     )
-    explain.add_argument("--json", action="store_true", help="for machines")
-    explain.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.add_argument("--model", help="a plugin's model name, a local path or a hub id")
     add_engine_arguments(explain, with_config=False)
 
     lock = command(
-        "lock", _lock, "write down all that decides what an engine computes, for --locked"
+        "lock", _lock, "record everything that determines what an engine computes, for --locked"
     )
     lock.add_argument(
         "config_file", nargs="?", metavar="CONFIG", help="an engine config (YAML or TOML)"
@@ -67,13 +67,11 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         metavar="FILE",
         help="default: CONFIG with the suffix .lock, or dovetail.lock",
     )
-    lock.add_argument("--model", help="a plugin's model name, a local folder, or a hub id")
+    lock.add_argument("--model", help="a plugin's model name, a local path or a hub id")
     add_engine_arguments(lock, with_config=False)
 
     serve = command("serve", _serve, "serve a model over the OpenAI API")
-    serve.add_argument(
-        "model", nargs="?", help="a plugin's model name, a local folder, or a hub id"
-    )
+    serve.add_argument("model", nargs="?", help="a plugin's model name, a local path or a hub id")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
     for flag, type_, help in SERVER_FLAGS:
@@ -82,15 +80,15 @@ def _parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         )
     add_engine_arguments(serve)
 
-    generate = command("generate", _generate, "complete prompts and print the text as it comes")
+    generate = command("generate", _generate, "complete prompts and stream the text")
     generate.add_argument("prompt", nargs="+")
     _sampling_flags(generate)
     generate.add_argument("--model")
     add_engine_arguments(generate)
 
-    chat = command("chat", _chat, "talk to a model in the terminal")
+    chat = command("chat", _chat, "chat with a model in the terminal")
     chat.add_argument("model", nargs="?")
-    chat.add_argument("--system", help="a system message")
+    chat.add_argument("--system", help="system message")
     _sampling_flags(chat, max_tokens=None)
     add_engine_arguments(chat)
 
@@ -106,15 +104,15 @@ SERVER_FLAGS: tuple[tuple[str, type, str], ...] = (
         "--api-key",
         str,
         (
-            "clients must send it as a bearer token; other processes can see it here, but not in"
-            " DOVETAIL_API_KEY"
+            "API key that clients must send as a bearer token; other processes can read it on the"
+            " command line, but not in DOVETAIL_API_KEY"
         ),
     ),
-    ("--api-key-file", str, "a file of such keys, one a line"),
-    ("--max-body-mb", float, "largest request body, MiB"),
-    ("--drain-seconds", float, "how long SIGTERM waits for requests in flight"),
+    ("--api-key-file", str, "file of API keys, one per line"),
+    ("--max-body-mb", float, "maximum size of a request body in MiB"),
+    ("--drain-seconds", float, "seconds that SIGTERM waits for requests in flight"),
 )
-"""Options of the server that operators set."""
+"""Server options that operators set on the command line."""
 
 
 def _sampling_flags(parser: argparse.ArgumentParser, max_tokens: int | None = 128) -> None:

@@ -1,4 +1,4 @@
-"""`dovetail serve`, `generate`, `chat` and `bench`."""
+"""Implement `dovetail serve`, `generate` and `chat`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """A bar for each thing that is being done, on stderr; without a terminal, a line when each
-    begins and ends."""
+    """Show a progress bar for each task on stderr; without a terminal, print a line when a task
+    starts and one when it ends."""
     if not sys.stderr.isatty():
         last: list[tuple[str, bool]] = []
 
@@ -57,7 +57,7 @@ def progress_bars() -> Iterator[ProgressCallback]:
 
 
 def serve(config_file: str | None, values: dict[str, Any], host: str, port: int) -> int:
-    """Serve until told to stop."""
+    """Serve until SIGINT or SIGTERM."""
     from dovetail.assembly.compose import build_server
     from dovetail.runtime.serving import AsyncEngine
 
@@ -109,7 +109,7 @@ Ready: {url}   (Ctrl-C stops; docs at {url}/docs)
 def generate(
     config_file: str | None, values: dict[str, Any], prompts: list[str], params: SamplingParams
 ) -> int:
-    """Complete each prompt in turn, text as it comes."""
+    """Complete the prompts one after another and stream the text."""
     with _loaded(config_file, values) as llm:
         for prompt in prompts:
             sys.stdout.write(prompt)
@@ -122,12 +122,15 @@ def generate(
 def chat(
     config_file: str | None, values: dict[str, Any], system: str | None, params: SamplingParams
 ) -> int:
-    """A conversation; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
+    """Hold a conversation. An empty line or Ctrl-D ends it; Ctrl-C ends the current answer."""
     messages: list[dict[str, Any]] = (
         [] if system is None else [{"role": "system", "content": system}]
     )
     with _loaded(config_file, values) as llm:
-        print(f"{llm.plan.model}: ask away; an empty line ends the conversation.", file=sys.stderr)
+        print(
+            f"{llm.plan.model}: enter a message; an empty line ends the conversation.",
+            file=sys.stderr,
+        )
         while question := _ask():
             messages.append({"role": "user", "content": question})
             text = ""

@@ -1,4 +1,5 @@
-"""`dovetail plugins` and `dovetail explain`: what there is, and what an engine would be made of."""
+"""Implement `dovetail plugins` and `dovetail explain`: show the installed plugins and the plan of
+an engine."""
 
 from __future__ import annotations
 
@@ -20,12 +21,12 @@ from dovetail.plugin.discovery import Offer, Registry, load_registry
 
 
 def show_plugins(*, as_json: bool) -> int:
-    """Print installed plugins and offers; exit status 1 if any is broken."""
+    """Print the installed plugins and their providers. The exit status is 1 if any is broken."""
     registry = load_registry()
     if as_json:
         print(json.dumps(_plugins_as_data(registry), indent=2))
         return 1 if registry.broken else 0
-    columns = ("plugin", "distribution", "extension_point", "contract", "offers", "what it is")
+    columns = ("plugin", "distribution", "extension point", "contract", "provider", "summary")
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     deprecated: dict[str, str] = {}
     for plugin in registry.plugins:
@@ -43,7 +44,7 @@ def show_plugins(*, as_json: bool) -> int:
         for i, offer in enumerate(offers):
             name, dist = (plugin.name, owner) if i == 0 else ("", "")
             written = plugin.written_for(offer.extension_point)
-            contract = Text(str(written or "not said"))
+            contract = Text(str(written or "not stated"))
             if why := _contract_remark(registry, offer):
                 contract.stylize("yellow")
                 deprecated[f"{plugin.distribution}: {offer.extension_point}"] = why
@@ -56,7 +57,7 @@ def show_plugins(*, as_json: bool) -> int:
                 Text(offer.provider.summary),
             )
         if not offers and plugin.distribution not in registry.broken:
-            table.add_row(plugin.name, owner, "", "", "(nothing)", Text(plugin.summary))
+            table.add_row(plugin.name, owner, "", "", "(none)", Text(plugin.summary))
     console = wide_console()
     console.print(table)
     for where, why in deprecated.items():
@@ -65,7 +66,7 @@ def show_plugins(*, as_json: bool) -> int:
 
 
 def _contract_remark(registry: Registry, offer: Offer) -> str | None:
-    """What is to be said of the version of the contract that a plugin was written for."""
+    """Return a remark on the contract version that a plugin was written for, if one is needed."""
     extension_point = registry.extension_points[offer.extension_point]
     version = extension_point.served(offer.plugin.written_for(offer.extension_point))
     return str(version) if isinstance(version, Reason) else extension_point.deprecation(version)
@@ -97,7 +98,8 @@ def _plugins_as_data(registry: Registry) -> list[dict[str, Any]]:
 
 
 def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool) -> int:
-    """Print the plan: per extension point what is taken, what is not, and why."""
+    """Print the plan: the selected and the rejected providers of each extension point, with
+    reasons."""
     registry = load_registry()
     plan = resolve(load_config(config_file, **values), registry, server=True)
     layers = weights_of(plan, registry)
@@ -117,7 +119,7 @@ def show_plan(config_file: str | None, values: dict[str, Any], *, as_json: bool)
 
 
 def weights_table(layers: list[LayerWeights], dtype: str) -> Table:
-    """A line for layers that are alike. `dtype`: of the plan."""
+    """Build a table with a line for each group of alike layers. `dtype` is that of the plan."""
     total, plain = (
         sum(layer.nbytes for layer in layers),
         sum(plain_bytes(layer, dtype) for layer in layers),
@@ -129,10 +131,10 @@ def weights_table(layers: list[LayerWeights], dtype: str) -> Table:
         "layers",
         "outputs × inputs",
         "scheme",
-        "kept as",
-        "multiplied by",
-        "bytes each",
-        "in all",
+        "stored as",
+        "GEMM backend",
+        "size each",
+        "total",
     )
     table = Table(
         *columns,
@@ -167,7 +169,7 @@ def plain_bytes(layer: LayerWeights, dtype: str) -> int:
 
 
 def size(nbytes: int) -> str:
-    """For people."""
+    """Format a number of bytes for people."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= scale:
             return (
@@ -179,20 +181,22 @@ def size(nbytes: int) -> str:
 
 
 def plan_tree(plan: Plan) -> Tree:
-    """For each extension point who was taken, with what was decided for it; and who was not, with
-    the reason and what would help."""
+    """Build a tree of the extension points: the selected provider with its resolved options, and
+    the rejected ones with the reasons and what would help."""
     model = Text.assemble(
         (plan.model, "bold"), f"  {plan.architecture}, {plan.dtype} on {plan.device}"
     )
     if plan.revision is not None:
         model.append(f" at {plan.revision}", "dim")
-    model.append(f", up to {plan.max_model_len} tokens a sequence   plan {plan.fingerprint}", "dim")
+    model.append(
+        f", up to {plan.max_model_len} tokens per sequence   plan {plan.fingerprint}", "dim"
+    )
     if plan.draft is not None:
-        model.append(f"\ndrafted for by {plan.draft.model}  {plan.draft.architecture}")
+        model.append(f"\ndraft model {plan.draft.model}  {plan.draft.architecture}")
     tree = Tree(model, guide_style="dim")
     width = max(len(_label(key, choice)) for key, choice in plan.choices.items())
     for key, choice in plan.choices.items():
-        extension_point = tree.add(_records(key, choice, width))
+        extension_point = tree.add(_header(key, choice, width))
         for option, value in choice.options.items():
             if value is not None:
                 extension_point.add(Text.assemble((f"{option}: ", "dim"), str(value)))
@@ -203,10 +207,10 @@ def plan_tree(plan: Plan) -> Tree:
                 Text.assemble(("not ", "dim"), other.provider, (f"  {other.distribution}", "dim"))
             )
             for reason in other.reasons:
-                said = Text.assemble((f"[{reason.code}] ", "yellow"), reason.text)
+                line = Text.assemble((f"[{reason.code}] ", "yellow"), reason.text)
                 if reason.hint:
-                    said.append(f"  → {reason.hint}", "green")
-                node.add(said)
+                    line.append(f"  → {reason.hint}", "green")
+                node.add(line)
     return tree
 
 
@@ -214,12 +218,12 @@ def _label(key: str, choice: Choice) -> str:
     return f"{key} ({choice.match})" if choice.match else key
 
 
-def _records(key: str, choice: Choice, width: int) -> Text:
+def _header(key: str, choice: Choice, width: int) -> Text:
     line = Text.assemble((f"{_label(key, choice):{width}}  ", "bold"))
     if choice.is_empty:
         return line.append("none", "dim")
     line.append(choice.provider, "bold green")
     line.append(f"  {choice.distribution} {choice.version}, contract {choice.contract}", "dim")
     if choice.requested not in ("auto", choice.provider):
-        line.append(f"  asked for: {choice.requested}", "yellow")
+        line.append(f"  requested: {choice.requested}", "yellow")
     return line

@@ -1,1 +1,1 @@
-"""From a config to a plan."""
+"""Resolve an engine config to an engine plan."""

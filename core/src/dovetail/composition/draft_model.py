@@ -1,5 +1,5 @@
-"""Whether one model can draft for another: what must be alike, and what differs where it is not.
-Reads no weight."""
+"""Check whether a model can draft for another one, and explain why if it cannot. Reads no
+weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ SHOWN = 3
 
 
 def check_draft(name: str, draft: ModelFacts, target: ModelFacts, max_model_len: int) -> None:
-    """Raise `ConfigError` that says why the model `name` cannot draft for `target`, if it
-    cannot."""
+    """Raise `ConfigError`, with the reasons, if the model `name` cannot draft for `target`."""
     reasons = []
     if draft.vocab_size != target.vocab_size:
         reasons.append(
-            f"its vocabulary has {draft.vocab_size} tokens, and the model's {target.vocab_size}"
+            f"its vocabulary has {draft.vocab_size} tokens, that of the model {target.vocab_size}"
         )
     elif difference := _difference(draft.folder, target.folder):
         reasons.append(difference)
@@ -28,8 +27,8 @@ def check_draft(name: str, draft: ModelFacts, target: ModelFacts, max_model_len:
         )
     if draft.quantization_config is not None:
         reasons.append(
-            f"its checkpoint is quantized with {draft.quantization_method}, and a draft model's"
-            " weights are plain"
+            f"its checkpoint is quantized with {draft.quantization_method}, but the weights of a"
+            " draft model must not be quantized"
         )
     if reasons:
         raise ConfigError(
@@ -38,8 +37,8 @@ def check_draft(name: str, draft: ModelFacts, target: ModelFacts, max_model_len:
 
 
 def _difference(draft: Path, target: Path) -> str:
-    """Between the tokens of two model folders, in words; empty if each id means the same. Models
-    without one are compared by the ids alone."""
+    """Describe how the tokens of two model folders differ; return an empty string if each id means
+    the same. If neither model has a tokenizer, only the size of the vocabulary counts."""
     ours, theirs = (_vocabulary(folder) for folder in (target, draft))
     if ours is None and theirs is None:
         return ""
@@ -54,7 +53,7 @@ def _difference(draft: Path, target: Path) -> str:
     different.sort(key=lambda t: (ours.get(t, -1), t))
     shown = [f"{t!r} is {_id(theirs, t)} instead of {_id(ours, t)}" for t in different[:SHOWN]]
     return (
-        f"its tokenizer is another: {len(different)} tokens differ"
+        f"its tokenizer differs: {len(different)} tokens differ"
         f" ({'; '.join(shown)}{'; …' * (len(different) > SHOWN)})"
     )
 
@@ -64,8 +63,8 @@ def _id(vocabulary: dict[str, int], token: str) -> str:
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Ids by token, as tokenizer.json has them, the added ones included. None if there is no such
-    file."""
+    """Read ids by token from tokenizer.json, including added tokens. Returns None if the file does
+    not exist."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
@@ -80,5 +79,5 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
         }
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(
-            f"{path} is no tokenizer that can be read: {type(e).__name__}: {e}"
+            f"{path} is not a readable tokenizer: {type(e).__name__}: {e}"
         ) from None

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: what is downloaded of a repository, and which commit it is."""
+"""Download models from the Hugging Face hub, and find out which commit a folder is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dovetail.errors import ConfigError
 
-TAKEN = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+INCLUDED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 CODE = ("*.py",)
-NOT_TAKEN = (
+EXCLUDED = (
     "consolidated*",
-    "original/*",  # Mistral's and Meta's own forms: all the weights once more
-    "*/*.safetensors",  # of exports and training: an engine loads what lies beside config.json
+    "original/*",  # Mistral's and Meta's own formats: all weights a second time
+    "*/*.safetensors",  # exports and training states: an engine loads what is beside config.json
     "*.bin",
     "*.pt",
     "*.pth",
@@ -24,27 +24,27 @@ NOT_TAKEN = (
     "*.tflite",
     "*.gguf",
 )
-"""Weights a second time, in forms that are not read, whatever `TAKEN` says."""
+"""Copies of the weights in formats that are not read, even if `INCLUDED` matches them."""
 
 
 def download(name: str, where: str, *, with_code: bool, revision: str | None) -> Path:
-    """Download what an engine reads of a repository, as far as it is not in the hub's cache, and
-    return its folder there.
+    """Download the files of a repository that an engine reads, unless they are in the hub's cache,
+    and return the folder in the cache.
 
     `where` names the setting in errors; `revision` is a branch, a tag or a commit (None: the main
-    branch). Code is left out unless `with_code`. Raises `ConfigError`.
+    branch). Code is downloaded only with `with_code`. Raises `ConfigError`.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ConfigError(
-            f"{where}: {name!r} is a hub id, and huggingface_hub is not installed"
+            f"{where}: {name!r} is a hub id, but huggingface_hub is not installed"
         ) from None
-    taken = [*TAKEN, *(CODE if with_code else ())]
+    included = [*INCLUDED, *(CODE if with_code else ())]
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=taken, ignore_patterns=list(NOT_TAKEN)
+                name, revision=revision, allow_patterns=included, ignore_patterns=list(EXCLUDED)
             )
         )
     except Exception as e:
@@ -57,7 +57,8 @@ def download(name: str, where: str, *, with_code: bool, revision: str | None) ->
 
 
 def commit_of(folder: Path) -> str | None:
-    """Of a folder in the hub's cache, which ends in snapshots/COMMIT; None for any other folder."""
+    """Return the commit of a folder in the hub's cache, whose path ends in snapshots/COMMIT; None
+    for any other folder."""
     return (
         folder.name
         if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)

@@ -1,10 +1,9 @@
-"""The lock of a composition: all that decides what an engine computes, so that tomorrow's is
-today's, or says what is not.
+"""Write and check lock files, which record everything that determines what an engine computes.
 
-A lock holds the plan's choices with their options and contract versions; for every distribution
-that takes part its version and a hash of its files; the versions of what those depend on; a hash of
-every file of the model; and the hardware. It holds no time, no path and no process id: the same
-composition on the same machine gives the same bytes.
+A lock contains the plan's providers with their options and contract versions; version and file hash
+of every distribution involved; the versions of their dependencies; a hash of every file of the
+model; and the hardware. It contains no time, path or process id: the same engine config on the same
+machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ VERSION = 1
 SKIPPED = re.compile(r"(^|/)(__pycache__|\.git)(/|$)|\.pyc$")
 CHUNK = 1 << 22
 Hashed = Callable[[str, int, int], None]
-"""(file, bytes done, of how many)"""
+"""Progress callback: (file, bytes done, total bytes)."""
 
 
 def make_lock(plan: Plan, registry: Registry, progress: Hashed = lambda *_: None) -> dict[str, Any]:
-    """The lock of a resolved plan. Reads every file of the model once; `progress` is told."""
-    taken = {c.distribution for c in plan.choices.values() if not c.is_empty} | {"dovetail-core"}
-    plugins = [p for p in registry.plugins if p.distribution in taken]
+    """Build the lock of a resolved plan. Reads every file of the model once and calls
+    `progress`."""
+    used = {c.distribution for c in plan.choices.values() if not c.is_empty} | {"dovetail-core"}
+    plugins = [p for p in registry.plugins if p.distribution in used]
     return {
         "lock": VERSION,
         "model": {
@@ -60,7 +60,7 @@ def make_lock(plan: Plan, registry: Registry, progress: Hashed = lambda *_: None
         "distributions": {
             p.distribution: {"version": p.version, "sha256": _package_hash(p)} for p in plugins
         },
-        "dependencies": _dependencies(taken),
+        "dependencies": _dependencies(used),
         "hardware": _hardware(device_facts()),
     }
 
@@ -70,28 +70,28 @@ def encode(lock: dict[str, Any]) -> str:
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """Raises `ConfigError` naming the file."""
+    """Read a lock file. Raises `ConfigError`, which names the file."""
     try:
         lock = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read the lock {path}: {e.strerror}") from None
     except ValueError as e:
-        raise ConfigError(f"{path} is no lock: {e}") from None
+        raise ConfigError(f"{path} is not a lock file: {e}") from None
     if not isinstance(lock, dict) or lock.get("lock") != VERSION:
         raise ConfigError(
-            f"{path} is not a lock of version {VERSION}; make it again with dovetail lock"
+            f"{path} is not a lock of version {VERSION}; create it again with dovetail lock"
         )
     return lock
 
 
 def drift(locked: Any, found: Any, where: str = "") -> list[str]:
-    """What is not as it was locked, one line each: `where: locked → found`."""
+    """List the differences from a lock, one line each: `where: locked → found`."""
     if isinstance(locked, dict) and isinstance(found, dict):
         lines: list[str] = []
         for key in [*locked, *(k for k in found if k not in locked)]:
             path = f"{where}.{key}" if where else str(key)
             if key not in found:
-                lines.append(f"{path}: {_shown(locked[key])} → gone")
+                lines.append(f"{path}: {_shown(locked[key])} → missing")
             elif key not in locked:
                 lines.append(f"{path}: not locked → {_shown(found[key])}")
             else:
@@ -99,23 +99,23 @@ def drift(locked: Any, found: Any, where: str = "") -> list[str]:
         return lines
     if isinstance(locked, list) and isinstance(found, list):
         gone, new = [x for x in locked if x not in found], [x for x in found if x not in locked]
-        parts = [f"lacks {', '.join(map(str, gone))}"] * bool(gone) + [
-            f"has {', '.join(map(str, new))}"
+        parts = [f"missing: {', '.join(map(str, gone))}"] * bool(gone) + [
+            f"new: {', '.join(map(str, new))}"
         ] * bool(new)
-        return [f"{where}: {'; '.join(parts) or 'in another order'}"] if locked != found else []
+        return [f"{where}: {'; '.join(parts) or 'different order'}"] if locked != found else []
     return [] if locked == found else [f"{where}: {_shown(locked)} → {_shown(found)}"]
 
 
 def check_lock(
     path: Path, plan: Plan, registry: Registry, progress: Hashed = lambda *_: None
 ) -> None:
-    """Raise `ConfigError` that lists every difference between a lock and what is here."""
+    """Raise `ConfigError`, listing every difference, if the current state differs from a lock."""
     lines = drift(read_lock(path), json.loads(encode(make_lock(plan, registry, progress))))
     if lines:
         listing = "".join(f"\n  {line}" for line in lines)
         raise ConfigError(
-            f"this is not what {path} has locked (locked → found):{listing}\nIf it is meant:"
-            " dovetail lock again"
+            f"the engine differs from the lock {path} (locked → found):{listing}\nIf this is"
+            " intended, run dovetail lock again"
         )
 
 
@@ -125,7 +125,7 @@ def _shown(value: Any) -> str:
 
 
 def _model_files(folder: Path, progress: Hashed) -> dict[str, str]:
-    """What a model is loaded from; a README makes no difference."""
+    """Hash the files that a model is loaded from; others, such as a README, are ignored."""
     kinds = (".json", ".safetensors", ".jinja", ".model", ".py")
     files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file())
     total, done = sum(p.stat().st_size for p in files), 0
@@ -147,7 +147,7 @@ def _draft(draft: DraftModel, progress: Hashed) -> dict[str, Any]:
 
 
 def _package_hash(plugin: PluginInfo) -> str:
-    """Over the files of a plugin's package, wherever it is installed and however. Imports
+    """Hash the files of a plugin's package, independently of how and where it is installed. Imports
     nothing."""
     digest = hashlib.sha256()
     for name, path in sorted(_package_files(plugin.module.split(":")[0].split(".")[0])):
@@ -168,8 +168,8 @@ def _package_files(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def _dependencies(distributions: Iterable[str]) -> dict[str, str]:
-    """Versions of what the distributions say they need; our own are listed with hashes
-    elsewhere."""
+    """Return the versions of the distributions' declared dependencies. Plugin distributions are
+    listed elsewhere, with hashes."""
     names: set[str] = set()
     for name in distributions:
         for requirement in importlib.metadata.requires(name) or ():

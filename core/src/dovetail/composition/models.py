@@ -1,4 +1,4 @@
-"""From a model's name to its files: a plugin's model, a local folder, or a hub id."""
+"""Find the files of a model by its name: a plugin's model, a local path or a hub id."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dovetail.plugin.provider import Context
 def find_model(
     name: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> ModelSource:
-    """The files of a plugin's model, a local folder or a hub id, which is then downloaded: at
-    `revision` (a branch, a tag or a commit), and with its code only if that is trusted. Raises
+    """Return the files of a plugin's model, a local path or a hub id. A hub id is downloaded at
+    `revision` (a branch, a tag or a commit); its code only with `trust_remote_code`. Raises
     `ConfigError`."""
     registry, facts = load_registry(), device_facts()
-    nothing_known = Context(facts, None, facts.devices[0], "")
-    return model_and_choice(name, "model", trust_remote_code, registry, nothing_known, revision)[0]
+    context = Context(facts, None, facts.devices[0], "")
+    return model_and_choice(name, "model", trust_remote_code, registry, context, revision)[0]
 
 
 def model_and_choice(
@@ -34,15 +34,15 @@ def model_and_choice(
     context: Context,
     revision: str | None = None,
 ) -> tuple[ModelSource, Choice | None]:
-    """A provider's name, else a local folder, else a hub id. `where` names the setting in
-    errors."""
+    """Resolve the name of a provider, else a local path, else a hub id. `where` names the setting
+    in errors."""
     offers = registry.of("model")
     folder = Path(name).expanduser()
     is_offered = any(name in (o.provider.name, o.qualified_name) for o in offers)
     if revision is not None and (is_offered or folder.is_dir()):
-        kind = "comes with a plugin" if is_offered else "is a folder"
+        kind = "is provided by a plugin" if is_offered else "is a local path"
         raise ConfigError(
-            f"revision: {revision!r} is of a model on the hub, and {name!r} {kind}: leave it out"
+            f"revision: {revision!r} applies to models on the hub, but {name!r} {kind}: remove it"
         )
     if is_offered:
         choice = choose(registry, "model", ProviderConfig(use=name), context, where)
@@ -68,6 +68,6 @@ def model_and_choice(
         return ModelSource(folder, revision=commit_of(folder) or revision), None
     names = ", ".join(o.provider.name for o in offers) or "none"
     raise ConfigError(
-        f"{where}: {name!r} is neither a model that comes with a plugin ({names}), nor a folder,"
+        f"{where}: {name!r} is neither a model provided by a plugin ({names}), nor a local path,"
         " nor a hub id"
     )

@@ -1,4 +1,4 @@
-"""What providers say about each other's presence, and who has to give way."""
+"""Check the relations that providers declare, and find out which selection to exclude."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dovetail.plugin.provider import Relation
 
 
 class Unsatisfied(PluginError):
-    """no provider can be used for an extension point, because of what `auto` took elsewhere:
-    `conflicting` are the qualified names of those."""
+    """Raised if no provider can be used for an extension point because of what `auto` selected
+    elsewhere: `conflicting` has the qualified names of those providers."""
 
     def __init__(self, message: str, conflicting: list[str], provider: str | None = None) -> None:
         super().__init__(message, provider=provider)
@@ -22,35 +22,34 @@ class Unsatisfied(PluginError):
 
 @dataclass(frozen=True)
 class OtherChoices:
-    """What is known of the other extension points while one is filled: choices made, and those
-    asked for by name."""
+    """The providers of the other extension points while one is selected."""
 
-    taken: dict[str, Offer] = field(default_factory=dict)
-    """By key of the plan."""
+    selected: dict[str, Offer] = field(default_factory=dict)
+    """Selected providers by plan key."""
     by_auto: set[str] = field(default_factory=set)
-    """Of those: qualified names that `auto` took."""
+    """Qualified names of those that `auto` selected."""
     excluded: dict[str, Reason] = field(default_factory=dict)
-    """By qualified name: offers that `auto` has to leave, because they leave no choice
-    elsewhere."""
+    """Providers that `auto` must not select, by qualified name, because they conflict with another
+    selection."""
 
 
 NONE = OtherChoices()
 
 
 def relations(offer: Offer, where: str, other_choices: OtherChoices) -> list[Reason]:
-    """What this offer has against its neighbours, and they against it."""
+    """Return the conflicts of this offer with the other selections, in both directions."""
     reasons = []
-    for key, other in other_choices.taken.items():
+    for key, other in other_choices.selected.items():
         if key != where:
             reasons += [
                 _reason(code, relation, other, key) for code, relation in _violated(offer, other)
             ]
             for code, relation in _violated(other, offer):
-                said = _reason(code, relation, offer, where)
+                reason = _reason(code, relation, offer, where)
                 reasons.append(
                     replace(
-                        said,
-                        text=f"{key} is {other.provider.name}, which {said.text}",
+                        reason,
+                        text=f"{key} is {other.provider.name}, which {reason.text}",
                         hint=f"change {key}",
                     )
                 )
@@ -70,33 +69,34 @@ def _violated(one: Offer, other: Offer) -> Iterator[tuple[str, Relation]]:
 def _reason(code: str, relation: Relation, other: Offer, key: str) -> Reason:
     if code == "conflicts":
         return Reason(
-            f"does not go with {other.provider.name} ({key}): {relation.because}",
+            f"conflicts with {other.provider.name} ({key}): {relation.because}",
             f"change {key}",
             code,
         )
     wanted = " or ".join(relation.providers)
     text = (
-        f"needs {relation.extension_point}: {wanted}, and {key} is {other.provider.name}:"
+        f"requires {relation.extension_point}: {wanted}, but {key} is {other.provider.name}:"
         f" {relation.because}"
     )
     return Reason(text, f"change {key}", code)
 
 
 def conflicting_with(offers: list[Offer], where: str, other_choices: OtherChoices) -> list[str]:
-    """Those that `auto` took and without which one of `offers` would have fewer reasons against
-    it."""
+    """Return the providers that `auto` selected and without which at least one of `offers` would
+    have fewer reasons against it."""
     return [
         other.qualified_name
-        for key, other in other_choices.taken.items()
+        for key, other in other_choices.selected.items()
         if other.qualified_name in other_choices.by_auto
         and any(relations(o, where, OtherChoices({key: other})) for o in offers)
     ]
 
 
 def untested(offer: Offer, where: str, other_choices: OtherChoices) -> list[str]:
+    """Return a note for each untested combination with the other selections."""
     return [
         f"untested with {its.provider.name} ({of}): {relation.because}"
-        for key, other in other_choices.taken.items()
+        for key, other in other_choices.selected.items()
         for one, its, of in ((offer, other, key), (other, offer, where))
         for relation in one.provider.untested_with
         if key != where

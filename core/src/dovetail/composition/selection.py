@@ -1,5 +1,5 @@
-"""Choosing a provider for an extension point: the one that was asked for, or the best one that has
-no reason against it."""
+"""Select a provider for an extension point: the requested one, or with `auto` the usable one with
+the highest priority."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ def choose(
     where: str | None = None,
     other_choices: OtherChoices = NONE,
 ) -> Choice:
-    """Fill an extension point. `where` is the path in the configuration, for errors.
+    """Select a provider for an extension point. `where` is the path in the engine config, for
+    errors.
 
-    Asked by name: that provider, or an error with its reasons and the alternatives; another one
-    only if the configuration says `on_unsupported: fallback`. `auto`: the usable provider of
-    highest priority. Every candidate not taken is in `Choice.rejected`, with why.
+    For a provider requested by name, return it, or raise an error with the reasons and the
+    alternatives; another one is selected only with `on_unsupported: fallback`. For `auto`, return
+    the usable provider with the highest priority. `Choice.rejected` has every other candidate with
+    the reasons.
     """
     where = where or point_name
     extension_point = registry.extension_points[point_name]
@@ -57,12 +59,16 @@ def choose(
     if extension_point.optional and (wanted.use == "none" or (wanted.use == "auto" and not usable)):
         if wanted.options:
             raise ConfigError(
-                f"{where}: options are given ({', '.join(wanted.options)}), but no provider is"
+                f"{where}: options were given ({', '.join(wanted.options)}), but no provider is"
                 " selected"
             )
-        said = [Reason("none was asked for", f"set {where}: auto", "not-asked")]
+        not_requested = [Reason("none was requested", f"set {where}: auto", "not-asked")]
         rejected = [
-            Rejected(o.provider.name, o.plugin.distribution, against[o.qualified_name] or said)
+            Rejected(
+                o.provider.name,
+                o.plugin.distribution,
+                against[o.qualified_name] or not_requested,
+            )
             for o in offers
         ]
         return Choice(
@@ -82,7 +88,7 @@ def choose(
             others = ", ".join(o.provider.name for o in usable) or "none"
             raise Unsatisfied(
                 f"{where}: {wanted.use!r} cannot be used here: {reasons}. Usable: {others}. "
-                "Name one of those, or set on_unsupported: fallback",
+                "Request one of those, or set on_unsupported: fallback",
                 conflicting_with([named], where, other_choices),
                 named.qualified_name,
             )
@@ -90,37 +96,37 @@ def choose(
     if not usable:
         listing = (
             "".join(f"\n  {name}: {'; '.join(map(str, why))}" for name, why in against.items())
-            or " none is installed"
+            or " no provider is installed"
         )
         conflicting = conflicting_with(offers, where, other_choices)
         raise Unsatisfied(
             f"{where}: no provider can be used:{listing}{_broken(registry)}", conflicting
         )
-    taken = usable[0]
+    selected = usable[0]
     rejected = [
         Rejected(
             o.provider.name,
             o.plugin.distribution,
-            against[o.qualified_name] or [_second_best(o, taken, wanted, where)],
+            against[o.qualified_name] or [_not_selected(o, selected, wanted, where)],
         )
         for o in offers
-        if o is not taken
+        if o is not selected
     ]
-    options, remarks = _resolved_options(taken, context, wanted, where)
-    version = extension_point.served(taken.plugin.written_for(extension_point.name))
-    assert isinstance(version, str)  # or there would be a reason against it
+    options, remarks = _resolved_options(selected, context, wanted, where)
+    version = extension_point.served(selected.plugin.written_for(extension_point.name))
+    assert isinstance(version, str)  # otherwise there is a reason against it
     deprecated = extension_point.deprecation(version)
     remarks = [
         *([deprecated] if deprecated else []),
-        *untested(taken, where, other_choices),
+        *untested(selected, where, other_choices),
         *remarks,
     ]
     return Choice(
         extension_point=point_name,
         requested=wanted.use,
-        provider=taken.provider.name,
-        distribution=taken.plugin.distribution,
-        version=taken.plugin.version,
+        provider=selected.provider.name,
+        distribution=selected.plugin.distribution,
+        version=selected.plugin.version,
         contract=version,
         options=options.model_dump(mode="json"),
         remarks=remarks,
@@ -135,8 +141,8 @@ def choose_all(
     context: Context,
     other_choices: OtherChoices = NONE,
 ) -> list[Choice]:
-    """Fill an extension point that takes many: those named, or every usable one if `wanted` is
-    empty."""
+    """Select the providers of an extension point that has several: those named, or every usable one
+    if `wanted` is empty."""
     usable = [
         o
         for o in registry.of(point_name)
@@ -144,17 +150,17 @@ def choose_all(
     ]
     named = wanted or [ProviderConfig(use=o.qualified_name) for o in usable]
     choices = [choose(registry, point_name, w, context, None, other_choices) for w in named]
-    _refuse_twice([c.provider for c in choices], point_name)
+    _check_duplicates([c.provider for c in choices], point_name)
     return [c if wanted else msgspec.structs.replace(c, requested="auto") for c in choices]
 
 
-def _refuse_twice(names: list[str], where: str) -> None:
-    if twice := {n for n in names if names.count(n) > 1}:
-        raise ConfigError(f"{where}: {', '.join(sorted(twice))} is named more than once")
+def _check_duplicates(names: list[str], where: str) -> None:
+    if duplicates := {n for n in names if names.count(n) > 1}:
+        raise ConfigError(f"{where}: {', '.join(sorted(duplicates))} is named more than once")
 
 
 def find(registry: Registry, choice: Choice) -> Offer:
-    """The offer that a plan's choice names, in this process."""
+    """Return the offer for a plan's choice in this process."""
     for offer in registry.of(choice.extension_point):
         if (offer.provider.name, offer.plugin.distribution) == (
             choice.provider,
@@ -163,7 +169,7 @@ def find(registry: Registry, choice: Choice) -> Offer:
             return offer
     why = registry.broken.get(choice.distribution, "it is not installed here")
     raise PluginError(
-        f"{choice.extension_point}: the plan takes {choice.provider!r} of {choice.distribution}:"
+        f"{choice.extension_point}: the plan uses {choice.provider!r} of {choice.distribution}:"
         f" {why}"
     )
 
@@ -190,7 +196,7 @@ def _find(
         return matches[0]
     if matches:
         raise PluginError(
-            f"{where}: several plugins offer {name!r}; say which:"
+            f"{where}: several plugins offer {name!r}; use a qualified name:"
             f" {', '.join(o.qualified_name for o in matches)}"
         )
     names = [o.provider.name for o in offers]
@@ -210,12 +216,13 @@ def _broken(registry: Registry) -> str:
     )
 
 
-def _second_best(offer: Offer, taken: Offer, wanted: ProviderConfig, where: str) -> Reason:
+def _not_selected(offer: Offer, selected: Offer, wanted: ProviderConfig, where: str) -> Reason:
     hint = f"set {where}: {offer.provider.name}"
-    if wanted.use in (taken.provider.name, taken.qualified_name):
-        return Reason(f"{wanted.use} was asked for", hint, "not-asked")
+    if wanted.use in (selected.provider.name, selected.qualified_name):
+        return Reason(f"{wanted.use} was requested", hint, "not-asked")
+    name, priority = selected.provider.name, selected.provider.priority
     return Reason(
-        f"priority {offer.provider.priority}; {taken.provider.name} has {taken.provider.priority}",
+        f"priority {offer.provider.priority}; {name} has {priority}",
         hint,
         "priority",
     )
@@ -232,7 +239,8 @@ def _resolved_options(
     except Exception as e:
         name = offer.qualified_name
         raise PluginError(
-            f"{where}: {name}: its settle raised {type(e).__name__}: {e}", provider=name
+            f"{where}: {name}: its function `resolve_options` raised {type(e).__name__}: {e}",
+            provider=name,
         ) from e
 
 

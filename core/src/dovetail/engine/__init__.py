@@ -1,1 +1,1 @@
-"""The loop and everything it runs in a step."""
+"""Implement the engine loop and everything that the core runs in a step."""

@@ -1,9 +1,9 @@
-"""What the loop relies on, checked as it passes: plans, tokens, blocks. A plugin's mistake then
-costs its step, and says so.
+"""Check what the loop relies on: plans, tokens and blocks. A plugin's mistake then fails its step,
+with an error that says what is wrong.
 
-Each class stands in front of a plugin's object and looks the same; `build_engine` puts them there,
-and the loop knows nothing of it. They look at a step as a whole (sums and counts, not rows one by
-one), because they are asked in every one.
+Each class wraps a plugin's object and has the same interface; `build_engine` adds the wrappers, and
+the loop knows nothing about them. They check a step as a whole (sums and counts, not row by row),
+because they run in every step.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from dovetail.types import DRAFTED_BY_WORKER, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 Responsible = Callable[[BaseException, str], str]
-"""(error, part that was asked) -> who is at fault (`Attribution`)"""
+"""(error, component that was called) -> provider responsible (`Attribution`)"""
 
 PATIENCE = 10.0
-"""Seconds that a scheduler which has sequences may schedule none, with no step in flight."""
-_IDLE = 0.001
+"""Seconds for which a scheduler with sequences may schedule none while no step is in flight."""
+_POLL_INTERVAL = 0.001
 _computed = attrgetter("num_computed_tokens")
 
 
 class CheckedScheduler:
-    """A scheduler whose plans are what the loop and the worker rely on.
+    """A scheduler wrapper that checks its plans.
 
-    When it fails, what it had noted about a step that will never run is undone, so that the step's
-    requests can be ended.
+    If the scheduler fails, what it recorded about a step that will never run is undone, so that the
+    requests of the step can be ended.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class CheckedScheduler:
         self._sequences: dict[int, Sequence] = {}
         self._last: StepPlan | None = None
         self._ends = 0
-        """Where its rows end, added up; -1 when a sequence of it has gone."""
+        """Sum of the ends of the rows of the last plan; -1 if one of its sequences was removed."""
         self._idle_since: float | None = None
 
     waiting: Any = property(attrgetter("_inner.waiting"))
@@ -63,14 +63,14 @@ class CheckedScheduler:
         try:
             self._inner.add(seq)
         except Exception:
-            with contextlib.suppress(Exception):  # it may hold it or not
+            with contextlib.suppress(Exception):  # the scheduler may or may not hold it
                 self._inner.remove(seq)
             raise
         self._sequences[seq.seq_id] = seq
 
     def remove(self, seq: Sequence) -> None:
-        """Raises `PluginError` if the scheduler fails: whoever does not let go of a sequence cannot
-        be asked again."""
+        """Remove a sequence. Raises `PluginError` if the scheduler fails, because a scheduler that
+        does not remove a sequence cannot be used any more."""
         if self._sequences.pop(seq.seq_id, None) is None:
             return  # `add` failed
         self._ends = -1
@@ -79,7 +79,7 @@ class CheckedScheduler:
         except Exception as e:
             who = self._responsible(e, "scheduler")
             raise PluginError(
-                f"{who}: failed to let go of a sequence: {type(e).__name__}: {e}",
+                f"{who}: failed to remove a sequence: {type(e).__name__}: {e}",
                 provider=self._name,
             ) from e
 
@@ -113,7 +113,7 @@ class CheckedScheduler:
             and len(ids) == len(num_computed) == len(plan.samples) == len(plan.new_block_ids)
             and type(ends := self._ends + sum(num_tokens)) is int
         ):
-            # The rows of the step before, each further by its tokens: what most plans are.
+            # The rows of the last plan, each advanced by its tokens: most plans are like this.
             self._ends = ends
             return
         if (
@@ -124,7 +124,7 @@ class CheckedScheduler:
             == len(plan.samples)
             == len(plan.new_block_ids)
         ):
-            self._fail("the plan's lists have different lengths, or none")
+            self._fail("the plan's lists are empty or differ in length")
         try:
             sequences = [self._sequences[i] for i in ids]
             total, before, after = (
@@ -139,18 +139,17 @@ class CheckedScheduler:
             )
         except (KeyError, TypeError) as e:
             self._fail(
-                "the plan names a sequence that is not here, or counts with what is no number"
-                f" ({e})"
+                f"the plan contains an unknown sequence, or a count that is not an integer ({e})"
             )
         if len(set(ids)) != len(ids):
-            self._fail("the plan has two rows of one sequence")
+            self._fail("the plan has two rows for one sequence")
         if not is_whole or total > self._max_num_batched_tokens:
             self._fail(
-                f"the plan has {total} tokens: of {self._max_num_batched_tokens} at most, and one a"
-                " row at least"
+                f"the plan has {total} tokens, or a row without tokens; the maximum is"
+                f" {self._max_num_batched_tokens} tokens, the minimum one per row"
             )
         if before + total != after:
-            self._fail("the plan's rows do not end where the sequences' computed tokens do")
+            self._fail("the plan's rows do not match the computed tokens of their sequences")
         self._ends = after
 
     def _wait(self) -> None:
@@ -159,14 +158,18 @@ class CheckedScheduler:
         if now - self._idle_since > self.patience:
             self._idle_since = None
             self._fail(
-                f"there are {len(self._sequences)} sequences, and none was scheduled for"
+                f"there are {len(self._sequences)} sequences, but none was scheduled for"
                 f" {self.patience:g} s"
             )
-        time.sleep(_IDLE)
+        time.sleep(_POLL_INTERVAL)
 
-    def _undo(self, flying: StepPlan | None) -> None:
-        """What is in flight is what the worker was given, whatever has been planned since."""
-        samples = {} if flying is None else dict(zip(flying.seq_ids, flying.samples, strict=True))
+    def _undo(self, in_flight: StepPlan | None) -> None:
+        """Reset what is in flight to what the worker received, whatever was planned since."""
+        samples = (
+            {}
+            if in_flight is None
+            else dict(zip(in_flight.seq_ids, in_flight.samples, strict=True))
+        )
         for seq_id, seq in self._sequences.items():
             seq.steps_in_flight = int(seq_id in samples)
             seq.num_in_flight = int(samples.get(seq_id, False))
@@ -176,7 +179,7 @@ class CheckedScheduler:
 
 
 class CheckedWorker:
-    """A worker whose results have a token where the plan asks for one, and none elsewhere."""
+    """A worker wrapper that checks that results have tokens exactly where the plan samples."""
 
     def __init__(self, worker: Worker, name: str, vocab_size: int) -> None:
         self._inner, self._name, self._vocab_size = worker, name, vocab_size
@@ -204,16 +207,16 @@ class CheckedWorker:
                     or plan.draft_token_ids
                 )
             ):
-                return result  # a token a row and nothing else: what most steps bring
+                return result  # one token per row and nothing else: most steps
             problem = self._problem(plan, result)
         except Exception as e:
-            problem = f"something that is no StepResult ({type(e).__name__}: {e})"
+            problem = f"something that is not a StepResult ({type(e).__name__}: {e})"
         if problem:
             raise PluginError(f"the worker returned {problem}", provider=self._name)
         return result
 
     def _are_tokens(self, rows: list[list[int]]) -> bool:
-        """Whether each row is one token."""
+        """Return whether each row is one token."""
         size = self._vocab_size
         for row in rows:
             if len(row) != 1 or type(row[0]) is not int or not 0 <= row[0] < size:
@@ -228,18 +231,18 @@ class CheckedWorker:
         ):
             expected = 0 if not samples or seq_id in result.failed else 1
             if not expected <= len(row) <= (samples and 1 + len(draft)):
-                return f"{len(row)} tokens for a row that is to have {expected}"
+                return f"{len(row)} tokens for a row that must have {expected}"
         if not self._are_tokens([[token] for row in rows for token in row]):
-            return f"tokens that are not whole numbers from 0 to {self._vocab_size - 1}"
+            return f"tokens that are not integers from 0 to {self._vocab_size - 1}"
         for name in ("logprobs", "prompt_logprobs"):
             if len(getattr(result, name)) not in (0, len(rows)):
-                return f"{name} of {len(getattr(result, name))} rows; the plan has {len(rows)}"
+                return f"{name} with {len(getattr(result, name))} rows; the plan has {len(rows)}"
         return ""
 
 
 class CheckedKVCache:
-    """A KV-cache manager whose blocks are there. What fails where nothing was asked of it fails the
-    sequence alone."""
+    """A KV-cache manager wrapper that checks block ids. An exception in a method that returns
+    nothing fails only the sequence concerned."""
 
     def __init__(self, kv: KVCacheManager, name: str) -> None:
         self._inner, self._name = kv, name
@@ -277,8 +280,8 @@ class CheckedKVCache:
                 return added
         except (TypeError, ValueError):
             pass
-        given = f"{str(added)[:100]}, which is not a list of blocks for each KV group"
-        raise PluginError(f"grow gave {given}", provider=self._name)
+        got = f"{str(added)[:100]}, which is not a list of block ids for each KV group"
+        raise PluginError(f"grow returned {got}", provider=self._name)
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         return self._up_to(num_tokens, self._inner.share(source, target, num_tokens))
@@ -290,7 +293,8 @@ class CheckedKVCache:
     def _up_to(self, num_tokens: int, found: int | None) -> int:
         if type(found) is not int or not 0 <= found <= num_tokens:
             raise PluginError(
-                f"asked for at most {num_tokens} tokens to share, it gave {found!r}",
+                f"the manager was asked for at most {num_tokens} tokens to share, and returned"
+                f" {found!r}",
                 provider=self._name,
             )
         return found
@@ -315,7 +319,7 @@ class CheckedKVCache:
 
 
 class CheckedDrafter:
-    """A drafter whose proposals are tokens, and no more than were asked for."""
+    """A drafter wrapper that checks that proposals are token ids, and not more than requested."""
 
     def __init__(self, drafter: Drafter, vocab_size: int, *, runs_in_worker: bool = False) -> None:
         self._inner = drafter
@@ -328,13 +332,13 @@ class CheckedDrafter:
         draft, allowed = self._inner.propose(seq, max_tokens), self._allowed
         if not isinstance(draft, list) or len(draft) > max_tokens:
             raise PluginError(
-                f"the drafter was asked for a list of at most {max_tokens} tokens and proposed"
+                f"the drafter was asked for a list of at most {max_tokens} tokens and returned"
                 f" {draft!r}"
             )
         for token in draft:
             if type(token) is not int or token not in allowed:
                 raise PluginError(
-                    f"the drafter proposed {token!r}; tokens are from {allowed.start} to"
-                    f" {allowed.stop - 1}"
+                    f"the drafter proposed {token!r}; token ids are integers from {allowed.start}"
+                    f" to {allowed.stop - 1}"
                 )
         return draft[:]

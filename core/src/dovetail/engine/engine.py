@@ -1,8 +1,8 @@
-"""The loop: schedule, execute, commit.
+"""Implement the engine loop: schedule, execute, commit.
 
-`Engine` is the plain loop and the one to read; `OverlappedEngine` schedules and submits a step
-while the one before it runs, with the same outputs. Both hold plain objects only: no plugin hook is
-called here, and nothing here knows tensors, text or processes.
+`Engine` is the plain loop and the one to read. `OverlappedEngine` schedules and submits a step
+while the previous one runs, with the same outputs. Both hold plain objects only: they call no
+plugin hook and know nothing about tensors, text or processes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 MAX_FAILED_STEPS = 20
-"""Failed steps in a row after which the engine gives up: one whose every step fails only looks
-alive."""
+"""Number of consecutive failed steps after which the engine gives up, because an engine that fails
+every step only appears to be alive."""
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Engine:
         max_num_waiting: int,
         responsible: Callable[[BaseException, str], str] = lambda error, part: part,
     ) -> None:
-        """`responsible`: who is at fault, given an error and the part that was asked."""
+        """Create an engine. `responsible` returns the provider responsible for an error, given the
+        error and the component that was called."""
         self.scheduler = scheduler
         self.kv = kv
         self.worker = worker
@@ -68,15 +69,15 @@ class Engine:
         self.sequences: dict[int, Sequence] = {}
         self.requests: dict[str, list[Sequence]] = {}
         self.num_scheduled_tokens = 0
-        """Of the last step that was submitted."""
+        """Number of tokens in the last step that was submitted."""
         self._num_failed_in_row = 0
         self._next_seq_id = 0
-        self._news: list[SequenceOutput] = []
+        self._outputs: list[SequenceOutput] = []
         self._has_windows = any(g.window is not None for g in kv.groups)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `Overloaded` when the waiting queue is full; then nothing was
-        queued."""
+        """Queue a request. Raises `Overloaded`, and queues nothing, if the waiting queue is
+        full."""
         if len(self.scheduler.waiting) + request.params.n > self.max_num_waiting:
             raise Overloaded(
                 f"{len(self.scheduler.waiting)} sequences are waiting (max_num_waiting"
@@ -98,27 +99,27 @@ class Engine:
             self._fail([group[0].seq_id], e, "scheduler")
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
-        """End a request, or one of its samples, now. Unknown and finished ones are ignored: the two
-        ends race."""
+        """End a request, or one of its samples, now. Unknown and finished requests are ignored: a
+        request may finish before its abort arrives."""
         for seq in list(self.requests.get(request_id, ())):
             if sample_index in (None, seq.sample_index):
                 self._finish(seq, "abort")
 
     def fail(self, request_id: str, code: str, message: str) -> None:
-        """End a request with an error, whose code is one of errors.py. Unknown ones are ignored."""
+        """End a request with an error; `code` is one of errors.py. Unknown requests are ignored."""
         for seq in list(self.requests.get(request_id, ())):
             if seq.finish_reason is None:
                 output = SequenceOutput(request_id, seq.sample_index, [], error=(code, message))
-                self._news.append(output)
+                self._outputs.append(output)
                 self._finish(seq, "error", output)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.sequences or self._news)
+        return bool(self.sequences or self._outputs)
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step; returns the news of every sequence that has any. Raises `EngineDead` if the
-        worker has lost its device."""
+        """Run one step and return the outputs of every sequence that has any. Raises `EngineDead`
+        if the worker has lost its device."""
         plan = self.schedule(in_flight=False)
         if plan is not None:
             step = self.submit(plan)
@@ -126,7 +127,7 @@ class Engine:
                 self.finish_step(step)
         return self.take_outputs()
 
-    # What a step is made of; the overlapped loop uses the same parts in another order.
+    # The parts of a step; the overlapped loop uses them in another order.
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         if self.speculation is not None:
@@ -150,8 +151,8 @@ class Engine:
             self._fail_faulty()
 
     def submit(self, plan: StepPlan) -> Step | None:
-        """Hand a plan to the worker. If the worker raises, the step's requests have failed and
-        there is no step."""
+        """Submit a plan to the worker. If the worker raises an exception, fail the requests of the
+        step and return None."""
         self.stats.num_steps += 1
         self.num_scheduled_tokens = sum(plan.num_tokens)
         try:
@@ -161,12 +162,12 @@ class Engine:
         except BaseException as e:
             self._end_failed_step(plan, e)
             if not isinstance(e, Exception):
-                # an interrupt: the step's requests have failed with it, and the engine goes on
+                # An interrupt: the requests of the step have failed, and the engine continues.
                 raise
             return None
 
     def finish_step(self, step: Step) -> None:
-        """Wait for a step's tokens and commit them."""
+        """Wait for the tokens of a step and commit them."""
         try:
             result = self.worker.sample(step.handle)
         except EngineDead:
@@ -179,8 +180,8 @@ class Engine:
         self.commit(step.plan, result)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Take a step's tokens in: what is known grows, sequences end, blocks behind a window are
-        given back."""
+        """Apply the results of a step: append tokens, finish sequences, free blocks behind a
+        sliding window."""
         plain = not (
             result.failed
             or result.logprobs
@@ -189,7 +190,7 @@ class Engine:
             or self._has_windows
         )
         self._num_failed_in_row = 0
-        sequences, news, num_plain = self.sequences, self._news, 0
+        sequences, outputs, num_plain = self.sequences, self._outputs, 0
         for row, (seq_id, computed, new) in enumerate(
             zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)
         ):
@@ -203,12 +204,12 @@ class Engine:
                 and new[0] not in seq.end_ids
                 and computed + 1 != seq.num_slots
             ):
-                # One more token and nothing else: what most rows are, so `_commit_row` with all
-                # that is known of them.
+                # Exactly one more token: most rows take this path, which does what `_commit_row`
+                # would do for them.
                 seq.steps_in_flight -= 1
                 seq.num_in_flight -= 1
                 seq.tokens.append(new[0])
-                news.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
+                outputs.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
                 num_plain += 1
             else:
                 self._commit_row(plan, row, result)
@@ -216,9 +217,9 @@ class Engine:
         self._fail_faulty()
 
     def _commit_row(self, plan: StepPlan, row: int, result: StepResult) -> None:
-        seq = self._land(plan, row)
+        seq = self._finalize_row(plan, row)
         if seq.finish_reason is not None:
-            return  # ended while this step was in flight: its token is surplus
+            return  # the sequence ended while this step was in flight: its token is surplus
         if seq.seq_id in result.failed:
             self._fail([seq.seq_id], StepFailed(result.failed[seq.seq_id]), "worker")
             return
@@ -226,7 +227,7 @@ class Engine:
         num_computed = plan.num_computed[row] + plan.num_tokens[row]
         num_drafted = len(plan.draft_token_ids[row]) if plan.draft_token_ids else 0
         if num_drafted:
-            # What was computed for drafts that were not accepted is computed again.
+            # KV computed for rejected draft tokens is invalid and will be computed again.
             num_computed = seq.num_computed_tokens = num_computed - num_drafted + len(new) - 1
         if self.speculation is not None and new:
             self.speculation.verified(seq, num_drafted, len(new) - 1)
@@ -251,17 +252,18 @@ class Engine:
         reason = self._end_reason(seq, output, num_computed)
         self.stats.num_generation_tokens += len(
             output.token_ids
-        )  # without what came after a stop token
+        )  # without tokens after a stop token
         if output.token_ids or output.prompt_logprobs or reason:
-            self._news.append(output)
+            self._outputs.append(output)
         if reason is not None:
             self._finish(seq, reason, output)
         else:
             self.kv.computed(seq, num_computed)
             self.kv.trim(seq.seq_id, num_computed)
 
-    def _land(self, plan: StepPlan, row: int) -> Sequence:
-        """A row is no longer in flight. A sequence that ended meanwhile is released here."""
+    def _finalize_row(self, plan: StepPlan, row: int) -> Sequence:
+        """Record that a row is no longer in flight. Release its sequence if it has ended
+        meanwhile."""
         seq = self.sequences[plan.seq_ids[row]]
         seq.steps_in_flight -= 1
         seq.num_in_flight -= plan.samples[row]
@@ -270,11 +272,11 @@ class Engine:
         return seq
 
     def take_outputs(self) -> list[SequenceOutput]:
-        news, self._news = self._news, []
-        return news
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def snapshot(self) -> EngineStats:
-        """The stats, with the gauges as of now."""
+        """Return the stats with current gauges."""
         s = self.stats
         s.num_requests_running, s.num_requests_waiting = (
             len(self.scheduler.running),
@@ -295,9 +297,9 @@ class Engine:
     def _end_reason(
         self, seq: Sequence, output: SequenceOutput, num_computed: int
     ) -> FinishReason | None:
-        """Stop token ids and lengths; stop strings are the front-end's, which then aborts.
-        `num_computed` leaves out steps in flight: a prompt that is only scored ends when its last
-        part has been committed."""
+        """Return why the sequence ends now, if it does: stop token ids or length. The front-end
+        finds stop strings and then aborts. `num_computed` excludes steps in flight, so that a
+        prompt that is only scored ends when its last chunk has been committed."""
         r = seq.request
         first = len(seq.tokens) - len(output.token_ids)
         for i, token in enumerate(output.token_ids):
@@ -329,13 +331,13 @@ class Engine:
             return
         if output is None:
             output = SequenceOutput(seq.request.request_id, seq.sample_index, [])
-            self._news.append(output)
+            self._outputs.append(output)
         output.finish_reason = reason
         seq.finish_reason = reason
         self._release(seq)
 
     def _release(self, seq: Sequence) -> None:
-        """Forget a finished sequence, once no step in flight holds it."""
+        """Remove a finished sequence, once no step in flight contains it."""
         if seq.steps_in_flight:
             return
         if seq.finish_reason != "error":
@@ -348,15 +350,16 @@ class Engine:
             self.requests.pop(seq.request.request_id, None)
         self.scheduler.remove(seq)
 
-    # How they fail.
+    # How sequences fail.
 
     def _end_failed_step(self, plan: StepPlan, error: BaseException) -> None:
         self.stats.num_failed_steps += 1
         for row in range(len(plan.seq_ids)):
             self.sequences[plan.seq_ids[row]].num_computed_tokens = plan.num_computed[row]
-            self._land(plan, row)
+            self._finalize_row(plan, row)
         seq_ids = plan.seq_ids
-        if plan.block_ops:  # perhaps not done, and others may have found the blocks since
+        # The moves may not have been executed, and other sequences may have found the blocks.
+        if plan.block_ops:
             self.kv.reset_prefix_cache()
             seq_ids = [*seq_ids, *(s.seq_id for s in self.scheduler.running)]
         self._fail(seq_ids, error, "worker")
@@ -368,7 +371,7 @@ class Engine:
             ) from error
 
     def _fail_faulty(self) -> None:
-        """Fail the requests that the KV-cache manager could not serve."""
+        """Fail the requests that the KV-cache manager reported as faulty."""
         while self.kv.faults:
             seq_id, error = self.kv.faults.pop()
             self._fail([seq_id], error, "prefix_cache")
@@ -383,18 +386,19 @@ class Engine:
             self.fail(request_id, code, message)
 
     def _count_prompt(self, plan: StepPlan, row: int, seq: Sequence) -> None:
-        if seq.num_output_tokens == 0 and seq.sample_index == 0:  # a request's prompt counts once
+        if seq.num_output_tokens == 0 and seq.sample_index == 0:  # count a prompt once per request
             done = min(plan.num_computed[row] + plan.num_tokens[row], seq.num_prompt_tokens)
             self.stats.num_prompt_tokens += max(0, done - seq.num_prompt_counted)
             seq.num_prompt_counted = max(done, seq.num_prompt_counted)
 
 
 class OverlappedEngine(Engine):
-    """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then n is
+    """The overlapped loop: while step n runs, step n + 1 is scheduled and submitted; then step n is
     committed.
 
-    Step n + 1 is planned before step n's tokens are known, so it may compute a token for a sequence
-    that step n has ended; that token is dropped. Preemption waits for an empty pipeline.
+    Step n + 1 is planned before the tokens of step n are known. It may therefore compute a token
+    for a sequence that step n ends; that token is dropped. No sequence is preempted while a step is
+    in flight.
     """
 
     _in_flight: Step | None = None

@@ -1,8 +1,8 @@
-"""The paged block manager: free lists and reference counts, for any number of KV groups.
+"""Implement the paged block manager: free lists and reference counts for any number of KV groups.
 
-A block is a fixed number of KV slots. Blocks are handed out whole and shared whole (PagedAttention,
-arXiv 2309.06180); because only full blocks are shared, nobody ever writes to a shared block and
-copy-on-write is never needed. `prefix_reuse.py` adds what a prefix cache needs.
+A block is a fixed number of KV slots. Blocks are allocated and shared whole (PagedAttention, arXiv
+2309.06180). Only full blocks are shared, so no sequence ever writes to a shared block and
+copy-on-write is not needed. `prefix_reuse.py` adds support for a prefix cache.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ NULL_BLOCK = 0
 
 
 class BlockPool:
-    """The blocks of one group: ids 1 … num_blocks - 1. Null blocks in a list of ids are skipped."""
+    """The blocks of one group, with ids 1 … num_blocks - 1. Null blocks in a list of ids are
+    skipped."""
 
     def __init__(self, num_blocks: int) -> None:
         self.free_ids = list(range(num_blocks - 1, NULL_BLOCK, -1))
         self.references = [0] * num_blocks
 
     def take(self, count: int) -> list[int]:
-        """Hand out blocks, each with one reference. The caller has checked that there are
+        """Allocate blocks, each with one reference. The caller has checked that there are
         enough."""
         taken = self.free_ids[-count:][::-1] if count else []
         del self.free_ids[len(self.free_ids) - count :]
@@ -35,20 +36,19 @@ class BlockPool:
                 self.references[block] += 1
 
     def drop(self, blocks: list[int]) -> list[int]:
-        """Give back one reference each. Returns those that have none left, which are not free
-        yet."""
-        idle = []
+        """Drop one reference each. Returns the blocks without references, which are not yet in the
+        free list."""
+        unreferenced = []
         for block in blocks:
             if block != NULL_BLOCK:
                 self.references[block] -= 1
                 if self.references[block] == 0:
-                    idle.append(block)
-        return idle
+                    unreferenced.append(block)
+        return unreferenced
 
 
 class PagedKVCache(KVCacheManager):
-    """The built-in `KVCacheManager`; its interface says what each method promises, and has those of
-    a prefix cache."""
+    """The built-in `KVCacheManager` without a prefix cache. The interface documents the methods."""
 
     def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
         self.groups = groups
@@ -69,13 +69,13 @@ class PagedKVCache(KVCacheManager):
             and len(table[0]) * self._block_sizes[0] >= num_tokens
             and len(table) == 1
         ):
-            return self._nothing  # by far the most frequent case
+            return self._nothing  # the most frequent case
         needed = [-(-num_tokens // size) for size in self._block_sizes]
         if table is not None:
             needed = [max(0, n - len(blocks)) for n, blocks in zip(needed, table, strict=True)]
         if any(
             n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)
-        ) and not self._make_room(seq_id, needed):
+        ) and not self._evict_blocks(seq_id, needed):
             return None
         added = [pool.take(n) for n, pool in zip(needed, self.pools, strict=True)]
         if table is None:
@@ -85,15 +85,15 @@ class PagedKVCache(KVCacheManager):
                 blocks.extend(new)
         return added
 
-    def _make_room(self, seq_id: int, needed: list[int]) -> bool:
-        """Free blocks that nobody uses until there are `needed` of them per group, or leave all as
-        it is."""
+    def _evict_blocks(self, seq_id: int, needed: list[int]) -> bool:
+        """Evict blocks until each group has `needed` free ones. Return False, and change nothing,
+        if that is not possible."""
         return False
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         table = self.tables[source]
-        # A multiple of every group's block size, so that all groups agree on how many tokens there
-        # are.
+        # A multiple of every group's block size, so that all groups share the same number of
+        # tokens.
         unit = max(g.block_size for g in self.groups)
         num_shared = num_tokens // unit * unit
         heads = [
@@ -135,6 +135,6 @@ class PagedKVCache(KVCacheManager):
 
 
 def num_unseen(group: KVGroup, num_tokens: int) -> int:
-    """A sequence's first blocks that no token from position `num_tokens` on sees: it sees window -
-    1 tokens before it."""
+    """Return the number of a sequence's first blocks that no token from position `num_tokens` on
+    attends to: a token attends to itself and to window - 1 tokens before it."""
     return 0 if group.window is None else max(0, num_tokens - group.window + 1) // group.block_size

@@ -1,4 +1,4 @@
-"""How many blocks the KV groups get, on the device and in host memory."""
+"""Compute the number of blocks of each KV group, on the device and in host memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dovetail.types import KVGroup
 def size_cache(
     plan: Plan, groups: list[KVGroup], memory: int, max_num_seqs: int, chunk: int
 ) -> list[int]:
-    """Blocks per group for `memory` bytes. Raises `OutOfMemory` if one sequence of full length has
-    no room."""
+    """Return the blocks per group that fit into `memory` bytes. Raises `OutOfMemory` if one
+    sequence of maximum length does not fit."""
     num_blocks = size_groups(groups, memory, plan.max_model_len, max_num_seqs, chunk)
     needed = [blocks_per_sequence(g, plan.max_model_len, chunk) for g in groups]
     if all(n - 1 >= need for n, need in zip(num_blocks, needed, strict=True)):
@@ -25,15 +25,15 @@ def size_cache(
     ):
         fits = fits * 3 // 4
     raise OutOfMemory(
-        f"the KV cache has {memory / 2**20:.0f} MiB, and one sequence of max_model_len"
+        f"the KV cache has {memory / 2**20:.0f} MiB, but one sequence of max_model_len"
         f" {plan.max_model_len} tokens needs {full_bytes / 2**20:.0f} MiB: lower max_model_len to"
         f" {fits}, or raise kv_cache.memory_fraction or kv_cache.memory_gb"
     )
 
 
 def size_host_tier(plan: Plan, groups: list[KVGroup], num_blocks: list[int]) -> list[int]:
-    """Blocks per group of the host tier, in the proportions that the device's have; empty without
-    one."""
+    """Return the blocks per group of the host tier, in the same proportions as on the device; an
+    empty list without a host tier."""
     choice = plan.choices.get("prefix_cache")
     gigabytes = 0.0 if choice is None else choice.options.get(HOST_MEMORY, 0.0)
     if not gigabytes:
@@ -47,8 +47,8 @@ def size_host_tier(plan: Plan, groups: list[KVGroup], num_blocks: list[int]) -> 
     if min(num_host_blocks) < 1:
         least = sum(g.bytes_per_block for g in groups) / 2**30
         raise ConfigError(
-            f"prefix_cache.{HOST_MEMORY}: {gigabytes:g} GiB hold no block; give at least"
-            f" {least:.3g}"
+            f"prefix_cache.{HOST_MEMORY}: {gigabytes:g} GiB hold less than one block per KV group;"
+            f" set at least {least:.3g}"
         )
     return num_host_blocks
 
@@ -56,12 +56,12 @@ def size_host_tier(plan: Plan, groups: list[KVGroup], num_blocks: list[int]) -> 
 def size_groups(
     groups: list[KVGroup], memory: int, max_model_len: int, max_num_seqs: int, chunk: int
 ) -> list[int]:
-    """Split `memory` bytes among the groups; returns blocks per group, the null block included.
+    """Split `memory` bytes among the groups; return blocks per group, the null block included.
 
-    Each group gets blocks in proportion to what a sequence of full length needs of it, so that all
-    groups run out together, and never more than `max_num_seqs` such sequences could use. `chunk` is
-    the largest step, in tokens: a sliding group holds a window and two steps' tokens (one may be in
-    flight), not the whole sequence.
+    The blocks of each group are proportional to what a sequence of maximum length needs, so that
+    all groups run out together, and no more than `max_num_seqs` such sequences can use. `chunk` is
+    the token budget of a step: a sliding group holds a window and the tokens of two steps (one may
+    be in flight), not the whole sequence.
     """
     per_seq = [blocks_per_sequence(g, max_model_len, chunk) for g in groups]
     seq_bytes = sum(n * g.bytes_per_block for n, g in zip(per_seq, groups, strict=True))
@@ -70,6 +70,6 @@ def size_groups(
 
 
 def blocks_per_sequence(group: KVGroup, max_model_len: int, chunk: int) -> int:
-    """The most blocks that one sequence of `max_model_len` tokens can hold at a time."""
+    """Return the maximum number of blocks that one sequence of `max_model_len` tokens can hold."""
     length = max_model_len if group.window is None else min(max_model_len, group.window + 2 * chunk)
     return -(-length // group.block_size) + (group.window is not None)

@@ -1,9 +1,10 @@
-"""Waiting sequences by how much of them is cached: what is there is used before it is given up.
+"""Schedule waiting sequences by the length of their cached prefix, so that cached blocks are used
+before they are evicted.
 
-The order alone would let a sequence of which nothing is cached wait for ever. So whoever has been
-overtaken by `max_overtaken` later ones goes first from the next step on: whatever comes, fewer than
-`max_overtaken + max_num_seqs` later ones begin before it (those aside that begin while it waits for
-blocks that one that runs is computing).
+This order alone would let a sequence without a cached prefix starve. A sequence that has been
+overtaken by `max_overtaken` later ones therefore goes first from the next step on: fewer than
+`max_overtaken + max_num_seqs` later sequences start before it, not counting those that start while
+it waits for blocks that a running sequence is computing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dovetail.sequence import Sequence
 from dovetail.types import StepPlan
 
 LOOKAHEAD = 64
-"""Sequences that are looked at: looking takes time in every step that admits, whoever is
-admitted."""
+"""Number of waiting sequences to consider. The lookup takes time in every step that admits
+sequences."""
 
 
 class LongestPrefixScheduler(TokenBudgetScheduler):
-    """First come, first served, but that of the first `LOOKAHEAD` in line the one of the longest
-    cached prefix is next."""
+    """A first-come-first-served scheduler that starts, among the first `LOOKAHEAD` waiting
+    sequences, the one with the longest cached prefix."""
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class LongestPrefixScheduler(TokenBudgetScheduler):
         )
         self._max_overtaken = max_overtaken
         self._num_overtaken: dict[int, int] = {}
-        """By waiting sequence: later ones that have begun."""
+        """Number of later sequences that have started, by waiting sequence."""
 
     def remove(self, seq: Sequence) -> None:
         self._num_overtaken.pop(seq.seq_id, None)
@@ -46,19 +47,19 @@ class LongestPrefixScheduler(TokenBudgetScheduler):
     def _admit(self, plan: StepPlan, budget: int) -> None:
         before = {s.seq_id for s in self.running}
         super()._admit(plan, budget)
-        begun = sorted(s.seq_id for s in self.running if s.seq_id not in before)
-        for seq_id in begun:
+        started = sorted(s.seq_id for s in self.running if s.seq_id not in before)
+        for seq_id in started:
             self._num_overtaken.pop(seq_id, None)
-        if begun:
+        if started:
             for seq in self.waiting:
-                if later := len(begun) - bisect(begun, seq.seq_id):
+                if later := len(started) - bisect(started, seq.seq_id):
                     self._num_overtaken[seq.seq_id] = self._num_overtaken.get(seq.seq_id, 0) + later
 
     def _queue(self) -> list[Sequence]:
         near, far = self.waiting[:LOOKAHEAD], self.waiting[LOOKAHEAD:]
-        return sorted(near, key=self._place) + far
+        return sorted(near, key=self._sort_key) + far
 
-    def _place(self, seq: Sequence) -> tuple[int, int, int]:
+    def _sort_key(self, seq: Sequence) -> tuple[int, int, int]:
         if self._num_overtaken.get(seq.seq_id, 0) >= self._max_overtaken:
             return 0, 0, seq.seq_id
         return 1, -self.kv.num_cached(seq, len(seq.tokens) - 1), seq.seq_id

@@ -1,14 +1,14 @@
-"""Which tokens run now.
+"""Select the tokens of each step.
 
 There is no prefill phase and no decode phase. A sequence has `num_computed_tokens` and a number of
-known tokens, and each step gives every scheduled sequence some tokens, so that the first catches up
-with the second. Chunked prefill, decode, prefix reuse, verification of drafts and resumption after
-preemption are all this one rule.
+known tokens, and each step computes some tokens of every scheduled sequence, so that the first
+number catches up with the second. Chunked prefill, decode, prefix reuse, verification of draft
+tokens and resumption after preemption are all this one rule.
 
-Running sequences go first, in order; then waiting ones are admitted while tokens, batch rows and
-blocks last. A running sequence that finds no block takes them from the last running one, which is
-computed again later: what it has said so far is by then part of what it knows, so preemption
-changes no output.
+Running sequences are scheduled first, in order. Waiting sequences are then admitted while the token
+budget, the sequence limit and free blocks allow. If there are not enough blocks for a running
+sequence, the last running sequence is preempted and computed again later. Its output tokens are
+part of its known tokens by then, so preemption does not change outputs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Order = Callable[[Sequence], tuple[float, ...]]
 
 
 def fcfs(seq: Sequence) -> tuple[float, ...]:
-    """First come, first served: `seq_id` counts up."""
+    """Return the key for first come, first served: `seq_id` counts up."""
     return (seq.seq_id,)
 
 
 def priority(seq: Sequence) -> tuple[float, ...]:
-    """Lower `priority` first, then first come."""
+    """Return the key for lower `priority` first, then first come, first served."""
     return (seq.request.priority, seq.seq_id)
 
 
@@ -50,8 +50,8 @@ class TokenBudgetScheduler:
         self._preemption_due = False
         self._step_id = 0
         self._released: list[int] = []
-        # Blocks come whole, so a sequence has room for a multiple of this many tokens in every
-        # group.
+        # Blocks are allocated whole, so in every group the number of slots of a sequence is a
+        # multiple of this number.
         self._slots_unit = math.gcd(*(g.block_size for g in kv.groups))
 
     def add(self, seq: Sequence) -> None:
@@ -71,7 +71,7 @@ class TokenBudgetScheduler:
             self._admit(plan, budget)
         if not plan.seq_ids:
             return None
-        if plan.draft_token_ids:  # rows of the fast path have none
+        if plan.draft_token_ids:  # rows of the fast path have not been padded
             plan.draft_token_ids += [
                 [] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))
             ]
@@ -80,10 +80,10 @@ class TokenBudgetScheduler:
         return plan
 
     def _continue(self, plan: StepPlan, in_flight: bool) -> tuple[int, bool]:
-        """Rows for the running sequences. Returns the tokens left of the budget, and whether
-        everyone found blocks."""
+        """Add rows for the running sequences. Returns the remaining token budget, and whether there
+        were enough blocks for all of them."""
         budget, has_blocks = self.max_num_batched_tokens, True
-        for seq in self.running:  # preemption takes from its end
+        for seq in self.running:  # preemption removes sequences from the end of this list
             if budget <= 0:
                 break
             known, computed = len(seq.tokens) + seq.num_in_flight, seq.num_computed_tokens
@@ -94,8 +94,8 @@ class TokenBudgetScheduler:
                 and seq.finish_reason is None
                 and not seq.draft_token_ids
             ):
-                # Decode within a block: what most rows are, so `Sequence.add_row` with all that is
-                # known of them.
+                # Decode within an allocated block: most rows take this path, which does what
+                # `Sequence.add_row` would do for them.
                 plan.seq_ids.append(seq.seq_id)
                 plan.num_tokens.append(1)
                 plan.num_computed.append(computed)
@@ -110,15 +110,16 @@ class TokenBudgetScheduler:
             if count <= 0 or seq.finish_reason is not None:
                 continue
             added = self._grow(seq, count)
-            if added is None and seq.draft_token_ids:  # drafts are never worth another one's blocks
+            # Draft tokens are dropped rather than preempting another sequence for them.
+            if added is None and seq.draft_token_ids:
                 count, added = 1, self._grow(seq, 1)
             while added is None:
                 has_blocks = False
                 if in_flight:
                     self._preemption_due = True
                     return budget, has_blocks
-                # The last one pays, perhaps this one itself; those before it already have their
-                # rows.
+                # Preempt the last running sequence, which may be this one. Those before this one
+                # already have their rows.
                 last = self.running[-1]
                 self._preempt(last)
                 if last is seq:
@@ -129,7 +130,7 @@ class TokenBudgetScheduler:
         return budget, has_blocks
 
     def _grow(self, seq: Sequence, count: int) -> list[list[int]] | None:
-        """Blocks for the next `count` tokens, as `KVCacheManager.grow` gives them."""
+        """Allocate blocks for the next `count` tokens; see `KVCacheManager.grow`."""
         end = seq.num_computed_tokens + count
         added = self.kv.grow(seq.seq_id, end)
         if added is not None:
@@ -137,7 +138,7 @@ class TokenBudgetScheduler:
         return added
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        """Start waiting sequences, in order, while tokens, batch rows and blocks last."""
+        """Start waiting sequences in order while token budget, batch size and free blocks allow."""
         for seq in self._queue():
             if budget <= 0 or len(self.running) >= self.max_num_seqs:
                 break
@@ -145,13 +146,13 @@ class TokenBudgetScheduler:
             if source is not None:
                 if source.num_computed_tokens < source.num_prompt_tokens:
                     continue  # its prompt is being computed; the next step can share it
-                # The last known token is always computed anew: its logits are needed.
+                # The last known token is always computed again, because its logits are needed.
                 shareable = min(seq.num_prompt_tokens, len(seq.tokens) - 1)
                 seq.num_computed_tokens = self.kv.share(source.seq_id, seq.seq_id, shareable)
             if not seq.num_computed_tokens and seq.request.params.prompt_logprobs is None:
                 found = self.kv.reuse(seq, len(seq.tokens) - 1, may_wait=True)
                 if found is None:
-                    continue  # the same: what it needs is being computed
+                    continue  # blocks that it needs are being computed
                 seq.num_computed_tokens = found
             count = min(seq.num_to_compute, budget)
             added = self._grow(seq, count)
@@ -165,11 +166,12 @@ class TokenBudgetScheduler:
             budget -= count
 
     def _queue(self) -> list[Sequence]:
-        """Those that wait, in the order in which to try them."""
+        """Return the waiting sequences in the order in which to try them."""
         return list(self.waiting)
 
     def _sibling(self, seq: Sequence) -> Sequence | None:
-        """A running sample of the same request that holds, or will hold, the whole prompt."""
+        """Return a running sample of the same request that has computed, or will compute, the whole
+        prompt."""
         if len(seq.siblings) < 2 or seq.request.params.prompt_logprobs is not None:
             return None
         return next(

@@ -1,5 +1,5 @@
-"""Asking a drafter, between two steps, what the sequences that decode may say next. Verification is
-the worker's."""
+"""Ask a drafter, between two steps, for draft tokens of decoding sequences. The worker verifies
+them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ log = logging.getLogger(__name__)
 
 
 class Speculation:
-    """A drafter, how many tokens it may propose for a sequence, and the policy that says when and
-    for whom."""
+    """A drafter, its maximum number of draft tokens per sequence, and the policy that decides when
+    and for which sequences to draft."""
 
     def __init__(self, drafter: Drafter, num_draft_tokens: int, policy: EverySequence) -> None:
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
         self.policy = policy
         self.waits = False
-        """The next step is planned when the one in flight has ended: there are drafts in it, or for
-        what it says."""
+        """True if the next step must not be planned before the step in flight has ended, because
+        there are draft tokens in it, or its output is needed to propose some."""
         self.seconds = 0.0
         self.num_drafted, self.num_accepted = [0] * num_draft_tokens, [0] * num_draft_tokens
-        """By position."""
+        """Number of draft tokens verified and accepted, by position."""
 
     def draft(self, running: list[Sequence], *, in_flight: bool) -> list[tuple[int, Exception]]:
-        """Give drafts to sequences that only wait for their next token. Returns, by seq_id, what
-        went wrong.
+        """Propose draft tokens for sequences that only wait for their next token. Returns the
+        drafter's exceptions by seq_id.
 
-        With a step in flight, only see who would have any: it `waits` for those.
+        With a step in flight, only find out whether there are proposals, and set `waits` if so.
         """
         faults: list[tuple[int, Exception]] = []
         if in_flight and self.waits:
@@ -45,10 +45,10 @@ class Speculation:
         drafted: list[Sequence] = []
         drafts: list[list[int]] = []
         for seq in self.policy.due(running):
-            began, draft, room = perf_counter(), list[int](), self._room(seq)
+            began, draft, limit = perf_counter(), list[int](), self._max_draft_tokens(seq)
             try:
-                if room > 0:
-                    draft = self.drafter.propose(seq, room)
+                if limit > 0:
+                    draft = self.drafter.propose(seq, limit)
             except Exception as e:
                 faults.append((seq.seq_id, e))
             seconds = perf_counter() - began
@@ -64,15 +64,15 @@ class Speculation:
                 seq.draft_token_ids = draft[:count]
         return faults
 
-    def _room(self, seq: Sequence) -> int:
+    def _max_draft_tokens(self, seq: Sequence) -> int:
         known = len(seq.tokens) + seq.num_in_flight
         if seq.finish_reason is not None or known != seq.num_computed_tokens + 1:
             return 0
-        # The step also samples a token after the last draft.
+        # The step also samples a token after the last draft token.
         return min(self.num_draft_tokens, seq.max_len - known - 1)
 
     def verified(self, seq: Sequence, num_drafted: int, num_accepted: int) -> None:
-        """What became of a sequence's drafts; 0 of 0 for one that decodes without."""
+        """Record how many draft tokens of a sequence were accepted; 0 of 0 if it had none."""
         for i in range(num_drafted):
             self.num_drafted[i] += 1
             self.num_accepted[i] += i < num_accepted
@@ -90,5 +90,5 @@ class Speculation:
         self.policy.forget(seq_id)
         try:
             self.drafter.forget(seq_id)
-        except Exception as e:  # the sequence has ended: nobody is left to fail
-            log.error("the drafter failed to forget a sequence: %s: %s", type(e).__name__, e)
+        except Exception as e:  # the sequence has ended, so there is no request to fail
+            log.error("the drafter raised an exception in forget: %s: %s", type(e).__name__, e)

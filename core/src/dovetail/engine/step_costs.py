@@ -1,4 +1,4 @@
-"""What a step costs by its number of tokens: measured once, on the engine itself, before it
+"""Measure what a step costs by its number of tokens: once, on the engine itself, before it
 serves."""
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from dovetail.sequence import Sequence
 from dovetail.types import EngineStats, Request, SamplingParams
 
 MAX_SECONDS = 2.0
-"""For all measurements, but at least two steps of one token."""
+"""Time limit for all measurements; at least two steps of one token are always measured."""
 MAX_TOKENS = 512
-"""Of a step that is measured: beyond that, steps cost in proportion."""
+"""Maximum number of tokens in a measured step; beyond that, cost is proportional."""
 ROWS = 1, 4, 16, 64
-"""Sequences of steps that are measured with drafts in them; without also twice as many of each."""
+"""Numbers of sequences measured with draft tokens. Without draft tokens, twice as many are also
+measured."""
 NUM_STEPS = 6
 
 
-class _Guess:
-    """Proposes the same token always."""
+class _ConstantDrafter:
+    """A drafter that always proposes the same token."""
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         return [0] * max_tokens
@@ -36,8 +37,9 @@ class _Guess:
         pass
 
 
-class _Always(EverySequence):
-    """In each step `num_drafts` drafts for each sequence, or one for the first alone."""
+class _FixedPolicy(EverySequence):
+    """A policy that gives each sequence `num_drafts` draft tokens, or the first sequence one and
+    the others none."""
 
     def __init__(self, num_drafts: int, first_alone: bool = False) -> None:
         self._num_drafts, self._first_alone = num_drafts, first_alone
@@ -58,11 +60,11 @@ def measure(
     drafter: Drafter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:
-    """Run steps of 1, 2, 4, … sequences of next to no context, without drafts and with one, and 1,
-    2, 4, … for each.
+    """Measure steps of 1, 4, 16, … sequences with a minimal context: without draft tokens, with one
+    in total, and with 1, 2, 4, … per sequence.
 
-    `drafter`: one that runs in the worker, whose work is then part of the steps. The engine serves
-    nobody yet; its stats begin anew. Raises `PluginError` if a step fails.
+    `drafter` is one that runs in the worker, whose work is then part of the steps. The engine must
+    not be serving yet; its stats are reset. Raises `PluginError` if a step fails.
     """
     speculation, until = engine.speculation, clock() + MAX_SECONDS
     most = max(0, min(num_draft_tokens, max_len - 2))
@@ -74,35 +76,35 @@ def measure(
         {n: Measured() for n in ROWS if most and n <= max_num_seqs and n < limit},
     )
 
-    def step(num_seqs: int, policy: _Always | None) -> float:
+    def step(num_seqs: int, policy: _FixedPolicy | None) -> float:
         engine.speculation = (
-            None if policy is None else Speculation(drafter or _Guess(), max(1, most), policy)
+            None
+            if policy is None
+            else Speculation(drafter or _ConstantDrafter(), max(1, most), policy)
         )
         return _seconds_of_a_step(engine, num_seqs, length, clock)
 
-    # What costs least comes first: where the time ends, what would cost more is taken in
-    # proportion.
-    todo: list[tuple[int, int, int]] = [
+    # Cheapest first: when the time limit is reached, more expensive steps are extrapolated.
+    runs: list[tuple[int, int, int]] = [
         (n, n, 0) for n in sorted({*ROWS, *(2 * n for n in ROWS)}) if n <= max_num_seqs
     ]
     for n in drafted:
-        of_each = {2**i for i in range(most.bit_length())} | {most}
-        todo += [(n + 1, n, -1), *((n * (1 + k), n, k) for k in of_each if n * (1 + k) <= limit)]
+        per_seq = {2**i for i in range(most.bit_length())} | {most}
+        runs += [(n + 1, n, -1), *((n * (1 + k), n, k) for k in per_seq if n * (1 + k) <= limit)]
     try:
-        for _ in range(2):  # what disturbs does so for a while, and the least that was seen counts
-            for _, num_seqs, num_drafts in sorted(todo):
+        for _ in range(2):  # disturbances are temporary, so the minimum of two passes counts
+            for _, num_seqs, num_drafts in sorted(runs):
                 if plain and (
-                    clock() > until
-                    or not _has_room(engine, num_seqs, length, max_num_batched_tokens)
+                    clock() > until or not _fits(engine, num_seqs, length, max_num_batched_tokens)
                 ):
                     break
                 if num_drafts == 0:
                     plain.add(num_seqs, step(num_seqs, None))
-                elif num_drafts < 0:  # one draft in all
-                    drafted[num_seqs].add(1, step(num_seqs, _Always(1, first_alone=True)))
+                elif num_drafts < 0:  # one draft token in total
+                    drafted[num_seqs].add(1, step(num_seqs, _FixedPolicy(1, first_alone=True)))
                 else:
                     drafted[num_seqs].add(
-                        num_seqs * num_drafts, step(num_seqs, _Always(num_drafts))
+                        num_seqs * num_drafts, step(num_seqs, _FixedPolicy(num_drafts))
                     )
     finally:
         engine.speculation = speculation
@@ -111,25 +113,25 @@ def measure(
 
 
 class Measured(dict[int, float]):
-    """The least seconds seen, by number."""
+    """The minimum of the seconds measured, by number."""
 
     def add(self, number: int, seconds: float) -> None:
         self[number] = min(seconds, self.get(number, seconds))
 
 
-def _has_room(engine: Engine, num_seqs: int, length: int, chunk: int) -> bool:
-    """Sequences that are preempted would not show what a step costs."""
+def _fits(engine: Engine, num_seqs: int, length: int, chunk: int) -> bool:
+    """Return whether the sequences fit into the KV cache: preemption would distort the costs."""
     kv = engine.kv
     needed = [num_seqs * blocks_per_sequence(group, length, chunk) for group in kv.groups]
-    return all(count < there for count, there in zip(needed, kv.num_blocks, strict=True))
+    return all(count < have for count, have in zip(needed, kv.num_blocks, strict=True))
 
 
 def _seconds_of_a_step(
     engine: Engine, num_seqs: int, length: int, clock: Callable[[], float]
 ) -> float:
-    """The median of a few steps in which sequences decode."""
+    """Return the median time of a few decode steps."""
     params = SamplingParams(temperature=0, max_tokens=length - 1, ignore_eos=True)
-    salt = secrets.token_hex(16)  # nobody finds what is computed here
+    salt = secrets.token_hex(16)  # no request can reuse this KV
     for i in range(num_seqs):
         engine.add(Request(f"{salt}-{i}", [0], params, length - 1, 0, [], cache_salt=salt))
     began = clock()
@@ -148,7 +150,7 @@ def _seconds_of_a_step(
         engine.abort(request_id)
     while engine.has_work:
         _step(engine)
-    return statistics.median(seconds[2:] or seconds)  # the first two are those in which they begin
+    return statistics.median(seconds[2:] or seconds)  # the first two include prefill
 
 
 def _step(engine: Engine) -> None:

@@ -1,5 +1,5 @@
-"""Facts about the machine and the model, gathered without a tensor library: the only input of every
-`why_not`."""
+"""Gather facts about the machine and the model without a tensor library. They are the only input of
+every `why_not`."""
 
 from dovetail.facts.device import DeviceFacts, available_memory, device_facts, usable_cores
 from dovetail.facts.gpus import GpuFacts

@@ -1,6 +1,6 @@
-"""What control groups leave of a machine's CPUs and memory: Linux gives a container less than
-`/proc/meminfo` and the processes' affinity say. Versions 1 and 2, and both at once; see the
-kernel's admin-guide/cgroup-v2.rst and cgroup-v1/."""
+"""Read the CPU and memory limits of control groups. Linux gives a container less than
+`/proc/meminfo` and the CPU affinity show. Versions 1 and 2 are supported, also in combination; see
+the kernel's admin-guide/cgroup-v2.rst and cgroup-v1/."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc/self")
 UNLIMITED = 2**62
-"""Bytes; version 1 writes a number near 2^63 where nothing is limited."""
+"""Number of bytes above which a limit counts as none; version 1 writes a number near 2^63."""
 
 
 @dataclass(frozen=True)
 class CgroupLimits:
-    """The tightest of all groups that a process is in, up to the root it can see. None: nothing
-    limits it."""
+    """The tightest limits of all groups that a process is in, up to the root that it can see. None
+    means no limit."""
 
     num_cpus: float | None = None
-    """CPU time that is granted, in CPUs."""
+    """CPU time granted, in CPUs."""
     memory_bytes: int | None = None
     available_bytes: int | None = None
-    """What the limits leave beside what their groups have taken already; files that are cached and
-    idle do not count."""
+    """Memory within the limits that the groups do not use yet; inactive cached files do not count
+    as used."""
 
 
 def read_limits(proc: Path = PROC) -> CgroupLimits:
-    """The limits now. `proc` is a process' folder in /proc; its mountinfo says where groups are
-    mounted."""
+    """Read the current limits. `proc` is a process' folder in /proc; its mountinfo lists where
+    groups are mounted."""
     cpus: list[float] = []
     limits: list[int] = []
     available: list[int] = []
     for version, group in _groups(proc):
         with suppress(_NotLimited):
             cpus.append(_cpus_v1(group) if version == 1 else _cpus_v2(group))
-        names = (
-            ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")
-        )  # above high it is slowed down
+        # Above memory.high a process is slowed down.
+        names = ("memory.limit_in_bytes",) if version == 1 else ("memory.max", "memory.high")
         for name in names:
             with suppress(_NotLimited):
                 limit = _number(group / name)
@@ -51,12 +50,12 @@ def read_limits(proc: Path = PROC) -> CgroupLimits:
 
 
 class _NotLimited(Exception):
-    """A file that is not there, or that states no limit."""
+    """Raised for a file that does not exist or contains no limit."""
 
 
 def _groups(proc: Path) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of each group that the process is in, and of those that hold it, as far as
-    they are mounted."""
+    """Yield (version, folder) of each mounted group that contains the process, and of its
+    parents."""
     try:
         memberships = (proc / "cgroup").read_text(encoding="utf-8").splitlines()
         mounts = (proc / "mountinfo").read_text(encoding="utf-8").splitlines()
@@ -76,8 +75,8 @@ def _groups(proc: Path) -> Iterator[tuple[int, Path]]:
             path, version = paths.get(min(found), "/"), 1
         else:
             continue
-        # Without a namespace of its own, a container sees the path on the host, and has its own
-        # group mounted as the root.
+        # Without a cgroup namespace a container sees the path on the host, while its own group is
+        # mounted as the root.
         inside = PurePosixPath(path)
         below = (
             inside.relative_to(root)
@@ -89,7 +88,7 @@ def _groups(proc: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _unescaped(field: str) -> str:
-    """mountinfo has spaces and the like as octal numbers."""
+    """Decode the octal escapes of mountinfo, which it uses for spaces, for example."""
     return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), field)
 
 
@@ -122,9 +121,9 @@ def _cpus_v1(group: Path) -> float:
 
 
 def _used(group: Path, version: int) -> int:
-    """Bytes that cannot be had back without swapping. Cached files that were used lately count:
-    they may be weights."""
-    total, idle = (
+    """Return the bytes that cannot be reclaimed without swapping. Recently used cached files count
+    as used, because they may be weights."""
+    total, inactive = (
         ("memory.usage_in_bytes", "total_inactive_file")
         if version == 1
         else ("memory.current", "inactive_file")
@@ -132,6 +131,6 @@ def _used(group: Path, version: int) -> int:
     used = _number(group / total)
     for line in _text(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
-        if name == idle and value.isdigit():
+        if name == inactive and value.isdigit():
             return max(0, used - int(value))
     return used

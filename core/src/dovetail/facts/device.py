@@ -1,5 +1,5 @@
-"""The machine, as far as this process may use it: CPU, memory, GPUs and compilers, without a tensor
-library."""
+"""Gather facts about the machine, as far as this process may use it: CPU, memory, GPUs and
+compilers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dovetail.facts.gpus import GpuFacts, find_gpus
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """The machine, as far as this process may use it, read once from the operating system. No
-    tensor library takes part."""
+    """The machine, as far as this process may use it, read once from the operating system without a
+    tensor library."""
 
     system: str
     machine: str
     num_cores: int
-    """Cores that this process may run on at once: see `usable_cores`."""
+    """Number of cores that this process may use at once; see `usable_cores`."""
     memory_bytes: int
-    """The main memory, or what a control group (a container) allows of it."""
+    """Size of the main memory, or the limit of a control group (a container) if that is lower."""
     cpu_flags: frozenset[str]
     compiler: str | None
-    """Path of a C++ compiler."""
+    """Path of the C++ compiler."""
     nvcc: str | None = None
-    """Path of CUDA's compiler."""
+    """Path of the CUDA compiler."""
     gpus: tuple[GpuFacts, ...] = ()
-    """NVIDIA's; `cuda:i` is `gpus[i]`."""
+    """NVIDIA GPUs; `cuda:i` is `gpus[i]`."""
     gpu_trouble: str = ""
-    """Why there may be fewer of them than the machine has."""
+    """Reason why fewer GPUs may be listed than the machine has."""
 
     @property
     def num_gpus(self) -> int:
@@ -76,12 +76,12 @@ def device_facts() -> DeviceFacts:
 
 
 def usable_cores(num_cpus: float | None) -> int:
-    """Cores of this process' affinity, or of `num_cpus` (CPU time that a control group grants) if
-    that is less; at least 1.
+    """Return the number of cores in this process' affinity mask, or `num_cpus` (CPU time granted by
+    a control group) if that is lower; at least 1.
 
-    Rounded down: a team of threads that takes more than is granted is stopped as a whole, for the
-    rest of each period (100 ms as a rule), and everybody's next token waits. What is left over is
-    for the front-end's process.
+    `num_cpus` is rounded down: a team of threads that uses more CPU time than granted is stopped as
+    a whole for the rest of each period (usually 100 ms), which delays every next token. The
+    remainder is left for the front-end process.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,8 +90,8 @@ def usable_cores(num_cpus: float | None) -> int:
 
 
 def available_memory(proc: Path = PROC, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes of main memory that can be had now without swapping, and within the limits of control
-    groups. None: unknown.
+    """Return the bytes of main memory that are available now without swapping, within the limits of
+    control groups; None if unknown.
 
     `proc` is this process' folder in /proc.
     """
@@ -107,7 +107,7 @@ def available_memory(proc: Path = PROC, meminfo: Path = Path("/proc/meminfo")) -
 
 
 def _nvcc() -> str | None:
-    """That of CUDA_HOME, else of the path, else of the usual place."""
+    """Return the nvcc of CUDA_HOME, else that of PATH, else that of the usual location."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = (*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc")
     return next((found for place in places if (found := shutil.which(place))), None)

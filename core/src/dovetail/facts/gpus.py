@@ -1,4 +1,4 @@
-"""What NVML says of the GPUs, read once and without a tensor library; no GPU is touched by it."""
+"""Gather facts about GPUs from NVML, without a tensor library and without initializing a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """One GPU that processes started from here can use."""
+    """A GPU that processes started from this one can use."""
 
     name: str
     capability: tuple[int, int]
-    """Compute capability: (9, 0) is Hopper."""
+    """Compute capability; (9, 0) is Hopper."""
     memory_bytes: int
     cuda: tuple[int, int]
-    """The newest CUDA version that its driver runs."""
+    """Newest CUDA version that the driver supports."""
 
     @property
     def architecture(self) -> str:
@@ -28,9 +28,9 @@ class GpuFacts:
 def find_gpus(
     environ: Mapping[str, str] = os.environ, nvml: Any = None
 ) -> tuple[tuple[GpuFacts, ...], str]:
-    """The GPUs in CUDA's order under CUDA_DEVICE_ORDER=PCI_BUS_ID, those that CUDA_VISIBLE_DEVICES
-    leaves; and why there may be fewer than the machine has ("" if there is nothing to say). `nvml`
-    is the module `pynvml`, or one like it."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves, in CUDA's order under
+    CUDA_DEVICE_ORDER=PCI_BUS_ID, and the reason why fewer may be listed than the machine has (or an
+    empty string). `nvml` is the module `pynvml` or a replacement."""
     nvml = import_module("pynvml") if nvml is None else nvml
     try:
         nvml.nvmlInit()
@@ -59,8 +59,8 @@ def find_gpus(
 
 
 def visible(wanted: str, uuids: Sequence[str]) -> list[int]:
-    """Indices of the GPUs that a CUDA_VISIBLE_DEVICES leaves, as CUDA reads it: up to the first
-    entry that names none."""
+    """Return the indices of the GPUs that CUDA_VISIBLE_DEVICES leaves. Like CUDA, stop at the first
+    invalid entry."""
     indices: list[int] = []
     for entry in wanted.split(","):
         name = entry.strip()
@@ -76,7 +76,7 @@ def visible(wanted: str, uuids: Sequence[str]) -> list[int]:
 
 
 def _is_no_driver(nvml: Any, error: Any) -> bool:
-    """There is nothing of NVIDIA's here, which is no trouble."""
+    """Return whether the error only means that no NVIDIA driver is installed."""
     return error.value in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
 

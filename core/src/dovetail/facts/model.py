@@ -1,4 +1,4 @@
-"""A model's config.json, as far as choosing providers needs it."""
+"""Read what the selection of providers needs from a model's config.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dovetail.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What the layers of one kind ask of attention."""
+    """What the layers of one kind require of attention."""
 
     kind: str
     window: int | None
@@ -20,7 +20,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's config.json, as far as choosing providers needs it."""
+    """What the selection of providers needs from a model's config.json."""
 
     folder: Path
     architecture: str
@@ -33,17 +33,17 @@ class ModelFacts:
     head_size: int
     vocab_size: int
     max_position_embeddings: int
-    """The longest context, scaling of positions included."""
+    """Maximum context length, position scaling included."""
     layer_kinds: tuple[LayerKind, ...]
     logit_soft_cap: float | None
     eos_token_ids: tuple[int, ...]
     has_sinks: bool
     quantization_config: dict[str, Any] | None = None
-    """As the checkpoint has it, if it is quantized."""
+    """The quantization config of the checkpoint, if it is quantized."""
 
     @property
     def is_windowed(self) -> bool:
-        """Some layers have a sliding window."""
+        """True if some layers have a sliding window."""
         return any(layer.window is not None for layer in self.layer_kinds)
 
     @property
@@ -57,19 +57,19 @@ class ModelFacts:
 
     @property
     def quantization_said(self) -> str:
-        """The checkpoint's quantization_config in a line, for errors: what it says, without what
-        says who wrote it."""
-        said = {
+        """The checkpoint's quantization_config in one line, for errors, without empty values and
+        metadata about its author."""
+        settings = {
             k: v
             for k, v in (self.quantization_config or {}).items()
             if v not in (None, {}, []) and k != "meta"
         }
-        text = json.dumps(said)
+        text = json.dumps(settings)
         return f"quantization_config {text if len(text) < 400 else text[:400] + '…'} of config.json"
 
 
 def model_facts(folder: Path) -> ModelFacts:
-    """Read a model folder's config. Raises `CheckpointError` naming the file and the key."""
+    """Read a model folder's config. Raises `CheckpointError`, naming the file and the key."""
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     path = folder / "config.json"
@@ -125,28 +125,28 @@ def model_facts(folder: Path) -> ModelFacts:
 
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
-"""Far beyond any model: a config with more is broken, or meant to take all memory."""
+"""Limits far beyond any model: a config with more is broken or tries to exhaust the memory."""
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
-"""By model type: `sliding_window_pattern` where a config leaves it out."""
+"""Value of `sliding_window_pattern` by model type, if a config omits it."""
 _WITHOUT_WINDOWS = frozenset({"llama"})
-"""Model types whose layers see everything, whatever else their config holds."""
+"""Model types without sliding windows, whatever their config contains."""
 _USUAL_WINDOWS = {"mistral": 4096}
-"""By model type: `sliding_window` where a config leaves it out (null is no window)."""
+"""Value of `sliding_window` by model type, if a config omits it (null means no window)."""
 _QWEN_FULL_LAYERS = 28
-"""Qwen's `max_window_layers` where a config leaves it out."""
+"""Value of Qwen's `max_window_layers`, if a config omits it."""
 
 
 def window_of_layers(config: dict[str, Any]) -> list[int | None]:
-    """Per layer: its sliding window, or None. `config` is the text part of a config.json."""
+    """Return the sliding window of each layer, or None. `config` is the text part of a
+    config.json."""
     num_layers = (
         config.get("num_hidden_layers") or config.get("n_layer") or config.get("num_layers") or 1
     )
     kind = str(config.get("model_type"))
     window = config.get("sliding_window", _USUAL_WINDOWS.get(kind))
     types = config.get("layer_types")
-    is_qwen = kind.startswith(
-        "qwen"
-    )  # windows only if asked for, and then from layer `max_window_layers` on
+    # Qwen uses windows only if enabled, and then from layer `max_window_layers` on.
+    is_qwen = kind.startswith("qwen")
     is_off = kind not in _USUAL_WINDOWS and config.get("use_sliding_window", not is_qwen) is False
     if not isinstance(window, int) or kind in _WITHOUT_WINDOWS or is_off:
         return [None] * num_layers
@@ -156,17 +156,16 @@ def window_of_layers(config: dict[str, Any]) -> list[int | None]:
         full = config.get("max_window_layers", _QWEN_FULL_LAYERS)
         return [None if i < full else window for i in range(num_layers)]
     pattern = config.get("sliding_window_pattern", _PATTERNS.get(kind))
-    if (
-        isinstance(pattern, int) and pattern > 0
-    ):  # configs from before layer_types: every so many layers one is full
+    # Configs from before layer_types: every `pattern`-th layer has full attention.
+    if isinstance(pattern, int) and pattern > 0:
         return [None if (i + 1) % pattern == 0 else window for i in range(num_layers)]
     return [window] * num_layers
 
 
 def _context_length(config: dict[str, Any], longest: int) -> int:
-    """Tokens of a context: `max_position_embeddings`, or what YaRN stretches the original context
-    to. Configs that follow YaRN's documentation add `rope_scaling` and leave
-    `max_position_embeddings` as it was."""
+    """Return the context length: `max_position_embeddings`, or the length to which YaRN extends the
+    original context. Configs that follow YaRN's documentation add `rope_scaling` and leave
+    `max_position_embeddings` unchanged."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type")) != "yarn":
         return longest
@@ -184,7 +183,7 @@ def _quantization(path: Path, config: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(config, dict) or not isinstance(config.get("quant_method"), str):
         raise CheckpointError(
-            f"{path}: quantization_config must say its quant_method, found {config!r:.200}"
+            f"{path}: quantization_config must have a quant_method, found {config!r:.200}"
         )
     return config
 
@@ -198,7 +197,7 @@ def _eos(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `CheckpointError` naming the file."""
+    """Read a JSON object. Raises `CheckpointError`, which names the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

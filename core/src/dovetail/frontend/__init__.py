@@ -1,2 +1,1 @@
-"""Text in, text out: everything between a user's words and the engine's token ids. Lives in the
-front-end alone."""
+"""Convert between text and token ids. This package runs in the front-end only."""

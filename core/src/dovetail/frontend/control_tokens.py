@@ -1,4 +1,4 @@
-"""Text of users that reads like a control token, kept from becoming one."""
+"""Prevent user text that looks like a control token from being encoded as one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 
 class ControlTokens:
-    """The control tokens (special ones) of a tokenizer, where users' text reads like them.
+    """The control tokens (special tokens) of a tokenizer, and how to mark user text that looks like
+    one.
 
-    A marker, a character that no message holds, is put behind the first character of such a text
-    before the template sees it: then it can be found in what the template made of the messages, and
-    told from the template's own control tokens.
+    A marker, which is a character that no message contains, is inserted after the first character
+    of such text before the template is rendered. The text can then be found in the rendered
+    template and told apart from the template's own control tokens.
     """
 
     MARKERS = "".join(map(chr, range(0xE000, 0xF900)))
-    """Characters for private use: Unicode gives them no meaning."""
+    """Private-use characters, to which Unicode assigns no meaning."""
 
     def __init__(self, tokens: list[str]) -> None:
         long_first = sorted((t for t in tokens if len(t) > 1), key=len, reverse=True)
@@ -24,7 +25,8 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, long_first))) if long_first else None
 
     def marker(self, messages: Any) -> str | None:
-        """A marker for these messages; None if no text in them reads like a control token."""
+        """Return a marker for these messages; None if none of their text looks like a control
+        token."""
         pattern, texts = self._pattern, list(_texts(messages))
         if pattern is None or not any(pattern.search(text) for text in texts):
             return None
@@ -32,7 +34,7 @@ class ControlTokens:
         return next(m for m in self.MARKERS if m not in used)
 
     def marked(self, messages: Any, marker: str) -> Any:
-        """The messages, with markers."""
+        """Return the messages with markers."""
         pattern = self._pattern
         assert pattern is not None
         return _map_texts(
@@ -40,14 +42,14 @@ class ControlTokens:
         )
 
     def parts(self, rendered: str, marker: str) -> list[str]:
-        """In turn: text with the template's control tokens, and a text that reads like a control
-        token and is none."""
+        """Split a rendered template. Parts alternate between text with the template's control
+        tokens and user text that looks like a control token."""
         marked = "|".join(re.escape(f"{t[0]}{marker}{t[1:]}") for t in self._tokens)
         return [part.replace(marker, "") for part in re.split(f"({marked})", rendered)]
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, those of keys too."""
+    """Yield all strings in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,10 +1,9 @@
-"""From token ids to text, a few tokens at a time: never half a character, and nothing past a stop
-string.
+"""Convert token ids to text incrementally: never half a character, and nothing past a stop string.
 
-Two ways, chosen by the tokenizer's decoder. Where each token stands for bytes (ByteLevel, as in
-GPT-2, Llama 3 and Qwen), the bytes go through one incremental UTF-8 decoder. Where a token's text
-depends on its neighbors (SentencePiece with byte fallback, WordPiece), tokens are decoded together
-with the ones before them.
+There are two implementations, selected by the tokenizer's decoder. If each token stands for bytes
+(ByteLevel, as in GPT-2, Llama 3 and Qwen), the bytes go through one incremental UTF-8 decoder. If
+the text of a token depends on the tokens next to it (SentencePiece with byte fallback, WordPiece),
+tokens are decoded together with the ones before them.
 """
 
 from __future__ import annotations
@@ -15,30 +14,30 @@ from typing import Protocol
 from dovetail.frontend.tokenizer import REPLACEMENT, Tokenizer
 
 MAX_HELD_TOKENS = 16
-"""Tokens without complete text after which the oldest are given out as they are: no character is
-that long."""
+"""Number of tokens without complete text after which the oldest are returned anyway: no character
+has so many tokens."""
 _CHARACTER = 4
-"""Most bytes of a character in UTF-8, and so most tokens of one."""
+"""Maximum number of bytes of a UTF-8 character, and therefore of tokens."""
 _CONTEXT = _CHARACTER + 2
-"""Tokens of the prompt that the text of the first new token may depend on."""
+"""Number of prompt tokens that the text of the first new token may depend on."""
 
 
 class Detokenizer(Protocol):
-    """Incremental decoding of one sequence. The texts of all calls add up to the same, however the
-    tokens are cut."""
+    """Incremental decoder of one sequence. The concatenated text does not depend on how the tokens
+    are split between calls."""
 
     def push(self, token_ids: list[int]) -> str:
-        """Take more tokens, one or many; returns the text that is now certain, perhaps none."""
+        """Add one or more tokens; return the text that is now complete, possibly empty."""
 
     def flush(self) -> str:
-        """The rest, incomplete characters included; the sequence has ended."""
+        """Return the remaining text, incomplete characters included, at the end of the sequence."""
 
 
 def detokenizer(
     tokenizer: Tokenizer, prompt_token_ids: list[int], *, skip_special_tokens: bool = True
 ) -> Detokenizer:
-    """For the tokens that follow a prompt. A character that the prompt leaves incomplete belongs to
-    the text."""
+    """Create a detokenizer for the tokens that follow a prompt. A character that the prompt leaves
+    incomplete belongs to the text."""
     token_bytes = tokenizer.token_bytes(skip_special_tokens)
     if token_bytes is not None:
         return _ByBytes(token_bytes, prompt_token_ids)
@@ -46,7 +45,7 @@ def detokenizer(
 
 
 class _ByBytes:
-    """Each token stands for bytes, whatever is beside it."""
+    """A detokenizer for tokens that stand for bytes."""
 
     def __init__(self, token_bytes: dict[int, bytes], prompt_token_ids: list[int]) -> None:
         self._bytes = token_bytes
@@ -56,11 +55,11 @@ class _ByBytes:
             tail = token_bytes[token] + tail
             if len(tail) >= _CHARACTER:
                 break
-        # Without the end of a character whose beginning is not in the tail.
+        # Drop the end of a character whose beginning is not in the tail.
         self._decoder.decode(tail.lstrip(bytes(range(0x80, 0xC0))))
         self._of_prompt = self._decoder.getstate()[0].decode("utf-8", "replace")
-        """What the prompt shows for the character that it leaves incomplete; not repeated if that
-        is never completed."""
+        """Text of the prompt for the character that it leaves incomplete; not repeated if the
+        character is never completed."""
 
     def push(self, token_ids: list[int]) -> str:
         known = self._bytes
@@ -78,12 +77,12 @@ class _ByBytes:
 
 
 class _ByWindow:
-    """A window of tokens is decoded at each step: `ids[prefix:read]` has been given out,
-    `ids[read:]` has not.
+    """A detokenizer that decodes a window of tokens at each step: the text of `ids[prefix:read]`
+    has been returned, that of `ids[read:]` has not.
 
     Text that ends in an incomplete character waits for the next token. Tokens that never have text
-    (special ones that are skipped, ids outside the vocabulary) do not enter the window, which
-    therefore stays short.
+    (skipped special tokens, ids outside the vocabulary) do not enter the window, which keeps it
+    short.
     """
 
     def __init__(
@@ -102,12 +101,12 @@ class _ByWindow:
         self._prefix, self._read = self._clean_window()
         self._known = self._decode(self._prefix, self._read)
         self._of_prompt = self._decode(self._prefix, len(tail))
-        """The window with the character that the prompt leaves incomplete, as the prompt shows
-        it."""
+        """Text of the window with the character that the prompt leaves incomplete, as it appears in
+        the prompt."""
 
     def _clean_window(self) -> tuple[int, int]:
-        """(prefix, read): the shortest window that neither begins nor ends inside a character of
-        the prompt, and leaves as few tokens as possible for later."""
+        """Return (prefix, read) of the shortest window that neither begins nor ends inside a
+        character of the prompt and leaves as few tokens as possible for later."""
         num_ids = len(self._ids)
         usual = max(0, num_ids - _CONTEXT)
         for read in range(num_ids, max(-1, num_ids - _CHARACTER), -1):
@@ -118,7 +117,7 @@ class _ByWindow:
         return usual, num_ids
 
     def push(self, token_ids: list[int]) -> str:
-        # One by one: what bytes that are no text decode to depends on how they are cut.
+        # One by one: the text of invalid bytes depends on how they are split.
         return "".join([self._push(token) for token in token_ids if not self._is_hidden[token]])
 
     def _push(self, token: int) -> str:
@@ -128,8 +127,7 @@ class _ByWindow:
         if not text.endswith(REPLACEMENT):
             return self._give(text, end)
         if end - self._read > MAX_HELD_TOKENS:
-            # A run of bytes that is no text: what is older than any character can be will not
-            # become one.
+            # A run of invalid bytes: those older than the longest character cannot become one.
             end -= _CHARACTER
             return self._give(self._decode(self._prefix, end), end)
         return ""
@@ -144,8 +142,8 @@ class _ByWindow:
             if text.startswith(self._of_prompt):
                 known = self._of_prompt
             self._of_prompt = ""
-        # Bytes that do not continue the ones before them can change what those are decoded to: then
-        # only the new ones count.
+        # Bytes that do not continue those before them can change how those are decoded: then only
+        # the new tokens count.
         new = text[len(known) :] if text.startswith(known) else self._decode(self._read, end)
         if new:
             self._prefix, self._read = self._read, end
@@ -155,9 +153,8 @@ class _ByWindow:
                 self._read -= self._prefix
                 self._prefix = 0
         elif end - self._read > MAX_HELD_TOKENS:
-            del self._ids[
-                self._read : end
-            ]  # so many tokens without any text: the window would only grow
+            # So many tokens without text: drop them, or the window would keep growing.
+            del self._ids[self._read : end]
         return new
 
     def _decode(self, start: int, end: int) -> str:
@@ -165,8 +162,8 @@ class _ByWindow:
 
 
 class StopStrings:
-    """Finds the stop string that is completed first, and holds back text that may be the start of
-    one."""
+    """Finds the stop string that is completed first, and holds back text that may be the beginning
+    of one."""
 
     def __init__(self, stop: tuple[str, ...], *, include: bool = False) -> None:
         self._stop = stop
@@ -175,9 +172,10 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str, *, check: bool = True) -> tuple[str, str | None]:
-        """Take more text; returns (text to give out, the stop string found or None).
+        """Add text; return (text to output, stop string or None).
 
-        With `check` false (before `min_tokens`) no stop string counts and nothing is held.
+        If `check` is false (before `min_tokens`), stop strings are ignored and nothing is held
+        back.
         """
         if not self._stop:
             return text, None
@@ -199,7 +197,7 @@ class StopStrings:
         return buffer[: len(buffer) - keep], None
 
     def flush(self) -> str:
-        """What was held; the sequence has ended without a stop string."""
+        """Return the text held back, at the end of a sequence without a stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,4 @@
-"""From the engine's tokens to what a user sees: text, stop strings, finish reasons."""
+"""Convert the engine's outputs to what a user sees: text, stop strings, finish reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dovetail.types import FinishReason, Request, RequestTimes, SequenceOutput, 
 
 
 class Delta(msgspec.Struct, gc=False):
-    """News of one sample of a request. Concatenated, the deltas of a sample are its whole
+    """New output of one sample of a request. The concatenated deltas of a sample are its whole
     output."""
 
     index: int
@@ -21,11 +21,11 @@ class Delta(msgspec.Struct, gc=False):
     prompt_logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    """The stop string or stop token id that ended it."""
+    """The stop string or stop token id that ended the sample."""
     num_cached_tokens: int = 0
-    """Of the prompt, found in the prefix cache when this sample began."""
+    """Number of prompt tokens found in the prefix cache when the sample started."""
     times: RequestTimes | None = None
-    """With the first token, in one delta of the sample."""
+    """Set in one delta of the sample, the one with its first token."""
 
     def extend(self, later: Delta) -> None:
         """Merge a later delta of the same sample into this one."""
@@ -40,10 +40,10 @@ class Delta(msgspec.Struct, gc=False):
 
 
 class SampleState:
-    """One sample's way from tokens to text.
+    """Converts the tokens of one sample to text.
 
-    Where nobody reads a text before its end, and no stop string has to be found on the way, it is
-    made in one piece.
+    If the text is not streamed and has no stop strings to find, it is converted all at once at the
+    end.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SampleState:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.times: RequestTimes | None = None
-        """Not given out yet."""
+        """Times that have not been returned yet."""
         self.finished = False
         self._params = params
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
@@ -70,8 +70,8 @@ class SampleState:
         )
 
     def push(self, output: SequenceOutput) -> Delta | None:
-        """Take the engine's news. A stop string ends the sample here: `finish_reason` is set, the
-        rest is dropped."""
+        """Add outputs of the engine. If a stop string ends the sample, `finish_reason` is set and
+        later tokens are dropped."""
         gathered = self._gathered
         if gathered is not None:
             gathered.token_ids += output.token_ids
@@ -86,10 +86,10 @@ class SampleState:
                 output.stop_token_id,
             )
             output = gathered
-        return self._find_stop(output) if self._params.stop else self._take(output)
+        return self._find_stop(output) if self._params.stop else self._convert(output)
 
-    def _take(self, output: SequenceOutput) -> Delta:
-        """All tokens at once."""
+    def _convert(self, output: SequenceOutput) -> Delta:
+        """Convert all tokens at once."""
         token_ids, reason = output.token_ids, output.finish_reason
         self.num_tokens += len(token_ids)
         text = ""
@@ -109,7 +109,7 @@ class SampleState:
         )
 
     def _find_stop(self, output: SequenceOutput) -> Delta:
-        """Token by token: what follows the one that completes a stop string is surplus."""
+        """Convert token by token; tokens after the one that completes a stop string are dropped."""
         delta = Delta(self.index, prompt_logprobs=output.prompt_logprobs)
         last = len(output.token_ids) - 1
         for i, token in enumerate(output.token_ids):
@@ -132,7 +132,8 @@ class SampleState:
         return delta
 
     def _hides_last(self, output: SequenceOutput) -> bool:
-        """A token that ends the sequence is no part of its text, unless asked for."""
+        """Return whether the last token is not part of the text: it ended the sequence, and
+        including it was not requested."""
         return output.finish_reason == "stop" and not self._params.include_stop_str_in_output
 
     def _emit(self, delta: Delta, piece: str) -> bool:
@@ -145,12 +146,13 @@ class SampleState:
 
 
 class RequestState:
-    """All samples of one request, in the front-end."""
+    """The samples of one request in the front-end."""
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer | None, *, stream: bool = True
     ) -> None:
-        """Without `stream`, a sample's news come when it has ended, all at once."""
+        """Create the state. Without `stream`, the output of a sample is returned when it has
+        ended."""
         self.request = request
         self.samples = [
             SampleState(request, i, tokenizer, stream=stream) for i in range(request.params.n)
@@ -162,8 +164,8 @@ class RequestState:
         return self._num_running == 0
 
     def push(self, output: SequenceOutput) -> tuple[Delta | None, bool]:
-        """Returns (delta or None, whether the engine must be told to abort this sample: a stop
-        string ended it).
+        """Add outputs of the engine. Returns (delta or None, whether the engine must abort this
+        sample because a stop string ended it).
 
         Raises the error that the engine reports for the request.
         """

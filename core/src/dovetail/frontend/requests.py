@@ -1,4 +1,4 @@
-"""From a prompt and sampling parameters to a `Request` that the engine can run, or an
+"""Build a `Request` that the engine can run from a prompt and sampling parameters, or raise
 `InvalidRequest`."""
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dovetail.types import Request, SamplingParams, check_range
 
 Prompt = str | Sequence[int]
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""Fields of generation_config.json that requests take over."""
+"""Fields of generation_config.json that are defaults for requests."""
 
 MAX_SALT_CHARS = 256
 MAX_TOKEN_CHARS = 256
-"""No token is longer, so a text of more than this times the context cannot fit: it is refused
-before the work."""
+"""Upper bound on the length of a token. A text longer than this times the context length cannot
+fit, and is rejected before it is tokenized."""
 _counter = itertools.count()
 
 
 def sampling_defaults(folder: Path) -> dict[str, Any]:
-    """Fields of `SamplingParams` that a model's generation_config.json sets; a request overrides
-    them.
+    """Return the fields of `SamplingParams` that a model's generation_config.json sets. A request
+    overrides them.
 
-    Raises `CheckpointError`, naming file and field, for values that no request could have.
+    Raises `CheckpointError`, naming file and field, for invalid values.
     """
     path = folder / "generation_config.json"
     config = read_json(path) if path.is_file() else {}
@@ -55,7 +55,7 @@ def _is_unicode(text: str) -> bool:
 
 
 class RequestMaker:
-    """Tokenizes and checks against one model. Holds no state that requests change."""
+    """Tokenizes and checks requests for one model. It is stateless between requests."""
 
     def __init__(self, model: ModelFacts, max_model_len: int, tokenizer: Tokenizer | None) -> None:
         self.model = model
@@ -72,8 +72,8 @@ class RequestMaker:
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
     ) -> Request:
-        """Raises `InvalidRequest`, naming the field, for a prompt or parameters that this model
-        cannot take."""
+        """Build a request. Raises `InvalidRequest`, naming the field, if the model cannot serve the
+        prompt or the parameters."""
         check_range("priority", priority, -(2**31), 2**31 - 1)
         if cache_salt is not None and not (
             isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_CHARS
@@ -92,29 +92,29 @@ class RequestMaker:
         ):
             if not all(_is_unicode(text) for text in texts):
                 raise InvalidRequest(
-                    f"{param} is not valid Unicode: it holds a lone surrogate", param=param
+                    f"{param} is not valid Unicode: it contains a lone surrogate", param=param
                 )
         token_ids = self.encode(prompt, add_special_tokens=add_special_tokens)
-        room = self.max_model_len - len(token_ids)
-        if room < 0 or (room == 0 and params.max_tokens != 0):
+        available = self.max_model_len - len(token_ids)
+        if available < 0 or (available == 0 and params.max_tokens != 0):
             raise InvalidRequest(
                 f"the prompt has {len(token_ids)} tokens and the context is {self.max_model_len}"
-                f"{', which leaves no room for an answer' if room == 0 else ''}",
+                f"{', which leaves no tokens for the output' if available == 0 else ''}",
                 param="prompt",
             )
         if params.max_tokens is not None and params.max_tokens > self.max_model_len:
             raise InvalidRequest(
-                f"max_tokens {params.max_tokens} is above the context of {self.max_model_len}",
+                f"max_tokens {params.max_tokens} exceeds the context of {self.max_model_len}",
                 param="max_tokens",
             )
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        max_tokens = available if params.max_tokens is None else min(params.max_tokens, available)
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         if params.min_tokens > max_tokens:
             params = msgspec.structs.replace(params, min_tokens=max_tokens, max_tokens=max_tokens)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest(
-                "stop strings need a tokenizer, and this model has none", param="stop"
+                "stop strings need a tokenizer, but this model has none", param="stop"
             )
         return Request(
             request_id=request_id or f"{next(_counter):x}-{secrets.token_hex(4)}",
@@ -129,17 +129,17 @@ class RequestMaker:
         )
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, checked."""
+        """Return the token ids of a prompt after checking them."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest(
-                    "this model has no tokenizer: give the prompt as a list of token ids",
+                    "this model has no tokenizer: pass the prompt as a list of token ids",
                     param="prompt",
                 )
             if len(prompt) > self.max_model_len * MAX_TOKEN_CHARS:
                 raise InvalidRequest(
-                    f"the prompt has {len(prompt)} characters, more than a context of"
-                    f" {self.max_model_len} tokens can hold",
+                    f"the prompt has {len(prompt)} characters, more than fit into a context of"
+                    f" {self.max_model_len} tokens",
                     param="prompt",
                 )
             token_ids = self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
@@ -151,10 +151,10 @@ class RequestMaker:
         return token_ids
 
     def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        """Token ids of a conversation: `Tokenizer.encode_chat`, for this model."""
+        """Return the token ids of a conversation. See `Tokenizer.encode_chat`."""
         if self.tokenizer is None:
             raise InvalidRequest(
-                "chat needs a tokenizer, and this model has none", param="messages"
+                "chat needs a tokenizer, but this model has none", param="messages"
             )
         return self.tokenizer.encode_chat(
             messages, max_chars=self.max_model_len * MAX_TOKEN_CHARS, **options
@@ -169,6 +169,6 @@ class RequestMaker:
             ):
                 raise InvalidRequest(
                     f"{param}: token id {token!r} is not in the vocabulary of"
-                    f" {self.model.vocab_size}",
+                    f" {self.model.vocab_size} tokens",
                     param=param,
                 )

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, read from its folder."""
+"""Load a model's tokenizer and chat template from its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no character (yet)."""
+"""Character that a decoder writes for bytes that are not (yet) a character."""
 NAMED_TOKENS = (
     "bos_token",
     "eos_token",
@@ -28,22 +28,23 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-"""Special tokens that a chat template finds by these names, as in transformers."""
+"""Special tokens that a chat template can use by name, as in transformers."""
 LONG_TEXT = 10_000
-"""Characters, or tokens, from which on other threads may run meanwhile."""
+"""Length in characters, or tokens, from which the library is called so that other threads can run
+meanwhile."""
 MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_RENDERED_CHARS = 8 * 2**20
 
 
 class Tokenizer:
-    """Wraps a `tokenizers.Tokenizer`; safe to share between threads. Raises `CheckpointError` if
-    there is none."""
+    """A model's tokenizer and chat template, safe to share between threads. Raises
+    `CheckpointError` if there is no tokenizer."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
-                f"{path} is missing: text needs a tokenizer in this form (transformers'"
+                f"{path} is missing: text prompts need a tokenizer in this format (transformers'"
                 " save_pretrained writes it); without one, prompts can only be lists of token ids"
             )
         try:
@@ -57,7 +58,7 @@ class Tokenizer:
         self.chat_template = _chat_template(folder, self.config)
         self._compiled: Template | None = None
         self._plain: tokenizers.Tokenizer | None = None
-        """The same, for which control tokens are text; made when it is needed."""
+        """The tokenizer that encodes control tokens as text; built when needed."""
         texts = {name: _token_text(self.config.get(name)) for name in NAMED_TOKENS}
         self.special_tokens = {name: text for name, text in texts.items() if text is not None}
 
@@ -80,10 +81,10 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises `InvalidRequest` for text that is no valid Unicode (lone
-        surrogates)."""
+        """Return the token ids of a text. Raises `InvalidRequest` for text that is not valid
+        Unicode (lone surrogates)."""
         try:
-            if len(text) > LONG_TEXT:  # as a batch, in which the library lets other threads run
+            if len(text) > LONG_TEXT:  # as a batch, for which the library releases the GIL
                 (encoding,) = self._tokenizer.encode_batch_fast(
                     [text], add_special_tokens=add_special_tokens
                 )
@@ -91,7 +92,7 @@ class Tokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequest(
-                "the text is not valid Unicode: it holds a lone surrogate", param="prompt"
+                "the text is not valid Unicode: it contains a lone surrogate", param="prompt"
             ) from None
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -104,12 +105,12 @@ class Tokenizer:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def hidden_tokens(self, skip_special_tokens: bool) -> dict[int, bool]:
-        """By token id, whether it never has any text; filled as it is read."""
+        """Return whether a token never has text, by token id; filled on access."""
         return self._hidden[skip_special_tokens]
 
     def token_bytes(self, skip_special_tokens: bool) -> dict[int, bytes] | None:
-        """By token id, the bytes that it stands for; filled as it is read. None if the decoder is
-        not byte-level: then a token's text depends on the tokens beside it."""
+        """Return the bytes of a token, by token id; filled on access. None if the decoder is not
+        byte-level: the text of a token then depends on the tokens next to it."""
         return None if self._bytes is None else self._bytes[skip_special_tokens]
 
     def token_id(self, token: str) -> int | None:
@@ -117,7 +118,8 @@ class Tokenizer:
         return None if value is None else int(value)
 
     def token_text(self, token_id: int) -> str:
-        """A single token as text, special ones included; "" for an id that stands for no token."""
+        """Return the text of a single token, special ones included; an empty string for an unknown
+        id."""
         return self._pieces[token_id]
 
     def apply_chat_template(
@@ -128,18 +130,18 @@ class Tokenizer:
         template: str | None = None,
         variables: dict[str, Any] | None = None,
     ) -> str:
-        """Render a conversation, in Jinja's sandbox. Raises `InvalidRequest` with the template's
-        own complaint.
+        """Render a conversation in Jinja's sandbox. Raises `InvalidRequest` with the template's own
+        error.
 
-        A `template` from outside can loop for as long as it likes: the sandbox bounds what it
-        reaches, not its time.
+        The sandbox limits what a template can access, not how long it runs: a `template` from a
+        client can loop forever.
         """
-        from jinja2 import TemplateError  # here: completions need no templates
+        from jinja2 import TemplateError  # imported here because completions need no templates
 
         source = template if template is not None else self.chat_template
         if source is None:
             raise InvalidRequest(
-                "this model has no chat template: use completions, or give a chat_template",
+                "this model has no chat template: use completions, or pass a chat_template",
                 param="messages",
             )
         if len(source) > MAX_TEMPLATE_CHARS:
@@ -150,8 +152,8 @@ class Tokenizer:
         try:
             parts, size = [], 0
             names = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-            # `tools` and `documents` are there even if nobody gives them: a template may ask
-            # whether they are none.
+            # `tools` and `documents` are always defined, because a template may test whether they
+            # are none.
             given = {
                 "tools": None,
                 "documents": None,
@@ -163,7 +165,7 @@ class Tokenizer:
                 size += len(part)
                 if size > MAX_RENDERED_CHARS:
                     raise InvalidRequest(
-                        f"the messages render to over {MAX_RENDERED_CHARS} characters",
+                        f"the rendered messages have more than {MAX_RENDERED_CHARS} characters",
                         param="messages",
                     )
                 parts.append(part)
@@ -177,7 +179,8 @@ class Tokenizer:
             KeyError,
         ) as e:
             raise InvalidRequest(
-                f"the chat template refused the messages: {type(e).__name__}: {e}", param="messages"
+                f"the chat template rejected the messages: {type(e).__name__}: {e}",
+                param="messages",
             ) from None
         return "".join(parts)
 
@@ -191,11 +194,11 @@ class Tokenizer:
         add_special_tokens: bool = False,
         max_chars: int = MAX_RENDERED_CHARS,
     ) -> list[int]:
-        """Token ids of a conversation. Raises `InvalidRequest` if it renders to more than
-        `max_chars`.
+        """Return the token ids of a conversation. Raises `InvalidRequest` if it renders to more
+        than `max_chars`.
 
-        Control tokens are the template's alone: where a message holds the text of one, that is
-        encoded as text, so that a user cannot speak as the system or the assistant.
+        Only the template produces control tokens. If a message contains the text of one, it is
+        encoded as text, so that a user cannot impersonate the system or the assistant.
         """
         marker = self._control.marker(messages)
         rendered = self.apply_chat_template(
@@ -206,8 +209,8 @@ class Tokenizer:
         )
         if len(rendered) > max_chars:
             raise InvalidRequest(
-                f"the messages render to {len(rendered)} characters, more than the context can"
-                " hold",
+                f"the rendered messages have {len(rendered)} characters, more than fit into the"
+                " context",
                 param="messages",
             )
         if marker is None:
@@ -223,14 +226,15 @@ class Tokenizer:
         return token_ids
 
     def _as_text(self, text: str) -> list[int]:
-        """Token ids of a text in which control tokens are none."""
+        """Return the token ids of a text, with control tokens encoded as text."""
         if self._plain is None:
             self._plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
             self._plain.encode_special_tokens = True
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def _compile(self, source: str) -> Template:
-        """Compiling takes longer than rendering: the model's own template is compiled once."""
+        """Compile a template. Compiling is slower than rendering, so the model's own template is
+        compiled only once."""
         if source != self.chat_template:
             return _environment().from_string(source)
         if self._compiled is None:
@@ -239,7 +243,7 @@ class Tokenizer:
 
 
 class _Pieces(dict[int, str]):
-    """By token id, what `decode` makes of it alone, special tokens included."""
+    """The decoded text of single tokens, by token id, special tokens included."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -250,7 +254,7 @@ class _Pieces(dict[int, str]):
 
 
 class _HiddenTokens(dict[int, bool]):
-    """See `Tokenizer.hidden_tokens`."""
+    """Values of `Tokenizer.hidden_tokens`."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -264,7 +268,7 @@ class _HiddenTokens(dict[int, bool]):
 
 
 class _TokenBytes(dict[int, bytes]):
-    """See `Tokenizer.token_bytes`."""
+    """Values of `Tokenizer.token_bytes`."""
 
     def __init__(self, tokenizer: Tokenizer, is_hidden: dict[int, bool]) -> None:
         self._tokenizer = tokenizer
@@ -276,15 +280,15 @@ class _TokenBytes(dict[int, bytes]):
             if self._is_hidden[token_id]
             else str(self._tokenizer._tokenizer.id_to_token(token_id))
         )
-        # A token with a character outside the alphabet (an added one) stands for itself.
+        # A token with a character outside the alphabet (an added token) is its own text.
         values = [BYTE_OF_CHARACTER.get(character) for character in token]
         found = self[token_id] = token.encode() if None in values else bytes(values)  # type: ignore[arg-type]
         return found
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Which byte a character of a byte-level token stands for (GPT-2, Radford et al. 2019):
-    printable ones of Latin-1 for themselves, the others are numbered from 256."""
+    """Return the byte for each character of byte-level tokens (GPT-2, Radford et al. 2019):
+    printable Latin-1 characters stand for themselves, the other bytes are numbered from 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -304,15 +308,15 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers renders chat templates with: the same filters, functions and tags."""
+    """Create the Jinja environment that transformers uses: the same filters, functions and tags."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant wrote, for training; here it is only a
-        scope."""
+        """Support for `{% generation %}`, which marks the assistant's text for training; here it
+        only opens a scope."""
 
         tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
@@ -352,15 +356,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        # Clients can read it: a link may lead to the files of a hub's cache, and nowhere else.
+        # Clients can read the template: a link may lead only into the folder or the hub's cache.
         target, allowed = (
             path.resolve(),
             (folder.resolve(), folder.resolve().parent.parent / "blobs"),
         )
         if not any(target.is_relative_to(place) for place in allowed):
-            raise CheckpointError(
-                f"{path} is a link that leads out of the model's folder, to {target}"
-            )
+            raise CheckpointError(f"{path} is a link to {target}, outside the model's folder")
         return target.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
@@ -369,7 +371,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _token_text(token: Any) -> str | None:
-    """A special token is a string, or an object that holds one."""
+    """Return the text of a special token, which is a string or an object with one."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

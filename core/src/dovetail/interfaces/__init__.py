@@ -1,2 +1,2 @@
-"""The contracts between the core and its plugins: one Protocol a file, and the data that crosses
-it."""
+"""Define the contracts between the core and its plugins: one Protocol per file, and the data that
+it exchanges."""

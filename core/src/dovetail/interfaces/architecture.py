@@ -1,11 +1,11 @@
-"""Model code: ragged tokens in, hidden states out. The worker supplies attention, linear layers and
-the checkpoint's tensors.
+"""Define model code: ragged tokens in, hidden states out. The worker supplies attention, linear
+layers and the checkpoint's tensors.
 
-A step's T tokens are the rows of a ragged batch laid end to end (prefill chunks and decode tokens
-alike): no batch dimension, no padding, no mask. A model knows nothing of sequences, blocks or
-caches: each layer hands its queries, keys and values to `attend` and gets back what its queries
-saw. It asks for its linear layers by name (`LayerMaker`), and so has those that the machine and the
-quantization chosen call for.
+The T tokens of a step are the rows of a ragged batch laid end to end, prefill chunks and decode
+tokens alike: there is no batch dimension, no padding and no mask. A model knows nothing of
+sequences, blocks or caches: each layer passes its queries, keys and values to `attend` and gets the
+attention output. A model asks for its linear layers by name (`LayerMaker`) and so gets those that
+fit the machine and the selected quantization.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ Array = Any
 
 @dataclass(frozen=True)
 class ArchitectureCapabilities:
-    """What a provider's models are, as data."""
+    """What a provider's models require and support, as data."""
 
     architectures: tuple[str, ...] | None
-    """Names, as in `architectures` of a config.json. None is any."""
+    """Names as in `architectures` of a config.json. None means any."""
     framework: str = "torch"
     quantization: bool = True
-    """The linear layers are those of the `LayerMaker`, so that a scheme can supply them."""
+    """The linear layers come from the `LayerMaker`, so that a scheme can supply them."""
     loads_weights: bool = False
-    """`model` returns with its weights read. Otherwise the worker reads what `targets` names."""
+    """`model` returns with its weights loaded. Otherwise the worker reads the tensors in
+    `targets`."""
     examples: tuple[dict[str, Any], ...] = ()
-    """Contents of config.json of tiny models, one for each architecture at least: what conformance
-    is tried with."""
+    """Contents of config.json of tiny models, at least one per architecture, for the conformance
+    tests."""
     compiled: Literal["operations", "torch.compile"] | None = None
     """How a worker can compile the steps of its models. "operations": they are `CompilableModel`s
     (interfaces/compiled.py). "torch.compile": `model` compiles where `ModelBuild.compiled` is set.
@@ -46,26 +47,27 @@ class ArchitectureCapabilities:
 
 
 class Target(NamedTuple):
-    """Where a checkpoint's tensor goes."""
+    """The destination of one of the checkpoint's tensors."""
 
     shape: tuple[int, ...]
-    """In the file."""
+    """Shape in the file."""
     dtype: Any
-    """Of what is kept. Floating types are converted; any other must be stored as it is wanted."""
+    """Dtype in memory. Floating-point types are converted; any other must be stored in this
+    dtype."""
     store: Callable[[Array], object]
-    """Called with the tensor as it lies in the file: a view of the mapped file, good for this call.
-    Raises `CheckpointError` for values that cannot be: who reads the file says where."""
+    """Called with the tensor as stored in the file: a view of the mapped file, valid for this call
+    only. Raises `CheckpointError` for impossible values; the caller adds the location."""
     asked_by: str = "the model's config"
-    """What says that the tensor is there, in this shape: for errors."""
+    """What says that the tensor exists in this shape, for error messages."""
 
     @staticmethod
     def into(tensor: Array, shape: tuple[int, ...] | None = None) -> Target:
-        """Copy into `tensor`, which may be a part of another. `shape` in the file, where it is
-        broadcast to tensor's."""
+        """Return a target that copies into `tensor`, which may be part of another tensor. `shape`
+        is the shape in the file, if it is to be broadcast to the tensor's."""
         return Target(tuple(tensor.shape) if shape is None else shape, tensor.dtype, tensor.copy_)
 
     def and_into(self, other: Target) -> Target:
-        """One tensor of the file for both."""
+        """Return a target that stores one tensor of the file in both destinations."""
 
         def store(tensor: Array) -> None:
             self.store(tensor)
@@ -74,45 +76,45 @@ class Target(NamedTuple):
         return self._replace(store=store)
 
     def transposed(self) -> Target:
-        """For a checkpoint that holds the matrix the other way round, `[in, out]`."""
+        """Return a target for a checkpoint that stores the matrix transposed, as `[in, out]`."""
         return self._replace(shape=self.shape[::-1], store=lambda tensor: self.store(tensor.T))
 
 
 class Linear(Protocol):
-    """What a linear layer does, whatever its weights look like."""
+    """A linear layer, whatever the form of its weights."""
 
     def __call__(self, x: Array, dtype: Any = None) -> Array:
-        """`x [T, in]` → `[T, out]`, a new array of `dtype`, by default x's."""
+        """Compute `x [T, in]` → `[T, out]`, a new array of `dtype` (default: the dtype of x)."""
 
     def targets(self) -> dict[str, Target]:
-        """The checkpoint's tensors that it reads, by name."""
+        """Return the destinations of the checkpoint's tensors that it reads, by name."""
 
 
 class Embedding(Linear, Protocol):
     """A table of vectors by token id, which may also be the output projection (tied)."""
 
     def rows(self, token_ids: Array) -> Array:
-        """`i64[T]` → `[T, in]`, a new array."""
+        """Look up `i64[T]` → `[T, in]`, a new array."""
 
 
 class LayerMaker(Protocol):
-    """Makes a model's layers, their weights declared and not yet read."""
+    """Builds a model's layers; their weights are declared but not loaded yet."""
 
     def linear(self, name: str, parts: Sequence[Part], in_features: int, bias: bool) -> Linear:
-        """`name` is the layer's full name ("model.layers.3.mlp.down_proj"); the parts have the full
-        names of the checkpoint's layers and lie one after the other in the output."""
+        """Build a linear layer. `name` is its full name ("model.layers.3.mlp.down_proj"). The parts
+        have the full names of the checkpoint's layers and are concatenated in the output."""
 
     def embedding(self, name: str, vocab_size: int, size: int) -> Embedding:
-        """Never quantized."""
+        """Build an embedding. It is never quantized."""
 
     def tied(self, name: str, embedding: Embedding, of: str, vocab_size: int, size: int) -> Linear:
-        """The output projection `name` ("lm_head") of a model whose weight for it is that of
-        `embedding`, named `of`: the embedding itself, or a layer of its own, which wants the
-        embedding's tensor too, where a rule says so."""
+        """Build the output projection `name` ("lm_head") of a model that ties it to `embedding`,
+        whose name is `of`. Returns the embedding itself, or a separate layer that also reads the
+        embedding's tensor if a quantization rule requires one."""
 
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
-        """The layer as it is to be, with the scales of its keys and values where the checkpoint has
-        some. `name` is that of the module in the checkpoint ("model.layers.3.self_attn")."""
+        """Return the layer with the scales of its keys and values, if the checkpoint has any.
+        `name` is that of the module in the checkpoint ("model.layers.3.self_attn")."""
 
 
 class WeightFiles(Protocol):
@@ -128,19 +130,19 @@ class WeightFiles(Protocol):
 
 @dataclass(frozen=True)
 class ModelBuild:
-    """What a model is made of."""
+    """What a model is built from."""
 
     folder: Path
     config: Mapping[str, Any]
     """The contents of config.json."""
     tensor_names: frozenset[str]
-    """What the checkpoint holds."""
+    """Names of the tensors in the checkpoint."""
     layers: LayerMaker
     dtype: Any
-    """Of weights and hidden states, and their device: the framework's own objects."""
+    """Dtype of weights and hidden states; like `device`, an object of the framework."""
     device: Any
     progress: Progress
-    """For models that load their weights."""
+    """Progress callback, for models that load their weights themselves."""
     files: WeightFiles | None = None
     """None: the tensors do not come from files."""
     compiled: bool = False
@@ -151,43 +153,45 @@ class ModelBuild:
 
 
 class Attend(Protocol):
-    """A step's attention, for all layers."""
+    """Computes the attention of a step, for all layers."""
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """`q [T, Hq, D]`, `k, v [T, Hkv, D]` → `[T, Hq, D]`. Writes k and v to the layer's cache,
-        then attends.
+        """Write k and v to the layer's cache, then attend: `q [T, Hq, D]`, `k, v [T, Hkv, D]` →
+        `[T, Hq, D]`.
 
-        All arguments are contiguous, in the model's dtype, and good for this call alone; so is the
-        result, until the next call."""
+        All arguments are contiguous, in the model's dtype, and valid for this call only. The result
+        is valid until the next call.
+        """
 
 
 class Model(Protocol):
     """A decoder-only language model. `forward` and `logits` keep no state."""
 
     attention_layers: list[AttentionLayer]
-    """In order; `attention_layers[i].index == i`, and `attend` is called with each index once a
-    forward pass."""
+    """The attention layers in order: `attention_layers[i].index == i`, and `attend` is called with
+    each index once per forward pass."""
 
     vocab_size: int
 
     def targets(self) -> dict[str, Target]:
-        """Every tensor that the checkpoint must hold, by name; those of the maker's layers
-        included."""
+        """Return the destinations of all tensors that the checkpoint must contain, by name,
+        including those of the layers from the `LayerMaker`."""
 
     def unused(self) -> Collection[str]:
-        """Tensors that the checkpoint may hold and the model does not read, as globs: a tied head
-        that was saved too."""
+        """Return globs for tensors that the checkpoint may contain and the model does not read,
+        such as the copy of a tied head."""
 
     def forward(self, token_ids: Array, positions: Array, attend: Attend) -> Array:
-        """`token_ids, positions: i64[T]` → hidden states `[T, H]`, the final norm applied."""
+        """Compute `token_ids, positions: i64[T]` → hidden states `[T, H]` after the final norm."""
 
     def logits(self, hidden: Array) -> Array:
-        """Hidden states `[R, H]` of the rows to sample → `f32[R, V]`."""
+        """Compute hidden states `[R, H]` of the rows to sample → `f32[R, V]`."""
 
 
 class Architecture(Protocol):
-    """What an architecture provider builds: makes models of the architectures that it declares."""
+    """What an architecture provider builds: it constructs models of the architectures that it
+    declares."""
 
     def model(self, build: ModelBuild) -> Model:
-        """Make the model of a checkpoint. Raises `CheckpointError` naming the file and the key of
-        what it cannot serve."""
+        """Build the model of a checkpoint. Raises `CheckpointError`, naming the file and the key
+        that is not supported."""

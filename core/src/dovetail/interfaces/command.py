@@ -1,14 +1,14 @@
-"""Commands: what a package adds to `dovetail COMMAND`.
+"""Define commands: what a package adds to `dovetail COMMAND`.
 
-A command is no part of an engine, so it fills no extension point and is in no plan. It joins in by
-an entry point in the group `dovetail.commands`: its name is the command's, its value the place of a
-`Command`.
+A command is not part of an engine, so it belongs to no extension point and appears in no plan. It
+is registered by an entry point in the group `dovetail.commands`: the name is that of the command,
+the value the location of a `Command`.
 
     [project.entry-points."dovetail.commands"]
     quantize = "my_package:QUANTIZE"
 
-The module is imported when the command is given and when `dovetail --help` lists all of them, so it
-is light: what is heavy is imported in `run`.
+The module is imported when the command runs and when `dovetail --help` lists all commands, so it
+must be light: import what is heavy inside `run`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ GROUP = "dovetail.commands"
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand. Errors that it foresees are `DovetailError`s: they are printed as one line, and
-    the exit status is 2."""
+    """A subcommand. It reports expected errors as `DovetailError`s, which are printed as one line
+    and give exit status 2."""
 
     summary: str
-    """One line, for the list of commands."""
+    """One line for the list of commands."""
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace, Progress], int]
-    """With the parsed arguments, and whom to tell how far it is; returns the exit status. Results
-    go to stdout."""
+    """Runs the command with the parsed arguments and a progress callback, and returns the exit
+    status. Results go to stdout."""

@@ -1,9 +1,9 @@
-"""Compiled steps: what an attention backend or a linear layer offers so that a worker can run it
-without Python.
+"""Define compiled steps: what an attention backend or a linear layer offers so that a worker can
+run it without Python.
 
-A worker that compiles its steps asks each part for its operations once, when buffers and caches are
-allocated, and runs all of them in one call a step (`native/include/dovetail/step.h` is the C side,
-and says how threads share the work).
+A worker that compiles its steps asks each component for its operations once, when buffers and
+caches are allocated, and runs all of them in one call per step. The C side, with the rules for
+sharing work between threads, is in `native/include/dovetail/step.h`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ CONTRACT = "0.1"
 
 
 class Op(ctypes.Structure):
-    """`dovetail_op`."""
+    """The C struct `dovetail_op`."""
 
     _fields_ = [("pieces", ctypes.c_void_p), ("piece", ctypes.c_void_p), ("self", ctypes.c_void_p)]
 
 
 class StepHeader(ctypes.Structure):
-    """`dovetail_step`."""
+    """The C struct `dovetail_step`."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("num_tokens", "num_threads")),
@@ -34,7 +34,7 @@ class StepHeader(ctypes.Structure):
 
 
 class AttentionCall(ctypes.Structure):
-    """`dovetail_attention_call`."""
+    """The C struct `dovetail_attention_call`."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
@@ -44,8 +44,8 @@ class AttentionCall(ctypes.Structure):
 
 
 class Compiled(NamedTuple):
-    """Operations to be run one after the other, and what must stay alive for as long as they are
-    run."""
+    """Operations to run one after the other, and the objects that must stay alive as long as they
+    are used."""
 
     ops: list[Op]
     keep: Any
@@ -55,10 +55,10 @@ class CompiledLinear(Linear, Protocol):
     """A linear layer that can be part of a compiled step."""
 
     def compile(self, x: Any, y: Any) -> Compiled:
-        """The operation `y[:T] = self(x[:T])` on buffers of the worker's, made once.
+        """Return the operation `y[:T] = self(x[:T])` on buffers of the worker. Called once.
 
-        `x [max_num_tokens, ≥ in]` and `y [max_num_tokens, ≥ out]`, rows contiguous; those of x are
-        zero from the end of the inputs to a multiple of 32.
+        `x [max_num_tokens, ≥ in]` and `y [max_num_tokens, ≥ out]` have contiguous rows; rows of x
+        are zero from the end of the inputs to the next multiple of 32.
         """
 
 
@@ -76,11 +76,11 @@ class CompiledAttention(AttentionBackend, Protocol):
     """
 
     def compile(self, layer: AttentionLayer, cache: Any, call: AttentionCall) -> Compiled:
-        """The operations of `run` for one layer: write the keys and values, attend."""
+        """Return the operations of `run` for one layer: write keys and values, then attend."""
 
     def address(self, layer: AttentionLayer, plan: Any) -> int:
-        """Of what this step's operations read as `step->attention[layer.index]`; good as long as
-        the plan."""
+        """Return the address that this step's operations read as `step->attention[layer.index]`. It
+        stays valid as long as the plan."""
 
 
 class CompiledForward(NamedTuple):

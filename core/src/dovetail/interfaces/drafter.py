@@ -1,9 +1,10 @@
-"""Drafting: guesses at a sequence's next tokens, which the target model verifies many at a time.
+"""Define the drafter, which proposes a sequence's next tokens for the target model to verify many
+at a time.
 
-Verification is the engine's. The target's token at every position is sampled as always, with noise
-keyed by seed and position, and a draft counts while it equals what was sampled (speculative
-decoding with a shared source of randomness). So a drafter can make an engine slower or faster,
-never different.
+The engine verifies draft tokens. It samples the target's token at every position as usual, with
+noise keyed by seed and position, and accepts draft tokens while they equal the sampled ones
+(speculative decoding with a shared source of randomness). A drafter can therefore change the speed
+of an engine, but never its output.
 """
 
 from __future__ import annotations
@@ -17,35 +18,36 @@ from dovetail.sequence import Sequence
 @dataclass(frozen=True)
 class DrafterCapabilities:
     runs_in: Literal["engine", "worker"] = "engine"
-    """engine: the loop asks for tokens between two steps. worker: it asks how many, and the worker
-    drafts them itself, in the step that verifies them, with the model that the options name
-    (`DraftModelOptions`). Either way a step with drafts is not overlapped."""
+    """engine: the loop asks for draft tokens between two steps. worker: the loop asks how many
+    draft tokens to use, and the worker proposes them in the step that verifies them, with the model
+    that the options name (`DraftModelOptions`). In both cases a step with draft tokens is not
+    overlapped."""
     learns_from_other_requests: bool = False
-    """Proposals depend on what other requests said. Without it they follow from the sequence's own
-    tokens alone."""
+    """Proposals depend on the outputs of other requests. Otherwise they depend only on the
+    sequence's own tokens."""
 
 
 class Drafter(Protocol):
-    """One object an engine. It may keep what it likes about a sequence, by `seq_id`, until
-    `forget`."""
+    """Proposes draft tokens; one object per engine. It may store data about a sequence, by
+    `seq_id`, until `forget`."""
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-        """Guess the tokens after `seq.tokens`: at most `max_tokens`, in order, and none at all if
-        there is no good guess.
+        """Propose the tokens after `seq.tokens`: at most `max_tokens`, in order, or none if there
+        is no good proposal.
 
-        Asked between steps of a sequence that decodes, as often as that is worth it; while a step
-        runs too, just to see whether there is something to propose. `seq` is to be read only.
-        Between two calls `seq.tokens` has grown, or is as it was, and its beginning has not
-        changed: an index of it can be kept and extended. An exception, or tokens that do not exist,
-        fail the request.
+        Called between steps for a decoding sequence, as often as drafting pays off; also while a
+        step runs, only to find out whether there is a proposal. `seq` is read-only. Between two
+        calls `seq.tokens` is unchanged or has grown, and its prefix has not changed, so an index of
+        it can be stored and extended. An exception, or a token id outside the vocabulary, fails the
+        request.
 
-        A drafter that runs in the worker answers with `DRAFTED_BY_WORKER` for each token that the
-        worker is to draft.
+        A drafter that runs in the worker returns `DRAFTED_BY_WORKER` for each token that the worker
+        is to propose.
         """
 
     def forget(self, seq_id: int) -> None:
-        """The sequence has ended, however it did: keep nothing of it, for its `seq_id` may come
-        again. Also called for sequences that were never asked about."""
+        """Delete everything about a sequence that has ended in any way; its `seq_id` may be used
+        again. Also called for sequences that `propose` has never seen."""
 
 
 CONTRACT = "0.1"

@@ -1,5 +1,5 @@
-"""Who owns the blocks: the free lists and the reference counts. Plain Python, no tensor, one object
-an engine."""
+"""Define the KV-cache manager, which owns the free lists and reference counts of blocks. It is
+plain Python without tensors; there is one object per engine."""
 
 from __future__ import annotations
 
@@ -10,101 +10,104 @@ from dovetail.types import BlockOp, KVGroup
 
 
 class KVCacheManager(Protocol):
-    """Hands out blocks of every KV group to sequences. Block 0 of a group is the null block, which
-    is never handed out.
+    """Allocates blocks of every KV group to sequences. Block 0 of a group is the null block, which
+    is never allocated.
 
-    A manager that asks no prefix cache may inherit what has to do with one.
+    A manager without a prefix cache may inherit the methods that concern one.
     """
 
     groups: list[KVGroup]
     num_blocks: list[int]
-    """Per group, the null block included."""
+    """Number of blocks per group, the null block included."""
 
     faults: list[tuple[int, Exception]]
-    """Requests that must fail, by the seq_id of one of their sequences, and why; the engine takes
-    them out."""
+    """Requests that must fail: the seq_id of one of their sequences, and the exception. The engine
+    removes the entries."""
 
     num_queried_tokens: int
-    """That `reuse` looked for, so far; of these found:"""
+    """Number of tokens that `reuse` has looked up so far."""
     num_hit_tokens: int
+    """Number of these tokens that `reuse` has found."""
 
     num_evicted: dict[str, int]
-    """Blocks that the prefix cache has forgotten so far, by cause: `device_full`, `host_full`,
-    `reset`; or moved: `to_host`."""
+    """Blocks that the prefix cache has evicted so far, by cause: `device_full`, `host_full`,
+    `reset`; or moved to another tier: `to_host`."""
     block_ops: list[BlockOp]
-    """Moves to be done, in this order, before the kernels of the next step; the engine takes them
-    out."""
+    """Copies to execute, in this order, before the kernels of the next step. The engine removes the
+    entries."""
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
-        """Give a sequence room for its first `num_tokens` tokens.
+        """Allocate slots for the first `num_tokens` tokens of a sequence.
 
         Returns the blocks added, per group, in order (mostly empty lists), or None if there are not
-        enough: then nothing has changed. Room once given lasts until `free`, `trim` aside.
+        enough free blocks; then nothing has changed. Slots stay allocated until `free`; `trim` may
+        take back some of them.
         """
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         """Let a new sequence `target` use the blocks that hold the first tokens of `source`, at
-        most `num_tokens`.
+        most `num_tokens` of them.
 
-        Only whole blocks are shared, so nobody ever writes to a shared block. Returns how many
-        tokens `target` now has, 0 when nothing could be shared (then `target` is still unknown).
+        Only whole blocks are shared, so no sequence ever writes to a shared block. Returns the
+        number of tokens shared; if it is 0, `target` is still unknown to the manager.
         """
 
     def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
-        """Give a new sequence the blocks in which its first tokens' KV is found computed, at most
-        `num_tokens` tokens.
+        """Let a new sequence use cached blocks that hold the KV of its first tokens, at most
+        `num_tokens` of them.
 
-        Returns how many tokens it now has; 0 when nothing was found (then it is still unknown). A
-        manager without a prefix cache finds nothing.
+        Returns the number of tokens found; if it is 0, the sequence is still unknown to the
+        manager. A manager without a prefix cache finds nothing.
 
-        None, only to those who say that the sequence `may_wait`: not now, a running sequence is
-        about to compute the next block that this one needs. Nothing has changed; ask again in the
-        next step, and go on with the next sequence meanwhile. The one waited for holds blocks, so
-        whoever waits never waits for one that waits.
+        Returns None, only if `may_wait` is set, while a running sequence is about to compute the
+        next block that this sequence needs. Nothing has changed then: ask again in the next step,
+        and continue with the next sequence meanwhile. A sequence that is waited for holds blocks,
+        so there are no chains of waiting sequences.
         """
         return 0
 
     def num_cached(self, seq: Sequence, num_tokens: int) -> int:
-        """How many of a waiting sequence's first `num_tokens` tokens `reuse` would find now.
-        Changes nothing."""
+        """Return how many of the first `num_tokens` tokens of a waiting sequence `reuse` would find
+        now. Changes nothing."""
         return 0
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far. Sequences that run keep their blocks."""
+        """Forget everything cached so far. Running sequences keep their blocks."""
         return None
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """The KV of the first `num_tokens` tokens of a sequence is in its blocks: others may reuse
-        it, from now on or, if it is output, when the sequence leaves.
+        """Record that the KV of the first `num_tokens` tokens of a sequence is in its blocks. Other
+        sequences may then reuse it: prompt blocks at once, output blocks when the sequence leaves.
 
-        Called when the step that computed them has ended well, if not after every step; not for
-        unknown sequences' sake an error.
+        Called after a step that computed these tokens has succeeded. Individual steps may be
+        skipped. Unknown sequence ids are ignored.
         """
         return None
 
     def block_ids(self, seq_id: int) -> list[list[int]]:
-        """The block tables of a sequence, per group. A trimmed entry is the null block."""
+        """Return the block tables of a sequence, per group. A trimmed entry is the null block."""
 
     def trim(self, seq_id: int, num_computed_tokens: int) -> None:
-        """Take back the blocks that no later token can see (sliding windows). Call when no step in
-        flight reads them."""
+        """Take back the blocks that no later token can attend to (sliding windows). Call it only
+        when no step in flight reads them."""
 
     def free(self, seq_id: int) -> None:
-        """Drop a sequence's references, if it has any. Call when no step in flight uses them."""
+        """Drop a sequence's references, if it has any. Call it only when no step in flight uses
+        them."""
 
     @property
     def num_used(self) -> int:
-        """Blocks that sequences refer to, over all groups."""
+        """Number of blocks that sequences reference, over all groups."""
 
     @property
     def num_kept(self) -> dict[str, int]:
-        """Blocks that no sequence refers to and that can be found again, over all groups, by tier:
-        `device`, `host`."""
+        """Number of evictable blocks (cached, and referenced by no sequence), over all groups, by
+        tier: `device`, `host`."""
         return {}
 
     @property
     def num_total(self) -> int:
-        """Blocks there are to hand out, over all groups."""
+        """Number of blocks that can be allocated, over all groups."""
 
 
 CONTRACT = "0.2"

@@ -1,9 +1,9 @@
-"""Products by quantized weights: the fast part that many schemes share.
+"""Define GEMM with quantized weights, the fast kernel that many schemes share.
 
-A scheme knows how checkpoints store a weight; a matmul provider knows how one kind of device
-multiplies by it. Between them lies a canonical form: codes, scales by group, perhaps zero points.
-A new checkpoint format whose codes are int8, uint4 or FP8 (E4M3) needs no kernel, and a new kernel
-serves all formats. Other codes (FP4, for example) are not expressible yet.
+A scheme knows how checkpoints store a weight; a matmul provider knows how to multiply by it on one
+kind of device. Between them is a canonical form: codes, scales per group, and optionally zero
+points. A new checkpoint format whose codes are int8, uint4 or FP8 (E4M3) needs no kernel, and a new
+kernel serves all formats. Other codes (FP4, for example) cannot be expressed yet.
 
     weight[o, i] = scales[o, g] * (codes[o, i] - zeros[o, g])        with g = i // group_size
 """
@@ -25,13 +25,13 @@ Inputs = Literal["int8", "float8_e4m3fn"]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight `[out, in]` lies in its tensors:
+    """How a weight `[out, in]` is stored in its tensors:
 
-    - "codes": "int8" and "float8_e4m3fn" `[out, in]`; "uint4" as `u8[out, ceil(in / 2)]`, the first
-      of two in the low half
+    - "codes": "int8" and "float8_e4m3fn" are `[out, in]`; "uint4" is `u8[out, ceil(in / 2)]` with
+      the first of two codes in the low half
     - "scales": `f32[out, num_groups]`
     - "zeros", if the format has them: `[out, num_groups]`, u8 for "uint4" and i8 for "int8".
-      Without them it is 8 for "uint4", 0 for the others
+      Without them the zero point is 8 for "uint4" and 0 for the others
     - "order", if the format has one: `i64[in]`; codes[:, k] belongs to x[:, order[k]]
     - "input_scale", if the format has one: `f32[1]`, for all rows of x
     - "bias", if the layer has one: `[out]`, of the layer's dtype
@@ -39,21 +39,21 @@ class WeightFormat:
 
     codes: Codes
     group_size: int | None = None
-    """Inputs that share a scale; None: all. The last group may be smaller."""
+    """Number of inputs that share a scale; None means all. The last group may be smaller."""
     zeros: bool = False
     order: bool = False
     inputs: Inputs | None = None
-    """What x is rounded to before the product: each row by a scale of its own, its largest absolute
-    value over 127 (int8) or 448 (float8), unless the format has an input_scale."""
+    """Type to which x is quantized before the GEMM: per row, with its largest absolute value over
+    127 (int8) or 448 (float8) as the scale, unless the format has an input_scale."""
     input_scale: bool = False
 
     def __str__(self) -> str:
-        per = "one scale an output" if self.group_size is None else f"groups of {self.group_size}"
-        more = ", zeros" * self.zeros + ", in an order" * self.order
+        per = "one scale per output" if self.group_size is None else f"groups of {self.group_size}"
+        more = ", zeros" * self.zeros + ", reordered inputs" * self.order
         rounded = (
             ""
             if self.inputs is None
-            else f", inputs {self.inputs}{' by a fixed scale' * self.input_scale}"
+            else f", inputs {self.inputs}{' with a fixed scale' * self.input_scale}"
         )
         return f"{self.codes}, {per}{more}{rounded}"
 
@@ -65,7 +65,7 @@ class WeightFormat:
         return 4 if self.codes == "uint4" else 8
 
     def nbytes(self, layer: LinearLayer) -> int:
-        """Of these tensors, the bias aside."""
+        """Return the bytes of these tensors, without the bias."""
         codes = -(-layer.in_features // 2) if self.bits == 4 else layer.in_features
         groups = self.num_groups(layer.in_features) * (5 if self.zeros else 4)
         return layer.out_features * (codes + groups) + (layer.in_features * 8 if self.order else 0)
@@ -73,42 +73,42 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class MatmulCapabilities:
-    """What a provider multiplies by, as data: the core refuses what is not declared."""
+    """What a provider supports, as data. The core rejects what is not declared."""
 
     codes: tuple[Codes, ...] = ()
     inputs: tuple[Inputs, ...] = ()
-    """Beside inputs that are not rounded, which all take."""
+    """Types of quantized inputs. Inputs that are not quantized are always supported."""
     framework: str = "torch"
     devices: tuple[str, ...] | None = ("cpu",)
-    """None is any."""
+    """Supported devices; None means any."""
     dtypes: tuple[str, ...] | None = ("float32", "bfloat16", "float16")
-    """Of x and of the product. None is any."""
+    """Dtypes of x and of the product; None means any."""
     group_sizes: tuple[int, ...] | None = None
-    """None is any."""
+    """Supported group sizes; None means any."""
     compiled_steps: bool = False
-    """Its layers are `CompiledLinear`s: they can be part of a compiled step
+    """Its layers are `CompiledLinear`s, which can be part of a compiled step
     (interfaces/compiled.py)."""
 
 
 class Matmul(Protocol):
-    """What a provider builds: one object an engine."""
+    """What a matmul provider builds; one object per engine."""
 
     def linear(
         self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Array]
     ) -> Callable[[Array], Array]:
-        """Make `x [T, in]` → `x @ weight.T + bias`, a new array of x's dtype. Rows of x are
-        contiguous, and may lie apart.
+        """Build the callable for `x [T, in]` → `x @ weight.T + bias`, a new array of the dtype of
+        x. Rows of x are contiguous; the row stride is arbitrary.
 
-        The callable may keep the tensors, or a form of its own, for as long as it lives.
+        The callable may hold the tensors, or a converted form, as long as it lives.
         """
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
-        """Bytes that the weights take once the layer is made, its bias aside."""
+        """Return the bytes of the layer's weights in memory, without its bias."""
 
 
 def dequantized(format: WeightFormat, in_features: int, tensors: Mapping[str, Array]) -> Array:
-    """The weight that torch tensors of a format stand for, `f32[out, in]`: the definition, and the
-    reference of kernels."""
+    """Compute the weight that torch tensors of a format represent, `f32[out, in]`. This is the
+    definition of the format and the reference for kernels."""
     codes, scales = tensors["codes"], tensors["scales"]
     if format.codes == "uint4":
         codes = (codes[:, :, None] >> codes.new_tensor([0, 4]) & 15).flatten(1)[:, :in_features]
@@ -124,9 +124,9 @@ def dequantized(format: WeightFormat, in_features: int, tensors: Mapping[str, Ar
 
 
 class MatmulScheme:
-    """A `Scheme` whose layers the matmul extension point multiplies: it says a layer's format, and
-    brings the checkpoint's tensors into the canonical form. `tensors` are those that `parameters`
-    declares."""
+    """Base class of a `Scheme` that uses the matmul extension point. A subclass returns the layer's
+    format and converts the checkpoint's tensors to the canonical form. `tensors` are those that
+    `parameters` declares."""
 
     unused: tuple[str, ...] = ()
 
@@ -137,7 +137,7 @@ class MatmulScheme:
         raise NotImplementedError
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """The tensors of `format(layer)`. May raise `CheckpointError`."""
+        """Convert to the tensors of `format(layer)`. May raise `CheckpointError`."""
         raise NotImplementedError
 
     def linear(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Callable[[Array], Array]:

@@ -1,4 +1,5 @@
-"""Where a model's files are. A model provider answers to a name, such as `demo`."""
+"""Define what a model provider returns: the location of a model's files. A model provider is
+selected by name, such as `demo`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,6 @@ class ModelSource:
     folder: Path
     licence: str = ""
     draft: str | None = None
-    """Name of the model that drafts for it, where one comes with it."""
+    """Name of the draft model that belongs to this model, if there is one."""
     revision: str | None = None
-    """Commit, where the folder is a download from the hub."""
+    """Commit of the model, if the folder is a download from the hub."""

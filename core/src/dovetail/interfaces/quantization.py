@@ -1,13 +1,13 @@
-"""Quantization: how the weights of linear layers are stored, and how they are multiplied.
+"""Define quantization: how the weights of linear layers are stored and multiplied.
 
-A scheme answers for each linear layer with the tensors that it keeps (`parameters`), or with the
-reason why the layer stays as it is. From that declaration follow, the same for every scheme: which
-of the checkpoint's tensors are read, where the parts of a fused layer (q, k and v) lie, and what a
-shard of a layer holds. When a layer's tensors are complete, `linear` makes the callable that
-multiplies.
+For each linear layer a scheme either declares the tensors that it stores (`parameters`) or gives
+the reason why the layer stays unquantized. The declaration determines, in the same way for every
+scheme, which of the checkpoint's tensors are read, where the parts of a fused layer (q, k and v)
+are placed, and what a shard of a layer holds. When all tensors of a layer are loaded, `linear`
+builds the callable that multiplies by them.
 
-A checkpoint may hold a layer as the scheme stores it, or as a plain weight, which goes through
-`quantize` while it is read.
+A checkpoint may hold a layer as the scheme stores it, or as a plain (unquantized) weight, which
+`quantize` converts while it is loaded.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ PLAIN = "none"
 
 Side = Literal["out", "in"]
 Scale = Literal["not zero", "not negative", "positive"]
-"""What a scale may be; an infinity or NaN never. "not zero": some tools write negative ones; "not
-negative": where weights are all zero it is 0; "positive": inputs, keys or values are divided by
-it."""
+"""Which values a scale may have; infinities and NaN are never allowed. "not zero": some tools write
+negative scales. "not negative": the scale is 0 where all weights are zero. "positive": inputs, keys
+or values are divided by it."""
 
 
 @dataclass(frozen=True)
 class QuantizationCapabilities:
-    """What a scheme can do, as data: the core refuses what is not declared, with the reason."""
+    """What a scheme supports, as data. The core rejects what is not declared, with the reason."""
 
     methods: tuple[str, ...] = ()
-    """Checkpoints that it reads: `quant_method` of their quantization_config. `PLAIN` is one that
-    is not quantized."""
+    """Checkpoints that it reads, by `quant_method` of their quantization_config. `PLAIN` is a
+    checkpoint that is not quantized."""
     on_the_fly: bool = False
-    """It can quantize plain weights while they are read."""
+    """True if it can quantize plain weights while they are loaded."""
     framework: str = "torch"
     devices: tuple[str, ...] | None = ("cpu",)
-    """None is any."""
+    """Supported devices; None means any."""
     dtypes: tuple[str, ...] | None = ("float32", "bfloat16", "float16")
-    """Of a layer's input and output. None is any."""
+    """Dtypes of a layer's input and output; None means any."""
     activations: str | None = None
-    """What a layer rounds its inputs to before it multiplies: "int8", "float8_e4m3fn"; None: it
-    does not."""
+    """Type to which a layer quantizes its inputs before the GEMM: "int8", "float8_e4m3fn"; None if
+    it does not."""
     examples: tuple[dict[str, Any], ...] = ()
-    """quantization_configs of checkpoints that it reads, one for each method at least: what
-    conformance is tried with."""
+    """quantization_configs of checkpoints that it reads, at least one per method, for the
+    conformance tests."""
     codes: tuple[str, ...] = ()
-    """What it has multiplied by the matmul extension point: its `WeightFormat.codes`
-    (interfaces/matmul.py). Empty: it multiplies by itself. Where a checkpoint or options ask for
-    less than all of `codes` and `activations`, `Provider.needs` says so."""
+    """The `WeightFormat.codes` that it passes to the matmul extension point (interfaces/matmul.py).
+    Empty: it has its own GEMM. If a checkpoint or the options need less than all of `codes` and
+    `activations`, `Provider.needs` says so."""
     compiled_steps: bool = False
-    """Its layers are `CompiledLinear`s: they can be part of a compiled step
-    (interfaces/compiled.py), if those that the matmul extension point makes for it are."""
+    """Its layers are `CompiledLinear`s, which can be part of a compiled step
+    (interfaces/compiled.py), if those that the matmul extension point builds for it are."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the checkpoint's layers that a fused layer is made of: `q_proj` of `qkv_proj`, by its
+    """One of the checkpoint's layers in a fused layer, such as `q_proj` in `qkv_proj`, with its
     full name."""
 
     name: str
@@ -74,33 +74,33 @@ class Part:
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """What is fixed for a linear layer: `x [T, in_features]` → `[T, out_features]`."""
+    """Constants of a linear layer: `x [T, in_features]` → `[T, out_features]`."""
 
     name: str
-    """Full: "model.layers.3.mlp.down_proj"."""
+    """Full name: "model.layers.3.mlp.down_proj"."""
     parts: tuple[Part, ...]
-    """One after the other in the output. Mostly one, of the layer's name."""
+    """Parts in the order of the output. Usually one, with the layer's name."""
     in_features: int
     bias: bool
     dtype: str
-    """Of x, of the output and of the bias."""
+    """Dtype of x, of the output and of the bias."""
     device: str = "cpu"
     stored: bool = True
-    """The checkpoint holds the layer as the scheme stores it. Otherwise it holds a plain weight,
-    for `quantize`."""
+    """True if the checkpoint holds the layer as the scheme stores it; False if it holds a plain
+    weight, for `quantize`."""
 
     @property
     def out_features(self) -> int:
         return sum(part.out_features for part in self.parts)
 
     def part(self, index: int) -> LinearLayer:
-        """One part as a layer of its own."""
+        """Return one part as a separate layer."""
         part = self.parts[index]
         return replace(self, name=part.name, parts=(part,))
 
     def shard(self, side: Side, rank: int, size: int) -> LinearLayer:
-        """What one of `size` ranks holds: a share of each part's outputs, or of the inputs. Raises
-        `ValueError`."""
+        """Return what one of `size` ranks holds: a share of each part's outputs, or of the inputs.
+        Raises `ValueError`."""
         shared = (
             [(p.name, p.out_features) for p in self.parts]
             if side == "out"
@@ -116,25 +116,25 @@ class LinearLayer:
         return replace(self, parts=tuple(Part(p.name, p.out_features // size) for p in self.parts))
 
     def alike(self, answer: Callable[[str], object], what: str) -> Any:
-        """`answer` for a part's name, which must be the same for all parts. Raises `ConfigError`
-        that shows them.
+        """Return `answer` for a part's name, which must be the same for all parts. Raises a
+        `ConfigError` that lists the answers if they differ.
 
-        `what` says for the error what was asked, such as "the checkpoint's ignore list".
+        `what` names the question for the error message, such as "the checkpoint's ignore list".
         """
         answers = {part.name: answer(part.name) for part in self.parts}
         first = next(iter(answers.values()))
         if any(a != first for a in answers.values()):
             listing = ", ".join(f"{name}: {a}" for name, a in answers.items())
             raise ConfigError(
-                f"{what} must treat all parts of the fused layer {self.name} alike, and says"
-                f" {listing}"
+                f"{what} must treat all parts of the fused layer {self.name} alike, but the answers"
+                f" differ: {listing}"
             )
         return first
 
 
 def quantization_rule(plan: Plan, layer: LinearLayer) -> str:
-    """The key of the plan's choice that counts for a layer. Raises `ConfigError` if parts of a
-    fused layer differ."""
+    """Return the plan key of the quantization rule that applies to a layer. Raises `ConfigError` if
+    the rules for the parts of a fused layer differ."""
     rules = plan.quantization_rules
     kinds = {
         key: " ".join([c.provider, *(f"{k}={v}" for k, v in c.options.items())])
@@ -153,8 +153,9 @@ class Axis:
     """An axis of a parameter along a layer's outputs or inputs: `elements` elements for every
     `features` features.
 
-    `Axis("in", 8)` is eight 4-bit weights in an int32; `Axis("in", 128)` a scale for a group of 128
-    inputs; `Axis("out", 128)` one for a block of 128 outputs, the last of which may be smaller.
+    `Axis("in", 8)` is eight 4-bit weights in an int32; `Axis("in", 128)` is one scale per group of
+    128 inputs; `Axis("out", 128)` is one per block of 128 outputs, the last of which may be
+    smaller.
     """
 
     side: Side
@@ -162,7 +163,7 @@ class Axis:
     elements: int = 1
 
     def size(self, features: int) -> int:
-        """Elements that `features` features take."""
+        """Return the number of elements for `features` features."""
         return math.ceil(features / self.features) * self.elements
 
 
@@ -174,28 +175,28 @@ Index = tuple[int | slice, ...]
 class Parameter:
     """One of a layer's tensors.
 
-    In the checkpoint each part has its own, of `axes`. In memory the parts lie one after the other
-    along the axis of the outputs; where there is none (a scale for the whole tensor, an order of
-    the inputs) they are stacked along a new first axis: `[num_parts, …]`, also where there is one
+    In the checkpoint each part has its own tensor with `axes`. In memory the parts are concatenated
+    along the axis of the outputs. If there is none (a scale for the whole tensor, an order of the
+    inputs) they are stacked along a new first axis, `[num_parts, …]`, even if there is only one
     part.
     """
 
     axes: tuple[Axis | int, ...]
-    """A number is an axis of that length in every part and shard."""
+    """Axes of the tensor. An integer is an axis of that length in every part and shard."""
     dtype: str
     scale: Scale | None = None
-    """Weights or inputs are multiplied by it: a number that it may not be is an error, which
-    `check` raises for the worker."""
+    """Allowed values if weights or inputs are multiplied by the tensor. `check` raises an error for
+    any other value."""
 
     def part_shape(self, layer: LinearLayer, part: int) -> tuple[int, ...]:
-        """In the checkpoint (of a layer that is not sharded)."""
+        """Return the shape in the checkpoint (of a layer that is not sharded)."""
         sizes = {"out": layer.parts[part].out_features, "in": layer.in_features}
         return tuple(
             axis if isinstance(axis, int) else axis.size(sizes[axis.side]) for axis in self.axes
         )
 
     def shape(self, layer: LinearLayer) -> tuple[int, ...]:
-        """In memory."""
+        """Return the shape in memory."""
         shapes = [self.part_shape(layer, i) for i in range(len(layer.parts))]
         if self._out is None:
             return (len(shapes), *shapes[0])
@@ -206,17 +207,18 @@ class Parameter:
         )
 
     def part_index(self, layer: LinearLayer, part: int) -> Index:
-        """Where a part lies in memory."""
+        """Return the index of a part in the tensor in memory."""
         if self._out is None:
             return (part,)
         sizes = [self.part_shape(layer, i)[self._out] for i in range(part + 1)]
         return (*[slice(None)] * self._out, slice(sum(sizes) - sizes[-1], sum(sizes)))
 
     def shard_index(self, layer: LinearLayer, part: int, side: Side, rank: int, size: int) -> Index:
-        """What of a part's tensor in the checkpoint a rank reads; `layer` is the whole layer.
+        """Return the index of what a rank reads of a part's tensor in the checkpoint; `layer` is
+        the whole layer.
 
-        Raises `ValueError` if the shard would begin or end within an element, or no axis says where
-        the side's features lie.
+        Raises `ValueError` if the shard would begin or end within an element, or if no axis
+        belongs to the side.
         """
         features = layer.in_features if side == "in" else layer.parts[part].out_features
         share = features // size
@@ -234,9 +236,9 @@ class Parameter:
         return tuple(index)
 
     def check(self, name: str, tensor: Array) -> None:
-        """Raise `CheckpointError` for a scale that is none. `name` is the torch tensor's, with its
-        layer's. Called by who reads a checkpoint, for each tensor of a scheme, and by who has one
-        quantized."""
+        """Raise `CheckpointError` if a scale has a value that is not allowed. `name` is the full
+        name of the torch tensor. Called for each tensor of a scheme that is read from a checkpoint
+        or returned by `quantize`."""
         if self.scale is None:
             return
         values = tensor.float()
@@ -252,9 +254,9 @@ class Parameter:
                 self.scale
             ]
             raise CheckpointError(
-                f"{name} holds {float(values[first])} at {list(first)}, and {int(bad.sum())} of its"
-                f" {bad.numel()} scales are {wrong}, infinite or NaN: the checkpoint is damaged, or"
-                " its quantization failed there; get it again, or quantize it again"
+                f"{name} has the value {float(values[first])} at {list(first)}, and"
+                f" {int(bad.sum())} of its {bad.numel()} scales are {wrong}, infinite or NaN: the"
+                " checkpoint is damaged or its quantization failed; download or quantize it again"
             )
 
     @property
@@ -269,52 +271,53 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Declined:
-    """Why a scheme leaves a layer as it is."""
+    """The reason why a scheme leaves a layer unquantized."""
 
     reason: str
 
 
 class Scheme(Protocol):
-    """What a quantization provider builds: one object an engine and rule.
-    `context.model.quantization_config` is what the checkpoint says of itself."""
+    """What a quantization provider builds; one object per engine and rule.
+    `context.model.quantization_config` is the quantization config of the checkpoint."""
 
     unused: tuple[str, ...]
-    """Tensors that a checkpoint may hold and that the scheme does not read, as globs."""
+    """Globs for tensors that a checkpoint may contain and the scheme does not read."""
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
-        """The layer's tensors, by what follows the part's name in the checkpoint ("qweight" of
-        "….down_proj.qweight"); or why the layer stays as it is. The bias is not among them: it is
-        always plain.
+        """Return the layer's tensors, or why the layer stays unquantized. The keys are the tensor
+        names without the part's name ("qweight" of "….down_proj.qweight"). The bias is not among
+        them; it is never quantized.
 
-        Raises `CheckpointError` if the checkpoint says that the layer is quantized and the scheme
-        cannot take it.
+        Raises `CheckpointError` if the layer is quantized according to the checkpoint, but the
+        scheme does not support it.
         """
 
     def linear(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Callable[[Array], Array]:
-        """Make `x [T, in]` → `[T, out]`, a new array of x's dtype. Called once, with all tensors
-        complete. Rows of x are contiguous, and may lie apart.
+        """Build the callable for `x [T, in]` → `[T, out]`, a new array of the dtype of x. Called
+        once, with all tensors loaded. Rows of x are contiguous; the row stride is arbitrary.
 
-        `tensors` are those declared, by the same names, on the layer's device, and "bias" `[out]`
-        if the layer has one. The callable may keep them, or a form of its own, for as long as it
+        `tensors` has the declared tensors, by the same names, on the layer's device, and "bias"
+        `[out]` if the layer has one. The callable may hold them, or a converted form, as long as it
         lives.
         """
 
     def kv_scales(self, name: str) -> dict[str, Parameter] | None:
-        """The checkpoint's scales of an attention layer's keys and values
-        ("model.layers.3.self_attn"): tensors of one element, by full name, the keys' first. None:
-        it has none. Read where the KV cache is of "float8_e4m3fn", else passed over.
+        """Return the checkpoint's scales of an attention layer's keys and values, or None if it has
+        none. `name` is the attention module ("model.layers.3.self_attn"). The tensors have one
+        element; they are given by full name, the keys' scale first. They are read if the KV cache
+        has dtype "float8_e4m3fn", and otherwise ignored.
         """
 
     def nbytes(self, layer: LinearLayer) -> int:
-        """Bytes that the weights take once the layer is made, its bias aside."""
+        """Return the bytes of the layer's weights in memory, without its bias."""
 
     def dequantize(self, layer: LinearLayer, tensors: Mapping[str, Array]) -> Array:
-        """The weight that the tensors stand for, `f32[out, in]`: slow and obviously right, the
-        reference of `linear`."""
+        """Return the weight that the tensors represent, `f32[out, in]`. Slow and obviously correct:
+        the reference for `linear`."""
 
     def quantize(self, layer: LinearLayer, weight: Array) -> dict[str, Array]:
-        """The tensors of a plain weight `[out, in]`, contiguous, of any floating type: of one part,
-        in the checkpoint's shapes.
+        """Quantize a plain weight `[out, in]` of one part, contiguous, of any floating-point type.
+        Returns tensors in the checkpoint's shapes.
 
-        Only called if `on_the_fly` is declared.
+        Called only if `on_the_fly` is declared.
         """

@@ -1,4 +1,5 @@
-"""Which tokens run now. Plain Python, no tensor, one object an engine."""
+"""Define the scheduler, which decides which tokens run in each step. It is plain Python without
+tensors; there is one object per engine."""
 
 from __future__ import annotations
 
@@ -11,44 +12,44 @@ from dovetail.types import StepPlan
 
 @dataclass(frozen=True)
 class SchedulerCapabilities:
-    """What a scheduler promises beyond the contract, as data."""
+    """What a scheduler guarantees beyond the contract, as data."""
 
     order: Literal["arrival", "priority"] | None = None
-    """Requests that wait together begin in order of arrival, or of `priority` (lower first) and
-    then arrival. None: no promise, but that nobody starves."""
+    """Order in which requests that wait together start: by arrival, or by `priority` (lower first)
+    and then arrival. None: no guarantee except that no request starves."""
 
 
 class Scheduler(Protocol):
-    """Holds the sequences that are not finished and picks each step's tokens.
+    """Holds the unfinished sequences and selects the tokens of each step.
 
-    Within every plan: at most `max_num_batched_tokens` tokens and `max_num_seqs` running sequences;
-    every sequence that is never finished is eventually scheduled.
+    Every plan has at most `max_num_batched_tokens` tokens, and at most `max_num_seqs` sequences
+    run. Every unfinished sequence is scheduled eventually.
     """
 
     waiting: list[Sequence]
-    """Not running, in the order they will start: new ones, and preempted ones that must be computed
-    again."""
+    """Sequences that are not running, in the order in which they will start: new ones, and
+    preempted ones that must be computed again."""
     running: list[Sequence]
-    """Holding blocks."""
+    """Sequences that hold blocks."""
     num_preemptions: int
-    """So far."""
+    """Number of preemptions so far."""
 
     def add(self, seq: Sequence) -> None:
-        """Take in a new sequence."""
+        """Add a new sequence."""
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
-        """Choose the next step's tokens, give their sequences blocks, and put a row for each into
-        the plan.
+        """Select the tokens of the next step, allocate blocks for their sequences, and add a row to
+        the plan for each sequence.
 
-        Who runs, and how many of its `num_to_compute` tokens, is the scheduler's to say;
-        `KVCacheManager.grow` gives room for them and `Sequence.add_row` writes the row. A sequence
-        that starts may find the beginning of its prompt computed: `KVCacheManager.reuse`. One whose
-        blocks are taken begins anew: `Sequence.restart`.
+        The scheduler decides which sequences run and how many of their `num_to_compute` tokens;
+        `KVCacheManager.grow` allocates slots for them and `Sequence.add_row` adds the row. When a
+        sequence starts, `KVCacheManager.reuse` may find the KV of its first tokens. When its blocks
+        are taken away, `Sequence.restart` resets it.
 
-        None: nothing can run now. With a step `in_flight` nothing may be preempted; then None also
-        means "ask again when that step has been committed".
+        Returns None if nothing can run now. While a step is `in_flight` no sequence may be
+        preempted; then None also means "ask again when that step has been committed".
         """
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a finished sequence and free its blocks. Only called when no step in flight holds
-        it."""
+        """Remove a finished sequence and free its blocks. Called only when no step in flight
+        contains it."""

@@ -1,4 +1,4 @@
-"""A server: takes requests from outside and gives them to an engine."""
+"""Define the server, which accepts requests from outside and passes them to an engine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EngineState = Literal["loading", "ready", "restarting", "draining", "failed", "c
 
 
 class EngineClient(Protocol):
-    """The engine, as a server sees it: it runs in a process of its own. All methods belong to one
+    """The engine as a server sees it; it runs in a process of its own. Call all methods on one
     asyncio event loop."""
 
     failed: asyncio.Event
-    """Set when the engine has been given up: `failure` says why, and no request will be served any
-    more."""
+    """Set when the engine has failed for good: `failure` has the reason, and no more requests are
+    served."""
     failure: str
 
     @property
@@ -34,40 +34,41 @@ class EngineClient(Protocol):
 
     @property
     def maker(self) -> RequestMaker:
-        """Makes requests of prompts; raises `InvalidRequest`."""
+        """Builds requests from prompts; raises `InvalidRequest`."""
 
     @property
     def state(self) -> EngineState: ...
 
     @property
     def stats(self) -> EngineStats:
-        """As of the last step."""
+        """Stats as of the last step."""
 
     @property
     def invoked(self) -> Mapping[str, bool]:
-        """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
+        """Whether each provider has been invoked, by plan key. See `Plan.report`."""
 
     @property
     def shadow(self) -> ShadowReport | None:
-        """Of a shadow run: what it has shown since the process began."""
+        """Results of a shadow run since the engine process started, or None."""
 
     @property
     def weights(self) -> list[LayerWeights]:
-        """Of the linear layers, once they are loaded, if some are quantized."""
+        """The linear layers, once they are loaded, if some are quantized."""
 
     @property
     def num_live(self) -> int:
-        """Requests in flight."""
+        """Number of requests in flight."""
 
     @property
     def num_restarts(self) -> int: ...
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process."""
+        """Process id of the engine process."""
 
     async def start(self) -> None:
-        """Start the process and wait until it is ready. Raises what kept it from starting."""
+        """Start the process and wait until it is ready. Raises the error that prevents the
+        start."""
 
     def generate(
         self,
@@ -79,33 +80,35 @@ class EngineClient(Protocol):
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
     ) -> AsyncGenerator[Delta]:
-        """Complete a prompt. Yields the new output of its samples; a slow reader gets it merged.
+        """Complete a prompt. Yields the new output of its samples; for a slow reader outputs are
+        merged.
 
-        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta,
-        `EngineDead` or `StepFailed` at any time. Leaving the iterator early (a client that
+        Raises `InvalidRequest`, `EngineUnavailable` or `Overloaded` before the first delta, and
+        `EngineDead` or `StepFailed` at any time. Closing the iterator early (a client that
         disconnects) aborts the request.
         """
 
     def run(self, request: Request) -> AsyncGenerator[Delta]:
-        """`generate`, for a request that `maker` has made."""
+        """Do what `generate` does, for a request that `maker` has built."""
 
     def check_ready(self) -> None:
-        """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
+        """Raise `EngineUnavailable`, with the reason, unless requests are accepted now."""
 
     def check_admission(self) -> None:
-        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken
+        """Raise `EngineUnavailable` or `Overloaded` unless one more request would be accepted
         now."""
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far, from the next request on. Raises
+        """Clear the prefix cache, with effect from the next request. Raises
         `EngineUnavailable`."""
 
     async def drain(self, patience: float) -> bool:
-        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all
-        have ended."""
+        """Accept no more requests, and wait up to `patience` seconds for those in flight. Returns
+        True if all have ended."""
 
     async def close(self) -> None:
-        """Stop the process. Requests in flight get `EngineUnavailable`. Idempotent."""
+        """Stop the process. Requests in flight get `EngineUnavailable`. Calling it again has no
+        effect."""
 
 
 class Server(Protocol):
@@ -116,7 +119,7 @@ class Server(Protocol):
     ) -> None:
         """Serve until SIGINT or SIGTERM, drain, and return.
 
-        Starts the engine itself, inside its event loop, answers 503 until that is ready, and then
-        calls `on_ready` with the base URL. Raises what kept the engine from starting, or
-        `ConfigError` if the address is taken.
+        Starts the engine inside its event loop, answers 503 until it is ready, and then calls
+        `on_ready` with the base URL. Raises the error that prevents the engine's start, or
+        `ConfigError` if the address is in use.
         """

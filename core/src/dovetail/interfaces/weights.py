@@ -1,5 +1,5 @@
-"""How the weights of a model's linear layers are kept: for each layer its scheme, what multiplies
-by it, and its bytes."""
+"""Describe how the weights of a model's linear layers are stored: the scheme, the GEMM backend and
+the bytes of each layer."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ import msgspec
 
 
 class LayerWeights(msgspec.Struct, frozen=True):
-    """One linear layer, as an engine has it."""
+    """One linear layer of an engine."""
 
     name: str
-    """Full: "model.layers.3.mlp.down_proj". Parts that are multiplied as one have one name."""
+    """Full name: "model.layers.3.mlp.down_proj". Fused parts have one name."""
     in_features: int
     out_features: int
     key: str
-    """Of the plan: the rule that counts for it."""
+    """Plan key of the quantization rule that applies to it."""
     scheme: str
-    """The provider that makes it; "none": the weight is plain."""
+    """Provider that builds the layer; "none" for an unquantized weight."""
     form: str
-    """In words: "uint4 in groups of 128, zeros", or the dtype of a plain weight."""
+    """Storage format in words ("uint4 in groups of 128, zeros"), or the dtype of an unquantized
+    weight."""
     gemm_backend: str
-    """"matmul: NAME"; "quantization: NAME", if the scheme multiplies by itself; "worker: KIND" of a
-    plain layer."""
+    """What multiplies by the weight: "matmul: NAME"; "quantization: NAME" if the scheme has its own
+    GEMM; "worker: KIND" for an unquantized layer."""
     nbytes: int
-    """Of the weights in memory, the bias aside."""
+    """Bytes of the weights in memory, without the bias."""
     remark: str = ""
-    """Why the rule's scheme left it as it is."""
+    """Reason why the rule's scheme left the layer unquantized."""
 
 
 class AlikeLayers(msgspec.Struct, frozen=True):
-    """Layers that differ in their number alone."""
+    """Layers that differ only in their layer number."""
 
     names: str
-    """ "model.layers.{0..27}.mlp.down_proj" """
+    """Names with ranges of numbers: "model.layers.{0..27}.mlp.down_proj"."""
     count: int
     one: LayerWeights
-    """The first of them."""
+    """The first of the layers."""
 
     @property
     def nbytes(self) -> int:
-        """Of all."""
+        """Bytes of all layers together."""
         return self.count * self.one.nbytes
 
 
 def alike(layers: Iterable[LayerWeights]) -> list[AlikeLayers]:
-    """In the order of their first."""
+    """Group layers that differ only in their number, in the order of each group's first layer."""
     found: dict[tuple[str, LayerWeights], list[LayerWeights]] = {}
     for layer in layers:
         pattern = re.sub(r"\.\d+\.", ".{}.", layer.name, count=1)
@@ -68,7 +69,7 @@ def _number(name: str) -> int:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 7] → "{0..2,7}", [3] → "3" """
+    """Format numbers as ranges: [0, 1, 2, 7] → "{0..2,7}", [3] → "3" """
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][-1] + 1:

@@ -1,5 +1,5 @@
-"""For plugins with C++ or CUDA C++ of their own: building it once (`build`), and what libraries in
-C++ share (`include/dovetail`)."""
+"""Build C++ and CUDA C++ code of plugins (`build`), and provide headers that their libraries share
+(`include/dovetail`)."""
 
 from __future__ import annotations
 

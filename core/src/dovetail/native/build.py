@@ -1,11 +1,11 @@
-"""Compiling a plugin's C++: once a machine, at first use, into the user's cache folder.
+"""Compile a plugin's C++ code once per machine, at first use, into the user's cache folder.
 
-Code is loaded only from a folder and a file that nobody else can write to (`private`): a cache may
-lie in a shared place.
+Code is loaded only from a folder and a file that no other user can write to (`private`), because a
+cache may lie in a shared location.
 
-The result is a plain C library: it needs a compiler, and neither Python's nor a tensor library's
-headers. It is named by a digest of everything that it depends on, so that a new version, compiler
-or CPU (a shared home folder) finds no stale one.
+The result is a plain C library: building it needs a compiler, but no headers of Python or a tensor
+library. Its name is a digest of everything that it depends on, so that a new version, compiler or
+CPU (with a shared home folder) never uses a stale library.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dovetail.native.private import private_folder, why_not_ours
 log = logging.getLogger(__name__)
 
 INCLUDE = Path(__file__).parent / "include"
-"""Headers that every library may include: vectors (dovetail/vec.h), number types
-(dovetail/element.h), compiled steps (dovetail/step.h)."""
+"""Include folder for every library: vectors (dovetail/vec.h), number types (dovetail/element.h),
+compiled steps (dovetail/step.h)."""
 
 Target = Literal["native", "avx2", "amx"]
-"""Instructions to compile for: all that this CPU has, AVX2 alone, or those of the first CPUs with
-AMX (which an older CPU can compile for, and not run)."""
+"""Instruction set to compile for: that of this CPU, AVX2 only, or that of the first CPUs with AMX
+(an older CPU can compile for it but not run it)."""
 
-# -ffp-contract=off: multiply-adds are written out, so that what the compiler inlines where cannot
+# -ffp-contract=off: multiply-adds are explicit, so that inlining decisions of the compiler cannot
 # change a result.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", f"-I{INCLUDE}")
 TARGETS: dict[Target, tuple[str, ...]] = {
@@ -55,13 +55,13 @@ FILE_MODE = 0o700
 
 
 def cache_folder(name: str) -> Path:
-    """`dovetail/NAME` in `$XDG_CACHE_HOME`, which is `~/.cache` by default."""
+    """Return `dovetail/NAME` in `$XDG_CACHE_HOME`, which defaults to `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dovetail" / name
 
 
 def openmp_of(package: str) -> Path | None:
-    """The OpenMP library that an installed package brings along (PyTorch does), or None if it uses
-    the system's.
+    """Return the OpenMP library that comes with an installed package (as with PyTorch), or None if
+    the package uses the system's.
 
     A library that links to the same one shares its threads. The package is not imported.
     """
@@ -85,11 +85,12 @@ def build_library(
     openmp: Path | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """Return the path of the library of `sources/*.cpp`; compile it if it is not there, or cannot
-    be loaded.
+    """Return the path of the library built from `sources/*.cpp`. Compile it if it does not exist or
+    cannot be loaded.
 
-    `name` is the provider's, for messages and the cache folder. `openmp` as `openmp_of` answers.
-    Two processes do not build at once. Raises `PluginError` with the compiler's last lines.
+    `name` is that of the provider, for messages and the cache folder. `openmp` is a result of
+    `openmp_of`. Two processes do not build at the same time. Raises `PluginError` with the last
+    lines of the compiler's output.
     """
     if facts.compiler is None:
         raise PluginError(
@@ -115,11 +116,12 @@ def build_cuda_library(
     *,
     folder: Path | None = None,
 ) -> Path:
-    """The same of `sources/*.cu`, by nvcc, for GPUs of these architectures ("sm_90"). It needs no
-    GPU, and no header of a tensor library: pointers and the stream are passed as numbers."""
+    """Do the same for `sources/*.cu` with nvcc, for GPUs of the given architectures ("sm_90").
+    Needs neither a GPU nor headers of a tensor library: pointers and the stream are passed as
+    integers."""
     if facts.nvcc is None:
         raise PluginError(
-            f"{name} needs CUDA's compiler: install the CUDA toolkit, or set CUDA_HOME",
+            f"{name} needs the CUDA compiler: install the CUDA toolkit, or set CUDA_HOME",
             provider=name,
         )
     targets = tuple(
@@ -131,7 +133,7 @@ def build_cuda_library(
 
 @dataclass(frozen=True)
 class Build:
-    """What a library is made of."""
+    """The inputs of a library."""
 
     name: str
     sources: Path
@@ -159,7 +161,7 @@ class Build:
                 provider=name,
             ) from e
         if not _loads(name, library):
-            raise PluginError(f"{name} was compiled, and {library} cannot be loaded", provider=name)
+            raise PluginError(f"{name} was compiled, but {library} cannot be loaded", provider=name)
         return library
 
 
@@ -169,8 +171,8 @@ def _digest(build: Build, facts: DeviceFacts) -> str:
         digest.update(file.name.encode() + file.read_bytes())
     compiler = Path(build.compiler).resolve()
     stat = compiler.stat() if compiler.exists() else None
-    # The compiler's file stands for its version: asking it costs more than the rest of a start with
-    # a built library.
+    # The compiler's file stands for its version: running the compiler takes longer than the rest of
+    # a start with an existing library.
     version = (compiler, stat and stat.st_size, stat and stat.st_mtime_ns)
     for part in (
         *map(str, version),
@@ -184,12 +186,12 @@ def _digest(build: Build, facts: DeviceFacts) -> str:
 
 
 def _loads(name: str, library: Path) -> bool:
-    """A library that others may have put here, that another system left, or that a full disk cut
-    short, is built again."""
+    """Return whether the library can be loaded. It is rebuilt if another user may have written it,
+    or if it comes from another system or was truncated by a full disk."""
     if not os.path.lexists(library):
         return False
     if why := why_not_ours(library):
-        log.warning("%s: %s %s; it is not loaded, and built again", name, library, why)
+        log.warning("%s: %s %s; it is not loaded but built again", name, library, why)
         return False
     try:
         ctypes.CDLL(str(library))
@@ -201,8 +203,8 @@ def _loads(name: str, library: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when a process dies. Nothing is
-    written, no link followed."""
+    """Hold a lock between processes; the system releases it when a process dies. Writes nothing and
+    follows no link."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -213,7 +215,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _compile(build: Build, library: Path) -> None:
     name = build.name
-    log.info("%s: compiling its kernels for this machine, once (some seconds)", name)
+    log.info(
+        "%s: compiling kernels for this machine; this happens once and takes some seconds", name
+    )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         files = sorted(build.sources.glob(build.pattern))
@@ -226,8 +230,8 @@ def _compile(build: Build, library: Path) -> None:
             list(pool.map(lambda command: _call(name, command), commands))
         linked = Path(folder) / library.name
         _call(name, [build.compiler, "-shared", *objects, "-o", str(linked), *build.link_flags])
-        linked.chmod(FILE_MODE)  # whatever the umask: see why_not_ours
-        linked.replace(library)  # complete or not there at all
+        linked.chmod(FILE_MODE)  # independent of the umask: see why_not_ours
+        linked.replace(library)  # atomic
     log.info("%s: compiled in %.0f s", name, time.perf_counter() - start)
 
 

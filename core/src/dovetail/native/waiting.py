@@ -1,11 +1,11 @@
-"""How long the threads of a step spin before they sleep, where OpenMP's library is GNU's (PyTorch
-brings its own copy along).
+"""Limit how long the threads of a step spin before they sleep, if the OpenMP library is GNU's
+(PyTorch contains a copy of it).
 
-Between two steps, and at the end of one, threads wait for each other. GNU's library lets them spin
-for 300,000 turns, which is milliseconds: beside one busy process they use up the time that the
-system grants them by waiting, and are stopped when there is work. Sleeping at once costs a small
-model the time of waking its threads in every step. See benchmarks/waiting_threads.py for what lies
-between.
+Between two steps, and at the end of one, threads wait for each other. By default GNU's library lets
+them spin for 300,000 iterations, which is milliseconds. Next to a busy process, waiting then uses
+up the CPU time that the system grants to the threads, and they are stopped when there is work.
+Sleeping at once costs a small model the time to wake its threads in every step.
+benchmarks/waiting_threads.py measures values in between.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SPIN_COUNT = 1_000
-"""Turns of a loop around the CPU's pause instruction, of some 30 ns each on AMD's Zen 4: threads
-that end a step one after the other meet without sleeping, and across the time between two steps
-they sleep. Beside processes that want all cores one sequence decoded 1.2 to 4 times as fast as with
-3,000 turns, and 2 to 6 times as with 10,000 (benchmarks/results/waiting_threads.json). What it
-costs a tiny model on a quiet machine is yet to be measured; sleeping at once cost it 15 to 20 %."""
+"""Iterations of a loop around the CPU's pause instruction, about 30 ns each on AMD's Zen 4. Threads
+that end a step one after the other meet without sleeping; between two steps they sleep. Next to
+processes that use all cores, one sequence decoded 1.2 to 4 times as fast as with 3,000 iterations,
+and 2 to 6 times as fast as with 10,000 (benchmarks/results/waiting_threads.json). The cost for a
+tiny model on an idle machine has not been measured yet; sleeping at once cost it 15 to 20 %."""
 VARIABLE = "GOMP_SPINCOUNT"
 OF_USERS = (VARIABLE, "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "KMP_LIBRARY")
-"""Each says how threads wait: where a user has set one, it stays at that."""
+"""Variables with which a user can decide how threads wait. If one is set, nothing is changed."""
 
 
 def spin_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process that will load OpenMP's library; nothing where
-    the user has decided."""
+    """Return what to add to the environment of a process that will load the OpenMP library; empty
+    if the user has decided."""
     return {} if any(name in environ for name in OF_USERS) else {VARIABLE: str(SPIN_COUNT)}
 
 
 @contextmanager
 def bounded_spinning() -> Iterator[None]:
-    """Within it, an OpenMP library that is loaded into this process is told `spin_variables`: it
-    reads them once, at that time.
+    """Set `spin_variables` for an OpenMP library that is loaded within the block: it reads them
+    once, when it is loaded.
 
-    The environment is afterwards as it was. A library that is there already (torch was imported
-    before) keeps spinning as it does, which is logged.
+    The environment is restored afterwards. If the library has already been loaded (because torch
+    was imported before), its threads keep spinning as they do, which is logged.
     """
     added = spin_variables(os.environ)
     if added and _is_loaded():
         log.info(
-            "OpenMP's threads spin as they did: its library was there before the engine; set %s to"
-            " decide",
+            "the OpenMP library was loaded before the engine, so its threads spin as configured"
+            " then; set %s to change this",
             VARIABLE,
         )
         added = {}
@@ -62,5 +62,5 @@ def bounded_spinning() -> Iterator[None]:
 def _is_loaded(maps: Path = Path("/proc/self/maps")) -> bool:
     try:
         return "libgomp" in maps.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux: GNU's library is not what is used there
+    except OSError:  # not Linux, where GNU's library is not used
         return False

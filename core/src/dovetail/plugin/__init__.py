@@ -1,2 +1,2 @@
-"""What a plugin's author reads: providers, hooks, extension points, contract versions, discovery
-and config."""
+"""Define what a plugin author uses: providers, hooks, extension points, contract versions,
+discovery and config."""

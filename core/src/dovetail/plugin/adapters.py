@@ -1,4 +1,4 @@
-"""Objects written for the previous version of a contract, in the shape of the present one."""
+"""Adapt objects written for the previous version of a contract to the current one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dovetail.types import BlockOp
 
 
 class AttentionFrom01:
-    """An attention backend of contract 0.1, whose `export_kv` knows no `out`."""
+    """Adapter for an attention backend of contract 0.1, whose `export_kv` has no argument `out`."""
 
     def __init__(self, old: Any) -> None:
         self._old = old
-        # Called for every layer: bound here, so that nothing lies between.
+        # Called for every layer: bound directly, to avoid one more call.
         self.plan, self.run = old.plan, old.run
 
     def __getattr__(self, name: str) -> Any:
@@ -39,8 +39,8 @@ def attention_from_0_1(old: Any) -> AttentionBackend:
 
 
 class KVCacheFrom01:
-    """A KV-cache manager of contract 0.1, whose `reuse` lets nobody wait and whose prefix cache
-    cannot be reset."""
+    """Adapter for a KV-cache manager of contract 0.1, whose `reuse` has no argument `may_wait` and
+    whose prefix cache cannot be reset."""
 
     def __init__(self, old: Any) -> None:
         self._old = old
@@ -61,8 +61,8 @@ class KVCacheFrom01:
 
     def reset_prefix_cache(self) -> None:
         raise PluginError(
-            "this KV-cache manager is written for contract 0.1, which has no way to reset its"
-            " prefix cache"
+            "this KV-cache manager is written for contract 0.1, in which the prefix cache cannot be"
+            " reset"
         )
 
 
@@ -72,7 +72,7 @@ def kv_cache_from_0_1(old: Any) -> KVCacheManager:
 
 
 class PrefixCacheFrom01:
-    """A prefix cache of contract 0.1, which expects nothing of sequences that run."""
+    """Adapter for a prefix cache of contract 0.1, which does not track blocks being computed."""
 
     def __init__(self, old: Any) -> None:
         self._old = old

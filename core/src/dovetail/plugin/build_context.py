@@ -1,4 +1,4 @@
-"""What a provider's `build` is given: the plan, facts, and what has been built before it."""
+"""Define what a provider's `build` receives: the plan, facts, and the objects built before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dovetail.types import KVGroup
 
 
 class BuildContext(Protocol):
-    """What a provider may ask while it is built. Read-only."""
+    """What a provider may use while it is built. Read-only."""
 
     @property
     def plan(self) -> Plan: ...
@@ -26,51 +26,52 @@ class BuildContext(Protocol):
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        """For the KV-cache manager: the worker's groups."""
+        """The KV groups of the worker. For the KV-cache manager."""
 
     @property
     def num_blocks(self) -> tuple[int, ...]:
-        """For the KV-cache manager: blocks per group, the null block included."""
+        """Number of blocks per group, the null block included. For the KV-cache manager."""
 
     @property
     def num_host_blocks(self) -> tuple[int, ...]:
-        """For the prefix cache and the manager: blocks per group in host memory; empty without a
-        host tier."""
+        """Number of blocks per group in host memory; empty without a host tier. For the prefix
+        cache and the KV-cache manager."""
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
-        """For the KV-cache manager."""
+        """The prefix cache, if there is one. For the KV-cache manager."""
 
     @property
     def kv(self) -> KVCacheManager | None:
-        """For the scheduler."""
+        """The KV-cache manager. For the scheduler."""
 
     def option(self, key: str, name: str) -> Any:
-        """An option of another extension point's choice, such as the KV cache's block size for the
-        worker."""
+        """Return an option of another extension point's provider. A worker needs the block size of
+        the KV cache, for example."""
 
     def capabilities(self, key: str) -> Any:
-        """What the provider that the plan chose for an extension point declares."""
+        """Return the declared capabilities of the selected provider of an extension point."""
 
     def name(self, key: str) -> str:
-        """`dist:name` of what the plan chose for an extension point."""
+        """Return `dist:name` of the selected provider of an extension point."""
 
     def build(self, key: str, options: Mapping[str, Any] | None = None) -> Any:
-        """Build what the plan chose for an extension point; None where it is empty.
+        """Build the selected provider of an extension point; return None if none is selected.
 
-        `options`, if given, are used in place of the plan's, in which secrets are masked. Raises
-        `PluginError`, which names the provider; there is no second choice.
+        `options`, if given, replace those of the plan, in which secrets are masked. Raises
+        `PluginError`, which names the provider; no other provider is tried.
         """
 
     def build_all(self, extension_point: str) -> dict[str, Any]:
-        """What the plan chose for an extension point that takes many, by the providers' names."""
+        """Build all selected providers of an extension point that has several, by their names."""
 
     def for_model(self, model: ModelFacts) -> BuildContext:
-        """The same, for another model that runs beside the plan's, such as one that drafts."""
+        """Return a context for another model that runs beside the plan's, such as a draft
+        model."""
 
     def responsible(self, error: BaseException, extension_point: str, module: str = "") -> str:
-        """Which of an extension point's providers an error comes from: "routes (dist:name)"; empty
-        if that cannot be told.
+        """Return which of an extension point's providers raised an error, as "routes (dist:name)",
+        or an empty string if this is not known.
 
-        `module` is a module of the code that failed, where the error itself does not show it.
+        `module` is a module of the code that failed, if the error itself does not show it.
         """

@@ -1,4 +1,4 @@
-"""The configuration of an engine: one frozen model, for files, command line and code alike."""
+"""Define the engine config: one frozen model for files, the command line and code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ENV_PREFIX = "DOVETAIL_"
 
 
 class ProviderConfig(BaseModel):
-    """`NAME`, or `{use: NAME, on_unsupported: error|fallback, …options of the provider}`."""
+    """A requested provider: `NAME`, or `{use: NAME, on_unsupported: error|fallback, …options of the
+    provider}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,8 +36,8 @@ class ProviderConfig(BaseModel):
 
 
 class AttentionConfig(BaseModel):
-    """One extension point for all layers, or one for each kind of layer: `{full: NAME, sliding:
-    {use: NAME, …}}`; `draft` are those of a draft model."""
+    """One provider for all layers, or one for each kind of layer: `{full: NAME, sliding: {use:
+    NAME, …}}`; `draft` is for the layers of a draft model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,13 +58,13 @@ class AttentionConfig(BaseModel):
 
 
 class QuantizationRule(ProviderConfig):
-    """What the layers are quantized with whose names in the checkpoint match a glob."""
+    """The scheme for the layers whose names in the checkpoint match a glob."""
 
     match: str = "*"
 
     @model_validator(mode="before")
     @classmethod
-    def _apart_from_options(cls, value: Any) -> Any:
+    def _separate_match(cls, value: Any) -> Any:
         if isinstance(value, dict) and "match" in value and "options" not in value:
             rest = {k: v for k, v in value.items() if k != "match"}
             return {"match": value["match"], **ProviderConfig.model_validate(rest).model_dump()}
@@ -71,10 +72,10 @@ class QuantizationRule(ProviderConfig):
 
 
 class QuantizationConfig(BaseModel):
-    """One scheme for the whole model, or rules, of which the first that matches a layer counts:
-    `[{match: GLOB, use: NAME}]`.
+    """One scheme for the whole model, or a list of rules, `[{match: GLOB, use: NAME}]`, of which
+    the first that matches a layer applies.
 
-    Layers that no rule matches are as the checkpoint has them.
+    Layers that no rule matches stay as they are in the checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -90,135 +91,136 @@ class QuantizationConfig(BaseModel):
 
 
 class ShadowConfig(BaseModel):
-    """Candidates that compute a share of the steps a second time, beside the providers that answer:
-    what they give is compared, timed, and dropped. `{attention: NAME, quantization: NAME, share:
-    0.1}`; either may be left out."""
+    """Candidates that repeat the computation of a share of the steps beside the selected providers;
+    their results are compared, timed and discarded. `{attention: NAME, quantization: NAME, share:
+    0.1}`; one of the two providers may be omitted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     attention: AttentionConfig | None = None
     quantization: ProviderConfig | None = None
-    share: float = Field(0.1, gt=0, le=1, description="of the steps that are compared")
+    share: float = Field(0.1, gt=0, le=1, description="fraction of the steps to compare")
 
     @model_validator(mode="after")
-    def _of_something(self) -> ShadowConfig:
+    def _has_candidate(self) -> ShadowConfig:
         if self.attention is None and self.quantization is None:
-            raise ValueError("names no candidate: give attention, quantization or both")
+            raise ValueError("names no candidate: set attention, quantization or both")
         return self
 
 
 class EngineConfig(BaseModel):
-    """Precedence: code and command line over environment (DOVETAIL_…) over file over these
-    defaults."""
+    """The providers and options that a user requests. Precedence: code and command line over
+    environment (DOVETAIL_…) over file over these defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field("demo", description="a plugin's model name, a local folder, or a hub id")
+    model: str = Field("demo", description="a plugin's model name, a local path or a hub id")
     revision: str | None = Field(
-        None, description="branch, tag or commit of a model on the hub; default: its main branch"
+        None, description="branch, tag or commit of a model on the hub; default: the main branch"
     )
     served_model_name: str | None = Field(
-        None, description="the name clients use; default: `model`"
+        None, description="model name in the API; default: `model`"
     )
     device: str = Field("auto", description="auto, cpu, cuda:0, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto is the checkpoint's"
+        "auto", description="dtype of weights and activations; auto: the checkpoint's dtype"
     )
     max_model_len: int | None = Field(
-        None, ge=1, description="longest sequence; default: the model's context"
+        None, ge=1, description="maximum sequence length; default: the model's context length"
     )
     quantization: QuantizationConfig = Field(
         QuantizationConfig(),
         description=(
-            "an extension point: for the whole model, or rules for some layers; auto: as the"
-            " checkpoint is"
+            "extension point: one scheme for the whole model, or rules for some layers; auto: as"
+            " stored in the checkpoint"
         ),
     )
     matmul: ProviderConfig = Field(
         ProviderConfig(),
-        description="an extension point: products by quantized weights, if there are any",
+        description="extension point: GEMM with quantized weights, used if there are any",
     )
     architecture: ProviderConfig = Field(
-        ProviderConfig(), description="an extension point: model code"
+        ProviderConfig(), description="extension point: model code"
     )
     worker: ProviderConfig = Field(
-        ProviderConfig(), description="an extension point: what computes: see `dovetail plugins`"
+        ProviderConfig(),
+        description="extension point: runs the model; `dovetail plugins` lists the providers",
     )
     attention: AttentionConfig = Field(
-        AttentionConfig(), description="an extension point: for all layers, or by kind"
+        AttentionConfig(), description="extension point: for all layers, or per layer kind"
     )
     kv_cache: ProviderConfig = Field(
-        ProviderConfig(), description="an extension point: owner of the KV blocks"
+        ProviderConfig(), description="extension point: owns the KV blocks"
     )
     scheduler: ProviderConfig = Field(
-        ProviderConfig(), description="an extension point: what runs next"
+        ProviderConfig(), description="extension point: selects the tokens of each step"
     )
     prefix_cache: ProviderConfig = Field(
-        ProviderConfig(), description="an extension point: reuse between requests; none: without"
+        ProviderConfig(), description="extension point: reuses KV between requests; none: disabled"
     )
     speculation: ProviderConfig = Field(
         ProviderConfig(use="none"),
-        description="an extension point: drafts tokens ahead; none: without",
+        description="extension point: proposes draft tokens; none: disabled",
     )
     server: ProviderConfig = Field(
-        ProviderConfig(), description="an extension point: for `dovetail serve`"
+        ProviderConfig(), description="extension point: the server of `dovetail serve`"
     )
     shadow: ShadowConfig | None = Field(
         None,
         description=(
-            "candidates to compare on live traffic: {attention: NAME, quantization: NAME, share:"
-            " 0.1}"
+            "candidates to compare with the selected providers on live traffic: {attention: NAME,"
+            " quantization: NAME, share: 0.1}"
         ),
     )
     overlap: bool | Literal["auto"] = Field(
         "auto",
         description=(
-            "schedule the next step while one runs; auto: unless both would share the same cores"
-            " (cpu)"
+            "schedule the next step while one runs; auto: enabled unless both would share the same"
+            " cores (cpu)"
         ),
     )
     max_num_waiting: int = Field(
-        1024, ge=1, description="sequences that may wait; more are refused as overload"
+        1024, ge=1, description="maximum number of waiting sequences; more are rejected as overload"
     )
     queue_timeout: float | None = Field(
         None,
         gt=0,
         description=(
-            "seconds that a request may wait for its first step; then it is refused as overload"
+            "seconds that a request may wait for its first step before it is rejected as overload"
         ),
     )
     request_timeout: float | None = Field(
-        None, gt=0, description="seconds that a request may take in all; then it is ended"
+        None, gt=0, description="seconds that a request may take in total before it is ended"
     )
     stall_timeout: float = Field(
         60,
         ge=1,
         description=(
-            "seconds after which a step counts as stalled, unless five times its predicted time is"
-            " more"
+            "seconds after which a step counts as stalled, or five times its predicted time if that"
+            " is longer"
         ),
     )
     heartbeat_timeout: float = Field(
-        2, ge=0.5, description="seconds of silence after which an engine process is replaced"
+        2, ge=0.5, description="seconds without a heartbeat after which the process is replaced"
     )
     load_timeout: float = Field(
         600, ge=1, description="seconds without progress after which loading counts as stalled"
     )
-    trust_remote_code: bool = Field(False, description="run code that comes with a checkpoint")
+    trust_remote_code: bool = Field(False, description="run code from the model folder")
 
     @field_validator("model")
     @classmethod
     def _not_empty(cls, value: str) -> str:
         if not value.strip():
-            raise ValueError("is empty: give a model name, a folder or a hub id")
+            raise ValueError("is empty: set a model name, a local path or a hub id")
         return value
 
 
 def load_config(
     file: str | os.PathLike[str] | None = None, env: dict[str, str] | None = None, **values: Any
 ) -> EngineConfig:
-    """Merge file, environment and `values` (highest). Raises `ConfigError` with the field's path
-    and its origin."""
+    """Merge file, environment and `values` (highest precedence). Raises `ConfigError` with the path
+    of the field and its origin."""
     data: dict[str, Any] = {}
     if file is not None:
         data = read_file(Path(file))
@@ -258,8 +260,8 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; options of one extension point are merged, unless `high` names another
-    provider."""
+    """Merge `high` over `low`. Options of one extension point are merged unless `high` names
+    another provider."""
     out = dict(low)
     for key, value in high.items():
         old = out.get(key)

@@ -1,14 +1,14 @@
-"""Versions of the extension points' contracts: what a plugin was written for, and how the core
-serves the version before its own.
+"""Handle the versions of the extension points' contracts: what a plugin was written for, and how
+the core serves the previous version.
 
-A plugin says in its package metadata, which is read without importing anything, what it was written
-for:
+A plugin declares the versions that it was written for in its package metadata, which is read
+without importing anything:
 
     [project.entry-points."dovetail.contracts"]
     attention = "v0_1:v0_2"     # from 0.1 to 0.2; or one version, "v0_2"
 
-The core serves its own version N of a contract and N - 1, the latter through an adapter: an object
-of the old shape goes in, one of the new shape comes out.
+The core serves its own version N of a contract, and version N - 1 through an adapter that wraps an
+object of the previous version in one of the current version.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Version = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Previous:
-    """The version of a contract before the present one, which is deprecated."""
+    """The previous version of a contract, which is deprecated."""
 
     version: str
     changed: str
-    """What the present one asks that this one did not."""
+    """What the current version requires and this one did not."""
     until: str
-    """The version of the contract that no longer serves it."""
+    """The version of the contract that no longer serves this one."""
     adapt: Callable[[Any], Any]
-    """From what a provider written for it builds to what the present contract asks."""
+    """Wraps what a provider of this version builds in an object of the current version."""
 
 
 @dataclass(frozen=True)
 class WrittenFor:
-    """A range of contract versions, ends included."""
+    """A range of contract versions, both ends included."""
 
     first: str
     last: str
@@ -51,24 +51,24 @@ class WrittenFor:
         return _version(self.first) <= _version(version) <= _version(self.last)
 
     def is_newer(self, version: str) -> bool:
-        """All of the range is newer than `version`."""
+        """Return True if the whole range is newer than `version`."""
         return _version(self.first) > _version(version)
 
 
 def parse(value: str) -> WrittenFor:
-    """`v0_1:v0_2` or `v0_2`, as the metadata has it. Raises `PluginError`."""
+    """Parse `v0_1:v0_2` or `v0_2` from the metadata. Raises `PluginError`."""
     match = re.fullmatch(r"v(\d+)_(\d+)(?::v(\d+)_(\d+))?", value.replace(" ", ""))
     if match is None:
         raise PluginError(f"{value!r} is not a range of contract versions, such as v0_1:v0_2")
     a, b, c, d = match.groups()
     written = WrittenFor(f"{a}.{b}", f"{c or a}.{d or b}")
     if _version(written.first) > _version(written.last):
-        raise PluginError(f"{value!r}: the range of contract versions ends before it begins")
+        raise PluginError(f"{value!r}: the first contract version is newer than the last")
     return written
 
 
 def as_metadata(version: str) -> str:
-    """One version as the metadata has it: "0.2" is `v0_2`."""
+    """Format a version for the metadata: "0.2" becomes `v0_2`."""
     return f"v{version.replace('.', '_')}"
 
 

@@ -1,5 +1,5 @@
-"""Which plugins are installed (from metadata, importing nothing), and what they offer (importing
-their light roots)."""
+"""Find the installed plugins (from metadata, importing nothing) and what they offer (importing
+their light root modules)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUP = "dovetail"
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One entry point, as its distribution's metadata has it."""
+    """One entry point, as described by the metadata of its distribution."""
 
     name: str
     distribution: str
@@ -31,18 +31,19 @@ class PluginInfo:
     summary: str
     module: str
     contracts: Mapping[str, WrittenFor] = field(default_factory=dict)
-    """By extension point: the versions of its contract that the plugin was written for."""
+    """Contract versions that the plugin was written for, by extension point."""
     error: str = ""
-    """What is wrong with its metadata."""
+    """What is wrong with its metadata; empty if nothing is."""
 
     def written_for(self, extension_point: str) -> WrittenFor | None:
-        """None: the metadata does not say; taken as the present version."""
+        """Return the versions that the plugin was written for. None means that the metadata does
+        not say, and the current version is assumed."""
         return self.contracts.get(extension_point)
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A provider and who offers it."""
+    """A provider and the plugin that offers it."""
 
     extension_point: str
     provider: Provider[object]
@@ -55,26 +56,26 @@ class Offer:
 
 @dataclass
 class Registry:
-    """What all installed plugins offer. An object of its own for every composition: nothing is
+    """What all installed plugins offer. Each engine has its own registry: nothing is
     process-wide."""
 
     plugins: list[PluginInfo]
     extension_points: dict[str, ExtensionPoint] = field(
         default_factory=lambda: {s.name: s for s in EXTENSION_POINTS}
     )
-    """The core's, then those that plugins add."""
+    """The extension points of the core, followed by those that plugins add."""
     added_by: dict[str, PluginInfo] = field(default_factory=dict)
-    """By extension point: the plugin that adds it."""
+    """The plugin that adds an extension point, by extension point."""
     offers: list[Offer] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
-    """By distribution: why its plugin could not be asked."""
+    """Why a plugin could not be loaded, by distribution."""
 
     def of(self, extension_point: str) -> list[Offer]:
         return [o for o in self.offers if o.extension_point == extension_point]
 
 
 def installed_plugins() -> list[PluginInfo]:
-    """Every entry point of the group, sorted by name. Imports nothing."""
+    """Return every entry point of the group, sorted by name. Imports nothing."""
     found = []
     contracts: dict[str, dict[str, WrittenFor]] = {}
     errors: dict[str, str] = {}
@@ -106,31 +107,31 @@ def installed_plugins() -> list[PluginInfo]:
 def load_registry(
     plugins: list[PluginInfo] | None = None, modules: dict[str, ModuleType] | None = None
 ) -> Registry:
-    """Import each plugin's root module, in a try of its own, and collect what it offers.
+    """Import each plugin's root module, in its own try block, and collect what it offers.
 
-    `modules` supplies already imported modules by `PluginInfo.module`, for tests and for code that
-    registers a plugin without installing it. Raises `PluginError` if two plugins claim one name:
-    both owners are named.
+    `modules` has already imported modules by `PluginInfo.module`, for tests and for code that
+    registers a plugin without installing it. Raises `PluginError`, naming both owners, if two
+    plugins have the same name.
     """
     plugins = installed_plugins() if plugins is None else plugins
-    _refuse_twins([(p.name, p.distribution) for p in plugins], "plugin")
+    _reject_duplicates([(p.name, p.distribution) for p in plugins], "plugin")
     registry = Registry(plugins)
-    asked = list(plugins)
-    for ask in (_add_extension_points, _add_offers):
-        for plugin in list(asked):
+    working = list(plugins)
+    for collect in (_add_extension_points, _add_offers):
+        for plugin in list(working):
             try:
                 if plugin.error:
                     raise PluginError(plugin.error)
-                ask(
+                collect(
                     registry,
                     plugin,
                     (modules or {}).get(plugin.module) or importlib.import_module(plugin.module),
                 )
             except Exception as e:
                 registry.broken[plugin.distribution] = f"{type(e).__name__}: {e}"
-                asked.remove(plugin)
+                working.remove(plugin)
     for name in registry.extension_points:
-        _refuse_twins(
+        _reject_duplicates(
             [(o.qualified_name, o.plugin.name) for o in registry.of(name)], f"{name} provider"
         )
     return registry
@@ -139,11 +140,11 @@ def load_registry(
 def _add_extension_points(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
     for extension_points in _manager(plugin, module, []).hook.dovetail_extension_points():
         for extension_point in extension_points:
-            taken = (
+            in_use = (
                 extension_point.name in registry.extension_points
                 or extension_point.name in EngineConfig.model_fields
             )
-            if taken or extension_point.hook in {
+            if in_use or extension_point.hook in {
                 s.hook for s in registry.extension_points.values()
             }:
                 raise PluginError(
@@ -157,7 +158,7 @@ def _add_extension_points(registry: Registry, plugin: PluginInfo, module: Module
 def _add_offers(registry: Registry, plugin: PluginInfo, module: ModuleType) -> None:
     added = [registry.extension_points[name] for name in registry.added_by]
     manager = _manager(plugin, module, added)
-    manager.check_pending()  # a misspelt hook is an error, not silence
+    manager.check_pending()  # raises an error for a misspelt hook
     offers = []
     for extension_point in registry.extension_points.values():
         for provider in (
@@ -169,36 +170,40 @@ def _add_offers(registry: Registry, plugin: PluginInfo, module: ModuleType) -> N
                 )
             if provider.name == "auto" or (provider.name == "none" and extension_point.optional):
                 raise PluginError(
-                    f"{provider.name!r} cannot be a provider's name: it means something in a"
-                    " configuration"
+                    f"{provider.name!r} cannot be the name of a provider: it has a meaning in an"
+                    " engine config"
                 )
             if not issubclass(provider.options, extension_point.options):
                 base = f"{extension_point.options.__module__}.{extension_point.options.__name__}"
-                raise PluginError(f"the options of {provider.name} must extend {base}")
+                raise PluginError(f"the options of {provider.name} must be a subclass of {base}")
             offers.append(Offer(extension_point.name, provider, plugin))
     registry.offers += offers
 
 
 def _offer_nothing() -> list[Provider[object]]:
-    """The specification of an added extension point's hook."""
+    """Default of the hook of an added extension point."""
     return []
 
 
 def _manager(
     plugin: PluginInfo, module: ModuleType, added: list[ExtensionPoint]
 ) -> pluggy.PluginManager:
-    """A plugin's hooks, those of added extension points included."""
+    """Build a plugin manager with one plugin's hooks, including those of added extension points."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     if added:
         manager.add_hookspecs(
-            type("AddedSockets", (), {s.hook: hookspecs.hookspec(_offer_nothing) for s in added})
+            type(
+                "AddedExtensionPoints",
+                (),
+                {s.hook: hookspecs.hookspec(_offer_nothing) for s in added},
+            )
         )
     manager.register(module, plugin.name)
     return manager
 
 
-def _refuse_twins(owners: list[tuple[str, str]], what: str) -> None:
+def _reject_duplicates(owners: list[tuple[str, str]], what: str) -> None:
     seen: dict[str, str] = {}
     for name, owner in owners:
         if name in seen:

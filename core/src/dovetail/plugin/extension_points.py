@@ -1,5 +1,5 @@
-"""The extension points of an engine, in the order they are filled: name, hook, contract version,
-and what checks apply."""
+"""Define the extension points of an engine in the order of their selection: name, hook, contract
+version, and the checks that apply."""
 
 from __future__ import annotations
 
@@ -34,42 +34,43 @@ from dovetail.plugin.provider import (
 
 @dataclass(frozen=True)
 class ExtensionPoint:
-    """A place in the engine that takes one provider."""
+    """A component of an engine that a provider supplies."""
 
     name: str
-    """The key in an engine config."""
+    """Key in an engine config."""
     hook: str
     summary: str
     contract: str = "0.1"
     previous: Previous | None = None
-    """The version before, which is served through an adapter."""
+    """The previous contract version, which is served through an adapter."""
     options: type[Options] = Options
-    """What every provider's options extend, because other parts read them."""
+    """Base class of every provider's options, because other components read them."""
     unsupported: Callable[[Provider[object], Context], list[Reason]] = lambda provider, context: []
-    """What the composition needs and the provider's capabilities do not declare."""
+    """Returns requirements of the engine config that the provider's capabilities do not declare."""
     invoked: tuple[str, ...] = ()
-    """Methods of what is built that show, when they are called, that it is in use."""
+    """Methods whose first call marks the provider as invoked."""
     invoked_once: bool = False
-    """They are called while the engine is made, and not in every step."""
+    """True if these methods are called while the engine is built, and not in every step."""
     optional: bool = False
-    """It may stay empty: `none`, or `auto` when nothing usable is installed."""
+    """True if it may stay empty: with `none`, or with `auto` if no usable provider is
+    installed."""
     many: bool = False
-    """It takes any number of providers, and with `auto` all that are usable."""
+    """True if it has any number of providers. `auto` then selects all that are usable."""
     within: str = ""
-    """For an extension point that a plugin adds: the extension point that its own providers fill.
-    It is there when one of them was chosen."""
+    """For an extension point that a plugin adds: the extension point of the plugin's own providers.
+    It exists if one of them is selected."""
     contract_class: str = ""
-    """`module:Class` of the conformance kit's contract, where that is not one of the core's own
-    (testing/contracts.py)."""
+    """`module:Class` of the contract in the conformance kit, unless it is one of the core's own
+    (dovetail_testing/contracts.py)."""
     scaffold: str = ""
-    """`package:folder` of the template of `dovetail new-plugin`, where that is not one of the
-    core's own (scaffold/)."""
+    """`package:folder` of the template for `dovetail new-plugin`, unless it is one of the core's
+    own (dovetail_testing/scaffold)."""
     interface: type | None = None
-    """The protocol of what its providers build."""
+    """The protocol of the objects that its providers build."""
 
     def served(self, written: WrittenFor | None) -> str | Reason:
-        """The version of the contract at which a plugin is served, or why it is not. None is the
-        present version."""
+        """Return the contract version at which a plugin is served, or the reason why it is not.
+        None stands for the current version."""
         if written is None or written.includes(self.contract):
             return self.contract
         if self.previous and written.includes(self.previous.version):
@@ -86,7 +87,7 @@ class ExtensionPoint:
         return Reason(text, f"install a {newer}", "contract")
 
     def deprecation(self, version: str) -> str | None:
-        """What to tell about a plugin that is served at an old version; None at the present one."""
+        """Return the notice for a plugin that is served at the previous version, or None."""
         if self.previous is None or version != self.previous.version:
             return None
         since = f"deprecated since {self.contract} ({self.previous.changed})"
@@ -94,8 +95,8 @@ class ExtensionPoint:
         return f"written for contract {version} of {self.name}, {since}: {until}"
 
     def adapted(self, version: str, built: Any) -> Any:
-        """What a provider of a version of the contract has built, in the shape of the present
-        one."""
+        """Return what a provider of this contract version has built as an object of the current
+        version."""
         return (
             self.previous.adapt(built)
             if self.previous is not None and version == self.previous.version
@@ -103,8 +104,8 @@ class ExtensionPoint:
         )
 
     def missing(self, built: object) -> list[str]:
-        """What of the interface an object does not have. None, where a provider builds nothing, is
-        for its user to judge."""
+        """Return the members of the interface that an object lacks. None is accepted: some
+        providers build nothing."""
         if self.interface is None or built is None:
             return []
         members = {**vars(self.interface), **getattr(self.interface, "__annotations__", {})}
@@ -115,7 +116,7 @@ class ExtensionPoint:
 def _unsupported_by_attention(provider: Provider[object], context: Context) -> list[Reason]:
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, attention.AttentionCapabilities):
-        return [Reason("declares no AttentionCapabilities")]
+        return [Reason("does not declare AttentionCapabilities")]
     kind, block_size = context.device_name.split(":")[0], needs.get("block_size")
     if block_size == "auto":
         block_size = attention.open_block_size(can, needs["max_model_len"])
@@ -127,7 +128,7 @@ def _unsupported_by_attention(provider: Provider[object], context: Context) -> l
         ("block size", block_size, can.block_sizes),
     )
     reasons = [
-        Reason(f"{what} {value} is not supported", f"has {', '.join(map(str, has))}")
+        Reason(f"{what} {value} is not supported", f"supports {', '.join(map(str, has))}")
         for what, value, has in listed
         if value is not None and has is not None and value not in has
     ]
@@ -139,10 +140,10 @@ def _unsupported_by_attention(provider: Provider[object], context: Context) -> l
 def _unsupported_by_architecture(provider: Provider[object], context: Context) -> list[Reason]:
     can, reasons = provider.capabilities, []
     if not isinstance(can, architecture.ArchitectureCapabilities):
-        return [Reason("declares no ArchitectureCapabilities")]
+        return [Reason("does not declare ArchitectureCapabilities")]
     name = context.model.architecture if context.model else ""
     if can.architectures is not None and name not in can.architectures:
-        reasons.append(Reason(f"no support for {name or 'a model that names no architecture'}"))
+        reasons.append(Reason(f"no support for {name or 'a model without a named architecture'}"))
     if context.needs.get("quantized") and not can.quantization:
         reasons.append(
             Reason(
@@ -155,19 +156,21 @@ def _unsupported_by_architecture(provider: Provider[object], context: Context) -
 def _unsupported_by_quantization(provider: Provider[object], context: Context) -> list[Reason]:
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, quantization.QuantizationCapabilities):
-        return [Reason("declares no QuantizationCapabilities")]
+        return [Reason("does not declare QuantizationCapabilities")]
     method = context.model.quantization_method if context.model else quantization.PLAIN
     kind = context.device_name.split(":")[0]
     listed = (("device", kind, can.devices), ("dtype", context.dtype, can.dtypes))
     reasons = [
-        Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
+        Reason(f"{what} {value} is not supported", f"supports {', '.join(has)}")
         for what, value, has in listed
         if has is not None and value not in has
     ]
-    # Whatever the method, some layers of a checkpoint may be plain: a rule for those can ask for
-    # what takes plain weights.
-    takes_plain = can.on_the_fly or quantization.PLAIN in can.methods
-    if method in can.methods or (takes_plain and needs.get("by_name") and needs.get("some_layers")):
+    # Whatever the method of the checkpoint, some of its layers may be plain. A rule for those can
+    # name a scheme that accepts plain weights.
+    accepts_plain = can.on_the_fly or quantization.PLAIN in can.methods
+    if method in can.methods or (
+        accepts_plain and needs.get("by_name") and needs.get("some_layers")
+    ):
         return reasons
     reads = f"reads {', '.join(can.methods)}" if can.methods else "quantizes plain weights"
     if method != quantization.PLAIN:
@@ -179,7 +182,7 @@ def _unsupported_by_quantization(provider: Provider[object], context: Context) -
             *reasons,
             Reason(
                 "the checkpoint is not quantized",
-                "ask for it by name to quantize weights as they are read",
+                "request it by name to quantize the weights while they are loaded",
             ),
         ]
     return reasons
@@ -188,19 +191,19 @@ def _unsupported_by_quantization(provider: Provider[object], context: Context) -
 def _unsupported_by_matmul(provider: Provider[object], context: Context) -> list[Reason]:
     can, needs = provider.capabilities, context.needs
     if not isinstance(can, matmul.MatmulCapabilities):
-        return [Reason("declares no MatmulCapabilities")]
+        return [Reason("does not declare MatmulCapabilities")]
     listed = (
         ("device", context.device_name.split(":")[0], can.devices),
         ("dtype", context.dtype, can.dtypes),
     )
     reasons = [
-        Reason(f"{what} {value} is not supported", f"has {', '.join(has)}")
+        Reason(f"{what} {value} is not supported", f"supports {', '.join(has)}")
         for what, value, has in listed
         if has is not None and value not in has
     ]
     lacking = [("weights", c) for c in needs.get("codes", ()) if c not in can.codes]
     lacking += [("inputs", i) for i in needs.get("inputs", ()) if i not in can.inputs]
-    return reasons + [Reason(f"{what} of {which} are not supported") for what, which in lacking]
+    return reasons + [Reason(f"{which} {what} are not supported") for what, which in lacking]
 
 
 def _unsupported_by_worker(provider: Provider[object], context: Context) -> list[Reason]:
@@ -209,23 +212,23 @@ def _unsupported_by_worker(provider: Provider[object], context: Context) -> list
         can = worker.WorkerCapabilities()
     reasons = []
     if context.needs.get("shadow") and not can.shadow:
-        reasons.append(Reason("runs no candidates beside what answers", "remove shadow"))
+        reasons.append(Reason("does not run shadow candidates", "remove shadow"))
     if context.needs.get("drafts") and not can.drafts:
         reasons.append(
             Reason(
-                "runs no draft model beside its own",
+                "does not run a draft model",
                 "set speculation to a drafter that runs in the engine",
             )
         )
     if context.needs.get("host_tier") and not can.host_tier:
         reasons.append(
-            Reason("keeps no KV blocks in host memory", "remove prefix_cache.host_memory_gb")
+            Reason("does not store KV blocks in host memory", "remove prefix_cache.host_memory_gb")
         )
     return reasons
 
 
 EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
-    ExtensionPoint("model", "dovetail_models", "models that come with a plugin, by name"),
+    ExtensionPoint("model", "dovetail_models", "models provided by plugins, by name"),
     ExtensionPoint(
         "quantization",
         "dovetail_quantization",
@@ -239,7 +242,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ExtensionPoint(
         "matmul",
         "dovetail_matmuls",
-        "multiplies by quantized weights",
+        "GEMM with quantized weights",
         matmul.CONTRACT,
         unsupported=_unsupported_by_matmul,
         interface=matmul.Matmul,
@@ -269,7 +272,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
         "dovetail_attention",
         "paged attention",
         attention.CONTRACT,
-        Previous("0.1", "export_kv takes `out`", "0.3", attention_from_0_1),
+        Previous("0.1", "`export_kv` has an argument `out`", "0.3", attention_from_0_1),
         unsupported=_unsupported_by_attention,
         interface=attention.AttentionBackend,
         invoked=("plan",),
@@ -280,7 +283,10 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
         "owns the KV blocks",
         kv_cache.CONTRACT,
         Previous(
-            "0.1", "`reuse` takes `may_wait`; `num_cached`, `block_ops`", "0.3", kv_cache_from_0_1
+            "0.1",
+            "`reuse` has an argument `may_wait`; `num_cached` and `block_ops` are new",
+            "0.3",
+            kv_cache_from_0_1,
         ),
         options=KVCacheOptions,
         interface=kv_cache.KVCacheManager,
@@ -289,7 +295,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ExtensionPoint(
         "scheduler",
         "dovetail_schedulers",
-        "picks each step's tokens",
+        "selects the tokens of each step",
         options=SchedulerOptions,
         interface=scheduler.Scheduler,
         invoked=("schedule",),
@@ -299,7 +305,12 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
         "dovetail_prefix_caches",
         "reuses KV between requests",
         prefix_cache.CONTRACT,
-        Previous("0.1", "it knows what is being computed: `expect`", "0.3", prefix_cache_from_0_1),
+        Previous(
+            "0.1",
+            "it is told which blocks are being computed: `expect`",
+            "0.3",
+            prefix_cache_from_0_1,
+        ),
         optional=True,
         interface=prefix_cache.PrefixCache,
         invoked=("match",),
@@ -307,7 +318,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ExtensionPoint(
         "speculation",
         "dovetail_drafters",
-        "drafts tokens, which the model then verifies",
+        "proposes draft tokens, which the model verifies",
         drafter.CONTRACT,
         options=DrafterOptions,
         optional=True,
@@ -317,7 +328,7 @@ EXTENSION_POINTS: tuple[ExtensionPoint, ...] = (
     ExtensionPoint(
         "server",
         "dovetail_servers",
-        "takes requests from outside",
+        "accepts requests from clients",
         interface=server.Server,
         invoked=("run",),
         invoked_once=True,

@@ -1,1 +1,1 @@
-"""An engine in this process, or in a process of its own, supervised."""
+"""Run an engine in this process, or in a supervised process of its own."""

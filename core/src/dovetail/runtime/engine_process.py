@@ -1,9 +1,9 @@
-"""The engine in a process of its own: `python -m dovetail.runtime.engine_process FD`, FD being one
-end of a Unix socket pair.
+"""Run an engine in a process of its own: `python -m dovetail.runtime.engine_process FD`, where FD
+is one end of a Unix socket pair.
 
-Three threads: the main one runs the loop, one reads messages, one sends heartbeats, so that a long
-step is told from a dead process, and what the loop could not send at once. When the front-end goes
-away, so does this process, even in the middle of a step.
+There are three threads. The main thread runs the loop, one reads messages, and one sends
+heartbeats, so that a long step can be told from a dead process, and messages that the loop could
+not send at once. When the front-end exits, so does this process, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from dovetail.runtime import wire
 HEARTBEAT = 0.25
 """Seconds between heartbeats."""
 REPORT_EVERY = 1.0
-"""Seconds between two reports of a shadow run, while there is work; one more comes when it ends."""
+"""Seconds between two reports of a shadow run while there is work; one more is sent when it
+ends."""
 
 
 class Link:
@@ -46,24 +47,24 @@ class Link:
         self._sock = sock
         self.inbox: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self.busy_since: float | None = None
-        """When the step, or what else the loop is doing, began; while loading, when there was
-        progress. None when idle."""
+        """Time at which the current step or other work of the loop started; while loading, the time
+        of the last progress. None when idle."""
         self.expected: Callable[[], float] = lambda: 0.0
-        """Seconds that the running step was predicted to take."""
+        """Returns the predicted duration of the running step in seconds."""
         self.where: Callable[[], str] = lambda: ""
-        """In whose code the loop is."""
+        """Returns the provider whose code is running."""
         self._changed = threading.Condition()
         self._backlog: deque[bytes] = deque()
-        """What the socket did not take at once, for the writer; the first one until it has been
-        sent."""
+        """Data that the socket did not accept at once, for the writer thread. The first entry stays
+        until it has been sent."""
         self._closing = False
         self._writer = threading.Thread(target=self._write, daemon=True)
         threading.Thread(target=self._read, daemon=True).start()
         self._writer.start()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Mostly one system call. Waking a thread for it would cost the loop more, and the news
-        would be later."""
+        """Send a message, usually with one system call. Waking a thread for it would cost the loop
+        more, and delay the message."""
         data = wire.encode(message)
         with self._changed:
             if not self._backlog:
@@ -78,7 +79,7 @@ class Link:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Send what is left, then stop."""
+        """Send the remaining messages, then stop."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -90,14 +91,14 @@ class Link:
             while (frame := wire.read_frame(self._sock)) is not None:
                 self.inbox.put(wire.to_engine.decode(frame))
             status = 0
-        except OSError:  # reset: it left without reading what was sent
+        except OSError:  # connection reset: the front-end exited without reading everything
             status = 0
-        except (
-            Exception
-        ):  # what cannot be read ends the process: half deaf, it would only look alive
+        # A message that cannot be decoded ends the process: without its inbox it would only appear
+        # to be alive.
+        except Exception:
             traceback.print_exc()
         finally:
-            os._exit(status)  # the front-end is gone: nobody waits for anything
+            os._exit(status)  # the front-end is gone, so nothing is waiting for this process
 
     def _write(self) -> None:
         try:
@@ -127,40 +128,40 @@ class Link:
 
 
 class StepTimes:
-    """Predicts how long a step takes from the one with most tokens so far: small steps cost more a
+    """Predicts the duration of a step from the largest step so far. Smaller steps take longer per
     token."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
         self._seconds = 0.0
 
-    def took(self, num_tokens: int, seconds: float) -> None:
+    def record(self, num_tokens: int, seconds: float) -> None:
         if num_tokens >= self._num_tokens:
             self._num_tokens, self._seconds = num_tokens, seconds
 
     def predicted(self, num_tokens: int) -> float:
-        """Seconds; 0 if no step has run yet."""
+        """Return the predicted duration in seconds; 0 if no step has run yet."""
         return self._seconds * max(1.0, num_tokens / self._num_tokens) if self._num_tokens else 0.0
 
 
 def main() -> None:
-    """Build from the plan that arrives, run until told to stop, and say why when that fails."""
-    # Ctrl-C and a service manager's stop reach the whole group, and the front-end still has to
-    # drain: it decides. Handlers, not SIG_IGN, because that would be inherited by the programs that
-    # this one starts.
+    """Build the engine from the plan received, run it until `Shutdown`, and report any error."""
+    # Ctrl-C and a service manager's stop reach the whole process group, but the front-end has to
+    # drain and decides when to stop. Handlers are used instead of SIG_IGN, which would be inherited
+    # by programs that this process starts.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    # The front-end asks for this before it ends a process that has stalled: the stacks of all
-    # threads, on stderr.
+    # The front-end sends SIGUSR1 before it kills a stalled process: the stacks of all threads are
+    # written to stderr.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     sock = socket.socket(fileno=int(sys.argv[1]))
-    sock.set_inheritable(False)  # a child that keeps it open would hide this process's end
+    sock.set_inheritable(False)  # a child with an open copy would hide that this process ended
     link = Link(sock)
     try:
-        # What is imported and built lives as long as the process: collections need not look at it,
-        # neither now nor later, when it would take tens of milliseconds with a tensor library in
-        # memory.
+        # What is imported and built lives as long as the process. The garbage collector is kept
+        # away from it, because with a tensor library in memory a collection takes tens of
+        # milliseconds.
         gc.disable()
         attestation = Attestation()
         engine, ready = _start(link, attestation)
@@ -195,8 +196,8 @@ def _start(link: Link, attestation: Attestation) -> tuple[Engine, wire.Ready]:
         offer = find(registry, choice)
         if offer.plugin.version != choice.version:
             raise PluginError(
-                f"{key}: the plan has {choice.distribution} {choice.version}, here is"
-                f" {offer.plugin.version}"
+                f"{key}: the plan has {choice.distribution} {choice.version}, but"
+                f" {offer.plugin.version} is installed"
             )
 
     def progress(what: str, done: int, total: int) -> None:
@@ -242,8 +243,8 @@ def _loop(engine: Engine, link: Link, attestation: Attestation) -> None:
         link.busy_since = began = time.monotonic()
         outputs = engine.step()
         link.busy_since = None
-        times.took(engine.num_scheduled_tokens, time.monotonic() - began)
-        # Also without outputs: a step of prefill, or one that freed the last blocks, changes the
+        times.record(engine.num_scheduled_tokens, time.monotonic() - began)
+        # Sent even without outputs: a prefill step, or one that freed the last blocks, changes the
         # stats.
         link.send(wire.StepOutputs(outputs, msgspec.structs.replace(engine.snapshot())))
 
@@ -259,10 +260,7 @@ def _handle(engine: Engine, link: Link, message: msgspec.Struct) -> None:
     elif isinstance(message, wire.Expire):
         group = engine.requests.get(message.request_id, ())
         if not any(seq.started_at for seq in group):
-            why = (
-                "the request has waited too long for its first step (queue_timeout); try again"
-                " later"
-            )
+            why = "the request waited too long for its first step (queue_timeout); try again later"
             engine.fail(message.request_id, Overloaded.code, why)
     elif isinstance(message, wire.ResetPrefixCache):
         engine.kv.reset_prefix_cache()

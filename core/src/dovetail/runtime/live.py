@@ -1,4 +1,4 @@
-"""A request in flight in another process, as its waiting client sees it."""
+"""Track a request in flight in an engine process on behalf of its client."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dovetail.types import SequenceOutput
 
 
 class LiveRequest:
-    """Outputs that nobody has fetched yet pile up and are merged. `close` it when its client has
-    gone or is served."""
+    """A request in flight. Outputs that the client has not fetched are collected and merged.
+    `close` it when the client has been served or is gone."""
 
     def __init__(
         self, state: RequestState, engine_id: str, send: Callable[[msgspec.Struct], None]
     ) -> None:
         self.state = state
         self.engine_id = engine_id
-        """Its id in the engine: never used twice, so that outputs and aborts of a cancelled request
-        cannot be taken for those of a later one with the same id."""
+        """Request id in the engine. It is never reused, so that outputs and aborts of a cancelled
+        request cannot be mistaken for those of a later request with the same id."""
         self.error: DovetailError | None = None
         self.changed = asyncio.Event()
-        self._news: list[SequenceOutput] = []
+        self._outputs: list[SequenceOutput] = []
         self._send = send
         self._deadlines: list[asyncio.TimerHandle] = []
 
@@ -41,7 +41,7 @@ class LiveRequest:
             self._deadlines.append(loop.call_later(request_timeout, self._expire, request_timeout))
 
     def push(self, output: SequenceOutput) -> None:
-        self._news.append(output)
+        self._outputs.append(output)
         self.changed.set()
 
     def fail(self, error: DovetailError) -> None:
@@ -49,11 +49,11 @@ class LiveRequest:
         self.changed.set()
 
     def deltas(self) -> list[Delta]:
-        """What is new, one delta a sample. Samples that a stop string ends, and requests that fail,
-        are aborted."""
-        news, self._news = self._news, []
+        """Return the new output, one delta per sample. Aborts samples that a stop string ended, and
+        requests that failed."""
+        outputs, self._outputs = self._outputs, []
         merged: dict[int, Delta] = {}
-        for output in news:
+        for output in outputs:
             try:
                 delta, abort = self.state.push(output)
             except DovetailError as e:
@@ -71,7 +71,7 @@ class LiveRequest:
         return list(merged.values())
 
     def close(self) -> None:
-        """No more deadlines, and no more work for it."""
+        """Cancel the deadlines, and abort the request if it is still running."""
         for deadline in self._deadlines:
             deadline.cancel()
         if not self.state.finished and self.error is None:

@@ -1,4 +1,4 @@
-"""`LLM`: an engine in this process, for scripts and notebooks."""
+"""Provide `LLM`, an engine in this process, for scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ from dovetail.types import FinishReason, SamplingParams, SequenceOutput, TokenLo
 
 @dataclass
 class Completion:
-    """One sample."""
+    """The output of one sample."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
-    """One `{token_id: logprob}` a position, the sampled token first."""
+    """One `{token_id: logprob}` per position, the sampled token first."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
 
 @dataclass
 class RequestOutput:
-    """The answer to one prompt. `text`, `token_ids`, `logprobs` and `finish_reason` are the first
-    sample's."""
+    """The output for one prompt. `text`, `token_ids`, `logprobs` and `finish_reason` are those of
+    the first sample."""
 
     request_id: str
     prompt: Prompt
     prompt_token_ids: list[int]
     outputs: list[Completion]
     prompt_logprobs: list[dict[int, float] | None] | None = None
-    """The first is None: nothing comes before it."""
+    """One entry per prompt token. The first is None, because nothing comes before it."""
     num_cached_tokens: int = 0
-    """Of the prompt, found in the prefix cache."""
+    """Number of prompt tokens found in the prefix cache."""
 
     @property
     def text(self) -> str:
@@ -74,19 +74,19 @@ class RequestOutput:
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 class LLM:
-    """Load a model and generate.
+    """A loaded model that generates text.
 
         with LLM("demo") as llm:
             print(llm.generate(["import os"], SamplingParams(max_tokens=40))[0].text)
 
-    Keywords are the keys of an engine config: `LLM("demo", scheduler={"max_num_seqs": 8},
-    dtype="float32")`. Several streams may be open at once, in one thread; not for use from several
-    threads at once. Ctrl-C takes effect at the end of the step that is running (a second one, at
-    once) and leaves an engine that can be used further.
+    Keyword arguments are the keys of an engine config: `LLM("demo", scheduler={"max_num_seqs": 8},
+    dtype="float32")`. Several streams may be open at once in one thread; an LLM must not be used by
+    several threads at once. Ctrl-C takes effect at the end of the running step (a second one takes
+    effect at once) and leaves the engine usable.
     """
 
     def __init__(
@@ -106,28 +106,28 @@ class LLM:
         try:
             self.tokenizer: Tokenizer | None = Tokenizer(folder)
         except CheckpointError:
-            # Token ids still work; a prompt that needs the tokenizer is refused with the reason.
+            # Prompts of token ids still work; a text prompt is rejected with the reason.
             if (folder / "tokenizer.json").exists():
                 raise
             self.tokenizer = None
         self._maker = RequestMaker(model_facts(folder), self.plan.max_model_len, self.tokenizer)
         self._defaults = sampling_defaults(folder)
         self._outputs: dict[str, deque[SequenceOutput]] = {}
-        """By id of a request in flight, where its outputs go. Whoever runs a step files those of
-        all requests."""
+        """Queue for the outputs of each request in flight, by request id. A step may be run for any
+        request and distributes the outputs of all of them."""
         self.attestation = Attestation()
         self._engine: Engine | None = build_engine(self.plan, progress, registry, self.attestation)
 
     @property
     def engine(self) -> Engine:
-        """The loop itself, for observers and tests. Raises `EngineUnavailable` after `close`."""
+        """The engine, for observers and tests. Raises `EngineUnavailable` after `close`."""
         if self._engine is None:
             raise EngineUnavailable("this LLM has been closed")
         return self._engine
 
     @property
     def shadow(self) -> ShadowReport | None:
-        """What the candidates of a shadow run have shown so far; None without one."""
+        """Results of the shadow run so far, or None if there is none."""
         return shadow_report_of(self.engine.worker)
 
     @property
@@ -139,11 +139,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts, each a string or a list of token ids; results in their order (a list
-        for a single one too).
+        """Complete prompts, each a string or a list of token ids. Returns a list in the same order,
+        even for a single prompt.
 
-        `params` is for all, or one for each; None is `default_params()`. Raises `InvalidRequest`
-        before any work if a prompt or a parameter is bad, and the engine's error if it fails.
+        `params` applies to all prompts, or is a list with one entry per prompt; None means
+        `default_params()`. Raises `InvalidRequest` before any work if a prompt or a parameter is
+        invalid, and the engine's error if it fails.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
@@ -164,7 +165,7 @@ class LLM:
         return outputs
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Complete one prompt, giving out text as it comes."""
+        """Complete one prompt and yield text as it is generated."""
         state = RequestState(
             self._maker.make(prompt, params or self.default_params()), self.tokenizer
         )
@@ -174,38 +175,38 @@ class LLM:
     def chat(
         self, messages: list[dict[str, Any]], params: SamplingParams | None = None
     ) -> RequestOutput:
-        """Answer a conversation: messages of `role` and `content`, through the model's chat
+        """Complete a conversation of messages with `role` and `content`, using the model's chat
         template."""
         return self.generate(
             self.chat_prompt(messages), params or self.default_params(max_tokens=None)
         )[0]
 
     def default_params(self, **values: Any) -> SamplingParams:
-        """Sampling parameters as the model's generation_config.json has them, as in the server;
-        `values` go first."""
+        """Return the sampling parameters of the model's generation_config.json, which the server
+        uses too; `values` override them."""
         return SamplingParams(**{**self._defaults, **values})
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation."""
+        """Return the token ids of a conversation."""
         return self._maker.encode_chat(messages)
 
     def _run(self, states: list[RequestState]) -> Iterator[tuple[str, Delta]]:
-        """Step until all are finished. What is left, if the caller stops early or an error is
-        raised, is aborted."""
+        """Run steps until all requests are finished. If the caller stops early or an error is
+        raised, the remaining requests are aborted."""
         engine = self.engine
         n, most = max((s.request.params.n for s in states), default=0), engine.max_num_waiting
         if n > most:
             raise InvalidRequest(
-                f"n is {n}, and only {most} sequences may wait (max_num_waiting)", param="n"
+                f"n is {n}, but only {most} sequences may wait (max_num_waiting)", param="n"
             )
         live = {s.request.request_id: s for s in states}
         outputs: deque[SequenceOutput] = deque()
         pending = list(reversed(states))
         try:
             while live:
-                # Feed as many as may wait; the rest follow as these start.
+                # Queue as many as may wait; the rest follow when these have started.
                 if pending:
-                    self._feed(pending, outputs)
+                    self._enqueue(pending, outputs)
                 if not outputs:
                     self._step()
                 while outputs:
@@ -227,16 +228,16 @@ class LLM:
                 for s in states:
                     self._outputs.pop(s.request.request_id, None)
                     engine.abort(s.request.request_id)
-            # The overlapped loop may have a step in flight for what has ended, and until then its
-            # blocks.
+            # The overlapped loop may have a step in flight for requests that have ended, which
+            # holds their blocks until then.
             while self._engine is not None and any(
                 s.request.request_id in engine.requests for s in states
             ):
                 self._step()
-            self._file(engine.take_outputs())
+            self._distribute(engine.take_outputs())
 
-    def _feed(self, pending: list[RequestState], outputs: deque[SequenceOutput]) -> None:
-        """Hand over as many as may wait, from the end."""
+    def _enqueue(self, pending: list[RequestState], outputs: deque[SequenceOutput]) -> None:
+        """Queue as many requests as may wait, taken from the end of `pending`."""
         engine = self.engine
         with _interrupts_held():
             while (
@@ -249,24 +250,23 @@ class LLM:
                 engine.add(request)
 
     def _step(self) -> None:
-        """One step for all requests."""
+        """Run one step for all requests."""
         with _interrupts_held():
-            self._file(self.engine.step())
+            self._distribute(self.engine.step())
 
-    def _file(self, outputs: list[SequenceOutput]) -> None:
-        """To whoever waits for them; those of requests that were left are dropped."""
+    def _distribute(self, outputs: list[SequenceOutput]) -> None:
+        """Add outputs to the queues of their requests; those of abandoned requests are dropped."""
         for output in outputs:
             waiting = self._outputs.get(output.request_id)
             if waiting is not None:
                 waiting.append(output)
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far. Loses nothing: a stream that is open goes
-        on."""
+        """Clear the prefix cache. Running requests and open streams are not affected."""
         self.engine.kv.reset_prefix_cache()
 
     def close(self) -> None:
-        """Free the device. Idempotent."""
+        """Release the device. Calling it again has no effect."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.worker.close()
@@ -310,17 +310,17 @@ def _extend(output: RequestOutput, delta: Delta) -> None:
 
 
 def as_dict(position: TokenLogprobs) -> dict[int, float]:
-    """`{token_id: logprob}`, the token that stands there first."""
+    """Convert to `{token_id: logprob}`, with the token at this position first."""
     return dict(zip(position.token_ids, position.logprobs, strict=True))
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Within it, Ctrl-C waits for the end, so that nothing is cut in the middle of a change; a
-    second one does not wait."""
+    """Delay Ctrl-C until the end of the block, so that no state change is interrupted; a second
+    Ctrl-C is not delayed."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield  # another thread is never interrupted, and what is ignored needs no holding
+        yield  # other threads are never interrupted, and an ignored signal needs no delay
         return
     held: list[Any] = []
 

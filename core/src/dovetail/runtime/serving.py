@@ -1,8 +1,8 @@
-"""`AsyncEngine`: an engine in a process of its own, supervised, for servers.
+"""Provide `AsyncEngine`, an engine in a supervised process of its own, for servers.
 
 The front-end resolves the plan, starts the engine process, tokenizes, detokenizes and finds stop
-strings; the process runs the loop. When the process dies or stalls, every request in flight gets
-`EngineDead`, and a new process is started; until it is ready, requests are refused with
+strings; the engine process runs the loop. When the process dies or stalls, every request in flight
+gets `EngineDead`, and a new process is started. Until it is ready, requests are rejected with
 `EngineUnavailable`.
 """
 
@@ -49,32 +49,32 @@ from dovetail.types import EngineStats, Request, SamplingParams
 log = logging.getLogger("dovetail")
 
 START_PATIENCE = 60.0
-"""Seconds that a process may be silent until it is ready: imports hold all of its threads up."""
+"""Seconds for which a process may be silent until it is ready: imports block all of its threads."""
 STALL_FACTOR = 5
-"""A step counts as stalled after so many times its predicted time, if that is more than
+"""A step counts as stalled after this many times its predicted duration, if that is longer than
 `stall_timeout`."""
 DUMP_SECONDS = 0.2
-"""For a stalled process to write its stacks before it is ended."""
+"""Seconds for a stalled process to write its stacks before it is killed."""
 LAST_WORDS = 0.5
-"""Seconds to read what a process that has ended sent before."""
+"""Seconds to read what a process sent before it ended."""
 SLOW = 1.0
-"""Seconds of one step that are worth a line in the log; then twice as many, and so on."""
+"""Duration of a step in seconds after which a warning is logged; doubled after each warning."""
 CLOSE_PATIENCE = 5.0
-"""Seconds that a process is given to end by itself."""
+"""Seconds for a process to end by itself."""
 
 
 class _Stalled(EngineDead):
-    """The process lives and does nothing: worth a look at its stacks."""
+    """The process is alive but stalled, so its stacks are worth a look."""
 
 
 class AsyncEngine:
-    """Lives in one asyncio event loop. `start`, then `generate` from any number of tasks, then
-    `close`."""
+    """An engine in a process of its own, for one asyncio event loop. Call `start`, then `generate`
+    from any number of tasks, then `close`."""
 
     def __init__(
         self, config: EngineConfig, *, server: bool = False, progress: Progress | None = None
     ) -> None:
-        """Resolves the plan and reads the tokenizer; raises `ConfigError`, `PluginError` or
+        """Resolve the plan and read the tokenizer. Raises `ConfigError`, `PluginError` or
         `CheckpointError`."""
         self.config = config
         self.plan: Plan = resolve(config, server=server)
@@ -85,15 +85,15 @@ class AsyncEngine:
         self.state: EngineState = "loading"
         self.stats = EngineStats()
         self.shadow: ShadowReport | None = None
-        """Of a shadow run: what it has shown since the process began."""
+        """Results of a shadow run since the engine process started, or None."""
         self.invoked: dict[str, bool] = {}
-        """By key of the plan: whether the part has been seen at work. See `Plan.report`."""
+        """Whether each provider has been invoked, by plan key. See `Plan.report`."""
         self.weights: list[LayerWeights] = []
-        """Of the linear layers, once they are loaded, if some are quantized. See
+        """The linear layers, once they are loaded, if some are quantized. See
         `compose.weights_of`."""
         self._progress = progress
         self._live: dict[str, LiveRequest] = {}
-        """By `LiveRequest.engine_id`."""
+        """Requests in flight, by `LiveRequest.engine_id`."""
         self._request_ids: set[str] = set()
         self._num_admitted = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -101,8 +101,8 @@ class AsyncEngine:
         self._num_heard = 0
         self._slow = SLOW
         self.failed = asyncio.Event()
-        """Set when the engine has been given up: `failure` says why, and no request will be served
-        any more."""
+        """Set when the engine has failed for good: `failure` has the reason, and no more requests
+        are served."""
         self.failure = ""
         self._num_finished = 0
         self._restarts = Restarts()
@@ -114,7 +114,7 @@ class AsyncEngine:
 
     @property
     def num_live(self) -> int:
-        """Requests in flight."""
+        """Number of requests in flight."""
         return len(self._live)
 
     @property
@@ -123,11 +123,12 @@ class AsyncEngine:
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process."""
+        """Process id of the engine process."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Start the process and wait until it is ready. Raises what kept it from starting."""
+        """Start the process and wait until it is ready. Raises the error that prevents the
+        start."""
         self._started = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise())
         await self._started
@@ -142,10 +143,11 @@ class AsyncEngine:
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
     ) -> AsyncGenerator[Delta]:
-        """Complete a prompt. Yields the news of its samples; a slow reader gets them merged.
+        """Complete a prompt. Yields the new output of its samples; for a slow reader outputs are
+        merged.
 
-        Raises `InvalidRequest`, `EngineUnavailable`, `Overloaded` before the first delta,
-        `EngineDead` or `StepFailed` at any time. Leaving the iterator early (a client that
+        Raises `InvalidRequest`, `EngineUnavailable` or `Overloaded` before the first delta, and
+        `EngineDead` or `StepFailed` at any time. Closing the iterator early (a client that
         disconnects) aborts the request.
         """
         request = self.maker.make(
@@ -161,7 +163,7 @@ class AsyncEngine:
                 yield delta
 
     async def run(self, request: Request) -> AsyncGenerator[Delta]:
-        """`generate`, for a request that `maker` has made."""
+        """Do what `generate` does, for a request that `maker` has built."""
         live = self._admit(request)
         try:
             while not live.state.finished:
@@ -180,15 +182,15 @@ class AsyncEngine:
             live.close()
 
     def check_ready(self) -> None:
-        """Raise `EngineUnavailable`, saying why, unless requests are taken now."""
+        """Raise `EngineUnavailable`, with the reason, unless requests are accepted now."""
         if self.state == "failed":
-            raise EngineUnavailable(f"the engine has been given up: {self.failure}")
+            raise EngineUnavailable(f"the engine has failed and is not restarted: {self.failure}")
         if self.state != "ready":
             wait = self._restarts.seconds_left if self.state in ("loading", "restarting") else None
             raise EngineUnavailable(f"the engine is {self.state}", retry_after=wait)
 
     def check_admission(self) -> None:
-        """Raise `EngineUnavailable`, or `Overloaded`, unless one more request would be taken
+        """Raise `EngineUnavailable` or `Overloaded` unless one more request would be accepted
         now."""
         self.check_ready()
         if (
@@ -198,18 +200,18 @@ class AsyncEngine:
             raise Overloaded(f"{len(self._live)} requests are in flight; try again later")
 
     def reset_prefix_cache(self) -> None:
-        """Find nothing of what has been computed so far, from the next request on. Requests in
-        flight lose nothing.
+        """Clear the prefix cache, with effect from the next request. Requests in flight are not
+        affected.
 
-        Raises `EngineUnavailable` where there is no engine.
+        Raises `EngineUnavailable` if there is no engine.
         """
         if self.state not in ("ready", "draining"):
             self.check_ready()
         self._send(wire.ResetPrefixCache())
 
     async def drain(self, patience: float) -> bool:
-        """Take no more requests, and wait up to `patience` seconds for those in flight. True if all
-        have ended."""
+        """Accept no more requests, and wait up to `patience` seconds for those in flight. Returns
+        True if all have ended."""
         if self.state != "closed":
             self.state = "draining"
         with contextlib.suppress(TimeoutError):
@@ -217,8 +219,8 @@ class AsyncEngine:
         return not self._live
 
     async def close(self) -> None:
-        """Stop the process. Requests in flight, and a `start` that still waits, get
-        `EngineUnavailable`. Idempotent."""
+        """Stop the process. Requests in flight, and a pending `start`, get `EngineUnavailable`.
+        Calling it again has no effect."""
         loaded = self._started is not None and self._started.done()
         self._closing = True
         self.state = "closed"
@@ -226,7 +228,7 @@ class AsyncEngine:
         self._fail_all(closed)
         if self._started is not None and not self._started.done():
             self._started.set_exception(closed)
-            # whoever waits for it is told; if nobody does, that is no mistake
+            # Mark the exception as retrieved: it is not an error if nothing waits for `start`.
             self._started.exception()
         if self._process is not None and loaded:
             self._send(wire.Shutdown())
@@ -248,7 +250,8 @@ class AsyncEngine:
             )
         if request.params.n > self.config.max_num_waiting:
             raise InvalidRequest(
-                f"n is {request.params.n}, and only {self.config.max_num_waiting} may wait",
+                f"n is {request.params.n}, but only {self.config.max_num_waiting} sequences may"
+                " wait (max_num_waiting)",
                 param="n",
             )
         self._num_admitted += 1
@@ -275,7 +278,7 @@ class AsyncEngine:
     # The process.
 
     async def _supervise(self) -> None:
-        """Run engine processes one after another until closed. The first one must come up."""
+        """Run engine processes one after another until closed. The first one must start."""
         assert self._started is not None
         while not self._closing:
             self._restarts.begin()
@@ -295,7 +298,7 @@ class AsyncEngine:
                 return
             if self.state != "draining":
                 self.state = "restarting"
-            self.stats = EngineStats()  # the counters went with the process
+            self.stats = EngineStats()  # the counters of the old process are lost
             self._fail_all(EngineDead(f"the engine died: {error.message}"))
             if self.state == "draining":
                 return
@@ -303,26 +306,25 @@ class AsyncEngine:
             if backoff is None:
                 self.state, self.failure = (
                     "failed",
-                    f"{error.message}; {MAX_RESTARTS} restarts, and no request finished",
+                    f"{error.message}; no request finished in {MAX_RESTARTS} restarts",
                 )
-                log.error("the engine is given up: %s", self.failure)
+                log.error("the engine has failed and is not restarted: %s", self.failure)
                 self.failed.set()
                 return
             log.error("the engine died (%s); starting a new one in %.1f s", error.message, backoff)
             await asyncio.sleep(backoff)
 
     async def _run_process(self) -> None:
-        """Start a process and serve its messages until it ends. Raises the reason it gave, or
-        `EngineDead`."""
+        """Start a process and handle its messages until it ends. Raises the error that it reported,
+        or `EngineDead`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=wire.MAX_FRAME)
-        # `Start` comes first: only then may a reader that leaves send its abort.
+        # `Start` must be the first message: a reader that leaves may send its abort only after it.
         writer.write(wire.encode(wire.Start(self.plan.encode())))
         self._writer = writer
         try:
             with theirs:
-                # -P: the working directory, which may be a model's folder, is no place to import
-                # from.
+                # -P: do not import from the working directory, which may be a model's folder.
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-P",
@@ -334,9 +336,8 @@ class AsyncEngine:
                 )
             watch = asyncio.create_task(self._watch())
             reading = asyncio.create_task(self._read_until_end(reader))
-            ending = asyncio.create_task(
-                self._process.wait()
-            )  # its socket may outlive it, in a child
+            # The socket may stay open longer than the process, in a child of it.
+            ending = asyncio.create_task(self._process.wait())
             try:
                 await asyncio.wait({watch, reading, ending}, return_when=asyncio.FIRST_COMPLETED)
                 if ending.done():
@@ -367,8 +368,8 @@ class AsyncEngine:
             self._dispatch(wire.from_engine.decode(frame))
 
     async def _dump_stacks(self) -> None:
-        """Have a process that has stalled write where its threads are. One that is stopped
-        cannot."""
+        """Make a stalled process write the stacks of its threads. A stopped process cannot do
+        that."""
         if self._process is not None and self._process.returncode is None:
             log.error("the engine has stalled: the stacks of its threads follow")
             with contextlib.suppress(ProcessLookupError):
@@ -376,11 +377,11 @@ class AsyncEngine:
             await asyncio.sleep(DUMP_SECONDS)
 
     async def _watch(self) -> None:
-        """Give up a process that is silent for `heartbeat_timeout`; one that is busy with a step
-        says so itself.
+        """Raise an error if the process is silent for `heartbeat_timeout`. A process that is busy
+        with a step still sends heartbeats.
 
-        Silence is counted in short naps of this process, so that one that was stopped or busy
-        itself (a debugger, Ctrl-Z) does not take its own absence for the engine's.
+        Silence is counted in short sleeps of this process, so that its own pauses (a debugger,
+        Ctrl-Z, high load) do not count as silence of the engine.
         """
         limit = self.config.heartbeat_timeout
         nap, silent, heard = limit / 20, 0.0, 0
@@ -390,7 +391,7 @@ class AsyncEngine:
             await asyncio.sleep(nap)
             silent = silent + nap if heard == self._num_heard else 0.0
             heard = self._num_heard
-        raise _Stalled(f"the process gave no sign of life for {silent:.1f} s (heartbeat_timeout)")
+        raise _Stalled(f"the process sent no message for {silent:.1f} s (heartbeat_timeout)")
 
     def _dispatch(self, message: Any) -> None:
         match message:
@@ -408,7 +409,7 @@ class AsyncEngine:
                 limit = max(self.config.stall_timeout, STALL_FACTOR * message.expected)
                 if is_serving and message.busy > limit:
                     raise _Stalled(
-                        f"a step has not ended for {message.busy:.0f} s (stall_timeout){where}"
+                        f"a step has been running for {message.busy:.0f} s (stall_timeout){where}"
                     )
                 if not is_serving and message.busy > self.config.load_timeout:
                     raise _Stalled(
@@ -429,7 +430,7 @@ class AsyncEngine:
             case wire.Ready():
                 if message.fingerprint != self.plan.fingerprint:
                     raise PluginError(
-                        "the engine built another plan than the front-end resolved; restart the"
+                        "the engine was built from another plan than the front-end's; restart the"
                         " server"
                     )
                 self.stats, self.weights = message.stats, message.weights

@@ -1,5 +1,5 @@
-"""What front-end and engine process say to each other: typed msgspec messages, length-prefixed,
-never pickle."""
+"""Define the messages between front-end and engine process: typed msgspec messages with a length
+prefix, never pickle."""
 
 from __future__ import annotations
 
@@ -16,36 +16,40 @@ MAX_FRAME = 256 * 2**20
 
 
 class Start(msgspec.Struct, tag=True):
-    """First message to the engine: the plan to build from, as JSON."""
+    """The first message to the engine: the plan to build from, as JSON."""
 
     plan: bytes
 
 
 class Add(msgspec.Struct, tag=True):
+    """Add a request."""
+
     request: Request
 
 
 class Abort(msgspec.Struct, tag=True):
+    """Abort a request, or one of its samples."""
+
     request_id: str
     sample_index: int | None = None
 
 
 class Expire(msgspec.Struct, tag=True):
-    """Fail the request if it still waits for its first step."""
+    """Fail the request if it is still waiting for its first step."""
 
     request_id: str
 
 
 class ResetPrefixCache(msgspec.Struct, tag=True):
-    """Find nothing of what was computed for the requests added so far."""
+    """Clear the prefix cache: requests added later find nothing computed before."""
 
 
 class Shutdown(msgspec.Struct, tag=True):
-    """Stop after the step that is running."""
+    """Stop after the running step."""
 
 
 class Loading(msgspec.Struct, tag=True):
-    """Progress before `Ready`."""
+    """Progress of loading, before `Ready`."""
 
     what: str
     done: int
@@ -53,16 +57,16 @@ class Loading(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine runs; `fingerprint` is that of the plan it built."""
+    """The engine is ready. `fingerprint` is that of the plan from which it was built."""
 
     fingerprint: str
     stats: EngineStats
     weights: list[LayerWeights] = []
-    """See `compose.weights_of`."""
+    """The linear layers. See `compose.weights_of`."""
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The engine could not start, or its loop broke; the process ends. `code` is one of
+    """The engine could not start, or its loop failed, and the process ends. `code` is one of
     errors.py."""
 
     code: str
@@ -70,20 +74,20 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class StepOutputs(msgspec.Struct, tag=True):
-    """What a step brought."""
+    """The outputs of a step."""
 
     outputs: list[SequenceOutput]
     stats: EngineStats
 
 
 class Invoked(msgspec.Struct, tag=True):
-    """Parts that have been seen at work, by key of the plan; sent when it changes."""
+    """Whether each provider has been invoked, by plan key; sent when it changes."""
 
     invoked: dict[str, bool]
 
 
 class Refused(msgspec.Struct, tag=True):
-    """The engine did not take a request in."""
+    """The engine rejected a request."""
 
     request_id: str
     code: str
@@ -91,18 +95,18 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Heartbeat(msgspec.Struct, tag=True):
-    """The process lives; its loop has been busy with the same step for `busy` seconds (0 when
-    idle)."""
+    """The process is alive, and its loop has been busy with the same step for `busy` seconds (0
+    when idle)."""
 
     busy: float
     where: str = ""
-    """In whose code, after the first second."""
+    """Provider whose code is running, if the step has taken more than one second."""
     expected: float = 0.0
-    """Seconds that the step was predicted to take; 0 if nothing is known."""
+    """Predicted duration of the step in seconds; 0 if unknown."""
 
 
 class Shadow(msgspec.Struct, tag=True):
-    """What a shadow run has shown so far: about once a second while it runs, and at the end."""
+    """Results of a shadow run so far: sent about once a second while it runs, and at the end."""
 
     report: ShadowReport
 
@@ -116,20 +120,20 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """A frame: four bytes of length, little-endian, then msgpack."""
+    """Encode a frame: four bytes of length, little-endian, then msgpack."""
     body = _encoder.encode(message)
     return len(body).to_bytes(4, "little") + body
 
 
 def read_frame(sock: socket.socket) -> bytes | None:
-    """The next frame's body, or None at the end. Blocks. Raises `OSError`, and `ValueError` for
-    what is no frame."""
+    """Read the body of the next frame, or None at the end of the stream. Blocks. Raises `OSError`,
+    and `ValueError` for an invalid frame."""
     head = _read_exactly(sock, 4)
     return None if head is None else _read_exactly(sock, _length(head))
 
 
 async def read_frame_async(reader: asyncio.StreamReader) -> bytes | None:
-    """The same, for an event loop."""
+    """Do what `read_frame` does, in an event loop."""
     try:
         return await reader.readexactly(_length(await reader.readexactly(4)))
     except (asyncio.IncompleteReadError, ConnectionError):
@@ -139,7 +143,7 @@ async def read_frame_async(reader: asyncio.StreamReader) -> bytes | None:
 def _length(head: bytes) -> int:
     length = int.from_bytes(head, "little")
     if length > MAX_FRAME:
-        raise ValueError(f"a frame of {length} bytes; at most {MAX_FRAME}")
+        raise ValueError(f"a frame has {length} bytes; the maximum is {MAX_FRAME}")
     return length
 
 

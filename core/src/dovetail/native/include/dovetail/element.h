@@ -1,7 +1,7 @@
-// Number types: how sixteen values are stored, loaded, and multiplied.
+// Number types: how sixteen values are stored, loaded and multiplied.
 //
-// `pair` is 2 where the CPU multiplies pairs of bfloat16 (vdpbf16ps): operands then lie in pairs along the summed
-// dimension. Elsewhere it is 1, with storage widened to float32 on load.
+// `pair` is 2 if the CPU multiplies pairs of bfloat16 (vdpbf16ps): operands are then stored in pairs along the summed
+// dimension. Otherwise it is 1, and storage is widened to float32 on load.
 #pragma once
 
 #include <dovetail/vec.h>
@@ -57,7 +57,7 @@ struct BF16 : F32 {
 #if defined(DOVETAIL_AVX512) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define DOVETAIL_BYTE_TABLES 1
 
-// Sign and size of a byte to bfloat16: by tables of the 128 sizes, their low bytes, then their high ones.
+// Sign and magnitude of a byte to bfloat16, with tables for the 128 magnitudes: first their low bytes, then their high bytes.
 struct ByteTable {
   alignas(64) uint8_t at[256] = {};
   template <class F>
@@ -66,7 +66,7 @@ struct ByteTable {
   }
 };
 
-// bfloat16's bits of `number` * 2^exponent.
+// The bits of `number` * 2^exponent as bfloat16.
 constexpr int bf16_bits(int number, int exponent) {
   if (number == 0) return 0;
   int top = 0;
@@ -82,21 +82,20 @@ struct BytePairs {
 };
 inline constexpr BytePairs kBytePairs;
 
-// 32 bytes to as many bfloat16. `has_two_complement`: of int8; else the first bit is the sign.
+// Converts 32 bytes to 32 bfloat16. `has_two_complement` is for int8; otherwise the first bit is the sign.
 template <bool has_two_complement>
 __m512i load_bytes(const void* p, const ByteTable& table) {
   auto row = [&](int i) { return _mm512_load_si512(table.at + 64 * i); };
   const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   const __m512i pairs = _mm512_permutexvar_epi8(_mm512_load_si512(kBytePairs.at), bytes);
-  const __m512i size = has_two_complement ? _mm512_abs_epi8(pairs) : pairs;  // of which 7 bits count
+  const __m512i size = has_two_complement ? _mm512_abs_epi8(pairs) : pairs;  // only 7 bits count
   const __m512i low = _mm512_permutex2var_epi8(row(0), size, row(1)), high = _mm512_permutex2var_epi8(row(2), size, row(3));
   const __m512i both = _mm512_mask_mov_epi8(low, 0xAAAAAAAAAAAAAAAAull, high);
   return _mm512_ternarylogic_epi32(both, pairs, _mm512_set1_epi16(static_cast<short>(0x8000)), 0xF8);  // both | pairs & sign
 }
 #endif
 
-// Types of one byte. `unit` is what loaded operands are to be multiplied by, once they are summed up; what is stored is limited
-// to ±`largest`.
+// One-byte types. Sums of loaded operands must be multiplied by `unit`; stored values are limited to ±`largest`.
 struct I8 : BF16 {
   static constexpr float unit = 1.f, largest = 127.f;
   using store_t = int8_t;
@@ -128,8 +127,8 @@ struct I8 : BF16 {
 #endif
 };
 
-// E4M3: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, all ones are NaN. With its exponent in a float16's place a
-// number is 2^-8 of itself, subnormal ones included.
+// E4M3: sign, 4 bits of exponent (bias 7), 3 bits of mantissa; no infinity, all ones are NaN. With the exponent in the place of a
+// float16's, the value is 2^-8 of the number, subnormal numbers included.
 struct F8 : BF16 {
   static constexpr float unit = 256.f, largest = 448.f;
   using store_t = uint8_t;
@@ -187,7 +186,7 @@ struct F8 : BF16 {
 template <class E>
 constexpr bool is_byte = sizeof(typename E::store_t) == 1;
 
-// Sixteen values of any of the types, as float32.
+// Loads sixteen values of any of the types as float32.
 inline Vec load_as(Type type, const void* base, int64_t offset) {
   switch (type) {
     case Type::i8: return I8::widen16(static_cast<const int8_t*>(base) + offset);

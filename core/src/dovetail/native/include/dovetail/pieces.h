@@ -1,5 +1,5 @@
-// Work that threads take piece by piece, and can wait for. Unlike a barrier, it asks nothing of a thread that the system has
-// not let run yet: the others do its share.
+// Work that threads take piece by piece, and can wait for. Unlike a barrier, it does not wait for a thread that the system has
+// not scheduled yet: the others do its share.
 #pragma once
 
 #include <immintrin.h>
@@ -9,10 +9,10 @@
 
 namespace dovetail {
 
-// Until `done()`, which another thread is about to bring about: spin, then let others have the core.
+// Waits until `done()`, which another thread is about to make true: spins, then yields the core.
 template <class F>
 void wait_until(F&& done) {
-  constexpr int kSpins = 4000;  // some 50 µs: about what giving the core away and getting it back may cost
+  constexpr int kSpins = 4000;  // about 50 µs, which is roughly the cost of yielding the core and getting it back
   for (int spins = 0; !done(); ++spins)
     if (spins < kSpins)
       _mm_pause();
@@ -22,7 +22,7 @@ void wait_until(F&& done) {
 
 class Pieces {
  public:
-  // Take pieces of `count` until none is left, then wait until all are done. Every thread passes the same count.
+  // Takes pieces of `count` until none is left, then waits until all are done. Every thread passes the same count.
   template <class F>
   void work(int count, F&& f) {
     if (count == 0) return;
@@ -31,7 +31,7 @@ class Pieces {
     if (done) done_.fetch_add(done, std::memory_order_release);
     wait_until([&] { return done_.load(std::memory_order_acquire) >= count; });
   }
-  // For the next round; no thread may be at work.
+  // Prepares the next round; no thread may be working.
   void reset() {
     next_.store(0, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);

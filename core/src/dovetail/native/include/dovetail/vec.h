@@ -1,7 +1,7 @@
-// Sixteen float32 lanes: one AVX-512 register, or two AVX2 registers. Everything else in this folder is written on top.
+// Sixteen float32 lanes: one AVX-512 register, or two AVX2 registers. The rest of this folder is built on it.
 //
-// Multiply-adds are explicit and the compiler is told not to contract others (-ffp-contract=off), so that a value does not
-// depend on where an expression was inlined: batch invariance rests on it.
+// Multiply-adds are explicit, and the compiler must not contract others (-ffp-contract=off), so that a value does not depend on
+// where an expression was inlined. Batch invariance relies on this.
 #pragma once
 
 #include <immintrin.h>
@@ -30,19 +30,19 @@ inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
-// The second operand comes back where either is NaN.
+// If either operand is NaN, the second one is returned.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.x); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
-// Lanes in [lo, hi) of a, -inf elsewhere.
+// Returns lanes [lo, hi) of a, and -inf elsewhere.
 inline Vec keep(Vec a, int lo, int hi) {
   const uint32_t below_hi = hi >= kLanes ? 0xFFFFu : (1u << hi) - 1, below_lo = lo <= 0 ? 0u : (1u << lo) - 1;
   return {_mm512_mask_blend_ps(static_cast<__mmask16>(below_hi & ~below_lo), _mm512_set1_ps(-kInf), a.x)};
 }
 
-// 2^n of a whole number n in [-127, 127]; 0 for -127.
+// Returns 2^n for an integer n in [-127, 127]; 0 for -127.
 inline Vec power_of_two(Vec n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.x), _mm512_set1_epi32(127)), 23))};
 }
@@ -145,9 +145,9 @@ inline void store_bf16(uint16_t* p, Vec a) {
 
 #endif
 
-// 2^x for x <= 127, within 2 units in the last place; exactly 0 below -126.5 and for -inf; NaN stays NaN.
+// Returns 2^x for x <= 127, within 2 units in the last place; exactly 0 below -126.5 and for -inf; NaN for NaN.
 inline Vec exp2(Vec x) {
-  x = max(splat(-127.f), x);  // NaN is the second operand, so it comes through
+  x = max(splat(-127.f), x);  // NaN is the second operand, so it is preserved
   const Vec whole = round_even(x), f = sub(x, whole);
   Vec y = splat(1.5403530e-4f);  // Taylor series of 2^f on [-1/2, 1/2]: ln(2)^k / k!
   y = fma(y, f, splat(1.3333558e-3f));
