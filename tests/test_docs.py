@@ -81,3 +81,20 @@ def test_commands_in_the_readme_exist() -> None:
     targets = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.M)):
         assert re.search(rf"^{target}:", targets, re.M), target
+
+
+def test_every_path_of_the_architecture_page_is_there() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    paths = re.findall(r"`([\w./-]+(?:\.py|\.cpp|\.h|/[\w-]*))`", page)
+    assert len(paths) > 80
+    missing = []
+    for path in paths:
+        first, _, rest = path.partition("/")
+        places = [
+            ROOT / path,
+            ROOT / "core/src/dovetail" / path,
+            ROOT / f"plugins/{first}/src/dovetail_{first}" / rest,
+        ]
+        if "NAME" not in path and not any(place.exists() for place in places):
+            missing.append(path)
+    assert not missing

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import random
 import shutil
 from argparse import Namespace
 from collections import namedtuple
@@ -30,7 +29,7 @@ from dovetail_quantize.schemes import make_scheme
 from dovetail_quantize.skeleton import Skeleton
 from dovetail_quantize.texts import read_texts
 from dovetail_testing.plugin import make_model
-from dovetail_testing.tiny_model import LAYERS, TinyModel
+from dovetail_testing.tiny_model import LAYERS
 
 SMALL = ["--num-samples", "12", "--sample-len", "16", "--group-size", "16"]
 SCHEMES: dict[str, list[str]] = {
@@ -39,22 +38,6 @@ SCHEMES: dict[str, list[str]] = {
     "awq": ["--group-size", "16"],
     "gptq": ["--group-size", "16", "--desc-act"],
 }
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = TinyModel(random.randrange(2**31)).write(tmp_path_factory.mktemp("tiny"))
-    (found / "generation_config.json").write_text('{"eos_token_id": 1}')
-    (found / "chat_template.jinja").write_text("{{ messages }}")
-    return found
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = ["".join(random.choices("abcdefghij", k=5)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(random.choices(words, k=400)))
-    return path
 
 
 def quantize(model: Path, out: Path, *args: str, text: Path | None = None) -> int:
@@ -467,64 +450,3 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_the_run_can_go_on(
     assert run(arguments(model, out, text, "--scheme", "gptq"), lambda *_: None) == 0
     run(arguments(model, tmp_path / "whole", text, "--scheme", "gptq"), lambda *_: None)
     assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_the_files_are_as_readable_as_any_others(model: Path, tmp_path: Path) -> None:
-    assert quantize(model, tmp_path / "out", "--scheme", "int8") == 0
-    modes = {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()}
-    assert len(modes) == 1
-
-
-def test_code_of_a_model_folder_is_not_run(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nor does transformers ask whether it should be: somebody at a terminal might say yes."""
-    folder, ran = shutil.copytree(model, tmp_path / "model"), tmp_path / "ran"
-    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "mine",
-        "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.C"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.input", lambda *_: "y")
-        assert quantize(folder, tmp_path / "out", "--scheme", "fp8") != 0
-    assert not ran.exists()
-    assert "trust_remote_code" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "tokenizer.json"])
-def test_links_out_of_the_folder_are_not_followed(
-    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(model, tmp_path / "model")
-    (tmp_path / "secret").write_text("{}")
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to("../secret")
-    assert quantize(folder, tmp_path / "out", "--scheme", "fp8") != 0
-    assert f"{folder / name} is a link to {tmp_path / 'secret'}, outside the model" in " ".join(
-        capsys.readouterr().err.split()
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_links_of_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> None:
-    repository = tmp_path / "hub/models--somebody--something"
-    snapshot, blobs, shared = (
-        repository / "snapshots/abc",
-        repository / "blobs",
-        tmp_path / "hub/blobs/xx",
-    )
-    for new in (snapshot, blobs, shared):
-        new.mkdir(parents=True)
-    for i, file in enumerate(sorted(model.iterdir())):
-        (blobs / str(i)).write_bytes(file.read_bytes())
-        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    (blobs / "0").rename(shared / "0")  # recent versions keep blobs of all repositories together
-    (blobs / "0").symlink_to("../../blobs/xx/0")
-    (snapshot / "again.jinja").symlink_to("chat_template.jinja")
-    assert quantize(snapshot, tmp_path / "out", "--scheme", "fp8") == 0
-    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
-    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
