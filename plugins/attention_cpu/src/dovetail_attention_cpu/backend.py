@@ -16,6 +16,7 @@ from dovetail.errors import PluginError
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 from dovetail.interfaces.compiled import AttentionCall, Compiled, Op
 from dovetail.native import zeros
+from dovetail_attention_cpu.ahead import Ahead
 
 TYPES = {
     torch.float32: 0,
@@ -154,6 +155,7 @@ class CpuAttention:
     def __init__(self, library: Path) -> None:
         self._functions = Functions(library)
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._ahead = Ahead()
 
     @property
     def instruction_set(self) -> str:
@@ -163,9 +165,13 @@ class CpuAttention:
         _check(spec.num_kv_heads, spec.num_kv_heads, spec.head_size, spec.block_size)
         shape = (spec.num_blocks, spec.num_kv_heads, 2, spec.block_size, spec.head_size)
         dtype, count = getattr(torch, spec.dtype), math.prod(shape)
-        return torch.frombuffer(zeros(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+        memory = zeros(count * dtype.itemsize)
+        self._ahead.add(memory, spec.num_blocks * spec.block_size)
+        return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
     def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
+        if len(batch.slot_mapping):
+            self._ahead.reach(int(batch.slot_mapping.max()))
         steps: dict[tuple[int, int, int, int | None], Step] = {}
         plan: Plan = {}
         for layer in layers:
