@@ -26,7 +26,10 @@ def num_present(memory):
     """Bytes, as the system says."""
     pages = (ctypes.c_ubyte * (len(memory) // 4096))()
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), pages) == 0
+    assert (
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), pages)
+        == 0
+    )
     return 4096 * sum(page & 1 for page in pages)
 
 

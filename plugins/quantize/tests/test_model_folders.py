@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_quantize import quantize
+from test_quantizing import quantize
 
 
 def test_the_files_are_as_readable_as_any_others(model: Path, tmp_path: Path) -> None:
