@@ -309,7 +309,7 @@ def test_an_optional_extension_point_may_stay_empty(model: Path) -> None:
         "speculation"
     ]
     assert (taken.provider, taken.options) == ("guess", {"num_draft_tokens": 4, "adaptive": True})
-    with pytest.raises(ConfigError, match="nobody to take them"):
+    with pytest.raises(ConfigError, match="no provider is selected"):
         resolve(
             load_config(model=str(model), speculation={"use": "none", "num_draft_tokens": 3}),
             registry,

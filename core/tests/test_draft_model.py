@@ -192,7 +192,7 @@ def test_the_options_name_the_model(model: Path) -> None:
         planned(model, None)
     with pytest.raises(
         PluginError,
-        match=r"dist-x:drafts runs in the worker, and its options do not extend DraftModelOptions",
+        match="dist-x:drafts runs in the worker, but its options are not a subclass of DraftModel",
     ):
         planned(model, None, kind=DrafterOptions)
 
@@ -232,7 +232,7 @@ def test_the_simulated_worker_drafts_well_and_not_always() -> None:
             0, [0], [known - computed + 4], [computed], [True], new, [[DRAFTED_BY_WORKER] * 4]
         )
         plan.starts = [] if computed else [start]
-        drawn = worker.sample(worker.submit(plan)).token_ids[0]
-        blocks, drafted, accepted = blocks + needed, drafted + 4, accepted + len(drawn) - 1
-        computed, known = known + len(drawn) - 1, known + len(drawn)
+        sampled = worker.sample(worker.submit(plan)).token_ids[0]
+        blocks, drafted, accepted = blocks + needed, drafted + 4, accepted + len(sampled) - 1
+        computed, known = known + len(sampled) - 1, known + len(sampled)
     assert drafted / 4 < accepted < drafted
