@@ -47,9 +47,9 @@ Every extension point (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `
 `{full: …, sliding: …}`. An extension point that a plugin adds is set among the options of the extension point it is within:
 `prefix_cache: {use: hash, eviction: lfu}`.
 
-`quantization` may be rules, of which the first that matches a layer's name in the checkpoint counts:
-`[{match: "*.mlp.*", use: NAME, …options}, {match: "*.q_proj", use: none}]`. Layers that none matches are as the checkpoint
-has them. One scheme for a whole model of plain weights leaves `lm_head` as it is: only a rule that names that quantizes it.
+`quantization` may be a list of rules; the first that matches a layer's name in the checkpoint applies:
+`[{match: "*.mlp.*", use: NAME, …options}, {match: "*.q_proj", use: none}]`. Layers that no rule matches stay as they are
+in the checkpoint. A single scheme for a model with plain weights does not quantize `lm_head`; only a rule that names it does.
 """  # noqa: E501
 
 

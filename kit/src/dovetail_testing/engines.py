@@ -65,7 +65,7 @@ class Setup:
 
 @dataclass
 class Known:
-    """What the worker knows about a sequence from the plans so far."""
+    """The state of a sequence that the worker knows from the plans so far."""
 
     num_tokens: int
     num_computed: int | None

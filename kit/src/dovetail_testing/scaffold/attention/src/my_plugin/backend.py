@@ -20,7 +20,7 @@ this package."""
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed once per step, for all layers of a KV group."""
+    """Data that is computed once per step, for all layers of a KV group."""
 
     slot_mapping: Tensor
     """i64[T]: slot of each token's key and value."""
