@@ -1,4 +1,4 @@
-"""Write the reference pages that the code determines.
+"""Write the reference pages that are generated from the code.
 
 Usage: python docs/make.py. A test holds the pages to the code.
 """
@@ -47,15 +47,15 @@ Every extension point (`worker`, `attention`, `kv_cache`, `scheduler`, …) is `
 `{full: …, sliding: …}`. An extension point that a plugin adds is set among the options of the extension point it is within:
 `prefix_cache: {use: hash, eviction: lfu}`.
 
-`quantization` may be rules, of which the first that matches a layer's name in the checkpoint counts:
-`[{match: "*.mlp.*", use: NAME, …options}, {match: "*.q_proj", use: none}]`. Layers that none matches are as the checkpoint
-has them. One scheme for a whole model of plain weights leaves `lm_head` as it is: only a rule that names that quantizes it.
+`quantization` may be a list of rules; the first that matches a layer's name in the checkpoint applies:
+`[{match: "*.mlp.*", use: NAME, …options}, {match: "*.q_proj", use: none}]`. Layers that no rule matches stay as they are
+in the checkpoint. A single scheme for a model with plain weights does not quantize `lm_head`; only a rule that names it does.
 """  # noqa: E501
 
 
 def hooks() -> str:
-    """docs/hooks.md: every hook, in the order of an engine's life, with its docstring and its
-    contract's version."""
+    """Write docs/hooks.md: every hook, in the order of an engine's life cycle, with its docstring
+    and contract version."""
     out = [NOTE, "# Hooks", inspect.getdoc(hookspecs) or ""]
     source = ast.parse(inspect.getsource(hookspecs))
     by_hook, registry = {s.hook: s for s in EXTENSION_POINTS}, load_registry()
@@ -68,22 +68,22 @@ def hooks() -> str:
                 if extension_point
                 else []
             )
-    out.append("# Hooks of extension points that plugins open")
+    out.append("# Hooks of extension points that plugins add")
     out.append(
-        "They are there while a provider of the plugin that opens them fills the extension point"
-        " they are within."
+        "They exist while a provider of the plugin that adds them is selected for the extension"
+        " point they are within."
     )
     for name, plugin in registry.added_by.items():
         extension_point = registry.extension_points[name]
         out += [
-            f"## `{extension_point.hook}`\n\nOpened by `{plugin.distribution}`.",
+            f"## `{extension_point.hook}`\n\nAdded by `{plugin.distribution}`.",
             _facts(registry, extension_point),
         ]
     return "\n\n".join(part for part in out if part) + "\n"
 
 
 def _facts(registry: Registry, extension_point: ExtensionPoint) -> str:
-    """What is known of an extension point, as a table."""
+    """Describe an extension point in a table."""
     examples = sorted(
         p.parent.name
         for p in EXAMPLES.glob("*/pyproject.toml")
@@ -91,8 +91,8 @@ def _facts(registry: Registry, extension_point: ExtensionPoint) -> str:
     )
     previous, kit = extension_point.previous, contract_of(extension_point)
     rows = {
-        "extension_point": f"`{extension_point.name}`: {extension_point.summary}",
-        "filled by": (
+        "extension point": f"`{extension_point.name}`: {extension_point.summary}",
+        "providers": (
             "any number"
             if extension_point.many
             else "one provider, or none"
@@ -102,13 +102,13 @@ def _facts(registry: Registry, extension_point: ExtensionPoint) -> str:
         "within": f"`{extension_point.within}`" if extension_point.within else "",
         "interface": _link(interface_of(registry, extension_point)),
         "contract": extension_point.contract,
-        "the one before": (
+        "previous contract": (
             f"{previous.version}, served until {previous.until}: now {previous.changed}"
             if previous
             else "none"
         ),
         "contract class": f"`{kit.__name__}` of {_link(kit.__module__)}" if kit else "none",
-        "to begin with": f"`dovetail new-plugin {extension_point.name} NAME`",
+        "template": f"`dovetail new-plugin {extension_point.name} NAME`",
         "examples": ", ".join(f"[{name}](../examples/{name})" for name in examples),
     }
     return "\n".join(
@@ -117,13 +117,13 @@ def _facts(registry: Registry, extension_point: ExtensionPoint) -> str:
 
 
 def _link(module: str) -> str:
-    """A module, linked to its file."""
+    """Link a module to its file."""
     file = Path(inspect.getfile(importlib.import_module(module))).resolve().relative_to(DOCS.parent)
     return f"[`{module}`](../{file})"
 
 
 def _extension_points_of(pyproject: Path) -> set[str]:
-    """What a package was written for, by its metadata."""
+    """Return the extension points that a package was written for, from its metadata."""
     return set(
         tomllib.loads(pyproject.read_text())["project"]["entry-points"].get(
             "dovetail.contracts", {}
@@ -132,12 +132,12 @@ def _extension_points_of(pyproject: Path) -> set[str]:
 
 
 def _fields(extension_point: ExtensionPoint) -> str:
-    """What an extension point's providers declare, and what their options have in common."""
+    """Describe the capabilities of an extension point's providers and their common options."""
     out = []
     if declared := CAPABILITIES.get(extension_point.name):
         said = _docstrings(declared)
         out += [
-            f"What `{declared.__name__}` says:\n",
+            f"Fields of `{declared.__name__}`:\n",
             "| field | type | default | |",
             "|---|---|---|---|",
         ]
@@ -147,12 +147,12 @@ def _fields(extension_point: ExtensionPoint) -> str:
             out.append(f"| `{f.name}` | {kind} | {default} | {said.get(f.name, '')} |")
     if extension_point.options.model_fields:
         names = ", ".join(f"`{name}`" for name in extension_point.options.model_fields)
-        out.append(f"\nOptions extend `{extension_point.options.__name__}`: {names}.")
+        out.append(f"\nOptions are a subclass of `{extension_point.options.__name__}`: {names}.")
     return "\n".join(out).strip()
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """By field: the string that stands below it in the source."""
+    """Return the docstring of each field, by name."""
     (body,) = (
         node.body
         for node in ast.parse(inspect.getsource(kind)).body
@@ -170,8 +170,8 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def config() -> str:
-    """docs/config.md: every key of an engine config, and every option of the providers in this
-    repository."""
+    """Write docs/config.md: every key of an engine config, and every option of the providers in
+    this repository."""
     out = [
         NOTE,
         "# Configuration\n",
@@ -192,11 +192,11 @@ def config() -> str:
 
 
 def plugins() -> str:
-    """docs/plugins.md: who offers what, and what those that are chosen by capabilities declare."""
+    """Write docs/plugins.md: the providers of each distribution, and their capabilities."""
     out = [
         NOTE,
         "# Plugins in this repository\n",
-        "| extension point | provider | from | priority | what it is |",
+        "| extension point | provider | distribution | priority | summary |",
         "|" + "---|" * 5,
     ]
     for o in _offers():
@@ -215,7 +215,7 @@ def plugins() -> str:
 
 
 def _declared(extension_point: str, capabilities: Any) -> list[str]:
-    """A table: what each provider of an extension point declares."""
+    """Build a table of the capabilities of an extension point's providers."""
     offers = [o for o in _offers() if isinstance(o.provider.capabilities, capabilities)]
     out = [
         f"\n## What {extension_point} providers declare\n",
@@ -235,7 +235,7 @@ def _declared(extension_point: str, capabilities: Any) -> list[str]:
 
 
 def _offers() -> list[Offer]:
-    """Of the packages in this repository, whatever else is installed."""
+    """Return the offers of the packages in this repository, whatever else is installed."""
     ours = {f"dovetail-{p.name.replace('_', '-')}" for p in (DOCS.parent / "plugins").iterdir()} | {
         "dovetail-core"
     }

@@ -187,6 +187,6 @@ def test_a_hub_id_goes_to_the_hub(tmp_path: Path) -> None:
 def test_conform_on_a_device_that_is_not_declared(capsys):
     assert main(["conform", "dovetail-attention-cuda"]) == 1
     assert (
-        "it is for cuda, and the device is cpu: name another with --device"
+        "it supports cuda, but the device is cpu: select another with --device"
         in capsys.readouterr().out
     )

@@ -173,15 +173,19 @@ def test_they_are_documented_typed_and_tidy(packages: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("extension_point", "name", "said"),
     [
-        ("attentoin", "mine", "'attentoin' is no extension point; there are model, quantization"),
-        ("attention", "My Backend", "is no name for a package"),
-        ("attention", "2fast", "is no name for a package"),
-        ("attention", "../mine", "is no name for a package"),
-        ("attention", "class", "is no name for a package"),
-        ("attention", "dovetail_core", "dovetail-core 0.1.0 is installed already"),
-        ("attention", "json", "there is a module json already"),
+        (
+            "attentoin",
+            "mine",
+            "'attentoin' is not an extension point; the extension points are model, quantization",
+        ),
+        ("attention", "My Backend", "is not a valid package name"),
+        ("attention", "2fast", "is not a valid package name"),
+        ("attention", "../mine", "is not a valid package name"),
+        ("attention", "class", "is not a valid package name"),
+        ("attention", "dovetail_core", "dovetail-core 0.1.0 is already installed"),
+        ("attention", "json", "a module json already exists"),
         ("scheduler", "fcfs", "'fcfs' is a provider of scheduler (dovetail-core:fcfs)"),
-        ("scheduler", "auto", "'auto' is a word of configurations"),
+        ("scheduler", "auto", "'auto' is a keyword of engine configs"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -198,7 +202,7 @@ def test_nothing_is_overwritten_or_half_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert main(["new-plugin", "scheduler", "mine"]) == 2
-    assert "mine is already there" in capsys.readouterr().err
+    assert "mine already exists" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["new-plugin", "scheduler", "mine", "--out", "file/mine"]) == 2
     assert "cannot write" in capsys.readouterr().err

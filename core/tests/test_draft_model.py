@@ -192,7 +192,7 @@ def test_the_options_name_the_model(model: Path) -> None:
         planned(model, None)
     with pytest.raises(
         PluginError,
-        match=r"dist-x:drafts runs in the worker, and its options do not extend DraftModelOptions",
+        match="dist-x:drafts runs in the worker, but its options are not a subclass of DraftModel",
     ):
         planned(model, None, kind=DrafterOptions)
 

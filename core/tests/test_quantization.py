@@ -190,7 +190,7 @@ def test_a_method_that_nobody_reads_names_near_ones_and_what_would_help(tmp_path
 @pytest.mark.parametrize("config", [[], {"bits": 4}, {"quant_method": 8}, "awq"])
 def test_a_quantization_config_that_says_no_method_is_an_error(config: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"config.json: quantization_config must say its quant_method"
+        CheckpointError, match=r"config.json: quantization_config must have a quant_method"
     ):
         resolved(quantized(tmp_path, config))
 

@@ -71,7 +71,7 @@ def test_one_that_does_not_is_shown_with_its_failure(tmp_path: Path) -> None:
     assert out.returncode == 1, out.stderr
     for text in (
         "6 failed, 1 passed",
-        "the contract asks",
+        "the contract requires",
         "smallest failing input",
         "common causes",
         "DOVETAIL_TEST_SEED=",
@@ -82,12 +82,12 @@ def test_one_that_does_not_is_shown_with_its_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nobody"], "'nobody' is no provider .*fcfs.* and no distribution .*dovetail-core"),
+        (["nobody"], "'nobody' is neither a provider .*fcfs.* nor a distribution .*dovetail-core"),
         (
             ["fcfs", "--option", "speed=9"],
             "options of dovetail-core:fcfs are: max_num_seqs, max_num_batched_tokens",
         ),
-        (["dovetail-core", "--option", "max_num_seqs=9"], "say which"),
+        (["dovetail-core", "--option", "max_num_seqs=9"], "use one of these"),
     ],
 )
 def test_what_cannot_be_conformed(
@@ -178,7 +178,7 @@ def test_what_cannot_be_built_is_a_failure_of_the_same_form() -> None:
     (result,) = run_contracts({"unbuildable": cls})
     assert (result.outcome, result.reason) == (
         "failed",
-        "it raised ImportError: no module named torch",
+        "the provider raised ImportError: no module named torch",
     )
     assert "`build` returns" in result.asks
 

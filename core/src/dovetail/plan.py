@@ -66,7 +66,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any]
     """Resolved options: no value is left at `auto`."""
     match: str = ""
-    """For a rule that covers some layers: the glob that their names match."""
+    """Glob that the names of the layers match, for a rule that covers some layers."""
     remarks: list[str] = []
     """Notes of the provider on how it resolved its options."""
     rejected: list[Rejected] = []

@@ -31,7 +31,7 @@ _INT32, _INT64 = 2**31, 2**63
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the tokens of one request are sampled, and when generation ends.
+    """Sampling parameters of one request, and the conditions that end generation.
 
     Values out of range raise `InvalidRequest`, which names the field. The logits are processed in
     this order: logit_bias, repetition / presence / frequency penalties, min_tokens, temperature,

@@ -1,14 +1,14 @@
-"""For plugin authors: fakes for every seam, and the contract classes of the conformance kit (extra
-`testing`).
+"""Provide fakes of every interface and the contract classes of the conformance kit, for plugin
+authors.
 
-A contract class is subclassed by a plugin's own test, in ten to twenty lines:
+A plugin's own test is a subclass of a contract class, in ten to twenty lines:
 
     from dovetail_testing.attention import AttentionContract
 
     class TestMyAttention(AttentionContract):
         provider = PROVIDER
 
-`contracts.py` says which class belongs to an extension point; `dovetail conform` runs them without
-a test file. The contract modules need pytest and hypothesis, and import the provider's tensor
-library only while a test runs.
+`contracts.py` lists the contract class of each extension point; `dovetail conform` runs them
+without a test file. The contract modules need pytest and hypothesis, and import the provider's
+tensor library only while a test runs.
 """

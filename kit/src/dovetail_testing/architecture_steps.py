@@ -1,5 +1,5 @@
-"""Tiny models with random weights, and steps to run them in: attention is slow and obviously
-right."""
+"""Provide checkpoints with random weights for tiny models, and steps to run them in, with an
+attention that is slow and obviously correct."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PlainLinear:
-    """A linear layer that offers what the contract has, and nothing else."""
+    """A linear layer with exactly the interface of the contract."""
 
     def __init__(
         self, maker: PlainLayers, name: str, parts: Sequence[Part], in_features: int, bias: bool
@@ -37,7 +37,9 @@ class PlainLinear:
         self._maker.used.add(self._name)
         if x.ndim != 2 or x.shape[1] != self._weight.shape[1] or x.dtype != self._weight.dtype:
             size = f"[T, {self._weight.shape[1]}] {self._weight.dtype}"
-            raise Broken(f"{self._name} was called with {list(x.shape)} {x.dtype}, it takes {size}")
+            raise Broken(
+                f"{self._name} was called with {list(x.shape)} {x.dtype}, but needs {size}"
+            )
         return F.linear(x, self._weight, self._bias).to(dtype or x.dtype)
 
     def rows(self, token_ids: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class PlainLinear:
 
 
 class PlainLayers:
-    """A `LayerMaker` that takes down what it was asked for and what was used."""
+    """A `LayerMaker` that records which layers were requested and used."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
@@ -84,7 +86,7 @@ class PlainLayers:
 
 
 def random_tensors(targets: dict[str, Target], seed: int) -> dict[str, Tensor]:
-    """A checkpoint for a model, no number of it at a neutral value."""
+    """Create a checkpoint for a model in which no value is neutral."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -93,18 +95,18 @@ def random_tensors(targets: dict[str, Target], seed: int) -> dict[str, Tensor]:
         tensor = torch.randn(target.shape, generator=generator) * (
             0.1 if len(target.shape) > 1 else 0.3
         )
-        # A vector of weights belongs to a norm.
+        # A one-dimensional weight belongs to a norm.
         tensors[name] = tensor + 1 if len(target.shape) == 1 and name.endswith("weight") else tensor
     return tensors
 
 
 def store(model: Model, tensors: dict[str, Tensor]) -> None:
-    """As a worker would: what is given is a view that is good for the call."""
+    """Store tensors as a worker would: each is passed as a view that is valid only for the call."""
     for name, target in model.targets().items():
         lent = tensors[name].clone()
         if tuple(lent.shape) != target.shape:
             raise Broken(
-                f"target {name} has shape {list(target.shape)}, and {list(lent.shape)} in the first"
+                f"target {name} has shape {list(target.shape)}, but {list(lent.shape)} in the first"
                 " model"
             )
         target.store(lent)
@@ -113,15 +115,15 @@ def store(model: Model, tensors: dict[str, Tensor]) -> None:
 
 @dataclass
 class DenseAttention:
-    """An `Attend` over sequences whose keys and values are kept in lists. Its results are good
+    """An `Attend` over sequences whose keys and values are stored in lists. Its results are valid
     until the next call."""
 
     layers: list[AttentionLayer]
     dtype: Any
     rows: list[tuple[int, int]] = field(default_factory=list)
-    """(sequence, number of tokens) of the step, in the order of the batch."""
+    """(sequence, number of tokens) of the step, in batch order."""
     called: list[int] = field(default_factory=list)
-    """Layers of this step."""
+    """Layers called in this step."""
 
     def __post_init__(self) -> None:
         self._keys: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
@@ -177,7 +179,7 @@ class DenseAttention:
 def run_step(
     model: Model, attention: DenseAttention, rows: list[tuple[int, range]], prompts: list[list[int]]
 ) -> Tensor:
-    """One pass over spans of some sequences; hidden states `[T, H]`."""
+    """Run one forward pass over spans of some sequences; return hidden states `[T, H]`."""
     import torch
 
     attention.rows, attention.called = [(i, len(span)) for i, span in rows], []
@@ -187,12 +189,12 @@ def run_step(
     with torch.inference_mode():
         hidden: Tensor = model.forward(token_ids, positions, attention)
     if not (torch.equal(given[0], token_ids) and torch.equal(given[1], positions)):
-        raise Broken("forward changed its token_ids or positions")
+        raise Broken("forward modified its token_ids or positions")
     return hidden.clone()
 
 
 def whole_logits(model: Model, prompt: list[int], dtype: Any) -> Tensor:
-    """f32[T, V] of a prompt that is alone, in one step."""
+    """Return f32[T, V] of a single prompt, computed in one step."""
     import torch
 
     hidden = run_step(
@@ -206,7 +208,8 @@ def whole_logits(model: Model, prompt: list[int], dtype: Any) -> Tensor:
 def ragged_logits(
     model: Model, prompts: list[list[int]], dtype: Any, rng: random.Random
 ) -> list[Tensor]:
-    """The same by prompt, in steps that give each sequence 0 to 6 tokens, in any order."""
+    """Return the same for several prompts, in steps with 0 to 6 tokens per sequence, in any
+    order."""
     import torch
 
     attention = DenseAttention(model.attention_layers, dtype)

@@ -1,10 +1,10 @@
-"""The contract of the attention extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the attention extension point. A plugin's test is a subclass:
 
     class TestMyAttention(AttentionContract):
         provider = PROVIDER
         device = "cuda:0"
 
-What is tried follows from the provider's declared capabilities; the oracle is softmax(q·k) v in
+The tests follow from the provider's declared capabilities; the reference is softmax(q·k) v in
 float64.
 """
 
@@ -45,18 +45,18 @@ HOST_FIELDS = (
 
 
 class AttentionContract(AttentionTrial):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The contract of attention providers. Subclass it and set `provider`."""
 
     extension_point = "attention"
 
     # The declaration.
 
-    @common_causes("a field of AttentionCapabilities left empty")
+    @common_causes("a field of AttentionCapabilities is empty")
     def test_declaration(self) -> None:
-        """The capabilities name the framework, at least one dtype and KV dtype, and the device
+        """The capabilities declare the framework, at least one dtype and KV dtype, and the device
         under test."""
         can = self.can
-        assert can.framework == "torch", "this kit's tensors are torch's"
+        assert can.framework == "torch", "the kit supports only torch tensors"
         assert self.device.split(":")[0] in can.devices, (
             f"the device under test, {self.device}, must be declared"
         )
@@ -64,30 +64,31 @@ class AttentionContract(AttentionTrial):
         assert can.kv_dtypes, "at least one KV dtype must be declared"
 
     @common_causes(
-        "`why_not` refuses what the capabilities promise",
-        "a size or type declared that was never tried",
+        "`why_not` rejects what the capabilities declare",
+        "a size or type is declared but was never tested",
     )
     def test_what_is_declared_is_taken(self) -> None:
-        """Asked for by name, the core takes the provider for all that it declares."""
+        """If the provider is requested by name, the core accepts everything that it declares."""
         for context in self.contexts(declared=True):
             refusal = self.refusal(context)
-            assert refusal is None, f"{_asked(context)} is declared, and refused: {refusal}"
+            assert refusal is None, f"{_described(context)} is declared but rejected: {refusal}"
 
     @common_causes(
-        "a capability declared by mistake",
-        "head_sizes or block_sizes left at None, which means any",
+        "a capability is declared by mistake",
+        "head_sizes or block_sizes is None, which means any",
     )
     def test_what_is_not_declared_is_refused(self) -> None:
-        """Asked for by name for anything that it does not declare, the provider is refused with a
-        reason."""
+        """If the provider is requested by name for anything that it does not declare, it is
+        rejected with a reason."""
         for context in self.contexts(declared=False):
             refusal = self.refusal(context)
-            assert refusal is not None, f"{_asked(context)} is not declared, and not refused"
+            assert refusal is not None, (
+                f"{_described(context)} is not declared, but is not rejected"
+            )
 
-    @common_causes("`out` ignored", "new arrays returned in place of `out`")
+    @common_causes("`out` is ignored", "new arrays are returned instead of `out`")
     def test_export_fills_what_it_is_given(self) -> None:
-        """`export_kv` with `out` writes the blocks there, the same as without, and returns
-        `out`."""
+        """`export_kv` with `out` writes the same blocks there as without it, and returns `out`."""
         import torch
 
         step = Step(plain(self.can, Row(0, 60), Row(30, 2), seed=self.seed), self.device)
@@ -97,24 +98,23 @@ class AttentionContract(AttentionTrial):
         exported = self.backend.export_kv(cache, blocks, out=(keys, values))
         for given, got, expected in zip((keys, values), exported, plain_export, strict=True):
             assert given is got, "`out` must be returned"
-            assert same(given, expected.cpu()), (
-                "what was written to `out` is not what the blocks hold"
-            )
+            assert same(given, expected.cpu()), "the contents of `out` differ from the blocks"
 
-    # What comes out, over all that is declared.
+    # Results, for everything that is declared.
 
     @pytest.mark.parametrize("index", range(NUM_RANDOM_STEPS))
     @common_causes(
-        "block table or slots indexed by the wrong stride",
-        "the mask of a chunk, whose first query is not at 0",
+        "the block table or the slots are indexed with the wrong stride",
+        "the mask is wrong for a chunk whose first query is not at position 0",
     )
     def test_random_step(self, index: int) -> None:
-        """Any ragged mix of prefill, chunks and decode of what is declared gives softmax(scale ·
+        """Any ragged mix of prefill, chunks and decode within the declaration gives softmax(scale ·
         q·k) v."""
         self.check(random_spec(self.can, self.seed + index))
 
     @common_causes(
-        "a size assumed to be a power of two", "sums kept in the storage type instead of float32"
+        "a size is assumed to be a power of two",
+        "sums are kept in the storage type instead of float32",
     )
     def test_every_declared_size_and_type(self) -> None:
         """Every declared head size, block size, dtype and KV dtype works."""
@@ -132,8 +132,8 @@ class AttentionContract(AttentionTrial):
 
     @pytest.mark.parametrize("group", [1, 2, 5, 8, 16])
     @common_causes(
-        "head h mapped to KV head h % Hkv; it is h // (Hq / Hkv)",
-        "a group size that does not fill a tile",
+        "head h is mapped to KV head h % Hkv instead of h // (Hq / Hkv)",
+        "a group size does not fill a tile",
     )
     def test_query_heads_share_kv_heads(self, group: int) -> None:
         """Query head h reads KV head h // (Hq / Hkv)."""
@@ -142,23 +142,23 @@ class AttentionContract(AttentionTrial):
         )
 
     @common_causes(
-        "split softmax merged without rescaling by the maxima",
-        "sums kept in a type narrower than float32",
+        "split softmax is merged without rescaling by the maxima",
+        "sums are kept in a type narrower than float32",
     )
     def test_long_context_of_few_rows(self) -> None:
-        """Few rows of some thousands of tokens, whose keys a kernel may split over workers, are as
+        """Few rows with thousands of tokens, whose keys a kernel may split between workers, are as
         exact as others."""
         for rows in ((Row(2999, 1),), (Row(4095, 1), Row(10, 1)), (Row(2500, 30),)):
             self.check(plain(self.can, *rows, num_heads=2, num_kv_heads=1, seed=self.seed))
 
-    @common_causes("a grid or workspace sized for fewer rows")
+    @common_causes("a grid or workspace is sized for fewer rows")
     def test_many_rows(self) -> None:
         """A step may have many rows."""
         self.check(plain(self.can, *(Row(n, 1) for n in range(70)), seed=self.seed))
 
     @common_causes(
-        "an empty loop over earlier blocks",
-        "slots of the last block behind the sequence's end were read",
+        "a loop over earlier blocks is empty",
+        "slots of the last block behind the sequence's end are read",
     )
     def test_single_token(self) -> None:
         """A sequence of one token attends to itself."""
@@ -166,12 +166,12 @@ class AttentionContract(AttentionTrial):
 
     @pytest.mark.parametrize("window", [1, 2, 16, 17, 100, 10_000])
     @common_causes(
-        "off by one: a token sees itself and window - 1 before it",
-        "table entries before the window were followed",
+        "off by one: a token attends to itself and to window - 1 tokens before it",
+        "table entries before the window are followed",
     )
     def test_sliding_window(self, window: int) -> None:
-        """With a window, a token sees itself and the window - 1 tokens before it, and no entry
-        before that is followed."""
+        """With a window, a token attends to itself and the window - 1 tokens before it, and no
+        table entry before that is followed."""
         self.needs_feature("sliding_window")
         rows = (Row(0, 130), Row(700, 1), Row(301, 40), Row(3, 1))
         for canary in (False, True):
@@ -179,10 +179,11 @@ class AttentionContract(AttentionTrial):
 
     @pytest.mark.parametrize("cap", [1.0, 30.0])
     @common_causes(
-        "the cap applied before the scale", "the cap applied after masking, which makes -inf finite"
+        "the cap is applied before the scale",
+        "the cap is applied after masking, which makes -inf finite",
     )
     def test_logit_soft_cap(self, cap: float) -> None:
-        """A soft cap turns the scaled logit x into cap · tanh(x / cap), before the softmax."""
+        """A soft cap maps the scaled logit x to cap · tanh(x / cap), before the softmax."""
         self.needs_feature("logit_soft_cap")
         self.check(
             plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, scale=1.0, seed=self.seed)
@@ -190,37 +191,36 @@ class AttentionContract(AttentionTrial):
         self.check(plain(self.can, Row(0, 70), Row(200, 1), logit_soft_cap=cap, seed=self.seed))
 
     @common_causes(
-        "the sink left out of the sum, or counted once for each split",
-        "the sink scaled or capped: it is a logit as is",
+        "the sink is left out of the sum, or counted once per split",
+        "the sink is scaled or capped, although it is already a logit",
     )
     def test_sinks(self) -> None:
-        """A sink takes part in the softmax of its head, as one more logit that carries no value."""
+        """A sink takes part in the softmax of its head as one more logit that carries no value."""
         self.needs_feature("sinks")
         rows = (Row(0, 70), Row(200, 1), Row(0, 1))
         self.check(plain(self.can, *rows, sinks=True, seed=self.seed))
         self.check(plain(self.can, *rows, sinks=True, scale=0.5, seed=self.seed))
 
     @common_causes(
-        "exp without subtracting the row's maximum",
-        "weights kept in float16, whose largest number is 65504",
+        "exp is computed without subtracting the row's maximum",
+        "weights are kept in float16, whose largest number is 65504",
     )
     def test_large_logits(self) -> None:
-        """Logits of some hundreds neither overflow nor lose all but infinity: the softmax subtracts
-        its maximum."""
+        """Logits of several hundred do not overflow: the softmax subtracts its maximum."""
         self.check(plain(self.can, Row(0, 70), Row(600, 1), scale=20.0, seed=self.seed))
 
     @pytest.mark.parametrize("largest", [(0.5, 4.0), (6.0, 0.25)])
     @common_causes(
-        "the keys' scale used for values",
-        "codes not limited before they are cast",
-        "a scale for each head",
+        "the keys' scale is used for values",
+        "values are not clamped before they are cast",
+        "each head has its own scale",
     )
     def test_scales_of_keys_and_values(self, largest: tuple[float, float]) -> None:
-        """In a KV type of one byte keys have a scale and values another; what is too large for it
-        becomes its largest."""
+        """In a one-byte KV dtype, keys have one scale and values another; numbers out of range are
+        clamped."""
         kinds = [kv_dtype for kv_dtype in self.can.kv_dtypes if kv_dtype in LARGEST]
         if not kinds:
-            pytest.skip(f"no KV dtype of one byte is declared: {', '.join(LARGEST)}")
+            pytest.skip(f"no one-byte KV dtype is declared: {', '.join(LARGEST)}")
         for kv_dtype in kinds:
             self.check(
                 plain(
@@ -233,24 +233,24 @@ class AttentionContract(AttentionTrial):
                 )
             )
 
-    # What is read and what is written.
+    # What is read and written.
 
     @pytest.mark.parametrize("index", range(6))
     @common_causes(
-        "padding rows or tokens written to block 0",
-        "a whole block written where the step has part of it",
+        "padding rows or tokens are written to block 0",
+        "a whole block is written where the step has only part of it",
     )
     def test_only_the_steps_slots_are_written(self, index: int) -> None:
-        """A step writes the slots of its tokens and no other: each other slot holds a number of its
-        own, and keeps it."""
+        """A step writes the slots of its tokens and no others: each other slot contains a distinct
+        number, which must not change."""
         self.check(replace(random_spec(self.can, self.seed + 4000 + index), canary=True))
 
     @common_causes(
-        "0 · NaN is NaN: masked weights still multiply what they should not touch",
-        "reads up to the block's end",
+        "0 · NaN is NaN: masked weights are multiplied with values that must not be read",
+        "reads continue up to the block's end",
     )
     def test_nothing_behind_a_sequence_is_read(self) -> None:
-        """No slot behind a sequence's end is read, in whatever place of a block it ends: they hold
+        """No slot behind a sequence's end is read, wherever in a block it ends: these slots contain
         NaN, or other numbers."""
         size = plain(self.can).block_size
         rows = [
@@ -261,10 +261,10 @@ class AttentionContract(AttentionTrial):
         for canary in (False, True):
             self.check(plain(self.can, *rows, canary=canary, seed=self.seed))
 
-    @common_causes("each row's keys written when its turn comes, instead of all before any is read")
+    @common_causes("the keys of a row are written when it is computed, not before any row is read")
     def test_rows_of_a_step_share_blocks(self) -> None:
-        """Rows read blocks that another row of the same step writes: all is written before any is
-        read."""
+        """Rows read blocks that another row of the same step writes: everything is written before
+        anything is read."""
         size = plain(self.can).block_size
         lender = Row(size // 2, 5 * size)
         borrowers = [
@@ -275,12 +275,12 @@ class AttentionContract(AttentionTrial):
         self.check(plain(self.can, lender, *borrowers, seed=self.seed))
 
     @common_causes(
-        "a table, its lengths or its splits kept from the step before",
-        "a plan looked up by a buffer's address",
+        "a table, its lengths or its splits are those of the previous step",
+        "a plan is looked up by the address of a buffer",
     )
     def test_buffers_are_reused_between_steps(self) -> None:
-        """The worker reuses its buffers: a step's numbers count, though they stand where the last
-        step's stood."""
+        """The worker reuses its buffers: a step's numbers count, although they are where those of
+        the previous step were."""
         rows = ((Row(40, 1), Row(0, 33)), (Row(33, 1), Row(8, 33)))
         first, second = (
             Step(plain(self.can, *r, seed=self.seed + i), self.device) for i, r in enumerate(rows)
@@ -293,12 +293,12 @@ class AttentionContract(AttentionTrial):
             cache, out = self.fill(step), self.new_out(step)
             plan = self.backend.plan(reused, [step.layer], step.spec.block_size)
             self.backend.run(step.layer, step.q, step.k, step.v, cache, plan, out)
-            self.compare(step, out, "with the buffers of the step before")
+            self.compare(step, out, "with the buffers of the previous step")
 
-    @common_causes("the plan kept in the backend, and overwritten by another group's")
+    @common_causes("the plan is stored in the backend and overwritten by that of another group")
     def test_two_plans_live_side_by_side(self) -> None:
-        """A plan is good until the next one of the same KV group; another group's does not end
-        it."""
+        """A plan is valid until the next one of the same KV group; that of another group does not
+        end it."""
         first = Step(plain(self.can, Row(0, 60), Row(500, 1), seed=self.seed), self.device)
         window = 50 if self.can.sliding_window else None
         second = Step(
@@ -314,11 +314,11 @@ class AttentionContract(AttentionTrial):
         for step, cache, plan in zip((first, second), caches, plans, strict=True):
             out = self.new_out(step)
             self.backend.run(step.layer, step.q, step.k, step.v, cache, plan, out)
-            self.compare(step, out, "with another group's plan made in between")
+            self.compare(step, out, "with another group's plan in between")
 
-    @common_causes("scale, soft cap or sinks taken from the plan's first layer")
+    @common_causes("scale, soft cap or sinks are those of the plan's first layer")
     def test_one_plan_serves_all_layers(self) -> None:
-        """Layers of a group share a plan, and differ in scale, soft cap and sinks."""
+        """Layers of a group share a plan but differ in scale, soft cap and sinks."""
         base = plain(self.can, Row(0, 40), Row(200, 1), seed=self.seed)
         others = [replace(base, scale=0.5)]
         if self.can.logit_soft_cap:
@@ -333,11 +333,11 @@ class AttentionContract(AttentionTrial):
             self.backend.run(layer, step.q, step.k, step.v, cache, plan, out)
             self.compare(step, out, f"in layer {layer.index} of the plan")
 
-    # Sameness.
+    # Reproducibility.
 
     @common_causes(
-        "sums by atomic additions, in the order that threads arrive",
-        "memory that is read before it is written",
+        "sums use atomic additions in the order in which threads arrive",
+        "memory is read before it is written",
     )
     def test_deterministic(self) -> None:
         """The same step gives the same bits each time."""
@@ -346,7 +346,9 @@ class AttentionContract(AttentionTrial):
         def twice(spec: StepSpec) -> None:
             step = Step(spec, self.device)
             outs = [self.run(step)[0] for _ in range(3)]
-            assert all(torch.equal(out, outs[0]) for out in outs), "the same step gave two results"
+            assert all(torch.equal(out, outs[0]) for out in outs), (
+                "the same step gave two different results"
+            )
 
         for i in range(3):
             self.attempt(
@@ -355,12 +357,12 @@ class AttentionContract(AttentionTrial):
 
     @pytest.mark.parametrize("index", range(6))
     @common_causes(
-        "the number of splits follows the batch",
-        "a matrix product whose order of summation follows its shape",
+        "the number of splits depends on the batch",
+        "the order of summation in a GEMM depends on its shape",
     )
     def test_batch_invariance(self, index: int) -> None:
-        """A token's output has the same bits alone, among neighbours, and however its prompt was
-        cut."""
+        """A token's output has the same bits alone, among other rows, and however its prompt is
+        split into chunks."""
         import torch
 
         self.needs_feature("batch_invariant")
@@ -374,41 +376,35 @@ class AttentionContract(AttentionTrial):
         cuts = sorted({0, *rng.sample(range(1, length), 4), length - 1, length})
 
         def compare_part(given: tuple[int, int, tuple[Row, ...]]) -> None:
-            begin, end, other_choices = given
-            rows = (*other_choices, Row(begin, end - begin))
-            part = self.transplant(
-                whole, replace(spec, rows=rows, seed=spec.seed + 1), len(other_choices)
-            )
-            start = sum(r.num_new for r in other_choices)
+            begin, end, others = given
+            rows = (*others, Row(begin, end - begin))
+            part = self.transplant(whole, replace(spec, rows=rows, seed=spec.seed + 1), len(others))
+            start = sum(r.num_new for r in others)
             assert torch.equal(self.run(part)[0][start:], out[begin:end]), (
-                f"batch_invariant is declared, and tokens {begin} to {end - 1} of {length} came out"
-                f" different beside {len(other_choices)} other rows than in one prefill; in all:"
-                f" {spec}"
+                f"batch_invariant is declared, but tokens {begin} to {end - 1} of {length} differ"
+                f" between a batch with {len(others)} other rows and one prefill; step: {spec}"
             )
 
         def with_less(
             given: tuple[int, int, tuple[Row, ...]],
         ) -> list[tuple[int, int, tuple[Row, ...]]]:
-            begin, end, other_choices = given
-            fewer = [
-                (begin, end, other_choices[:i] + other_choices[i + 1 :])
-                for i in range(len(other_choices))
-            ]
-            return fewer + ([(begin, (begin + end) // 2, other_choices)] if end - begin > 1 else [])
+            begin, end, others = given
+            fewer = [(begin, end, others[:i] + others[i + 1 :]) for i in range(len(others))]
+            return fewer + ([(begin, (begin + end) // 2, others)] if end - begin > 1 else [])
 
-        other_choices: tuple[Row, ...] = (Row(0, 33), Row(900, 1), Row(10, 7))
+        others: tuple[Row, ...] = (Row(0, 33), Row(900, 1), Row(10, 7))
         for begin, end in itertools.pairwise(cuts):
-            self.attempt((begin, end, other_choices), compare_part, with_less)
+            self.attempt((begin, end, others), compare_part, with_less)
 
     @pytest.mark.parametrize("index", range(8))
     @common_causes(
-        "pieces that depend on the order of pieces",
-        "the strides of AttentionCall taken for contiguous ones",
+        "results depend on the order of pieces",
+        "the strides in AttentionCall are assumed to be contiguous",
     )
     def test_compiled_steps_do_what_run_does(self, index: int) -> None:
-        """The operations of a compiled step give the bits of `run`, whatever the order of an
-        operation's pieces and whoever does them; q, k and v lie side by side in one buffer, as they
-        leave a fused projection."""
+        """The operations of a compiled step give the same bits as `run`, whatever the order and the
+        threads of an operation's pieces; q, k and v are in one buffer, as from a fused
+        projection."""
         if not self.can.compiled_steps:
             pytest.skip(f"{self.provider.name} does not declare compiled_steps")
         self.attempt(
@@ -419,12 +415,13 @@ class AttentionContract(AttentionTrial):
 
     @pytest.mark.parametrize("index", range(6))
     @common_causes(
-        "lengths, splits or a grid taken from the host's numbers",
-        "buffers made anew by each `plan`",
+        "lengths, splits or a grid depend on the numbers on the host",
+        "each `plan` allocates new buffers",
     )
     def test_an_old_plan_does_the_new_step(self, index: int) -> None:
-        """With graph capture, a decode step's `plan` writes what launches captured with the plan
-        before it read, rows of padding included: `run` with the old plan is then the new step."""
+        """With graph capture, the `plan` of a decode step writes the buffers that launches captured
+        with the previous plan read, padding rows included: `run` with the old plan then computes
+        the new step."""
         import torch
 
         if not self.can.graph_capture:
@@ -460,18 +457,18 @@ class AttentionContract(AttentionTrial):
         self.compare(
             new,
             out[:num_rows],
-            f"with the plan of a step before, and {num_padding} rows of padding",
+            f"with the plan of a previous step and {num_padding} padding rows",
         )
 
     # The cache.
 
     @common_causes(
-        "the own layout's order of heads and slots left in what is exported",
-        "blocks sorted before they are copied",
+        "exported KV has the order of heads and slots of the provider's own layout",
+        "blocks are sorted before they are copied",
     )
     def test_export_and_import(self) -> None:
-        """Both are in the canonical layout `[blocks, block_size, Hkv, D]`, in the order asked for,
-        and lose nothing."""
+        """Both use the canonical layout `[blocks, block_size, Hkv, D]` and the requested order, and
+        lose nothing."""
         for kv_dtype in self.can.kv_dtypes:
             step = Step(
                 plain(self.can, Row(20, 50), kv_dtype=kv_dtype, seed=self.seed), self.device
@@ -494,9 +491,9 @@ class AttentionContract(AttentionTrial):
             self.backend.import_kv(cache, moved, keys[:2], values[:2])
             again, _ = self.backend.export_kv(cache, wanted)
             assert same(again.cpu(), keys.cpu()[[1, 0, 2]]), (
-                "import_kv must write these blocks and no other"
+                "import_kv must write these blocks and no others"
             )
 
 
-def _asked(context: Context) -> str:
+def _described(context: Context) -> str:
     return f"{context.needs} in {context.dtype} on {context.device_name}"

@@ -1,9 +1,9 @@
-"""Steps to try attention on: random ragged batches over a poisoned cache, and the oracle that knows
-their answer.
+"""Create steps for tests of attention: random ragged batches over a poisoned cache, and the
+expected output.
 
-A step is described in the words of the contract (`StepSpec`), then built (`Step`): the logical keys
-and values of every sequence, the canonical cache as it is before the step, with NaN in every slot
-that must not be read, and the cache and output that must come of it.
+A step is specified in the terms of the contract (`StepSpec`) and then built (`Step`): the logical
+keys and values of every sequence, the canonical cache before the step, with NaN in every slot that
+must not be read, and the expected cache and output after it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from dovetail.interfaces.attention import (
     AttentionLayer,
     KVCacheSpec,
 )
+from dovetail_testing.attention_error import SMALLEST, relative_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = {"float8_e4m3fn": 448, "int8": 127}
-"""KV types of one byte, and what they hold."""
+"""Largest value of each one-byte KV dtype."""
 ANY_HEAD_SIZE = (16, 40, 64, 80, 128, 256)
-"""Tried where a provider declares any."""
+"""Head sizes to test if a provider declares any."""
 ANY_BLOCK_SIZE = (1, 8, 16, 24, 32, 128)
 
 
@@ -34,12 +35,12 @@ class Row:
     """One sequence's part of a step."""
 
     num_computed: int
-    """Tokens whose keys and values are in the cache before the step."""
+    """Number of tokens whose keys and values are in the cache before the step."""
     num_new: int
-    """Tokens of the step."""
+    """Number of tokens in the step."""
     shares: tuple[int, int] | None = None
-    """(row, n): the first n tokens lie in that earlier row's blocks, which may be written in this
-    very step."""
+    """(row, n): the first n tokens are in the blocks of that earlier row, which may be written in
+    this same step."""
 
     @property
     def seq_len(self) -> int:
@@ -48,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StepSpec:
-    """A step, and the layer that it runs through; all tensors follow from `seed`."""
+    """A step and its layer; all tensors follow from `seed`."""
 
     rows: tuple[Row, ...]
     dtype: str = "float32"
@@ -61,15 +62,14 @@ class StepSpec:
     logit_soft_cap: float | None = None
     sinks: bool = False
     scale: float | None = None
-    """None is 1 / sqrt(head_size)."""
+    """Scale of the logits; None means 1 / sqrt(head_size)."""
     fused: bool = False
-    """q, k and v are views of one tensor, as a fused projection gives them."""
+    """q, k and v are views of one tensor, as from a fused projection."""
     canary: bool = False
-    """What the step must not touch holds a number of its own in each slot, instead of NaN."""
+    """Slots that the step must not access contain distinct numbers instead of NaN."""
     seed: int = 0
     kv_range: tuple[float, float] | None = None
-    """In a KV type of one byte: the largest keys and values that its scales provide for. None: of
-    some, by the seed."""
+    """For a one-byte KV dtype: the largest keys and values within its scales; None means random."""
 
     def __str__(self) -> str:
         rows = ", ".join(
@@ -89,12 +89,12 @@ def block_sizes(can: AttentionCapabilities) -> tuple[int, ...]:
 
 
 def preferred(values: tuple[Any, ...], wanted: Any) -> Any:
-    """`wanted` if it is declared, else the first that is."""
+    """Return `wanted` if it is declared, otherwise the first declared value."""
     return wanted if wanted in values else values[0]
 
 
 def plain(can: AttentionCapabilities, *rows: Row, seed: int = 0, **changes: Any) -> StepSpec:
-    """A step of a kind that the provider declares, as ordinary as can be."""
+    """Return an ordinary step within the provider's declaration."""
     dtype = preferred(can.dtypes, "float32")
     spec = StepSpec(
         rows,
@@ -108,8 +108,8 @@ def plain(can: AttentionCapabilities, *rows: Row, seed: int = 0, **changes: Any)
 
 
 def random_spec(can: AttentionCapabilities, seed: int) -> StepSpec:
-    """Any step of what the provider declares: prefill, chunks and decode side by side, sharing
-    blocks now and then."""
+    """Return a random step within the provider's declaration: prefill, chunks and decode, sometimes
+    with shared blocks."""
     rng = random.Random(seed)
     block_size = rng.choice(block_sizes(can))
     dtype = rng.choice(can.dtypes)
@@ -150,7 +150,7 @@ def random_spec(can: AttentionCapabilities, seed: int) -> StepSpec:
 
 
 def simpler(can: AttentionCapabilities, spec: StepSpec) -> list[StepSpec]:
-    """Steps with one thing less, the greatest reductions first."""
+    """Return steps that are simpler in one respect, the greatest reductions first."""
     out = [
         replace(spec, rows=_without(spec.rows, i))
         for i in range(len(spec.rows))
@@ -209,8 +209,8 @@ def _without(rows: tuple[Row, ...], gone: int) -> tuple[Row, ...]:
 
 
 def _is_possible(spec: StepSpec) -> bool:
-    """Rows have tokens, and what is shared is whole blocks that the lender has and the borrower
-    does not compute."""
+    """Return whether rows have tokens, and shared tokens are whole blocks that the lender has and
+    the borrower does not compute."""
     return all(
         r.num_new >= 1
         and r.num_computed >= 0
@@ -226,7 +226,7 @@ def _is_possible(spec: StepSpec) -> bool:
 
 
 class Step:
-    """A spec's tensors, on a device. `blocks[b]` are row b's block ids, all of them, whatever its
+    """The tensors of a spec on a device. `blocks[b]` has all block ids of row b, whatever its
     window."""
 
     def __init__(self, spec: StepSpec, device: str) -> None:
@@ -241,7 +241,7 @@ class Step:
             )
 
         self.keys: list[Tensor] = []
-        """Per row `[seq_len, Hkv, D]`, in the model's dtype."""
+        """Keys per row `[seq_len, Hkv, D]`, in the model's dtype."""
         self.values: list[Tensor] = []
         queries: list[Tensor] = []
         for row in spec.rows:
@@ -273,7 +273,7 @@ class Step:
         self.rebuilt()
 
     def rebuilt(self) -> Step:
-        """Lay out cache and inputs from the logical tensors. Again, if those were replaced."""
+        """Lay out cache and inputs from the logical tensors; call it again if they are replaced."""
         import torch
 
         self._fill_cache()
@@ -298,8 +298,8 @@ class Step:
         return [x[row.num_computed :] for row, x in zip(self.spec.rows, per_row, strict=True)]
 
     def _place_blocks(self) -> None:
-        """Shuffled block ids. Block 0 and the last two belong to nobody: they hold poison, and
-        padding points to one."""
+        """Assign shuffled block ids. Block 0 and the last two belong to no row: they contain
+        poison, and padding points to one of them."""
         size = self.spec.block_size
         needed = [
             -(-r.seq_len // size) - (r.shares[1] // size if r.shares else 0) for r in self.spec.rows
@@ -314,7 +314,7 @@ class Step:
             self.blocks.append(lent + [ids.pop() for _ in range(n)])
 
     def _visible_from(self, row: Row) -> int:
-        """The first position that one of the row's queries sees."""
+        """Return the first position that the row's queries attend to."""
         return 0 if self.spec.window is None else max(0, row.num_computed - self.spec.window + 1)
 
     def slot(self, b: int, position: int) -> int:
@@ -322,7 +322,7 @@ class Step:
         return self.blocks[b][position // size] * size + position % size
 
     def _stored(self, x: Tensor, which: int) -> Tensor:
-        """Keys (0) or values (1) as the cache holds them."""
+        """Return keys (0) or values (1) as stored in the cache."""
         import torch
 
         dtype, largest = getattr(torch, self.spec.kv_dtype), LARGEST.get(self.spec.kv_dtype)
@@ -335,14 +335,14 @@ class Step:
         return (limited.round() if dtype is torch.int8 else limited).to(dtype)
 
     def _read(self, x: Tensor, which: int) -> Tensor:
-        """What stored keys or values stand for, in float64."""
+        """Return what stored keys or values represent, in float64."""
         scales = self.layer.kv_scales
         return x.double() * (1.0 if scales is None else scales[which].double().cpu())
 
     def _fill_cache(self) -> None:
-        """`before`: NaN but in what the rows see of earlier steps. `after`: the same, with this
-        step's tokens. In int8, which has no NaN, -128 takes its place: a number that is never
-        stored."""
+        """Set `before`, which is NaN except for what the rows attend to of earlier steps, and
+        `after`, which adds this step's tokens. int8 has no NaN; -128 is used instead, which is
+        never stored."""
         import torch
 
         s = self.spec
@@ -353,7 +353,7 @@ class Step:
             if s.kv_dtype == "int8"
             else torch.full(shape, float("nan")).to(dtype)
         )
-        if s.canary:  # large enough to show in any sum, exact in every type
+        if s.canary:  # large enough to affect any sum, exact in every type
             own = torch.arange(shape[1]) % 100
             numbers = (
                 (own + 20).to(torch.uint8).view(dtype)
@@ -383,8 +383,8 @@ class Step:
         return max(len(blocks) for blocks in self.blocks)
 
     def batch(self, width: int | None = None) -> AttentionBatch:
-        """The step as a worker gives it: the table is a view of a wider buffer, and its undefined
-        entries are poison."""
+        """Return the batch as a worker passes it: the table is a view of a wider buffer, and its
+        undefined entries are poison."""
         import torch
 
         s, size = self.spec, self.spec.block_size
@@ -417,7 +417,7 @@ class Step:
         )
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        """The output `[T, Hq, D]` and the error allowed in each of its elements, both float64, from
+        """Return the output `[T, Hq, D]` and the allowed error of each element, both float64, from
         the logical tensors."""
         import torch
 
@@ -425,7 +425,7 @@ class Step:
         return torch.cat([out for out, _ in parts]), torch.cat([error for _, error in parts])
 
     def _attend(self, b: int) -> tuple[Tensor, Tensor]:
-        """softmax(q·k) v of one row as it is written in a textbook, in float64."""
+        """Compute softmax(q·k) v of one row as in a textbook, in float64."""
         import torch
 
         s, row, layer = self.spec, self.spec.rows[b], self.layer
@@ -459,7 +459,7 @@ class Step:
 
 
 def _kv_scales(spec: StepSpec, device: str) -> Tensor | None:
-    """Of a KV type of one byte: now and then some numbers are too large for it."""
+    """Return scales for a one-byte KV dtype; sometimes a few numbers are out of range."""
     import torch
 
     rng = random.Random(spec.seed)
@@ -475,37 +475,8 @@ def _kv_scales(spec: StepSpec, device: str) -> Tensor | None:
     )
 
 
-ROUNDING = {
-    "float32": 2.0**-24,
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-    "float8_e4m3fn": 2.0**-8,
-    "int8": 2.0**-8,
-}
-"""Half of the distance from 1 to the next number. Types of one byte: of bfloat16, which holds all
-their numbers and is what a kernel may multiply them in."""
-SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
-"""What a result next to zero may be off by: float16's smallest step; others may flush what is below
-a normal number."""
-
-
-def relative_error(dtype: str, kv_dtype: str, largest_logit: float) -> float:
-    """What a correct kernel may be off by, relative to Σ weight·|v| + |out|.
-
-    Sums and softmax are float32: an error in a logit is the same relative error in its weight, and
-    a logit of size x carries some 2^-24 · x for each partial sum. On top, the output is rounded to
-    its dtype, and a kernel may round the weights, and the queries where KV is stored in another
-    type, to the coarser of the two types before it multiplies.
-    """
-    float32 = ROUNDING["float32"] * (64 + 16 * largest_logit)
-    coarsest = max(ROUNDING[dtype], ROUNDING[kv_dtype])
-    if coarsest == ROUNDING["float32"]:
-        return float32
-    return float32 + coarsest * (1.0 if dtype == kv_dtype else 1.0 + 0.5 * largest_logit)
-
-
 def padded(batch: AttentionBatch, count: int) -> AttentionBatch:
-    """A decode step with `count` rows of padding behind its own
+    """Return a decode step with `count` padding rows after its own
     (`AttentionCapabilities.graph_capture`)."""
     import torch
 

@@ -1,5 +1,5 @@
-"""How one step is tried on an attention backend: from a poisoned cache, against the oracle. The
-checks are in attention.py."""
+"""Run a step on an attention backend, starting from a poisoned cache, and compare it with the
+reference. The checks are in attention.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEATURES = ("sliding_window", "logit_soft_cap", "sinks", "batch_invariant")
 
 
 class AttentionTrial(Contract):
-    """What the checks of `AttentionContract` are made of."""
+    """Helper methods for the checks of `AttentionContract`."""
 
     extension_point = "attention"
     built: ClassVar[AttentionBackend]
@@ -30,7 +30,7 @@ class AttentionTrial(Contract):
 
     def prepare(self) -> None:
         cls = type(self)
-        if "built" not in vars(cls):  # one object an engine: the checks share it, as steps do
+        if "built" not in vars(cls):  # one object per engine: the checks share it, as steps do
             cls.built = self.build()
         self.backend = cls.built
 
@@ -38,17 +38,17 @@ class AttentionTrial(Contract):
     def can(self) -> AttentionCapabilities:
         can = self.provider.capabilities
         assert isinstance(can, AttentionCapabilities), (
-            "a provider of attention declares an AttentionCapabilities"
+            "the capabilities of an attention provider must be AttentionCapabilities"
         )
         return can
 
     def check(self, spec: StepSpec) -> None:
-        """Run a step, and make it small if it fails."""
+        """Run a step, and reduce it if it fails."""
         self.attempt(spec, self.once, partial(simpler, self.can))
 
     def once(self, spec: StepSpec) -> None:
-        """From a poisoned cache: the output is the oracle's, and the cache what it was but for the
-        step's slots."""
+        """Run a step from a poisoned cache. The output must equal the reference, and the cache must
+        be unchanged except for the step's slots."""
         step = Step(spec, self.device)
         out, cache = self.run(step)
         self.compare(step, out)
@@ -63,7 +63,7 @@ class AttentionTrial(Contract):
                     else f"{what} of slot {slots[0]} were changed"
                 )
                 raise Broken(
-                    f"run must write the step's slots, and no other: {wrong}", input=str(spec)
+                    f"run must write the step's slots and no others: {wrong}", input=str(spec)
                 )
 
     def compiled_once(self, spec: StepSpec) -> None:
@@ -83,12 +83,14 @@ class AttentionTrial(Contract):
             len(step.q),
             spec.seed,
         )
-        assert torch.equal(out, expected), "compiled operations and run differ"
+        assert torch.equal(out, expected), "compiled operations and run have different outputs"
         blocks = list(range(step.num_blocks))
-        for ours, theirs in zip(
+        for compiled_kv, expected_kv in zip(
             backend.export_kv(cache, blocks), backend.export_kv(expected_cache, blocks), strict=True
         ):
-            assert same(ours, theirs), "compiled operations and run leave different caches"
+            assert same(compiled_kv, expected_kv), (
+                "compiled operations and run leave different caches"
+            )
 
     def run(self, step: Step) -> tuple[Tensor, Any]:
         """Fill a cache, plan, run one layer; return the output and the cache."""
@@ -104,7 +106,7 @@ class AttentionTrial(Contract):
         return cache
 
     def new_out(self, step: Step) -> Tensor:
-        """NaN, so that an element that is never written shows."""
+        """Return an output full of NaN, so that an element that is not written is detected."""
         return step.q.new_full(step.q.shape, float("nan"))
 
     def compare(self, step: Step, out: Tensor, when: str = "") -> None:
@@ -133,7 +135,7 @@ class AttentionTrial(Contract):
         )
 
     def transplant(self, source: Step, spec: StepSpec, place: int) -> Step:
-        """A step of `spec` whose row `place` continues the source's only sequence, with the
+        """Return a step of `spec` whose row `place` continues the source's only sequence, with the
         source's layer."""
         step = Step(spec, self.device)
         row = spec.rows[place]
@@ -149,7 +151,7 @@ class AttentionTrial(Contract):
         self.needs(getattr(self.can, name), name, self.asking(**{name: True}))
 
     def asking(self, dtype: str | None = None, /, **needs: Any) -> Context:
-        """For as ordinary a layer as the provider declares, but for `needs`."""
+        """Return the context of an ordinary layer with the given requirements."""
         usual = plain(self.can)
         ordinary = {
             "head_size": usual.head_size,
@@ -159,7 +161,7 @@ class AttentionTrial(Contract):
         return self.selection_context(dtype or usual.dtype, **{**ordinary, **needs})
 
     def contexts(self, *, declared: bool) -> list[Context]:
-        """One for each single thing that could be asked for and is declared, or is not."""
+        """Return a context for each single requirement that is declared, or that is not."""
         can = self.can
         out = [self.asking(**{f: True}) for f in FEATURES if getattr(can, f) == declared]
         if declared:
@@ -184,12 +186,12 @@ class AttentionTrial(Contract):
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """The same numbers, with NaN equal to itself."""
+    """Return whether two tensors are equal, with NaN equal to itself."""
     return a.dtype == b.dtype and a.shape == b.shape and not bool(_differ(a, b).any())
 
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.double(), b.double()  # torch compares no float8
+    a, b = a.double(), b.double()  # torch cannot compare float8
     return ~((a == b) | ((a != a) & (b != b)))
 
 

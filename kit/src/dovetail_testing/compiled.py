@@ -1,5 +1,5 @@
-"""Operations of a compiled step, run from Python: one piece at a time, in an order that a team of
-threads might have."""
+"""Run the operations of a compiled step from Python, one piece at a time, in an order that a team
+of threads might have."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PIECE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32
 
 
 def operands(step: Step) -> tuple[AttentionCall, Tensor]:
-    """The step's q, k and v in one buffer `[T, Hq + 2 Hkv, D]`, and the output `[T, Hq, D]`, NaN, a
-    view of wider rows."""
+    """Return the step's q, k and v in one buffer `[T, Hq + 2 Hkv, D]`, and the output `[T, Hq, D]`
+    filled with NaN, as a view of wider rows."""
     import torch
 
     num_tokens, num_heads, head_size = step.q.shape
@@ -46,7 +46,7 @@ def operands(step: Step) -> tuple[AttentionCall, Tensor]:
 
 
 def run_operations(ops: list[Op], attention: dict[int, int], num_tokens: int, seed: int) -> None:
-    """`attention`: by layer index, what the backend's `address` answered."""
+    """Run operations. `attention` has the backend's `address` by layer index."""
     import torch
 
     rng, num_threads = random.Random(seed), torch.get_num_threads()

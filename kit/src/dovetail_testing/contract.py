@@ -1,12 +1,12 @@
-"""What all contract classes have in common. A plugin's whole conformance test is a subclass of its
-extension point's contract:
+"""Provide what all contract classes have in common. A plugin's whole conformance test is a subclass
+of its extension point's contract:
 
     class TestMyScheduler(SchedulerContract):
         provider = PROVIDER
 
-What the provider declares is tested; what it does not declare must be refused with a reason. Inputs
-are fresh in each run; a failure says what the contract asks, the smallest input that fails, and
-what usually causes it.
+What the provider declares is tested; what it does not declare must be rejected with a reason.
+Inputs are random in each run. A failure reports what the contract requires, the smallest failing
+input, and common causes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from dovetail_testing.machines import Machine, limits, run_machine, shown
 
 RUN_SEED = int(os.environ.get("DOVETAIL_TEST_SEED") or random.SystemRandom().randrange(2**31))
 SCALE = int(os.environ.get("DOVETAIL_SOAK", "1"))
-"""How many times the usual number of examples a state machine runs."""
+"""Factor on the number of examples that a state machine runs."""
 
 Check = TypeVar("Check", bound=Callable[..., None])
 Input = TypeVar("Input")
 
 
 class Broken(AssertionError):
-    """A provider does not do what its contract asks. Raised with what was found; the check adds the
-    rest."""
+    """A violation of a contract by a provider. A check raises it with what was found; the decorator
+    adds the rest."""
 
     def __init__(
         self, found: str, *, input: str = "", asks: str = "", causes: str = "", seed: int = RUN_SEED
@@ -56,18 +56,18 @@ class Broken(AssertionError):
 
     def __str__(self) -> str:
         lines = (
-            ("the contract asks", self.asks),
+            ("the contract requires", self.asks),
             ("smallest failing input", self.input),
             ("common causes", self.causes),
-            ("to repeat", f"DOVETAIL_TEST_SEED={self.seed}"),
+            ("to reproduce", f"DOVETAIL_TEST_SEED={self.seed}"),
         )
         rows = [f"{what}: {text}" for what, text in lines if text]
         return "\n  ".join([self.found, *(line for row in rows for line in row.splitlines())])
 
 
 def common_causes(*causes: str) -> Callable[[Check], Check]:
-    """Make a method a check of a contract: its docstring is what the contract asks, and every
-    failure becomes a `Broken`."""
+    """Make a method a check of a contract: its docstring is the requirement, and every failure
+    becomes a `Broken`."""
 
     def decorate(check: Check) -> Check:
         asks = " ".join((check.__doc__ or "").split())
@@ -87,29 +87,29 @@ def common_causes(*causes: str) -> Callable[[Check], Check]:
 
 
 def completed(error: Exception, given: str, asks: str, causes: str, seed: int) -> Broken:
-    """An error that a check ended with, in the form that is reported."""
+    """Convert an error that ended a check to the form that is reported."""
     if isinstance(error, Broken):
         found, input = error.found, error.input
-    else:  # an assertion of the check speaks for itself; any other error is the provider's
+    else:  # an assertion is the check's own message; any other error comes from the provider
         found = (
             str(error)
             if isinstance(error, AssertionError)
-            else f"it raised {type(error).__name__}: {error}"
+            else f"the provider raised {type(error).__name__}: {error}"
         )
         input = ""
-    example = "\n".join(getattr(error, "__notes__", ()))  # where hypothesis writes it
+    example = "\n".join(getattr(error, "__notes__", ()))  # hypothesis adds the example as notes
     example = re.sub(
         r"  # or any other.*|^ *# The test always.*\n|^Failing test case: ", "", example, flags=re.M
     )
-    input = input or example or given or "none: as the provider is declared and built"
+    input = input or example or given or "none; the provider as declared and built"
     return Broken(found or "an assertion failed", input=input, asks=asks, causes=causes, seed=seed)
 
 
 class Contract:
-    """Base of all contract classes. A class that sets `extension point` is a contract; any other is
-    a plugin's test of one.
+    """Base of all contract classes. A class that sets `extension_point` is a contract; any other
+    subclass is a plugin's test of one.
 
-    A check cannot be overridden; it can be expected to fail.
+    A check cannot be overridden, but it can be expected to fail.
     """
 
     extension_point: ClassVar[str]
@@ -117,16 +117,14 @@ class Contract:
     device: ClassVar[str] = "cpu"
     options: ClassVar[dict[str, Any]] = {}
     version: ClassVar[str] = ""
-    """Of the extension point's contract: the one that the provider was written for, if that is not
-    the present one."""
+    """Contract version that the provider was written for, if it is not the current one."""
     inner: ClassVar[dict[str, Provider[Any]]] = {}
-    """For a provider whose plugin opens extension points of its own: who fills those, by extension
-    point."""
+    """Providers for the extension points that the plugin itself adds, by extension point."""
     added: ClassVar[tuple[ExtensionPoint, ...]] = ()
-    """Extension points that plugins add, as far as the contract needs them."""
+    """Extension points added by plugins that the contract needs."""
     expected_failures: ClassVar[dict[str, str]] = {}
-    """By name of a check: the reason why this provider does not pass it yet. One that passes after
-    all fails."""
+    """Reason why this provider does not pass a check yet, by name of the check. It is a failure if
+    such a check passes."""
     seed: ClassVar[int] = RUN_SEED
 
     def __init_subclass__(cls) -> None:
@@ -136,7 +134,7 @@ class Contract:
                     hasattr(check, "contract_check") and check.__doc__
                 ):
                     raise TypeError(
-                        f"{cls.__name__}.{name} needs a docstring (what the contract asks) and"
+                        f"{cls.__name__}.{name} needs a docstring (what the contract requires) and"
                         " @common_causes"
                     )
             return
@@ -156,7 +154,7 @@ class Contract:
             )
         if unknown := sorted(set(cls.expected_failures) - fixed):
             raise TypeError(
-                f"{cls.__name__} expects checks to fail that the contract does not have:"
+                f"{cls.__name__} expects failures of checks that the contract does not have:"
                 f" {', '.join(unknown)}"
             )
 
@@ -171,17 +169,17 @@ class Contract:
                 e,
                 str(self.options),
                 BUILDS,
-                "an import or a device that is missing here",
+                "a missing import or device",
                 self.seed,
             ) from e
 
     def prepare(self) -> None:
-        """Called before each check. For contracts whose checks share an object."""
+        """Prepare a check. Called before each one, for contracts whose checks share an object."""
 
     # Building the provider under test.
 
     def settled_options(self, model: ModelFacts | None = None) -> Options:
-        """The options under test, with what they leave open decided as a plan would."""
+        """Return the options under test, resolved as in a plan."""
         given = self.provider.options.model_validate(self.options)
         return self.provider.resolve_options(
             replace(self.selection_context(), model=model or KIT_MODEL), given
@@ -193,8 +191,8 @@ class Contract:
         return self.registry().extension_points[self.extension_point].adapted(self.version, built)
 
     def build_context(self, **changes: Any) -> BuildContext:
-        """What the core gives to `build`, for a tiny made-up model. `changes` are fields of
-        `BuildContext` but `plan`."""
+        """Return the context that the core passes to `build`, for a made-up tiny model. `changes`
+        are fields of `BuildContext` except `plan`."""
         defaults: dict[str, type[Options]] = {
             "kv_cache": KVCacheOptions,
             "scheduler": SchedulerOptions,
@@ -231,10 +229,10 @@ class Contract:
         )
         return replace(PlanContext(plan, self.registry(), device_facts(), KIT_MODEL), **changes)
 
-    # What is declared, and what is refused.
+    # What is declared, and what is rejected.
 
     def registry(self) -> Registry:
-        """One that offers the provider under test, and nothing else."""
+        """Return a registry with only the provider under test and those in `inner`."""
         plugin = PluginInfo("under-test", DISTRIBUTION, "0", "", "under_test")
         offers = [
             Offer(self.extension_point, self.provider, plugin),
@@ -251,8 +249,8 @@ class Contract:
         return Context(device_facts(), KIT_MODEL, self.device, dtype, needs)
 
     def refusal(self, context: Context) -> str | None:
-        """Why the core would not take this provider when asked for it by name, or None if it
-        would."""
+        """Return the reason why the core rejects this provider if it is requested by name, or
+        None."""
         try:
             choose(
                 self.registry(),
@@ -265,19 +263,19 @@ class Contract:
         return None
 
     def needs(self, declared: object, what: str, context: Context) -> None:
-        """Go on with a check if `what` is declared. If not, the core must refuse it with a reason,
-        and the check ends here."""
+        """Continue a check if `what` is declared. If it is not, require that the core rejects it
+        with a reason, and skip the rest of the check."""
         refusal = self.refusal(context)
         if declared:
-            assert refusal is None, f"{what} is declared, and refused: {refusal}"
+            assert refusal is None, f"{what} is declared but rejected: {refusal}"
             return
-        assert refusal is not None, f"{what} is not declared, and not refused either"
-        pytest.skip(f"{what} is not declared, and refused: {refusal}")
+        assert refusal is not None, f"{what} is not declared, but is not rejected"
+        pytest.skip(f"{what} is not declared, and is rejected: {refusal}")
 
-    # Finding what fails, and making it small.
+    # Finding failures and reducing their inputs.
 
     def run_machine(self, new: Callable[[], Machine], *, examples: int, steps: int = 40) -> None:
-        """Run a state machine; a failure shows the shortest sequence of operations that fails."""
+        """Run a state machine. A failure reports the shortest failing sequence of operations."""
         found = run_machine(new, self.seed, examples=examples * SCALE, steps=steps)
         if found is not None:
             error, calls = found
@@ -288,9 +286,9 @@ class Contract:
     def run_examples(
         self, test: Callable[..., None], *, examples: int, **strategies: SearchStrategy[Any]
     ) -> None:
-        """Call `test` with examples sampled by hypothesis; a failure shows the simplest example
-        that fails."""
-        phases = (Phase.generate, Phase.shrink)  # the last one, explain, traces every line
+        """Call `test` with examples generated by hypothesis. A failure reports the simplest failing
+        example."""
+        phases = (Phase.generate, Phase.shrink)  # without explain, which traces every line
         seed(self.seed)(limits(examples * SCALE, phases=phases)(given(**strategies)(test)))()
 
     def attempt(
@@ -300,8 +298,8 @@ class Contract:
         simpler: Callable[[Input], list[Input]],
         limit: int = 60,
     ) -> None:
-        """Call `attempt(given)`. If it fails, fail with the simplest input that does, found
-        greedily in `limit` attempts."""
+        """Call `attempt(given)`. If it fails, report the simplest failing input, found greedily in
+        `limit` attempts."""
         error = failure_of(attempt, given)
         if error is None:
             return
@@ -324,7 +322,7 @@ def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | No
 
 DISTRIBUTION = "under-test"
 BUILDS = (
-    "With the options under test, `build` returns the object that its extension point asks for."
+    "With the options under test, `build` returns the object that its extension point requires."
 )
 KIT_MODEL = ModelFacts(
     folder=Path("kit-model"),
@@ -343,4 +341,4 @@ KIT_MODEL = ModelFacts(
     eos_token_ids=(),
     has_sinks=False,
 )
-"""What a provider under test is asked about, where no real model takes part."""
+"""The model for which a provider under test is selected, if no real model is involved."""

@@ -1,5 +1,5 @@
-"""Which contract class belongs to an extension point. An extension point that a plugin adds names
-its own, in `ExtensionPoint.contract_class`."""
+"""List the contract class of each extension point. An extension point that a plugin adds names its
+own in `ExtensionPoint.contract_class`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTRACTS = {
 
 
 def contract_of(extension_point: ExtensionPoint) -> type[Contract] | None:
-    """None: the extension point has no contract class yet."""
+    """Return the contract class of an extension point, or None if it has none yet."""
     path = extension_point.contract_class or CONTRACTS.get(extension_point.name)
     if not path:
         return None

@@ -1,5 +1,5 @@
-"""The simplest prefix cache there is, for tests of the parts around it: whole beginnings as keys,
-in order of their coming."""
+"""Provide the simplest possible prefix cache, for tests of other components: whole prefixes as
+keys, evicted in order of insertion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Key = tuple[str | None, str | None, tuple[int, ...]]
 
 
 class DictionaryIndex:
-    """A `PrefixCache`. Its memory grows with the square of the prompts' length."""
+    """A `PrefixCache` whose memory grows with the square of the prompt length."""
 
     def __init__(self, block_size: int, num_groups: int) -> None:
         self._block_size, self._num_groups = block_size, num_groups
@@ -18,13 +18,13 @@ class DictionaryIndex:
 
     def reset(self) -> None:
         self._places: dict[Key, list[int]] = {}
-        """By key: the block in every KV group."""
+        """Block id in every KV group, by key."""
         self._held: list[dict[int, Key]] = [{} for _ in range(self._num_groups)]
-        """Per group: what each known block holds."""
+        """Key of each cached block, per group."""
         self._kept: list[dict[int, None]] = [{} for _ in range(self._num_groups)]
-        """Per group: those that nobody uses, the first to go in front."""
+        """Evictable blocks per group, the first to evict in front."""
         self._coming: dict[int, list[Key]] = {}
-        """By running sequence: what it is about to compute."""
+        """Keys that a running sequence is about to compute, by sequence."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found: list[tuple[int, ...]] = []

@@ -1,8 +1,8 @@
-"""The contract of the drafter's extension point (`speculation`), as tests. A plugin's test is a
+"""Test the contract of the drafter's extension point (`speculation`). A plugin's test is a
 subclass:
 
-class TestMyDrafter(DrafterContract):
-    provider = PROVIDER
+    class TestMyDrafter(DrafterContract):
+        provider = PROVIDER
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ from dovetail_testing.prefix_cache import new_paged, new_scheduler
 
 
 class DrafterContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The contract of drafters. Subclass it and set `provider`."""
 
     extension_point = "speculation"
 
     @property
     def parts(self) -> Parts:
         options = self.settled_options()
-        assert isinstance(options, DrafterOptions), "the options must extend DrafterOptions"
+        assert isinstance(options, DrafterOptions), (
+            "the options must be a subclass of DrafterOptions"
+        )
         return Parts(
             new_paged,
             new_scheduler,
@@ -58,59 +60,64 @@ class DrafterContract(Contract):
 
     @common_causes(
         "the options do not extend DrafterOptions or DraftModelOptions",
-        "capabilities of another extension point, or none",
+        "the capabilities are those of another extension point, or missing",
     )
     def test_declaration(self) -> None:
-        """The options extend `DrafterOptions` (`DraftModelOptions`, if it runs in the worker), and
-        the capabilities are `DrafterCapabilities`."""
+        """The options are a subclass of `DrafterOptions` (of `DraftModelOptions`, if the drafter
+        runs in the worker), and the capabilities are `DrafterCapabilities`."""
         can = self.provider.capabilities
-        assert isinstance(can, DrafterCapabilities), f"capabilities are a {type(can).__name__}"
+        assert isinstance(can, DrafterCapabilities), f"the capabilities are a {type(can).__name__}"
         base = DraftModelOptions if runs_in_worker(self.provider) else DrafterOptions
-        assert issubclass(self.provider.options, base), f"the options must extend {base.__name__}"
+        assert issubclass(self.provider.options, base), (
+            f"the options must be a subclass of {base.__name__}"
+        )
 
     @common_causes(
-        "more tokens than were asked for",
-        "a token that does not exist",
-        "`seq.tokens` appended to, or kept and changed",
-        "an index keyed by anything but seq_id",
-        "state of an ended sequence that meets another of the same seq_id",
-        "an index that is not continued where it ended",
+        "more tokens than requested",
+        "a token id outside the vocabulary",
+        "`seq.tokens` is appended to, or stored and changed",
+        "an index is not keyed by seq_id",
+        "state of an ended sequence is used for a new one with the same seq_id",
+        "an index is not extended where it ended",
     )
     def test_proposals(self) -> None:
-        """At most `max_tokens` tokens that exist (or are left to the worker, if it runs there), for
-        a sequence that is only read; unless it declares to learn from other requests, what a fresh
-        drafter says of the same tokens: nothing leaks from one sequence into another."""
+        """The drafter proposes at most `max_tokens` existing tokens (or leaves them to the worker,
+        if it runs there) and does not modify the sequence. Unless it declares that it learns from
+        other requests, it proposes what a new drafter would: nothing leaks between sequences."""
         self.run_machine(partial(ProposalsMachine, self), examples=120)
 
     @common_causes(
-        "it raises for short sequences", "it returns something other than a list of ints"
+        "it raises an exception for short sequences",
+        "it returns something other than a list of ints",
     )
     def test_drafting_changes_no_output(self) -> None:
-        """A sequence says what it says without drafts, greedy and sampled, however it was batched,
-        preempted and resumed."""
+        """A sequence has the same output as without draft tokens, greedy and sampled, however it is
+        batched, preempted and resumed."""
 
         def same_as_without(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
             expected = alone(Parts(new_paged, new_scheduler), requests, setup.window)
             got = run(self.parts.engine(setup), requests, [a.arrival for a in workload])
             different = [key for key in expected if got.get(key) != expected[key]]
-            assert not different, f"{different} differ from what they say without drafts"
+            assert not different, (
+                f"the outputs of {different} differ from those without draft tokens"
+            )
 
         self.run_examples(same_as_without, examples=60, setup=setups, workload=workloads)
 
     @common_causes(
-        "forget raises for a sequence that was never asked about",
-        "propose raises after a preemption",
+        "forget raises an exception for an unknown sequence",
+        "propose raises an exception after a preemption",
     )
     def test_engine_invariants_hold(self) -> None:
-        """Requests come, run and are aborted at any moment, between draft and verification too: no
-        request fails."""
+        """Requests are added, run and aborted at any time, also between drafting and verification:
+        no request fails."""
         self.run_machine(partial(EngineMachine, self.parts), examples=40)
 
-    @common_causes("state kept by the class or the module instead of the object")
+    @common_causes("state is stored in the class or the module instead of the object")
     def test_two_engines_do_not_meet(self) -> None:
-        """What one object is asked changes nothing of what another says, though both know sequences
-        of the same `seq_id`."""
+        """Calls of one object do not change the proposals of another, although both know sequences
+        with the same `seq_id`."""
         texts = [[1, 2, 3, 1, 2, 3, 1, 2], [3, 2, 1, 3, 2, 1, 3]]
         alone = []
         for tokens in texts:
@@ -120,17 +127,18 @@ class DrafterContract(Contract):
         pair = [self.new(), self.new()]
         together: list[list[list[int]]] = [[], []]
         for sequences in zip(*map(growing, texts), strict=False):
-            for drafter, seq, said in zip(pair, sequences, together, strict=True):
-                said.append(drafter.propose(seq, 4))
-        for said, expected in zip(together, alone, strict=True):
-            assert said == expected[: len(said)], (
-                f"beside another it proposes {said}, and alone {expected[: len(said)]}"
+            for drafter, seq, proposals in zip(pair, sequences, together, strict=True):
+                proposals.append(drafter.propose(seq, 4))
+        for proposals, expected in zip(together, alone, strict=True):
+            assert proposals == expected[: len(proposals)], (
+                f"beside another drafter it proposes {proposals}, but alone"
+                f" {expected[: len(proposals)]}"
             )
 
-    @common_causes("sequences kept in a list or as keys, which `forget` does not look through")
+    @common_causes("sequences are stored in a list or as keys that `forget` does not search")
     def test_ended_sequences_are_let_go(self) -> None:
-        """After `forget` nothing refers to the sequence any more: a server has millions of them in
-        its life."""
+        """After `forget` nothing refers to the sequence any more: a server has millions of them
+        during its life."""
         drafter, ended = self.new(), []
         for seq_id in range(3):
             seq = Watched(
@@ -141,8 +149,8 @@ class DrafterContract(Contract):
             ended.append(weakref.ref(seq))
             del seq
         gc.collect()
-        kept = sum(ref() is not None for ref in ended)
-        assert kept == 0, f"{kept} of {len(ended)} sequences that have ended are still kept"
+        num_alive = sum(ref() is not None for ref in ended)
+        assert num_alive == 0, f"{num_alive} of {len(ended)} ended sequences are still referenced"
 
 
 def runs_in_worker(provider: Provider[Any]) -> bool:
@@ -151,13 +159,13 @@ def runs_in_worker(provider: Provider[Any]) -> bool:
 
 
 class Watched(Sequence):
-    """One that can be seen to go."""
+    """A sequence that supports weak references."""
 
     __slots__ = ("__weakref__",)
 
 
 def growing(tokens: list[int]) -> list[Sequence]:
-    """One sequence of seq_id 0 at every length from 1 on."""
+    """Return a sequence with seq_id 0 at every length from 1 on."""
     request = Request("r", tokens[:1], SamplingParams(), 99, 0, [])
     return [
         Sequence(0, request, 0, tokens[:i], num_computed_tokens=i - 1)
@@ -173,8 +181,8 @@ def state_of(seq: Sequence) -> dict[str, Any]:
 
 
 class ProposalsMachine(Machine):
-    """Sequences that grow by what was proposed, by something else, or by both, and end at any
-    moment."""
+    """A state machine of sequences that grow by proposed tokens, other tokens, or both, and end at
+    any time."""
 
     drafter: Drafter
 
@@ -215,7 +223,7 @@ class ProposalsMachine(Machine):
         if self.sequences:
             seq = list(self.sequences.values())[which % len(self.sequences)]
             draft = self._propose(seq, room)
-            # What the worker drafts is some token.
+            # A token that the worker proposes may be any token.
             seq.tokens += [
                 *(token if t == DRAFTED_BY_WORKER else t for t in draft[:accepted]),
                 token,
@@ -223,7 +231,7 @@ class ProposalsMachine(Machine):
 
     @operation(which=st.integers(0, 9), room=st.integers(1, 8))
     def step_without_room(self, which: int, room: int) -> None:
-        """It is asked, and the step does not take the sequence in."""
+        """Call the drafter although the next step does not contain the sequence."""
         if self.sequences:
             self._propose(list(self.sequences.values())[which % len(self.sequences)], room)
 
@@ -234,24 +242,24 @@ class ProposalsMachine(Machine):
         after = state_of(seq)
         changed = [name for name in before if after[name] != before[name]]
         assert not changed, f"propose changed {changed} of the sequence"
-        assert isinstance(draft, list), f"propose returned {draft!r}, which is no list"
+        assert isinstance(draft, list), f"propose returned {draft!r}, which is not a list"
         assert len(draft) <= room, (
-            f"at most {room} tokens were asked for, and {len(draft)} proposed"
+            f"at most {room} tokens were requested, but {len(draft)} were proposed"
         )
         if runs_in_worker(self.contract.provider):
             assert all(t == DRAFTED_BY_WORKER for t in draft), (
-                f"it runs in the worker, and proposed {draft}"
+                f"the drafter runs in the worker, but proposed {draft}"
             )
         else:
             wrong = [t for t in draft if type(t) is not int or not 0 <= t < KIT_MODEL.vocab_size]
             assert not wrong, (
-                f"{wrong} were proposed, which are no tokens: there are {KIT_MODEL.vocab_size}"
+                f"{wrong} were proposed, but the vocabulary has {KIT_MODEL.vocab_size} tokens"
             )
         if not self._learns():
             fresh: Any = self.contract.new()
             alone = fresh.propose(seq, room)
             assert draft == alone, (
-                f"after {seq.tokens} it proposes {draft}, and a fresh drafter {alone}"
+                f"after {seq.tokens} it proposes {draft}, but a new drafter proposes {alone}"
             )
             fresh.forget(seq.seq_id)
         return draft
@@ -275,5 +283,5 @@ class ProposalsMachine(Machine):
 
     @operation(seq_id=st.integers(0, 9))
     def forget(self, seq_id: int) -> None:
-        self.drafter.forget(seq_id)  # of one that is known, or never was
+        self.drafter.forget(seq_id)  # the sequence may be unknown
         self.sequences.pop(seq_id, None)

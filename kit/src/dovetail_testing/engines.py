@@ -1,6 +1,6 @@
-"""Engines to try schedulers and KV-cache managers in: a simulated worker, whose every answer
-depends on what the cache holds, and a watch that compares each plan with what the contracts
-promise. A failure is an `AssertionError`.
+"""Run schedulers and KV-cache managers in engines with a simulated worker, whose output depends on
+the contents of the cache, and with a watch that checks each plan against the contracts. A failure
+is an `AssertionError`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MAX_LEN = 48
 EOS = 7
 MANY_STEPS = 10_000
 Outputs = dict[tuple[str, int], list[int]]
-"""By (request id, sample index)."""
+"""Output tokens by (request id, sample index)."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """An engine's limits. `spare_blocks` is what each group has beyond what one sequence of full
-    length needs."""
+    """Limits of an engine. `spare_blocks` is the number of blocks of each group beyond those for
+    one sequence of maximum length."""
 
     overlap: bool = False
     block_size: int = 4
@@ -44,7 +44,7 @@ class Setup:
     max_num_seqs: int = 4
     spare_blocks: int = 0
     host_blocks: int = 0
-    """Of the host tier, in each group."""
+    """Number of blocks of the host tier in each group."""
 
     @property
     def groups(self) -> list[KVGroup]:
@@ -65,18 +65,18 @@ class Setup:
 
 @dataclass
 class Known:
-    """What the worker knows of a sequence, by the plans so far."""
+    """The state of a sequence that the worker knows from the plans so far."""
 
     num_tokens: int
     num_computed: int | None
-    """None: just started."""
+    """None if the sequence has just been started."""
     was_drafted: bool = False
-    """Its last row had drafts."""
+    """True if its last row had draft tokens."""
 
 
 @dataclass
 class Watch:
-    """Compares every plan with the contract. `known` follows what the worker has been told."""
+    """Checks every plan against the contract. `known` has what the worker knows."""
 
     setup: Setup
     engine: Engine
@@ -89,7 +89,7 @@ class Watch:
         before = scheduler.num_preemptions
         plan = schedule(in_flight=in_flight)
         assert not in_flight or scheduler.num_preemptions == before, (
-            "it preempted a sequence while a step was in flight"
+            "the scheduler preempted a sequence while a step was in flight"
         )
         return plan
 
@@ -107,8 +107,8 @@ class Watch:
         )
         restarted = set(plan.released) & {s.seq_id for s in plan.starts}
         assert not restarted or len(plan.starts) == len(plan.seq_ids), (
-            f"sequences {sorted(restarted)} were preempted and restarted in one plan, beside others"
-            " that run: thrashing"
+            f"sequences {sorted(restarted)} were preempted and restarted in one plan while others"
+            " run: thrashing"
         )
         for seq_id in plan.released:
             assert self.known.pop(seq_id, None), (
@@ -116,10 +116,10 @@ class Watch:
             )
         for start in plan.starts:
             assert start.seq_id not in self.known, (
-                f"the plan starts sequence {start.seq_id}, which the worker knows already"
+                f"the plan starts sequence {start.seq_id}, which the worker already knows"
             )
             self.known[start.seq_id] = Known(len(start.token_ids), None)
-            room = {
+            shared = {
                 len(table) * g.block_size
                 for table, g in zip(start.block_ids, setup.groups, strict=True)
             }
@@ -128,9 +128,9 @@ class Watch:
                 if start.seq_id in plan.seq_ids
                 else 0
             )
-            assert room == {first}, (
-                f"sequence {start.seq_id} starts with {room} shared tokens, and computes from"
-                f" {first}"
+            assert shared == {first}, (
+                f"sequence {start.seq_id} starts with {shared} shared tokens, but its first row"
+                f" starts at {first}"
             )
         drafts = plan.draft_token_ids or [[] for _ in plan.seq_ids]
         for row in zip(
@@ -141,30 +141,28 @@ class Watch:
     def _row(self, seq_id: int, count: int, computed: int, samples: bool, draft: list[int]) -> None:
         known, seq = self.known.get(seq_id), self.engine.sequences.get(seq_id)
         assert seq is not None, (
-            f"the plan has a row of sequence {seq_id}, which has ended or never was"
+            f"the plan has a row of sequence {seq_id}, which has ended or never existed"
         )
-        assert seq.finish_reason is None, (
-            f"the plan has a row of sequence {seq_id}, which has ended"
-        )
+        assert seq.finish_reason is None, f"the plan has a row of the ended sequence {seq_id}"
         assert known is not None, (
-            f"the plan has a row of sequence {seq_id}, and the worker was not told its start"
+            f"the plan has a row of sequence {seq_id}, which was never started"
         )
         assert count > 0, f"sequence {seq_id} has a row of {count} tokens"
-        if (
-            known.was_drafted
-        ):  # how many were accepted is known when the step has ended, and only then is it continued
+        # The number of accepted draft tokens is known only when the step has ended, and a sequence
+        # with draft tokens is not continued before that.
+        if known.was_drafted:
             known.num_computed, known.num_tokens = seq.num_computed_tokens - count, len(seq.tokens)
         assert not draft or count == len(draft) + 1, (
-            f"sequence {seq_id} has {count} tokens with {len(draft)} drafts"
+            f"sequence {seq_id} has {count} tokens with {len(draft)} draft tokens"
         )
         if known.num_computed is not None:
             assert computed == known.num_computed, (
-                f"sequence {seq_id} has {known.num_computed} computed tokens, and its row begins at"
+                f"sequence {seq_id} has {known.num_computed} computed tokens, but its row starts at"
                 f" {computed}"
             )
         end, num_tokens = computed + count, known.num_tokens + len(draft)
         assert end <= num_tokens, (
-            f"sequence {seq_id} has {num_tokens} tokens, and its row ends at {end}"
+            f"sequence {seq_id} has {num_tokens} tokens, but its row ends at {end}"
         )
         is_last = end == num_tokens < seq.max_len
         assert samples == is_last, (
@@ -173,7 +171,7 @@ class Watch:
         )
         for table, group in zip(self.engine.kv.block_ids(seq_id), self.setup.groups, strict=True):
             assert len(table) * group.block_size >= end, (
-                f"sequence {seq_id} has no room for {end} tokens: {table}"
+                f"sequence {seq_id} has too few blocks for {end} tokens: {table}"
             )
         known.num_computed, known.num_tokens, known.was_drafted = (
             end,
@@ -182,26 +180,26 @@ class Watch:
         )
 
     def sequences(self) -> None:
-        """Between steps: every sequence that has not ended waits or runs, once; and within the
-        batch rows."""
+        """Check the sequences between steps: each one that has not ended waits or runs, exactly
+        once."""
         scheduler = self.engine.scheduler
         held = [s.seq_id for s in (*scheduler.waiting, *scheduler.running)]
         assert len(held) == len(set(held)), f"a sequence is held twice: {sorted(held)}"
         assert set(held) == set(self.engine.sequences), (
-            f"the scheduler holds {sorted(held)}, and the sequences are"
+            f"the scheduler holds {sorted(held)}, but the live sequences are"
             f" {sorted(self.engine.sequences)}"
         )
         if isinstance(self.engine.kv, PagedKVCache):
             blocks_add_up(self.engine.kv)
             for seq in scheduler.waiting:
                 assert seq.seq_id not in self.engine.kv.tables, (
-                    f"sequence {seq.seq_id} waits, and holds blocks"
+                    f"sequence {seq.seq_id} waits but holds blocks"
                 )
 
 
 def blocks_add_up(kv: PagedKVCache) -> None:
-    """Every block of the core's own manager is free or held, once, and its references are what is
-    held."""
+    """Check the block accounting of the core's own manager: every block is free, evictable or held,
+    and its references equal the number of holders."""
     for group, pool in enumerate(kv.pools):
         held: dict[int, int] = {}
         for tables in kv.tables.values():
@@ -209,22 +207,22 @@ def blocks_add_up(kv: PagedKVCache) -> None:
                 if block != NULL_BLOCK:
                     held[block] = held.get(block, 0) + 1
         assert held == {b: n for b, n in enumerate(pool.references) if n}, (
-            "references are not what is held"
+            "reference counts differ from the number of holders"
         )
         if isinstance(kv, TieredKVCache):
             host = [*kv.host_free[group], *kv.host_cached[group]]
             first, count = kv.num_blocks[group], kv.num_host_blocks[group]
             assert sorted(host) == list(range(first, first + count)), (
-                "a host block was leaked, or is free and kept"
+                "a host block was leaked, or is both free and cached"
             )
-        kept = kv.evictable[group] if isinstance(kv, ReusingKVCache) else set()
+        evictable = kv.evictable[group] if isinstance(kv, ReusingKVCache) else set()
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
-        assert set(pool.free_ids) | set(held) | kept == set(range(1, len(pool.references))), (
+        assert set(pool.free_ids) | set(held) | evictable == set(range(1, len(pool.references))), (
             "a block was leaked"
         )
         assert not set(pool.free_ids) & set(held), "a free block is in use"
-        assert not kept & (set(pool.free_ids) | set(held)), (
-            "a block that the prefix cache keeps is free, or in use"
+        assert not evictable & (set(pool.free_ids) | set(held)), (
+            "an evictable block is free or in use"
         )
 
 
@@ -240,7 +238,7 @@ class WatchedEngine(Engine):
 
 
 class WatchedOverlappedEngine(WatchedEngine, OverlappedEngine):
-    """The watch comes before the overlapped loop's own parts."""
+    """A watched overlapped engine: the watch comes first in the method order."""
 
 
 NewDrafter = Callable[[], Drafter]
@@ -250,7 +248,7 @@ BuildScheduler = Callable[[Setup, KVCacheManager], Scheduler]
 
 @dataclass(frozen=True)
 class Parts:
-    """How the parts under test are built."""
+    """Functions that build the components under test."""
 
     kv: BuildKV
     scheduler: BuildScheduler
@@ -296,7 +294,7 @@ def collect(outputs: list[SequenceOutput], into: Outputs) -> None:
 
 
 def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = None) -> Outputs:
-    """All outputs; request i is added before step `arrivals[i]`."""
+    """Run all requests and return their outputs; request i is added before step `arrivals[i]`."""
     pending = sorted(zip(arrivals or [0] * len(requests), range(len(requests)), strict=True))
     tokens: Outputs = {}
     for step in range(MANY_STEPS):
@@ -304,18 +302,17 @@ def run(engine: Engine, requests: list[Request], arrivals: list[int] | None = No
             engine.add(requests[pending.pop(0)[1]])
         if not engine.has_work and not pending:
             assert engine.kv.num_used == 0, (
-                f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+                f"{engine.kv.num_used} blocks are still in use after all sequences have ended"
             )
             return tokens
         collect(engine.step(), tokens)
     raise AssertionError(
-        f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended: somebody"
-        " starves"
+        f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended"
     )
 
 
 def run_with_failures(engine: Engine, requests: list[Request], arrivals: list[int]) -> Outputs:
-    """The same where steps fail: the outputs of those that ended well."""
+    """Run requests although steps fail; return the outputs of those that ended without an error."""
     pending = sorted(zip(arrivals, range(len(requests)), strict=True))
     tokens: Outputs = {}
     failed: set[str] = set()
@@ -331,13 +328,13 @@ def run_with_failures(engine: Engine, requests: list[Request], arrivals: list[in
         f"after {MANY_STEPS} steps, sequences {sorted(engine.sequences)} have not ended"
     )
     assert engine.kv.num_used == 0, (
-        f"{engine.kv.num_used} blocks are left over when all sequences have ended"
+        f"{engine.kv.num_used} blocks are still in use after all sequences have ended"
     )
-    return {key: said for key, said in tokens.items() if key[0] not in failed}
+    return {key: ids for key, ids in tokens.items() if key[0] not in failed}
 
 
 def alone(parts: Parts, requests: list[Request], window: int | None = None) -> Outputs:
-    """What each request says when it is by itself, in one chunk, with blocks to spare."""
+    """Return the output of each request run by itself, in one chunk, with spare blocks."""
     out: Outputs = {}
     for r in requests:
         out |= run(
@@ -353,14 +350,14 @@ prompts = st.lists(st.integers(0, 63), min_size=1, max_size=30)
 prefixes = st.sampled_from(
     [[1, 2, 3, 4, 5, 6, 7, 8] * 3, [1, 2, 3, 4] * 4, [9] * 20, [1, 2, 3, 4, 9, 9, 9, 9, 9], [5]]
 )
-"""Beginnings that many requests share."""
+"""Prefixes that many requests share."""
 alike = st.builds(
     lambda head, cut, tail: (head[:cut] + tail)[:30],
     prefixes,
     st.integers(1, 24),
     st.lists(st.integers(0, 9)),
 )
-"""Prompts that begin alike."""
+"""Prompts with common prefixes."""
 setups = st.builds(
     Setup,
     overlap=st.booleans(),
@@ -374,7 +371,7 @@ setups = st.builds(
 
 @dataclass(frozen=True)
 class Asked:
-    """A request of a workload, and the step before which it arrives."""
+    """A request of a workload, with the step before which it arrives."""
 
     prompt: list[int]
     max_tokens: int
@@ -411,8 +408,8 @@ def requests_of(workload: list[Asked]) -> list[Request]:
 
 
 class EngineMachine(Machine):
-    """Random adds, aborts and steps; after each, everything must add up, and in the end everyone
-    must have ended."""
+    """A state machine with random adds, aborts and steps. Its invariants are checked after each,
+    and in the end all requests must have ended."""
 
     engine: WatchedEngine
 
@@ -437,7 +434,7 @@ class EngineMachine(Machine):
 
     @operation(which=st.integers(0, 30), sample=st.sampled_from([None, 0, 1]))
     def abort(self, which: int, sample: int | None) -> None:
-        self.engine.abort(f"r{which}", sample)  # of a request that runs, has ended, or never was
+        self.engine.abort(f"r{which}", sample)  # the request may run, have ended, or not exist
 
     @operation(count=st.integers(1, 8))
     def step(self, count: int) -> None:
@@ -462,7 +459,7 @@ class EngineMachine(Machine):
         self._finish()
         left = sorted(self.engine.watch.known)
         assert len(left) <= 1, (
-            f"the worker was not told to release ended sequences: it still knows {left[:-1]}"
+            f"ended sequences were not released: the worker still knows {left[:-1]}"
         )
 
     def _finish(self) -> None:
@@ -474,13 +471,13 @@ class EngineMachine(Machine):
             f"after {MANY_STEPS} more steps, not ended: {sorted(self.expected - self.ended)}"
         )
         assert self.engine.kv.num_used == 0, (
-            f"{self.engine.kv.num_used} blocks are left over when all have ended"
+            f"{self.engine.kv.num_used} blocks are still in use after all requests have ended"
         )
 
 
 class AlikeMachine(EngineMachine):
-    """The same with requests that begin alike, a prefix cache that is reset, and perhaps a host
-    tier."""
+    """The same with requests that have common prefixes, resets of the prefix cache, and an optional
+    host tier."""
 
     def __init__(self, parts: Parts, *, has_host_tier: bool = False) -> None:
         super().__init__(parts)

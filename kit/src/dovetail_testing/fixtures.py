@@ -1,5 +1,5 @@
-"""Fixtures for pytest: an environment in which the simulated worker's plugin is installed, and a
-model for it.
+"""Provide pytest fixtures: an environment in which the plugin of the simulated worker is installed,
+and a model for it.
 
 A conftest.py imports them: `from dovetail_testing.fixtures import model, simulated`.
 """
@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Install the simulated plugin, for this process and those that it starts."""
+    """Install the simulated plugin for this process and its child processes."""
     site = tmp_path / "site"
     install(site)
     monkeypatch.setenv(

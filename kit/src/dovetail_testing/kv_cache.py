@@ -1,9 +1,9 @@
-"""The contract of the KV-cache extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the KV-cache extension point. A plugin's test is a subclass:
 
     class TestMyBlocks(KVCacheContract):
         provider = PROVIDER
 
-What it asks is said by the docstrings of its checks.
+The docstrings of its checks state the requirements.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NULL_BLOCK = 0
 
 
 class KVCacheContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The contract of KV-cache managers. Subclass it and set `provider`."""
 
     extension_point = "kv_cache"
 
@@ -61,60 +61,60 @@ class KVCacheContract(Contract):
         scheduler: Scheduler = FCFS.build(self.build_context(kv=kv), options)
         return scheduler
 
-    @common_causes(
-        "the options do not extend KVCacheOptions", "the null block counted in num_total"
-    )
+    @common_causes("the options do not extend KVCacheOptions", "num_total includes the null block")
     def test_declaration(self) -> None:
-        """The options extend `KVCacheOptions`; a new manager has all blocks but the null blocks,
-        and none in use."""
+        """The options are a subclass of `KVCacheOptions`; a new manager has all blocks except the
+        null blocks, and none is in use."""
         assert issubclass(self.provider.options, KVCacheOptions), (
-            "the options must extend KVCacheOptions"
+            "the options must be a subclass of KVCacheOptions"
         )
         groups, num_blocks = Setup(window=5).groups, [9, 7]
         kv = self.new(groups, num_blocks)
         assert (kv.groups, kv.num_blocks) == (
             groups,
             num_blocks,
-        ), "groups and num_blocks must be those that it was given"
+        ), "groups and num_blocks must be those passed to build"
         assert (kv.num_total, kv.num_used) == (
             14,
             0,
         ), f"num_total is {kv.num_total} and num_used {kv.num_used}, not 14 and 0"
 
     @common_causes(
-        "a block freed twice, or not at all, when several sequences hold it",
-        "a partial block shared",
-        "blocks taken from one group before another is found too small",
-        "trimmed blocks freed again by `free`",
+        "a block with several holders is freed twice, or not at all",
+        "a partial block is shared",
+        "blocks of one group are allocated before another is found to have too few",
+        "`free` frees trimmed blocks again",
     )
     def test_blocks_are_conserved(self) -> None:
-        """Whatever is grown, shared, trimmed and freed: each block is free or held; a new one is
-        nobody else's and never the null block; only whole blocks are shared; what is trimmed is
-        what no later token sees; a refusal changes nothing."""
+        """In any sequence of grow, share, trim and free: each block is either free or held; a new
+        block has no other holder and is never the null block; only whole blocks are shared; only
+        blocks that no later token attends to are trimmed; a failed call changes nothing."""
         self.run_machine(partial(BlocksMachine, self), examples=120)
 
-    @common_causes("an off-by-one in what is left", "one block kept back for each sequence")
+    @common_causes(
+        "an off-by-one in the number of free blocks", "one block is reserved per sequence"
+    )
     def test_the_last_block_can_be_had(self) -> None:
-        """All blocks but the null block can be handed out, again and again."""
+        """All blocks except the null block can be allocated, repeatedly."""
         kv = self.new([KVGroup([0], "full", 4, 1)], [11])
         for _ in range(3):
             added = kv.grow(1, 40)
-            assert added is not None, "10 blocks of 4 tokens are free, and 40 tokens were refused"
+            assert added is not None, "10 blocks of 4 tokens are free, but 40 tokens do not fit"
             assert sorted(added[0]) == list(range(1, 11)), (
-                f"10 blocks are free, and {added[0]} were handed out"
+                f"10 blocks are free, but {added[0]} were allocated"
             )
-            assert kv.grow(2, 1) is None, "no block is left, and one token was given room"
+            assert kv.grow(2, 1) is None, "no block is free, but one token fits"
             kv.free(1)
-            assert kv.num_used == 0, f"all was freed, and num_used is {kv.num_used}"
+            assert kv.num_used == 0, f"all blocks were freed, but num_used is {kv.num_used}"
 
     @pytest.mark.parametrize("overlap", [False, True])
     @common_causes(
-        "blocks handed out in an order that their table does not have",
-        "a trimmed entry removed instead of nulled",
+        "blocks are returned in a different order than in the table",
+        "a trimmed entry is removed instead of replaced by the null block",
     )
     def test_an_engine_runs_on_it(self, overlap: bool) -> None:
-        """In an engine with tight memory, windows and shared prompts, every sequence says what it
-        says with room to spare."""
+        """In an engine with scarce memory, sliding windows and shared prompts, every sequence has
+        the same output as with enough memory."""
         workload = [request(f"r{i}", [i] * (9 + 3 * i), 20, n=1 + i % 2, seed=i) for i in range(5)]
         for window in (None, 5):
             tight = self.parts.engine(Setup(overlap=overlap, window=window, spare_blocks=3))
@@ -124,19 +124,20 @@ class KVCacheContract(Contract):
             assert run(tight, workload) == run(roomy, workload)
 
     @common_causes(
-        "state of a sequence that outlives `free`", "abort of a sequence that shares its prompt"
+        "state of a sequence outlives `free`",
+        "a sequence that shares its prompt is aborted",
     )
     def test_blocks_are_returned(self) -> None:
-        """Requests come, run and are aborted at any moment: outputs are right, and in the end all
-        blocks are back."""
+        """Requests are added, run and aborted at any time: outputs are correct, and in the end all
+        blocks are free."""
         self.run_machine(partial(EngineMachine, self.parts), examples=25)
 
     @common_causes(
-        "None from `reuse` without `may_wait`", "blocks found and not counted as referred to"
+        "`reuse` returns None without `may_wait`", "blocks that were found are not referenced"
     )
     def test_a_prefix_cache_changes_no_output(self) -> None:
-        """A manager that is given a prefix cache, and asks it or not: in an engine every sequence
-        says what it says alone, and all blocks come back."""
+        """With a prefix cache, whether the manager uses it or not, every sequence has the same
+        output as alone, and all blocks become free."""
 
         def new_kv(setup: Setup) -> KVCacheManager:
             index = DictionaryIndex(setup.block_size, len(setup.groups))
@@ -157,14 +158,14 @@ class KVCacheContract(Contract):
                 [a.arrival for a in workload],
             )
             different = [key for key in expected if got.get(key) != expected[key]]
-            assert not different, f"{different} differ from what they say alone"
+            assert not different, f"the outputs of {different} differ from those alone"
 
         self.run_examples(same_as_alone, examples=40, setup=setups, workload=workloads_alike)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A group's kind of layer."""
+    """Layer kind of a group."""
 
     block_size: int
     window: int | None = None
@@ -172,19 +173,21 @@ class Kind:
 
 @dataclass
 class Model:
-    """The simplest manager there could be: tables as they were answered."""
+    """The simplest possible manager: it records the tables that were returned."""
 
     tables: dict[int, list[list[int]]] = field(default_factory=dict)
     num_tokens: dict[int, int] = field(default_factory=dict)
-    """Room that each sequence was given."""
+    """Number of tokens for which each sequence has slots."""
     num_computed: dict[int, int] = field(default_factory=dict)
-    """As of its last trim."""
+    """Number of computed tokens at its last trim."""
 
     def held(self, group: int) -> set[int]:
         return {b for tables in self.tables.values() for b in tables[group]} - {NULL_BLOCK}
 
 
 class BlocksMachine(Machine):
+    """Random calls of a manager, compared with a `Model` of it."""
+
     kv: KVCacheManager
 
     def __init__(self, contract: KVCacheContract) -> None:
@@ -228,23 +231,23 @@ class BlocksMachine(Machine):
         fits = all(n <= f for n, f in zip(needed, free, strict=True))
         added = kv.grow(seq_id, num_tokens)
         if added is None:
-            assert not fits, f"grow was refused: {needed} blocks are needed, and {free} are free"
+            assert not fits, f"grow returned None: {needed} blocks are needed, and {free} are free"
             return
-        assert fits, f"grow gave {added}: {needed} blocks are needed, and {free} are free"
+        assert fits, f"grow returned {added}: {needed} blocks are needed, and {free} are free"
         assert [len(a) for a in added] == needed, (
             f"grow to {num_tokens} tokens added {added}; {needed} blocks are needed"
         )
         for group, blocks in enumerate(added):
-            assert NULL_BLOCK not in blocks, f"the null block of group {group} was handed out"
+            assert NULL_BLOCK not in blocks, f"the null block of group {group} was allocated"
             assert len(set(blocks)) == len(blocks), (
-                f"a block was handed out twice at once: {blocks}"
+                f"a block was returned twice in one call: {blocks}"
             )
             assert all(0 < b < self.num_blocks[group] for b in blocks), (
-                f"{blocks} of {self.num_blocks[group]} blocks"
+                f"{blocks} are not ids of {self.num_blocks[group]} blocks"
             )
             twice = model.held(group) & set(blocks)
             assert not twice, (
-                f"blocks {sorted(twice)} of group {group} were handed out, and others hold them"
+                f"blocks {sorted(twice)} of group {group} were allocated while others hold them"
             )
         model.tables[seq_id] = [[*t, *a] for t, a in zip(before, added, strict=True)]
         model.num_tokens[seq_id] = max(num_tokens, model.num_tokens.get(seq_id, 0))
@@ -256,18 +259,16 @@ class BlocksMachine(Machine):
         source, target = self._known(which), self._new_id()
         num_tokens = min(num_tokens, self.model.num_tokens[source])
         got = self.kv.share(source, target, num_tokens)
-        assert 0 <= got <= num_tokens, f"{num_tokens} tokens were to be shared, and {got} were"
+        assert 0 <= got <= num_tokens, f"at most {num_tokens} tokens may be shared, but {got} were"
         if got:
             partial = [g.block_size for g in self.groups if got % g.block_size]
             assert not partial, (
-                f"{got} tokens were shared, and blocks have {partial}: only whole blocks may be"
-                " shared"
+                f"{got} tokens were shared, but only whole blocks may be; the block sizes are"
+                f" {partial}"
             )
             tables = self.model.tables[source]
             heads = [t[: got // g.block_size] for t, g in zip(tables, self.groups, strict=True)]
-            assert not any(NULL_BLOCK in h for h in heads), (
-                f"tokens were shared that were trimmed: {heads}"
-            )
+            assert not any(NULL_BLOCK in h for h in heads), f"trimmed tokens were shared: {heads}"
             self.model.tables[target], self.model.num_tokens[target] = heads, got
             self._same_tables()
         self._grow(target, got + more)
@@ -281,7 +282,7 @@ class BlocksMachine(Machine):
         self.model.num_computed[seq_id] = computed
         self.kv.trim(seq_id, computed)
         for group, table in zip(self.groups, self.model.tables[seq_id], strict=True):
-            # The next token, at position `computed`, sees window - 1 tokens before it.
+            # The next token, at position `computed`, attends to window - 1 tokens before it.
             first_seen = 0 if group.window is None else max(0, computed - group.window + 1)
             for i in range(min(first_seen // group.block_size, len(table))):
                 table[i] = NULL_BLOCK
@@ -289,9 +290,8 @@ class BlocksMachine(Machine):
     @operation(which=st.integers(0, 12))
     def free(self, which: int) -> None:
         known = sorted(self.model.tables)
-        seq_id = (
-            known[which] if which < len(known) else 10**6
-        )  # of a sequence that never had any, too
+        # Also for a sequence that never had blocks.
+        seq_id = known[which] if which < len(known) else 10**6
         self.kv.free(seq_id)
         for of in (self.model.tables, self.model.num_tokens, self.model.num_computed):
             of.pop(seq_id, None)
@@ -300,14 +300,14 @@ class BlocksMachine(Machine):
         self._same_tables()
         used = sum(len(self.model.held(i)) for i in range(len(self.groups)))
         assert self.kv.num_used == used, (
-            f"num_used is {self.kv.num_used}, and {used} blocks are held"
+            f"num_used is {self.kv.num_used}, but {used} blocks are held"
         )
         assert self.kv.num_total == sum(n - 1 for n in self.num_blocks), "num_total has changed"
 
     def end(self) -> None:
         for seq_id in list(self.model.tables):
             self.kv.free(seq_id)
-        assert self.kv.num_used == 0, f"all was freed, and num_used is {self.kv.num_used}"
+        assert self.kv.num_used == 0, f"all blocks were freed, but num_used is {self.kv.num_used}"
         self.model = Model()
         self._grow(
             self._new_id(),
@@ -318,7 +318,7 @@ class BlocksMachine(Machine):
         for seq_id, tables in self.model.tables.items():
             now = [list(t) for t in self.kv.block_ids(seq_id)]
             assert now == tables, (
-                f"the block tables of sequence {seq_id} are {now}, and must be {tables}"
+                f"the block tables of sequence {seq_id} are {now}, but must be {tables}"
             )
 
     def _known(self, which: int) -> int:

@@ -1,5 +1,4 @@
-"""Linear layers to try quantization schemes on: their weights, their tensors, and what they must
-compute."""
+"""Create linear layers for tests of quantization schemes: weights, tensors and expected results."""
 
 from __future__ import annotations
 
@@ -16,19 +15,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PRECISION = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 1.2e-2}
-"""By dtype of a layer: how far a product may be from the exact one, relative to its norm."""
+"""Allowed error of a product relative to its norm, by dtype of the layer."""
 ACTIVATIONS = {"int8": 0.02, "float8_e4m3fn": 0.06}
-"""What rounding the inputs adds."""
+"""Additional error from quantized inputs."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer to try."""
+    """A layer to test."""
 
     config: dict[str, Any] | None
-    """The checkpoint's quantization_config; None: plain weights, quantized on the fly."""
+    """The checkpoint's quantization_config; None for plain weights, quantized on the fly."""
     outs: tuple[int, ...] = (256,)
-    """Outputs of each part."""
+    """Number of outputs of each part."""
     in_features: int = 256
     bias: bool = False
     dtype: str = "float32"
@@ -48,7 +47,7 @@ class Case:
         )
 
     def simpler(self) -> list[Case]:
-        """Cases that differ in one thing, and have less of it."""
+        """Return cases that are simpler in one respect."""
         found = [
             replace(self, outs=self.outs[:1]),
             replace(self, bias=False),
@@ -64,8 +63,8 @@ class Case:
 
 
 def make_weights(case: Case, seed: int) -> list[Tensor]:
-    """A plain weight for each part: rows, columns and parts of different sizes, so that a scale in
-    the wrong place shows."""
+    """Create a plain weight for each part. Rows, columns and parts have different magnitudes, so
+    that a misplaced scale is detected."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +78,7 @@ def make_weights(case: Case, seed: int) -> list[Tensor]:
 
 
 def new_tensors(layer: LinearLayer, parameters: dict[str, Parameter]) -> dict[str, Tensor]:
-    """Allocated as declared."""
+    """Allocate tensors as declared."""
     import torch
 
     return {
@@ -91,19 +90,19 @@ def new_tensors(layer: LinearLayer, parameters: dict[str, Parameter]) -> dict[st
 def fill(
     layer: LinearLayer, parameters: dict[str, Parameter], parts: list[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The layer's tensors from those of its parts, as a worker loads them. Raises `Broken` where
-    they are not as declared."""
+    """Assemble the layer's tensors from those of its parts, as a worker loads them. Raises `Broken`
+    if they are not as declared."""
     tensors = new_tensors(layer, parameters)
     for i, found in enumerate(parts):
         if found.keys() != parameters.keys():
-            raise Broken(f"tensors {sorted(found)} are stored, {sorted(parameters)} declared")
+            raise Broken(f"tensors {sorted(found)} are stored, but {sorted(parameters)} declared")
         for name, parameter in parameters.items():
             kind = str(found[name].dtype).removeprefix("torch.")
             expected = (parameter.part_shape(layer, i), parameter.dtype)
             if (tuple(found[name].shape), kind) != expected:
                 raise Broken(
-                    f"{name} is {list(found[name].shape)} {kind}, declared is {list(expected[0])}"
-                    f" {expected[1]}"
+                    f"{name} is {list(found[name].shape)} {kind}, but declared as"
+                    f" {list(expected[0])} {expected[1]}"
                 )
             parameter.check(f"{layer.parts[i].name}.{name}", found[name])
             tensors[name][parameter.part_index(layer, i)] = found[name].to(layer.device)
@@ -111,8 +110,8 @@ def fill(
 
 
 def as_read(parameters: dict[str, Parameter], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors as a worker reads them: floating types of 16 bits and more are
-    converted into each other."""
+    """Convert a checkpoint's tensors as a worker does: floating types of 16 and more bits are
+    converted to each other."""
     import torch
 
     floating = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -133,7 +132,7 @@ def fill_shard(
     rank: int,
     size: int,
 ) -> tuple[LinearLayer, dict[str, Tensor]]:
-    """What one rank reads. Raises `ValueError` if the layer cannot be shared so."""
+    """Return what one rank reads. Raises `ValueError` if the layer cannot be sharded this way."""
     shard = layer.shard(side, rank, size)
     tensors = new_tensors(shard, parameters)
     for i, found in enumerate(parts):
@@ -144,7 +143,7 @@ def fill_shard(
 
 
 def rows_of(layer: LinearLayer, rank: int, size: int) -> list[slice]:
-    """Which of the layer's outputs a rank of `size` has: a share of each part."""
+    """Return the layer's outputs that a rank of `size` has: a share of each part."""
     starts = itertools.accumulate((part.out_features for part in layer.parts), initial=0)
     shares = [
         (start, part.out_features // size) for start, part in zip(starts, layer.parts, strict=False)
@@ -153,7 +152,7 @@ def rows_of(layer: LinearLayer, rank: int, size: int) -> list[slice]:
 
 
 def make_input(case: Case, seed: int, device: str) -> Tensor:
-    """`[T, in]`, its rows a part of wider ones."""
+    """Create `[T, in]`, whose rows are parts of wider ones."""
     import torch
 
     wide = torch.randn(
@@ -163,16 +162,16 @@ def make_input(case: Case, seed: int, device: str) -> Tensor:
 
 
 def compare(found: Tensor, exact: Tensor, limit: float, what: str) -> None:
-    """Raise `Broken` if `found [T, out]` is farther from `exact` than `limit` of its norm: in all,
-    by row or by output."""
+    """Raise `Broken` if `found [T, out]` differs from `exact` by more than `limit` of its norm:
+    overall, by row or by output."""
     import torch
 
     if found.shape != exact.shape:
         raise Broken(f"{what}: the output is {list(found.shape)}, expected {list(exact.shape)}")
     got, exact = found.double().cpu(), exact.double().cpu()
     if not bool(torch.isfinite(got).all()):
-        raise Broken(f"{what}: the output holds NaN or infinity")
-    # Few numbers may be unlucky: an output's column of one row is judged by the size of all.
+        raise Broken(f"{what}: the output contains NaN or infinity")
+    # Single numbers may be unlucky: a column of one row is judged by the magnitude of all.
     for axis, factor in ((None, 1.0), (1, 2.0), (0, 8.0)):
         dims = (0, 1) if axis is None else (axis,)
         error, size = (got - exact).norm(dim=dims), exact.norm(dim=dims)
@@ -186,7 +185,7 @@ def compare(found: Tensor, exact: Tensor, limit: float, what: str) -> None:
 
 
 def bias_of(layer: LinearLayer, seed: int) -> dict[str, Tensor]:
-    """By name, if the layer has one."""
+    """Return the bias by name, if the layer has one."""
     import torch
 
     bias = torch.randn(layer.out_features, generator=torch.Generator().manual_seed(seed + 2))
@@ -194,8 +193,8 @@ def bias_of(layer: LinearLayer, seed: int) -> dict[str, Tensor]:
 
 
 def held_bytes(root: object) -> int:
-    """Bytes of all tensors that an object holds on to, through attributes, containers, closures and
-    bound methods."""
+    """Return the bytes of all tensors that an object references through attributes, containers,
+    closures and bound methods."""
     import torch
 
     seen: set[int] = set()

@@ -1,6 +1,6 @@
-"""State machines whose failures are small: hypothesis finds a sequence of operations that fails,
-and this file shortens it by running it again with less, which for sequences of operations goes
-further than shrinking the choices behind them.
+"""Run state machines and reduce their failures. Hypothesis finds a failing sequence of operations,
+and this module shortens it by replaying parts of it, which reduces sequences of operations further
+than shrinking the underlying choices.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Call = tuple[str, dict[str, Any]]
 
 
 class Machine(RuleBasedStateMachine):
-    """Operations are methods with `@operation` or, for the first, `@beginning`. A subclass checks
-    itself in `check`, which is called after each, and in `end`, at the end of all; both only once
-    it has begun."""
+    """Base of state machines. Operations are methods with `@operation` or, for the first one,
+    `@beginning`. A subclass checks its state in `check`, which is called after each operation, and
+    in `end`, which is called at the end; both only after the first operation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.is_sound = False
-        """It has begun, and nothing has failed: once something has, what follows says nothing."""
+        """True after the first operation until something fails; later results mean nothing then."""
 
     def check(self) -> None: ...
 
@@ -81,15 +81,15 @@ def _recorded(
 def run_machine(
     new: Callable[[], Machine], run_seed: int, *, examples: int, steps: int
 ) -> tuple[Exception, list[Call]] | None:
-    """Run random sequences of operations; returns the error of one that fails, and the operations,
-    as few as can be."""
+    """Run random sequences of operations. Returns the error of a failing one and its operations,
+    reduced as far as possible."""
     failed: list[Machine] = []
 
     def begin() -> Machine:
         failed[:] = [new()]
         return failed[0]
 
-    factory: Any = seed(run_seed)(begin)  # a factory will do, though typed as a class
+    factory: Any = seed(run_seed)(begin)  # typed as a class, but a factory works
     state = random.getstate()
     try:
         run_state_machine_as_test(
@@ -97,7 +97,7 @@ def run_machine(
         )
     except Flaky as e:
         return (
-            AssertionError(f"the same operations failed once, and not when repeated: {e}"),
+            AssertionError(f"the same operations failed once, but not when repeated: {e}"),
             failed[0].calls,
         )
     except Exception as e:
@@ -120,7 +120,7 @@ def limits(examples: int, **more: Any) -> settings:
 
 
 def replay(new: Callable[[], Machine], calls: list[Call]) -> Exception | None:
-    """Run these operations on a new machine; returns how they fail."""
+    """Run the operations on a new machine and return the exception, if there is one."""
     machine = new()
     try:
         try:
@@ -137,8 +137,8 @@ def replay(new: Callable[[], Machine], calls: list[Call]) -> Exception | None:
 def shortest(
     new: Callable[[], Machine], calls: list[Call], error: Exception
 ) -> tuple[Exception, list[Call]]:
-    """Leave out operations, then make their arguments smaller, as long as it still fails. The
-    beginning stays."""
+    """Leave out operations, then reduce their arguments, as long as the failure persists. The first
+    operation stays."""
     num_replays = 0
 
     def still_fails(fewer: list[Call]) -> bool:
@@ -168,8 +168,8 @@ def shortest(
 
 
 def _smaller(value: Any) -> Iterator[Any]:
-    """Values that are valid wherever this one is: nothing here goes below 1, or leaves a list
-    empty."""
+    """Yield smaller values that are valid wherever this one is: no number falls below 1, and no
+    list becomes empty."""
     if value is True:
         yield False
     elif isinstance(value, int) and value > 1:

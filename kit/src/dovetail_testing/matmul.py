@@ -1,10 +1,10 @@
-"""The contract of the matmul extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the matmul extension point. A plugin's test is a subclass:
 
     class TestMyMatmul(MatmulContract):
         provider = PROVIDER
 
-Weights of every declared format, sampled at random in the canonical form, are compared with
-`dequantized`, its definition.
+Random weights of every declared format, in the canonical form, are compared with `dequantized`,
+which is the definition of the format.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SHAPES = (256, 256), (192, 1024), (61, 128), (128, 100), (8, 8), (320, 33)
-"""Outputs and inputs."""
+"""Numbers of outputs and inputs."""
 ROWS = 1, 2, 3, 5, 7, 16, 33, 130
 GROUPS = 32, 64, 128
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
@@ -32,7 +32,7 @@ LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 @dataclass(frozen=True)
 class Product:
-    """A product to try."""
+    """A GEMM to test."""
 
     format: WeightFormat
     outs: int = 128
@@ -43,11 +43,11 @@ class Product:
 
     def __str__(self) -> str:
         f = self.format
-        group = "one scale a row" if f.group_size is None else f"groups of {f.group_size}"
+        group = "one scale per row" if f.group_size is None else f"groups of {f.group_size}"
         more = (
             ", zeros" * f.zeros
-            + ", an order" * f.order
-            + (f", inputs rounded to {f.inputs}" if f.inputs else "")
+            + ", reordered inputs" * f.order
+            + (f", inputs quantized to {f.inputs}" if f.inputs else "")
         )
         size = f"{self.num_rows} rows by [{self.outs}, {self.in_features}]"
         return (
@@ -77,7 +77,7 @@ class Product:
 
 
 class MatmulContract(Contract):
-    """Products by weights of every format that is declared."""
+    """The contract of matmul providers, for weights of every declared format."""
 
     extension_point = "matmul"
 
@@ -85,28 +85,28 @@ class MatmulContract(Contract):
     def can(self) -> MatmulCapabilities:
         can = self.provider.capabilities
         assert isinstance(can, MatmulCapabilities), (
-            "a provider of matmul declares a MatmulCapabilities"
+            "the capabilities of a matmul provider must be MatmulCapabilities"
         )
         return can
 
-    @common_causes("a provider that declares none")
+    @common_causes("the provider declares no capabilities")
     def test_declaration(self) -> None:
-        """It multiplies by codes of some kind, for some dtype."""
-        assert self.can.framework == "torch", "this kit's tensors are torch's"
+        """The provider declares at least one kind of codes and one dtype."""
+        assert self.can.framework == "torch", "the kit supports only torch tensors"
         assert self.can.codes, "no codes are declared"
         assert self.can.dtypes is None or self.can.dtypes, "no dtypes are declared"
 
     @common_causes(
-        "the halves of a byte in the wrong order",
-        "a zero point left out",
-        "the last group of another size",
-        "sums in 16 bits",
-        "rows of x that lie apart",
-        "an order applied the wrong way round",
+        "the halves of a byte are in the wrong order",
+        "a zero point is left out",
+        "the last group has another size",
+        "sums are computed in 16 bits",
+        "rows of x are not adjacent",
+        "the order of the inputs is applied the wrong way round",
     )
     def test_products_are_those_of_the_dequantized_weight(self) -> None:
-        """`x @ dequantized().T + bias` in x's dtype: every format, shapes that fill nothing, any
-        number of rows."""
+        """The result is `x @ dequantized().T + bias` in x's dtype, for every format, for shapes
+        that are no multiples of tile sizes, and any number of rows."""
         formats = self.formats(None)
         tried = [Product(f, outs, n) for f in formats for outs, n in SHAPES]
         tried += [
@@ -119,13 +119,13 @@ class MatmulContract(Contract):
             self.attempt(one, self.check, Product.simpler)
 
     @common_causes(
-        "one scale for all rows of x",
-        "half away from zero instead of to even",
-        "the input scale's inverse",
+        "one scale is used for all rows of x",
+        "ties are rounded away from zero instead of to even",
+        "the inverse of the input scale is used",
     )
     def test_rounded_inputs(self) -> None:
-        """Inputs are rounded as the format says: each row by a scale of its own, or all by the
-        format's."""
+        """Inputs are quantized as the format requires: with a scale per row, or with the format's
+        scale for all rows."""
         for inputs in self.can.inputs:
             for f in self.formats(inputs):
                 for rows, dtype in product((1, 5, 33), self.dtypes):
@@ -135,7 +135,7 @@ class MatmulContract(Contract):
 
     @common_causes("a division by a scale of zero")
     def test_zeros_are_zeros(self) -> None:
-        """A row of zeros gives the bias, exactly."""
+        """The result for a row of zeros is exactly the bias."""
         import torch
 
         for inputs in (None, *self.can.inputs):
@@ -146,12 +146,12 @@ class MatmulContract(Contract):
                     torch.zeros(2, one.in_features, dtype=torch.float32, device=self.device)
                 )
                 assert torch.equal(out, tensors["bias"].expand(2, -1)), (
-                    f"{one}: zeros gave {out.abs().max():.3g}"
+                    f"{one}: a row of zeros gives {out.abs().max():.3g}"
                 )
 
-    @common_causes("NaN rounded to a number", "a maximum that NaN does not change")
+    @common_causes("NaN is rounded to a number", "the maximum ignores NaN")
     def test_what_is_no_number_stays_none(self) -> None:
-        """A row with NaN has a product that is not a number, and no other row has."""
+        """A row with NaN has NaN in its product, and no other row has."""
         import torch
 
         for inputs in (None, *self.can.inputs):
@@ -163,12 +163,14 @@ class MatmulContract(Contract):
                 out = multiply(x)
                 assert bool(out[2].isnan().any()), f"{one}: NaN was lost"
                 assert bool(out[[0, 1, 3, 4, 5, 6]].isfinite().all()), (
-                    f"{one}: NaN in row 2 went elsewhere"
+                    f"{one}: NaN of row 2 appears in other rows"
                 )
 
-    @common_causes("the canonical tensors kept beside a form of its own", "codes expanded and kept")
+    @common_causes(
+        "the canonical tensors are kept besides a converted form", "codes are expanded and kept"
+    )
     def test_memory_is_as_declared(self) -> None:
-        """What a layer holds is within 5 % of `nbytes`."""
+        """The memory of a layer is within 5 % of `nbytes`."""
         for f in self.formats(None):
             one = Product(f, 1024, 1024, bias=False)
             multiply, layer, tensors = self.made(one)
@@ -176,10 +178,10 @@ class MatmulContract(Contract):
             del tensors
             held, declared = held_bytes(multiply) - held_bytes(matmul), matmul.nbytes(f, layer)
             assert declared * 0.95 <= held <= declared * 1.05 + 4096, (
-                f"{one}: {held} bytes held, {declared} declared"
+                f"{one}: {held} bytes are in use, but {declared} are declared"
             )
 
-    # How a product is tried.
+    # How a product is tested.
 
     def new(self) -> Matmul:
         matmul: Matmul = self.build(self.build_context())
@@ -190,11 +192,12 @@ class MatmulContract(Contract):
         return self.can.dtypes or tuple(PRECISION)
 
     def formats(self, inputs: Inputs | None) -> list[WeightFormat]:
-        """Those declared: with groups and without, with zeros, with an order of the inputs."""
+        """Return the declared formats: with and without groups, with zeros, with an order of the
+        inputs."""
         found: list[WeightFormat] = []
         for codes in self.can.codes:
             if inputs == "int8" and codes == "float8_e4m3fn":
-                continue  # nobody stores such
+                continue  # not used in practice
             groups = [
                 g for g in GROUPS if self.can.group_sizes is None or g in self.can.group_sizes
             ]
@@ -207,7 +210,7 @@ class MatmulContract(Contract):
         return found + [replace(f, input_scale=True) for f in found[:1] if inputs is not None]
 
     def input(self, one: Product) -> Tensor:
-        """Rows of different sizes, apart from each other."""
+        """Return rows of different magnitudes that are not adjacent in memory."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -265,7 +268,7 @@ class MatmulContract(Contract):
             else rounded_inputs(x.double(), one.format.inputs, tensors)
         )
         exact = rounded @ dequantized(one.format, one.in_features, tensors).double().T
-        # A value in the middle between two is rounded either way: a few of them are.
+        # A value halfway between two codes may be rounded either way, which affects a few elements.
         limit = PRECISION[one.dtype] + (2e-3 if one.format.inputs else 0)
         compare(
             out,
@@ -274,13 +277,13 @@ class MatmulContract(Contract):
             "x @ dequantized().T + bias",
         )
         if not torch.equal(x, before):
-            raise Broken("the input was changed")
+            raise Broken("the input was modified")
         if not torch.equal(multiply(x), out):
-            raise Broken("the same input gave two results")
+            raise Broken("the same input gave two different results")
 
 
 class KitMatmul:
-    """A `Matmul` by the definition, for schemes to be tried with."""
+    """A `Matmul` computed by the definition, for tests of schemes."""
 
     def linear(
         self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
@@ -304,7 +307,7 @@ class KitMatmul:
 
 KIT_MATMUL = Provider(
     "kit-matmul",
-    "by the definition",
+    "computed by the definition",
     lambda context, options: KitMatmul(),
     capabilities=MatmulCapabilities(
         ("int8", "uint4", "float8_e4m3fn"), ("int8", "float8_e4m3fn"), devices=None
@@ -313,7 +316,7 @@ KIT_MATMUL = Provider(
 
 
 def rounded_inputs(x: Tensor, to: Inputs, tensors: dict[str, Tensor]) -> Tensor:
-    """As `WeightFormat` defines it, in float64."""
+    """Quantize and dequantize inputs as `WeightFormat` defines it, in float64."""
     import torch
 
     scale = (

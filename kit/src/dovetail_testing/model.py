@@ -1,9 +1,9 @@
-"""The contract of the model extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the model extension point. A plugin's test is a subclass:
 
     class TestMyModel(ModelContract):
         provider = PROVIDER
 
-What it asks is said by the docstrings of its checks.
+The docstrings of its checks state the requirements.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ TEXTS = ("", "Hello, world!", "def f(x):\n    return x ** 2\n", "naïve — 漢�
 
 
 class ModelContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The contract of model providers. Subclass it and set `provider`."""
 
     extension_point = "model"
 
     @property
     def source(self) -> ModelSource:
-        """Built as the core builds it: before there is a plan, so without a context."""
+        """The source, built as the core does it: without a context, because there is no plan
+        yet."""
         source = self.provider.build(None, self.provider.options.model_validate(self.options))  # type: ignore[arg-type]
         assert isinstance(source, ModelSource), (
             f"build returned a {type(source).__name__}, not a ModelSource"
@@ -61,53 +62,53 @@ class ModelContract(Contract):
         return model_facts(self.source.folder)
 
     @common_causes(
-        "a relative path",
-        "package data left out of the wheel",
-        "the licence of the weights not stated",
+        "the path is relative",
+        "the wheel lacks the package data",
+        "the licence of the weights is not stated",
     )
     def test_declaration(self) -> None:
-        """`build` leads to a folder that exists, the same one each time, and says under what
-        licence the model is."""
+        """`build` returns an existing folder, the same one each time, and states the licence of the
+        model."""
         source = self.source
         assert source.folder.is_absolute(), (
-            f"{source.folder} is relative: it depends on where the program was started"
+            f"{source.folder} is relative: it depends on the working directory"
         )
-        assert source.folder.is_dir(), f"{source.folder} is no folder"
-        assert source == self.source, f"built twice, it gave {source} and {self.source}"
+        assert source.folder.is_dir(), f"{source.folder} is not a folder"
+        assert source == self.source, f"two builds returned {source} and {self.source}"
         assert source.licence.strip(), "the licence is empty"
 
-    @common_causes("a key that transformers fills in by default, and config.json leaves out")
+    @common_causes("config.json omits a key for which transformers has a default")
     def test_the_config_says_what_is_asked(self) -> None:
-        """config.json has what choosing providers needs: architecture, sizes, context, layer kinds,
-        and how it ends."""
+        """config.json has what the selection of providers needs: architecture, sizes, context
+        length, layer kinds and end-of-sequence tokens."""
         facts = self.facts
         assert facts.architecture, "config.json names no architecture"
         assert facts.num_heads % facts.num_kv_heads == 0, (
-            f"{facts.num_heads} heads do not share {facts.num_kv_heads} KV heads"
+            f"{facts.num_heads} heads are not a multiple of {facts.num_kv_heads} KV heads"
         )
-        assert facts.layer_kinds, "the model has no layer"
+        assert facts.layer_kinds, "the model has no layers"
         assert facts.eos_token_ids, (
-            "no end-of-sequence token: nothing that it says would end by itself"
+            "there is no end-of-sequence token, so no output would end by itself"
         )
         ends, size = facts.eos_token_ids, facts.vocab_size
         assert all(0 <= t < size for t in ends), (
-            f"it ends with one of the tokens {ends}, and has {size}"
+            f"the end-of-sequence tokens are {ends}, but the vocabulary has {size} tokens"
         )
 
     @common_causes(
-        "a file cut short on its way into the package",
-        "an index that names files which are not there",
+        "a file was truncated when the package was built",
+        "an index names files that do not exist",
     )
     def test_the_weights_are_whole(self) -> None:
-        """Weights are safetensors whose headers fit their files, each tensor in one; nothing in the
-        folder is pickled."""
+        """The weights are safetensors files whose headers match their data, with each tensor in one
+        file; the folder contains no pickled files."""
         folder = self.source.folder
         unsafe = sorted(p.name for p in folder.iterdir() if p.suffix in UNSAFE)
         assert not unsafe, (
-            f"{unsafe} are read by unpickling, which runs code: convert them to safetensors"
+            f"{unsafe} are pickled files, which can run code: convert them to safetensors"
         )
         files = sorted(folder.glob("*.safetensors"))
-        assert files, f"no *.safetensors in {folder}"
+        assert files, f"there are no *.safetensors files in {folder}"
         where: dict[str, str] = {}
         for file in files:
             for name in tensors_of(file):
@@ -115,22 +116,20 @@ class ModelContract(Contract):
                 where[name] = file.name
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            told = json.loads(index.read_text())["weight_map"]
+            index_files = json.loads(index.read_text())["weight_map"]
             wrong = {
                 name: (file, where.get(name))
-                for name, file in told.items()
+                for name, file in index_files.items()
                 if where.get(name) != file
             }
-            assert not wrong, f"the index is wrong about tensors (said, found): {wrong}"
+            assert not wrong, f"the index is wrong about tensors (index, actual file): {wrong}"
 
-    @common_causes(
-        "a normalizer that changes what is typed", "a decoder that is missing from tokenizer.json"
-    )
+    @common_causes("a normalizer changes the text", "tokenizer.json has no decoder")
     def test_the_tokenizer_keeps_texts(self) -> None:
-        """Every text comes back from its tokens, and all tokens are the model's."""
+        """Encoding and decoding returns every text unchanged, with token ids of the model."""
         facts, tokenizer = self.facts, Tokenizer(self.source.folder)
         assert tokenizer.vocab_size <= facts.vocab_size, (
-            f"{tokenizer.vocab_size} tokens, and the model has {facts.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {facts.vocab_size}"
         )
         for text in TEXTS:
             ids = tokenizer.encode(text, add_special_tokens=False)
@@ -138,11 +137,11 @@ class ModelContract(Contract):
                 f"{text!r} has tokens {ids}; the model has {facts.vocab_size}"
             )
             back = tokenizer.decode(ids)
-            assert back == text, f"{text!r} came back as {back!r}"
+            assert back == text, f"{text!r} was decoded as {back!r}"
 
 
 def tensors_of(file: Path) -> dict[str, Any]:
-    """Names, dtypes and shapes of a safetensors file, whose header must fit its data."""
+    """Read the header of a safetensors file and check that it matches the data."""
     with file.open("rb") as f:
         size = struct.unpack("<Q", f.read(8).ljust(8, b"\0"))[0]
         assert size < file.stat().st_size, (
@@ -157,11 +156,11 @@ def tensors_of(file: Path) -> dict[str, Any]:
         assert bits, f"{file.name}: tensor {name} has the unknown dtype {tensor['dtype']}"
         wanted = math.prod(tensor["shape"]) * bits // 8
         assert end - begin == wanted, (
-            f"{file.name}: tensor {name} has {end - begin} bytes, and its shape asks for {wanted}"
+            f"{file.name}: tensor {name} has {end - begin} bytes, but its shape needs {wanted}"
         )
         ends.append(end)
-    there = file.stat().st_size - 8 - size
-    assert max(ends, default=0) == there, (
-        f"{file.name}: tensors end at byte {max(ends, default=0)} of {there}"
+    num_bytes = file.stat().st_size - 8 - size
+    assert max(ends, default=0) == num_bytes, (
+        f"{file.name}: tensors end at byte {max(ends, default=0)} of {num_bytes}"
     )
     return header

@@ -1,9 +1,9 @@
-"""The simulated worker as an installable plugin, so that discovery, processes and servers can be
-tested without torch.
+"""Provide the simulated worker as an installable plugin, to test discovery, processes and servers
+without torch.
 
-`install(site)` makes a distribution `dovetail-simulated` in a folder to be put on PYTHONPATH;
-`make_model(folder)` makes a model folder with a byte-level tokenizer and a chat template, and no
-weights.
+`install(site)` creates the distribution `dovetail-simulated` in a folder that is put on PYTHONPATH;
+`make_model(folder)` creates a model folder with a byte-level tokenizer and a chat template, but
+without weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dovetail.types import KVGroup
 from dovetail_testing.simulated import Faults, SimulatedWorker
 
 SIMULATED = {"worker": "simulated", "attention": "simulated"}
-"""Settings that take this plugin, whatever else is installed."""
+"""Settings that select this plugin, whatever else is installed."""
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>", "<end>"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -32,7 +32,7 @@ TEMPLATE = (
 
 
 class SimulatedOptions(Options):
-    """See `Faults`."""
+    """Faults to inject. See `Faults`."""
 
     raise_at: int | None = None
     exit_at: int | None = None
@@ -60,7 +60,7 @@ def dovetail_workers() -> list[Provider[SimulatedWorker]]:
     return [
         Provider(
             "simulated",
-            "no model: answers depend on the cache's contents",
+            "no model: outputs depend on the contents of the cache",
             _worker,
             SimulatedOptions,
             CAN,
@@ -84,8 +84,8 @@ def dovetail_attention() -> list[Provider[None]]:
 def install(
     site: Path, module: str = __name__, name: str = "simulated", version: str = "0.1.0"
 ) -> None:
-    """Write a distribution's metadata into `site`: what pip would leave of a package that holds
-    only an entry point."""
+    """Write the metadata of a distribution into `site`, as pip would for a package with only an
+    entry point."""
     info = site / f"dovetail_{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
@@ -95,8 +95,8 @@ def install(
 
 
 def make_model(folder: Path, *, max_len: int = 256, window: int | None = None) -> Path:
-    """A model folder for the simulated worker: config.json, tokenizer (one token a byte) and chat
-    template."""
+    """Create a model folder for the simulated worker: config.json, tokenizer (one token per byte)
+    and chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}

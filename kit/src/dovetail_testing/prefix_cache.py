@@ -1,4 +1,4 @@
-"""The contract of the prefix-cache extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the prefix-cache extension point. A plugin's test is a subclass:
 
 class TestMyPrefixCache(PrefixCacheContract):
     provider = PROVIDER
@@ -60,7 +60,7 @@ tiered_setups = st.builds(
 
 
 class PrefixCacheContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The contract of prefix caches. Subclass it and set `provider`."""
 
     extension_point = "prefix_cache"
 
@@ -96,41 +96,43 @@ class PrefixCacheContract(Contract):
         )
 
     @common_causes(
-        "a block forgotten by evict and still found",
-        "keep answered for a block that was never inserted",
-        "the same block in the eviction order twice",
-        "claim without taking the block out of the eviction order",
-        "tokens hashed in fewer bytes than they have",
-        "the books of one KV group used for another",
+        "a block that evict removed is still found",
+        "keep returns True for a block that was never inserted",
+        "the same block is in the eviction order twice",
+        "claim does not remove the block from the eviction order",
+        "tokens are hashed in fewer bytes than they have",
+        "the state of one KV group is used for another",
     )
     def test_the_books_stay_right(self) -> None:
-        """Whatever comes: what is found is what was inserted and not forgotten since, with equal
-        tokens, adapter and salt; what is evicted was kept and unused; and what is known is
-        found."""
+        """In any sequence of operations: what is found was inserted and not removed since, with
+        equal tokens, adapter and salt; what is evicted was cached and unreferenced; and what is
+        cached is found."""
         self.run_machine(partial(IndexMachine, self.new), examples=120)
 
-    @common_causes("a block in use named by evict", "more or fewer blocks evicted than asked for")
+    @common_causes(
+        "evict returns a block in use", "evict returns more or fewer blocks than requested"
+    )
     def test_engine_invariants_hold(self) -> None:
-        """Requests that begin alike come, run and are aborted at any moment: blocks are conserved
-        and everyone ends."""
+        """Requests with common prefixes are added, run and aborted at any time: no block is lost,
+        and all requests end."""
         self.run_machine(partial(AlikeMachine, self.parts), examples=40)
 
     @common_causes(
-        "a host block in the order of the device's",
-        "a block that was moved still found where it was",
+        "a host block is in the eviction order of the device",
+        "a block that was moved is still found in its old place",
     )
     def test_engine_invariants_hold_with_a_host_tier(self) -> None:
-        """The same where blocks go to host memory and come back: of both tiers every block is free
-        or kept."""
+        """The same holds if blocks move to host memory and back: in both tiers every block is free
+        or cached."""
         self.run_machine(partial(AlikeMachine, self.tiered, has_host_tier=True), examples=60)
 
     @common_causes(
-        "`promote` or `demote` pairs the blocks in another order",
-        "the books of one tier used for the other",
+        "`promote` or `demote` pairs the blocks in a different order",
+        "the state of one tier is used for the other",
     )
     def test_a_host_tier_changes_no_output(self) -> None:
-        """A sequence says what it says without a prefix cache, whichever tier its blocks come from,
-        and after failed steps."""
+        """The output of a sequence is the same as without a prefix cache, from whichever tier its
+        blocks come, and also after failed steps."""
 
         def same_as_without(setup: Setup, workload: list[Asked], fails_at: int) -> None:
             requests = requests_of(workload)
@@ -146,10 +148,12 @@ class PrefixCacheContract(Contract):
                     for k in expected
                     if got.get(k, expected[k]) != expected[k] or again[k] != expected[k]
                 ]
-                assert not different, f"{different} differ from what they say without"
+                assert not different, (
+                    f"the outputs of {different} differ from those without a prefix cache"
+                )
             assert isinstance(engine.kv, TieredKVCache)
             assert engine.kv.prefix_cache is not None, (
-                "the prefix cache failed and was switched off"
+                "the prefix cache raised an exception and was switched off"
             )
 
         self.run_examples(
@@ -161,12 +165,12 @@ class PrefixCacheContract(Contract):
         )
 
     @common_causes(
-        "what is demoted is forgotten",
-        "host blocks that were promoted stay in the host's order of eviction",
+        "demoted blocks are forgotten",
+        "promoted host blocks stay in the eviction order of the host",
     )
     def test_what_the_host_has_room_for_is_found_again(self) -> None:
-        """Four prompts that the device has no room for together are found whole, again and again,
-        if the host has room."""
+        """Four prompts that do not fit on the device together are found whole each time if they fit
+        into host memory."""
         engine = self.tiered.engine(Setup(block_size=4, budget=64, max_num_seqs=1, host_blocks=60))
         for _ in range(4):
             for i in range(4):
@@ -175,20 +179,21 @@ class PrefixCacheContract(Contract):
         found = engine.kv.num_hit_tokens
         known = 3 * 4 * 36
         assert found == known, (
-            f"four prompts of 40 tokens came four times, and {found} tokens were found; {known} are"
-            " known"
+            f"four prompts of 40 tokens were sent four times, and {found} tokens were found instead"
+            f" of {known}"
         )
-        assert engine.kv.num_evicted["to_host"] > 0, "the device had room for all"
+        assert engine.kv.num_evicted["to_host"] > 0, "no block moved to the host"
         assert not engine.kv.num_evicted["device_full"] + engine.kv.num_evicted["host_full"], (
-            "blocks were forgotten"
+            "blocks were evicted from the cache"
         )
 
     @common_causes(
-        "a hash of a block's own tokens, without those before it",
-        "blocks inserted before they were computed",
+        "a hash covers a block's own tokens without those before it",
+        "blocks are inserted before they are computed",
     )
     def test_reuse_changes_no_output(self) -> None:
-        """A sequence says what it says without a prefix cache, also when memory is tight."""
+        """The output of a sequence is the same as without a prefix cache, even if memory is
+        scarce."""
 
         def same_as_without(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
@@ -197,19 +202,22 @@ class PrefixCacheContract(Contract):
             got = run(engine, requests, [a.arrival for a in workload])
             assert isinstance(engine.kv, ReusingKVCache)
             assert engine.kv.prefix_cache is not None, (
-                "the prefix cache failed and was switched off"
+                "the prefix cache raised an exception and was switched off"
             )
             different = [key for key in expected if got.get(key) != expected[key]]
-            assert not different, f"{different} differ from what they say without"
+            assert not different, (
+                f"the outputs of {different} differ from those without a prefix cache"
+            )
 
         self.run_examples(same_as_without, examples=80, setup=setups, workload=workloads_alike)
 
     @common_causes(
-        "what is expected found before it is computed", "an expectation that outlives its sequence"
+        "an expected block is found before it is computed",
+        "an expectation outlives its sequence",
     )
     def test_what_failed_is_never_found(self) -> None:
-        """When a step fails, nothing of it is found: what others say, and what the same requests
-        say next, is what they say without a prefix cache."""
+        """If a step fails, nothing of it is found: the outputs of other requests, and of the same
+        requests when they are repeated, are those without a prefix cache."""
 
         def same_as_without(setup: Setup, workload: list[Asked], fails_at: int) -> None:
             requests = requests_of(workload)
@@ -221,14 +229,16 @@ class PrefixCacheContract(Contract):
             again = run(engine, requests)
             assert isinstance(engine.kv, ReusingKVCache)
             assert engine.kv.prefix_cache is not None, (
-                "the prefix cache failed and was switched off"
+                "the prefix cache raised an exception and was switched off"
             )
             different = [
                 key
                 for key in expected
                 if got.get(key, expected[key]) != expected[key] or again[key] != expected[key]
             ]
-            assert not different, f"{different} differ from what they say without"
+            assert not different, (
+                f"the outputs of {different} differ from those without a prefix cache"
+            )
 
         self.run_examples(
             same_as_without,
@@ -240,11 +250,11 @@ class PrefixCacheContract(Contract):
 
     @pytest.mark.parametrize("overlap", [False, True])
     @common_causes(
-        "`expect` ignored", "`expected_from` asked for a block answers for the one after it"
+        "`expect` is ignored", "`expected_from` returns the owner of the next block instead"
     )
     def test_what_comes_together_is_computed_once(self, overlap: bool) -> None:
-        """Requests that arrive together and begin alike wait for the first of them, and compute
-        what is their own."""
+        """Requests with a common prefix that arrive together wait for the first of them, and
+        compute only their own tokens."""
         engine = self.parts.engine(Setup(overlap, spare_blocks=400, budget=48, max_num_seqs=8))
         num_tokens: list[int] = []
         watch = engine.watch.plan
@@ -259,32 +269,33 @@ class PrefixCacheContract(Contract):
         run(engine, [request(f"r{i}", [*range(1, 29), 40 + i, i], 4, seed=i) for i in range(8)])
         total = sum(num_tokens)
         assert total == 30 + 7 * 2, (
-            f"8 prompts of 30 tokens, 28 of them the same, took {total} computed tokens, not 30 +"
-            " 7 × 2"
+            f"8 prompts of 30 tokens with a common prefix of 28 took {total} computed tokens, not"
+            " 30 + 7 × 2"
         )
 
     @common_causes(
-        "blocks inserted and never found", "the chain of a sequence not continued after a hit"
+        "inserted blocks are never found",
+        "the hash chain of a sequence is not continued after a hit",
     )
     def test_what_was_computed_is_found(self) -> None:
-        """With memory to spare, a prompt that comes again is found whole, but for the block of its
-        last token."""
+        """With enough memory, a repeated prompt is found whole, except for the block of its last
+        token."""
         engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
         for i in range(3):
             run(engine, [request(f"r{i}", list(range(1, 30)), 4, seed=i)])
         assert isinstance(engine.kv, ReusingKVCache)
         found = engine.kv.num_hit_tokens
         assert found == 2 * 28, (
-            f"a prompt of 29 tokens came three times, and {found} tokens were found; 2 × 28 are"
-            " known"
+            f"a prompt of 29 tokens was sent three times, and {found} tokens were found instead of"
+            " 2 × 28"
         )
 
     @common_causes(
-        "adapter_id or cache_salt left out of the key", "only the first block's key depends on them"
+        "the key omits adapter_id or cache_salt", "only the first block's key depends on them"
     )
     def test_nothing_is_shared_across_salts_and_adapters(self) -> None:
-        """Requests of different `cache_salt` or `adapter_id` share nothing, not even with those
-        that have none."""
+        """Requests with different `cache_salt` or `adapter_id` share nothing; neither do requests
+        with and without one."""
         engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
         kinds = [
             (None, None),
@@ -315,12 +326,12 @@ class PrefixCacheContract(Contract):
             )
         assert isinstance(engine.kv, ReusingKVCache)
         assert engine.kv.num_hit_tokens == 0, (
-            f"{engine.kv.num_hit_tokens} tokens were found across salts or adapters"
+            f"{engine.kv.num_hit_tokens} tokens were shared between salts or adapters"
         )
 
-    @common_causes("state kept by the class or the module instead of the object")
+    @common_causes("state is stored in the class or the module instead of the object")
     def test_two_engines_do_not_meet(self) -> None:
-        """Two objects know nothing of each other's blocks."""
+        """Two objects know nothing about each other's blocks."""
         for i in range(2):
             engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
             run(engine, [request(f"r{i}", list(range(1, 30)), 4)])
@@ -330,11 +341,11 @@ class PrefixCacheContract(Contract):
             )
 
     @common_causes(
-        "reset that leaves the eviction order as it was", "blocks in use kept after a reset"
+        "reset does not clear the eviction order", "blocks in use stay cached after a reset"
     )
     def test_reset_forgets_everything(self) -> None:
-        """After `reset` nothing is found, and all blocks come back, also those in use at that
-        moment."""
+        """After `reset` nothing is found, and all blocks become free, including those that were in
+        use."""
         engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
         assert isinstance(engine.kv, ReusingKVCache)
         run(engine, [request("before", list(range(1, 30)), 4)])
@@ -343,11 +354,13 @@ class PrefixCacheContract(Contract):
             engine.step()
         hits = engine.kv.num_hit_tokens
         engine.kv.reset_prefix_cache()
-        kept = [len(k) for k in engine.kv.evictable]
-        assert not any(kept), f"{kept} blocks are kept after a reset"
+        evictable = [len(blocks) for blocks in engine.kv.evictable]
+        assert not any(evictable), f"{evictable} blocks are still cached after a reset"
         run(engine, [])
         run(engine, [request("after", list(range(1, 30)), 1)])
         stale = engine.kv.num_hit_tokens - hits
-        assert stale == 0, f"{stale} tokens were found that were computed before the reset"
+        assert stale == 0, f"{stale} tokens computed before the reset were found"
         engine.watch.sequences()
-        assert engine.kv.prefix_cache is not None, "the prefix cache failed and was switched off"
+        assert engine.kv.prefix_cache is not None, (
+            "the prefix cache raised an exception and was switched off"
+        )

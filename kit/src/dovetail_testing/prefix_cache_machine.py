@@ -1,5 +1,5 @@
-"""The state machine of the prefix-cache contract: it plays the KV-cache manager, and knows of every
-block what it holds."""
+"""Provide the state machine of the prefix-cache contract. It acts as the KV-cache manager, and
+knows the content of every block."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ TEXTS = (
     [65_536, 0] * 5,
     [9, 8, 7, 6, 5],
 )
-"""Some begin alike, some go on alike after another beginning, some are alike in the last one or two
-bytes of their tokens."""
+"""Texts with common prefixes, with common parts after different prefixes, and with tokens that are
+equal in their last one or two bytes."""
 texts = st.builds(lambda text, length: text[:length], st.sampled_from(TEXTS), st.integers(2, 10))
 
 
 @dataclass
 class Blocks:
-    """Those of one KV group, the null block aside: each is free, kept, or in some sequence's
-    table."""
+    """The blocks of one KV group except the null block. Each is free, evictable, or in the table of
+    a sequence."""
 
     free: set[int]
-    kept: set[int] = field(default_factory=set)
+    evictable: set[int] = field(default_factory=set)
     holds: dict[int, Content] = field(default_factory=dict)
-    """What was inserted for a block, until it is forgotten."""
-    doubtful: set[Content] = field(default_factory=set)
-    """What two blocks held at a time: the cache may know either."""
+    """Content of a block since it was inserted, until it is removed."""
+    ambiguous: set[Content] = field(default_factory=set)
+    """Contents that two blocks had at the same time: the cache may know either block."""
 
 
 class IndexMachine(Machine):
-    """One KV group, or two of which the second has a window: there a sequence sees its last block
-    alone."""
+    """A machine with one KV group, or with two of which the second has a window that covers only
+    the last block of a sequence."""
 
     size = 2
     cache: PrefixCache
@@ -56,13 +56,13 @@ class IndexMachine(Machine):
         self.new = new
         self.sequences: dict[int, Sequence] = {}
         self.tables: dict[int, list[list[int]]] = {}
-        """By sequence and group."""
+        """Block tables by sequence and group."""
         self.coming: dict[int, tuple[int, int]] = {}
-        """By sequence: the first block that it is expected to compute next, and the end of
-        those."""
+        """By sequence: the next block that it is expected to compute, and the end of the expected
+        blocks."""
         self.unsure: set[Content] = set()
-        """What two sequences were to compute: once one of them has, or has gone, the cache may say
-        nothing of the other."""
+        """Contents that two sequences were expected to compute: once one of them has computed it,
+        or has gone, the cache may forget the other."""
         self.next_id = 0
 
     @beginning(num_blocks=st.integers(2, 14), windows=st.sampled_from([[None], [None, 2]]))
@@ -96,18 +96,18 @@ class IndexMachine(Machine):
         limit = len(tokens) // self.size - (not asks_for_all)
         found = [tuple(ids) for ids in self.cache.match(seq, limit)]
         assert len(found) <= limit, (
-            f"{len(found)} blocks were found, and at most {limit} were asked for"
+            f"{len(found)} blocks were found, but at most {limit} were requested"
         )
         self._compare(seq, found, limit)
         tables = self._heads(found)
         for i, (blocks, table) in enumerate(zip(self.groups, tables, strict=True)):
-            idle = [b for b in table if b in blocks.kept]
-            self.cache.claim(i, idle)
-            blocks.kept -= set(idle)
+            claimed = [b for b in table if b in blocks.evictable]
+            self.cache.claim(i, claimed)
+            blocks.evictable -= set(claimed)
         self.sequences[seq.seq_id], self.tables[seq.seq_id] = seq, tables
         self._expect(seq, len(tables[0]))
         if takes_time:
-            return  # what it computes comes with `grow`
+            return  # `grow` computes its blocks
         if not self._fill(seq, gaps) or not stays:
             self._end(seq.seq_id)
 
@@ -139,7 +139,7 @@ class IndexMachine(Machine):
         adapter=st.sampled_from([None, None, None, "a"]),
     )
     def ask_what_comes(self, tokens: list[int], salt: str | None, adapter: str | None) -> None:
-        """A sequence that waits asks for each of its blocks who computes it, and leaves."""
+        """Ask for each block of a waiting sequence which sequence computes it; then remove it."""
         seq = self._new_sequence(tokens, salt, adapter)
         for i in range(len(tokens) // self.size):
             content = self._content(seq, i)
@@ -153,12 +153,12 @@ class IndexMachine(Machine):
             owner = self.cache.expected_from(seq, i)
             if owner is None:
                 assert not possible or content in self.unsure, (
-                    f"sequence {possible} computes {content}, and is not expected to"
+                    f"sequences {possible} compute {content}, but none is expected to"
                 )
             else:
                 assert owner in possible, (
-                    f"sequence {owner} is expected to compute {content}; of those that run"
-                    f" {possible} do"
+                    f"sequence {owner} is expected to compute {content}, but the running sequences"
+                    f" that do are {possible}"
                 )
         self.cache.forget(seq.seq_id)
 
@@ -177,33 +177,33 @@ class IndexMachine(Machine):
         return Sequence(self.next_id - 1, r, 0, list(tokens))
 
     def _compare(self, seq: Sequence, found: list[tuple[int, ...]], limit: int) -> None:
-        """What was found is what it should be, and the block after it is not known."""
+        """Check that what was found is correct, and that the block after it is not cached."""
         nothing = (NOT_HERE,) * len(self.groups)
         for i, ids in enumerate((*found, nothing)[:limit]):
             content = self._content(seq, i)
             assert len(ids) == len(self.groups), (
                 f"block {i} was found in {len(ids)} of {len(self.groups)} KV groups"
             )
-            assert i == len(found) or any(ids), f"entry {i} of what was found has no block"
+            assert i == len(found) or any(ids), f"entry {i} of the result has no block"
             for group, (block, blocks) in enumerate(zip(ids, self.groups, strict=True)):
                 if block != NOT_HERE:
                     held = blocks.holds.get(block)
                     assert held == content, (
-                        f"block {block} of group {group} was found for {content}, and holds {held}"
+                        f"block {block} of group {group} was found for {content}, but has {held}"
                     )
                     continue
                 alone = [b for b, held in blocks.holds.items() if held == content]
-                is_sure = len(alone) == 1 and content not in blocks.doubtful
+                is_sure = len(alone) == 1 and content not in blocks.ambiguous
                 assert not is_sure, (
-                    f"block {alone} of group {group} holds {content}, and was not found"
+                    f"block {alone} of group {group} contains {content}, but was not found"
                 )
 
     def _content(self, seq: Sequence, i: int) -> Content:
         return (seq.request.adapter_id, seq.request.cache_salt, *seq.tokens[: (i + 1) * self.size])
 
     def _heads(self, found: list[tuple[int, ...]]) -> list[list[int]]:
-        """By group: the longest beginning of which there is all that is seen, with nothing where it
-        is not."""
+        """Return the longest usable prefix by group, with the null block where a window does not
+        need one."""
         count = 0
         for i, ids in enumerate(found, 1):
             if ids[0] == NOT_HERE:
@@ -219,14 +219,14 @@ class IndexMachine(Machine):
         ]
 
     def _fill(self, seq: Sequence, gaps: set[int]) -> bool:
-        """Compute the blocks that the sequence's tokens fill, and tell the cache; False if there is
-        no room. In the group with a window the new blocks numbered in `gaps` have fallen out
-        already."""
+        """Compute the blocks that the sequence's tokens fill, and insert them; return False if
+        there are not enough blocks. In the group with a window, the new blocks numbered in `gaps`
+        have already left it."""
         tables = self.tables[seq.seq_id]
         first = len(tables[0])
         count = len(seq.tokens) // self.size - first
         for group, blocks in enumerate(self.groups):
-            self._make_room(group, count)
+            self._evict(group, count)
             if count > len(blocks.free):
                 return False
         if count <= 0:
@@ -240,20 +240,20 @@ class IndexMachine(Machine):
         self._insert(seq, first, new)
         return True
 
-    def _make_room(self, group: int, need: int) -> None:
+    def _evict(self, group: int, need: int) -> None:
         blocks = self.groups[group]
-        count = min(need - len(blocks.free), len(blocks.kept))
+        count = min(need - len(blocks.free), len(blocks.evictable))
         if count > 0:
-            gone = self.cache.evict(group, count)
-            assert len(set(gone)) == len(gone) == count, (
-                f"{count} blocks were to be evicted, and {gone} were"
+            evicted = self.cache.evict(group, count)
+            assert len(set(evicted)) == len(evicted) == count, (
+                f"{count} blocks were to be evicted, but evict returned {evicted}"
             )
-            assert set(gone) <= blocks.kept, (
-                f"blocks {sorted(set(gone) - blocks.kept)} were evicted, which are not kept"
+            assert set(evicted) <= blocks.evictable, (
+                f"evict returned {sorted(set(evicted) - blocks.evictable)}, which are not evictable"
             )
-            blocks.kept -= set(gone)
-            blocks.free |= set(gone)
-            for block in gone:
+            blocks.evictable -= set(evicted)
+            blocks.free |= set(evicted)
+            for block in evicted:
                 del blocks.holds[block]
 
     def _insert(self, seq: Sequence, first: int, new: list[list[int]]) -> None:
@@ -262,7 +262,7 @@ class IndexMachine(Machine):
                 content = self._content(seq, i)
                 if block != NOT_HERE:
                     if any(held == content for b, held in blocks.holds.items() if b != block):
-                        blocks.doubtful.add(content)
+                        blocks.ambiguous.add(content)
                     blocks.holds[block] = content
         self.cache.insert(seq, first, [list(ids) for ids in new])
         self._has_come(seq, first, len(new[0]))
@@ -280,7 +280,7 @@ class IndexMachine(Machine):
 
     @operation(which=st.integers(0, 9), more=st.lists(st.integers(0, 1), max_size=3))
     def share(self, which: int, more: list[int]) -> None:
-        """Another sample of the request shares its blocks, and tells of them again."""
+        """Let another sample of the request share its blocks, and insert them again."""
         if not self.sequences:
             return
         source = self._known(which)
@@ -295,7 +295,7 @@ class IndexMachine(Machine):
 
     @operation(which=st.integers(0, 9))
     def trim(self, which: int) -> None:
-        """The first block that is left in the window falls out of it."""
+        """Remove the first block of the window from the table."""
         if self.sequences:
             for group, table in enumerate(self.tables[self._known(which).seq_id][1:], 1):
                 here = [i for i, block in enumerate(table) if block != NOT_HERE]
@@ -321,36 +321,38 @@ class IndexMachine(Machine):
         self.cache.forget(seq_id)
 
     def _drop(self, group: int, block: int) -> None:
-        """A sequence's reference is gone."""
+        """Drop a sequence's reference to a block."""
         blocks = self.groups[group]
         if any(block in tables[group] for tables in self.tables.values()):
             return
         if self.cache.keep(group, block):
             assert block in blocks.holds, (
-                f"block {block} of group {group} is kept, and was never inserted or is forgotten"
+                f"keep returned True for block {block} of group {group}, which is not cached"
             )
-            blocks.kept.add(block)
+            blocks.evictable.add(block)
         else:
             content = blocks.holds.pop(block, None)
-            is_sure = content is not None and content not in blocks.doubtful
-            assert not is_sure, f"block {block} of group {group} holds {content}, and is not kept"
+            is_sure = content is not None and content not in blocks.ambiguous
+            assert not is_sure, (
+                f"keep returned False for block {block} of group {group}, which caches {content}"
+            )
             blocks.free.add(block)
 
     @operation()
     def reset(self) -> None:
-        """Blocks in use are not known any more; their sequences go on, and tell of what they
-        compute from now on."""
+        """Reset the cache. Blocks in use are not cached any more; their sequences continue, and
+        insert the blocks that they compute from now on."""
         self.cache.reset()
         self.coming.clear()
         for blocks in self.groups:
-            blocks.free |= blocks.kept
-            blocks.kept.clear()
+            blocks.free |= blocks.evictable
+            blocks.evictable.clear()
             blocks.holds.clear()
-            blocks.doubtful.clear()
+            blocks.ambiguous.clear()
 
     def end(self) -> None:
         for seq_id in list(self.sequences):
             self._end(seq_id)
         for group, blocks in enumerate(self.groups):
-            self._make_room(group, len(blocks.free) + len(blocks.kept))
-            assert not blocks.kept
+            self._evict(group, len(blocks.free) + len(blocks.evictable))
+            assert not blocks.evictable

@@ -1,11 +1,11 @@
-"""The contract of the quantization extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the quantization extension point. A plugin's test is a subclass:
 
     class TestMyScheme(QuantizationContract):
         provider = PROVIDER
         configs = ({"quant_method": "mine", "bits": 4},)
 
-Layers of many shapes are stored as the scheme declares it, loaded as a worker would, whole, fused
-and in shards, and compared with a product by the weight that the scheme's own `dequantize` gives.
+Layers of many shapes are stored as the scheme declares, loaded as a worker would (whole, fused and
+sharded), and compared with a product by the weight that the scheme's own `dequantize` returns.
 """
 
 from __future__ import annotations
@@ -57,32 +57,32 @@ SHAPES = (
     ((320,), 320),
 )
 ODD = ((61,), 128), ((128,), 100), ((64, 24), 256), ((8,), 8)
-"""Outputs by part, and inputs. A scheme may refuse the odd ones, with a reason."""
+"""Numbers of outputs by part, and of inputs. A scheme may decline the odd ones with a reason."""
 ROWS = 1, 2, 7, 33, 130
 
 
 class QuantizationContract(Contract):
-    """Layers of a scheme, from the checkpoint to the product."""
+    """The contract of quantization schemes, from the checkpoint to the product."""
 
     extension_point = "quantization"
     inner: ClassVar[dict[str, Provider[Any]]] = {"matmul": KIT_MATMUL}
     configs: ClassVar[tuple[dict[str, Any], ...]] = ()
-    """quantization_configs of checkpoints to try, in place of the `examples` that the provider
+    """quantization_configs of checkpoints to test, instead of the `examples` that the provider
     declares."""
     pack: ClassVar[Callable[[dict[str, Any], LinearLayer, Tensor], dict[str, Tensor]] | None] = None
     """(quantization_config, layer of one part, plain weight) → what a tool that writes such
-    checkpoints would store for the part, in the tool's own floating types. By default the scheme's
-    own `quantize`: then its checkpoints are as it quantizes on the fly."""
+    checkpoints would store for the part, in the tool's own floating-point types. The default is the
+    scheme's own `quantize`, as for weights quantized on the fly."""
     weight_error: ClassVar[float] = 0.15
-    """How far weights may be from the plain ones, relative to their norm."""
+    """Allowed error of dequantized weights, relative to the norm of the plain ones."""
     declined: ClassVar[tuple[str, ...]] = ()
-    """Names of layers that those checkpoints leave as they are."""
+    """Names of layers that those checkpoints do not quantize."""
 
     @property
     def can(self) -> QuantizationCapabilities:
         can = self.provider.capabilities
         assert isinstance(can, QuantizationCapabilities), (
-            "a provider of quantization declares a QuantizationCapabilities"
+            "the capabilities of a quantization provider must be QuantizationCapabilities"
         )
         return can
 
@@ -92,55 +92,55 @@ class QuantizationContract(Contract):
 
     # The declaration.
 
-    @common_causes("a method in capabilities that is missing in examples")
+    @common_causes("capabilities declare a method that examples do not contain")
     def test_declaration(self) -> None:
-        """It reads checkpoints of some method or quantizes on the fly; an example is given for each
-        method."""
+        """The provider reads checkpoints of some method or quantizes on the fly, and declares an
+        example for each method."""
         can = self.can
-        assert can.framework == "torch", "this kit's tensors are torch's"
+        assert can.framework == "torch", "the kit supports only torch tensors"
         assert can.methods or can.on_the_fly, (
-            "it neither reads checkpoints (methods) nor quantizes (on_the_fly)"
+            "the provider neither reads checkpoints (methods) nor quantizes (on_the_fly)"
         )
         given = {config["quant_method"] for config in self.tried}
         assert given == set(can.methods) - {PLAIN}, (
-            f"methods {can.methods} are declared, and examples are of {sorted(given)}"
+            f"methods {can.methods} are declared, but the examples are of {sorted(given)}"
         )
         assert self.can.activations is None or self.can.activations in ACTIVATIONS, (
-            f"one of {list(ACTIVATIONS)}"
+            f"activations must be one of {list(ACTIVATIONS)}"
         )
         for config in [*self.tried, *([None] if self.can.on_the_fly else [])]:
             scheme = self.scheme(config)
-            assert all(isinstance(glob, str) for glob in scheme.unused), "unused holds globs"
+            assert all(isinstance(glob, str) for glob in scheme.unused), "unused must contain globs"
             scales = scheme.kv_scales("model.layers.0.self_attn")
             if scales is not None:
                 assert len(scales) == 2, (
-                    f"kv_scales: one tensor for keys and one for values, not {list(scales)}"
+                    f"kv_scales must have a tensor for keys and one for values: {list(scales)}"
                 )
                 assert all(axis == 1 for p in scales.values() for axis in p.axes), (
-                    "kv_scales: tensors of one element"
+                    "kv_scales must be tensors with one element"
                 )
 
-    @common_causes("on_the_fly declared or not declared by mistake")
+    @common_causes("on_the_fly is declared, or not declared, by mistake")
     def test_plain_weights(self) -> None:
-        """Plain weights are quantized if `on_the_fly` is declared, and refused otherwise."""
-        takes_plain = self.can.on_the_fly or PLAIN in self.can.methods
+        """Plain weights are quantized if `on_the_fly` is declared, and rejected otherwise."""
+        accepts_plain = self.can.on_the_fly or PLAIN in self.can.methods
         self.needs(
-            takes_plain,
+            accepts_plain,
             "quantizing plain weights (on_the_fly)",
             self.selection_context(by_name=True),
         )
 
-    @common_causes("a why_not that does not hold")
+    @common_causes("why_not does not check the method")
     def test_checkpoints_of_another_method_are_refused(self) -> None:
-        """A checkpoint whose method is not declared is refused with a reason."""
+        """A checkpoint whose method is not declared is rejected with a reason."""
         model = replace(KIT_MODEL, quantization_config={"quant_method": "kit-unknown"})
         refusal = self.refusal(replace(self.selection_context(by_name=True), model=model))
-        assert refusal is not None, "a checkpoint of an unknown method is not refused"
+        assert refusal is not None, "a checkpoint of an unknown method is not rejected"
         assert "kit-unknown" in refusal, f"the reason must name the method: {refusal}"
 
     @common_causes(
-        "a size that is not a multiple of a group or a word is neither handled nor declined",
-        "an empty reason",
+        "a size that is not a multiple of a group or a word is neither supported nor declined",
+        "the reason is empty",
     )
     def test_every_layer_is_taken_or_declined_with_a_reason(self) -> None:
         """`parameters` declares tensors of torch dtypes, or declines with a reason; the usual sizes
@@ -148,29 +148,29 @@ class QuantizationContract(Contract):
         import torch
 
         for config in self.kinds():
-            scheme, taken = self.scheme(config), 0
+            scheme, num_supported = self.scheme(config), 0
             for outs, in_features in SHAPES + ODD:
                 case = Case(config, outs, in_features)
                 declared = self.declared(scheme, case.layer(self.device))
                 if not isinstance(declared, dict):
                     assert declared, f"{case}: declined without a reason"
                     continue
-                taken += (outs, in_features) in SHAPES
+                num_supported += (outs, in_features) in SHAPES
                 assert declared, f"{case}: no tensors are declared"
                 for name, parameter in declared.items():
                     assert isinstance(getattr(torch, parameter.dtype, None), torch.dtype), (
                         f"{name}: dtype {parameter.dtype}"
                     )
-                assert "bias" not in declared, "the bias is not the scheme's"
-            assert taken, f"none of {SHAPES} is taken ({Case(config)})"
+                assert "bias" not in declared, "a scheme must not declare the bias"
+            assert num_supported, f"none of {SHAPES} is supported ({Case(config)})"
 
     @common_causes(
-        "the checkpoint's list of layers to leave out is not read",
-        "names compared whole where they are patterns",
+        "the checkpoint's list of layers that are not quantized is not read",
+        "names are compared as a whole although they are patterns",
     )
     def test_layers_that_are_not_quantized_are_declined(self) -> None:
-        """A layer that the checkpoint leaves out (`declined`) is declined; fused with one that is
-        not, a `ConfigError`."""
+        """A layer that the checkpoint does not quantize (`declined`) is declined; if it is fused
+        with one that is quantized, that is a `ConfigError`."""
         for config in self.kinds():
             for name in self.declined if config else ():
                 scheme, layer = (
@@ -190,21 +190,21 @@ class QuantizationContract(Contract):
                 except ConfigError:
                     continue
                 raise Broken(
-                    f"a layer fused of {name} and one that is quantized was accepted",
+                    f"a layer fused of {name} and a quantized layer was accepted",
                     input=str(mixed),
                 )
 
-    # What comes out.
+    # Results.
 
     @common_causes(
-        "scales along the wrong axis",
-        "a zero point left out",
-        "sums in 16 bits",
-        "an output in another dtype",
+        "scales are along the wrong axis",
+        "a zero point is left out",
+        "sums are computed in 16 bits",
+        "the output has another dtype",
     )
     def test_products_are_those_of_the_dequantized_weight(self) -> None:
-        """`linear` gives `x @ dequantize().T + bias` in x's dtype, for any number of rows, and
-        changes no input."""
+        """`linear` computes `x @ dequantize().T + bias` in x's dtype, for any number of rows, and
+        does not modify its input."""
         dtypes = self.can.dtypes or tuple(PRECISION)
         cases = [
             Case(c, outs, n, dtype=dtypes[0]) for c in self.kinds() for outs, n in SHAPES + ODD
@@ -215,9 +215,9 @@ class QuantizationContract(Contract):
             self.attempt(case, self.check_product, Case.simpler)
 
     @common_causes(
-        "rounding that does not go to the nearest",
-        "scales of the wrong group",
-        "codes packed in another order",
+        "rounding is not to the nearest value",
+        "scales belong to the wrong group",
+        "codes are packed in a different order",
     )
     def test_weights_are_near_the_plain_ones(self) -> None:
         """The dequantized weight is within `weight_error` of the plain one, and is the same each
@@ -226,10 +226,9 @@ class QuantizationContract(Contract):
             for outs, in_features in SHAPES:
                 self.attempt(Case(config, outs, in_features), self.check_weights, Case.simpler)
 
-    @common_causes("a scale of zero divides")
+    @common_causes("a scale of zero is used as a divisor")
     def test_zeros_stay_zero(self) -> None:
-        """A weight of zeros has a zero product, and a row of zeros is no reason for NaN in
-        another."""
+        """A weight of zeros has a zero product, and a row of zeros causes no NaN in another."""
 
         def check(case: Case) -> None:
             weights = make_weights(case, self.seed)
@@ -238,43 +237,43 @@ class QuantizationContract(Contract):
                 scheme, layer, _, tensors, _ = loaded
                 weight = scheme.dequantize(layer, tensors)
                 if not bool(weight.isfinite().all()) or bool(weight[1 : case.outs[0]].any()):
-                    raise Broken("rows of zeros are not zeros, or not finite, once dequantized")
+                    raise Broken("rows of zeros are not zero, or not finite, after dequantization")
 
         for config in self.kinds():
             self.attempt(Case(config), check, Case.simpler)
 
     @common_causes(
-        "a scale that is not declared as one (Parameter.scale)",
-        "an error about it that is none of the kit's",
+        "a scale is not declared as one (Parameter.scale)",
+        "the error raised is not a CheckpointError",
     )
     def test_damaged_scales_are_refused(self) -> None:
-        """A tensor of numbers in 16 or 32 bits that holds NaN or an infinity is refused, by what
-        `Parameter.scale` declares or with a `CheckpointError` from `linear`; or no product shows
-        it."""
+        """A tensor of 16-bit or 32-bit numbers with NaN or an infinity is rejected, by what
+        `Parameter.scale` declares or with a `CheckpointError` from `linear`; or it does not affect
+        any product."""
         for config in self.kinds():
             self.attempt(Case(config), self.check_damage, Case.simpler)
 
     # Fused and sharded.
 
     @common_causes(
-        "one scale for the whole tensor used for all parts",
-        "an order of the inputs taken from the first part",
+        "one scale for the whole tensor is used for all parts",
+        "the order of the inputs is that of the first part",
     )
     def test_fused_is_its_parts(self) -> None:
-        """A fused layer multiplies as its parts would, one after the other, whose weights differ in
-        size."""
+        """A fused layer computes the concatenated products of its parts, whose weights differ in
+        magnitude."""
         for config in self.kinds():
             for outs in ((128, 64, 64), (256, 256)):
                 self.attempt(Case(config, outs), self.check_fused, Case.simpler)
 
     @common_causes(
-        "an axis that is not declared",
-        "a wrong pack factor or group",
-        "numbers taken from the whole layer",
+        "an axis is not declared",
+        "the pack factor or the group is wrong",
+        "sizes are those of the whole layer",
     )
     def test_sharded_is_whole(self) -> None:
-        """Each rank's tensors are slices of the whole ones, by the declared axes, and give its
-        share of the product."""
+        """The tensors of each rank are slices of the whole ones along the declared axes, and
+        compute its share of the product."""
         for config in self.kinds():
             for outs in ((256,), (128, 64, 64)):
                 self.attempt(Case(config, outs, 512), self.check_sharded_by_outputs, Case.simpler)
@@ -283,10 +282,11 @@ class QuantizationContract(Contract):
     # Cost.
 
     @common_causes(
-        "weights expanded and kept", "the checkpoint's tensors kept beside the scheme's own form"
+        "weights are expanded and kept",
+        "the checkpoint's tensors are kept besides a converted form",
     )
     def test_memory_is_as_declared(self) -> None:
-        """What a layer holds is within 5 % of `nbytes`."""
+        """The memory of a layer is within 5 % of `nbytes`."""
         for config in self.kinds():
             case = Case(config, (1024,), 1024)
             loaded = self.load(case, make_weights(case, self.seed))
@@ -297,16 +297,16 @@ class QuantizationContract(Contract):
             del tensors
             held, declared = held_bytes(multiply), scheme.nbytes(layer)
             assert declared * 0.95 <= held <= declared * 1.05 + shared + 4096, (
-                f"{case}: {held} bytes held, {declared} declared"
+                f"{case}: {held} bytes are in use, but {declared} are declared"
             )
 
-    # How a layer is tried.
+    # How a layer is tested.
 
     def kinds(self) -> list[dict[str, Any] | None]:
-        """The quantization_configs to try, None for plain weights."""
+        """Return the quantization_configs to test, with None for plain weights."""
         found = [*self.tried, *([None] if self.can.on_the_fly else [])]
         if not found:
-            pytest.skip("it quantizes nothing: there is no layer to try")
+            pytest.skip("the provider quantizes nothing, so there is no layer to test")
         return found
 
     def scheme(self, config: dict[str, Any] | None) -> Scheme:
@@ -316,7 +316,7 @@ class QuantizationContract(Contract):
         return built
 
     def declared(self, scheme: Scheme, layer: LinearLayer) -> dict[str, Parameter] | str:
-        """What the scheme declares, or why it declines."""
+        """Return what the scheme declares, or the reason why it declines."""
         try:
             answer = scheme.parameters(layer)
         except CheckpointError as e:
@@ -331,8 +331,8 @@ class QuantizationContract(Contract):
         tuple[Scheme, LinearLayer, dict[str, Parameter], dict[str, Tensor], list[dict[str, Tensor]]]
         | None
     ):
-        """Scheme, layer, parameters, tensors, and the parts' tensors; None if the scheme declines
-        the layer."""
+        """Return scheme, layer, parameters, tensors, and the parts' tensors, or None if the scheme
+        declines the layer."""
         scheme, layer = self.scheme(case.config), case.layer(self.device)
         parameters = self.declared(scheme, layer)
         if not isinstance(parameters, dict):
@@ -365,9 +365,9 @@ class QuantizationContract(Contract):
             raise Broken(f"the output is {out.dtype}, the input {x.dtype}")
         compare(out, exact, self.limit(case), "x @ dequantize().T + bias")
         if not torch.equal(x, before):
-            raise Broken("the input was changed")
+            raise Broken("the input was modified")
         if not torch.equal(multiply(x), out):
-            raise Broken("the same input gave two results")
+            raise Broken("the same input gave two different results")
 
     def check_weights(self, case: Case) -> None:
         import torch
@@ -378,7 +378,7 @@ class QuantizationContract(Contract):
         scheme, layer, _, tensors, _ = loaded
         found = scheme.dequantize(layer, tensors)
         if found.dtype != torch.float32:
-            raise Broken(f"dequantize gives {found.dtype}, not float32")
+            raise Broken(f"dequantize returned {found.dtype}, not float32")
         start = 0
         for plain in weights:
             part = found[start : start + len(plain)].cpu()
@@ -387,7 +387,7 @@ class QuantizationContract(Contract):
         again = self.load(case, weights)
         assert again is not None
         if not torch.equal(scheme.dequantize(layer, again[3]), found):
-            raise Broken("the same weight was quantized in two ways")
+            raise Broken("the same weight was quantized differently the second time")
 
     def check_damage(self, case: Case) -> None:
         if not (loaded := self.load(case, make_weights(case, self.seed))):
@@ -406,7 +406,9 @@ class QuantizationContract(Contract):
                 except CheckpointError:
                     continue
                 if not bool(product.isfinite().all()):
-                    raise Broken(f"{name} holds {wrong}, nobody says so, and products show it")
+                    raise Broken(
+                        f"{name} contains {wrong}, which is not rejected and affects products"
+                    )
 
     def check_fused(self, case: Case) -> None:
         import torch
@@ -421,7 +423,7 @@ class QuantizationContract(Contract):
             for i, found in enumerate(parts)
         ]
         if not torch.equal(weight, torch.cat([scheme.dequantize(*one) for one in alone])):
-            raise Broken("dequantize of the fused layer differs from its parts'")
+            raise Broken("dequantize of the fused layer differs from that of its parts")
         compare(
             whole,
             torch.cat([scheme.linear(*one)(x) for one in alone], 1),
@@ -448,7 +450,7 @@ class QuantizationContract(Contract):
                 shards = [
                     fill_shard(layer, parameters, parts, side, rank, size) for rank in range(size)
                 ]
-            except ValueError:  # what the axes say cannot be shared so
+            except ValueError:  # the declared axes do not allow this sharding
                 return
             total = torch.zeros_like(whole)
             for rank, (shard, own) in enumerate(shards):

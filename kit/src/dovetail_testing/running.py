@@ -1,5 +1,5 @@
-"""Contract classes run by pytest without a test file: what `dovetail conform` and the kit's own
-tests do."""
+"""Run contract classes with pytest but without a test file, for `dovetail conform` and the kit's
+own tests."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Outcome = Literal["passed", "failed", "not declared", "expected failure"]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What became of one check, or of one of its parameters. The last fields are empty unless it
+    """Result of one check, or of one of its parameters. The last fields are empty unless it
     failed."""
 
     contract: str
-    """The label that the class was run under."""
+    """Label of the contract class in the run."""
     check: str
     parameter: str
     outcome: Outcome
@@ -42,14 +42,14 @@ def run_contracts(
     *,
     keyword: str = "",
     stop_at_first: bool = False,
-    tell: Callable[[CheckResult], None] = lambda result: None,
+    on_result: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
-    """Run the checks of these classes, by label, in this process; `tell` hears of each as it ends.
+    """Run the checks of these classes, by label, in this process; call `on_result` after each.
 
-    `stop_at_first` skips the rest of a class once one of its checks has failed.
+    `stop_at_first` skips the rest of a class after its first failed check.
     """
-    runner = _Runner(contracts, stop_at_first, tell)
-    said = io.StringIO()
+    runner = _Runner(contracts, stop_at_first, on_result)
+    output = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         file, settings = Path(folder, "conformance.py"), Path(folder, "pytest.ini")
         file.touch()
@@ -67,7 +67,7 @@ def run_contracts(
             "ignore",
             "--assert=plain",
         ]
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             status = pytest.main(arguments + (["-k", keyword] if keyword else []), plugins=[runner])
     if (
         status
@@ -78,18 +78,18 @@ def run_contracts(
         )
         or runner.broken
     ):
-        raise RuntimeError(f"the checks could not be run:\n{said.getvalue()}")
+        raise RuntimeError(f"the checks could not be run:\n{output.getvalue()}")
     return runner.results
 
 
 @dataclass
 class _Runner:
-    """A pytest plugin: puts the classes in place of the file's contents, and notes what became of
-    each check."""
+    """A pytest plugin that replaces the contents of the test file by the classes, and records the
+    result of each check."""
 
     contracts: Mapping[str, type[Contract]]
     stop_at_first: bool
-    tell: Callable[[CheckResult], None]
+    on_result: Callable[[CheckResult], None]
     results: list[CheckResult] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
@@ -124,7 +124,7 @@ class _Runner:
             self.results.append(result)
             if result.outcome == "failed":
                 self.failed.add(_class_of(item))
-            self.tell(result)
+            self.on_result(result)
         return report
 
     def _result(

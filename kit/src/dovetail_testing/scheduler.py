@@ -1,9 +1,9 @@
-"""The contract of the scheduler extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the scheduler extension point. A plugin's test is a subclass:
 
     class TestMyScheduler(SchedulerContract):
         provider = PROVIDER
 
-What it asks is said by the docstrings of its checks.
+The docstrings of its checks state the requirements.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from dovetail_testing.simulated import Faults
 
 PAGED = dovetail_kv_caches()[0]
 PATIENCE = 3000
-"""Steps within which a sequence must end while others keep coming, with room for some four of them
-at a time."""
+"""Number of steps within which a sequence must end while others keep arriving, with blocks for
+about four at a time."""
 
 
 class SchedulerContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The contract of schedulers. Subclass it and set `provider`."""
 
     extension_point = "scheduler"
 
@@ -73,60 +73,61 @@ class SchedulerContract(Contract):
         return scheduler
 
     def alone(self, requests: list[Request], window: int | None = None) -> Outputs:
-        """What each sample says when it is by itself, in one chunk, with blocks to spare."""
+        """Return the output of each sample by itself, in one chunk, with spare blocks."""
         return alone(self.parts, requests, window)
 
     @common_causes(
-        "the options do not extend SchedulerOptions", "capabilities of another extension point"
+        "the options do not extend SchedulerOptions",
+        "the capabilities are those of another extension point",
     )
     def test_declaration(self) -> None:
-        """The options extend `SchedulerOptions`; the capabilities, if there are any, are
+        """The options are a subclass of `SchedulerOptions`; the capabilities, if there are any, are
         `SchedulerCapabilities`."""
         assert issubclass(self.provider.options, SchedulerOptions), (
-            "the options must extend SchedulerOptions"
+            "the options must be a subclass of SchedulerOptions"
         )
         can = self.provider.capabilities
         assert can is None or isinstance(can, SchedulerCapabilities), (
-            f"capabilities are a {type(can).__name__}"
+            f"the capabilities are a {type(can).__name__}"
         )
 
     @common_causes(
-        "a budget or batch row that an early `continue` does not count",
-        "blocks not freed, or freed twice, on abort",
-        "a sequence kept in no list, or in two",
-        "preemption while a step is in flight",
+        "an early `continue` skips the accounting of tokens or sequences",
+        "blocks are not freed, or freed twice, on abort",
+        "a sequence is in neither list, or in both",
+        "a sequence is preempted while a step is in flight",
     )
     def test_block_accounting_invariant_holds(self) -> None:
-        """Requests come, run and are aborted at any moment: every plan keeps to the budget, the
-        batch rows and what the worker knows; blocks are conserved; nothing is preempted while a
-        step is in flight; in the end everyone has ended."""
+        """Requests are added, run and aborted at any time. Every plan respects the token budget,
+        the sequence limit and what the worker knows; no block is lost; no sequence is preempted
+        while a step is in flight; in the end all requests have ended."""
         self.run_machine(partial(EngineMachine, self.parts), examples=60)
 
     @common_causes(
-        "num_computed_tokens left as it was on preemption",
-        "blocks shared before they are computed",
-        "a row planned from tokens that are still in flight as if they were known",
+        "num_computed_tokens is not reset on preemption",
+        "blocks are shared before they are computed",
+        "a row is planned as if tokens in flight were known",
     )
     def test_scheduling_changes_no_output(self) -> None:
-        """A sequence says what it says alone, however it was cut, batched, preempted and
-        resumed."""
+        """A sequence has the same output as alone, however it is split into chunks, batched,
+        preempted and resumed."""
 
         def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
             expected = self.alone(requests, setup.window)
             got = run(self.parts.engine(setup), requests, [a.arrival for a in workload])
             different = [key for key in expected if got.get(key) != expected[key]]
-            assert not different, f"{different} differ from what they say alone"
+            assert not different, f"the outputs of {different} differ from those alone"
 
         self.run_examples(same_as_alone, examples=80, setup=setups, workload=workloads)
 
     @common_causes(
-        "a sequence that `reuse` lets wait (None) is started, or stops those behind it",
-        "blocks found are not freed again",
+        "a sequence that must wait (`reuse` returned None) is started, or blocks those behind it",
+        "blocks that were found are not freed again",
     )
     def test_shared_beginnings_change_no_output(self) -> None:
-        """With a prefix cache a sequence says what it says alone, whoever waits for whose blocks;
-        and everyone ends, also when the one waited for is aborted."""
+        """With a prefix cache, a sequence has the same output as alone, whichever sequences wait
+        for each other's blocks; and all end, even if the one waited for is aborted."""
 
         def same_as_alone(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
@@ -137,18 +138,19 @@ class SchedulerContract(Contract):
                 [a.arrival for a in workload],
             )
             different = [key for key in expected if got.get(key) != expected[key]]
-            assert not different, f"{different} differ from what they say alone"
+            assert not different, f"the outputs of {different} differ from those alone"
 
         self.run_examples(same_as_alone, examples=60, setup=setups, workload=workloads_alike)
         self.run_machine(partial(AlikeMachine, Parts(new_reusing, self.new_scheduler)), examples=30)
 
     @common_causes(
-        "rows not written by Sequence.add_row",
-        "num_to_compute kept from before",
-        "drafts kept on preemption",
+        "rows are not added with Sequence.add_row",
+        "an old value of num_to_compute is used",
+        "draft tokens are kept on preemption",
     )
     def test_drafts_change_no_output(self) -> None:
-        """Sequences with draft tokens, some right and some wrong, say what they say without."""
+        """Sequences with draft tokens, some right and some wrong, have the same output as
+        without."""
 
         def same_as_without(setup: Setup, workload: list[Asked]) -> None:
             requests = requests_of(workload)
@@ -156,18 +158,20 @@ class SchedulerContract(Contract):
             drafted = Parts(self.new_kv, self.new_scheduler, partial(Knowing, expected))
             got = run(drafted.engine(setup), requests, [a.arrival for a in workload])
             different = [key for key in expected if got.get(key) != expected[key]]
-            assert not different, f"{different} differ from what they say without drafts"
+            assert not different, (
+                f"the outputs of {different} differ from those without draft tokens"
+            )
 
         self.run_examples(same_as_without, examples=60, setup=setups, workload=workloads)
 
     @pytest.mark.parametrize("overlap", [False, True])
     @common_causes(
-        "a preempted sequence resumed without its output so far",
-        "its blocks freed, and its row still in the plan",
+        "a preempted sequence is resumed without its output so far",
+        "its blocks are freed while its row is still in the plan",
     )
     def test_tight_memory_changes_no_output(self, overlap: bool) -> None:
-        """Where blocks do not suffice for all that run, sequences are preempted and resumed, and
-        say the same."""
+        """If there are not enough blocks for all running sequences, some are preempted and resumed,
+        with the same output."""
         workload = [request(f"r{i}", [i] * 20, 20, seed=i) for i in range(4)]
         tight = self.parts.engine(Setup(spare_blocks=2, overlap=overlap))
         assert run(tight, workload) == self.alone(workload)
@@ -175,14 +179,14 @@ class SchedulerContract(Contract):
     @pytest.mark.parametrize("overlap", [False, True])
     @pytest.mark.parametrize("size", [(9, 6), (2, 1), (20, 25)], ids=["middling", "tiny", "alike"])
     @common_causes(
-        "newcomers overtake without bound: age those who wait",
-        "the one preempted is always the same one",
+        "new sequences overtake without bound: age those that wait",
+        "the same sequence is preempted each time",
     )
     def test_nobody_starves_while_others_keep_coming(
         self, size: tuple[int, int], overlap: bool
     ) -> None:
-        """Every sequence ends in the end, though memory is tight and there is always a newcomer, be
-        it shorter."""
+        """Every sequence ends eventually, even if memory is scarce and there is always a new,
+        possibly shorter one."""
         engine = self.parts.engine(Setup(overlap=overlap, spare_blocks=3))
         old = [request(f"old{i}", [i] * 20, 25, seed=i) for i in range(6)]
         for r in old:
@@ -198,17 +202,17 @@ class SchedulerContract(Contract):
             if not waiting:
                 return
         raise AssertionError(
-            f"after {PATIENCE} steps still not ended: {sorted(waiting)}; there were always 20"
-            " others waiting"
+            f"after {PATIENCE} steps {sorted(waiting)} have not ended; 20 other sequences were"
+            " always waiting"
         )
 
     @pytest.mark.parametrize("overlap", [False, True])
     @common_causes(
-        "`remove` looks in one list only", "state of a failed step kept for the next one"
+        "`remove` searches only one list", "state of a failed step is used in the next one"
     )
     def test_a_failed_step_is_forgotten(self, overlap: bool) -> None:
-        """When a step fails, its sequences are removed with their blocks, and later ones are as
-        ever."""
+        """If a step fails, its sequences and their blocks are removed, and later sequences are not
+        affected."""
         requests, later = (
             [request(f"r{i}", [i] * 10, 12, n=1 + i % 2, seed=i) for i in range(4)],
             request("later", [9] * 3, 10),
@@ -222,27 +226,29 @@ class SchedulerContract(Contract):
             engine.step()
             engine.watch.sequences()
         assert engine.kv.num_used == 0, (
-            f"{engine.kv.num_used} blocks are left over after a failed step"
+            f"{engine.kv.num_used} blocks are still in use after a failed step"
         )
         assert run(engine, [later]) == self.alone([later])
 
     @pytest.mark.parametrize("index", range(6))
-    @common_causes("newcomers put in front", "priorities sorted the wrong way: lower runs first")
+    @common_causes(
+        "new sequences are put in front", "priorities are sorted the wrong way: lower runs first"
+    )
     def test_declared_order(self, index: int) -> None:
-        """Requests begin in the order that is declared: by arrival; or by priority, lower first,
-        and then by arrival."""
+        """Requests start in the declared order: by arrival, or by priority (lower first) and then
+        by arrival."""
         can = self.provider.capabilities
         order = can.order if isinstance(can, SchedulerCapabilities) else None
         if order is None:
-            pytest.skip(f"{self.provider.name} promises no order")
+            pytest.skip(f"{self.provider.name} declares no order")
 
         def begins_in_order(max_num_seqs: int, levels: list[int]) -> None:
-            begun = first_rows(
+            started = first_rows(
                 self.parts.engine(Setup(max_num_seqs=max_num_seqs, spare_blocks=50)), levels
             )
             key: dict[str, Any] = {"arrival": lambda i: i, "priority": lambda i: (levels[i], i)}
-            assert begun == sorted(begun, key=key[order]), (
-                f"requests with priorities {levels} began in the order {begun}"
+            assert started == sorted(started, key=key[order]), (
+                f"requests with priorities {levels} started in the order {started}"
             )
 
         levels = st.lists(st.integers(-2, 2), min_size=2, max_size=8)
@@ -252,14 +258,14 @@ class SchedulerContract(Contract):
 
 
 def new_reusing(setup: Setup) -> KVCacheManager:
-    """With the simplest prefix cache."""
+    """Build a manager with the simplest prefix cache."""
     return ReusingKVCache(
         setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups))
     )
 
 
 class Knowing:
-    """A drafter that knows what comes, and errs at every third position."""
+    """A drafter that knows the expected output and is wrong at every third position."""
 
     def __init__(self, expected: Outputs) -> None:
         self.expected = expected
@@ -275,20 +281,20 @@ class Knowing:
 
 
 def first_rows(engine: WatchedEngine, levels: list[int]) -> list[int]:
-    """Add requests of these priorities all at once; return their numbers in the order of their
+    """Add requests with these priorities all at once; return their numbers in the order of their
     first rows."""
     for i, level in enumerate(levels):
         engine.add(request(f"r{i}", [i] * 5, 6, seed=i, level=level))
     of: dict[int, Sequence] = dict(engine.sequences)
-    begun: list[int] = []
+    started: list[int] = []
     outputs: Outputs = {}
     submit = engine.watch.plan
 
     def watched(plan: Any) -> None:
         submit(plan)
-        begun.extend(int(of[s.seq_id].request.request_id[1:]) for s in plan.starts)
+        started.extend(int(of[s.seq_id].request.request_id[1:]) for s in plan.starts)
 
     engine.watch.plan = watched  # type: ignore[method-assign]
     while engine.has_work:
         collect(engine.step(), outputs)
-    return list(dict.fromkeys(begun))
+    return list(dict.fromkeys(started))

@@ -1,10 +1,10 @@
-"""The contract of the server extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the server extension point. A plugin's test is a subclass:
 
     class TestMyServer(ServerContract):
         provider = PROVIDER
 
-Only what all servers share is asked here: their life. Each runs in a process of its own, over the
-simulated worker.
+These checks cover only what all servers have in common: their life cycle. Each server runs in a
+process of its own, with the simulated worker.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from dovetail_testing.contract import Contract, common_causes
 from dovetail_testing.plugin import SIMULATED, install, make_model
 
 PATIENCE = 30
-"""Seconds after which waiting is a failure. Nothing here takes a tenth of it."""
+"""Seconds after which waiting is a failure; nothing here should take a tenth of this."""
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass
 class Running:
-    """A server in a process of its own, and what it reports: `begun`, `ready` with its URL,
-    `returned` or `raised`."""
+    """A server in a process of its own, which reports `begun`, `ready` with its URL, `returned` or
+    `raised`."""
 
     process: BaseProcess
     reports: Connection
@@ -54,19 +54,19 @@ class Running:
 
     def next(self) -> tuple[str, str]:
         assert self.reports.poll(self.patience), (
-            f"the server did not react within {self.patience} seconds"
+            f"the server did not respond within {self.patience} seconds"
         )
         try:
             what, detail = self.reports.recv()
         except EOFError:
             raise AssertionError(
-                f"the server's process ended with status {self.process.exitcode}, without returning"
+                f"the server process ended with status {self.process.exitcode} without returning"
             ) from None
         return what, detail
 
     def expect(self, wanted: str) -> str:
         what, detail = self.next()
-        assert what == wanted, f"{wanted!r} was expected, and it {what}: {detail}"
+        assert what == wanted, f"expected {wanted!r}, but got {what!r}: {detail}"
         return detail
 
     def signal(self, number: int) -> None:
@@ -75,8 +75,8 @@ class Running:
 
 
 class ServerContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest. The provider is pickled: its functions
-    are a module's own."""
+    """The contract of servers. Subclass it and set `provider`, which must be picklable: its
+    functions must be module-level functions."""
 
     extension_point = "server"
     patience: ClassVar[float] = PATIENCE
@@ -104,12 +104,12 @@ class ServerContract(Contract):
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
     @common_causes(
-        "a handler installed before the server library's own, which replaces it",
-        "the engine left open at the end",
+        "a signal handler is replaced by the one of the server library",
+        "the engine is left open at the end",
     )
     def test_it_serves_until_told_to_stop(self, number: int) -> None:
-        """It calls `on_ready` once, with a URL that takes connections, and on SIGTERM or SIGINT it
-        ends and returns."""
+        """`run` calls `on_ready` once, with a URL that accepts connections, and ends and returns on
+        SIGTERM or SIGINT."""
         running = self.start()
         url = urlsplit(running.expect("ready"))
         assert url.hostname, f"on_ready was called with {url.geturl()!r}, which has no host"
@@ -122,54 +122,52 @@ class ServerContract(Contract):
             socket.create_connection((url.hostname, url.port), timeout=PATIENCE).close()
         except ConnectionRefusedError:
             return
-        raise AssertionError(f"it has returned, and {url.geturl()} still takes connections")
+        raise AssertionError(f"run has returned, but {url.geturl()} still accepts connections")
 
-    @common_causes("signals that are looked at only after the start")
+    @common_causes("signals are handled only after the start")
     def test_it_can_be_stopped_while_it_loads(self) -> None:
-        """While the engine loads it takes connections already; told to stop then, it returns, and
-        `on_ready` is not called."""
+        """While the engine loads, the server already accepts connections. If it is stopped then,
+        `run` returns without calling `on_ready`."""
         port = free_port()
         running = self.start(port=port, worker={"use": "simulated", "load_seconds": 3600.0})
         wait_for_port(port)
         running.signal(signal.SIGTERM)
         what, detail = running.next()
-        assert what != "ready", (
-            f"the engine has loaded nothing, and on_ready was called with {detail}"
-        )
+        assert what != "ready", f"the engine has not loaded, but on_ready was called with {detail}"
 
     @common_causes(
-        "the serving loop ended by the signal itself", "the engine closed before it is drained"
+        "the signal ends the serving loop itself", "the engine is closed before it has drained"
     )
     def test_requests_in_flight_are_finished(self) -> None:
-        """On SIGTERM what the engine is working on is finished, and only then it returns."""
+        """On SIGTERM, `run` returns only after requests in flight have been finished."""
         running = self.start(ask=True, worker={"use": "simulated", "step_seconds": 0.05})
         running.expect("ready")
         running.expect("asked")
         running.signal(signal.SIGTERM)
         reason = running.expect("answered")
-        assert reason == "length", f"a request that was in flight ended with {reason}"
+        assert reason == "length", f"a request in flight ended with {reason}"
         running.expect("returned")
 
-    @common_causes("the library's own exit or log line in place of an error")
+    @common_causes("the library exits or logs a line instead of raising an error")
     def test_a_taken_address_is_an_error(self) -> None:
-        """An address that is taken is a `ConfigError`."""
-        with closing(socket.create_server((LOOPBACK, 0))) as taken:
-            kind = self.start(port=taken.getsockname()[1]).expect("raised").split(":")[0]
-            assert kind == "ConfigError", f"it raised {kind}"
+        """An address in use is a `ConfigError`."""
+        with closing(socket.create_server((LOOPBACK, 0))) as in_use:
+            kind = self.start(port=in_use.getsockname()[1]).expect("raised").split(":")[0]
+            assert kind == "ConfigError", f"run raised {kind}"
 
-    @common_causes("the start awaited nowhere, so that its error is lost")
+    @common_causes("the start is not awaited, so that its error is lost")
     def test_an_engine_that_does_not_start_is_an_error(self) -> None:
-        """What kept the engine from starting is raised from `run`."""
+        """`run` raises the error that prevents the engine's start."""
         model = make_model(self.folder / "gone")
         running = self.start(model=str(model), gone=str(model))
         kind = running.expect("raised").split(":")[0]
-        assert kind in ("CheckpointError", "EngineDead", "EngineUnavailable"), f"it raised {kind}"
+        assert kind in ("CheckpointError", "EngineDead", "EngineUnavailable"), f"run raised {kind}"
 
     def start(
         self, *, port: int = 0, gone: str | None = None, ask: bool = False, **values: Any
     ) -> Running:
-        """Run the server; `gone` is a folder to remove once the engine is configured. `ask`: the
-        engine gets a request as soon as it is ready."""
+        """Run the server. `gone` is a folder to remove once the engine is configured. With `ask`,
+        the engine gets a request as soon as it is ready."""
         config = {"model": str(self.folder / "model"), "device": "cpu", **SIMULATED, **values}
         context = multiprocessing.get_context("spawn")
         reports, theirs = context.Pipe(duplex=False)
@@ -187,9 +185,8 @@ class ServerContract(Contract):
         process.start()
         theirs.close()
         self.running.append(Running(process, reports, PATIENCE))
-        self.running[-1].expect(
-            "begun"
-        )  # a process and its imports take their time, whatever the server does
+        # Starting a process and its imports takes time, independently of the server.
+        self.running[-1].expect("begun")
         self.running[-1].patience = self.patience
         return self.running[-1]
 
@@ -204,7 +201,7 @@ def serve(
     gone: str | None,
     ask: bool,
 ) -> None:
-    """In the server's process."""
+    """Run the server in its process."""
     sys.path.insert(0, site)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
     try:
@@ -228,8 +225,8 @@ def serve(
 
 
 class Asking:
-    """An engine that is asked something as soon as it has started, in the server's own event
-    loop."""
+    """An engine wrapper that sends a request as soon as the engine has started, in the server's
+    event loop."""
 
     def __init__(self, engine: AsyncEngine, reports: Connection) -> None:
         self._engine, self._reports = engine, reports
@@ -262,7 +259,7 @@ def free_port() -> int:
 
 
 def wait_for_port(port: int) -> None:
-    """Until it takes connections."""
+    """Wait until the port accepts connections."""
     limit = time.monotonic() + PATIENCE
     while True:
         try:
@@ -271,6 +268,6 @@ def wait_for_port(port: int) -> None:
         except OSError as e:
             if time.monotonic() > limit:
                 raise AssertionError(
-                    f"while the engine loads, the server takes no connections: {e}"
+                    f"while the engine loads, the server accepts no connections: {e}"
                 ) from None
             time.sleep(0.01)

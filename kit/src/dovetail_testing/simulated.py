@@ -1,8 +1,8 @@
-"""A worker without a model: it keeps a real paged cache of token ids, and every answer depends on
-what it reads there.
+"""Provide a worker without a model. It has a real paged cache of token ids, and every sampled token
+depends on what it reads there.
 
-So a block that is leaked, shared wrongly or written by the wrong sequence changes the output, and a
-test that compares outputs sees it. Also a worker contract's smallest example.
+A block that is leaked, shared incorrectly or written by the wrong sequence therefore changes the
+output, and a test that compares outputs detects it. It is also the smallest example of a worker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POISON = -1
 
 @dataclass
 class Faults:
-    """What goes wrong, by number of steps submitted so far, and how slow it is."""
+    """Faults to inject, by the number of steps submitted so far, and delays."""
 
     raise_at: int | None = None
     exit_at: int | None = None
@@ -48,8 +48,8 @@ class _Known:
 
 
 class SimulatedWorker:
-    """Draws `hash(seed, sample index, all tokens as read from the cache) % vocab_size`; greedy
-    knows no seed."""
+    """A worker that samples `hash(seed, sample index, all tokens as read from the cache) %
+    vocab_size`; greedy sampling ignores the seed."""
 
     def __init__(
         self,
@@ -106,17 +106,17 @@ class SimulatedWorker:
             for position in range(first, first + count):
                 for group, slot in self._slots(seq_id, position):
                     self._cache[group][slot] = self._known[seq_id].tokens[position]
-        drawn = [
+        sampled = [
             self._verify(seq_id, first + count, draft) if samples else []
             for (seq_id, first, count), samples, draft in zip(
                 rows, plan.samples, drafts, strict=True
             )
         ]
-        result = StepResult(plan.step_id, drawn)
+        result = StepResult(plan.step_id, sampled)
         asked = [self._known[i].start.params for i in plan.seq_ids]
         if any(p.logprobs is not None or p.prompt_logprobs is not None for p in asked):
             self._add_logprobs(rows, drafts, result)
-        for seq_id, tokens, draft in zip(plan.seq_ids, drawn, drafts, strict=True):
+        for seq_id, tokens, draft in zip(plan.seq_ids, sampled, drafts, strict=True):
             known = self._known[seq_id]
             known.tokens = known.tokens[: len(known.tokens) - len(draft)] + tokens
         return result
@@ -138,7 +138,7 @@ class SimulatedWorker:
             )
         for seq_id, added in zip(plan.seq_ids, plan.new_block_ids, strict=True):
             for table, blocks in zip(self._known[seq_id].tables, added, strict=bool(added)):
-                assert 0 not in blocks, "the null block was handed out"
+                assert 0 not in blocks, "the null block was allocated"
                 table += blocks
 
     def _move(self, plan: StepPlan) -> None:
@@ -148,7 +148,7 @@ class SimulatedWorker:
             )
             size = self._groups[op.group].block_size
             moved = source[op.group][op.src * size : (op.src + 1) * size]
-            assert len(moved) == size, f"{op} moves a block that is not there"
+            assert len(moved) == size, f"{op} moves a block that does not exist"
             target[op.group][op.dst * size : (op.dst + 1) * size] = moved
 
     def _slots(self, seq_id: int, position: int) -> list[tuple[int, int]]:
@@ -159,29 +159,29 @@ class SimulatedWorker:
         ]
 
     def _verify(self, seq_id: int, length: int, draft: list[int]) -> list[int]:
-        """The row's samples, up to the first that is not the draft's."""
+        """Sample the row's tokens, up to the first that differs from the draft."""
         assert length == len(self._known[seq_id].tokens), "a row samples before its last token"
-        drawn: list[int] = []
+        sampled: list[int] = []
         for i, proposed in enumerate([*draft, None]):
-            drawn.append(self._draw(seq_id, length - len(draft) + i))
-            if drawn[-1] != proposed:
+            sampled.append(self._sample(seq_id, length - len(draft) + i))
+            if sampled[-1] != proposed:
                 break
-        return drawn
+        return sampled
 
     def _drafted(self, seq_id: int, count: int) -> list[int]:
-        """What a good draft model says: about one token in four is wrong."""
+        """Propose tokens as a good draft model would: about one token in four is wrong."""
         known = self._known[seq_id]
         tokens = list(known.tokens)
         for _ in range(count):
-            right = self._drawn(known.start, self._visible(tokens))
+            right = self._sampled(known.start, self._visible(tokens))
             is_wrong = self._hash("draft", tokens) % 4 == 0
             tokens.append((right + is_wrong) % self.vocab_size)
         return tokens[len(tokens) - count :]
 
-    def _draw(self, seq_id: int, length: int) -> int:
-        return self._drawn(self._known[seq_id].start, self._seen(seq_id, length))
+    def _sample(self, seq_id: int, length: int) -> int:
+        return self._sampled(self._known[seq_id].start, self._seen(seq_id, length))
 
-    def _drawn(self, start: SequenceStart, seen: list[int]) -> int:
+    def _sampled(self, start: SequenceStart, seen: list[int]) -> int:
         return (
             self._greedy(seen)
             if start.params.greedy
@@ -189,7 +189,7 @@ class SimulatedWorker:
         )
 
     def _visible(self, tokens: list[int]) -> list[int]:
-        """What a right cache holds of these tokens."""
+        """Return what a correct cache has for these tokens."""
         seen: list[int] = []
         for group in self._groups:
             seen += tokens if group.window is None else tokens[-group.window :]
@@ -205,21 +205,21 @@ class SimulatedWorker:
         )
 
     def _seen(self, seq_id: int, length: int) -> list[int]:
-        """What the token after `length` tokens depends on: all groups' tokens, as the cache has
-        them."""
+        """Return what the token after `length` tokens depends on: the tokens of all groups as read
+        from the cache."""
         known, seen = self._known[seq_id], list[int]()
         for i, group in enumerate(self._groups):
             first = 0 if group.window is None else max(0, length - group.window)
             seen += [self._cache[i][self._slots(seq_id, p)[i][1]] for p in range(first, length)]
             assert seen[len(seen) - (length - first) :] == known.tokens[first:length], (
-                "the cache holds other tokens"
+                "the cache has different tokens"
             )
         return seen
 
     def _add_logprobs(
         self, rows: list[tuple[int, int, int]], drafts: list[list[int]], result: StepResult
     ) -> None:
-        for (seq_id, first, count), draft, drawn in zip(
+        for (seq_id, first, count), draft, sampled in zip(
             rows, drafts, result.token_ids, strict=True
         ):
             known, params = self._known[seq_id], self._known[seq_id].start.params
@@ -232,16 +232,16 @@ class SimulatedWorker:
             result.prompt_logprobs.append(of_prompt)
             asked, length = params.logprobs, first + count - len(draft)
             seen = (
-                [self._seen(seq_id, length + i) for i in range(len(drawn))]
+                [self._seen(seq_id, length + i) for i in range(len(sampled))]
                 if asked is not None
                 else []
             )
             result.logprobs.append(
-                [self._logprobs(s, t, asked or 0) for s, t in zip(seen, drawn, strict=bool(seen))]
+                [self._logprobs(s, t, asked or 0) for s, t in zip(seen, sampled, strict=bool(seen))]
             )
 
     def _logprobs(self, seen: list[int], token: int, k: int) -> TokenLogprobs:
-        """A made-up distribution after `seen`, with the greedy choice on top."""
+        """Return a made-up distribution after `seen` whose most likely token is the greedy one."""
         rng = random.Random(repr(seen))
         logits = [rng.gauss(0, 1) for _ in range(self.vocab_size)]
         logits[self._greedy(seen)] = max(logits) + 1

@@ -1,5 +1,5 @@
-"""A tiny Llama with random weights: the checkpoint, written without a tensor library, and what it
-must answer, computed in plain Python in double precision, one token after another.
+"""Provide a tiny Llama with random weights: its checkpoint, written without a tensor library, and
+its expected logits, computed in plain Python in double precision, token by token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Vector = list[float]
 
 @dataclass
 class Matrix:
-    """[rows, columns], as float32 holds it."""
+    """A matrix [rows, columns] of float32 values."""
 
     rows: list[Vector]
 
@@ -38,7 +38,7 @@ class Matrix:
 
 @dataclass
 class TinyModel:
-    """`write` makes its checkpoint; `logits` is its answer after some tokens."""
+    """A tiny Llama. `write` writes its checkpoint; `logits` computes its logits."""
 
     seed: int
     weights: dict[str, Matrix] = field(init=False)
@@ -72,7 +72,8 @@ class TinyModel:
         self.weights["lm_head.weight"] = normal(self.vocab_size, HIDDEN, 3.0)
 
     def write(self, folder: Path, *, broken: bool = False) -> Path:
-        """A model folder. `broken`: the last norm holds NaN, so that every logit is NaN."""
+        """Write a model folder. With `broken`, the last norm contains NaN, and so does every
+        logit."""
         make_model(folder, max_len=MAX_LEN)
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -111,13 +112,13 @@ class TinyModel:
         return Run(self)
 
     def logits(self, tokens: list[int]) -> list[Vector]:
-        """After each of the tokens."""
+        """Return the logits after each of the tokens."""
         run = self.run()
         return [run.step(t) for t in tokens]
 
 
 class Run:
-    """One sequence: keys and values so far."""
+    """One sequence with its keys and values so far."""
 
     def __init__(self, model: TinyModel) -> None:
         self.model = model
@@ -125,7 +126,7 @@ class Run:
         self.values: list[list[Vector]] = [[] for _ in range(LAYERS)]
 
     def step(self, token: int) -> Vector:
-        """Take in the next token; return the logits after it."""
+        """Process the next token and return the logits after it."""
         weights = self.model.weights
         x = weights["model.embed_tokens.weight"].rows[token]
         for i in range(LAYERS):
@@ -158,16 +159,16 @@ class Run:
 
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
-"""By name: dtype as safetensors calls it, shape, data."""
+"""Tensors by name: dtype as in safetensors, shape, data."""
 
 
 def floats(rows: list[Vector]) -> bytes:
-    """As float32."""
+    """Encode as float32."""
     return array("f", (x for row in rows for x in row)).tobytes()
 
 
 def write_tensors(folder: Path, tensors: Tensors) -> None:
-    """The folder's model.safetensors."""
+    """Write the folder's model.safetensors."""
     header, data = {}, bytearray()
     for name, (dtype, shape, content) in tensors.items():
         header[name] = {
@@ -214,7 +215,7 @@ def _add(x: Vector, y: Vector) -> Vector:
 
 
 def _rotate(x: Vector, position: int) -> Vector:
-    """Rotary embedding: element i turns with element i + HEAD_SIZE / 2."""
+    """Apply rotary embedding: element i is rotated with element i + HEAD_SIZE / 2."""
     half, out = HEAD_SIZE // 2, x[:]
     for i in range(half):
         angle = position * THETA ** (-2 * i / HEAD_SIZE)

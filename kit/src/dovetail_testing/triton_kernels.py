@@ -1,14 +1,14 @@
-"""Compiling Triton kernels for NVIDIA GPUs where there is none: the registers and shared memory
-each takes, what it spills, and whether its loads are pipelined.
+"""Compile Triton kernels for NVIDIA GPUs on a machine without one, and report registers, shared
+memory, spilling, and whether loads are pipelined.
 
     arguments = {"q": "*bf16", "n": "i32"}
     case = KernelCase("decode", "my_package.kernels:attend", arguments, {"BLOCK": 64})
     compiled = compile_kernels([case])
     problems(case, compiled[0])
 
-Compiling happens in a process of its own, without TRITON_INTERPRET, so that tests which interpret
-kernels can ask too. A table of results is kept in a file, with a hash of each kernel's source, so
-that a stale row is noticed without compiling.
+Kernels are compiled in a process of its own without TRITON_INTERPRET, so that tests which interpret
+kernels can use it too. Results are stored in a table with a hash of each kernel's source, so that a
+stale row is detected without compiling.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from typing import Any
 ARCHITECTURES = (80, 90, 100)
 """Ampere, Hopper, Blackwell: sm_80, sm_90, sm_100."""
 LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that a block of threads can have."""
+"""Maximum shared memory of a thread block in bytes, by architecture."""
 
 
 @dataclass(frozen=True)
 class KernelCase:
-    """A kernel, what it is specialized for, and what is expected of it."""
+    """A kernel, its specialization, and the requirements on it."""
 
     name: str
     kernel: str
-    """"module:function", of a function under `triton.jit`."""
+    """ "module:function" of a function under `triton.jit`."""
     signature: dict[str, str]
-    """By argument, as Triton writes types: "*bf16", "i32", "fp32". Pointers are aligned to 16
-    bytes; ":16" behind an integer says that it is a multiple of 16."""
+    """Types by argument, in Triton's notation: "*bf16", "i32", "fp32". Pointers are aligned to 16
+    bytes; ":16" after an integer means that it is a multiple of 16."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """The other arguments. A type is named: "tl.bfloat16"."""
+    """Values of the other arguments. A type is given by name: "tl.bfloat16"."""
     num_warps: int = 4
     num_stages: int = 3
     architectures: tuple[int, ...] = ARCHITECTURES
-    """Those that the kernel is for, so specialized."""
+    """Architectures that the kernel with this specialization is for."""
     max_spilled_bytes: int = 0
-    """Of a thread."""
+    """Maximum number of spilled bytes per thread."""
     products: tuple[str, ...] = ()
-    """Tensor-core instructions, one of which the kernel must have; empty: none is required."""
+    """Tensor-core instructions of which the kernel must use one; empty if none is required."""
     divides_exactly: bool = False
-    """Divisions of float32 must round to the nearest, as `tl.div_rn` does and `/` does not."""
+    """True if float32 divisions must round to nearest, as `tl.div_rn` does and `/` does not."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +66,26 @@ class Compiled:
     """A kernel as Triton and ptxas compiled it for an architecture."""
 
     name: str
-    """Of the case."""
+    """Name of the case."""
     architecture: int
     triton: str
-    """Version."""
+    """Version of Triton."""
     source: str
-    """`source_hash` of the case."""
+    """Result of `source_hash` for the case."""
     registers: int
-    """Of a thread."""
+    """Registers per thread."""
     spilled_bytes: int
-    """Of a thread: registers kept in memory for want of room."""
+    """Bytes of registers spilled to memory per thread."""
     shared_bytes: int
-    """Of a block of threads."""
+    """Bytes of shared memory per thread block."""
     async_wait: list[int]
-    """The numbers of the `cp.async.wait_group` instructions, in order: how many groups of copies to
-    shared memory may still be under way. Where a loop's are all 0, or there is none, its loads are
-    not fetched ahead."""
+    """Operands of the `cp.async.wait_group` instructions in order: how many groups of copies to
+    shared memory may still be pending. If those of a loop are all 0, or there are none, its loads
+    are not prefetched."""
     inexact_divisions: int
-    """Divisions within 2 ulp (`div.full.f32`) or approximate ones, in its code."""
+    """Number of divisions within 2 ulp (`div.full.f32`) and of approximate ones."""
     products: str
-    """The tensor-core instruction that it has: "tcgen05", "wgmma", "mma", or "" for none."""
+    """Tensor-core instruction that the kernel uses: "tcgen05", "wgmma", "mma", or "" for none."""
 
 
 def compile_kernels(
@@ -93,10 +93,10 @@ def compile_kernels(
     architectures: Sequence[int] = ARCHITECTURES,
     triton: Path | None = None,
 ) -> list[Compiled]:
-    """Compile each case for those of its architectures that are among `architectures`.
+    """Compile each case for those of its architectures that are in `architectures`.
 
-    Raises `RuntimeError` with the compiler's message. `triton`: a folder with another Triton than
-    the installed one, as `pip install --target` writes it.
+    `triton` is a folder with another version of Triton, as written by `pip install --target`.
+    Raises `RuntimeError` with the compiler's message.
     """
     path = sys.path if triton is None else [str(triton), *sys.path]
     wanted = json.dumps(
@@ -121,19 +121,19 @@ def compile_kernels(
 
 
 def problems(case: KernelCase, compiled: Compiled) -> list[str]:
-    """What is wrong with a case as it was compiled: too much shared memory, spilled registers, no
+    """Return what is wrong with a compiled case: too much shared memory, spilled registers, no
     tensor cores."""
     found = []
     if compiled.shared_bytes > LARGEST_SHARED[compiled.architecture]:
         found.append(
-            f"{compiled.shared_bytes} bytes of shared memory of"
+            f"uses {compiled.shared_bytes} bytes of shared memory; the maximum is"
             f" {LARGEST_SHARED[compiled.architecture]}"
         )
     if compiled.spilled_bytes > case.max_spilled_bytes:
         found.append(f"spills {compiled.spilled_bytes} bytes")
     if case.products and compiled.products not in case.products:
         found.append(
-            f"its products are {compiled.products or 'none'}, and not {' or '.join(case.products)}"
+            f"uses {compiled.products or 'no tensor cores'} instead of {' or '.join(case.products)}"
         )
     if compiled.inexact_divisions and case.divides_exactly:
         found.append(f"has {compiled.inexact_divisions} divisions that do not round to the nearest")
@@ -148,13 +148,13 @@ def read_table(path: Path) -> list[Compiled]:
 
 
 def write_table(path: Path, rows: Sequence[Compiled]) -> None:
-    """One row a line, so that a change shows what it changed."""
+    """Write one row per line, for readable diffs."""
     lines = ",\n  ".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
     path.write_text(f'{{"rows": [\n  {lines}\n]}}\n')
 
 
 def table(compiled: Sequence[Compiled]) -> str:
-    """For people."""
+    """Format a table for people."""
     width = max(len(c.name) for c in compiled)
     lines = [
         f"{'kernel':{width}}  arch    Triton  registers  spilled  shared KiB  products  async_wait"
@@ -166,13 +166,13 @@ def table(compiled: Sequence[Compiled]) -> str:
     return "\n".join(lines)
 
 
-# Kernels in source code, which is read and not imported.
+# Kernels in source code, which is parsed but not imported.
 
 
 def entry_kernels(folder: Path) -> list[str]:
-    """The kernels in the packages below `folder` that Python launches, as "module:function":
-    functions under `triton.jit` that something launches (`kernel[grid](…)`), or that no other such
-    function uses."""
+    """Return the kernels in the packages below `folder` that Python launches, as "module:function":
+    functions under `triton.jit` that are launched (`kernel[grid](…)`) or not used by any other such
+    function."""
     kernels: dict[str, str] = {}
     launched: set[str] = set()
     used: set[str] = set()
@@ -196,9 +196,9 @@ def entry_kernels(folder: Path) -> list[str]:
 
 
 def source_hash(case: KernelCase) -> str:
-    """Of all that a kernel is compiled from: its source and that of the functions and constants it
-    uses, without comments and docstrings, and what the case specializes it for. The same on every
-    machine."""
+    """Return a hash of everything that a kernel is compiled from: its source and that of the
+    functions and constants it uses, without comments and docstrings, and its specialization. The
+    hash is the same on every machine."""
     module, _, function = case.kernel.partition(":")
     specialized = [case.signature, case.constants, case.num_warps, case.num_stages]
     whole = json.dumps([specialized, dict(_sources(module, function))], sort_keys=True)
@@ -206,7 +206,7 @@ def source_hash(case: KernelCase) -> str:
 
 
 def _sources(module: str, name: str) -> Iterator[tuple[str, list[str]]]:
-    """By "module:name", the tokens of what `name` is made of."""
+    """Yield "module:name" and the tokens of everything that `name` depends on."""
     waiting, seen = [(module, name)], set()
     while waiting:
         module, name = waiting.pop()
@@ -228,11 +228,11 @@ def _sources(module: str, name: str) -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def _module(name: str) -> tuple[str, dict[str, ast.stmt], dict[str, str]]:
-    """Source, what is defined at its top level, and by name the module that a name is imported
-    from, Triton's own aside."""
+    """Return the source, the names defined at its top level, and the modules from which other names
+    are imported, except Triton's own."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ValueError(f"there is no module {name}")
+        raise ValueError(f"module {name} does not exist")
     source = Path(spec.origin).read_text(encoding="utf-8")
     defined: dict[str, ast.stmt] = {}
     imported: dict[str, str] = {}
@@ -289,7 +289,7 @@ def _launched(tree: ast.Module) -> Iterator[str]:
 
 
 def _jit_names(tree: ast.Module) -> set[str]:
-    """What `triton.jit` is called in a module."""
+    """Return the names under which a module uses `triton.jit`."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -300,11 +300,11 @@ def _jit_names(tree: ast.Module) -> set[str]:
 
 
 def _dotted(decorator: ast.expr) -> str:
-    """`@triton.jit` and `@triton.jit(…)` as "triton.jit"."""
+    """Format `@triton.jit` and `@triton.jit(…)` as "triton.jit"."""
     return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
 
 
-# In the process that compiles.
+# In the compiling process.
 
 
 def _compile(case: KernelCase, architecture: int) -> Compiled:
@@ -362,7 +362,7 @@ PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sy
 
 
 def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers, and bytes spilled, as ptxas says."""
+    """Return the number of registers and of spilled bytes, as reported by ptxas."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -384,10 +384,10 @@ def _assembled(ptx: str, architecture: int) -> tuple[int, int]:
             "-o",
             str(path.with_suffix(".cubin")),
         ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    used = re.search(r"Used (\d+) registers", said)
-    spilled = re.search(r"(\d+) bytes spill stores", said)
-    assert used is not None, said
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    used = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    assert used is not None, report
     return int(used[1]), int(spilled[1]) if spilled else 0
 
 

@@ -1,5 +1,5 @@
-"""The part of the worker's contract that is about drafts: verified many at a time, they change
-nothing of what is said."""
+"""Provide the checks of the worker contract that concern draft tokens: verifying many of them at a
+time does not change outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from dovetail.interfaces.worker import WorkerCapabilities
 from dovetail.types import DRAFTED_BY_WORKER, TokenLogprobs
 from dovetail_testing.contract import common_causes
-from dovetail_testing.worker_driver import EOS, Driver, Told
+from dovetail_testing.worker_driver import EOS, Driver, SequenceState
 from dovetail_testing.worker_trial import Asked, WorkerTrial
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -29,21 +29,21 @@ NUM_TOKENS = 12
 
 
 class DraftChecks(WorkerTrial):
-    """Mixed into `WorkerContract`."""
+    """Checks of draft tokens, mixed into `WorkerContract`."""
 
     extension_point = "worker"
 
     @pytest.mark.parametrize("share_right", [1.0, 0.0, 0.7], ids=["right", "wrong", "mixed"])
     @common_causes(
-        "a place verified with the logits, noise or penalties of another",
-        "accepted drafts left out of the penalties",
-        "a rejected draft left where the next step reads its input",
-        "one draft too many or too few accepted",
+        "a position is verified with the logits, noise or penalties of another one",
+        "accepted draft tokens are left out of the penalties",
+        "a rejected draft token remains where the next step reads its input",
+        "one draft token too many or too few is accepted",
     )
     def test_drafts_change_no_output(self, share_right: float) -> None:
-        """With drafts, right or wrong, in some rows of a step more and in others fewer or none,
-        each sequence says what it says without, and a draft is accepted while it equals what is
-        sampled: greedy and sampled, with every parameter."""
+        """With draft tokens, right or wrong, more in some rows of a step and fewer or none in
+        others, each sequence has the same output as without. A draft token is accepted while it
+        equals the sampled token, for greedy and sampled decoding, with every parameter."""
         asked = [
             replace(self.some(length, temperature=temperature, seed=length), more=more)
             for i, more in enumerate(SETTINGS)
@@ -57,15 +57,15 @@ class DraftChecks(WorkerTrial):
                 ids, NUM_TOKENS, self.guesses(rng, coming, share_right)
             )
 
-        self.same_both_ways(drafted, f"with {share_right:.0%} of the drafts right", asked)
+        self.same_both_ways(drafted, f"with {share_right:.0%} of the draft tokens right", asked)
 
     @common_causes(
-        "drafts of a step that is over taken for the sequence's tokens",
-        "a table longer than what is known",
+        "draft tokens of a past step are treated as tokens of the sequence",
+        "a table is longer than the known tokens",
     )
     def test_drafts_and_preemption(self) -> None:
-        """Released after a step with drafts and started again, without drafts and with, a sequence
-        goes on as before."""
+        """A sequence that is released after a step with draft tokens and started again, without and
+        with draft tokens, continues as before."""
         rng = random.Random(self.seed)
 
         def preempted(driver: Driver, ids: list[int], expected: list[list[int]]) -> list[list[int]]:
@@ -77,55 +77,56 @@ class DraftChecks(WorkerTrial):
             return driver.generate_with_drafts(ids, NUM_TOKENS, guesses)
 
         asked = [self.some(n, temperature=t, seed=n) for n in (3, 20, 37) for t in (0.0, 0.9)]
-        self.same_both_ways(preempted, "with drafts and preemption", asked)
+        self.same_both_ways(preempted, "with draft tokens and preemption", asked)
 
     @common_causes(
-        "entries of drafts that were not accepted",
-        "the logits of a row's last place for all of its places",
+        "rejected draft tokens have entries",
+        "the logits of a row's last position are used for all of its positions",
     )
     def test_logprobs_with_drafts(self) -> None:
-        """Every token has its entry and no other has one; the entries are what they are without
-        drafts, within 1e-3."""
+        """Every token has one entry, and there are no others; the entries equal those without draft
+        tokens within 1e-3."""
         rng = random.Random(self.seed)
         for temperature in (0.0, 0.8):
             asked = replace(
                 self.some(9, temperature=temperature, seed=3),
                 more={"logprobs": 3, "prompt_logprobs": 1},
             )
-            plain = self.new_told(asked)
+            plain = self.new_sequence(asked)
             expected = self.driver.generate([plain], NUM_TOKENS)
-            drafted = self.new_told(asked)
-            beside = self.new_told(self.some(5))
+            drafted = self.new_sequence(asked)
+            beside = self.new_sequence(self.some(5))
             coming = {drafted: expected[0], beside: self.alone([self.some(5)])[0]}
             self.driver.generate_with_drafts(
                 [beside, drafted], NUM_TOKENS, self.guesses(rng, coming, 0.7)
             )
-            told = [self.driver.told[i] for i in (plain, drafted)]
+            states = [self.driver.sequences[i] for i in (plain, drafted)]
             self.driver.end([plain, drafted, beside])
-            want, got = (entries(t) for t in told)
-            assert told[0].output == told[1].output, (
-                f"with drafts it says {told[1].output}, and without {told[0].output}"
+            want, got = (entries(s) for s in states)
+            assert states[0].output == states[1].output, (
+                f"with draft tokens the output is {states[1].output}, but without it is"
+                f" {states[0].output}"
             )
-            assert len(got) == len(want), f"{len(want)} tokens have {len(got)} entries"
+            assert len(got) == len(want), f"{len(want)} tokens, but {len(got)} entries"
             for i, (w, g) in enumerate(zip(want, got, strict=True)):
                 assert w.token_ids[0] == g.token_ids[0], (
-                    f"entry {i} begins with token {g.token_ids[0]}, not {w.token_ids[0]}"
+                    f"entry {i} starts with token {g.token_ids[0]}, not {w.token_ids[0]}"
                 )
                 off = max(abs(a - b) for a, b in zip(w.logprobs, g.logprobs, strict=True))
                 assert off <= 1e-3, (
-                    f"the log-probabilities of entry {i} are {off:.4f} off with drafts"
+                    f"the log-probabilities of entry {i} are {off:.4f} off with draft tokens"
                 )
 
     @common_causes(
-        "keys and values of drafts that were not accepted",
-        "tokens that the draft model never caught up with",
-        "drafts sampled with other noise or parameters",
-        "a cache that outlives its sequence",
+        "keys and values of rejected draft tokens are used",
+        "the draft model has not computed some tokens",
+        "draft tokens are sampled with other noise or parameters",
+        "the draft model's cache outlives its sequence",
     )
     def test_a_model_drafts_for_itself(self) -> None:
-        """If it declares `drafts`: with drafts of the worker's own, in some rows of a step more and
-        in others fewer or none, and after preemption, each sequence says what it says without; and
-        a model that drafts for itself is always right."""
+        """If the worker declares `drafts`: with draft tokens of its own, more in some rows of a
+        step and fewer or none in others, and after preemption, each sequence has the same output as
+        without. If a model drafts for itself, all draft tokens are accepted."""
         can = self.provider.capabilities
         if not (isinstance(can, WorkerCapabilities) and can.drafts):
             pytest.skip("the worker does not declare drafts")
@@ -148,15 +149,15 @@ class DraftChecks(WorkerTrial):
         driver.worker.close()
         different = [i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if g != e]
         assert not different, (
-            f"{[asked[i] for i in different]} say something else with drafts of the worker's own"
+            f"{[asked[i] for i in different]} have other outputs with the worker's own draft tokens"
         )
-        accepted = f"{driver.num_accepted} of {driver.num_drafted} drafts accepted"
+        accepted = f"{driver.num_accepted} of {driver.num_drafted} draft tokens accepted"
         assert driver.num_accepted == driver.num_drafted > 0, (
-            f"a model that drafts for itself has {accepted}"
+            f"a model drafts for itself, but only {accepted}"
         )
 
     def guesses(self, rng: random.Random, coming: dict[int, list[int]], share_right: float) -> Any:
-        """Drafts of 0 to 5 tokens, each of which is right with this probability."""
+        """Return a function that proposes 0 to 5 draft tokens, each right with this probability."""
 
         def draft(seq_id: int, output: list[int], most: int) -> list[int]:
             count = min(most, rng.randint(0, 5))
@@ -167,11 +168,11 @@ class DraftChecks(WorkerTrial):
 
         return draft
 
-    def new_told(self, asked: Asked) -> int:
+    def new_sequence(self, asked: Asked) -> int:
         return self.driver.add(list(asked.prompt), asked.params, seed=asked.seed, index=asked.index)
 
 
-def entries(told: Told) -> list[TokenLogprobs]:
+def entries(state: SequenceState) -> list[TokenLogprobs]:
     return [
-        entry for result, row in told.results if result.logprobs for entry in result.logprobs[row]
+        entry for result, row in state.results if result.logprobs for entry in result.logprobs[row]
     ]

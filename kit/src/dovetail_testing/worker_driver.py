@@ -1,5 +1,5 @@
-"""Plays the engine for a worker: gives sequences blocks, makes step plans by hand, and keeps what
-was said."""
+"""Drive a worker like an engine: allocate blocks for sequences, build step plans by hand, and
+record the results."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EOS = 1
 
 
 @dataclass
-class Told:
-    """A sequence as the driver knows it."""
+class SequenceState:
+    """A sequence as the driver tracks it."""
 
     tokens: list[int]
     num_prompt: int
@@ -33,7 +33,7 @@ class Told:
     on_worker: bool = False
     tables: list[list[int]] = field(default_factory=list)
     results: list[tuple[StepResult, int]] = field(default_factory=list)
-    """Of its rows: the step's result, and the row in it."""
+    """Results of its rows: the step's result, and the row in it."""
 
     @property
     def output(self) -> list[int]:
@@ -41,28 +41,31 @@ class Told:
 
 
 class Driver:
+    """Drives one worker."""
+
     def __init__(self, worker: Worker, groups: list[KVGroup], num_blocks: list[int]) -> None:
         self.worker, self.groups = worker, groups
         self.free = [list(range(n - 1, 0, -1)) for n in num_blocks]
-        self.told: dict[int, Told] = {}
+        self.sequences: dict[int, SequenceState] = {}
         self.released: list[int] = []
         self.num_steps = self.num_drafted = self.num_accepted = 0
 
     def add(
         self, prompt: list[int], params: SamplingParams = GREEDY, *, seed: int = 0, index: int = 0
     ) -> int:
-        seq_id = len(self.told)
-        self.told[seq_id] = Told(list(prompt), len(prompt), params, seed, index)
+        seq_id = len(self.sequences)
+        self.sequences[seq_id] = SequenceState(list(prompt), len(prompt), params, seed, index)
         return seq_id
 
     def release(self, seq_id: int) -> None:
-        """Preempt or end: its blocks are free, and the worker is told with the next plan."""
-        told = self.told[seq_id]
-        for free, table in zip(self.free, told.tables, strict=False):
+        """Preempt or end a sequence: free its blocks, and release it on the worker with the next
+        plan."""
+        state = self.sequences[seq_id]
+        for free, table in zip(self.free, state.tables, strict=False):
             free.extend(reversed(table))
-        if told.on_worker:
+        if state.on_worker:
             self.released.append(seq_id)
-        told.tables, told.num_computed, told.on_worker = [], 0, False
+        state.tables, state.num_computed, state.on_worker = [], 0, False
 
     def plan(
         self,
@@ -71,43 +74,43 @@ class Driver:
         masked: bool = False,
         drafts: dict[int, list[int]] | None = None,
     ) -> StepPlan:
-        """Rows of (seq_id, number of tokens). A row that reaches the last known token samples;
-        `drafts`, by seq_id, are the last tokens of such rows, and counted."""
+        """Build a plan from rows of (seq_id, number of tokens). A row that reaches the last known
+        token samples; `drafts`, by seq_id, are the last tokens of such rows and are counted."""
         plan = StepPlan(self.num_steps, [], [], [], [], [], masked=masked)
         plan.released, self.released = self.released, []
         self.num_steps += 1
         for seq_id, count in rows:
-            told = self.told[seq_id]
-            if not told.on_worker:
-                told.tables, told.on_worker = [[] for _ in self.groups], True
+            state = self.sequences[seq_id]
+            if not state.on_worker:
+                state.tables, state.on_worker = [[] for _ in self.groups], True
                 start = SequenceStart(
                     seq_id,
                     f"r{seq_id}",
-                    told.index,
-                    list(told.tokens),
-                    told.num_prompt,
+                    state.index,
+                    list(state.tokens),
+                    state.num_prompt,
                     [[] for _ in self.groups],
-                    told.params,
-                    told.seed,
+                    state.params,
+                    state.seed,
                     [EOS],
-                    told.num_prompt + (told.params.max_tokens or 0),
+                    state.num_prompt + (state.params.max_tokens or 0),
                 )
                 plan.starts.append(start)
-            end = told.num_computed + count
+            end = state.num_computed + count
             added = []
-            for free, table, group in zip(self.free, told.tables, self.groups, strict=True):
+            for free, table, group in zip(self.free, state.tables, self.groups, strict=True):
                 new = [free.pop() for _ in range(-(-end // group.block_size) - len(table))]
                 table += new
                 added.append(new)
             plan.seq_ids.append(seq_id)
             plan.num_tokens.append(count)
-            plan.num_computed.append(told.num_computed)
+            plan.num_computed.append(state.num_computed)
             draft = drafts.get(seq_id, []) if drafts else []
-            plan.samples.append(end == len(told.tokens) + len(draft))
+            plan.samples.append(end == len(state.tokens) + len(draft))
             if drafts:
                 plan.draft_token_ids.append(draft)
             plan.new_block_ids.append(added if any(added) else [])
-            told.num_computed = end
+            state.num_computed = end
         return plan
 
     def step(
@@ -122,16 +125,16 @@ class Driver:
     def take(
         self, plan: StepPlan, handle: Handle, masks: dict[int, bytes] | None = None
     ) -> StepResult:
-        """Wait for a step's tokens, look that each row has what it should, and note them."""
+        """Wait for the tokens of a step, check the shape of each row, and record them."""
         result = self.worker.sample(handle, masks)
         assert result.step_id == plan.step_id, (
             f"step {plan.step_id} was answered by step {result.step_id}"
         )
         assert len(result.token_ids) == len(plan.seq_ids), (
-            f"{len(plan.seq_ids)} rows have {len(result.token_ids)} answers"
+            f"{len(plan.seq_ids)} rows have {len(result.token_ids)} results"
         )
         for row, (seq_id, new) in enumerate(zip(plan.seq_ids, result.token_ids, strict=True)):
-            told = self.told[seq_id]
+            state = self.sequences[seq_id]
             draft = plan.draft_token_ids[row] if plan.draft_token_ids else []
             if draft:
                 verified(draft, new)
@@ -139,29 +142,28 @@ class Driver:
                     self.num_drafted + len(draft),
                     self.num_accepted + len(new) - 1,
                 )
-                told.num_computed -= (
-                    len(draft) + 1 - len(new)
-                )  # what was computed for the others is computed again
+                # KV computed for rejected draft tokens is computed again.
+                state.num_computed -= len(draft) + 1 - len(new)
             elif seq_id not in result.failed:
                 assert len(new) == plan.samples[row], (
                     f"a row with samples={plan.samples[row]} has tokens {new}"
                 )
-            told.tokens += new
-            told.results.append((result, row))
+            state.tokens += new
+            state.results.append((result, row))
         return result
 
     def generate(
         self, seq_ids: Sequence[int], num_tokens: int, *, chunk: int = 10**9
     ) -> list[list[int]]:
-        """Run until each has `num_tokens` of output, its tokens not yet computed in rows of at most
-        `chunk`."""
+        """Run until each sequence has `num_tokens` output tokens. Tokens not yet computed are
+        computed in rows of at most `chunk`."""
         while rows := [
             (i, min(chunk, len(t.tokens) - t.num_computed))
             for i in seq_ids
-            if len((t := self.told[i]).output) < num_tokens
+            if len((t := self.sequences[i]).output) < num_tokens
         ]:
             self.step(rows)
-        return [self.told[i].output for i in seq_ids]
+        return [self.sequences[i].output for i in seq_ids]
 
     def generate_with_drafts(
         self,
@@ -169,17 +171,21 @@ class Driver:
         num_tokens: int,
         draft: Callable[[int, list[int], int], list[int]],
     ) -> list[list[int]]:
-        """Run until each has `num_tokens` of output. `draft(seq_id, output so far, most tokens)`
-        guesses what comes."""
-        while behind := [i for i in seq_ids if len(self.told[i].output) < num_tokens]:
-            missing = {i: len(self.told[i].tokens) - self.told[i].num_computed for i in behind}
+        """Run until each sequence has `num_tokens` output tokens. `draft(seq_id, output so far,
+        limit)` proposes draft tokens."""
+        while behind := [i for i in seq_ids if len(self.sequences[i].output) < num_tokens]:
+            missing = {
+                i: len(self.sequences[i].tokens) - self.sequences[i].num_computed for i in behind
+            }
             drafts = {
-                i: draft(i, self.told[i].output, num_tokens - len(self.told[i].output) - 1)
+                i: draft(
+                    i, self.sequences[i].output, num_tokens - len(self.sequences[i].output) - 1
+                )
                 for i in behind
                 if missing[i] == 1
             }
             self.step([(i, missing[i] + len(drafts.get(i, []))) for i in behind], drafts=drafts)
-        return [self.told[i].output for i in seq_ids]
+        return [self.sequences[i].output for i in seq_ids]
 
     def end(self, seq_ids: Sequence[int]) -> None:
         for seq_id in seq_ids:
@@ -187,14 +193,16 @@ class Driver:
 
 
 def verified(draft: list[int], new: list[int]) -> None:
-    """What was sampled follows the draft as far as it is said to, and no further."""
-    assert 1 <= len(new) <= len(draft) + 1, f"a row with {len(draft)} drafts has {len(new)} tokens"
-    if DRAFTED_BY_WORKER in draft:  # nobody was told what it drafted
+    """Check that the sampled tokens follow the draft exactly as far as it was accepted."""
+    assert 1 <= len(new) <= len(draft) + 1, (
+        f"a row with {len(draft)} draft tokens has {len(new)} tokens"
+    )
+    if DRAFTED_BY_WORKER in draft:  # its draft tokens are not known
         return
     accepted = len(new) - 1
     assert new[:accepted] == draft[:accepted], (
-        f"{accepted} of the drafts {draft} were accepted, and {new} sampled"
+        f"{accepted} of the draft tokens {draft} were accepted, but {new} were sampled"
     )
     assert accepted == len(draft) or new[-1] != draft[accepted], (
-        f"{new} were sampled, and of the drafts {draft} only {accepted} accepted"
+        f"{new} were sampled, but only {accepted} of the draft tokens {draft} were accepted"
     )

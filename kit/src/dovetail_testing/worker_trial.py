@@ -1,4 +1,4 @@
-"""How a worker is composed and driven for its contract. The checks are in worker.py."""
+"""Compose and drive a worker for its contract. The checks are in worker.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dovetail_testing.worker_driver import GREEDY, Driver
 
 DRAFTER: Provider[object] = Provider(
     "drafts-for-itself",
-    "leaves every token to the worker",
+    "leaves all draft tokens to the worker",
     lambda context, options: None,
     DraftModelOptions,
     DrafterCapabilities(runs_in="worker"),
@@ -38,14 +38,14 @@ KV_CACHE = {"block_size": BLOCK_SIZE, "memory_gb": 0.25}
 
 @dataclass(frozen=True)
 class Asked:
-    """One sequence to be generated."""
+    """A sequence to generate."""
 
     prompt: tuple[int, ...]
     temperature: float = 0.0
     seed: int = 0
     index: int = 0
     more: dict[str, Any] = field(default_factory=dict)
-    """Further sampling parameters."""
+    """Additional sampling parameters."""
 
     @property
     def params(self) -> SamplingParams:
@@ -53,11 +53,11 @@ class Asked:
 
 
 class WorkerTrial(Contract):
-    """What the checks of `WorkerContract` are made of."""
+    """Helper methods for the checks of `WorkerContract`."""
 
     extension_point = "worker"
     composition: ClassVar[dict[str, Any]] = {}
-    """Further keys of the composition, such as `attention`."""
+    """Additional keys of the engine config, such as `attention`."""
     folder: ClassVar[Path]
     model: ClassVar[TinyModel]
     built: ClassVar[Driver]
@@ -92,8 +92,8 @@ class WorkerTrial(Contract):
         schemes: tuple[Provider[Any], ...] = (),
         **more: Any,
     ) -> tuple[Plan, Registry]:
-        """With `drafts`, the model drafts for itself. `schemes` are offered for quantization;
-        `more` are keys of the composition."""
+        """Resolve an engine config with the worker under test. With `drafts`, the model drafts for
+        itself. `schemes` are offered for quantization; `more` are keys of the engine config."""
         registry, own = load_registry(), self.registry()
         registry.plugins.extend(own.plugins)
         registry.offers.extend(own.offers)
@@ -115,8 +115,8 @@ class WorkerTrial(Contract):
         return resolve(EngineConfig.model_validate(config), registry), registry
 
     def new_worker(self, folder: Path, **how: Any) -> Worker:
-        """Built from a plan that has travelled, as it does to the engine's process; nothing is
-        loaded. `how`: as `composed`."""
+        """Build a worker from a plan that was encoded and decoded, as for the engine process;
+        nothing is loaded. `how` has the arguments of `composed`."""
         plan, registry = self.composed(folder, **how)
         plan = Plan.decode(plan.encode())
         worker: Worker = PlanContext(plan, registry, device_facts(), model_facts(folder)).build(
@@ -145,12 +145,12 @@ class WorkerTrial(Contract):
         return outputs
 
     def alone(self, asked: list[Asked]) -> list[list[int]]:
-        """Each in steps of its own: 12 tokens."""
+        """Return the outputs of sequences that each run alone, with 12 tokens."""
         return [self.together([a])[0] for a in asked]
 
     def same_both_ways(self, generate: Any, how: str, asked: list[Asked]) -> None:
-        """`generate(driver, seq_ids, expected)` gives what each sequence says alone; made small if
-        not."""
+        """Check that `generate(driver, seq_ids, expected)` gives the output that each sequence has
+        alone. A failing input is reduced."""
 
         def attempt(asked: list[Asked]) -> None:
             expected = self.alone(asked)
@@ -163,7 +163,7 @@ class WorkerTrial(Contract):
                 self.driver.end(ids)
             for a, g, e in zip(asked, got, expected, strict=True):
                 assert g == e[: len(g)], (
-                    f"{how}, a prompt of {len(a.prompt)} tokens gives {g}, and alone {e}"
+                    f"{how}, a prompt of {len(a.prompt)} tokens gives {g}, but alone {e}"
                 )
 
         def fewer(asked: list[Asked]) -> list[list[Asked]]:
@@ -183,7 +183,7 @@ class WorkerTrial(Contract):
 
 
 def error_of(call: Callable[[], Any]) -> Any:
-    """What a call raises, or else what it returns."""
+    """Return the exception that a call raises, or what it returns."""
     try:
         return call()
     except Exception as e:
@@ -191,7 +191,7 @@ def error_of(call: Callable[[], Any]) -> Any:
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Ignore progress."""
 
 
 def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
@@ -201,7 +201,7 @@ def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
 
 
 def temperature_for(logits: list[float], probability: float) -> float:
-    """The temperature at which the likeliest token has this probability."""
+    """Return the temperature at which the most likely token has this probability."""
     low, high = 0.01, 100.0
     for _ in range(60):
         middle = math.sqrt(low * high)

@@ -1,5 +1,5 @@
-"""Checks of workers that serve quantized models: a scheme of the kit, its checkpoint, and what may
-be wrong with that."""
+"""Provide the checks of workers that serve quantized models, with a scheme of the kit and its
+checkpoints, intact and damaged."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ from dovetail_testing.worker_trial import (
 
 METHOD, HEAD = "kit-int8", "lm_head"
 LARGE = 1024.0
-"""What the values of `large_values` are multiplied by: far more than a cache of one byte holds
-without a scale."""
+"""Factor on the values in `large_values`: far more than a one-byte cache can represent without a
+scale."""
 FP8_LARGEST = 448
 NEAR = 1.0
-"""How far log-probabilities may be off with keys and values in float8."""
+"""Allowed average difference of log-probabilities with keys and values in float8."""
 
 
 class KitScheme:
-    """`codes i8[out, in]` and `scale f32[out]`; the output projection is left out of its
-    checkpoints."""
+    """A scheme with `codes i8[out, in]` and `scale f32[out]`. Its checkpoints do not quantize the
+    output projection."""
 
     unused: tuple[str, ...] = ()
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
         if layer.stored and layer.name == HEAD:
-            return Declined("the kit leaves it out")
+            return Declined("the kit does not quantize the output projection")
         return {
             "codes": Parameter((OUT, IN), "int8"),
             "scale": Parameter((OUT,), "float32", scale="not negative"),
@@ -101,7 +101,7 @@ def nbytes(outs: int, ins: int) -> int:
 
 SCHEME: Provider[KitScheme] = Provider(
     METHOD,
-    "8 bits, a scale for each output",
+    "8 bits, one scale per output",
     lambda context, options: KitScheme(),
     Options,
     QuantizationCapabilities(
@@ -111,7 +111,7 @@ SCHEME: Provider[KitScheme] = Provider(
 
 
 def rounded(matrix: Matrix) -> tuple[list[list[int]], list[float]]:
-    """Codes, and the scale of each row as float32 holds it."""
+    """Return codes, and the scale of each row as float32."""
     scales = list(array("f", (max(map(abs, row)) / 127 for row in matrix.rows)))
     return [
         [round(x / scale) for x in row] for row, scale in zip(matrix.rows, scales, strict=True)
@@ -119,29 +119,29 @@ def rounded(matrix: Matrix) -> tuple[list[list[int]], list[float]]:
 
 
 def large_values(model: TinyModel) -> TinyModel:
-    """The same model, in which values are large: what comes out of attention is as it was."""
-    made = TinyModel(model.seed)
+    """Return an equivalent model with large values: the output of attention is unchanged."""
+    large = TinyModel(model.seed)
     for i in range(LAYERS):
         for name, factor in (("v", LARGE), ("o", 1 / LARGE)):
             key = f"model.layers.{i}.self_attn.{name}_proj.weight"
-            made.weights[key] = Matrix(
+            large.weights[key] = Matrix(
                 [[x * factor for x in row] for row in model.weights[key].rows]
             )
-    return made
+    return large
 
 
 def write_quantized(
     model: TinyModel, folder: Path, damage: dict[str, float] | None = None
 ) -> TinyModel:
-    """The model's checkpoint in the kit's scheme, and the model that it stands for. `damage`: a
-    scale's name, and what is to stand in its second place."""
+    """Write the model's checkpoint in the kit's scheme; return the model that it represents.
+    `damage` maps the name of a scale to a value to store as its second element."""
     model.write(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": METHOD}})
     )
     tensors: Tensors = {}
-    stands_for = TinyModel(model.seed)
+    represented = TinyModel(model.seed)
     for name, matrix in model.weights.items():
         stem, rows = name.removesuffix(".weight"), matrix.rows
         if not stem.endswith("_proj"):
@@ -152,7 +152,7 @@ def write_quantized(
             )
             continue
         codes, scales = rounded(matrix)
-        stands_for.weights[name] = Matrix(
+        represented.weights[name] = Matrix(
             [[c * s for c in row] for row, s in zip(codes, scales, strict=True)]
         )
         scales[1] = (damage or {}).get(f"{stem}.scale", scales[1])
@@ -162,7 +162,7 @@ def write_quantized(
             array("b", (c for row in codes for c in row)).tobytes(),
         )
         tensors[f"{stem}.scale"] = ("F32", [len(scales)], floats([scales]))
-    for i in range(LAYERS):  # scales that hold keys of up to 16, and values 1024 times as large
+    for i in range(LAYERS):  # scales for keys of up to 16, and values 1024 times as large
         for which, largest in (("k", 16.0), ("v", 16 * LARGE)):
             name = f"model.layers.{i}.self_attn.{which}_scale"
             tensors[name] = (
@@ -171,18 +171,18 @@ def write_quantized(
                 floats([[(damage or {}).get(name, largest / FP8_LARGEST)]]),
             )
     write_tensors(folder, tensors)
-    return stands_for
+    return represented
 
 
 class WeightChecks(WorkerTrial):
-    """Mixed into `WorkerContract`."""
+    """Checks of weights, mixed into `WorkerContract`."""
 
     @common_causes(
-        "parts of a fused layer in another order",
-        "a scheme asked for a layer that the checkpoint leaves out",
+        "parts of a fused layer are in a different order",
+        "a scheme is used for a layer that the checkpoint does not quantize",
     )
     def test_a_quantized_checkpoint(self) -> None:
-        """A checkpoint of a scheme gives the tokens of the weights that it stands for."""
+        """A quantized checkpoint gives the tokens of the weights that it represents."""
         folder = self.folder / "quantized"
         reference = write_quantized(self.model, folder)
         self.or_refused(folder)
@@ -198,16 +198,17 @@ class WeightChecks(WorkerTrial):
             if best - second <= 1e-3:
                 return
             assert logits[output[i]] == best, (
-                f"token {i} is {output[i]}, and the reference says {logits.index(best)}"
+                f"token {i} is {output[i]}, but the reference has {logits.index(best)}"
             )
 
     @pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
     @common_causes(
-        "`Parameter.check` not called for what is read", "called for weights, and not for the cache"
+        "`Parameter.check` is not called for tensors that are read",
+        "it is called for weights, but not for scales of the cache",
     )
     def test_damaged_scales_are_named(self, wrong: float) -> None:
-        """A scale that `Parameter.check` refuses is a `CheckpointError` from `load` that names the
-        tensor: of weights, and of keys and values where the cache has one byte."""
+        """If `Parameter.check` rejects a scale, `load` raises a `CheckpointError` that names the
+        tensor: for weights, and for keys and values if the cache has a one-byte dtype."""
         of_weights, of_values = (
             "model.layers.1.mlp.up_proj.scale",
             "model.layers.0.self_attn.v_scale",
@@ -223,17 +224,17 @@ class WeightChecks(WorkerTrial):
             error = error_of(lambda worker=worker: worker.load(no_progress))  # type: ignore[misc]
             worker.close()
             assert isinstance(error, CheckpointError), (
-                f"{name} holds {wrong}, and load says {error!r}"
+                f"{name} has the value {wrong}, but load returned {error!r}"
             )
             assert name in error.message, f"the error does not name {name}: {error.message}"
 
     @common_causes(
-        "the keys' scale given to the values",
-        "scales read after the layers were copied",
-        "scales not read",
+        "the scale of the keys is used for the values",
+        "scales are read after the layers were copied",
+        "scales are not read",
     )
     def test_scales_of_the_kv_cache(self) -> None:
-        """In a cache of float8, keys and values have the scales of the checkpoint, each its own."""
+        """In a float8 cache, keys and values use the scales of the checkpoint, each its own."""
         folder = self.folder / "large-values"
         reference = write_quantized(large_values(self.model), folder)
         more = {"kv_cache": {**KV_CACHE, "dtype": "fp8"}}
@@ -244,33 +245,33 @@ class WeightChecks(WorkerTrial):
                 list(self.some(17).prompt), replace_params(GREEDY, prompt_logprobs=1)
             )
             driver.generate([seq_id], 1, chunk=5)
-            told = driver.told[seq_id]
+            state = driver.sequences[seq_id]
             given = [
                 e
-                for result, row in told.results
+                for result, row in state.results
                 if result.prompt_logprobs
                 for e in result.prompt_logprobs[row]
             ]
         finally:
             driver.worker.close()
         assert given, "the prompt has no log-probabilities"
-        pairs = zip(reference.logits(told.tokens), told.tokens[1:], strict=False)
+        pairs = zip(reference.logits(state.tokens), state.tokens[1:], strict=False)
         expected = [math.log(softmax(logits)[token]) for logits, token in pairs]
         mean = sum(
             abs(entry.logprobs[0] - want) for entry, want in zip(given, expected, strict=False)
         ) / len(given)
         assert mean <= NEAR, (
-            f"log-probabilities are off by {mean:.3f} on average, {NEAR} is allowed with float8"
+            f"log-probabilities are off by {mean:.3f} on average; {NEAR} is allowed with float8"
         )
 
     @common_causes(
-        "layers in the order of the checkpoint",
-        "bytes of the plain weight",
-        "fused layers told twice",
+        "layers are in the order of the checkpoint",
+        "bytes are those of the plain weight",
+        "fused layers are listed twice",
     )
     def test_weights_are_described(self) -> None:
-        """`weights` says of each linear layer which scheme keeps it and in how many bytes: before
-        `load` what it says after."""
+        """`weights` returns for each linear layer its scheme and its bytes, with the same result
+        before and after `load`."""
         can = self.provider.capabilities
         if not isinstance(can, WorkerCapabilities) or not can.describes_weights:
             pytest.skip("describes_weights is not declared")
@@ -283,7 +284,7 @@ class WeightChecks(WorkerTrial):
             worker.load(no_progress)
             after = worker.weights()
             worker.close()
-            assert before == after, f"before load it says {before}, and after it {after}"
+            assert before == after, f"weights is {before} before load, but {after} afterwards"
             self.check_described(before)
 
     def check_described(self, layers: list[LayerWeights]) -> None:
@@ -293,8 +294,10 @@ class WeightChecks(WorkerTrial):
             if n.endswith("_proj.weight") or n == f"{HEAD}.weight"
         }
         elements = sum(len(m.rows) * len(m.rows[0]) for m in sizes.values())
-        told = sum(layer.in_features * layer.out_features for layer in layers)
-        assert told == elements, f"the layers have {told} weights in all, and the model {elements}"
+        total = sum(layer.in_features * layer.out_features for layer in layers)
+        assert total == elements, (
+            f"the layers have {total} weights in total, but the model has {elements}"
+        )
         names = [layer.name for layer in layers]
         ordered = sorted(names, key=lambda n: (n == HEAD, n.split(".")[2:3]))
         assert names == ordered, f"the layers are not in the model's order: {names}"
@@ -305,16 +308,17 @@ class WeightChecks(WorkerTrial):
                 plain if layer.name == HEAD else nbytes(layer.out_features, layer.in_features)
             )
             assert layer.scheme == scheme, (
-                f"{layer.name} is kept by {layer.scheme}, and the plan says {scheme}"
+                f"the scheme of {layer.name} is {layer.scheme}, but in the plan it is {scheme}"
             )
             assert layer.nbytes == expected, (
-                f"{layer.name}: {layer.nbytes} bytes, and the scheme says {expected}"
+                f"{layer.name} has {layer.nbytes} bytes, but {expected} in the scheme"
             )
 
     def or_refused(self, folder: Path, **more: Any) -> None:
-        """End the check if the plan is refused, with a reason, because nobody here serves it."""
+        """Skip the check if the plan is rejected with a reason, because this model cannot be
+        served."""
         error = error_of(lambda: self.composed(folder, schemes=(SCHEME,), **more))
         if isinstance(error, DovetailError):
-            pytest.skip(f"not served here, and refused: {error.message.splitlines()[0]}")
+            pytest.skip(f"not supported, and rejected: {error.message.splitlines()[0]}")
         if isinstance(error, Exception):
             raise error

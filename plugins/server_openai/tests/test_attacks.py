@@ -263,7 +263,7 @@ def test_a_template_that_links_out_of_the_folder_is_not_read(
     (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
     served = start_any(model=str(model), wait=False)
     assert served.process.wait(30) == 2
-    assert "leads out of the model's folder" in served.output()
+    assert "outside the model's folder" in served.output()
 
 
 def test_files_of_the_working_directory_do_not_run(start: Any, tmp_path: Path) -> None:

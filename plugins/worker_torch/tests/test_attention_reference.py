@@ -94,7 +94,7 @@ def test_the_contract_notices(mistake, check):
     contract = TestReference()
     contract.backend = mistake("cpu")
     with pytest.raises(
-        Broken, match=r"smallest failing input: .*\n  common causes: .*\n  to repeat"
+        Broken, match=r"smallest failing input: .*\n  common causes: .*\n  to reproduce"
     ):
         check(contract)
 

@@ -16,8 +16,8 @@ _ABSENT = object()
 
 
 class Attestation:
-    """Whether each provider has been invoked, by plan key. A provider that cannot be observed is
-    missing."""
+    """Invocation state of the providers: whether each has been invoked, by plan key. A provider
+    that cannot be observed is missing."""
 
     def __init__(self) -> None:
         self.invoked: dict[str, bool] = {}

@@ -39,19 +39,23 @@ def check_draft(name: str, draft: ModelFacts, target: ModelFacts, max_model_len:
 def _difference(draft: Path, target: Path) -> str:
     """Describe how the tokens of two model folders differ; return an empty string if each id means
     the same. If neither model has a tokenizer, only the size of the vocabulary counts."""
-    ours, theirs = (_vocabulary(folder) for folder in (target, draft))
-    if ours is None and theirs is None:
+    target_ids, draft_ids = (_vocabulary(folder) for folder in (target, draft))
+    if target_ids is None and draft_ids is None:
         return ""
-    if ours is None or theirs is None:
+    if target_ids is None or draft_ids is None:
         return (
-            f"{'it' if theirs is None else 'the model'} has no tokenizer.json, so the tokenizers"
+            f"{'it' if draft_ids is None else 'the model'} has no tokenizer.json, so the tokenizers"
             " cannot be compared"
         )
-    different = [t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t)]
+    different = [
+        t for t in target_ids.keys() | draft_ids.keys() if target_ids.get(t) != draft_ids.get(t)
+    ]
     if not different:
         return ""
-    different.sort(key=lambda t: (ours.get(t, -1), t))
-    shown = [f"{t!r} is {_id(theirs, t)} instead of {_id(ours, t)}" for t in different[:SHOWN]]
+    different.sort(key=lambda t: (target_ids.get(t, -1), t))
+    shown = [
+        f"{t!r} is {_id(draft_ids, t)} instead of {_id(target_ids, t)}" for t in different[:SHOWN]
+    ]
     return (
         f"its tokenizer differs: {len(different)} tokens differ"
         f" ({'; '.join(shown)}{'; …' * (len(different) > SHOWN)})"

@@ -85,11 +85,11 @@ class StepCosts:
     """Duration of a step in seconds."""
 
     plain: Curve
-    """By number of sequences, each of which computes its next token."""
+    """Seconds by number of sequences, each of which computes its next token."""
     drafted: Mapping[int, Curve] = field(default_factory=dict)
-    """By number of sequences: by number of draft tokens. This is more than the cost of the tokens:
-    such a step is not overlapped, assembling and splitting its rows is slower, and it includes a
-    drafter that runs in the worker. If empty, `plain` is used, by number of tokens."""
+    """Seconds by number of sequences and number of draft tokens. This is more than the cost of the
+    tokens: such a step is not overlapped, assembling and splitting its rows is slower, and it
+    includes a drafter that runs in the worker. If empty, `plain` is used, by number of tokens."""
 
     def without(self, num_seqs: int) -> float:
         return self.plain(num_seqs)

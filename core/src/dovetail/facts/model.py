@@ -12,7 +12,7 @@ from dovetail.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What the layers of one kind require of attention."""
+    """Requirements of one kind of layer on attention."""
 
     kind: str
     window: int | None
@@ -20,7 +20,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the selection of providers needs from a model's config.json."""
+    """The facts from a model's config.json that the selection of providers needs."""
 
     folder: Path
     architecture: str

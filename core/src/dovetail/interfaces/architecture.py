@@ -25,7 +25,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class ArchitectureCapabilities:
-    """What a provider's models require and support, as data."""
+    """Capabilities of an architecture provider, as data."""
 
     architectures: tuple[str, ...] | None
     """Names as in `architectures` of a config.json. None means any."""
@@ -58,7 +58,7 @@ class Target(NamedTuple):
     """Called with the tensor as stored in the file: a view of the mapped file, valid for this call
     only. Raises `CheckpointError` for impossible values; the caller adds the location."""
     asked_by: str = "the model's config"
-    """What says that the tensor exists in this shape, for error messages."""
+    """Source of the claim that the tensor exists in this shape, for error messages."""
 
     @staticmethod
     def into(tensor: Array, shape: tuple[int, ...] | None = None) -> Target:
@@ -130,7 +130,7 @@ class WeightFiles(Protocol):
 
 @dataclass(frozen=True)
 class ModelBuild:
-    """What a model is built from."""
+    """Inputs of `Architecture.model`."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -189,8 +189,8 @@ class Model(Protocol):
 
 
 class Architecture(Protocol):
-    """What an architecture provider builds: it constructs models of the architectures that it
-    declares."""
+    """The object that an architecture provider builds. It constructs models of the architectures
+    that it declares."""
 
     def model(self, build: ModelBuild) -> Model:
         """Build the model of a checkpoint. Raises `CheckpointError`, naming the file and the key

@@ -15,7 +15,8 @@ Array = Any
 
 @dataclass(frozen=True)
 class AttentionCapabilities:
-    """What a provider supports, as data. The core rejects what is not declared, with the reason."""
+    """Capabilities of an attention provider, as data. The core rejects what is not declared, with
+    the reason."""
 
     framework: str = "torch"
     """Framework of the arrays: q, k, v, `out`, those of the batch and exported KV. The provider may
@@ -129,8 +130,8 @@ class AttentionBatch:
 
 
 class AttentionBackend(Protocol):
-    """What an attention provider builds; one object per engine. It owns the workspace, not the
-    cache."""
+    """The object that an attention provider builds; one object per engine. It owns the workspace,
+    not the cache."""
 
     def allocate_cache(self, spec: KVCacheSpec) -> Any:
         """Return the cache of one layer, in the provider's own layout. Called once per layer, when

@@ -17,6 +17,8 @@ from dovetail.sequence import Sequence
 
 @dataclass(frozen=True)
 class DrafterCapabilities:
+    """Capabilities of a drafter, as data."""
+
     runs_in: Literal["engine", "worker"] = "engine"
     """engine: the loop asks for draft tokens between two steps. worker: the loop asks how many
     draft tokens to use, and the worker proposes them in the step that verifies them, with the model

@@ -25,7 +25,7 @@ Inputs = Literal["int8", "float8_e4m3fn"]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight `[out, in]` is stored in its tensors:
+    """The canonical form of a weight `[out, in]`, with these tensors:
 
     - "codes": "int8" and "float8_e4m3fn" are `[out, in]`; "uint4" is `u8[out, ceil(in / 2)]` with
       the first of two codes in the low half
@@ -73,7 +73,7 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class MatmulCapabilities:
-    """What a provider supports, as data. The core rejects what is not declared."""
+    """Capabilities of a matmul provider, as data. The core rejects what is not declared."""
 
     codes: tuple[Codes, ...] = ()
     inputs: tuple[Inputs, ...] = ()
@@ -91,7 +91,7 @@ class MatmulCapabilities:
 
 
 class Matmul(Protocol):
-    """What a matmul provider builds; one object per engine."""
+    """The object that a matmul provider builds; one object per engine."""
 
     def linear(
         self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Array]

@@ -36,7 +36,8 @@ or values are divided by it."""
 
 @dataclass(frozen=True)
 class QuantizationCapabilities:
-    """What a scheme supports, as data. The core rejects what is not declared, with the reason."""
+    """Capabilities of a quantization scheme, as data. The core rejects what is not declared, with
+    the reason."""
 
     methods: tuple[str, ...] = ()
     """Checkpoints that it reads, by `quant_method` of their quantization_config. `PLAIN` is a
@@ -277,7 +278,7 @@ class Declined:
 
 
 class Scheme(Protocol):
-    """What a quantization provider builds; one object per engine and rule.
+    """The object that a quantization provider builds; one object per engine and rule.
     `context.model.quantization_config` is the quantization config of the checkpoint."""
 
     unused: tuple[str, ...]

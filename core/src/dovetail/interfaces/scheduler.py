@@ -12,7 +12,7 @@ from dovetail.types import StepPlan
 
 @dataclass(frozen=True)
 class SchedulerCapabilities:
-    """What a scheduler guarantees beyond the contract, as data."""
+    """Guarantees of a scheduler beyond the contract, as data."""
 
     order: Literal["arrival", "priority"] | None = None
     """Order in which requests that wait together start: by arrival, or by `priority` (lower first)

@@ -112,7 +112,7 @@ class EngineClient(Protocol):
 
 
 class Server(Protocol):
-    """What a server provider builds."""
+    """The object that a server provider builds."""
 
     def run(
         self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]

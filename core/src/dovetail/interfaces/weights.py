@@ -24,7 +24,7 @@ class LayerWeights(msgspec.Struct, frozen=True):
     """Storage format in words ("uint4 in groups of 128, zeros"), or the dtype of an unquantized
     weight."""
     gemm_backend: str
-    """What multiplies by the weight: "matmul: NAME"; "quantization: NAME" if the scheme has its own
+    """Provider of the GEMM: "matmul: NAME"; "quantization: NAME" if the scheme has its own
     GEMM; "worker: KIND" for an unquantized layer."""
     nbytes: int
     """Bytes of the weights in memory, without the bias."""

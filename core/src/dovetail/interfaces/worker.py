@@ -24,8 +24,8 @@ Handle = Any
 
 @dataclass(frozen=True)
 class WorkerCapabilities:
-    """What a worker can do beyond running steps, as data. A provider that declares none of these
-    can do none of them."""
+    """Capabilities of a worker beyond running steps, as data. A provider that declares none of
+    these can do none of them."""
 
     shadow: bool = False
     """The worker runs the plan's shadow candidates beside the selected providers: it is a

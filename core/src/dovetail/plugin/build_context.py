@@ -13,7 +13,7 @@ from dovetail.types import KVGroup
 
 
 class BuildContext(Protocol):
-    """What a provider may use while it is built. Read-only."""
+    """The read-only context in which a provider is built."""
 
     @property
     def plan(self) -> Plan: ...

@@ -30,7 +30,7 @@ class Previous:
 
     version: str
     changed: str
-    """What the current version requires and this one did not."""
+    """Requirements of the current version that this one did not have."""
     until: str
     """The version of the contract that no longer serves this one."""
     adapt: Callable[[Any], Any]

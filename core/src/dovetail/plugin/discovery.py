@@ -33,7 +33,7 @@ class PluginInfo:
     contracts: Mapping[str, WrittenFor] = field(default_factory=dict)
     """Contract versions that the plugin was written for, by extension point."""
     error: str = ""
-    """What is wrong with its metadata; empty if nothing is."""
+    """Error in its metadata, or an empty string."""
 
     def written_for(self, extension_point: str) -> WrittenFor | None:
         """Return the versions that the plugin was written for. None means that the metadata does
@@ -56,7 +56,7 @@ class Offer:
 
 @dataclass
 class Registry:
-    """What all installed plugins offer. Each engine has its own registry: nothing is
+    """The offers of all installed plugins. Each engine has its own registry: nothing is
     process-wide."""
 
     plugins: list[PluginInfo]

@@ -205,7 +205,7 @@ def why_not_gpu(
 
 @dataclass(frozen=True)
 class Context:
-    """What a provider's functions receive: facts, which are gathered once, and the requirements of
+    """The input of a provider's functions: facts, which are gathered once, and the requirements of
     the engine config."""
 
     device: DeviceFacts
@@ -244,7 +244,7 @@ def no_needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Provider(Generic[T]):
-    """What a plugin offers for an extension point: its name, its capabilities, why it may not be
+    """An offer of a plugin for an extension point: its name, its capabilities, why it may not be
     usable here, and how to build it."""
 
     name: str

@@ -81,7 +81,7 @@ class StepOutputs(msgspec.Struct, tag=True):
 
 
 class Invoked(msgspec.Struct, tag=True):
-    """Whether each provider has been invoked, by plan key; sent when it changes."""
+    """Invocation state of each provider, by plan key; sent when it changes."""
 
     invoked: dict[str, bool]
 

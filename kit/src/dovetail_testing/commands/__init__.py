@@ -32,7 +32,7 @@ def _add_conform_arguments(parser: ArgumentParser) -> None:
         help="runs, each with other random inputs (default 1)",
     )
     parser.add_argument(
-        "-k", dest="keyword", metavar="EXPR", help="only checks whose names match, as in pytest"
+        "-k", dest="keyword", metavar="EXPR", help="run only checks whose names match, as in pytest"
     )
 
 

@@ -1,5 +1,5 @@
-"""`dovetail conform`: the contract of a provider's extension point, run on this machine, without a
-test file."""
+"""Implement `dovetail conform`: test a provider against the contract of its extension point on this
+machine, without a test file."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def conform(
     num_seeds: int,
     keyword: str | None,
 ) -> int:
-    """Run and report; exit status 1 if a check failed, or a provider cannot be used on this
-    machine."""
+    """Run the checks and report. The exit status is 1 if a check failed, or a provider cannot be
+    used on this machine."""
     registry = load_registry()
     offers = _offers(name, registry)
     if options and len(offers) > 1:
         named = ", ".join(o.qualified_name for o in offers)
-        raise ConfigError(f"--option is for one provider, and {name!r} names {named}: say which")
+        raise ConfigError(
+            f"--option needs a single provider, but {name!r} names {named}: use one of these"
+        )
     console = wide_console()
     passed, reports = True, []
     for offer in _with_contract(registry, offers):
@@ -64,7 +66,7 @@ def conform(
                     run_contracts(
                         classes,
                         keyword=keyword or "",
-                        tell=lambda r: status.update(f"{r.contract}: {r.check}"),
+                        on_result=lambda r: status.update(f"{r.contract}: {r.check}"),
                     )
                     if classes
                     else []
@@ -78,7 +80,7 @@ def conform(
 
 
 def _offers(name: str, registry: Registry) -> list[Offer]:
-    """Of a provider's name, plain or qualified, or of a plugin or distribution. Raises
+    """Return the offers of a provider (by plain or qualified name), plugin or distribution. Raises
     `ConfigError`."""
     found = [
         o
@@ -95,33 +97,33 @@ def _offers(name: str, registry: Registry) -> list[Offer]:
         dists = ", ".join(sorted({p.distribution for p in registry.plugins}))
         why = f" Broken plugins: {broken}." if broken else ""
         raise ConfigError(
-            f"conform: {name!r} is no provider ({names}) and no distribution ({dists}).{why}"
+            f"conform: {name!r} is neither a provider ({names}) nor a distribution ({dists}).{why}"
         )
     return found
 
 
 def _with_contract(registry: Registry, offers: list[Offer]) -> list[Offer]:
-    """Those whose extension points have a contract class; the others are named on stderr. Raises
-    `ConfigError` if there are none."""
+    """Return the offers whose extension points have a contract class; the others are named on
+    stderr. Raises `ConfigError` if there are none."""
     without = [
         o for o in offers if contract_of(registry.extension_points[o.extension_point]) is None
     ]
-    said = "; ".join(
+    unchecked = "; ".join(
         f"{o.qualified_name}: the extension point {o.extension_point} has no contract class"
         for o in without
     )
     if len(without) == len(offers):
-        raise ConfigError(f"conform: nothing can be checked: {said}")
-    if said:
-        print(f"dovetail: not checked: {said}", file=sys.stderr)
+        raise ConfigError(f"conform: nothing can be checked: {unchecked}")
+    if unchecked:
+        print(f"dovetail: not checked: {unchecked}", file=sys.stderr)
     return [o for o in offers if o not in without]
 
 
 def _classes(
     registry: Registry, offer: Offer, device: str, options: dict[str, Any], num_seeds: int
 ) -> dict[str, type[Contract]]:
-    """By label: the extension point's contract, as a plugin's own test would subclass it; one for
-    each seed."""
+    """Return subclasses of the extension point's contract, as in a plugin's own test, by label; one
+    per seed."""
     contract = contract_of(registry.extension_points[offer.extension_point])
     assert contract is not None
     settings = {
@@ -145,8 +147,8 @@ def _classes(
 
 
 def _inner(registry: Registry, offer: Offer) -> dict[str, Provider[Any]]:
-    """For the extension points that the provider's plugin opens within this one: who would fill
-    them."""
+    """Return the best provider for each extension point that the provider's plugin adds within this
+    one."""
     inner = {}
     for extension_point in registry.extension_points.values():
         if (
@@ -171,27 +173,27 @@ def _parsed(offer: Offer, options: list[str]) -> dict[str, Any]:
         if not equals or key not in offer.provider.options.model_fields:
             known = ", ".join(offer.provider.options.model_fields) or "none"
             raise ConfigError(
-                f"--option {option}: KEY=VALUE is wanted; the options of {offer.qualified_name}"
-                f" are: {known}"
+                f"--option {option}: expected KEY=VALUE; the options of {offer.qualified_name} are:"
+                f" {known}"
             )
         values[key] = yaml.safe_load(text)
     return values
 
 
 def _why_not(registry: Registry, offer: Offer, device: str) -> list[str]:
-    """Why the provider cannot be used on this machine, for a model that asks for nothing
-    unusual."""
+    """Return why the provider cannot be used on this machine, for a model without special
+    requirements."""
     from dovetail.facts import device_facts
     from dovetail.plugin.provider import Context
 
     if device not in device_facts().devices:
         return [
-            f"device {device} is not here; this machine has {', '.join(device_facts().devices)}"
+            f"device {device} does not exist; this machine has {', '.join(device_facts().devices)}"
         ]
     declared = getattr(offer.provider.capabilities, "devices", None)
     if declared is not None and device.partition(":")[0] not in declared:
         return [
-            f"it is for {', '.join(declared)}, and the device is {device}: name another with"
+            f"it supports {', '.join(declared)}, but the device is {device}: select another with"
             " --device"
         ]
     try:
@@ -208,12 +210,12 @@ def _why_not(registry: Registry, offer: Offer, device: str) -> list[str]:
 
 
 def _needs(registry: Registry) -> dict[str, Any]:
-    """What a worker is asked for that a plan would have chosen before it: the best model code that
-    is installed, and weights as they are."""
-    made = max(registry.of("architecture"), key=lambda o: o.provider.priority, default=None)
+    """Return the requirements on a worker from providers that a plan would have selected before it:
+    the best installed model code, and unquantized weights."""
+    best = max(registry.of("architecture"), key=lambda o: o.provider.priority, default=None)
     weights = [o.provider.capabilities for o in registry.of("quantization")]
     return {
-        "architecture": made.provider.capabilities if made else None,
+        "architecture": best.provider.capabilities if best else None,
         "quantization": [
             can
             for can in weights
@@ -230,7 +232,7 @@ def _head(offer: Offer, device: str) -> Text:
 
 
 def _written_for(offer: Offer) -> str:
-    return str(offer.plugin.written_for(offer.extension_point) or "not said")
+    return str(offer.plugin.written_for(offer.extension_point) or "not stated")
 
 
 def _print(console: Console, results: list[CheckResult], reasons: list[str]) -> None:
@@ -258,10 +260,10 @@ def _print(console: Console, results: list[CheckResult], reasons: list[str]) -> 
             console.print(Text(_words(check), STYLES["failed"]))
             rows = (
                 ("found", r.reason),
-                ("the contract asks", r.asks),
+                ("the contract requires", r.asks),
                 ("smallest failing input", r.input),
                 ("common causes", r.causes),
-                ("to repeat", f"DOVETAIL_TEST_SEED={r.seed}" if r.seed else ""),
+                ("to reproduce", f"DOVETAIL_TEST_SEED={r.seed}" if r.seed else ""),
             )
             detail = Table.grid(padding=(0, 2))
             for what, text in rows:

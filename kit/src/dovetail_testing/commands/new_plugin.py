@@ -1,4 +1,4 @@
-"""`dovetail new-plugin`: a package for an extension point, and what to do next."""
+"""Implement `dovetail new-plugin`: create a package for an extension point."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dovetail_testing.scaffold import new_plugin, used_by
 
 
 def write(extension_point: str, name: str, out: str | None) -> int:
-    """Write the package, say what is in it and print the next three commands."""
+    """Write the package, list its files and print the next three commands."""
     folder = new_plugin(load_registry(), extension_point, name, None if out is None else Path(out))
     dashed = name.replace("_", "-")
-    print(f"{folder}: a package that offers {dashed!r} for the extension point {extension_point}")
+    print(f"{folder}: a package with provider {dashed!r} for extension point {extension_point}")
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         print(f"  {path.relative_to(folder)}")
     print("\nNext:")

@@ -1,10 +1,10 @@
-"""`dovetail new-plugin`: a package for an extension point, which installs and keeps its contract as
-it stands.
+"""Create a package for an extension point that can be installed and passes its conformance test
+unchanged.
 
-A template is a folder of files as they will be, in which `my_plugin`, `my-plugin` and `MyPlugin`
-stand for the new name. The core's own are beside this file, one for each extension point; a plugin
-that adds an extension point names its own in `ExtensionPoint.scaffold`. What is the same for all,
-pyproject.toml and README.md, is in `common/`.
+A template is a folder of files in which `my_plugin`, `my-plugin` and `MyPlugin` stand for the new
+name. The core's own templates are beside this file, one per extension point; a plugin that adds an
+extension point names its own in `ExtensionPoint.scaffold`. `common/` has what is the same for all:
+pyproject.toml and README.md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ HERE = Path(__file__).parent
 
 
 def new_plugin(registry: Registry, point_name: str, name: str, out: Path | None = None) -> Path:
-    """Write the package into `out` (by default a folder of its name, here), which must not exist.
-    Returns the folder.
+    """Write the package into `out` (by default a folder with its name in the working directory),
+    which must not exist. Returns the folder.
 
     Raises `ConfigError`; then nothing has been written.
     """
@@ -38,24 +38,23 @@ def new_plugin(registry: Registry, point_name: str, name: str, out: Path | None 
     module = _checked(registry, extension_point, name)
     target = Path(module) if out is None else out
     if target.exists():
-        raise ConfigError(f"new-plugin: {target} is already there; choose another name, or --out")
+        raise ConfigError(f"new-plugin: {target} already exists; choose another name, or --out")
     words = _words(registry, extension_point, module)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{module}-") as folder:
-            made = Path(folder) / module
+            package = Path(folder) / module
             for source in (HERE / "common", template_of(extension_point)):
-                _copy(source, made, words)
-            made.chmod(0o755)
-            os.rename(made, target)  # all of it, or nothing
+                _copy(source, package, words)
+            package.chmod(0o755)
+            os.rename(package, target)  # atomic
     except OSError as e:
         raise ConfigError(f"new-plugin: cannot write {target}: {e.strerror}") from None
     return target
 
 
 def template_of(extension_point: ExtensionPoint) -> Path:
-    """The folder that an extension point's packages are made from. Raises `ConfigError` if it has
-    none."""
+    """Return the template folder of an extension point. Raises `ConfigError` if it has none."""
     if not extension_point.scaffold:
         folder = HERE / extension_point.name
     else:
@@ -66,8 +65,8 @@ def template_of(extension_point: ExtensionPoint) -> Path:
         )
     if not folder.is_dir():
         raise ConfigError(
-            f"new-plugin: the extension point {extension_point.name} comes without a template"
-            f" ({folder} is no folder)"
+            f"new-plugin: the extension point {extension_point.name} has no template ({folder} is"
+            " not a folder)"
         )
     return folder
 
@@ -75,33 +74,33 @@ def template_of(extension_point: ExtensionPoint) -> Path:
 def _extension_point(registry: Registry, name: str) -> ExtensionPoint:
     if name not in registry.extension_points:
         raise ConfigError(
-            f"new-plugin: {name!r} is no extension point; there are"
+            f"new-plugin: {name!r} is not an extension point; the extension points are"
             f" {', '.join(registry.extension_points)}"
         )
     return registry.extension_points[name]
 
 
 def _checked(registry: Registry, extension_point: ExtensionPoint, name: str) -> str:
-    """The name as a module's. Raises `ConfigError` if it cannot be one, or is somebody's."""
+    """Return the name as a module name. Raises `ConfigError` if it is invalid or in use."""
     module = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", module) or keyword.iskeyword(module):
         raise ConfigError(
-            f"new-plugin: {name!r} is no name for a package: lower-case words, as in my_backend or"
-            " my-backend"
+            f"new-plugin: {name!r} is not a valid package name: use lower-case words, as in"
+            " my_backend or my-backend"
         )
     dashed = module.replace("_", "-")
-    taken = [
+    installed = [
         d
         for d in importlib.metadata.distributions()
         if re.sub(r"[-_.]+", "-", d.name or "").lower() == dashed
     ]
-    if taken:
+    if installed:
         raise ConfigError(
-            f"new-plugin: {taken[0].name} {taken[0].version} is installed already: choose another"
-            " name"
+            f"new-plugin: {installed[0].name} {installed[0].version} is already installed: choose"
+            " another name"
         )
     if module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None:
-        raise ConfigError(f"new-plugin: there is a module {module} already: choose another name")
+        raise ConfigError(f"new-plugin: a module {module} already exists: choose another name")
     owners = [
         o.qualified_name for o in registry.of(extension_point.name) if o.provider.name == dashed
     ]
@@ -109,14 +108,14 @@ def _checked(registry: Registry, extension_point: ExtensionPoint, name: str) -> 
         why = (
             f"a provider of {extension_point.name} ({', '.join(owners)})"
             if owners
-            else "a word of configurations"
+            else "a keyword of engine configs"
         )
         raise ConfigError(f"new-plugin: {dashed!r} is {why}: choose another name")
     return module
 
 
 def _words(registry: Registry, extension_point: ExtensionPoint, module: str) -> dict[str, str]:
-    """What stands in the templates, and what it becomes. Longer words come first."""
+    """Return the placeholders of the templates and their replacements; longer ones come first."""
     template = template_of(extension_point)
     owner = registry.added_by.get(extension_point.name)
     files = sorted(p for p in (template / "src/my_plugin").glob("*.py") if p.name != "__init__.py")
@@ -128,7 +127,7 @@ def _words(registry: Registry, extension_point: ExtensionPoint, module: str) -> 
     ]
     dashed = module.replace("_", "-")
     return {
-        "THE_SOCKET": extension_point.name,
+        "THE_EXTENSION_POINT": extension_point.name,
         "THE_SUMMARY": extension_point.summary,
         "THE_VERSION": as_metadata(extension_point.contract),
         "THE_DEPENDENCIES": '", "'.join(needs),
@@ -142,12 +141,12 @@ def _words(registry: Registry, extension_point: ExtensionPoint, module: str) -> 
 
 
 def used_by(package: Path) -> str:
-    """The command that uses a package: the first line of its engine.yaml, a comment."""
+    """Return the command that uses a package: the comment in the first line of its engine.yaml."""
     return (package / "engine.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 def interface_of(registry: Registry, extension_point: ExtensionPoint) -> str:
-    """The module to read before writing a provider."""
+    """Return the module to read before writing a provider."""
     owner = registry.added_by.get(extension_point.name)
     if extension_point.interface is not None:
         return extension_point.interface.__module__
@@ -155,7 +154,7 @@ def interface_of(registry: Registry, extension_point: ExtensionPoint) -> str:
 
 
 def _libraries(template: Path) -> set[str]:
-    """What the template's code imports that neither Python nor Dovetail has."""
+    """Return the packages that the template's code imports besides Python's and Dovetail's."""
     found = set()
     for path in (template / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -170,12 +169,12 @@ def _libraries(template: Path) -> set[str]:
 
 
 def _first_sentence(path: Path) -> str:
-    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return re.split(r"[.:;](?:\s|$)", " ".join(said.split()))[0]
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"[.:;](?:\s|$)", " ".join(docstring.split()))[0]
 
 
 def _copy(source: Path, target: Path, words: dict[str, str]) -> None:
-    """A folder's files, with names and texts changed; what is no text is copied as it is."""
+    """Copy a folder's files with names and texts replaced; binary files are copied unchanged."""
 
     def renamed(text: str) -> str:
         for word, replacement in words.items():

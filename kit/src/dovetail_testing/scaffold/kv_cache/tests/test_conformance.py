@@ -1,5 +1,5 @@
-"""All the test that a KV-cache manager needs: the contract, as state machines against a simple
-model of it."""
+"""Run the conformance test of a KV-cache manager: state machines that compare it with a simple
+model."""
 
 from dovetail_testing.kv_cache import KVCacheContract
 from my_plugin import PROVIDER

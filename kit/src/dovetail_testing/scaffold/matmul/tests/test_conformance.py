@@ -1,5 +1,5 @@
-"""All the test that products need: every format declared, any number of rows, rounded inputs, and
-memory."""
+"""Run the conformance test of GEMM: every declared format, any number of rows, quantized inputs,
+and memory."""
 
 from dovetail_testing.matmul import MatmulContract
 from my_plugin import PROVIDER

@@ -1,4 +1,4 @@
-"""All the test that a model's files need: config, weights, tokenizer and licence."""
+"""Run the conformance test of a model's files: config, weights, tokenizer and licence."""
 
 from dovetail_testing.model import ModelContract
 from my_plugin import PROVIDER

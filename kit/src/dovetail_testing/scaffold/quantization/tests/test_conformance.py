@@ -1,5 +1,5 @@
-"""All the test that a scheme needs: products, fused and sharded layers, memory, and what must be
-refused."""
+"""Run the conformance test of a scheme: products, fused and sharded layers, memory, and what must
+be rejected."""
 
 from dovetail_testing.quantization import QuantizationContract
 from my_plugin import PROVIDER
@@ -7,4 +7,4 @@ from my_plugin import PROVIDER
 
 class TestMyPlugin(QuantizationContract):
     provider = PROVIDER
-    weight_error = 0.02  # how far weights may be from the plain ones, relative to their norm
+    weight_error = 0.02  # allowed error of weights, relative to the norm of the plain ones

@@ -1,5 +1,5 @@
-"""All the test that a scheduler needs: the contract, against engines that come and go as they
-like."""
+"""Run the conformance test of a scheduler, in engines with requests that arrive and leave at any
+time."""
 
 from dovetail_testing.scheduler import SchedulerContract
 from my_plugin import PROVIDER
@@ -7,4 +7,4 @@ from my_plugin import PROVIDER
 
 class TestMyPlugin(SchedulerContract):
     provider = PROVIDER
-    # options = {"my_option": 3}  # a class for each setting that is worth a test
+    # options = {"my_option": 3}  # use one class per setting to test

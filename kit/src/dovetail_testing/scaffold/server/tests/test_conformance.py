@@ -1,5 +1,4 @@
-"""All the test that a server's life needs: the contract. What it answers is its own, and wants
-tests of its own."""
+"""Run the conformance test of a server's life cycle. The API of a server needs tests of its own."""
 
 from dovetail_testing.server import ServerContract
 from my_plugin import PROVIDER

@@ -1,4 +1,4 @@
-"""All the test that a drafter needs: it never changes what is said, whatever becomes of its
+"""Run the conformance test of a drafter: it never changes outputs, whatever happens to its
 proposals."""
 
 from dovetail_testing.drafter import DrafterContract

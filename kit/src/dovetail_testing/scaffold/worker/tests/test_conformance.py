@@ -1,5 +1,5 @@
-"""All the test that a worker needs: a tiny model's tokens, in any batch, chunks and order; and what
-goes wrong."""
+"""Run the conformance test of a worker: the tokens of a tiny model in any batch, chunks and order,
+and failures."""
 
 from dovetail_testing.worker import WorkerContract
 from my_plugin import PROVIDER
@@ -7,5 +7,4 @@ from my_plugin import PROVIDER
 
 class TestMyPlugin(WorkerContract):
     provider = PROVIDER
-    # composition = {"attention": "torch-reference"} # a class for each composition that is worth a
-    # test
+    # composition = {"attention": "torch-reference"}  # use one class per engine config to test

@@ -1,5 +1,5 @@
-"""Model code: the hook, and what this package offers. Imported whenever an engine is composed, so
-nothing heavy here."""
+"""Register model code. This module is imported whenever an engine is composed, so it must be
+light."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.model import MyPluginArchitecture
 
-# `architectures` of the config.json that this is code for, and tiny configs of such models: what
-# the kit tries it with.
+# The supported `architectures` of config.json, and configs of tiny models for the conformance
+# test.
 NAME = "LlamaForCausalLM"
 TINY = {
     "architectures": [NAME],
@@ -38,8 +38,8 @@ CAPABILITIES = ArchitectureCapabilities(architectures=(NAME,), examples=(TINY, U
 
 
 def build(context: BuildContext, options: Options) -> MyPluginArchitecture:
-    """Called once, in the process that computes. The worker then asks what this returns for the
-    checkpoint's model."""
+    """Build the architecture. Called once, in the engine process; the worker then uses it to build
+    the model of the checkpoint."""
     from my_plugin.model import MyPluginArchitecture  # heavy imports belong here
 
     return MyPluginArchitecture()
@@ -47,16 +47,16 @@ def build(context: BuildContext, options: Options) -> MyPluginArchitecture:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "Llama in a hundred lines",
+    "Llama in about a hundred lines",
     build,
-    Options,  # none of its own
+    Options,  # no options
     CAPABILITIES,
-    # `auto` takes the highest. Below 0: only when asked for. A new architecture's code has no
-    # rival: take 10
+    # `auto` selects the highest priority. Below 0: used only on request. Code for a new
+    # architecture has no competitor: use 10.
     priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_architectures() -> list[Provider[MyPluginArchitecture]]:
     return [PROVIDER]

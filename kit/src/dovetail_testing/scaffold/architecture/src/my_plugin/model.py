@@ -1,9 +1,8 @@
-"""Llama, to be changed into something else. A model reads no file and knows no cache: linear layers
-come from `build.layers` (and are quantized or packed without a line about it here), attention is
-`attend`, and `targets` says which tensor goes where.
+"""Implement Llama, as a starting point for another model. A model reads no file and knows no cache:
+`build.layers` supplies the linear layers (quantized or packed if configured), `attend` computes
+attention, and `targets` says where each tensor goes.
 
-Words: T tokens of the step, laid end to end whatever sequence they are of; H hidden size; D head
-size.
+Symbols: T tokens of the step, laid end to end whatever their sequence; H hidden size; D head size.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from dovetail.interfaces.quantization import Part
 
 
 class MyPluginArchitecture:
-    """What the worker asks for a model."""
+    """An `Architecture`, which builds a model for the worker."""
 
     def model(self, build: ModelBuild) -> Llama:
         return Llama(build)
 
 
 class Norm:
-    """Rows are divided by their root mean square, in float32."""
+    """A norm that divides rows by their root mean square, in float32."""
 
     def __init__(self, build: ModelBuild, name: str, size: int) -> None:
         self.name, self.eps = name, float(build.config.get("rms_norm_eps", 1e-6))
@@ -45,7 +44,7 @@ class Norm:
 
 
 class Layer:
-    """Attention and MLP, each added to what it was given."""
+    """Attention and MLP, each with a residual connection."""
 
     def __init__(
         self, build: ModelBuild, index: int, size: int, inner: int, heads: tuple[int, int, int]
@@ -58,10 +57,12 @@ class Layer:
         }
 
         def linear(fused: str, in_features: int, parts: dict[str, int]) -> Linear:
-            """One layer, made of the checkpoint's layers `parts`, whose outputs lie one after the
-            other."""
-            made = [Part(f"{name}.{part}", out_features) for part, out_features in parts.items()]
-            return build.layers.linear(f"{name}.{fused}", made, in_features, False)
+            """Build one fused layer from the checkpoint's layers `parts`, whose outputs are
+            concatenated."""
+            fused_parts = [
+                Part(f"{name}.{part}", out_features) for part, out_features in parts.items()
+            ]
+            return build.layers.linear(f"{name}.{fused}", fused_parts, in_features, False)
 
         self.index, self.heads = index, heads
         self.qkv = linear(
@@ -76,7 +77,7 @@ class Layer:
         self.norm_2 = Norm(build, f"{name}.post_attention_layernorm", size)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """`x [T, H]` → the same shape."""
+        """Compute `x [T, H]` → `[T, H]`."""
         num_heads, num_kv_heads, head_size = self.heads
         q, k, v = (
             self.qkv(self.norm_1(x))
@@ -95,8 +96,8 @@ class Layer:
 
 
 class Llama:
-    """A `Model`. Whatever a config.json asks for and this cannot do is an error that names it,
-    never passed over."""
+    """A `Model`. Anything that a config.json requires and this code does not support is an error
+    that names it."""
 
     def __init__(self, build: ModelBuild) -> None:
         config: Any = build.config
@@ -105,7 +106,7 @@ class Llama:
         heads = (num_heads, config.get("num_key_value_heads") or num_heads, head_size)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-        asked = {
+        settings = {
             "hidden_act": config.get("hidden_act"),
             "rope_type": rope.get("rope_type"),
             "attention_bias": config.get("attention_bias"),
@@ -113,7 +114,7 @@ class Llama:
         }
         if unknown := {
             key: value
-            for key, value in asked.items()
+            for key, value in settings.items()
             if value not in (None, False, "silu", "default")
         }:
             raise CheckpointError(
@@ -142,19 +143,18 @@ class Llama:
         ]
 
     def targets(self) -> dict[str, Target]:
-        """Every tensor that the checkpoint must hold, and where it goes."""
+        """Return every tensor that the checkpoint must contain, and its destination."""
         found = self.embedding.targets() | self.head.targets() | self.norm.targets()
         for layer in self.layers:
             found |= layer.targets()
         return found
 
     def unused(self) -> list[str]:
-        return (
-            ["lm_head.weight"] if self.head is self.embedding else []
-        )  # a tied head that was saved all the same
+        # A checkpoint may contain a tied head although it is not needed.
+        return ["lm_head.weight"] if self.head is self.embedding else []
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """`i64[T]`, twice → hidden states `[T, H]`."""
+        """Compute `i64[T]`, `i64[T]` → hidden states `[T, H]`."""
         turns = positions[:, None] * self.frequencies
         angles = turns.cos()[:, None], turns.sin()[:, None]  # [T, 1, D / 2]
         x = self.embedding.rows(token_ids)
@@ -163,12 +163,13 @@ class Llama:
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[R, H]` → `f32[R, V]`."""
+        """Compute `[R, H]` → `f32[R, V]`."""
         logits: Tensor = self.head(hidden, torch.float32)
         return logits
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: element i of a head turns with element i + D / 2. `x [T, heads, D]`."""
+    """Apply rotary positions: element i of a head is rotated with element i + D / 2. `x [T, heads,
+    D]`."""
     one, two = x.float().chunk(2, -1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1).to(x.dtype)

@@ -1,5 +1,5 @@
-"""Paged attention: the hook, and what this package offers. Imported whenever an engine is composed,
-so nothing heavy here."""
+"""Register a paged attention backend. This module is imported whenever an engine is composed, so it
+must be light."""
 
 from __future__ import annotations
 
@@ -10,42 +10,41 @@ from dovetail.plan import Reason
 from dovetail.plugin.hookspecs import hookimpl
 from dovetail.plugin.provider import Context, Options, Provider
 
-if (
-    TYPE_CHECKING
-):  # for type checkers alone: torch comes with the backend, and is imported in `build`
+if TYPE_CHECKING:  # the backend imports torch, so `build` imports it
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.backend import MyPluginAttention
 
-# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit
-# tries all that is.
+# What the provider supports, as data. The core rejects what is not declared here, with the reason,
+# and the conformance test covers everything that is.
 CAPABILITIES = AttentionCapabilities(
     framework="torch",
     devices=("cpu",),
     dtypes=("float32", "bfloat16", "float16"),  # of q, k, v and the output
     kv_dtypes=("float32", "bfloat16", "float16"),  # of the cache
     sliding_window=True,
-    batch_invariant=True,  # each token is computed by itself, so its neighbours cannot change a bit
-    # Not declared, and so refused: logit_soft_cap, sinks, compiled_steps. head_sizes and
-    # block_sizes are None: any.
+    batch_invariant=True,  # each token is computed by itself, so other rows cannot change its bits
+    # Not declared, and therefore rejected: logit_soft_cap, sinks, compiled_steps. head_sizes and
+    # block_sizes are None, which means any.
 )
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. A field: `chunk: int = Field(64, ge=1,
-    description="tokens")`."""
+    """Options in an engine config beside `use: my-plugin`. Example of a field: `chunk: int =
+    Field(64, ge=1, description="tokens")`."""
 
 
 def why_not(context: Context) -> list[Reason]:
-    """What capabilities cannot say, such as an instruction set that is needed:
+    """Return reasons that capabilities cannot express, such as a required instruction set:
 
-    if "avx2" not in context.device.cpu_flags: return [Reason("this CPU has no AVX2", "use
-    torch-reference")]
+    if "avx2" not in context.device.cpu_flags:
+        return [Reason("this CPU lacks AVX2", "use torch-reference")]
     """
     return []
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginAttention:
-    """Called once, in the process that computes, with the options from the engine config."""
+    """Build the backend. Called once, in the worker's process, with the options of the engine
+    config."""
     from my_plugin.backend import MyPluginAttention  # heavy imports belong here
 
     return MyPluginAttention()
@@ -58,12 +57,12 @@ PROVIDER = Provider(
     MyPluginOptions,
     CAPABILITIES,
     why_not,
-    # `auto` takes the highest: the torch reference has 0, tuned kernels 50. Below 0: only when
-    # asked for
+    # `auto` selects the highest priority: the torch reference has 0, tuned kernels have 50. Below
+    # 0: used only on request.
     priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_attention() -> list[Provider[MyPluginAttention]]:
     return [PROVIDER]

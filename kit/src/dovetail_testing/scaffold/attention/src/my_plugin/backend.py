@@ -1,8 +1,7 @@
-"""The attention itself, one token at a time: slow, short, and the same whatever else is in the
-batch.
+"""Compute attention one token at a time: slow, short, and independent of the rest of the batch.
 
-Words: T tokens in the step, Hq query heads, Hkv key/value heads, D head size. Query head h reads KV
-head h // (Hq / Hkv).
+Symbols: T tokens in the step, Hq query heads, Hkv key/value heads, D head size. Query head h reads
+KV head h // (Hq / Hkv).
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from torch import Tensor
 from dovetail.interfaces.attention import AttentionBatch, AttentionLayer, KVCacheSpec
 
 Cache = tuple[Tensor, Tensor]
-"""One layer's keys and values, each `[num_blocks, block_size, Hkv, D]`. The layout is this
-package's own business."""
+"""Keys and values of one layer, each `[num_blocks, block_size, Hkv, D]`. The layout is private to
+this package."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is worked out once a step, for all layers of a KV group."""
+    """Data that is computed once per step, for all layers of a KV group."""
 
     slot_mapping: Tensor
-    """i64[T]: where each token's key and value go."""
+    """i64[T]: slot of each token's key and value."""
     seen: list[Tensor]
-    """Per token: the slots of all tokens that it sees, itself included."""
+    """Per token: the slots of all tokens that it attends to, itself included."""
 
 
 class MyPluginAttention:
-    """An `AttentionBackend`: one object an engine. It keeps no state of its own between steps."""
+    """An `AttentionBackend`; one object per engine. It has no state between steps."""
 
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
@@ -49,9 +48,8 @@ class MyPluginAttention:
                 # Entries of the table outside these positions are undefined: never follow them.
                 blocks = batch.block_table[row, positions // block_size].long()
                 seen.append(blocks * block_size + positions % block_size)
-        return Plan(
-            batch.slot_mapping.clone(), seen
-        )  # the batch's buffers are used again for the next step
+        # The batch's buffers are reused in the next step, so the slots are copied.
+        return Plan(batch.slot_mapping.clone(), seen)
 
     def run(
         self,
@@ -64,7 +62,7 @@ class MyPluginAttention:
         out: Tensor,
     ) -> None:
         keys, values = (part.flatten(0, 1) for part in cache)  # [slots, Hkv, D], views of the cache
-        # All of the step is written before any of it is read: rows of one step may share blocks.
+        # Everything is written before anything is read, because rows of a step may share blocks.
         keys[plan.slot_mapping], values[plan.slot_mapping] = k.to(keys.dtype), v.to(values.dtype)
         for token, slots in enumerate(plan.seen):
             out[token] = attend(layer, q[token].float(), keys[slots].float(), values[slots].float())
@@ -78,7 +76,7 @@ class MyPluginAttention:
 
 
 def attend(layer: AttentionLayer, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One token, in float32: `q [Hq, D]` over `keys, values [S, Hkv, D]` → `[Hq, D]`."""
+    """Compute one token in float32: `q [Hq, D]` over `keys, values [S, Hkv, D]` → `[Hq, D]`."""
     queries = q.view(layer.num_kv_heads, -1, layer.head_size)  # [Hkv, Hq / Hkv, D]
     logits = torch.einsum("hgd,shd->hgs", queries, keys) * layer.scale
     weights = logits.softmax(-1)  # subtracts the maximum, so that large logits do not overflow

@@ -1,5 +1,5 @@
-"""A KV-cache manager: the hook, and what this package offers. Imported whenever an engine is
-composed: nothing heavy here."""
+"""Register a KV-cache manager. This module is imported whenever an engine is composed, so it must
+be light."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(KVCacheOptions):
-    """`block_size`, `dtype` and the memory limits are inherited: workers read them. Add your own
-    fields."""
+    """Options. `block_size`, `dtype` and the memory limits are inherited, because workers read
+    them. Add your own fields."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginBlocks:
-    """Called once the worker has sized its memory: the number of blocks is known."""
+    """Build the manager. Called when the worker has determined the number of blocks."""
     from my_plugin.manager import MyPluginBlocks
 
     return MyPluginBlocks(list(context.kv_groups), list(context.num_blocks))
@@ -27,16 +27,17 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginBlocks:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "blocks in sets, without reuse between requests",
+    "sets of free blocks, without reuse between requests",
     build,
     MyPluginOptions,
-    priority=-10,  # `auto` takes the highest: the core's own has 50. Below 0: only when asked for
-    # What other extension points must not take beside it, and why: the plan shows it. `requires`
-    # and `untested_with` are the like.
-    conflicts=(Relation("prefix_cache", ("*",), "this manager never asks a prefix cache"),),
+    # `auto` selects the highest priority; the core's own has 50. Below 0: used only on request.
+    priority=-10,
+    # What other extension points must not use together with this provider, and why: the plan shows
+    # it. `requires` and `untested_with` work the same way.
+    conflicts=(Relation("prefix_cache", ("*",), "this manager does not use a prefix cache"),),
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_kv_caches() -> list[Provider[MyPluginBlocks]]:
     return [PROVIDER]

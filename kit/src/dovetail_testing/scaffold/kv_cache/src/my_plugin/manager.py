@@ -1,6 +1,6 @@
-"""Who owns the blocks. A block holds the keys and values of `block_size` tokens, in every layer of
-a KV group; block 0 of each group is the null block, which is never handed out. Only whole blocks
-are shared, so nobody ever writes to a shared one.
+"""Own the blocks. A block holds the keys and values of `block_size` tokens, in every layer of a KV
+group; block 0 of each group is the null block, which is never allocated. Only whole blocks are
+shared, so no sequence ever writes to a shared one.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ NULL_BLOCK = 0
 
 
 class MyPluginBlocks:
-    """A `KVCacheManager`: one object an engine."""
+    """A `KVCacheManager`; one object per engine."""
 
     def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
         self.groups = groups
         self.num_blocks = num_blocks
         self.faults: list[tuple[int, Exception]] = []
-        self.num_queried_tokens = self.num_hit_tokens = 0  # no prefix cache: nothing is looked for
+        self.num_queried_tokens = self.num_hit_tokens = (
+            0  # no prefix cache, so nothing is looked up
+        )
         self.num_evicted: dict[str, int] = {}
         self.block_ops: list[BlockOp] = []
         self._free = [set(range(1, n)) for n in num_blocks]
         self._holders: list[Counter[int]] = [Counter() for _ in groups]
-        """Per group: how many sequences refer to a block."""
+        """Number of sequences that reference a block, per group."""
         self._tables: dict[int, list[list[int]]] = {}
-        """By sequence: its blocks in order, per group."""
+        """Blocks in order, by sequence and group."""
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
         tables = self._tables.get(seq_id) or [[] for _ in self.groups]
@@ -36,7 +38,7 @@ class MyPluginBlocks:
             for g, t in zip(self.groups, tables, strict=True)
         ]
         if any(n > len(free) for n, free in zip(needed, self._free, strict=True)):
-            return None  # looked at for all groups before any is changed
+            return None  # all groups are checked before any is changed
         added = [[free.pop() for _ in range(n)] for n, free in zip(needed, self._free, strict=True)]
         self._tables[seq_id] = tables
         for i, blocks in enumerate(added):
@@ -65,10 +67,10 @@ class MyPluginBlocks:
         return 0
 
     def reset_prefix_cache(self) -> None:
-        """Where a manager would tell its prefix cache; and here:"""
+        """Do nothing: a manager with a prefix cache would reset it here."""
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """Where it would tell it, too."""
+        """Do nothing: a manager with a prefix cache would insert blocks here."""
 
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self._tables[seq_id]
@@ -77,8 +79,8 @@ class MyPluginBlocks:
         for i, (group, table) in enumerate(zip(self.groups, self._tables[seq_id], strict=True)):
             if group.window is None:
                 continue
-            # The next token sees the `window - 1` tokens before it: blocks wholly before those are
-            # done with.
+            # The next token attends to the `window - 1` tokens before it: earlier blocks are not
+            # needed any more.
             unseen = max(0, num_computed_tokens - group.window + 1) // group.block_size
             self._drop(i, table[:unseen])
             table[:unseen] = [NULL_BLOCK] * len(table[:unseen])

@@ -1,5 +1,5 @@
-"""Products by quantized weights: the hook, and the offer. Imported when an engine is composed:
-nothing heavy here."""
+"""Register GEMM with quantized weights. This module is imported whenever an engine is composed, so
+it must be light."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.products import MyPluginMatmul
 
-# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit
-# tries all that is.
+# What the provider supports, as data. The core rejects what is not declared here, with the reason,
+# and the conformance test covers everything that is.
 CAPABILITIES = MatmulCapabilities(
     codes=("int8", "uint4", "float8_e4m3fn"),
-    inputs=("int8", "float8_e4m3fn"),  # what x may be rounded to before the product
+    inputs=("int8", "float8_e4m3fn"),  # types to which x may be quantized before the GEMM
     devices=("cpu", "cuda"),
 )
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
     description."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginMatmul:
-    """Called once an engine, if a scheme was chosen that needs products."""
+    """Build the provider's object. Called once per engine, if a selected scheme needs GEMM."""
     from my_plugin.products import MyPluginMatmul
 
     return MyPluginMatmul()
@@ -36,14 +36,14 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginMatmul:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "one group of inputs after the other, in float32",
+    "computes one group of inputs after the other, in float32",
     build,
     MyPluginOptions,
     CAPABILITIES,
-    priority=-10,  # below those that come with Dovetail: it is taken only when it is asked for
+    priority=-10,  # lower than all of Dovetail's own: used only on request
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_matmuls() -> list[Provider[MyPluginMatmul]]:
     return [PROVIDER]

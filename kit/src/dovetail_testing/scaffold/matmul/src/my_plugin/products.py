@@ -1,5 +1,5 @@
-"""The products: for each layer a callable that holds its codes and scales. How checkpoints store a
-weight is the schemes' business; here all of them come in one form, which `WeightFormat` describes.
+"""Compute GEMM with quantized weights: for each layer a callable with its codes and scales. Schemes
+know how checkpoints store a weight; here all weights have one form, which `WeightFormat` documents.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 class MyPluginMatmul:
-    """A `Matmul`: one object an engine."""
+    """A `Matmul`; one object per engine."""
 
     def linear(
         self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
     ) -> Callable[[Tensor], Tensor]:
-        """`x [T, in]` → `x @ weight.T + bias`. The place to bring the codes into a kernel's order,
-        once."""
+        """Build the callable for `x [T, in]` → `x @ weight.T + bias`: a good place to convert the
+        codes for a kernel, once."""
         kept, size = dict(tensors), format.group_size or layer.in_features
 
         def multiply(x: Tensor) -> Tensor:
@@ -43,19 +43,19 @@ class MyPluginMatmul:
         return multiply
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
-        """What the weights take in memory: they are kept as they come."""
+        """Return the bytes of the weights in memory, which are stored unchanged."""
         return format.nbytes(layer)
 
 
 def expanded(format: WeightFormat, codes: Tensor, in_features: int) -> Tensor:
-    """Codes as numbers, `f32[out, in]`."""
+    """Convert codes to numbers, `f32[out, in]`."""
     if format.codes != "uint4":
         return codes.float()
     return torch.stack((codes & 15, codes >> 4), dim=2).flatten(1)[:, :in_features].float()
 
 
 def rounded(x: Tensor, format: WeightFormat, tensors: Mapping[str, Tensor]) -> Tensor:
-    """x as the format wants it rounded: by a scale of each row, or by the format's."""
+    """Quantize and dequantize x as the format requires: with a scale per row, or the format's."""
     assert format.inputs is not None
     largest = LARGEST[format.inputs]
     scale = (

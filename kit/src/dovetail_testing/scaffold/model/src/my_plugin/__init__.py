@@ -1,4 +1,4 @@
-"""A model that comes with a package: the hook, and where its files are."""
+"""Register a model that comes with this package, and locate its files."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
 
 # A folder as on the Hugging Face hub: config.json, *.safetensors, tokenizer.json,
-# tokenizer_config.json. The one that is there now is a Llama of one layer with random weights,
-# whose tokens are bytes: put your own files in its place.
+# tokenizer_config.json. It contains a Llama with one layer, random weights and byte tokens: replace
+# it by your own files.
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def build(context: BuildContext, options: Options) -> ModelSource:
-    """Called before there is a plan: all later choices ask about the model. So `context` is None,
-    and nothing is to be read."""
+    """Return the model's location. Called before there is a plan, because all later selections
+    depend on the model: `context` is None and must not be used."""
     return ModelSource(WEIGHTS, licence="CC0-1.0 (random numbers)")
 
 
 PROVIDER = Provider(
     "my-plugin",  # the name: `dovetail serve my-plugin`
-    "a Llama of one layer with random weights",
+    "a Llama with one layer and random weights",
     build,
-    Options,  # none of its own
+    Options,  # no options
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_models() -> list[Provider[ModelSource]]:
     return [PROVIDER]

@@ -1,5 +1,5 @@
-"""A prefix cache: the hook, and what this package offers. Imported whenever an engine is composed,
-so nothing heavy here."""
+"""Register a prefix cache. This module is imported whenever an engine is composed, so it must be
+light."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
     description."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginIndex:
-    """Called before the KV-cache manager is built, which is given what this returns."""
+    """Build the index. Called before the KV-cache manager, which receives the result, is built."""
     from my_plugin.index import MyPluginIndex
 
     return MyPluginIndex(context.kv_groups[0].block_size, len(context.kv_groups))
@@ -27,13 +27,14 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginIndex:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "a dictionary of all beginnings, the oldest given up first",
+    "a dictionary of all prefixes, evicting the oldest first",
     build,
     MyPluginOptions,
-    priority=-10,  # `auto` takes the highest: `hash` has 50. Below 0: only when asked for
+    # `auto` selects the highest priority; `hash` has 50. Below 0: used only on request.
+    priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_prefix_caches() -> list[Provider[MyPluginIndex]]:
     return [PROVIDER]

@@ -1,9 +1,9 @@
-"""Which block holds the KV of which tokens. Blocks and their reference counts are the manager's;
-here is only what is known of them, and the order in which to give up those that nobody uses.
+"""Index which block holds the KV of which tokens. The manager owns blocks and their reference
+counts; this class only knows their contents and the order in which to evict unreferenced ones.
 
-KV depends on all tokens before it, so a block's key is everything up to its end, with adapter and
-salt. Whole beginnings as keys cost memory that grows with the square of their length; chained
-hashes would not, but they need a check for collisions.
+KV depends on all tokens before it, so the key of a block is everything up to its end, with adapter
+and salt. Whole prefixes as keys need memory that grows with the square of their length; chained
+hashes would not, but need a check for collisions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Key = tuple[str | None, str | None, tuple[int, ...]]
 
 
 class MyPluginIndex:
-    """A `PrefixCache`: one object an engine."""
+    """A `PrefixCache`; one object per engine."""
 
     def __init__(self, block_size: int, num_groups: int) -> None:
         self._block_size, self._num_groups = block_size, num_groups
@@ -23,13 +23,13 @@ class MyPluginIndex:
 
     def reset(self) -> None:
         self._block_ids: dict[Key, list[int]] = {}
-        """By key: the block in every KV group, `NOT_HERE` where there is none."""
+        """Block ids in every KV group, or `NOT_HERE`, by key."""
         self._keys: list[dict[int, Key]] = [{} for _ in range(self._num_groups)]
-        """Per group: the key of each known block."""
-        self._kept: list[dict[int, None]] = [{} for _ in range(self._num_groups)]
-        """Per group: known blocks that nobody uses, in the order in which they came."""
+        """Key of each cached block, per group."""
+        self._evictable: list[dict[int, None]] = [{} for _ in range(self._num_groups)]
+        """Cached unreferenced blocks per group, in order of their release."""
         self._expected: dict[Key, int] = {}
-        """What running sequences are about to compute, and which of them."""
+        """Sequence that is about to compute a block, by key."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found = []
@@ -61,18 +61,18 @@ class MyPluginIndex:
 
     def claim(self, group: int, block_ids: list[int]) -> None:
         for block in block_ids:
-            del self._kept[group][block]
+            del self._evictable[group][block]
 
     def keep(self, group: int, block_id: int) -> bool:
         if block_id not in self._keys[group]:
             return False
-        self._kept[group][block_id] = None
+        self._evictable[group][block_id] = None
         return True
 
     def evict(self, group: int, count: int) -> list[int]:
-        blocks = list(self._kept[group])[:count]
+        blocks = list(self._evictable[group])[:count]
         for block in blocks:
-            del self._kept[group][block]
+            del self._evictable[group][block]
             key = self._keys[group].pop(block)
             known = self._block_ids[key]
             known[group] = NOT_HERE
@@ -81,7 +81,7 @@ class MyPluginIndex:
         return blocks
 
     def forget(self, seq_id: int) -> None:
-        self._expected = {key: of for key, of in self._expected.items() if of != seq_id}
+        self._expected = {key: i for key, i in self._expected.items() if i != seq_id}
 
     def _key(self, seq: Sequence, block: int) -> Key:
         end = (block + 1) * self._block_size

@@ -1,5 +1,5 @@
-"""A quantization scheme: the hook, and what this package offers. Imported when an engine is
-composed: nothing heavy here."""
+"""Register a quantization scheme. This module is imported whenever an engine is composed, so it
+must be light."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     from dovetail.plugin.build_context import BuildContext
     from my_plugin.scheme import MyPluginScheme
 
-# What it can do, as data. The core refuses what is not declared here, with the reason, and the kit
-# tries all that is.
+# What the provider supports, as data. The core rejects what is not declared here, with the reason,
+# and the conformance test covers everything that is.
 CAPABILITIES = QuantizationCapabilities(
-    on_the_fly=True,  # it quantizes plain checkpoints while they are read
+    on_the_fly=True,  # it quantizes plain checkpoints while they are loaded
     devices=("cpu", "cuda"),
     dtypes=("float32", "bfloat16", "float16"),  # of a layer's input and output
-    # A scheme that reads checkpoints of its own names their quant_method, and gives one such
-    # quantization_config for the kit: methods=("my-plugin",), examples=({"quant_method":
-    # "my-plugin"},),
+    # A scheme that reads checkpoints of its own declares their quant_method, and an example of
+    # their quantization_config for the conformance test: methods=("my-plugin",),
+    # examples=({"quant_method": "my-plugin"},),
 )
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
     description."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheme:
-    """Called once for each rule of the configuration. `context.model.quantization_config` is what
-    the checkpoint says."""
+    """Build the scheme. Called once per quantization rule of the engine config.
+    `context.model.quantization_config` is that of the checkpoint."""
     from my_plugin.scheme import MyPluginScheme
 
     return MyPluginScheme()
@@ -40,16 +40,16 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheme:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "8-bit weights, a scale for each output",
+    "8-bit weights, one scale per output",
     build,
     MyPluginOptions,
     CAPABILITIES,
-    # counts among schemes that read one checkpoint; plain weights are never quantized without being
-    # asked
+    # Compared among schemes that read the same checkpoint; plain weights are quantized only on
+    # request.
     priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_quantization() -> list[Provider[MyPluginScheme]]:
     return [PROVIDER]

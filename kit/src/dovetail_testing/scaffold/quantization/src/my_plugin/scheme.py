@@ -1,6 +1,6 @@
-"""The scheme: two tensors a layer, and how they multiply. Loading, fused layers (q, k and v in
-one), shards and per-layer rules follow from the two tensors that `parameters` declares, and are not
-its business.
+"""Implement the scheme: two tensors per layer, and the GEMM. Loading, fused layers (q, k and v in
+one), shards and per-layer rules follow from the two tensors that `parameters` declares and need no
+code here.
 """
 
 from __future__ import annotations
@@ -17,40 +17,39 @@ LEVELS = 127
 
 
 class MyPluginScheme:
-    """A `Scheme`: one object an engine and rule."""
+    """A `Scheme`; one object per engine and rule."""
 
     unused: tuple[str, ...] = ()
-    """Globs of tensors that a checkpoint may hold and nobody reads."""
+    """Globs of tensors that a checkpoint may contain and the scheme does not read."""
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
-        """A layer's tensors, by what follows its name in the checkpoint; each axis says whose
-        features lie along it."""
+        """Return a layer's tensors, by their names in the checkpoint without the layer's name. Each
+        axis declares whose features are along it."""
+        # A declined layer stays unquantized, and the log has the reason.
         if layer.in_features < 2:
-            return Declined(
-                "a scale would be as large as what it scales"
-            )  # the layer stays as it is, and the log says why
+            return Declined("a scale would be as large as what it scales")
         return {
             "codes": Parameter((OUT, IN), "int8"),
             "scale": Parameter((OUT,), "float32", scale="not negative"),
         }
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
-        """A plain weight `[out, in]` → the tensors declared."""
+        """Convert a plain weight `[out, in]` to the declared tensors."""
         scale = weight.float().abs().amax(1) / LEVELS
-        codes = (
-            weight.float() / scale.clamp_min(1e-30)[:, None]
-        )  # a row of zeros has the scale 0, and codes of 0
+        # A row of zeros has scale 0 and codes 0.
+        codes = weight.float() / scale.clamp_min(1e-30)[:, None]
         return {"codes": codes.round().to(torch.int8), "scale": scale}
 
     def dequantize(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight that the tensors stand for, `f32[out, in]`: what `linear` is held to."""
+        """Return the weight that the tensors represent, `f32[out, in]`: the reference for
+        `linear`."""
         return tensors["codes"].float() * tensors["scale"][:, None]
 
     def linear(
         self, layer: LinearLayer, tensors: Mapping[str, Tensor]
     ) -> Callable[[Tensor], Tensor]:
-        """`x [T, in]` → `[T, out]`. Called once, with all tensors complete: the place to bring them
-        into a kernel's order."""
+        """Build the callable for `x [T, in]` → `[T, out]`. Called once, with all tensors loaded: a
+        good place to convert them for a kernel."""
         codes, scale, bias = tensors["codes"], tensors["scale"], tensors.get("bias")
 
         def multiply(x: Tensor) -> Tensor:
@@ -60,9 +59,9 @@ class MyPluginScheme:
         return multiply
 
     def nbytes(self, layer: LinearLayer) -> int:
-        """What the weights take in memory."""
+        """Return the bytes of the weights in memory."""
         return layer.out_features * layer.in_features + layer.out_features * 4
 
     def kv_scales(self, name: str) -> None:
-        """No scales for the KV cache."""
+        """Return None: there are no scales for the KV cache."""
         return None

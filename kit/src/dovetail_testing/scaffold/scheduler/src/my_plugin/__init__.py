@@ -1,5 +1,5 @@
-"""A scheduler: the hook, and what this package offers. Imported whenever an engine is composed, so
-nothing heavy here."""
+"""Register a scheduler. This module is imported whenever an engine is composed, so it must be
+light."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(SchedulerOptions):
-    """`max_num_seqs` and `max_num_batched_tokens` are inherited: workers and caches are sized by
-    them. Add your own fields."""
+    """Options. `max_num_seqs` and `max_num_batched_tokens` are inherited, because workers and
+    caches are sized for them. Add your own fields."""
 
 
-# What it promises beyond the contract: requests that wait together begin in order of arrival.
-# Without a promise leave it out.
+# A guarantee beyond the contract: requests that wait together start in order of arrival. Leave it
+# out if there is no guarantee.
 CAPABILITIES = SchedulerCapabilities(order="arrival")
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheduler:
-    """Called once the KV cache is there."""
+    """Build the scheduler. Called when the KV cache has been built."""
     from my_plugin.scheduler import MyPluginScheduler
 
     assert context.kv is not None
@@ -34,14 +34,15 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheduler:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "first come, first served, in sixty lines",
+    "first come, first served, in about sixty lines",
     build,
     MyPluginOptions,
     CAPABILITIES,
-    priority=-10,  # `auto` takes the highest: the core's own has 50. Below 0: only when asked for
+    # `auto` selects the highest priority; the core's own has 50. Below 0: used only on request.
+    priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_schedulers() -> list[Provider[MyPluginScheduler]]:
     return [PROVIDER]

@@ -1,5 +1,5 @@
-"""A server: the hook, and what this package offers. Imported whenever an engine is composed, so
-nothing heavy here."""
+"""Register a server. This module is imported whenever an engine is composed, so it must be
+light."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. A secret is a `SecretStr`: plans and logs mask
-    it."""
+    """Options in an engine config beside `use: my-plugin`. Use `SecretStr` for secrets: plans and
+    logs mask it."""
 
-    max_tokens: int = Field(64, ge=1, description="tokens of an answer")
+    max_tokens: int = Field(64, ge=1, description="maximum number of output tokens")
     drain_seconds: float = Field(
-        10, ge=0, description="how long requests in flight may go on after SIGTERM"
+        10, ge=0, description="seconds that requests in flight may continue after SIGTERM"
     )
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginServer:
-    """Called once, in the front-end process, where no tensor library is."""
+    """Build the server. Called once, in the front-end process, which has no tensor library."""
     from my_plugin.server import MyPluginServer
 
     return MyPluginServer(options)
@@ -34,13 +34,14 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginServer:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "POST a prompt to any path, get its continuation as text",
+    "completes a prompt sent by POST to any path, as plain text",
     build,
     MyPluginOptions,
-    priority=-10,  # `auto` takes the highest: `openai` has 50. Below 0: only when asked for
+    # `auto` selects the highest priority; `openai` has 50. Below 0: used only on request.
+    priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_servers() -> list[Provider[MyPluginServer]]:
     return [PROVIDER]

@@ -1,4 +1,5 @@
-"""The smallest server there can be: one prompt a connection, in over HTTP, out as plain text.
+"""Implement a minimal server: one prompt per connection, received over HTTP and completed as plain
+text.
 
 Try it with `curl --data "import os" localhost:8000`.
 """
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from my_plugin import MyPluginOptions
 
 MAX_BODY = 2**20
-"""Bytes. Whatever a client sends, its cost is bounded before any work is done."""
+"""Maximum size of a request body in bytes: the cost of a request is bounded before any work."""
 PATIENCE = 30
 """Seconds that a client has to send its request."""
 
 
 class MyPluginServer:
-    """A `Server`: `run` returns when a signal has ended it."""
+    """A `Server`: `run` returns after a signal has stopped it."""
 
     def __init__(self, options: MyPluginOptions) -> None:
         self._options = options
@@ -39,9 +40,9 @@ class MyPluginServer:
     async def _run(
         self, engine: EngineClient, host: str, port: int, on_ready: Callable[[str], None]
     ) -> None:
-        told_to_stop = asyncio.Event()
+        stop_requested = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, told_to_stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, stop_requested.set)
         try:
             listener = await asyncio.start_server(
                 lambda r, w: self._answer(engine, r, w), host, port
@@ -50,18 +51,19 @@ class MyPluginServer:
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {e.strerror}; choose another --host or --port"
             ) from None
-        # Connections are taken from here on. Until the engine has loaded, `generate` raises what is
-        # answered with 503.
+        # Connections are accepted from here on. Until the engine has loaded, `generate` raises an
+        # error that is answered with 503.
         starting, stopping = (
             asyncio.create_task(engine.start()),
-            asyncio.create_task(told_to_stop.wait()),
+            asyncio.create_task(stop_requested.wait()),
         )
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
-                starting.result()  # raises what kept the engine from starting
-                on_ready(f"http://{host}:{listener.extension_points[0].getsockname()[1]}")
-                await told_to_stop.wait()
+                starting.result()  # raises the error that prevents the start
+                # With port 0 the system chooses one, which the listening socket knows.
+                on_ready(f"http://{host}:{listener.sockets[0].getsockname()[1]}")
+                await stop_requested.wait()
                 await engine.drain(self._options.drain_seconds)
         finally:
             listener.close()
@@ -81,10 +83,10 @@ class MyPluginServer:
             ):
                 text += delta.text
             status = HTTPStatus.OK
-        except DovetailError as e:  # every error says what a server answers with
+        except DovetailError as e:  # every error has an HTTP status
             status, text = HTTPStatus(e.http_status), e.message
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError, ValueError):
-            status, text = HTTPStatus.BAD_REQUEST, "this is no request with a body"
+            status, text = HTTPStatus.BAD_REQUEST, "the request is invalid or has no body"
         body = text.encode()
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/plain;"
@@ -95,9 +97,10 @@ class MyPluginServer:
 
 
 async def _read(reader: StreamReader) -> str:
-    """The body of a request. Raises `InvalidRequest`, `ValueError` or what the stream raises."""
+    """Read the body of a request. Raises `InvalidRequest`, `ValueError` or an error of the
+    stream."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     size = int(head.partition("content-length:")[2].partition("\r\n")[0] or 0)
     if not 0 < size <= MAX_BODY:
-        raise InvalidRequest(f"a body of 1 to {MAX_BODY} bytes is wanted, with its Content-Length")
+        raise InvalidRequest(f"the body must have 1 to {MAX_BODY} bytes, and a Content-Length")
     return (await reader.readexactly(size)).decode()

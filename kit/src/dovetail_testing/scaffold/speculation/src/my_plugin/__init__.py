@@ -1,7 +1,7 @@
-"""A drafter: the hook, what this package offers, and, since it is so short, the drafter itself.
+"""Register a drafter and, because it is so short, implement it.
 
-The engine verifies every proposal against the model, so that a drafter makes it slower or faster
-and never different.
+The engine verifies every proposal with the model, so a drafter can change the speed of an engine,
+but never its output.
 """
 
 from __future__ import annotations
@@ -18,40 +18,41 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(DrafterOptions):
-    """`num_draft_tokens` is inherited. Add your own fields, each with a default and a
+    """Options. `num_draft_tokens` is inherited. Add your own fields, each with a default and a
     description."""
 
 
 class MyPluginDrafter:
-    """A `Drafter`: one object an engine. It may keep what it likes about a sequence, by `seq_id`,
-    until `forget`."""
+    """A `Drafter`; one object per engine. It may store data about a sequence, by `seq_id`, until
+    `forget`."""
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
-        """The last token again, if it came twice already. `seq` is to be read only; an empty list
-        means: no good guess."""
+        """Propose the last token again if it occurred twice in a row. `seq` is read-only; an empty
+        list means that there is no good proposal."""
         return seq.tokens[-1:] * max_tokens if seq.tokens[-1:] == seq.tokens[-2:-1] else []
 
     def forget(self, seq_id: int) -> None:
-        """The sequence has ended. Nothing was kept."""
+        """Do nothing: no data about the sequence was stored."""
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginDrafter:
-    """Called once, in the process that computes, with the options from the engine config."""
+    """Build the drafter. Called once, in the engine process, with the options of the engine
+    config."""
     return MyPluginDrafter()
 
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "proposes what stutters to go on stuttering",
+    "proposes to repeat a token that was just repeated",
     build,
     MyPluginOptions,
-    # it learns nothing from other requests: proposals follow from the sequence alone
+    # The proposals depend on the sequence alone, not on other requests.
     DrafterCapabilities(),
-    # what `auto` goes by; without `speculation:` in the file there is no drafting at all
+    # Used by `auto`; without `speculation:` in the engine config there is no drafting.
     priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_drafters() -> list[Provider[MyPluginDrafter]]:
     return [PROVIDER]

@@ -1,5 +1,5 @@
-"""A worker: the hook, and what this package offers. Imported whenever an engine is composed, so
-nothing heavy here."""
+"""Register a worker. This module is imported whenever an engine is composed, so it must be
+light."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """What a user may write beside `use: my-plugin`. Add fields, each with a default and a
+    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
     description."""
 
 
 def why_not(context: Context) -> list[Reason]:
-    """What this worker cannot do with the machine and with the parts that were chosen before it. An
-    empty list: it can."""
-    made, schemes = context.needs.get("architecture"), context.needs.get("quantization", [])
+    """Return what this worker does not support of the machine and of the providers selected before
+    it. An empty list means that it can be used."""
+    code, schemes = context.needs.get("architecture"), context.needs.get("quantization", [])
     reasons = []
     if context.device_name != "cpu":
-        reasons.append(Reason(f"it computes on the cpu, not on {context.device_name}"))
-    if made is None or made.framework != "torch" or made.loads_weights:
+        reasons.append(Reason(f"it supports only the device cpu, not {context.device_name}"))
+    if code is None or code.framework != "torch" or code.loads_weights:
         reasons.append(
             Reason(
-                "it needs model code in torch that leaves the reading of weights to it",
+                "it needs model code in torch that does not load the weights itself",
                 "architecture: decoder",
             )
         )
     if not all(PLAIN in scheme.methods for scheme in schemes):
-        reasons.append(Reason("its linear layers are plain", "quantization: none"))
+        reasons.append(Reason("its linear layers cannot be quantized", "quantization: none"))
     return reasons
 
 
 def build(context: BuildContext, options: MyPluginOptions) -> MyPluginWorker:
-    """Called once, in the process that computes. Nothing is loaded before `load` is called."""
+    """Build the worker. Called once, in the engine process. Nothing is loaded before `load`."""
     from my_plugin.worker import MyPluginWorker  # heavy imports belong here
 
     return MyPluginWorker(context)
@@ -48,14 +48,15 @@ def build(context: BuildContext, options: MyPluginOptions) -> MyPluginWorker:
 
 PROVIDER = Provider(
     "my-plugin",  # the name in an engine config
-    "one CPU, every row on its own: short and slow",
+    "computes every row separately on one CPU: short and slow",
     build,
     MyPluginOptions,
     why_not=why_not,
-    priority=-10,  # `auto` takes the highest: `torch` has 50. Below 0: only when asked for
+    # `auto` selects the highest priority; `torch` has 50. Below 0: used only on request.
+    priority=-10,
 )
 
 
-@hookimpl  # the name of the function is the hook: a misspelt one is an error
+@hookimpl  # the function's name is the hook's name: a misspelt one is an error
 def dovetail_workers() -> list[Provider[MyPluginWorker]]:
     return [PROVIDER]

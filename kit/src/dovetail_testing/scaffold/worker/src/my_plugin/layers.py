@@ -1,5 +1,5 @@
-"""What a model is given: plain linear layers, and the checkpoint's tensors in them. The model's
-code is the architecture's."""
+"""Provide plain linear layers for a model, and load the checkpoint's tensors into them. The
+architecture provides the model's code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dovetail.interfaces.worker import Progress
 
 
 class PlainLinear:
-    """A `Linear`, and an `Embedding`: the same table, read by rows."""
+    """A `Linear`, and an `Embedding`: the same table, accessed by row."""
 
     def __init__(
         self, parts: Sequence[Part], in_features: int, bias: bool, dtype: torch.dtype
@@ -46,7 +46,8 @@ class PlainLinear:
         return F.embedding(token_ids, self.weight)
 
     def targets(self) -> dict[str, Target]:
-        """Each of the checkpoint's layers fills its rows of the fused one."""
+        """Return targets with which each of the checkpoint's layers fills its rows of the fused
+        one."""
         found, start = {}, 0
         for part in self.parts:
             rows = slice(start, start := start + part.out_features)
@@ -57,7 +58,7 @@ class PlainLinear:
 
 
 class PlainLayers:
-    """A `LayerMaker`. This is where quantized or packed layers would come in."""
+    """A `LayerMaker`. Support for quantized or packed layers would be added here."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -78,8 +79,8 @@ class PlainLayers:
 def load_model(
     folder: Path, architecture: Architecture, dtype: torch.dtype, progress: Progress
 ) -> Model:
-    """Make the folder's model and read its weights. Raises `CheckpointError` that names the file or
-    the tensor."""
+    """Build the folder's model and load its weights. Raises `CheckpointError`, which names the file
+    or the tensor."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no weights (*.safetensors)")
@@ -99,7 +100,7 @@ def load_model(
     model = architecture.model(build)
     targets = model.targets()
     if missing := sorted(set(targets) - set(where)):
-        raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}, which the model has")
+        raise CheckpointError(f"{folder} lacks {', '.join(missing[:5])}, which the model needs")
     unknown = [
         n
         for n in sorted(set(where) - set(targets))
@@ -107,7 +108,7 @@ def load_model(
     ]
     if unknown:
         raise CheckpointError(
-            f"{folder} holds {', '.join(unknown[:5])}, which the model does not have"
+            f"{folder} contains {', '.join(unknown[:5])}, which the model does not have"
         )
     for done, (name, target) in enumerate(targets.items(), 1):
         tensor = shards[where[name]].get_tensor(name)

@@ -1,5 +1,5 @@
-"""From logits to a token, one row at a time, in the order that `SamplingParams` gives: bias,
-penalties, min_tokens, temperature, top_k, top_p, min_p, draw.
+"""Sample a token from logits, one row at a time, in the order that `SamplingParams` documents:
+bias, penalties, min_tokens, temperature, top_k, top_p, min_p, sampling.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dovetail.types import SequenceStart, TokenLogprobs
 NEVER = -torch.inf
 
 
-def draw(logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | None) -> int:
-    """The token after `tokens`, from the raw `logits` f32[V]; `mask` is a bitmap of the tokens
-    allowed, little-endian."""
+def sample_token(
+    logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | None
+) -> int:
+    """Sample the token after `tokens` from the raw `logits` f32[V]; `mask` is a bitmap of the
+    allowed tokens, little-endian."""
     params, logits = start.params, logits.clone()
     if mask is not None:
         allowed = [bool(mask[i // 8] >> i % 8 & 1) for i in range(len(logits))]
@@ -47,21 +49,22 @@ def draw(logits: Tensor, start: SequenceStart, tokens: list[int], mask: bytes | 
     if params.min_p:
         probabilities = logits.softmax(-1)
         logits[probabilities < params.min_p * probabilities.max()] = NEVER
-    # The argmax of logits - log(e), e exponential, is a sample from their softmax (the Gumbel-max
-    # trick).
+    # The argmax of logits - log(e), with exponential e, is a sample from their softmax (the
+    # Gumbel-max trick).
     return int((logits - noise(start.seed, start.sample_index, len(tokens), len(logits))).argmax())
 
 
 def noise(seed: int, sample_index: int, position: int, vocab_size: int) -> Tensor:
-    """f32[V] of log(e), keyed: it depends on nothing else, so that a request's tokens depend on no
-    neighbour and no restart."""
+    """Return f32[V] of log(e). It depends only on the key, so that the tokens of a request do not
+    depend on other rows or restarts."""
     key = blake2b(f"{seed} {sample_index} {position}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     return torch.empty(vocab_size).exponential_(generator=generator).log()
 
 
 def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of the raw distribution: the token that stands there, its rank, and the `count` likeliest."""
+    """Return the token at the position with its rank, and the `count` most likely tokens, in the
+    raw distribution."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(min(count, len(logits)))
     rank = 1 + int((logprobs > logprobs[token]).sum())

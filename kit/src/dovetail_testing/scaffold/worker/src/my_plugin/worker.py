@@ -1,5 +1,5 @@
-"""Everything that touches the device. A step's rows are laid end to end, the model runs over them
-once, and each row that reaches the last known token of its sequence samples the next one.
+"""Do everything that touches the device. The rows of a step are laid end to end, the model runs
+over them once, and each row that reaches the last known token of its sequence samples the next one.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from dovetail.interfaces.worker import Progress
 from dovetail.plugin.build_context import BuildContext
 from dovetail.types import KVGroup, SequenceStart, StepPlan, StepResult
 from my_plugin.layers import load_model
-from my_plugin.sampler import draw, logprobs_of
+from my_plugin.sampler import logprobs_of, sample_token
 
-MOST_MEMORY = 2**30
-"""Bytes for the KV cache, where the configuration gives no `memory_gb`."""
+MAX_MEMORY = 2**30
+"""Maximum size of the KV cache in bytes if the engine config does not set `memory_gb`."""
 
 
 @dataclass
 class Known:
-    """A sequence, as the plans so far have told it."""
+    """A sequence, as known from the plans so far."""
 
     start: SequenceStart
     tokens: list[int]
     tables: list[list[int]]
-    """Its blocks in order, per KV group."""
+    """Blocks in order, per KV group."""
 
 
 @dataclass
 class Computed:
-    """A step in flight: its logits are there, its tokens may not be sampled yet."""
+    """A step in flight: its logits are computed, its tokens may not be sampled yet."""
 
     plan: StepPlan
     logits: list[Tensor]
-    """Per row, f32[tokens of the row, V]."""
+    """Logits per row, f32[tokens of the row, V]."""
     result: StepResult | None = None
 
 
 class MyPluginWorker:
-    """A `Worker`. Its life: load, kv_groups, kv_memory, allocate, warm_up, then submit and sample
-    for each step, and close."""
+    """A `Worker`. Its life cycle is: load, kv_groups, kv_memory, allocate, warm_up, then submit and
+    sample for each step, and close."""
 
     def __init__(self, context: BuildContext) -> None:
         self._context = context
@@ -59,9 +59,9 @@ class MyPluginWorker:
         self._known: dict[int, Known] = {}
         self._model: Model
         self._backends: list[AttentionBackend] = []
-        """Per KV group."""
+        """Backends per KV group."""
         self._caches: dict[int, object] = {}
-        """By layer."""
+        """Caches by layer."""
 
     def load(self, progress: Progress) -> None:
         plan = self._context.plan
@@ -73,7 +73,7 @@ class MyPluginWorker:
         )
 
     def kv_groups(self) -> list[KVGroup]:
-        """Layers that see equally far share a numbering of blocks."""
+        """Group layers with equal windows: they share a block numbering."""
         layers, groups = self._model.attention_layers, []
         size, block_size = (
             getattr(torch, self._kv_dtype).itemsize,
@@ -93,11 +93,11 @@ class MyPluginWorker:
         return groups
 
     def kv_memory(self) -> int:
-        asked, share = (
+        size, fraction = (
             self._context.option("kv_cache", name) for name in ("memory_gb", "memory_fraction")
         )
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(asked * 2**30) if asked is not None else min(MOST_MEMORY, int(free * share))
+        return int(size * 2**30) if size is not None else min(MAX_MEMORY, int(free * fraction))
 
     def allocate(self, num_blocks: list[int]) -> None:
         self._groups = self.kv_groups()
@@ -114,17 +114,17 @@ class MyPluginWorker:
         progress("warming up", 1, 1)  # nothing here is slow the first time
 
     def submit(self, plan: StepPlan) -> Computed:
-        """Computes at once, so that a step behind it finds its tokens sampled; one that waits for
-        masks is sampled by `sample`."""
+        """Compute the step at once, so that a later step finds its tokens sampled; a plan that
+        waits for masks is sampled by `sample`."""
         self._update(plan)
         with torch.inference_mode():
             step = Computed(plan, self._forward(plan))
-            step.result = None if plan.masked else self._draw(step, {})
+            step.result = None if plan.masked else self._sample(step, {})
         return step
 
     def sample(self, handle: Computed, masks: dict[int, bytes] | None = None) -> StepResult:
         with torch.inference_mode():
-            return handle.result or self._draw(handle, masks or {})
+            return handle.result or self._sample(handle, masks or {})
 
     def close(self) -> None:
         self._known.clear()
@@ -132,7 +132,7 @@ class MyPluginWorker:
         self._backends.clear()
 
     def _update(self, plan: StepPlan) -> None:
-        """Take in what the plan tells of sequences: only what changed since the last one. An odd
+        """Apply the plan's changes to sequences: only what changed since the last plan. An invalid
         plan changes nothing."""
         known = (set(self._known) - set(plan.released)) | {start.seq_id for start in plan.starts}
         if unknown := set(plan.seq_ids) - known:
@@ -150,7 +150,7 @@ class MyPluginWorker:
                 table += blocks
 
     def _forward(self, plan: StepPlan) -> list[Tensor]:
-        """Logits of every row's tokens."""
+        """Compute the logits of every row's tokens."""
         rows = [self._known[i] for i in plan.seq_ids]
         drafts = plan.draft_token_ids or [[] for _ in rows]
         spans = [
@@ -164,19 +164,19 @@ class MyPluginWorker:
         for i, group in enumerate(self._groups):
             batch = batch_of([row.tables[i] for row in rows], spans, group.block_size)
             layers = [self._model.attention_layers[index] for index in group.layers]
-            made = self._backends[i].plan(batch, layers, group.block_size)
-            plans |= {layer.index: (self._backends[i], layer, made) for layer in layers}
+            group_plan = self._backends[i].plan(batch, layers, group.block_size)
+            plans |= {layer.index: (self._backends[i], layer, group_plan) for layer in layers}
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            backend, of, made = plans[layer]
+            backend, attention_layer, group_plan = plans[layer]
             out = torch.empty_like(q)
-            backend.run(of, q, k, v, self._caches[layer], made, out)
+            backend.run(attention_layer, q, k, v, self._caches[layer], group_plan, out)
             return out
 
         hidden = self._model.forward(token_ids, positions, attend)
         return list(self._model.logits(hidden).split(plan.num_tokens))
 
-    def _draw(self, step: Computed, masks: dict[int, bytes]) -> StepResult:
+    def _sample(self, step: Computed, masks: dict[int, bytes]) -> StepResult:
         plan = step.plan
         result = StepResult(plan.step_id, [[] for _ in plan.seq_ids])
         drafts = plan.draft_token_ids or [[] for _ in plan.seq_ids]
@@ -188,22 +188,22 @@ class MyPluginWorker:
             if logits.isnan().any():
                 result.failed[seq_id] = "the model's logits are not numbers (NaN)"
                 continue
-            if params.prompt_logprobs is not None:  # of the prompt's tokens that follow this row's
+            if params.prompt_logprobs is not None:  # of prompt tokens that follow this row's tokens
                 first = plan.num_computed[b] + 1
-                said = row.tokens[
+                following = row.tokens[
                     first : min(first + plan.num_tokens[b], row.start.num_prompt_tokens)
                 ]
-                for at, token in enumerate(said):
+                for at, token in enumerate(following):
                     result.prompt_logprobs[b].append(
                         logprobs_of(logits[at], token, params.prompt_logprobs)
                     )
-            # Drafts are verified here: the model's token is sampled as always, and a draft counts
-            # while it is the same.
+            # Draft tokens are verified here: the model's token is sampled as always, and a draft
+            # token is accepted if it is equal.
             for at, draft in enumerate(
                 [*drafts[b], None] if plan.samples[b] else [],
                 plan.num_tokens[b] - len(drafts[b]) - 1,
             ):
-                token = draw(logits[at], row.start, row.tokens, masks.get(seq_id))
+                token = sample_token(logits[at], row.start, row.tokens, masks.get(seq_id))
                 row.tokens.append(token)
                 result.token_ids[b].append(token)
                 if params.logprobs is not None:
@@ -214,8 +214,7 @@ class MyPluginWorker:
 
 
 def batch_of(tables: list[list[int]], spans: list[range], block_size: int) -> AttentionBatch:
-    """One step's rows in one KV group, from their block tables and the positions of their
-    tokens."""
+    """Build the batch of one step in one KV group, from block tables and token positions."""
     starts = [0]
     for span in spans:
         starts.append(starts[-1] + len(span))
