@@ -5,7 +5,7 @@ bf16, the same prompts and threads.
 
     python benchmarks/bridge_compile.py [--models d,e] [--rounds 7] [--threads 2] [--json FILE]
 
-Prints medians of each side and the median of the ratios of neighbouring rounds, and how long an
+Prints medians of each side and the median of the ratios of successive rounds, and how long an
 engine takes to start: without compiling, with an empty cache, and with a filled one (each in a
 process of its own).
 """

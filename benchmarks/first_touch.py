@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dovetail import LLM
-from dovetail.bench.load import ClosedLoop, Figures, Work, percentile
-from dovetail.bench.machine import machine
 from dovetail_attention_cpu.ahead import Ahead
+from dovetail_bench.load import ClosedLoop, Figures, Work, percentile
+from dovetail_bench.machine import machine
 
 CONCURRENCY = 16
 SLOW = 0.001

@@ -3,7 +3,7 @@ threads.
 
     python benchmarks/transformers_side_by_side.py [--models a,b,c] [--rounds 5] [--json FILE]
 
-Prints medians of each side and the median of the ratios of neighbouring rounds; only the ratios
+Prints medians of each side and the median of the ratios of successive rounds; only the ratios
 mean something on a machine that others use too.
 """
 

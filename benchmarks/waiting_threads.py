@@ -160,18 +160,18 @@ def measure_quietly(
 
 
 def measure(engine: Decoder, num_sequences: int, busy: bool, round: int) -> Figure:
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         time.sleep(0.3 if busy else 0.05)
-        before, theirs = busy_seconds(), cpu_of(neighbour)
+        before, theirs = busy_seconds(), cpu_of(other)
         began = time.perf_counter()
         done = engine.run(num_sequences)
         elapsed = time.perf_counter() - began
-        others = busy_seconds() - before - done["cpu"] - (cpu_of(neighbour) - theirs)
+        others = busy_seconds() - before - done["cpu"] - (cpu_of(other) - theirs)
     finally:
-        if neighbour is not None:
-            neighbour.kill()
-            neighbour.wait()
+        if other is not None:
+            other.kill()
+            other.wait()
     figures = (done["tokens"] / done["seconds"], done["cpu"] / elapsed, max(0.0, others / elapsed))
     return Figure(round, engine.spins, busy, num_sequences, *(float(f"{x:.4g}") for x in figures))
 

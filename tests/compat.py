@@ -28,11 +28,8 @@ VARIABLE = "DOVETAIL_COMPAT_TRANSFORMERS"
 """Names the version of a run, for tests/test_compat.py to check that it is the one imported."""
 TESTS = (
     "tests/test_compat.py",
-    "plugins/worker_torch/tests/test_bridge.py",
-    "plugins/worker_torch/tests/test_models.py",
-    "plugins/worker_torch/tests/test_config_fields.py",
-    "plugins/worker_torch/tests/test_torch_compile.py",
-    "plugins/worker_torch/tests/test_architecture_contract.py",
+    "plugins/models_torch/tests",
+    "plugins/models_transformers/tests",
     "plugins/quantize/tests",
     "tests/test_draft_model.py",
     "tests/test_exactness.py",

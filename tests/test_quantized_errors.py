@@ -123,8 +123,8 @@ def test_scales_that_are_none(
         .tolist()
     )
     assert (
-        f"{tmp_path / 'model.safetensors'}: {NAME}.{tensor} holds {value} at {where}, and 1 of its"
-        f" {scales.numel()} scales" in said
+        f"{tmp_path / 'model.safetensors'}: {NAME}.{tensor} has the value {value} at {where},"
+        f" and 1 of its {scales.numel()} scales" in said
     )
     assert "quantize it again" in said
 
@@ -194,7 +194,7 @@ def test_a_method_that_nobody_reads(tmp_path: Path) -> None:
         f"the weights of {tmp_path} are quantized with 'gptq-marlin', which no installed plugin"
         " reads" in said
     )
-    assert "Near: gptq (dovetail-quant-awq-gptq:gptq)" in said
+    assert "Similar: gptq (dovetail-quant-awq-gptq:gptq)" in said
 
 
 @pytest.mark.parametrize(("method", "package"), SUPPLIERS.items())
@@ -204,7 +204,7 @@ def test_a_method_whose_package_is_not_installed(method: str, package: str, tmp_
     made = made_of(tmp_path, GPTQ)
     for given, advice in (
         (method, f"Install one: pip install {package}"),
-        (f"{method}x", f"{method!r}: pip install {package}"),
+        (f"{method}x", f"{method!r} is meant: pip install {package}"),
     ):
         made.config["quantization_config"] = GPTQ | {"quant_method": given}
         made.save()

@@ -21,7 +21,7 @@ CLASSES: dict[str, str] = {
         f"{SOURCES}::test_a_breach_is_found"
     ),
     "code that comes with a checkpoint (vLLM, CVE-2025-66448)": (
-        "plugins/quantize/tests/test_quantize.py::test_code_of_a_model_folder_is_not_run"
+        "plugins/quantize/tests/test_model_folders.py::test_code_of_a_model_folder_is_not_run"
     ),
     "modules of the working directory": (
         f"{ATTACKS}::test_files_of_the_working_directory_do_not_run"

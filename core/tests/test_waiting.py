@@ -49,7 +49,7 @@ def test_a_library_that_is_there_is_said(
     environment.setattr(waiting, "_is_loaded", lambda: True)
     with caplog.at_level(logging.INFO), bounded_spinning():
         assert VARIABLE not in os.environ
-    assert f"set {VARIABLE} to decide" in caplog.text
+    assert f"set {VARIABLE} to change this" in caplog.text
     environment.setenv(VARIABLE, "7")
     caplog.clear()
     with caplog.at_level(logging.INFO), bounded_spinning():

@@ -101,7 +101,7 @@ def test_a_device_that_is_not_here_fails_with_the_reason(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["conform", "fcfs", "--device", "tpu:7"]) == 1
-    assert "device tpu:7 is not here" in capsys.readouterr().out
+    assert "device tpu:7 does not exist" in capsys.readouterr().out
 
 
 def test_every_extension_point_of_the_core_has_a_contract() -> None:

@@ -87,8 +87,16 @@ def _holders(root: Any, wanted: set[Any]) -> Iterator[str]:
             )
 
 
-def assert_none_alive() -> None:
-    """No sequence and no state of a request is reachable from anywhere in this process."""
+def alive() -> dict[int, str]:
+    """The sequences and states of requests in this process: the name of each one's type, by id."""
     gc.collect()
-    alive = [type(o).__name__ for o in gc.get_objects() if type(o) in (Sequence, RequestState)]
-    assert not alive, f"{len(alive)} are still alive: {sorted(set(alive))}"
+    return {
+        id(o): type(o).__name__ for o in gc.get_objects() if type(o) in (Sequence, RequestState)
+    }
+
+
+def assert_none_alive(before: dict[int, str]) -> None:
+    """Fail if anything in this process still refers to a sequence or a request's state, apart from
+    those that were there before: tracebacks of failed tests keep theirs."""
+    left = [name for number, name in alive().items() if number not in before]
+    assert not left, f"{len(left)} are still alive: {sorted(set(left))}"

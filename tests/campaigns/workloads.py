@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from campaigns.base import Campaign, Report, Trial
-from campaigns.leaks import assert_idle, assert_none_alive, mark
+from campaigns.leaks import alive, assert_idle, assert_none_alive, mark
 from dovetail import LLM, SamplingParams
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.types import Request, TokenLogprobs
@@ -344,7 +344,7 @@ def opened(report: Report) -> Iterator[Trial]:
 
         def trial(seed: int) -> None:
             rng = random.Random(seed)
-            settings = engine_settings(rng)
+            settings, before = engine_settings(rng), alive()
             try:
                 with LLM(
                     alone.plan.folder,
@@ -363,7 +363,7 @@ def opened(report: Report) -> Iterator[Trial]:
                     )
                     report.counts["steps"] += stats.num_steps
                 del llm
-                assert_none_alive()
+                assert_none_alive(before)
             except AssertionError as e:
                 raise AssertionError(f"{e}\nengine: {settings}") from e
 

@@ -87,7 +87,7 @@ class SignedNibbles(Product):
 
 @sabotage(PRODUCTS)
 class ScalesOfTheNextGroup(Product):
-    """A group is scaled by its neighbour's scale."""
+    """A group is scaled by the scale of the next one."""
 
     def weight(self, format, layer, tensors):
         return super().weight(format, layer, {**tensors, "scales": tensors["scales"].roll(1, 1)})

@@ -12,7 +12,7 @@ from sabotage import Sabotages
 LRU, _ = dovetail_eviction_policies()
 SABOTAGES = Sabotages("prefix_cache", dovetail_prefix_caches()[0], inner={"eviction": LRU})
 BOOKS, FOUND, APART, RESET, ENGINE, REUSE = (
-    "test_the_books_stay_right",
+    "test_bookkeeping_is_consistent",
     "test_what_was_computed_is_found",
     "test_nothing_is_shared_across_salts_and_adapters",
     "test_reset_forgets_everything",

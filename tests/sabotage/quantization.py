@@ -48,7 +48,7 @@ class CodesSwapped(NF4):
 
 @sabotage(PRODUCTS)
 class ScalesOfTheNextBlock(NF4):
-    """A block is scaled by its neighbour's scale."""
+    """A block is scaled by the scale of the next one."""
 
     def linear(self, layer, tensors):
         return super().linear(layer, {**tensors, "scales": tensors["scales"].roll(1, 1)})

@@ -42,7 +42,7 @@ class BudgetExceeded(TokenBudgetScheduler):
 
 
 @sabotage(ADDS_UP)
-class SeatsExceeded(TokenBudgetScheduler):
+class BatchRowsExceeded(TokenBudgetScheduler):
     """One sequence more than there are batch rows is admitted."""
 
     def _admit(self, plan, budget):

@@ -63,7 +63,7 @@ def with_params(start, **changes):
 
 
 @sabotage(BATCH)
-class NeighboursNoise(Meddling):
+class NoiseOfTheRow(Meddling):
     """A row's noise is keyed by its place in the batch."""
 
     def start(self, start, plan):

@@ -103,7 +103,7 @@ class PrefixCacheContract(Contract):
         "tokens are hashed in fewer bytes than they have",
         "the state of one KV group is used for another",
     )
-    def test_the_books_stay_right(self) -> None:
+    def test_bookkeeping_is_consistent(self) -> None:
         """In any sequence of operations: what is found was inserted and not removed since, with
         equal tokens, adapter and salt; what is evicted was cached and unreferenced; and what is
         cached is found."""

@@ -26,8 +26,8 @@ def test_usable():
     [
         ({"compiler": None}, "no C++ compiler"),
         ({"machine": "aarch64"}, "this machine is aarch64"),
-        ({"system": "Darwin"}, "this is Darwin"),
-        ({"cpu_flags": frozenset({"avx2"})}, "no fma, f16c"),
+        ({"system": "Darwin"}, "requires Linux, but this system is Darwin"),
+        ({"cpu_flags": frozenset({"avx2"})}, "this CPU lacks fma, f16c"),
     ],
 )
 def test_why_not(changes, words):

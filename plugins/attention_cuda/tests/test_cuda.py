@@ -69,7 +69,7 @@ def test_why_not():
     old, missing = (
         str(reason) for reason in CUDA.why_not(Context(facts, None, "cuda:0", "float16"))
     )
-    assert old == "needs sm_80 or newer, and cuda:0 (Tesla T4) is sm_75"
+    assert old == "requires sm_80 or newer, but cuda:0 (Tesla T4) is sm_75"
     assert missing == "CUDA's compiler was not found (install the CUDA toolkit, or set CUDA_HOME)"
     ada, hopper = (
         replace(facts, gpus=(GpuFacts("GPU", c, 2**34, (12, 4)),)) for c in ((8, 6), (9, 0))

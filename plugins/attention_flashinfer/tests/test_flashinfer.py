@@ -311,7 +311,7 @@ H200 = GpuFacts("NVIDIA H200", (9, 0), 150_000_000_000, (13, 0))
             ["FlashInfer 0.7.0 is installed, and this was not tested with it"],
         ),
         (H200, "0.6.13", "2.5.1", ["needs PyTorch 2.6 or newer, and here is 2.5.1"]),
-        (replace(H200, capability=(7, 5)), "0.6.13", "2.11.0", ["needs sm_80 or newer"]),
+        (replace(H200, capability=(7, 5)), "0.6.13", "2.11.0", ["requires sm_80 or newer"]),
     ],
 )
 def test_why_not(monkeypatch, gpu, flashinfer, torch, reasons):

@@ -1,12 +1,18 @@
 """All that this plugin needs to test: it keeps the contract it declares."""
 
+import pytest
 import torch
 
+from dovetail.facts import device_facts
 from dovetail.interfaces.matmul import dequantized
-from dovetail_matmul_cpu import PROVIDER
+from dovetail.plugin.provider import why_not_built
+from dovetail_matmul_cpu import NEEDED_FLAGS, PROVIDER
 from dovetail_testing.matmul import MatmulContract, Product
 
+NO_KERNELS = why_not_built(device_facts(), NEEDED_FLAGS)
 
+
+@pytest.mark.skipif(bool(NO_KERNELS), reason=f"no kernels here: {NO_KERNELS}")
 class TestCpuMatmul(MatmulContract):
     provider = PROVIDER
 

@@ -201,7 +201,7 @@ def test_fp8_products_need_newer_gpus():
     assert why_not() == []
     assert why_not("int8") == []
     assert [str(reason) for reason in why_not("float8_e4m3fn")] == [
-        "needs sm_89 or newer, and cuda:0 (NVIDIA A100) is sm_80"
+        "requires sm_89 or newer, but cuda:0 (NVIDIA A100) is sm_80"
     ]
 
 

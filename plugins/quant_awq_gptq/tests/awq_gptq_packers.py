@@ -14,7 +14,7 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 def words_one_by_one(rows: list[list[int]], bits: int, minus: int = 0) -> list[list[int]]:
     """Each row's numbers in 32-bit words, the first in the lowest bits; `minus` is subtracted from
-    every number as tools do it: from the words, so that a 0 borrows from its neighbour."""
+    every number as tools do it: from the words, so that a 0 borrows from the next number."""
     count, packed = 32 // bits, []
     less = sum(minus << bits * i for i in range(count))
     for row in rows:

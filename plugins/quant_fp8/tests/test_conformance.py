@@ -174,6 +174,6 @@ def test_scales_that_are_none(name: str, wrong: float, message: str) -> None:
     scheme = Fp8(KitMatmul(), STATIC, Fp8Options(granularity="tensor", activations="static"))
     declared = scheme.parameters(layer)
     assert isinstance(declared, dict)
-    with pytest.raises(CheckpointError, match=rf"kit\.{name} holds {wrong} .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"kit\.{name} has the value {wrong} .*{message}"):
         declared[name].check(f"kit.{name}", torch.tensor(wrong))
     declared["weight_scale_inv"].check("of zeros", torch.tensor(0.0))

@@ -133,6 +133,6 @@ def test_scales_that_are_none(wrong: float) -> None:
     declared["SCB"].check("of a row of zeros", torch.tensor([1.0, 0.0]))
     with pytest.raises(
         CheckpointError,
-        match=rf"kit\.SCB holds {wrong} at \[1\], and 1 of its 2 scales are negative",
+        match=rf"kit\.SCB has the value {wrong} at \[1\], and 1 of its 2 scales are negative",
     ):
         declared["SCB"].check("kit.SCB", torch.tensor([1.0, wrong]))

@@ -127,7 +127,7 @@ def test_a_plain_weight_that_is_no_number_is_named() -> None:
     linear = QuantizedLinear("kit", Scheme(), layer, parameters)  # type: ignore[arg-type]
     weight = torch.randn(6, 4)
     weight[2, 1] = torch.nan
-    with pytest.raises(CheckpointError, match=r"q\.weight, quantized: its scale holds nan"):
+    with pytest.raises(CheckpointError, match=r"q\.weight, quantized: its scale has the value nan"):
         linear.targets()["q.weight"].store(weight)
 
 

@@ -288,7 +288,7 @@ def sample_at(
 
 
 def test_noise_of_different_keys_is_unrelated(sampler: SamplerBackend) -> None:
-    """Correlation of exponential noise between neighbouring keys, over 200 pairs of rows of 50,000
+    """Correlation of exponential noise between successive keys, over 200 pairs of rows of 50,000
     tokens."""
     width = 50_000
     keys = row_keys(np.full(201, 12345), np.zeros(201, np.int64), np.arange(201))

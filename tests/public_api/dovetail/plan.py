@@ -11,7 +11,7 @@ class Reason:
     text: str
     hint: str = ''
     code: str = 'unusable'
-REASONS = {'unusable': 'its own `why_not` says so', 'unsupported': 'the composition needs what it does not declare', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it needs another choice in another extension point, or another extension point's choice needs another one here", 'conflicts': 'it does not go with what another extension point takes', 'priority': 'another usable one has a higher priority', 'not-asked': 'the configuration names another one, or none', 'faulty': 'its `why_not` failed', 'device': 'the device chosen is too old for it, or its driver is'}
+REASONS = {'unusable': 'its own `why_not` gives a reason', 'unsupported': 'it does not declare a capability that the engine config requires', 'contract': 'it was written for a version of the contract that this core does not serve', 'requires': "it requires another provider in another extension point, or another extension point's provider requires a different one here", 'conflicts': 'it conflicts with the provider of another extension point', 'priority': 'another usable provider has a higher priority', 'not-asked': 'the engine config names another provider, or none', 'faulty': 'its `why_not` raised an exception', 'device': 'the selected device, or its driver, is too old for it'}
 
 class Rejected(msgspec.Struct, frozen=True):
     provider: str

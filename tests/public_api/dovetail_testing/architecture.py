@@ -30,43 +30,43 @@ class ArchitectureContract(Contract):
     def tried(self) -> tuple[dict[str, Any], ...]:
         ...
 
-    @common_causes('an architecture without a config to try it', 'model code for another framework')
+    @common_causes('an architecture has no config to test it', 'the code is for another framework')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('linear layers made with torch instead of build.layers')
+    @common_causes('linear layers are built with torch instead of build.layers')
     def test_quantization(self) -> None:
         ...
 
-    @common_causes('a tensor that is read and not used', 'one vector of several copied over another', 'a bias left out')
+    @common_causes('a tensor is read but not used', 'one vector overwrites another one', 'a bias is left out')
     def test_every_tensor_of_the_checkpoint_counts(self) -> None:
         ...
 
-    @common_causes('a view of the checkpoint is kept', 'a dtype that is fixed')
+    @common_causes('a view of the checkpoint is kept', 'the dtype is fixed')
     def test_weights_are_copies_in_the_models_dtype(self) -> None:
         ...
 
-    @common_causes('a layer called twice or left out', 'heads, windows or head size that config.json does not say')
+    @common_causes('a layer is called twice or left out', 'heads, windows or head size differ from config.json')
     def test_attention_is_called_once_a_layer_in_order(self) -> None:
         ...
 
-    @common_causes("logits in the model's dtype", 'the output projection in forward', 'a final norm left out of forward')
+    @common_causes("logits have the model's dtype", 'forward includes the output projection', 'forward omits the final norm')
     def test_logits(self) -> None:
         ...
 
-    @common_causes('state kept between passes', 'positions counted instead of taken', 'tokens mixed outside attention')
+    @common_causes('state is kept between passes', 'positions are counted instead of passed', 'tokens are mixed outside attention')
     def test_pieces_are_the_whole(self) -> None:
         ...
 
-    @common_causes('positions that forward ignores')
+    @common_causes('forward ignores positions')
     def test_positions_count(self) -> None:
         ...
 
-    @common_causes('weights or buffers of the class instead of the object')
+    @common_causes('weights or buffers belong to the class instead of the object')
     def test_models_of_a_process_do_not_meet(self) -> None:
         ...
 
-    @common_causes("an epsilon, an activation or a scale that is not the config's", 'a matrix the wrong way round')
+    @common_causes('an epsilon, an activation or a scale differs from the config', 'a matrix is transposed')
     def test_reference(self) -> None:
         ...
 

@@ -84,5 +84,5 @@ class Contract:
 def failure_of(attempt: Callable[[Input], None], given: Input) -> Exception | None:
     ...
 DISTRIBUTION = 'under-test'
-BUILDS = 'With the options under test, `build` returns the object that its extension point asks for.'
+BUILDS = 'With the options under test, `build` returns the object that its extension point requires.'
 KIT_MODEL = ModelFacts(folder=Path('kit-model'), architecture='KitForCausalLM', model_type='kit', dtype='float32', num_layers=1, hidden_size=128, num_heads=2, num_kv_heads=2, head_size=64, vocab_size=64, max_position_embeddings=4096, layer_kinds=(LayerKind('full', None),), logit_soft_cap=None, eos_token_ids=(), has_sinks=False)

@@ -24,27 +24,27 @@ class DrafterContract(Contract):
     def new(self) -> Drafter:
         ...
 
-    @common_causes('the options do not extend DrafterOptions or DraftModelOptions', 'capabilities of another extension point, or none')
+    @common_causes('the options do not extend DrafterOptions or DraftModelOptions', 'the capabilities are those of another extension point, or missing')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('more tokens than were asked for', 'a token that does not exist', '`seq.tokens` appended to, or kept and changed', 'an index keyed by anything but seq_id', 'state of an ended sequence that meets another of the same seq_id', 'an index that is not continued where it ended')
+    @common_causes('more tokens than requested', 'a token id outside the vocabulary', '`seq.tokens` is appended to, or stored and changed', 'an index is not keyed by seq_id', 'state of an ended sequence is used for a new one with the same seq_id', 'an index is not extended where it ended')
     def test_proposals(self) -> None:
         ...
 
-    @common_causes('it raises for short sequences', 'it returns something other than a list of ints')
+    @common_causes('it raises an exception for short sequences', 'it returns something other than a list of ints')
     def test_drafting_changes_no_output(self) -> None:
         ...
 
-    @common_causes('forget raises for a sequence that was never asked about', 'propose raises after a preemption')
+    @common_causes('forget raises an exception for an unknown sequence', 'propose raises an exception after a preemption')
     def test_engine_invariants_hold(self) -> None:
         ...
 
-    @common_causes('state kept by the class or the module instead of the object')
+    @common_causes('state is stored in the class or the module instead of the object')
     def test_two_engines_do_not_meet(self) -> None:
         ...
 
-    @common_causes('sequences kept in a list or as keys, which `forget` does not look through')
+    @common_causes('sequences are stored in a list or as keys that `forget` does not search')
     def test_ended_sequences_are_let_go(self) -> None:
         ...
 

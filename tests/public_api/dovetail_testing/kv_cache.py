@@ -28,28 +28,28 @@ class KVCacheContract(Contract):
     def new_scheduler(self, setup: Setup, kv: KVCacheManager) -> Scheduler:
         ...
 
-    @common_causes('the options do not extend KVCacheOptions', 'the null block counted in num_total')
+    @common_causes('the options do not extend KVCacheOptions', 'num_total includes the null block')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('a block freed twice, or not at all, when several sequences hold it', 'a partial block shared', 'blocks taken from one group before another is found too small', 'trimmed blocks freed again by `free`')
+    @common_causes('a block with several holders is freed twice, or not at all', 'a partial block is shared', 'blocks of one group are allocated before another is found to have too few', '`free` frees trimmed blocks again')
     def test_blocks_are_conserved(self) -> None:
         ...
 
-    @common_causes('an off-by-one in what is left', 'one block kept back for each sequence')
+    @common_causes('an off-by-one in the number of free blocks', 'one block is reserved per sequence')
     def test_the_last_block_can_be_had(self) -> None:
         ...
 
     @pytest.mark.parametrize('overlap', [False, True])
-    @common_causes('blocks handed out in an order that their table does not have', 'a trimmed entry removed instead of nulled')
+    @common_causes('blocks are returned in a different order than in the table', 'a trimmed entry is removed instead of replaced by the null block')
     def test_an_engine_runs_on_it(self, overlap: bool) -> None:
         ...
 
-    @common_causes('state of a sequence that outlives `free`', 'abort of a sequence that shares its prompt')
+    @common_causes('state of a sequence outlives `free`', 'a sequence that shares its prompt is aborted')
     def test_blocks_are_returned(self) -> None:
         ...
 
-    @common_causes('None from `reuse` without `may_wait`', 'blocks found and not counted as referred to')
+    @common_causes('`reuse` returns None without `may_wait`', 'blocks that were found are not referenced')
     def test_a_prefix_cache_changes_no_output(self) -> None:
         ...
 

@@ -37,15 +37,15 @@ class MatmulContract(Contract):
     def can(self) -> MatmulCapabilities:
         ...
 
-    @common_causes('a provider that declares none')
+    @common_causes('the provider declares no capabilities')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('the halves of a byte in the wrong order', 'a zero point left out', 'the last group of another size', 'sums in 16 bits', 'rows of x that lie apart', 'an order applied the wrong way round')
+    @common_causes('the halves of a byte are in the wrong order', 'a zero point is left out', 'the last group has another size', 'sums are computed in 16 bits', 'rows of x are not adjacent', 'the order of the inputs is applied the wrong way round')
     def test_products_are_those_of_the_dequantized_weight(self) -> None:
         ...
 
-    @common_causes('one scale for all rows of x', 'half away from zero instead of to even', "the input scale's inverse")
+    @common_causes('one scale is used for all rows of x', 'ties are rounded away from zero instead of to even', 'the inverse of the input scale is used')
     def test_rounded_inputs(self) -> None:
         ...
 
@@ -53,11 +53,11 @@ class MatmulContract(Contract):
     def test_zeros_are_zeros(self) -> None:
         ...
 
-    @common_causes('NaN rounded to a number', 'a maximum that NaN does not change')
+    @common_causes('NaN is rounded to a number', 'the maximum ignores NaN')
     def test_what_is_no_number_stays_none(self) -> None:
         ...
 
-    @common_causes('the canonical tensors kept beside a form of its own', 'codes expanded and kept')
+    @common_causes('the canonical tensors are kept besides a converted form', 'codes are expanded and kept')
     def test_memory_is_as_declared(self) -> None:
         ...
 
@@ -87,7 +87,7 @@ class KitMatmul:
 
     def nbytes(self, format: WeightFormat, layer: LinearLayer) -> int:
         ...
-KIT_MATMUL = Provider('kit-matmul', 'by the definition', lambda context, options: KitMatmul(), capabilities=MatmulCapabilities(('int8', 'uint4', 'float8_e4m3fn'), ('int8', 'float8_e4m3fn'), devices=None))
+KIT_MATMUL = Provider('kit-matmul', 'computed by the definition', lambda context, options: KitMatmul(), capabilities=MatmulCapabilities(('int8', 'uint4', 'float8_e4m3fn'), ('int8', 'float8_e4m3fn'), devices=None))
 
 def rounded_inputs(x: Tensor, to: Inputs, tensors: dict[str, Tensor]) -> Tensor:
     ...

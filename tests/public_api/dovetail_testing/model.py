@@ -23,19 +23,19 @@ class ModelContract(Contract):
     def facts(self) -> ModelFacts:
         ...
 
-    @common_causes('a relative path', 'package data left out of the wheel', 'the licence of the weights not stated')
+    @common_causes('the path is relative', 'the wheel lacks the package data', 'the licence of the weights is not stated')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('a key that transformers fills in by default, and config.json leaves out')
+    @common_causes('config.json omits a key for which transformers has a default')
     def test_the_config_says_what_is_asked(self) -> None:
         ...
 
-    @common_causes('a file cut short on its way into the package', 'an index that names files which are not there')
+    @common_causes('a file was truncated when the package was built', 'an index names files that do not exist')
     def test_the_weights_are_whole(self) -> None:
         ...
 
-    @common_causes('a normalizer that changes what is typed', 'a decoder that is missing from tokenizer.json')
+    @common_causes('a normalizer changes the text', 'tokenizer.json has no decoder')
     def test_the_tokenizer_keeps_texts(self) -> None:
         ...
 

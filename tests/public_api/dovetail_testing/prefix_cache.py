@@ -42,51 +42,51 @@ class PrefixCacheContract(Contract):
     def new_kv(self, setup: Setup) -> ReusingKVCache:
         ...
 
-    @common_causes('a block forgotten by evict and still found', 'keep answered for a block that was never inserted', 'the same block in the eviction order twice', 'claim without taking the block out of the eviction order', 'tokens hashed in fewer bytes than they have', 'the books of one KV group used for another')
-    def test_the_books_stay_right(self) -> None:
+    @common_causes('a block that evict removed is still found', 'keep returns True for a block that was never inserted', 'the same block is in the eviction order twice', 'claim does not remove the block from the eviction order', 'tokens are hashed in fewer bytes than they have', 'the state of one KV group is used for another')
+    def test_bookkeeping_is_consistent(self) -> None:
         ...
 
-    @common_causes('a block in use named by evict', 'more or fewer blocks evicted than asked for')
+    @common_causes('evict returns a block in use', 'evict returns more or fewer blocks than requested')
     def test_engine_invariants_hold(self) -> None:
         ...
 
-    @common_causes("a host block in the order of the device's", 'a block that was moved still found where it was')
+    @common_causes('a host block is in the eviction order of the device', 'a block that was moved is still found in its old place')
     def test_engine_invariants_hold_with_a_host_tier(self) -> None:
         ...
 
-    @common_causes('`promote` or `demote` pairs the blocks in another order', 'the books of one tier used for the other')
+    @common_causes('`promote` or `demote` pairs the blocks in a different order', 'the state of one tier is used for the other')
     def test_a_host_tier_changes_no_output(self) -> None:
         ...
 
-    @common_causes('what is demoted is forgotten', "host blocks that were promoted stay in the host's order of eviction")
+    @common_causes('demoted blocks are forgotten', 'promoted host blocks stay in the eviction order of the host')
     def test_what_the_host_has_room_for_is_found_again(self) -> None:
         ...
 
-    @common_causes("a hash of a block's own tokens, without those before it", 'blocks inserted before they were computed')
+    @common_causes("a hash covers a block's own tokens without those before it", 'blocks are inserted before they are computed')
     def test_reuse_changes_no_output(self) -> None:
         ...
 
-    @common_causes('what is expected found before it is computed', 'an expectation that outlives its sequence')
+    @common_causes('an expected block is found before it is computed', 'an expectation outlives its sequence')
     def test_what_failed_is_never_found(self) -> None:
         ...
 
     @pytest.mark.parametrize('overlap', [False, True])
-    @common_causes('`expect` ignored', '`expected_from` asked for a block answers for the one after it')
+    @common_causes('`expect` is ignored', '`expected_from` returns the owner of the next block instead')
     def test_what_comes_together_is_computed_once(self, overlap: bool) -> None:
         ...
 
-    @common_causes('blocks inserted and never found', 'the chain of a sequence not continued after a hit')
+    @common_causes('inserted blocks are never found', 'the hash chain of a sequence is not continued after a hit')
     def test_what_was_computed_is_found(self) -> None:
         ...
 
-    @common_causes('adapter_id or cache_salt left out of the key', "only the first block's key depends on them")
+    @common_causes('the key omits adapter_id or cache_salt', "only the first block's key depends on them")
     def test_nothing_is_shared_across_salts_and_adapters(self) -> None:
         ...
 
-    @common_causes('state kept by the class or the module instead of the object')
+    @common_causes('state is stored in the class or the module instead of the object')
     def test_two_engines_do_not_meet(self) -> None:
         ...
 
-    @common_causes('reset that leaves the eviction order as it was', 'blocks in use kept after a reset')
+    @common_causes('reset does not clear the eviction order', 'blocks in use stay cached after a reset')
     def test_reset_forgets_everything(self) -> None:
         ...

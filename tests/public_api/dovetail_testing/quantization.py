@@ -31,51 +31,51 @@ class QuantizationContract(Contract):
     def tried(self) -> tuple[dict[str, Any], ...]:
         ...
 
-    @common_causes('a method in capabilities that is missing in examples')
+    @common_causes('capabilities declare a method that examples do not contain')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('on_the_fly declared or not declared by mistake')
+    @common_causes('on_the_fly is declared, or not declared, by mistake')
     def test_plain_weights(self) -> None:
         ...
 
-    @common_causes('a why_not that does not hold')
+    @common_causes('why_not does not check the method')
     def test_checkpoints_of_another_method_are_refused(self) -> None:
         ...
 
-    @common_causes('a size that is not a multiple of a group or a word is neither handled nor declined', 'an empty reason')
+    @common_causes('a size that is not a multiple of a group or a word is neither supported nor declined', 'the reason is empty')
     def test_every_layer_is_taken_or_declined_with_a_reason(self) -> None:
         ...
 
-    @common_causes("the checkpoint's list of layers to leave out is not read", 'names compared whole where they are patterns')
+    @common_causes("the checkpoint's list of layers that are not quantized is not read", 'names are compared as a whole although they are patterns')
     def test_layers_that_are_not_quantized_are_declined(self) -> None:
         ...
 
-    @common_causes('scales along the wrong axis', 'a zero point left out', 'sums in 16 bits', 'an output in another dtype')
+    @common_causes('scales are along the wrong axis', 'a zero point is left out', 'sums are computed in 16 bits', 'the output has another dtype')
     def test_products_are_those_of_the_dequantized_weight(self) -> None:
         ...
 
-    @common_causes('rounding that does not go to the nearest', 'scales of the wrong group', 'codes packed in another order')
+    @common_causes('rounding is not to the nearest value', 'scales belong to the wrong group', 'codes are packed in a different order')
     def test_weights_are_near_the_plain_ones(self) -> None:
         ...
 
-    @common_causes('a scale of zero divides')
+    @common_causes('a scale of zero is used as a divisor')
     def test_zeros_stay_zero(self) -> None:
         ...
 
-    @common_causes('a scale that is not declared as one (Parameter.scale)', "an error about it that is none of the kit's")
+    @common_causes('a scale is not declared as one (Parameter.scale)', 'the error raised is not a CheckpointError')
     def test_damaged_scales_are_refused(self) -> None:
         ...
 
-    @common_causes('one scale for the whole tensor used for all parts', 'an order of the inputs taken from the first part')
+    @common_causes('one scale for the whole tensor is used for all parts', 'the order of the inputs is that of the first part')
     def test_fused_is_its_parts(self) -> None:
         ...
 
-    @common_causes('an axis that is not declared', 'a wrong pack factor or group', 'numbers taken from the whole layer')
+    @common_causes('an axis is not declared', 'the pack factor or the group is wrong', 'sizes are those of the whole layer')
     def test_sharded_is_whole(self) -> None:
         ...
 
-    @common_causes('weights expanded and kept', "the checkpoint's tensors kept beside the scheme's own form")
+    @common_causes('weights are expanded and kept', "the checkpoint's tensors are kept besides a converted form")
     def test_memory_is_as_declared(self) -> None:
         ...
 

@@ -33,44 +33,44 @@ class SchedulerContract(Contract):
     def alone(self, requests: list[Request], window: int | None=None) -> Outputs:
         ...
 
-    @common_causes('the options do not extend SchedulerOptions', 'capabilities of another extension point')
+    @common_causes('the options do not extend SchedulerOptions', 'the capabilities are those of another extension point')
     def test_declaration(self) -> None:
         ...
 
-    @common_causes('a budget or batch row that an early `continue` does not count', 'blocks not freed, or freed twice, on abort', 'a sequence kept in no list, or in two', 'preemption while a step is in flight')
+    @common_causes('an early `continue` skips the accounting of tokens or sequences', 'blocks are not freed, or freed twice, on abort', 'a sequence is in neither list, or in both', 'a sequence is preempted while a step is in flight')
     def test_block_accounting_invariant_holds(self) -> None:
         ...
 
-    @common_causes('num_computed_tokens left as it was on preemption', 'blocks shared before they are computed', 'a row planned from tokens that are still in flight as if they were known')
+    @common_causes('num_computed_tokens is not reset on preemption', 'blocks are shared before they are computed', 'a row is planned as if tokens in flight were known')
     def test_scheduling_changes_no_output(self) -> None:
         ...
 
-    @common_causes('a sequence that `reuse` lets wait (None) is started, or stops those behind it', 'blocks found are not freed again')
+    @common_causes('a sequence that must wait (`reuse` returned None) is started, or blocks those behind it', 'blocks that were found are not freed again')
     def test_shared_beginnings_change_no_output(self) -> None:
         ...
 
-    @common_causes('rows not written by Sequence.add_row', 'num_to_compute kept from before', 'drafts kept on preemption')
+    @common_causes('rows are not added with Sequence.add_row', 'an old value of num_to_compute is used', 'draft tokens are kept on preemption')
     def test_drafts_change_no_output(self) -> None:
         ...
 
     @pytest.mark.parametrize('overlap', [False, True])
-    @common_causes('a preempted sequence resumed without its output so far', 'its blocks freed, and its row still in the plan')
+    @common_causes('a preempted sequence is resumed without its output so far', 'its blocks are freed while its row is still in the plan')
     def test_tight_memory_changes_no_output(self, overlap: bool) -> None:
         ...
 
     @pytest.mark.parametrize('overlap', [False, True])
     @pytest.mark.parametrize('size', [(9, 6), (2, 1), (20, 25)], ids=['middling', 'tiny', 'alike'])
-    @common_causes('newcomers overtake without bound: age those who wait', 'the one preempted is always the same one')
+    @common_causes('new sequences overtake without bound: age those that wait', 'the same sequence is preempted each time')
     def test_nobody_starves_while_others_keep_coming(self, size: tuple[int, int], overlap: bool) -> None:
         ...
 
     @pytest.mark.parametrize('overlap', [False, True])
-    @common_causes('`remove` looks in one list only', 'state of a failed step kept for the next one')
+    @common_causes('`remove` searches only one list', 'state of a failed step is used in the next one')
     def test_a_failed_step_is_forgotten(self, overlap: bool) -> None:
         ...
 
     @pytest.mark.parametrize('index', range(6))
-    @common_causes('newcomers put in front', 'priorities sorted the wrong way: lower runs first')
+    @common_causes('new sequences are put in front', 'priorities are sorted the wrong way: lower runs first')
     def test_declared_order(self, index: int) -> None:
         ...
 

@@ -60,23 +60,23 @@ class ServerContract(Contract):
         ...
 
     @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
-    @common_causes("a handler installed before the server library's own, which replaces it", 'the engine left open at the end')
+    @common_causes('a signal handler is replaced by the one of the server library', 'the engine is left open at the end')
     def test_it_serves_until_told_to_stop(self, number: int) -> None:
         ...
 
-    @common_causes('signals that are looked at only after the start')
+    @common_causes('signals are handled only after the start')
     def test_it_can_be_stopped_while_it_loads(self) -> None:
         ...
 
-    @common_causes('the serving loop ended by the signal itself', 'the engine closed before it is drained')
+    @common_causes('the signal ends the serving loop itself', 'the engine is closed before it has drained')
     def test_requests_in_flight_are_finished(self) -> None:
         ...
 
-    @common_causes("the library's own exit or log line in place of an error")
+    @common_causes('the library exits or logs a line instead of raising an error')
     def test_a_taken_address_is_an_error(self) -> None:
         ...
 
-    @common_causes('the start awaited nowhere, so that its error is lost')
+    @common_causes('the start is not awaited, so that its error is lost')
     def test_an_engine_that_does_not_start_is_an_error(self) -> None:
         ...
 

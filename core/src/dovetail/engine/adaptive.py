@@ -54,7 +54,7 @@ DECAY = 0.5
 time it is tried again."""
 NO_SEQUENCES: list[Sequence] = []
 POSITION_DECAY = 0.95
-"""Estimated ratio of the acceptance probabilities of neighbouring positions, if nothing is
+"""Estimated ratio of the acceptance probabilities of successive positions, if nothing is
 known."""
 
 

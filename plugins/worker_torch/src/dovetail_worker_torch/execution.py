@@ -19,6 +19,8 @@ from dovetail_worker_torch.options import Execution, LinearKind, WorkerOptions
 
 OPERATIONS, TORCH_COMPILE = "operations", "torch.compile"
 """Values of `ArchitectureCapabilities.compiled`."""
+NEEDED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+"""What the C++ kernels of linear layers and of compiled steps require of a CPU."""
 
 
 def resolve_options(context: Context, options: WorkerOptions) -> tuple[WorkerOptions, list[str]]:
@@ -145,9 +147,7 @@ def _why_no_kernels(context: Context) -> list[Reason]:
                 f" {device.machine}"
             )
         )
-    elif missing := [
-        f for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq") if f not in device.cpu_flags
-    ]:
+    elif missing := [f for f in NEEDED_FLAGS if f not in device.cpu_flags]:
         reasons.append(Reason(f"this CPU has no {', '.join(missing)}"))
     if device.compiler is None:
         reasons.append(NO_COMPILER)

@@ -2,7 +2,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from dovetail.interfaces.attention import AttentionLayer
 from dovetail.interfaces.quantization import Part
 from dovetail.interfaces.worker import Progress
@@ -16,7 +16,8 @@ class ArchitectureCapabilities:
     quantization: bool = True
     loads_weights: bool = False
     examples: tuple[dict[str, Any], ...] = ()
-    compiled: str | None = None
+    compiled: Literal['operations', 'torch.compile'] | None = None
+    fused: bool = False
 
 class Target(NamedTuple):
     shape: tuple[int, ...]
@@ -58,6 +59,14 @@ class LayerMaker(Protocol):
     def attention(self, name: str, layer: AttentionLayer) -> AttentionLayer:
         ...
 
+class WeightFiles(Protocol):
+
+    def check(self) -> int:
+        ...
+
+    def are_equal(self, name: str, other: str) -> bool:
+        ...
+
 @dataclass(frozen=True)
 class ModelBuild:
     folder: Path
@@ -67,6 +76,9 @@ class ModelBuild:
     dtype: Any
     device: Any
     progress: Progress
+    files: WeightFiles | None = None
+    compiled: bool = False
+    fused: bool = False
 
 class Attend(Protocol):
     ...

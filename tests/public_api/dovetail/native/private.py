@@ -4,7 +4,7 @@ import stat
 from pathlib import Path
 from dovetail.errors import PluginError
 FOLDER_MODE = 448
-SHARED = 'can be written by'
+SHARED = 'is writable by'
 UNMAPPED = 65534
 
 def private_folder(name: str, folder: Path) -> Path:

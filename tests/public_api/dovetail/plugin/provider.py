@@ -1,4 +1,5 @@
 from __future__ import annotations
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -13,28 +14,28 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid')
 
 class KVCacheOptions(Options):
-    block_size: int | Literal['auto'] = Field('auto', description="tokens in a block, 1 to 256; auto is attention's: mostly 16")
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'int8'] = Field('auto', description="auto is the model's; fp8 (float8_e4m3fn) and int8 take half the memory of 16 bits")
-    memory_fraction: float = Field(0.9, gt=0, le=1, description='share of the free memory that the engine may take; on a CPU at most 4 GiB: set memory_gb for more')
-    memory_gb: float | None = Field(None, gt=0, description='GiB for the cache, instead of a share of the memory')
+    block_size: int | Literal['auto'] = Field('auto', description='tokens per block, 1 to 256; auto: set by the attention provider, usually 16')
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn', 'int8'] = Field('auto', description="KV storage dtype; auto: the model's dtype; fp8 (float8_e4m3fn) and int8 need half the memory of 16-bit types")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description='fraction of the free memory that the engine may use; at most 4 GiB on a CPU: set memory_gb for more')
+    memory_gb: float | None = Field(None, gt=0, description='size of the KV cache in GiB, instead of a fraction of the memory')
 
 class SchedulerOptions(Options):
-    max_num_seqs: int = Field(256, ge=1, description='sequences that run at a time')
-    max_num_batched_tokens: int = Field(2048, ge=1, description='tokens in a step')
+    max_num_seqs: int = Field(256, ge=1, description='maximum number of running sequences')
+    max_num_batched_tokens: int = Field(2048, ge=1, description='token budget: maximum number of tokens per step')
 
 class LongestPrefixOptions(SchedulerOptions):
-    max_overtaken: int = Field(64, ge=0, description='later sequences that may begin before one that waits; it is next then')
+    max_overtaken: int = Field(64, ge=0, description='number of later sequences that may start before a waiting one; it then starts next')
 HOST_MEMORY = 'host_memory_gb'
 
 class TieredCacheOptions(Options):
-    host_memory_gb: float = Field(0, ge=0, description='GiB of host memory for blocks that the device has no room for; 0: none')
+    host_memory_gb: float = Field(0, ge=0, description='GiB of host memory for blocks evicted from the device; 0 disables the host tier')
 
 class DrafterOptions(Options):
-    num_draft_tokens: int = Field(4, ge=1, le=32, description='most tokens proposed for a sequence in a step')
-    adaptive: bool = Field(True, description='in each step only as many as pay, often none; false: always as many as there are')
+    num_draft_tokens: int = Field(4, ge=1, le=32, description='maximum number of draft tokens per sequence and step')
+    adaptive: bool = Field(True, description='propose only as many draft tokens per step as increase throughput, often none; false: always propose as many as possible')
 
 class DraftModelOptions(DrafterOptions):
-    model: str = Field('auto', min_length=1, description="that drafts: a plugin's model name, a local folder, a hub id; auto: the target's own")
+    model: str = Field('auto', min_length=1, description="draft model: a plugin's model name, a local path or a hub id; auto: the draft model that belongs to the target model")
 
 @dataclass(frozen=True)
 class Relation:
@@ -45,6 +46,9 @@ class Relation:
     def meets(self, extension_point: str, *names: str) -> bool:
         ...
 NO_COMPILER = Reason('no C++ compiler was found', 'install g++ or clang++, or set CXX')
+
+def why_not_installed(module: str, how: str) -> list[Reason]:
+    ...
 
 def why_not_built(device: DeviceFacts, needed_flags: Sequence[str]) -> list[Reason]:
     ...
