@@ -31,12 +31,20 @@ LONG = (
     "tests/test_new_plugin.py::test_they_are_documented_typed_and_tidy",
     "tests/test_example_architecture.py::test_it_passes_the_conformance_kit",
     "tests/test_example_quantization.py::test_it_passes_the_conformance_kit",
-    "tests/test_draft_model.py::test_wrong_books_are_noticed?[!u]*",
+    "tests/test_draft_model.py::test_wrong_bookkeeping_is_noticed?[!u]*",
+    "tests/test_draft_model.py::test_wrong_bookkeeping_is_noticed?update ]",
     "tests/test_draft_model.py::test_a_model_that_drafts_for_itself_is_always_right*, *",
-    "tests/test_quantized_checkpoints.py::test_gptq?*act*",
     "tests/test_new_plugin.py::test_conform_and_explain_name_them",
     "tests/test_torch_compile.py::test_output_is_the_same_when_compiled?g[!p]*",
     "tests/test_torch_compile.py::test_output_is_the_same_when_compiled?gpt-oss*",
+    "plugins/models_torch/tests/test_models.py::test_bridged_through_torch_compile_is_the_same*",
+    "tests/test_exactness.py::test_greedy_equals_transformers?gpt-oss*torch-reference]",
+    "tests/test_host_tier.py::test_the_same_tokens_from_either_tier*torch-reference]",
+    # The hang of one component in the engine and of the worker stay.
+    *(
+        f"tests/test_chaos.py::test_what_hangs_or_crashes_costs_the_process?{name}-hang]"
+        for name in ("eviction", "kv_cache", "prefix_cache", "speculation")
+    ),
     "tests/test_pallas.py::test_greedy_tokens_are_those_of_the_reference*",
     "tests/test_quantized_memory.py::test_it_takes_what_the_format_promises*",
     # JAX compiles for seconds, and Triton's interpreter is slow: a few random steps stay, and what
@@ -56,7 +64,8 @@ LONG = (
     "plugins/worker_torch/tests/test_device_runner.py::TestWorker::test_scales_of_the_kv_cache",
     "plugins/worker_torch/tests/test_device_runner.py::TestWorker::test_a_model_drafts_for_itself",
     "plugins/worker_torch/tests/test_device_runner.py::TestWorker::test_drafts_change_no_output?[!r]*",
-    "plugins/worker_torch/tests/test_device_runner.py::TestWorker::test_blocks_go_to_the_host_and_come_back?T*",
+    "plugins/worker_torch/tests/test_device_runner.py::TestWorker::test_blocks_go_to_the_host_and_come_back*",
+    "plugins/worker_torch/tests/test_device_runner.py::TestWorker::test_a_quantized_checkpoint",
     "plugins/worker_torch/tests/test_conformance.py::TestTorchWorker::test_a_quantized_checkpoint",
     "plugins/worker_torch/tests/test_random_weights.py::test_a_config_is_enough?int8]",
     "plugins/matmul_cuda/tests/test_triton.py::TestTriton::test_products_are_those_of_the_dequantized_weight",

@@ -298,7 +298,7 @@ SABOTAGES = {
 
 @pytest.mark.usefixtures("moody")
 @pytest.mark.parametrize("method", SABOTAGES)
-def test_wrong_books_are_noticed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_bookkeeping_is_noticed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the test above: with any of these mistakes a model disagrees with itself."""
     monkeypatch.setattr(DraftRunner, method.strip(), SABOTAGES[method])
     different = wrong_at_every_fifth_place(monkeypatch)
