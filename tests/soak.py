@@ -45,7 +45,7 @@ RUNS = {
     ),
     "compiled bridge": (
         "every family of the bridge's tests through torch.compile, against transformers",
-        ["plugins/worker_torch/tests/test_models.py", "-k", "torch_compile"],
+        ["plugins/models_torch/tests/test_models.py", "-k", "torch_compile"],
         {"DOVETAIL_SOAK": 1},
     ),
     "chaos": (

@@ -87,8 +87,8 @@ def _holders(root: Any, wanted: set[Any]) -> Iterator[str]:
             )
 
 
-def alive() -> dict[int, str]:
-    """The sequences and states of requests in this process: the name of each one's type, by id."""
+def objects_of_requests() -> dict[int, str]:
+    """Return the sequences and request states in this process: the type's name of each, by id."""
     gc.collect()
     return {
         id(o): type(o).__name__ for o in gc.get_objects() if type(o) in (Sequence, RequestState)
@@ -96,7 +96,7 @@ def alive() -> dict[int, str]:
 
 
 def assert_none_alive(before: dict[int, str]) -> None:
-    """Fail if anything in this process still refers to a sequence or a request's state, apart from
-    those that were there before: tracebacks of failed tests keep theirs."""
-    left = [name for number, name in alive().items() if number not in before]
+    """Fail if anything in this process still refers to a sequence or a request state, apart from
+    those that existed before: tracebacks of failed tests refer to some."""
+    left = [name for number, name in objects_of_requests().items() if number not in before]
     assert not left, f"{len(left)} are still alive: {sorted(set(left))}"

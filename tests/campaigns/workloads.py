@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from campaigns.base import Campaign, Report, Trial
-from campaigns.leaks import alive, assert_idle, assert_none_alive, mark
+from campaigns.leaks import assert_idle, assert_none_alive, mark, objects_of_requests
 from dovetail import LLM, SamplingParams
 from dovetail.frontend.outputs import Delta, RequestState
 from dovetail.types import Request, TokenLogprobs
@@ -340,11 +340,11 @@ def opened(report: Report) -> Iterator[Trial]:
     with tiny(
         attention="torch-reference", overlap=False, prefix_cache="none", speculation="none"
     ) as alone:
-        comparison = Comparison(alone, report)
+        comparison, before = Comparison(alone, report), objects_of_requests()
 
         def trial(seed: int) -> None:
             rng = random.Random(seed)
-            settings, before = engine_settings(rng), alive()
+            settings = engine_settings(rng)
             try:
                 with LLM(
                     alone.plan.folder,
