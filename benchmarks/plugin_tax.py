@@ -26,7 +26,7 @@ from models import folder_of, prompt
 
 from dovetail import LLM, SamplingParams
 from dovetail.engine.engine import Engine
-from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.plugin.build_context import BuildContext
 from dovetail_attention_cpu import load_kernel
@@ -71,7 +71,7 @@ def wired_by_hand(llm: LLM) -> Engine:
     worker.allocate(num_blocks)
     worker.warm_up(lambda *_: None)
     index = HashIndex(groups[0].block_size, num_blocks, LeastRecentlyUsed)
-    kv = ReusingKVCache(groups, num_blocks, index)
+    kv = PagedKVCache(groups, num_blocks, index)
     scheduler = TokenBudgetScheduler(kv, fcfs, **plan.choices["scheduler"].options)
     return Engine(scheduler, kv, worker, max_num_waiting=plan.max_num_waiting)
 

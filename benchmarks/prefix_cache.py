@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from models import folder_of, prompt
-from prefix_trace import conversations, replay
+from prefix_trace import conversations, replay, stats_of
 
 from dovetail import LLM, SamplingParams
-from dovetail.engine.prefix_reuse import ReusingKVCache
-from dovetail.engine.tiered_cache import TieredKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.sequence import Sequence
 from dovetail.types import KVGroup, Request
 from dovetail_bench.machine import machine
@@ -300,17 +299,15 @@ def trace(num_rounds: int) -> list[Figures]:
     for seed in range(num_rounds):
         prompts = conversations(seed)
         whole = [sum(-(-len(p) // SIZE) for p in prompts)]
-        best = ReusingKVCache(groups, whole, HashIndex(SIZE, whole, LeastRecentlyUsed))
+        best = PagedKVCache(groups, whole, HashIndex(SIZE, whole, LeastRecentlyUsed))
         most = replay(best, prompts, SIZE)
-        needed = best.num_kept["device"]
+        needed = stats_of(best).num_prefix_blocks["device"]
         device, host = [needed // 10], [needed - needed // 10 + 300]
         figures = {"an infinite cache's hits, % of the tokens": 100 * most / sum(map(len, prompts))}
         policies: dict[str, MakePolicy] = {"lru": LeastRecentlyUsed, "lfu": LeastFrequentlyUsed}
         for name, policy in policies.items():
-            alone = ReusingKVCache(groups, device, HashIndex(SIZE, device, policy))
-            tiered = TieredKVCache(
-                groups, device, HashIndex(SIZE, device, policy, None, host), host
-            )
+            alone = PagedKVCache(groups, device, HashIndex(SIZE, device, policy))
+            tiered = PagedKVCache(groups, device, HashIndex(SIZE, device, policy, None, host), host)
             figures[f"{name}, device alone: % of an infinite cache's hits"] = (
                 100 * replay(alone, prompts, SIZE) / most
             )

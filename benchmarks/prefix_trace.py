@@ -12,7 +12,7 @@ from collections import deque
 
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.sequence import Sequence
-from dovetail.types import Request, SamplingParams
+from dovetail.types import EngineStats, Request, SamplingParams
 
 NUM_RUNNING = 8
 """Sequences that hold blocks at a time."""
@@ -46,6 +46,13 @@ def conversations(
     return prompts
 
 
+def stats_of(kv: KVCacheManager) -> EngineStats:
+    """Return the figures of a manager's prefix cache."""
+    stats = EngineStats()
+    kv.count(stats)
+    return stats
+
+
 def replay(kv: KVCacheManager, prompts: list[list[int]], block_size: int) -> int:
     """Returns how many tokens were found. Every sequence stays for as long as the next few ones
     come."""
@@ -73,4 +80,4 @@ def replay(kv: KVCacheManager, prompts: list[list[int]], block_size: int) -> int
     while running:
         end()
     assert kv.num_used == 0
-    return kv.num_hit_tokens
+    return stats_of(kv).num_prefix_hit_tokens

@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.engine.longest_prefix import LongestPrefixScheduler
-from dovetail.engine.prefix_reuse import ReusingKVCache
 from dovetail.sequence import Sequence
 from dovetail_testing.dictionary import DictionaryIndex
 from dovetail_testing.engines import (
@@ -24,7 +24,7 @@ from dovetail_testing.engines import (
 )
 
 
-class Recording(ReusingKVCache):
+class Recording(PagedKVCache):
     """Knows who was told to wait for another one since it was last asked."""
 
     def __init__(self, setup: Setup) -> None:

@@ -8,7 +8,6 @@ import pytest
 from dovetail.engine.checks import CheckedKVCache
 from dovetail.engine.engine import Engine
 from dovetail.engine.kv_cache import PagedKVCache
-from dovetail.engine.prefix_reuse import ReusingKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.errors import PluginError
 from dovetail.plugin.adapters import kv_cache_from_0_1, prefix_cache_from_0_1
@@ -23,12 +22,12 @@ SHARED = list(range(1, 25))
 
 
 def make_engine(faults: Faults | None = None, **setup: int) -> WatchedEngine:
-    def kv(limits: Setup) -> ReusingKVCache:
-        return ReusingKVCache(
+    def kv(limits: Setup) -> PagedKVCache:
+        return PagedKVCache(
             limits.groups, limits.num_blocks, DictionaryIndex(limits.block_size, len(limits.groups))
         )
 
-    def scheduler(limits: Setup, manager: ReusingKVCache) -> TokenBudgetScheduler:
+    def scheduler(limits: Setup, manager: PagedKVCache) -> TokenBudgetScheduler:
         return TokenBudgetScheduler(
             manager, fcfs, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget
         )
@@ -73,7 +72,9 @@ def test_an_abort_of_the_one_waited_for_lets_one_of_the_others_compute() -> None
     while engine.has_work:
         step(engine, outputs)
     assert outputs == {key: said for key, said in said_alone().items() if key[0] != "r0"}
-    assert engine.kv.num_hit_tokens == 4 * 24 + 16, "the second has what the first had computed"
+    assert engine.snapshot().num_prefix_hit_tokens == 4 * 24 + 16, (
+        "the second has what the first had computed"
+    )
 
 
 def test_an_abort_of_one_that_waits_leaves_no_trace() -> None:
@@ -108,7 +109,7 @@ def test_a_reset_ends_the_waiting() -> None:
     for r in alike():
         engine.add(r)
     step(engine, outputs)
-    assert isinstance(engine.kv, ReusingKVCache)
+    assert isinstance(engine.kv, PagedKVCache)
     engine.kv.reset_prefix_cache()
     step(engine, outputs)
     assert len(engine.scheduler.running) == 2
@@ -126,7 +127,7 @@ class Liar(DictionaryIndex):
 
 def test_a_prefix_cache_that_lies_delays_and_stops_nobody() -> None:
     setup = Setup(spare_blocks=200, max_num_seqs=8)
-    kv = ReusingKVCache(setup.groups, setup.num_blocks, Liar(4, 1))
+    kv = PagedKVCache(setup.groups, setup.num_blocks, Liar(4, 1))
     engine = Parts(
         lambda s: kv,
         lambda s, manager: TokenBudgetScheduler(
@@ -159,7 +160,7 @@ class OldBlocks:
     """A KV-cache manager as it was, over one of today."""
 
     def __init__(self, setup: Setup) -> None:
-        self._kv = ReusingKVCache(
+        self._kv = PagedKVCache(
             setup.groups, setup.num_blocks, prefix_cache_from_0_1(OldIndex(4, 1))
         )
         for name in (
@@ -171,6 +172,7 @@ class OldBlocks:
             "computed",
             "block_ids",
             "trim",
+            "count",
             "free",
         ):
             setattr(self, name, getattr(self._kv, name))
@@ -187,14 +189,6 @@ class OldBlocks:
     @property
     def num_total(self) -> int:
         return self._kv.num_total
-
-    @property
-    def num_queried_tokens(self) -> int:
-        return self._kv.num_queried_tokens
-
-    @property
-    def num_hit_tokens(self) -> int:
-        return self._kv.num_hit_tokens
 
 
 class OldIndex:
@@ -217,7 +211,6 @@ def test_parts_of_the_contract_before_run_and_let_nobody_wait() -> None:
     assert run(engine, alike()) == said_alone()
     assert run(engine, alike()) == said_alone()
     assert engine.snapshot().num_prefix_hit_tokens > 0
-    assert engine.snapshot().num_prefix_blocks == {}
     with pytest.raises(PluginError, match=r"contract 0\.1"):
         kv.reset_prefix_cache()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dovetail.assembly.builtins import dovetail_kv_caches
-from dovetail.engine.kv_cache import NULL_BLOCK, PagedKVCache
+from dovetail.engine.block_pool import NULL_BLOCK
+from dovetail.engine.kv_cache import PagedKVCache
 from sabotage import Sabotages
 
 SABOTAGES = Sabotages("kv_cache", dovetail_kv_caches()[0])

@@ -346,9 +346,10 @@ class EngineStats(msgspec.Struct):
     num_prefix_hit_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     num_prefix_evicted_blocks: dict[str, int] = {}
-    """Evicted blocks by cause, as in `KVCacheManager.num_evicted`."""
+    """Blocks that the prefix cache has evicted so far, by cause: `device_full`, `host_full`,
+    `reset`; or moved to another tier: `to_host`."""
     num_prefix_blocks: dict[str, int] = {}
-    """Evictable blocks (cached and unreferenced), by tier."""
+    """Evictable blocks (cached, and referenced by no sequence), by tier: `device`, `host`."""
 
 
 def to_builtins(value: Any) -> Any:

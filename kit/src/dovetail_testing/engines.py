@@ -11,13 +11,11 @@ from dataclasses import dataclass, field, replace
 from hypothesis import strategies as st
 
 from dovetail.engine.adaptive import EverySequence
+from dovetail.engine.block_pool import NULL_BLOCK, blocks_per_sequence
 from dovetail.engine.checks import CheckedDrafter
 from dovetail.engine.engine import Engine, OverlappedEngine, Step
-from dovetail.engine.kv_cache import NULL_BLOCK, PagedKVCache
-from dovetail.engine.kv_sizes import blocks_per_sequence
-from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.engine.speculation import Speculation
-from dovetail.engine.tiered_cache import TieredKVCache
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
@@ -209,13 +207,13 @@ def blocks_add_up(kv: PagedKVCache) -> None:
         assert held == {b: n for b, n in enumerate(pool.references) if n}, (
             "reference counts differ from the number of holders"
         )
-        if isinstance(kv, TieredKVCache):
-            host = [*kv.host_free[group], *kv.host_cached[group]]
-            first, count = kv.num_blocks[group], kv.num_host_blocks[group]
+        if kv.prefix is not None and (tier := kv.prefix.host) is not None:
+            host = [*tier.free[group], *tier.cached[group]]
+            first, count = kv.num_blocks[group], tier.num_blocks[group]
             assert sorted(host) == list(range(first, first + count)), (
                 "a host block was leaked, or is both free and cached"
             )
-        evictable = kv.evictable[group] if isinstance(kv, ReusingKVCache) else set()
+        evictable = pool.evictable
         assert len(set(pool.free_ids)) == len(pool.free_ids), "a block was freed twice"
         assert set(pool.free_ids) | set(held) | evictable == set(range(1, len(pool.references))), (
             "a block was leaked"

@@ -13,9 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dovetail.engine.kv_cache import PagedKVCache
-from dovetail.engine.prefix_reuse import ReusingKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
-from dovetail.engine.tiered_cache import TieredKVCache
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.plugin.provider import HOST_MEMORY
 from dovetail.types import KVGroup, Request, SamplingParams, StepPlan
@@ -25,6 +23,7 @@ from dovetail_testing.engines import (
     Asked,
     Parts,
     Setup,
+    WatchedEngine,
     alone,
     request,
     requests_of,
@@ -45,6 +44,14 @@ def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
 
 def new_paged(setup: Setup) -> PagedKVCache:
     return PagedKVCache(setup.groups, setup.num_blocks)
+
+
+def assert_not_switched_off(engine: WatchedEngine) -> None:
+    assert isinstance(engine.kv, PagedKVCache)
+    assert engine.kv.prefix is not None
+    assert engine.kv.prefix.cache is not None, (
+        "the prefix cache raised an exception and was switched off"
+    )
 
 
 tiered_setups = st.builds(
@@ -79,10 +86,10 @@ class PrefixCacheContract(Contract):
         cache: PrefixCache = self.build(context)
         return cache
 
-    def new_tiered(self, setup: Setup) -> TieredKVCache:
+    def new_tiered(self, setup: Setup) -> PagedKVCache:
         host = [setup.host_blocks] * len(setup.groups)
         cache: Any = self.new(setup.groups, setup.num_blocks, host)
-        return TieredKVCache(setup.groups, setup.num_blocks, cache, host)
+        return PagedKVCache(setup.groups, setup.num_blocks, cache, host)
 
     @property
     def tiered(self) -> Parts:
@@ -90,8 +97,8 @@ class PrefixCacheContract(Contract):
             pytest.skip(f"{self.provider.name} has no option {HOST_MEMORY}")
         return Parts(self.new_tiered, new_scheduler)
 
-    def new_kv(self, setup: Setup) -> ReusingKVCache:
-        return ReusingKVCache(
+    def new_kv(self, setup: Setup) -> PagedKVCache:
+        return PagedKVCache(
             setup.groups, setup.num_blocks, self.new(setup.groups, setup.num_blocks)
         )
 
@@ -151,10 +158,7 @@ class PrefixCacheContract(Contract):
                 assert not different, (
                     f"the outputs of {different} differ from those without a prefix cache"
                 )
-            assert isinstance(engine.kv, TieredKVCache)
-            assert engine.kv.prefix_cache is not None, (
-                "the prefix cache raised an exception and was switched off"
-            )
+            assert_not_switched_off(engine)
 
         self.run_examples(
             same_as_without,
@@ -175,15 +179,15 @@ class PrefixCacheContract(Contract):
         for _ in range(4):
             for i in range(4):
                 run(engine, [request(f"r{i}", [i] * 40, 4, seed=i)])
-        assert isinstance(engine.kv, TieredKVCache)
-        found = engine.kv.num_hit_tokens
+        found = engine.snapshot().num_prefix_hit_tokens
         known = 3 * 4 * 36
         assert found == known, (
             f"four prompts of 40 tokens were sent four times, and {found} tokens were found instead"
             f" of {known}"
         )
-        assert engine.kv.num_evicted["to_host"] > 0, "no block moved to the host"
-        assert not engine.kv.num_evicted["device_full"] + engine.kv.num_evicted["host_full"], (
+        evicted = engine.snapshot().num_prefix_evicted_blocks
+        assert evicted["to_host"] > 0, "no block moved to the host"
+        assert not evicted["device_full"] + evicted["host_full"], (
             "blocks were evicted from the cache"
         )
 
@@ -200,10 +204,7 @@ class PrefixCacheContract(Contract):
             expected = alone(Parts(new_paged, new_scheduler), requests, setup.window)
             engine = self.parts.engine(setup)
             got = run(engine, requests, [a.arrival for a in workload])
-            assert isinstance(engine.kv, ReusingKVCache)
-            assert engine.kv.prefix_cache is not None, (
-                "the prefix cache raised an exception and was switched off"
-            )
+            assert_not_switched_off(engine)
             different = [key for key in expected if got.get(key) != expected[key]]
             assert not different, (
                 f"the outputs of {different} differ from those without a prefix cache"
@@ -227,10 +228,7 @@ class PrefixCacheContract(Contract):
             got = run_with_failures(engine, requests, [a.arrival for a in workload])
             faults.raise_at = None
             again = run(engine, requests)
-            assert isinstance(engine.kv, ReusingKVCache)
-            assert engine.kv.prefix_cache is not None, (
-                "the prefix cache raised an exception and was switched off"
-            )
+            assert_not_switched_off(engine)
             different = [
                 key
                 for key in expected
@@ -283,8 +281,7 @@ class PrefixCacheContract(Contract):
         engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
         for i in range(3):
             run(engine, [request(f"r{i}", list(range(1, 30)), 4, seed=i)])
-        assert isinstance(engine.kv, ReusingKVCache)
-        found = engine.kv.num_hit_tokens
+        found = engine.snapshot().num_prefix_hit_tokens
         assert found == 2 * 28, (
             f"a prompt of 29 tokens was sent three times, and {found} tokens were found instead of"
             " 2 × 28"
@@ -324,10 +321,8 @@ class PrefixCacheContract(Contract):
                     )
                 ],
             )
-        assert isinstance(engine.kv, ReusingKVCache)
-        assert engine.kv.num_hit_tokens == 0, (
-            f"{engine.kv.num_hit_tokens} tokens were shared between salts or adapters"
-        )
+        found = engine.snapshot().num_prefix_hit_tokens
+        assert found == 0, f"{found} tokens were shared between salts or adapters"
 
     @common_causes("state is stored in the class or the module instead of the object")
     def test_two_engines_do_not_meet(self) -> None:
@@ -335,10 +330,8 @@ class PrefixCacheContract(Contract):
         for i in range(2):
             engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
             run(engine, [request(f"r{i}", list(range(1, 30)), 4)])
-            assert isinstance(engine.kv, ReusingKVCache)
-            assert engine.kv.num_hit_tokens == 0, (
-                f"{engine.kv.num_hit_tokens} tokens were found that another engine computed"
-            )
+            found = engine.snapshot().num_prefix_hit_tokens
+            assert found == 0, f"{found} tokens were found that another engine computed"
 
     @common_causes(
         "reset does not clear the eviction order", "blocks in use stay cached after a reset"
@@ -347,20 +340,18 @@ class PrefixCacheContract(Contract):
         """After `reset` nothing is found, and all blocks become free, including those that were in
         use."""
         engine = self.parts.engine(Setup(spare_blocks=200, block_size=4, budget=64))
-        assert isinstance(engine.kv, ReusingKVCache)
+        assert isinstance(engine.kv, PagedKVCache)
         run(engine, [request("before", list(range(1, 30)), 4)])
         engine.add(request("during", list(range(1, 30)), 8))
         for _ in range(3):
             engine.step()
-        hits = engine.kv.num_hit_tokens
+        hits = engine.snapshot().num_prefix_hit_tokens
         engine.kv.reset_prefix_cache()
-        evictable = [len(blocks) for blocks in engine.kv.evictable]
+        evictable = [len(pool.evictable) for pool in engine.kv.pools]
         assert not any(evictable), f"{evictable} blocks are still cached after a reset"
         run(engine, [])
         run(engine, [request("after", list(range(1, 30)), 1)])
-        stale = engine.kv.num_hit_tokens - hits
+        stale = engine.snapshot().num_prefix_hit_tokens - hits
         assert stale == 0, f"{stale} tokens computed before the reset were found"
         engine.watch.sequences()
-        assert engine.kv.prefix_cache is not None, (
-            "the prefix cache raised an exception and was switched off"
-        )
+        assert_not_switched_off(engine)

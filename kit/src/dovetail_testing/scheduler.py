@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dovetail.assembly.builtins import dovetail_kv_caches
-from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler, SchedulerCapabilities
 from dovetail.plugin.provider import SchedulerOptions
@@ -259,7 +259,7 @@ class SchedulerContract(Contract):
 
 def new_reusing(setup: Setup) -> KVCacheManager:
     """Build a manager with the simplest prefix cache."""
-    return ReusingKVCache(
+    return PagedKVCache(
         setup.groups, setup.num_blocks, DictionaryIndex(setup.block_size, len(setup.groups))
     )
 

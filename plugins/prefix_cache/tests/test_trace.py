@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from prefix_trace import conversations, replay
+from prefix_trace import conversations, replay, stats_of
 
-from dovetail.engine.prefix_reuse import ReusingKVCache
-from dovetail.engine.tiered_cache import TieredKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.types import KVGroup
 from dovetail_prefix_cache.eviction import LeastFrequentlyUsed, LeastRecentlyUsed, MakePolicy
 from dovetail_prefix_cache.index import HashIndex
@@ -17,8 +16,8 @@ WHOLE = sum(-(-len(p) // 16) for p in PROMPTS)
 """Blocks of all prompts, shared or not."""
 
 
-def infinite() -> ReusingKVCache:
-    return ReusingKVCache(GROUPS, [WHOLE], HashIndex(16, [WHOLE], LeastRecentlyUsed))
+def infinite() -> PagedKVCache:
+    return PagedKVCache(GROUPS, [WHOLE], HashIndex(16, [WHOLE], LeastRecentlyUsed))
 
 
 @pytest.mark.parametrize("policy", [LeastRecentlyUsed, LeastFrequentlyUsed])
@@ -28,14 +27,12 @@ def test_tiers_that_hold_the_trace_find_what_an_infinite_cache_finds(
 ) -> None:
     best = infinite()
     most = replay(best, PROMPTS, 16)
-    needed = best.num_kept["device"]
+    needed = stats_of(best).num_prefix_blocks["device"]
     device = [int(needed * on_device)]
     host = [needed + 300 - device[0]]  # beside what is kept there is what runs
-    tiered = TieredKVCache(
-        GROUPS, device, HashIndex(16, device, policy, num_host_blocks=host), host
-    )
+    tiered = PagedKVCache(GROUPS, device, HashIndex(16, device, policy, num_host_blocks=host), host)
     found = replay(tiered, PROMPTS, 16)
     assert found >= 0.98 * most
-    assert tiered.num_evicted["to_host"] > 0
-    alone = ReusingKVCache(GROUPS, device, HashIndex(16, device, policy))
+    assert stats_of(tiered).num_prefix_evicted_blocks["to_host"] > 0
+    alone = PagedKVCache(GROUPS, device, HashIndex(16, device, policy))
     assert replay(alone, PROMPTS, 16) < 0.98 * most, "the trace does not need the host"

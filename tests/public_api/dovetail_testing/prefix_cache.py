@@ -4,14 +4,12 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from dovetail.engine.kv_cache import PagedKVCache
-from dovetail.engine.prefix_reuse import ReusingKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
-from dovetail.engine.tiered_cache import TieredKVCache
 from dovetail.interfaces.prefix_cache import PrefixCache
 from dovetail.plugin.provider import HOST_MEMORY
 from dovetail.types import KVGroup, Request, SamplingParams, StepPlan
 from dovetail_testing.contract import Contract, common_causes
-from dovetail_testing.engines import AlikeMachine, Asked, Parts, Setup, alone, request, requests_of, run, run_with_failures, setups, workloads_alike
+from dovetail_testing.engines import AlikeMachine, Asked, Parts, Setup, WatchedEngine, alone, request, requests_of, run, run_with_failures, setups, workloads_alike
 from dovetail_testing.prefix_cache_machine import IndexMachine
 from dovetail_testing.simulated import Faults
 
@@ -19,6 +17,9 @@ def new_scheduler(setup: Setup, kv: Any) -> TokenBudgetScheduler:
     ...
 
 def new_paged(setup: Setup) -> PagedKVCache:
+    ...
+
+def assert_not_switched_off(engine: WatchedEngine) -> None:
     ...
 tiered_setups = st.builds(Setup, overlap=st.booleans(), block_size=st.sampled_from([1, 2, 4]), window=st.sampled_from([None, None, 3, 9]), budget=st.integers(1, 40), max_num_seqs=st.integers(1, 4), spare_blocks=st.integers(0, 4), host_blocks=st.integers(1, 40))
 
@@ -32,14 +33,14 @@ class PrefixCacheContract(Contract):
     def new(self, groups: list[KVGroup], num_blocks: list[int], num_host_blocks: list[int] | None=None) -> PrefixCache:
         ...
 
-    def new_tiered(self, setup: Setup) -> TieredKVCache:
+    def new_tiered(self, setup: Setup) -> PagedKVCache:
         ...
 
     @property
     def tiered(self) -> Parts:
         ...
 
-    def new_kv(self, setup: Setup) -> ReusingKVCache:
+    def new_kv(self, setup: Setup) -> PagedKVCache:
         ...
 
     @common_causes('a block that evict removed is still found', 'keep returns True for a block that was never inserted', 'the same block is in the eviction order twice', 'claim does not remove the block from the eviction order', 'tokens are hashed in fewer bytes than they have', 'the state of one KV group is used for another')

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from dovetail.assembly.builtins import dovetail_kv_caches
-from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler, SchedulerCapabilities
 from dovetail.plugin.provider import SchedulerOptions

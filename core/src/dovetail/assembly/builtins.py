@@ -3,7 +3,7 @@ registered like any other plugin."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from dovetail.interfaces.quantization import PLAIN, QuantizationCapabilities
 from dovetail.interfaces.scheduler import SchedulerCapabilities
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dovetail.engine.kv_cache import PagedKVCache
     from dovetail.engine.longest_prefix import LongestPrefixScheduler
     from dovetail.engine.scheduler import TokenBudgetScheduler
-    from dovetail.interfaces.prefix_cache import TieredPrefixCache
     from dovetail.plugin.build_context import BuildContext
 
 
@@ -35,23 +34,12 @@ def _unquantized(context: BuildContext, options: object) -> None:
 def _paged(context: BuildContext, options: KVCacheOptions) -> PagedKVCache:
     from dovetail.engine.kv_cache import PagedKVCache
 
-    groups, num_blocks = list(context.kv_groups), list(context.num_blocks)
-    if context.prefix_cache is None:
-        return PagedKVCache(groups, num_blocks)
-
-    if context.num_host_blocks:
-        from dovetail.engine.tiered_cache import TieredKVCache
-
-        return TieredKVCache(
-            groups,
-            num_blocks,
-            cast("TieredPrefixCache", context.prefix_cache),
-            list(context.num_host_blocks),
-        )
-
-    from dovetail.engine.prefix_reuse import ReusingKVCache
-
-    return ReusingKVCache(groups, num_blocks, context.prefix_cache)
+    return PagedKVCache(
+        list(context.kv_groups),
+        list(context.num_blocks),
+        context.prefix_cache,
+        list(context.num_host_blocks) or None,
+    )
 
 
 def _fcfs(context: BuildContext, options: SchedulerOptions) -> TokenBudgetScheduler:

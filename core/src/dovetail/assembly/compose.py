@@ -14,11 +14,11 @@ from typing import Any, cast
 
 from dovetail.assembly.attestation import Attestation
 from dovetail.assembly.attribution import ENGINE, Attribution
+from dovetail.assembly.kv_sizes import size_cache, size_host_tier
 from dovetail.composition.selection import find
 from dovetail.engine.adaptive import Adaptive, EverySequence
 from dovetail.engine.checks import CheckedDrafter, CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.engine.engine import Engine, OverlappedEngine
-from dovetail.engine.kv_sizes import size_cache, size_host_tier
 from dovetail.engine.speculation import Speculation
 from dovetail.engine.step_costs import measure
 from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError

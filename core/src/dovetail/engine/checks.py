@@ -15,7 +15,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from dovetail.engine.kv_cache import NULL_BLOCK
+from dovetail.engine.block_pool import NULL_BLOCK
 from dovetail.errors import PluginError
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
@@ -258,10 +258,6 @@ class CheckedKVCache:
     num_blocks: Any = property(attrgetter("_inner.num_blocks"))
     num_used: Any = property(attrgetter("_inner.num_used"))
     num_total: Any = property(attrgetter("_inner.num_total"))
-    num_queried_tokens: Any = property(attrgetter("_inner.num_queried_tokens"))
-    num_hit_tokens: Any = property(attrgetter("_inner.num_hit_tokens"))
-    num_evicted: Any = property(attrgetter("_inner.num_evicted"))
-    num_kept: Any = property(attrgetter("_inner.num_kept"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

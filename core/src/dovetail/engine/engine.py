@@ -277,19 +277,14 @@ class Engine:
 
     def snapshot(self) -> EngineStats:
         """Return the stats with current gauges."""
-        s = self.stats
-        s.num_requests_running, s.num_requests_waiting = (
-            len(self.scheduler.running),
-            len(self.scheduler.waiting),
-        )
-        s.kv_blocks_used, s.num_preemptions = self.kv.num_used, self.scheduler.num_preemptions
-        s.num_prefix_queried_tokens, s.num_prefix_hit_tokens = (
-            self.kv.num_queried_tokens,
-            self.kv.num_hit_tokens,
-        )
+        s, scheduler = self.stats, self.scheduler
+        s.num_requests_running = len(scheduler.running)
+        s.num_requests_waiting = len(scheduler.waiting)
+        s.num_preemptions = scheduler.num_preemptions
+        s.kv_blocks_used = self.kv.num_used
+        self.kv.count(s)
         if self.speculation is not None:
             self.speculation.count(s)
-        s.num_prefix_evicted_blocks, s.num_prefix_blocks = self.kv.num_evicted, self.kv.num_kept
         return s
 
     # How sequences end.

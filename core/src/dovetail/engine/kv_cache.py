@@ -1,64 +1,48 @@
-"""Implement the paged block manager: free lists and reference counts for any number of KV groups.
+"""Implement the paged block manager, for any number of KV groups.
 
-A block is a fixed number of KV slots. Blocks are allocated and shared whole (PagedAttention, arXiv
-2309.06180). Only full blocks are shared, so no sequence ever writes to a shared block and
-copy-on-write is not needed. `prefix_reuse.py` adds support for a prefix cache.
+`block_pool.py` has the blocks of one group. With a prefix cache, `prefix_reuse.py` decides which
+cached blocks a sequence reuses and which ones are evicted.
 """
 
 from __future__ import annotations
 
+from dovetail.engine.block_pool import NULL_BLOCK, BlockPool, num_unseen
+from dovetail.engine.prefix_reuse import PrefixReuse
 from dovetail.interfaces.kv_cache import KVCacheManager
-from dovetail.types import BlockOp, KVGroup
-
-NULL_BLOCK = 0
-
-
-class BlockPool:
-    """The blocks of one group, with ids 1 … num_blocks - 1. Null blocks in a list of ids are
-    skipped."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.free_ids = list(range(num_blocks - 1, NULL_BLOCK, -1))
-        self.references = [0] * num_blocks
-
-    def take(self, count: int) -> list[int]:
-        """Allocate blocks, each with one reference. The caller has checked that there are
-        enough."""
-        taken = self.free_ids[-count:][::-1] if count else []
-        del self.free_ids[len(self.free_ids) - count :]
-        for block in taken:
-            self.references[block] = 1
-        return taken
-
-    def share(self, blocks: list[int]) -> None:
-        for block in blocks:
-            if block != NULL_BLOCK:
-                self.references[block] += 1
-
-    def drop(self, blocks: list[int]) -> list[int]:
-        """Drop one reference each. Returns the blocks without references, which are not yet in the
-        free list."""
-        unreferenced = []
-        for block in blocks:
-            if block != NULL_BLOCK:
-                self.references[block] -= 1
-                if self.references[block] == 0:
-                    unreferenced.append(block)
-        return unreferenced
+from dovetail.interfaces.prefix_cache import PrefixCache
+from dovetail.sequence import Sequence
+from dovetail.types import BlockOp, EngineStats, KVGroup
 
 
 class PagedKVCache(KVCacheManager):
-    """The built-in `KVCacheManager` without a prefix cache. The interface documents the methods."""
+    """The built-in `KVCacheManager`. The interface documents the methods.
 
-    def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
+    It owns the block tables of sequences and one pool per group. `prefix` is None without a prefix
+    cache.
+    """
+
+    def __init__(
+        self,
+        groups: list[KVGroup],
+        num_blocks: list[int],
+        prefix_cache: PrefixCache | None = None,
+        num_host_blocks: list[int] | None = None,
+    ) -> None:
+        """Create a manager. If `num_host_blocks` is given, `prefix_cache` is a
+        `TieredPrefixCache`, and blocks evicted from the device move to the host."""
         self.groups = groups
         self.num_blocks = num_blocks
         self.pools = [BlockPool(n) for n in num_blocks]
         self.tables: dict[int, list[list[int]]] = {}
         self.faults: list[tuple[int, Exception]] = []
-        self.num_queried_tokens = self.num_hit_tokens = 0
-        self.num_evicted: dict[str, int] = {}
         self.block_ops: list[BlockOp] = []
+        self.prefix = (
+            None
+            if prefix_cache is None
+            else PrefixReuse(
+                groups, self.pools, prefix_cache, num_host_blocks, self.faults, self.block_ops
+            )
+        )
         self._block_sizes = [g.block_size for g in groups]
         self._nothing: list[list[int]] = [[] for _ in groups]
 
@@ -73,9 +57,8 @@ class PagedKVCache(KVCacheManager):
         needed = [-(-num_tokens // size) for size in self._block_sizes]
         if table is not None:
             needed = [max(0, n - len(blocks)) for n, blocks in zip(needed, table, strict=True)]
-        if any(
-            n > len(pool.free_ids) for n, pool in zip(needed, self.pools, strict=True)
-        ) and not self._evict_blocks(seq_id, needed):
+        short = [max(0, n - len(p.free_ids)) for n, p in zip(needed, self.pools, strict=True)]
+        if any(short) and not (self.prefix is not None and self.prefix.evict(seq_id, short)):
             return None
         added = [pool.take(n) for n, pool in zip(needed, self.pools, strict=True)]
         if table is None:
@@ -84,11 +67,6 @@ class PagedKVCache(KVCacheManager):
             for blocks, new in zip(table, added, strict=True):
                 blocks.extend(new)
         return added
-
-    def _evict_blocks(self, seq_id: int, needed: list[int]) -> bool:
-        """Evict blocks until each group has `needed` free ones. Return False, and change nothing,
-        if that is not possible."""
-        return False
 
     def share(self, source: int, target: int, num_tokens: int) -> int:
         table = self.tables[source]
@@ -107,6 +85,26 @@ class PagedKVCache(KVCacheManager):
         self.tables[target] = [list(head) for head in heads]
         return num_shared
 
+    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
+        if self.prefix is None:
+            return 0
+        heads = self.prefix.reuse(seq, num_tokens, may_wait=may_wait, running=self.tables)
+        if not heads:
+            return None if heads is None else 0
+        self.tables[seq.seq_id] = heads
+        return len(heads[0]) * self._block_sizes[0]
+
+    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
+        return 0 if self.prefix is None else self.prefix.num_cached(seq, num_tokens)
+
+    def computed(self, seq: Sequence, num_tokens: int) -> None:
+        if self.prefix is not None and (table := self.tables.get(seq.seq_id)) is not None:
+            self.prefix.computed(seq, num_tokens, table)
+
+    def reset_prefix_cache(self) -> None:
+        if self.prefix is not None:
+            self.prefix.reset()
+
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self.tables[seq_id]
 
@@ -119,22 +117,30 @@ class PagedKVCache(KVCacheManager):
                 blocks[at] = NULL_BLOCK
 
     def free(self, seq_id: int) -> None:
-        for i, blocks in enumerate(self.tables.pop(seq_id, [])):
+        table = self.tables.pop(seq_id, [])
+        if self.prefix is not None:
+            self.prefix.insert_rest(seq_id, table)
+        # From last to first: among equally valuable blocks the end of a prefix is evicted first.
+        for i, blocks in enumerate(table):
             self._drop(seq_id, i, blocks[::-1])
+        if self.prefix is not None:
+            self.prefix.forget(seq_id)
 
     def _drop(self, seq_id: int, group: int, blocks: list[int]) -> None:
-        self.pools[group].free_ids += self.pools[group].drop(blocks)
+        pool = self.pools[group]
+        unreferenced = pool.drop(blocks)
+        if self.prefix is not None:
+            unreferenced = self.prefix.keep(seq_id, group, unreferenced)
+        pool.free_ids += unreferenced
 
     @property
     def num_used(self) -> int:
-        return self.num_total - sum(len(pool.free_ids) for pool in self.pools)
+        return sum(pool.num_used for pool in self.pools)
 
     @property
     def num_total(self) -> int:
         return sum(n - 1 for n in self.num_blocks)
 
-
-def num_unseen(group: KVGroup, num_tokens: int) -> int:
-    """Return the number of a sequence's first blocks that no token from position `num_tokens` on
-    attends to: a token attends to itself and to window - 1 tokens before it."""
-    return 0 if group.window is None else max(0, num_tokens - group.window + 1) // group.block_size
+    def count(self, stats: EngineStats) -> None:
+        if self.prefix is not None:
+            self.prefix.count(stats)

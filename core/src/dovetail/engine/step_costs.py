@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from dovetail.engine.adaptive import Curve, EverySequence, StepCosts
+from dovetail.engine.block_pool import blocks_per_sequence
 from dovetail.engine.engine import Engine
-from dovetail.engine.kv_sizes import blocks_per_sequence
 from dovetail.engine.speculation import Speculation
 from dovetail.errors import PluginError
 from dovetail.interfaces.drafter import Drafter

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from dovetail.sequence import Sequence
-from dovetail.types import BlockOp, KVGroup
+from dovetail.types import BlockOp, EngineStats, KVGroup
 
 
 class KVCacheManager(Protocol):
@@ -24,14 +24,6 @@ class KVCacheManager(Protocol):
     """Requests that must fail: the seq_id of one of their sequences, and the exception. The engine
     removes the entries."""
 
-    num_queried_tokens: int
-    """Number of tokens that `reuse` has looked up so far."""
-    num_hit_tokens: int
-    """Number of these tokens that `reuse` has found."""
-
-    num_evicted: dict[str, int]
-    """Blocks that the prefix cache has evicted so far, by cause: `device_full`, `host_full`,
-    `reset`; or moved to another tier: `to_host`."""
     block_ops: list[BlockOp]
     """Copies to execute, in this order, before the kernels of the next step. The engine removes the
     entries."""
@@ -99,11 +91,9 @@ class KVCacheManager(Protocol):
     def num_used(self) -> int:
         """Number of blocks that sequences reference, over all groups."""
 
-    @property
-    def num_kept(self) -> dict[str, int]:
-        """Number of evictable blocks (cached, and referenced by no sequence), over all groups, by
-        tier: `device`, `host`."""
-        return {}
+    def count(self, stats: EngineStats) -> None:
+        """Set the fields of the stats that concern the prefix cache (`num_prefix_*`)."""
+        return None
 
     @property
     def num_total(self) -> int:

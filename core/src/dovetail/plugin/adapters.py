@@ -45,8 +45,6 @@ class KVCacheFrom01:
     def __init__(self, old: Any) -> None:
         self._old = old
         self.grow, self.computed, self.block_ids = old.grow, old.computed, old.block_ids
-        self.num_evicted: dict[str, int] = {}
-        self.num_kept: dict[str, int] = {}
         self.block_ops: list[BlockOp] = []
 
     def __getattr__(self, name: str) -> Any:

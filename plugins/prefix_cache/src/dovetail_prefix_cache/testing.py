@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from hypothesis import strategies as st
 
-from dovetail.engine.prefix_reuse import ReusingKVCache
+from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.plugin.extension_points import ExtensionPoint
 from dovetail_prefix_cache import EVICTION
 from dovetail_prefix_cache.eviction import EvictionPolicy
@@ -64,8 +64,8 @@ class EvictionContract(Contract):
         """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone
         ends."""
 
-        def new_kv(setup: Setup) -> ReusingKVCache:
-            return ReusingKVCache(
+        def new_kv(setup: Setup) -> PagedKVCache:
+            return PagedKVCache(
                 setup.groups,
                 setup.num_blocks,
                 HashIndex(setup.block_size, setup.num_blocks, self.build()),

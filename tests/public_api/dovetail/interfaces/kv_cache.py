@@ -1,15 +1,12 @@
 from __future__ import annotations
 from typing import Protocol
 from dovetail.sequence import Sequence
-from dovetail.types import BlockOp, KVGroup
+from dovetail.types import BlockOp, EngineStats, KVGroup
 
 class KVCacheManager(Protocol):
     groups: list[KVGroup]
     num_blocks: list[int]
     faults: list[tuple[int, Exception]]
-    num_queried_tokens: int
-    num_hit_tokens: int
-    num_evicted: dict[str, int]
     block_ops: list[BlockOp]
 
     def grow(self, seq_id: int, num_tokens: int) -> list[list[int]] | None:
@@ -43,8 +40,7 @@ class KVCacheManager(Protocol):
     def num_used(self) -> int:
         ...
 
-    @property
-    def num_kept(self) -> dict[str, int]:
+    def count(self, stats: EngineStats) -> None:
         ...
 
     @property

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 
-from dovetail.sequence import Sequence
+from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.types import BlockOp, KVGroup
 
 NULL_BLOCK = 0
 
 
-class MyPluginBlocks:
-    """A `KVCacheManager`; one object per engine."""
+class MyPluginBlocks(KVCacheManager):
+    """One object per engine. It inherits the methods that concern a prefix cache, and finds
+    nothing."""
 
     def __init__(self, groups: list[KVGroup], num_blocks: list[int]) -> None:
         self.groups = groups
         self.num_blocks = num_blocks
         self.faults: list[tuple[int, Exception]] = []
-        self.num_queried_tokens = self.num_hit_tokens = (
-            0  # no prefix cache, so nothing is looked up
-        )
-        self.num_evicted: dict[str, int] = {}
         self.block_ops: list[BlockOp] = []
         self._free = [set(range(1, n)) for n in num_blocks]
         self._holders: list[Counter[int]] = [Counter() for _ in groups]
@@ -60,18 +57,6 @@ class MyPluginBlocks:
             holders.update(head)
         return shared
 
-    def reuse(self, seq: Sequence, num_tokens: int, *, may_wait: bool = False) -> int | None:
-        return 0
-
-    def num_cached(self, seq: Sequence, num_tokens: int) -> int:
-        return 0
-
-    def reset_prefix_cache(self) -> None:
-        """Do nothing: a manager with a prefix cache would reset it here."""
-
-    def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """Do nothing: a manager with a prefix cache would insert blocks here."""
-
     def block_ids(self, seq_id: int) -> list[list[int]]:
         return self._tables[seq_id]
 
@@ -100,10 +85,6 @@ class MyPluginBlocks:
     @property
     def num_used(self) -> int:
         return self.num_total - sum(map(len, self._free))
-
-    @property
-    def num_kept(self) -> dict[str, int]:
-        return {}
 
     @property
     def num_total(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dovetail.engine.block_pool import blocks_per_sequence
 from dovetail.errors import ConfigError, OutOfMemory
 from dovetail.plan import Plan
 from dovetail.plugin.provider import HOST_MEMORY
@@ -67,9 +68,3 @@ def size_groups(
     seq_bytes = sum(n * g.bytes_per_block for n, g in zip(per_seq, groups, strict=True))
     num_seqs = min(memory / seq_bytes, float(max_num_seqs))
     return [1 + int(n * num_seqs) for n in per_seq]
-
-
-def blocks_per_sequence(group: KVGroup, max_model_len: int, chunk: int) -> int:
-    """Return the maximum number of blocks that one sequence of `max_model_len` tokens can hold."""
-    length = max_model_len if group.window is None else min(max_model_len, group.window + 2 * chunk)
-    return -(-length // group.block_size) + (group.window is not None)
