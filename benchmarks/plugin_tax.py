@@ -28,6 +28,7 @@ from dovetail import LLM, SamplingParams
 from dovetail.engine.engine import Engine
 from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
+from dovetail.interfaces.clock import SystemClock
 from dovetail.plugin.build_context import BuildContext
 from dovetail_attention_cpu import load_kernel
 from dovetail_attention_cpu.backend import CpuAttention
@@ -73,7 +74,7 @@ def wired_by_hand(llm: LLM) -> Engine:
     index = HashIndex(groups[0].block_size, num_blocks, LeastRecentlyUsed)
     kv = PagedKVCache(groups, num_blocks, index)
     scheduler = TokenBudgetScheduler(kv, fcfs, **plan.choices["scheduler"].options)
-    return Engine(scheduler, kv, worker, max_num_waiting=plan.max_num_waiting)
+    return Engine(scheduler, kv, worker, clock=SystemClock(), max_num_waiting=plan.max_num_waiting)
 
 
 def main() -> None:

@@ -24,11 +24,12 @@ from dovetail.engine.adaptive import (
     StepCosts,
     best_counts,
 )
-from dovetail.engine.engine import OverlappedEngine
-from dovetail.engine.step_costs import measure
+from dovetail.engine.engine import Engine, OverlappedEngine
+from dovetail.engine.step_costs import NewEngine, measure
 from dovetail.errors import PluginError
 from dovetail.sequence import Sequence
 from dovetail.types import Request, SamplingParams
+from dovetail_testing.clock import VirtualClock
 from dovetail_testing.engines import (
     MAX_LEN,
     EngineMachine,
@@ -116,20 +117,11 @@ def test_costs_between_measured_numbers_of_sequences_are_between_theirs() -> Non
     assert of.with_drafts(4, 1) == 4.0
 
 
-class Clock:
-    """Seconds that a test lets pass."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def sequence(seq_id: int) -> Sequence:
     return Sequence(seq_id, Request("r", [1], SamplingParams(), 99, 0, []), 0, [1, 2])
 
 
-def policy_of(costs: StepCosts, clock: Clock, *sequences: Sequence) -> Adaptive:
+def policy_of(costs: StepCosts, clock: VirtualClock, *sequences: Sequence) -> Adaptive:
     policy = Adaptive(costs, 4, clock)
     for seq in sequences:
         policy.verified(seq, 0, 0)
@@ -138,7 +130,7 @@ def policy_of(costs: StepCosts, clock: Clock, *sequences: Sequence) -> Adaptive:
 
 def looks(
     policy: Adaptive,
-    clock: Clock,
+    clock: VirtualClock,
     running: list[Sequence],
     num_steps: int,
     answer: Callable[[int], int],
@@ -147,7 +139,7 @@ def looks(
     drafts accepted; -1: it has no drafts. Returns the steps in which it was asked."""
     asked = []
     for step in range(num_steps):
-        clock.now += 1
+        clock.sleep(1)
         for seq in policy.due(running):
             asked.append(step)
             accepted = answer(step)
@@ -159,7 +151,7 @@ def looks(
 
 
 def test_who_finds_nothing_rests_twice_as_long_each_time_up_to_a_bound() -> None:
-    seq, clock = sequence(0), Clock()
+    seq, clock = sequence(0), VirtualClock()
     asked = looks(policy_of(FLAT, clock, seq), clock, [seq], 300, lambda step: -1)
     gaps = [b - a for a, b in itertools.pairwise(asked)]
     assert gaps[:7] == [1, 2, 3, 5, 9, 17, 33]
@@ -167,7 +159,7 @@ def test_who_finds_nothing_rests_twice_as_long_each_time_up_to_a_bound() -> None
 
 
 def test_who_errs_rests_and_who_is_right_again_is_asked_in_every_step() -> None:
-    seq, clock = sequence(0), Clock()
+    seq, clock = sequence(0), VirtualClock()
     asked = looks(
         policy_of(FLAT, clock, seq), clock, [seq], 400, lambda step: 0 if step < 60 else 4
     )
@@ -176,7 +168,7 @@ def test_who_errs_rests_and_who_is_right_again_is_asked_in_every_step() -> None:
 
 
 def test_where_perfect_drafts_would_not_pay_nobody_is_asked() -> None:
-    seqs, clock = [sequence(i) for i in range(3)], Clock()
+    seqs, clock = [sequence(i) for i in range(3)], VirtualClock()
     policy = policy_of(LINEAR, clock, *seqs)
     assert looks(policy, clock, seqs, 50, lambda step: 4) == []
     only_alone = policy_of(StepCosts(Curve({1: 1.0, 2: 1.0, 3: 3.0, 100: 100.0})), clock, *seqs)
@@ -190,11 +182,11 @@ def test_what_never_helps_costs_no_more_than_its_share(
 ) -> None:
     """By the account's own figures, over 2,000 steps: seconds of looking, and of drafts that were
     verified for nothing."""
-    seq, clock = sequence(0), Clock()
+    seq, clock = sequence(0), VirtualClock()
     policy = policy_of(of, clock, seq)
     spent = last = passed = 0.0
     for step in range(2000):
-        clock.now += of.without(1)
+        clock.sleep(of.without(1))
         passed += of.without(1)
         for due in policy.due([seq]):
             last = look
@@ -205,7 +197,7 @@ def test_what_never_helps_costs_no_more_than_its_share(
                     last += of.with_drafts(1, count) - of.without(1)
                     policy.verified(due, count, 0)
             spent += last
-            clock.now += last
+            clock.sleep(last)
             passed += last
     assert spent <= SHARE * passed + START * of.without(1) + last + 1e-6
 
@@ -213,17 +205,17 @@ def test_what_never_helps_costs_no_more_than_its_share(
 def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
     """Drafts that are always right, in steps three times as long as they should be: they stop, and
     are tried again in time."""
-    seq, clock, drafted = sequence(0), Clock(), list[int]()
+    seq, clock, drafted = sequence(0), VirtualClock(), list[int]()
     policy = policy_of(StepCosts(Curve({1: 1.0, 5: 2.0, 100: 40.0})), clock, seq)
     for step in range(3000):
-        clock.now += 1
+        clock.sleep(1)
         for due in policy.due([seq]):
             policy.on_proposed(due, True, 0.0)
             (count,) = policy.share([due], [4], 1)
             policy.verified(due, count, count)
             if count:
                 drafted.append(step)
-                clock.now += 5
+                clock.sleep(5)
     assert 5 < len(drafted) < 300
     assert drafted[-1] > 1000
 
@@ -231,7 +223,7 @@ def test_steps_that_take_longer_than_was_measured_are_believed() -> None:
 def test_time_in_which_nobody_runs_is_no_step() -> None:
     """Short sequences, one after the other, an hour between each two: their drafts, always right,
     are drafted to the end."""
-    clock = Clock()
+    clock = VirtualClock()
     policy = policy_of(StepCosts(Curve({1: 1.0, 5: 3.8, 100: 80.0})), clock)
     for i in range(50):
         seq, num_drafted = sequence(i), 0
@@ -240,22 +232,22 @@ def test_time_in_which_nobody_runs_is_no_step() -> None:
             for due in policy.due([seq]):
                 policy.on_proposed(due, True, 0.0)
                 (count,) = policy.share([due], [4], 1)
-                clock.now += policy.costs.with_drafts(1, count) if count else 1.0
+                clock.sleep(policy.costs.with_drafts(1, count) if count else 1.0)
                 policy.verified(due, count, count)
                 num_drafted += count
         assert num_drafted > 8, f"sequence {i} had {num_drafted} drafts"
         policy.forget(i)
-        clock.now += 3600
+        clock.sleep(3600)
         policy.due([])
 
 
 def test_where_all_steps_take_longer_than_was_measured_drafts_do_not_look_cheaper() -> None:
     """Steps without drafts take twice as long as they should; those with any would not have paid,
     and do not pay now."""
-    seq, clock = sequence(0), Clock()
+    seq, clock = sequence(0), VirtualClock()
     policy = policy_of(StepCosts(Curve({1: 1.0}), {1: Curve({1: 2.5, 3: 3.9, 4: 4.0})}), clock, seq)
     for _ in range(500):
-        clock.now += 2
+        clock.sleep(2)
         for due in policy.due([seq]):
             policy.on_proposed(due, True, 0.0)
             assert policy.share([due], [2], 1) == [0]
@@ -263,11 +255,11 @@ def test_where_all_steps_take_longer_than_was_measured_drafts_do_not_look_cheape
 
 def test_a_slow_drafter_is_asked_less() -> None:
     """One that takes a tenth of a step to say nothing."""
-    seqs, clock = [sequence(i) for i in range(8)], Clock()
+    seqs, clock = [sequence(i) for i in range(8)], VirtualClock()
     policy = policy_of(FLAT, clock, *seqs)
     num_asked = 0
     for _ in range(4000):
-        clock.now += 1
+        clock.sleep(1)
         for seq in policy.due(seqs):
             num_asked += 1
             policy.on_proposed(seq, False, 0.1)
@@ -275,14 +267,22 @@ def test_a_slow_drafter_is_asked_less() -> None:
 
 
 def test_the_past_fades_and_nothing_is_left_of_a_sequence_that_has_ended() -> None:
-    seq, clock = sequence(0), Clock()
+    seq, clock = sequence(0), VirtualClock()
     policy = policy_of(FLAT, clock, seq)
     looks(policy, clock, [seq], 5, lambda step: 0)
     policy.forget(0)
     assert looks(policy, clock, [], 100, lambda step: 4) == []
-    again, other = sequence(0), policy_of(FLAT, Clock(), sequence(0))
+    again, other = sequence(0), policy_of(FLAT, VirtualClock(), sequence(0))
     policy.verified(again, 0, 0)
     assert policy.share([again], [4], 1) == other.share([sequence(0)], [4], 1)
+
+
+class Ticking(VirtualClock):
+    """A clock by which a second passes between two looks at it."""
+
+    def now(self) -> float:
+        self.seconds += 1
+        return self.seconds
 
 
 def parts(expected: Outputs | None, costs: StepCosts, **values: Any) -> Parts:
@@ -293,7 +293,7 @@ def parts(expected: Outputs | None, costs: StepCosts, **values: Any) -> Parts:
         new_paged,
         new_scheduler,
         drafter,
-        policy=lambda: Adaptive(costs, 4, itertools.count().__next__),
+        policy=lambda: Adaptive(costs, 4, Ticking()),
         **values,
     )
 
@@ -335,6 +335,8 @@ def test_right_drafts_make_fewer_steps_and_are_counted(overlap: bool) -> None:
     setup = Setup(budget=MAX_LEN, spare_blocks=50, overlap=overlap)
     expected = alone(Parts(new_paged, new_scheduler), asked)
     engine = parts(expected, FLAT).engine(setup)
+    assert engine.speculation is not None
+    engine.speculation._clock = Ticking()
     assert run(engine, asked) == expected
     stats, num_tokens = engine.snapshot(), len(expected["r0", 0])
     assert stats.num_steps < num_tokens * 0.6
@@ -402,12 +404,33 @@ def test_a_drafter_that_fails_costs_its_request_and_no_other(draft: Any, overlap
     assert engine.kv.num_used == 0
 
 
+def engines_like(engine: Engine) -> NewEngine:
+    """Engines over the components of one."""
+    loop = OverlappedEngine if isinstance(engine, OverlappedEngine) else Engine
+    return partial(
+        loop,
+        engine.scheduler,
+        engine.kv,
+        engine.worker,
+        clock=engine.clock,
+        max_num_waiting=100,
+        seq_ids=engine._seq_ids,
+    )
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_costs_are_measured_on_an_engine_that_is_then_as_new(overlap: bool) -> None:
     engine = Parts(new_paged, new_scheduler).engine(
         Setup(overlap=overlap, budget=MAX_LEN, max_num_seqs=4, spare_blocks=200)
     )
-    costs = measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN)
+    costs = measure(
+        engines_like(engine),
+        3,
+        engine.clock,
+        max_num_seqs=4,
+        max_num_batched_tokens=MAX_LEN,
+        max_len=MAX_LEN,
+    )
     assert list(costs.plain.points) == [1, 2, 4]
     assert {n: list(curve.points) for n, curve in costs.drafted.items()} == {
         1: [1, 2, 3],
@@ -416,18 +439,24 @@ def test_costs_are_measured_on_an_engine_that_is_then_as_new(overlap: bool) -> N
     assert all(
         s > 0 for curve in (costs.plain, *costs.drafted.values()) for s in curve.points.values()
     )
-    assert engine.speculation is None
     assert engine.kv.num_used == 0
-    assert engine.snapshot().num_steps == 0
-    assert not engine.has_work
+    assert not engine.scheduler.waiting
+    assert not engine.scheduler.running
     asked = [request("r0", [1, 2, 3], 20, seed=5)]
-    assert run(engine, asked) == alone(Parts(new_paged, new_scheduler), asked)
+    assert run(engines_like(engine)(None), asked) == alone(Parts(new_paged, new_scheduler), asked)
 
 
 @pytest.mark.parametrize("max_len", [1, 2, 3, 5])
 def test_costs_are_measured_however_short_sequences_must_be(max_len: int) -> None:
     engine = Parts(new_paged, new_scheduler).engine(Setup(budget=3, max_num_seqs=2))
-    costs = measure(engine, 8, max_num_seqs=2, max_num_batched_tokens=3, max_len=max_len)
+    costs = measure(
+        engines_like(engine),
+        8,
+        engine.clock,
+        max_num_seqs=2,
+        max_num_batched_tokens=3,
+        max_len=max_len,
+    )
     assert costs.without(1) > 0
     assert not engine.has_work
 
@@ -437,12 +466,14 @@ def test_measuring_ends_in_time_and_costs_grow_in_proportion_beyond() -> None:
     engine = Parts(new_paged, new_scheduler).engine(
         Setup(budget=MAX_LEN, max_num_seqs=4, spare_blocks=200)
     )
-    rng = random.Random(0)
-    clock = itertools.accumulate(
-        itertools.repeat(2.0), lambda t, step: t + step * rng.uniform(1, 1.01)
-    ).__next__
+    engine.worker._faults.step_seconds = 2.0  # type: ignore[attr-defined]
     costs = measure(
-        engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN, clock=clock
+        engines_like(engine),
+        3,
+        engine.clock,
+        max_num_seqs=4,
+        max_num_batched_tokens=MAX_LEN,
+        max_len=MAX_LEN,
     )
     assert list(costs.plain.points) == [1]
     assert costs.drafted == {}
@@ -453,4 +484,11 @@ def test_a_step_that_fails_while_it_is_measured_says_so() -> None:
     made = replace(Parts(new_paged, new_scheduler), drafter=None)
     engine = made.engine(Setup(budget=MAX_LEN, spare_blocks=50), faults=Faults(raise_at=3))
     with pytest.raises(PluginError, match="while its cost was measured"):
-        measure(engine, 3, max_num_seqs=4, max_num_batched_tokens=MAX_LEN, max_len=MAX_LEN)
+        measure(
+            engines_like(engine),
+            3,
+            engine.clock,
+            max_num_seqs=4,
+            max_num_batched_tokens=MAX_LEN,
+            max_len=MAX_LEN,
+        )

@@ -14,6 +14,7 @@ from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs
 from dovetail.errors import PluginError
 from dovetail.types import KVGroup, SequenceOutput, StepPlan, StepResult
+from dovetail_testing.clock import VirtualClock
 from dovetail_testing.engines import request
 from dovetail_testing.simulated import SimulatedWorker
 
@@ -40,16 +41,18 @@ def engine_with(
     """Parts as they are, each given to a function that breaks it."""
     groups = groups_of(window)
     num_blocks = [40] * len(groups)
+    clock = VirtualClock()
     simulated = SimulatedWorker(groups)
     simulated.allocate(num_blocks)
     blocks = CheckedKVCache(kv(PagedKVCache(groups, num_blocks)), NAMES[1])
     inner = scheduler(TokenBudgetScheduler(blocks, fcfs, max_num_seqs=2, max_num_batched_tokens=16))
-    checked = CheckedScheduler(inner, NAMES[0], responsible, 16)
+    checked = CheckedScheduler(inner, NAMES[0], responsible, 16, clock)
     loop = OverlappedEngine if overlap else Engine
     return loop(
         checked,
         blocks,
         CheckedWorker(worker(simulated), NAMES[2], 64),
+        clock=clock,
         max_num_waiting=99,
         responsible=responsible,
     )

@@ -169,10 +169,10 @@ def test_ctrl_c_while_a_request_is_added_leaves_nothing_of_it(
 ) -> None:
     expected = llm.generate("a", LONG)[0].token_ids
 
-    def pressed(seq_id: int, request: Any, index: int, *rest: Any) -> Sequence:
+    def pressed(seq_id: int, request: Any, index: int, *rest: Any, **more: Any) -> Sequence:
         if index == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return Sequence(seq_id, request, index, *rest)
+        return Sequence(seq_id, request, index, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr("dovetail.engine.engine.Sequence", pressed)

@@ -11,6 +11,7 @@ from dovetail.engine.engine import Engine, OverlappedEngine
 from dovetail.engine.kv_cache import PagedKVCache
 from dovetail.engine.scheduler import TokenBudgetScheduler, fcfs, priority
 from dovetail.errors import Overloaded
+from dovetail_testing.clock import VirtualClock
 from dovetail_testing.engines import Setup, collect, request, run
 from dovetail_testing.simulated import Faults, SimulatedWorker
 
@@ -26,7 +27,7 @@ def make_engine(
         kv, order, max_num_seqs=limits.max_num_seqs, max_num_batched_tokens=limits.budget
     )
     return (OverlappedEngine if limits.overlap else Engine)(
-        scheduler, kv, worker, max_num_waiting=max_num_waiting
+        scheduler, kv, worker, clock=VirtualClock(), max_num_waiting=max_num_waiting
     )
 
 

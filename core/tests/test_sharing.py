@@ -14,6 +14,7 @@ from dovetail.plugin.adapters import kv_cache_from_0_1, prefix_cache_from_0_1
 from dovetail.plugin.extension_points import EXTENSION_POINTS
 from dovetail.sequence import Sequence
 from dovetail.types import Request, SamplingParams
+from dovetail_testing.clock import VirtualClock
 from dovetail_testing.dictionary import DictionaryIndex
 from dovetail_testing.engines import Outputs, Parts, Setup, WatchedEngine, collect, request, run
 from dovetail_testing.simulated import Faults, SimulatedWorker
@@ -207,7 +208,7 @@ def test_parts_of_the_contract_before_run_and_let_nobody_wait() -> None:
     kv = kv_cache_from_0_1(OldBlocks(setup))
     assert all(not s.missing(kv) for s in EXTENSION_POINTS if s.name == "kv_cache")
     scheduler = TokenBudgetScheduler(kv, fcfs, max_num_seqs=8, max_num_batched_tokens=64)
-    engine = Engine(scheduler, kv, worker, max_num_waiting=99)
+    engine = Engine(scheduler, kv, worker, clock=VirtualClock(), max_num_waiting=99)
     assert run(engine, alike()) == said_alone()
     assert run(engine, alike()) == said_alone()
     assert engine.snapshot().num_prefix_hit_tokens > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,7 @@ MAX_DEPTH = 12
 def mark(llm: LLM, number: int) -> int:
     """Have sequences numbered from here on carry ids that nothing else has; returns the first."""
     first: int = 1_100_000_000 + number % 9_000 * 100_000
-    llm.engine._next_seq_id = first
+    llm.engine._seq_ids = itertools.count(first)
     return first
 
 
@@ -41,7 +42,7 @@ def assert_idle(llm: LLM, first_seq_id: int, request_ids: set[str]) -> None:
     """Nothing of these sequences and requests is left; with the next plan the worker, too, has
     forgotten them."""
     engine = llm.engine
-    seq_ids = set(range(first_seq_id, engine._next_seq_id))
+    seq_ids = set(range(first_seq_id, next(engine._seq_ids)))
     assert not engine.has_work, "the engine has work"
     assert not engine.scheduler.waiting, f"{len(engine.scheduler.waiting)} sequences wait"
     assert not engine.scheduler.running, f"{len(engine.scheduler.running)} sequences run"

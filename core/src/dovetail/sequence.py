@@ -3,7 +3,6 @@ that steps in flight will add."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from dovetail.types import FinishReason, Request, SequenceStart, StepPlan
@@ -34,7 +33,8 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose KV is in the cache once the steps in flight have ended."""
     num_slots: int = 0
-    """Number of tokens for which the scheduler has allocated slots."""
+    """Number of tokens for which slots are allocated, as far as the scheduler has recorded it. The
+    built-in schedulers use it to skip `KVCacheManager.grow`; others may leave it 0."""
     num_in_flight: int = 0
     """Tokens that steps in flight will sample; their ids are not known yet."""
     steps_in_flight: int = 0
@@ -53,9 +53,10 @@ class Sequence:
     num_cached_tokens: int = 0
     """Number of leading tokens whose KV was found in the prefix cache when the sequence first
     ran."""
-    added_at: float = field(default_factory=time.monotonic)
+    added_at: float = 0.0
+    """Time at which its request was added, on the engine's clock."""
     started_at: float = 0.0
-    """Time at which its first step was planned, on the clock of `added_at`; 0 before that."""
+    """Time at which its first step was submitted, on the engine's clock; 0 before that."""
 
     def __post_init__(self) -> None:
         r = self.request
@@ -99,22 +100,20 @@ class Sequence:
                 self.start([t[: len(t) - len(new)] for t, new in zip(tables, added, strict=True)])
             )
             self.on_worker = True
-            self.started_at = self.started_at or time.monotonic()
         if self.draft_token_ids:
             known = len(self.tokens) + self.num_in_flight - self.num_computed_tokens
             del self.draft_token_ids[max(0, count - known) :]
-            plan.draft_token_ids += [
-                [] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))
-            ]
+            if not plan.draft_token_ids:
+                plan.draft_token_ids = [[] for _ in plan.seq_ids]
             plan.draft_token_ids.append(self.draft_token_ids)
+        elif plan.draft_token_ids:
+            plan.draft_token_ids.append([])
         samples = self.num_computed_tokens + count == self.num_tokens < self.max_len
         plan.seq_ids.append(self.seq_id)
         plan.num_tokens.append(count)
         plan.num_computed.append(self.num_computed_tokens)
         plan.samples.append(samples)
         plan.new_block_ids.append(added if any(added) else NO_BLOCKS)
-        if plan.draft_token_ids and len(plan.draft_token_ids) < len(plan.seq_ids):
-            plan.draft_token_ids.append([])
         self.draft_token_ids = []
         self.num_computed_tokens += count
         self.num_in_flight += samples

@@ -20,6 +20,7 @@ from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.types import KVGroup, Request, SamplingParams, SequenceOutput, StepPlan
+from dovetail_testing.clock import VirtualClock
 from dovetail_testing.machines import Machine, beginning, operation
 from dovetail_testing.simulated import Faults, SimulatedWorker
 
@@ -258,19 +259,20 @@ class Parts:
     def engine(
         self, setup: Setup, faults: Faults | None = None, max_num_waiting: int = 100_000
     ) -> WatchedEngine:
-        worker = SimulatedWorker(setup.groups, faults=faults)
+        clock, faults = VirtualClock(), faults or Faults(step_seconds=1e-3)
+        worker = SimulatedWorker(setup.groups, faults=faults, clock=clock)
         worker.allocate(setup.num_blocks)
         worker.allocate_host([setup.host_blocks] * len(setup.groups))
         kv = self.kv(setup)
-        loop = WatchedOverlappedEngine if setup.overlap else WatchedEngine
-        speculation = None
+        loop, speculation = WatchedOverlappedEngine if setup.overlap else WatchedEngine, None
         if self.drafter is not None:
             drafter = CheckedDrafter(
                 self.drafter(), worker.vocab_size, runs_in_worker=self.drafts_in_worker
             )
-            speculation = Speculation(drafter, self.num_draft_tokens, self.policy())
+            speculation = Speculation(drafter, self.num_draft_tokens, self.policy(), clock)
+        scheduler = self.scheduler(setup, kv)
         engine = loop(
-            self.scheduler(setup, kv), kv, worker, speculation, max_num_waiting=max_num_waiting
+            scheduler, kv, worker, speculation, clock=clock, max_num_waiting=max_num_waiting
         )
         engine.watch = Watch(setup, engine)
         return engine

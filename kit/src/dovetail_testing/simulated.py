@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dovetail.errors import StepFailed
+from dovetail.interfaces.clock import Clock, SystemClock
 from dovetail.interfaces.worker import Progress
 from dovetail.types import (
     DRAFTED_BY_WORKER,
@@ -57,7 +58,10 @@ class SimulatedWorker:
         vocab_size: int = 64,
         memory: int = 1 << 30,
         faults: Faults | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        """Create a worker whose delays pass on `clock`; by default the machine's."""
+        self._clock = SystemClock() if clock is None else clock
         self._groups = groups
         self.vocab_size = vocab_size
         self._memory = memory
@@ -69,7 +73,7 @@ class SimulatedWorker:
         self.closed = False
 
     def load(self, progress: Progress) -> None:
-        time.sleep(self._faults.load_seconds)
+        self._clock.sleep(self._faults.load_seconds)
         progress("loading weights", 1, 1)
 
     def kv_groups(self) -> list[KVGroup]:
@@ -253,7 +257,7 @@ class SimulatedWorker:
     def _misbehave(self) -> None:
         f = self._faults
         if f.step_seconds:
-            time.sleep(f.step_seconds)
+            self._clock.sleep(f.step_seconds)
         if f.raise_at == self.num_steps:
             raise StepFailed("simulated fault")
         if f.exit_at == self.num_steps:

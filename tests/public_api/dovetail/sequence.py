@@ -1,5 +1,4 @@
 from __future__ import annotations
-import time
 from dataclasses import dataclass, field
 from dovetail.types import FinishReason, Request, SequenceStart, StepPlan
 NO_BLOCKS: list[list[int]] = []
@@ -24,7 +23,7 @@ class Sequence:
     on_worker: bool = False
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
-    added_at: float = field(default_factory=time.monotonic)
+    added_at: float = 0.0
     started_at: float = 0.0
 
     @property

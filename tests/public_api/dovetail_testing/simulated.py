@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 from dovetail.errors import StepFailed
+from dovetail.interfaces.clock import Clock, SystemClock
 from dovetail.interfaces.worker import Progress
 from dovetail.types import DRAFTED_BY_WORKER, KVGroup, SequenceStart, StepPlan, StepResult, TokenLogprobs
 POISON = -1
@@ -21,7 +22,7 @@ class Faults:
 
 class SimulatedWorker:
 
-    def __init__(self, groups: list[KVGroup], vocab_size: int=64, memory: int=1 << 30, faults: Faults | None=None) -> None:
+    def __init__(self, groups: list[KVGroup], vocab_size: int=64, memory: int=1 << 30, faults: Faults | None=None, clock: Clock | None=None) -> None:
         ...
 
     def load(self, progress: Progress) -> None:

@@ -7,8 +7,10 @@ both have the same.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +22,10 @@ from dovetail.engine.adaptive import Adaptive, EverySequence
 from dovetail.engine.checks import CheckedDrafter, CheckedKVCache, CheckedScheduler, CheckedWorker
 from dovetail.engine.engine import Engine, OverlappedEngine
 from dovetail.engine.speculation import Speculation
-from dovetail.engine.step_costs import measure
+from dovetail.engine.step_costs import NewEngine, measure
 from dovetail.errors import CheckpointError, ConfigError, DovetailError, OutOfMemory, PluginError
 from dovetail.facts import DeviceFacts, ModelFacts, device_facts, model_facts
+from dovetail.interfaces.clock import Clock, SystemClock
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.prefix_cache import PrefixCache
@@ -160,18 +163,26 @@ def build_engine(
         context = replace(context, prefix_cache=context.build("prefix_cache"))
         kv: KVCacheManager = CheckedKVCache(context.build("kv_cache"), context.name("kv_cache"))
         context = replace(context, kv=kv)
-        loop: Callable[..., Engine] = OverlappedEngine if plan.overlap else Engine
+        clock = SystemClock()
         scheduler = CheckedScheduler(
             context.build("scheduler"),
             context.name("scheduler"),
             responsible,
             limits["max_num_batched_tokens"],
+            clock,
         )
         checked = CheckedWorker(worker, context.name("worker"), model.vocab_size)
-        engine = loop(
-            scheduler, kv, checked, max_num_waiting=plan.max_num_waiting, responsible=responsible
+        new_engine: NewEngine = partial(
+            OverlappedEngine if plan.overlap else Engine,
+            scheduler,
+            kv,
+            checked,
+            clock=clock,
+            max_num_waiting=plan.max_num_waiting,
+            responsible=responsible,
+            seq_ids=itertools.count(),  # of engines that measure, and of the one that serves
         )
-        engine.speculation = _speculation(context, engine, model.vocab_size)
+        engine = new_engine(_speculation(context, new_engine, clock, model.vocab_size))
         attestation.begin_serving()
         return engine
     except BaseException as e:
@@ -181,7 +192,9 @@ def build_engine(
         raise PluginError(f"{responsible(e, ENGINE)}: {type(e).__name__}: {e}") from e
 
 
-def _speculation(context: PlanContext, engine: Engine, vocab_size: int) -> Speculation | None:
+def _speculation(
+    context: PlanContext, new_engine: NewEngine, clock: Clock, vocab_size: int
+) -> Speculation | None:
     drafter: Drafter | None = context.build("speculation")
     if drafter is None:
         return None
@@ -191,15 +204,16 @@ def _speculation(context: PlanContext, engine: Engine, vocab_size: int) -> Specu
     policy = EverySequence()
     if option("speculation", "adaptive"):
         costs = measure(
-            engine,
+            new_engine,
             num_draft_tokens,
+            clock,
             max_num_seqs=option("scheduler", "max_num_seqs"),
             max_len=context.plan.max_model_len,
             max_num_batched_tokens=option("scheduler", "max_num_batched_tokens"),
             drafter=drafter if in_worker else None,
         )
-        policy = Adaptive(costs, num_draft_tokens)
-    return Speculation(drafter, num_draft_tokens, policy)
+        policy = Adaptive(costs, num_draft_tokens, clock)
+    return Speculation(drafter, num_draft_tokens, policy, clock)
 
 
 def weights_of(

@@ -16,12 +16,12 @@ number of steps that doubles each time.
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from dovetail.interfaces.clock import Clock
 from dovetail.sequence import Sequence
 
 SHARE = 0.003
@@ -210,16 +210,14 @@ class Adaptive(EverySequence):
         self,
         costs: StepCosts,
         num_draft_tokens: int,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock,
     ) -> None:
         self.costs = costs
         self._num_draft_tokens = num_draft_tokens
-        self._clock = clock
-        self._earned_until = clock()
-        self._max_earned, self._max_saved = (
-            MAX_EARNED * costs.without(1),
-            MAX_SAVED * costs.without(1),
-        )
+        self._clock = clock.now
+        self._earned_until = clock.now()
+        self._max_earned = MAX_EARNED * costs.without(1)
+        self._max_saved = MAX_SAVED * costs.without(1)
         self.budget = START * costs.without(1)
         """Token-bucket budget in seconds."""
         self._propose_seconds = 0.0

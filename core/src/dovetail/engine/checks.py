@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NoReturn
 
 from dovetail.engine.block_pool import NULL_BLOCK
 from dovetail.errors import PluginError
+from dovetail.interfaces.clock import Clock
 from dovetail.interfaces.drafter import Drafter
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
@@ -42,10 +42,15 @@ class CheckedScheduler:
     """
 
     def __init__(
-        self, scheduler: Scheduler, name: str, responsible: Responsible, max_num_batched_tokens: int
+        self,
+        scheduler: Scheduler,
+        name: str,
+        responsible: Responsible,
+        max_num_batched_tokens: int,
+        clock: Clock,
     ) -> None:
         self._inner, self._name, self._responsible = scheduler, name, responsible
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_batched_tokens, self._clock = max_num_batched_tokens, clock
         self.patience = PATIENCE
         self._sequences: dict[int, Sequence] = {}
         self._last: StepPlan | None = None
@@ -99,12 +104,8 @@ class CheckedScheduler:
     def _check(self, plan: StepPlan) -> None:
         if not isinstance(plan, StepPlan):
             self._fail(f"schedule returned {type(plan).__name__}, not a StepPlan")
-        ids, num_tokens, num_computed, last = (
-            plan.seq_ids,
-            plan.num_tokens,
-            plan.num_computed,
-            self._last,
-        )
+        ids, num_tokens, num_computed = plan.seq_ids, plan.num_tokens, plan.num_computed
+        last = self._last
         if (
             last is not None
             and ids == last.seq_ids
@@ -127,11 +128,8 @@ class CheckedScheduler:
             self._fail("the plan's lists are empty or differ in length")
         try:
             sequences = [self._sequences[i] for i in ids]
-            total, before, after = (
-                sum(num_tokens),
-                sum(num_computed),
-                sum(map(_computed, sequences)),
-            )
+            total, before = sum(num_tokens), sum(num_computed)
+            after = sum(map(_computed, sequences))
             is_whole = (
                 type(total) is type(before) is int
                 and min(num_tokens) > 0
@@ -153,7 +151,7 @@ class CheckedScheduler:
         self._ends = after
 
     def _wait(self) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         self._idle_since = self._idle_since or now
         if now - self._idle_since > self.patience:
             self._idle_since = None
@@ -161,7 +159,7 @@ class CheckedScheduler:
                 f"there are {len(self._sequences)} sequences, but none was scheduled for"
                 f" {self.patience:g} s"
             )
-        time.sleep(_POLL_INTERVAL)
+        self._clock.sleep(_POLL_INTERVAL)
 
     def _undo(self, in_flight: StepPlan | None) -> None:
         """Reset what is in flight to what the worker received, whatever was planned since."""
@@ -247,12 +245,8 @@ class CheckedKVCache:
     def __init__(self, kv: KVCacheManager, name: str) -> None:
         self._inner, self._name = kv, name
         self._sizes = list(kv.num_blocks)
-        self.block_ids, self.free, self.faults, self.block_ops = (
-            kv.block_ids,
-            kv.free,
-            kv.faults,
-            kv.block_ops,
-        )
+        self.block_ids, self.free = kv.block_ids, kv.free
+        self.faults, self.block_ops = kv.faults, kv.block_ops
 
     groups: Any = property(attrgetter("_inner.groups"))
     num_blocks: Any = property(attrgetter("_inner.num_blocks"))

@@ -7,12 +7,15 @@ plugin hook and know nothing about tensors, text or processes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from dovetail.engine.decode import commit_decode_rows
+from dovetail.engine.speculation import Speculation
 from dovetail.errors import DovetailError, EngineDead, Overloaded, StepFailed
+from dovetail.interfaces.clock import Clock
 from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.interfaces.scheduler import Scheduler
 from dovetail.interfaces.worker import Handle, Worker
@@ -26,10 +29,6 @@ from dovetail.types import (
     StepPlan,
     StepResult,
 )
-
-if TYPE_CHECKING:
-    from dovetail.engine.speculation import Speculation
-
 
 MAX_FAILED_STEPS = 20
 """Number of consecutive failed steps after which the engine gives up, because an engine that fails
@@ -54,15 +53,23 @@ class Engine:
         worker: Worker,
         speculation: Speculation | None = None,
         *,
+        clock: Clock,
         max_num_waiting: int,
         responsible: Callable[[BaseException, str], str] = lambda error, part: part,
+        seq_ids: Iterator[int] | None = None,
     ) -> None:
-        """Create an engine. `responsible` returns the provider responsible for an error, given the
-        error and the component that was called."""
+        """Create an engine.
+
+        Args:
+            responsible: returns the provider responsible for an error, given the error and the
+                component that was called.
+            seq_ids: numbers that count up, for sequences; by default from 0.
+        """
         self.scheduler = scheduler
         self.kv = kv
         self.worker = worker
         self.speculation = speculation
+        self.clock = clock
         self.max_num_waiting = max_num_waiting
         self.responsible = responsible
         self.stats = EngineStats(kv_blocks_total=kv.num_total)
@@ -71,9 +78,10 @@ class Engine:
         self.num_scheduled_tokens = 0
         """Number of tokens in the last step that was submitted."""
         self._num_failed_in_row = 0
-        self._next_seq_id = 0
+        self._seq_ids = itertools.count() if seq_ids is None else seq_ids
         self._outputs: list[SequenceOutput] = []
         self._has_windows = any(g.window is not None for g in kv.groups)
+        self._block_size = math.gcd(*(g.block_size for g in kv.groups))
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `Overloaded`, and queues nothing, if the waiting queue is
@@ -87,8 +95,8 @@ class Engine:
             raise DovetailError(f"request id {request.request_id!r} is already in use")
         group: list[Sequence] = []
         for index in range(request.params.n):
-            seq = Sequence(self._next_seq_id, request, index, list(request.prompt_token_ids), group)
-            self._next_seq_id += 1
+            seq_id, tokens = next(self._seq_ids), list(request.prompt_token_ids)
+            seq = Sequence(seq_id, request, index, tokens, group, added_at=self.clock.now())
             group.append(seq)
             self.sequences[seq.seq_id] = seq
         self.requests[request.request_id] = group
@@ -155,6 +163,9 @@ class Engine:
         step and return None."""
         self.stats.num_steps += 1
         self.num_scheduled_tokens = sum(plan.num_tokens)
+        for start in plan.starts:
+            seq = self.sequences[start.seq_id]
+            seq.started_at = seq.started_at or self.clock.now()
         try:
             return Step(plan, self.worker.submit(plan))
         except EngineDead:
@@ -182,38 +193,24 @@ class Engine:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Apply the results of a step: append tokens, finish sequences, free blocks behind a
         sliding window."""
-        plain = not (
+        self._num_failed_in_row = 0
+        num_rows, outputs = len(plan.seq_ids), self._outputs
+        if (
             result.failed
             or result.logprobs
             or result.prompt_logprobs
             or plan.draft_token_ids
             or self._has_windows
-        )
-        self._num_failed_in_row = 0
-        sequences, outputs, num_plain = self.sequences, self._outputs, 0
-        for row, (seq_id, computed, new) in enumerate(
-            zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True)
         ):
-            seq = sequences[seq_id]
-            if (
-                plain
-                and len(new) == 1
-                and computed >= seq.num_prompt_tokens
-                and seq.finish_reason is None
-                and len(seq.tokens) + 1 < seq.max_len
-                and new[0] not in seq.end_ids
-                and computed + 1 != seq.num_slots
-            ):
-                # Exactly one more token: most rows take this path, which does what `_commit_row`
-                # would do for them.
-                seq.steps_in_flight -= 1
-                seq.num_in_flight -= 1
-                seq.tokens.append(new[0])
-                outputs.append(SequenceOutput(seq.request.request_id, seq.sample_index, new))
-                num_plain += 1
-            else:
+            for row in range(num_rows):
                 self._commit_row(plan, row, result)
-        self.stats.num_generation_tokens += num_plain
+        else:
+            rows = enumerate(zip(plan.seq_ids, plan.num_computed, result.token_ids, strict=True))
+            size, sequences = self._block_size, self.sequences
+            self.stats.num_generation_tokens += num_rows
+            while (at := commit_decode_rows(rows, sequences, outputs, size)) is not None:
+                self.stats.num_generation_tokens -= 1  # counted by `_commit_row`
+                self._commit_row(plan, at, result)
         self._fail_faulty()
 
     def _commit_row(self, plan: StepPlan, row: int, result: StepResult) -> None:
@@ -241,7 +238,7 @@ class Engine:
         output.num_cached_tokens = seq.num_cached_tokens
         if new and seq.num_output_tokens == 0:
             output.times = RequestTimes(
-                seq.started_at - seq.added_at, time.monotonic() - seq.started_at
+                seq.started_at - seq.added_at, self.clock.now() - seq.started_at
             )
         if result.prompt_logprobs:
             output.prompt_logprobs = result.prompt_logprobs[row][

@@ -17,8 +17,9 @@ import math
 from bisect import insort
 from collections.abc import Callable
 
+from dovetail.engine.decode import add_decode_rows
 from dovetail.interfaces.kv_cache import KVCacheManager
-from dovetail.sequence import NO_BLOCKS, Sequence
+from dovetail.sequence import Sequence
 from dovetail.types import StepPlan
 
 Order = Callable[[Sequence], tuple[float, ...]]
@@ -71,10 +72,6 @@ class TokenBudgetScheduler:
             self._admit(plan, budget)
         if not plan.seq_ids:
             return None
-        if plan.draft_token_ids:  # rows of the fast path have not been padded
-            plan.draft_token_ids += [
-                [] for _ in range(len(plan.seq_ids) - len(plan.draft_token_ids))
-            ]
         plan.released, self._released = self._released, []
         self._step_id += 1
         return plan
@@ -83,29 +80,13 @@ class TokenBudgetScheduler:
         """Add rows for the running sequences. Returns the remaining token budget, and whether there
         were enough blocks for all of them."""
         budget, has_blocks = self.max_num_batched_tokens, True
-        for seq in self.running:  # preemption removes sequences from the end of this list
-            if budget <= 0:
-                break
-            known, computed = len(seq.tokens) + seq.num_in_flight, seq.num_computed_tokens
-            if (
-                known == computed + 1
-                and computed < seq.num_slots
-                and known < seq.max_len
-                and seq.finish_reason is None
-                and not seq.draft_token_ids
-            ):
-                # Decode within an allocated block: most rows take this path, which does what
-                # `Sequence.add_row` would do for them.
-                plan.seq_ids.append(seq.seq_id)
-                plan.num_tokens.append(1)
-                plan.num_computed.append(computed)
-                plan.samples.append(True)
-                plan.new_block_ids.append(NO_BLOCKS)
-                seq.num_computed_tokens = known
-                seq.num_in_flight += 1
-                seq.steps_in_flight += 1
-                budget -= 1
-                continue
+        running = iter(self.running)  # preemption removes sequences from the end of this list
+        while True:
+            num_rows = len(plan.seq_ids)
+            seq = add_decode_rows(running, plan, budget)
+            budget -= len(plan.seq_ids) - num_rows
+            if seq is None:
+                return budget, has_blocks
             count = min(seq.num_to_compute, budget)
             if count <= 0 or seq.finish_reason is not None:
                 continue
@@ -127,7 +108,6 @@ class TokenBudgetScheduler:
                 added = self._grow(seq, count)
             seq.add_row(plan, count, added, self.kv.block_ids(seq.seq_id))
             budget -= count
-        return budget, has_blocks
 
     def _grow(self, seq: Sequence, count: int) -> list[list[int]] | None:
         """Allocate blocks for the next `count` tokens; see `KVCacheManager.grow`."""

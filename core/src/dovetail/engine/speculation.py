@@ -4,9 +4,9 @@ them."""
 from __future__ import annotations
 
 import logging
-from time import perf_counter
 from typing import TYPE_CHECKING
 
+from dovetail.interfaces.clock import Clock
 from dovetail.interfaces.drafter import Drafter
 from dovetail.sequence import Sequence
 from dovetail.types import EngineStats
@@ -21,7 +21,10 @@ class Speculation:
     """A drafter, its maximum number of draft tokens per sequence, and the policy that decides when
     and for which sequences to draft."""
 
-    def __init__(self, drafter: Drafter, num_draft_tokens: int, policy: EverySequence) -> None:
+    def __init__(
+        self, drafter: Drafter, num_draft_tokens: int, policy: EverySequence, clock: Clock
+    ) -> None:
+        self._clock = clock
         self.drafter = drafter
         self.num_draft_tokens = num_draft_tokens
         self.policy = policy
@@ -45,13 +48,13 @@ class Speculation:
         drafted: list[Sequence] = []
         drafts: list[list[int]] = []
         for seq in self.policy.due(running):
-            began, draft, limit = perf_counter(), list[int](), self._max_draft_tokens(seq)
+            began, draft, limit = self._clock.now(), list[int](), self._max_draft_tokens(seq)
             try:
                 if limit > 0:
                     draft = self.drafter.propose(seq, limit)
             except Exception as e:
                 faults.append((seq.seq_id, e))
-            seconds = perf_counter() - began
+            seconds = self._clock.now() - began
             self.seconds += seconds
             self.policy.on_proposed(seq, bool(draft), seconds)
             if draft:
@@ -79,10 +82,8 @@ class Speculation:
         self.policy.verified(seq, num_drafted, num_accepted)
 
     def count(self, stats: EngineStats) -> None:
-        stats.num_draft_tokens, stats.num_accepted_tokens = (
-            sum(self.num_drafted),
-            sum(self.num_accepted),
-        )
+        stats.num_draft_tokens = sum(self.num_drafted)
+        stats.num_accepted_tokens = sum(self.num_accepted)
         stats.drafted_by_position, stats.accepted_by_position = self.num_drafted, self.num_accepted
         stats.draft_seconds = self.seconds
 

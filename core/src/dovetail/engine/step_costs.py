@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import secrets
 import statistics
-import time
 from collections.abc import Callable
 
 from dovetail.engine.adaptive import Curve, EverySequence, StepCosts
@@ -13,9 +12,11 @@ from dovetail.engine.block_pool import blocks_per_sequence
 from dovetail.engine.engine import Engine
 from dovetail.engine.speculation import Speculation
 from dovetail.errors import PluginError
+from dovetail.interfaces.clock import Clock
 from dovetail.interfaces.drafter import Drafter
+from dovetail.interfaces.kv_cache import KVCacheManager
 from dovetail.sequence import Sequence
-from dovetail.types import EngineStats, Request, SamplingParams
+from dovetail.types import Request, SamplingParams
 
 MAX_SECONDS = 2.0
 """Time limit for all measurements; at least two steps of one token are always measured."""
@@ -25,6 +26,7 @@ ROWS = 1, 4, 16, 64
 """Numbers of sequences measured with draft tokens. Without draft tokens, twice as many are also
 measured."""
 NUM_STEPS = 6
+NewEngine = Callable[[Speculation | None], Engine]
 
 
 class _ConstantDrafter:
@@ -51,38 +53,37 @@ class _FixedPolicy(EverySequence):
 
 
 def measure(
-    engine: Engine,
+    new_engine: NewEngine,
     num_draft_tokens: int,
+    clock: Clock,
     *,
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_len: int,
     drafter: Drafter | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> StepCosts:
     """Measure steps of 1, 4, 16, … sequences with a minimal context: without draft tokens, with one
     in total, and with 1, 2, 4, … per sequence.
 
-    `drafter` is one that runs in the worker, whose work is then part of the steps. The engine must
-    not be serving yet; its stats are reset. Raises `PluginError` if a step fails.
+    `new_engine` returns a new engine over the components to measure, which are not serving yet and
+    are idle again afterwards. `drafter` is one that runs in the worker, whose work is then part of
+    the steps. Raises `PluginError` if a step fails.
     """
-    speculation, until = engine.speculation, clock() + MAX_SECONDS
+    until, idle = clock.now() + MAX_SECONDS, new_engine(None)
     most = max(0, min(num_draft_tokens, max_len - 2))
     limit = min(MAX_TOKENS, max_num_batched_tokens)
-    max_num_seqs = min(max_num_seqs, engine.max_num_waiting, limit)
+    max_num_seqs = min(max_num_seqs, idle.max_num_waiting, limit)
     length = min(max_len, 2 + (NUM_STEPS + 1) * (1 + most))
-    plain, drafted = (
-        Measured(),
-        {n: Measured() for n in ROWS if most and n <= max_num_seqs and n < limit},
-    )
+    plain = Measured()
+    drafted = {n: Measured() for n in ROWS if most and n <= max_num_seqs and n < limit}
 
     def step(num_seqs: int, policy: _FixedPolicy | None) -> float:
-        engine.speculation = (
+        speculation = (
             None
             if policy is None
-            else Speculation(drafter or _ConstantDrafter(), max(1, most), policy)
+            else Speculation(drafter or _ConstantDrafter(), max(1, most), policy, clock)
         )
-        return _seconds_of_a_step(engine, num_seqs, length, clock)
+        return _seconds_of_a_step(new_engine(speculation), num_seqs, length, clock)
 
     # Cheapest first: when the time limit is reached, more expensive steps are extrapolated.
     runs: list[tuple[int, int, int]] = [
@@ -91,24 +92,20 @@ def measure(
     for n in drafted:
         per_seq = {2**i for i in range(most.bit_length())} | {most}
         runs += [(n + 1, n, -1), *((n * (1 + k), n, k) for k in per_seq if n * (1 + k) <= limit)]
-    try:
-        for _ in range(2):  # disturbances are temporary, so the minimum of two passes counts
-            for _, num_seqs, num_drafts in sorted(runs):
-                if plain and (
-                    clock() > until or not _fits(engine, num_seqs, length, max_num_batched_tokens)
-                ):
-                    break
-                if num_drafts == 0:
-                    plain.add(num_seqs, step(num_seqs, None))
-                elif num_drafts < 0:  # one draft token in total
-                    drafted[num_seqs].add(1, step(num_seqs, _FixedPolicy(1, first_alone=True)))
-                else:
-                    drafted[num_seqs].add(
-                        num_seqs * num_drafts, step(num_seqs, _FixedPolicy(num_drafts))
-                    )
-    finally:
-        engine.speculation = speculation
-        engine.stats = EngineStats(kv_blocks_total=engine.kv.num_total)
+    for _ in range(2):  # disturbances are temporary, so the minimum of two passes counts
+        for _, num_seqs, num_drafts in sorted(runs):
+            if plain and (
+                clock.now() > until or not _fits(idle.kv, num_seqs, length, max_num_batched_tokens)
+            ):
+                break
+            if num_drafts == 0:
+                plain.add(num_seqs, step(num_seqs, None))
+            elif num_drafts < 0:  # one draft token in total
+                drafted[num_seqs].add(1, step(num_seqs, _FixedPolicy(1, first_alone=True)))
+            else:
+                drafted[num_seqs].add(
+                    num_seqs * num_drafts, step(num_seqs, _FixedPolicy(num_drafts))
+                )
     return StepCosts(Curve(plain), {n: Curve(points) for n, points in drafted.items() if points})
 
 
@@ -119,31 +116,28 @@ class Measured(dict[int, float]):
         self[number] = min(seconds, self.get(number, seconds))
 
 
-def _fits(engine: Engine, num_seqs: int, length: int, chunk: int) -> bool:
+def _fits(kv: KVCacheManager, num_seqs: int, length: int, chunk: int) -> bool:
     """Return whether the sequences fit into the KV cache: preemption would distort the costs."""
-    kv = engine.kv
     needed = [num_seqs * blocks_per_sequence(group, length, chunk) for group in kv.groups]
     return all(count < have for count, have in zip(needed, kv.num_blocks, strict=True))
 
 
-def _seconds_of_a_step(
-    engine: Engine, num_seqs: int, length: int, clock: Callable[[], float]
-) -> float:
+def _seconds_of_a_step(engine: Engine, num_seqs: int, length: int, clock: Clock) -> float:
     """Return the median time of a few decode steps."""
     params = SamplingParams(temperature=0, max_tokens=length - 1, ignore_eos=True)
     salt = secrets.token_hex(16)  # no request can reuse this KV
     for i in range(num_seqs):
         engine.add(Request(f"{salt}-{i}", [0], params, length - 1, 0, [], cache_salt=salt))
-    began = clock()
+    began = clock.now()
     seconds, last, num_steps = list[float](), began, engine.stats.num_steps
     while (
         len(engine.sequences) == num_seqs
         and len(seconds) <= NUM_STEPS
-        and (len(seconds) < 3 or clock() < began + MAX_SECONDS / 10)
+        and (len(seconds) < 3 or clock.now() < began + MAX_SECONDS / 10)
     ):
         _step(engine)
         if engine.stats.num_steps > num_steps:
-            now, num_steps = clock(), engine.stats.num_steps
+            now, num_steps = clock.now(), engine.stats.num_steps
             seconds.append(now - last)
             last = now
     for request_id in list(engine.requests):
