@@ -1,4 +1,4 @@
-"""From deltas to the JSON of the two completion routes: choices, log-probabilities, usage."""
+"""Convert deltas to the JSON of the two completion routes: choices, log-probabilities, usage."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from dovetail.types import Request, TokenLogprobs
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest
 
 FLOOR = -9999.0
-"""JSON has no minus infinity."""
+"""Replaces minus infinity, which JSON cannot represent."""
 
 
 @dataclass
 class Choice:
-    """One sample of one prompt, on its way to the client."""
+    """One sample of one prompt, and what has been sent of it."""
 
     index: int
     request: Request
     held: Delta | None = None
-    """Output that no chunk has sent yet: half a character, the possible beginning of a stop string,
-    a prompt's log-probabilities."""
+    """Output that no chunk has contained yet: half a character, the possible beginning of a stop
+    string, a prompt's log-probabilities."""
     opened: bool = False
-    """The client has been told of it."""
+    """True once a chunk of this choice has been sent."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
-    """Of its prompt."""
+    """Number of prompt tokens that were found in the prefix cache."""
 
     def take(self, delta: Delta) -> Delta:
-        """Everything that has not been told, this delta included."""
+        """Add a delta and return all pending output, this delta included."""
         self.num_tokens += len(delta.token_ids)
         self.num_cached_tokens = delta.num_cached_tokens
         if self.held is None:
@@ -41,27 +41,28 @@ class Choice:
 
 
 class Answer(Protocol):
-    """One route's JSON."""
+    """Builds the JSON of one route."""
 
     kind: str
     prefix: str
-    """Of ids."""
+    """Prefix of response ids."""
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
-        """The element of a choice's first chunk, where the route wants one of its own."""
+        """Return the element of `choices` for the extra first chunk of a choice, or None if the
+        route has no such chunk."""
 
     def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """The element of a chunk. A whole completion is a chunk that holds everything."""
+        """Return the element of `choices` for a chunk of a stream."""
 
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """The element of an answer that is not streamed."""
+        """Return the element of `choices` for a response that is not streamed."""
 
     def extra(self, choices: list[Choice]) -> dict[str, Any]:
-        """Beside `choices`, once an answer: in its first chunk, where it is streamed."""
+        """Return top-level fields of the response. A stream has them in its first chunk only."""
 
 
 class CompletionAnswer:
-    """/v1/completions."""
+    """Builds the JSON of /v1/completions."""
 
     kind, prefix = "text_completion", "cmpl"
 
@@ -106,7 +107,7 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """/v1/chat/completions."""
+    """Builds the JSON of /v1/chat/completions."""
 
     prefix = "chatcmpl"
 
@@ -150,8 +151,8 @@ class ChatAnswer:
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """A prompt counts once, however many samples it has, and is cached as far as its first sample
-    found it."""
+    """Return `usage`. Each prompt counts once, whatever its number of samples; `cached_tokens` is
+    the number of tokens that its first sample found in the prefix cache."""
     firsts = {id(c.request): c for c in reversed(choices)}.values()
     num_prompt_tokens = sum(len(c.request.prompt_token_ids) for c in firsts)
     num_tokens = sum(c.num_tokens for c in choices)
@@ -164,11 +165,11 @@ def usage(choices: list[Choice]) -> dict[str, Any]:
 
 
 def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`choices[].logprobs` of the chat route: one entry a generated token."""
+    """Return `choices[].logprobs` of the chat route, with one entry per generated token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.token_text(token_id)
-        # A token that is a part of a character has bytes that its text does not tell.
+        # The text of a token that is part of a character does not determine its bytes.
         data = None if REPLACEMENT in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, FLOOR), "bytes": data}
 
@@ -180,16 +181,16 @@ def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[
 
 
 class CompletionLogprobs:
-    """`choices[].logprobs` of the completions route. Keeps the text offset, so that chunks of a
-    stream continue it."""
+    """Builds `choices[].logprobs` of the completions route. One object per choice keeps the text
+    offset from one chunk of a stream to the next."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._offset = 0
 
     def take(self, positions: list[TokenLogprobs | int]) -> dict[str, Any]:
-        """`positions`: log-probabilities, or a bare token id where there are none (the first prompt
-        token)."""
+        """Return the log-probabilities of `positions`. An int is a token id without
+        log-probabilities (the first prompt token)."""
         out: dict[str, Any] = {
             "text_offset": [],
             "token_logprobs": [],
@@ -208,8 +209,8 @@ class CompletionLogprobs:
                 continue
             values = [max(v, FLOOR) for v in p.logprobs]
             out["token_logprobs"].append(values[0])
-            # The chosen token stands beside the most likely ones; of two tokens with one text the
-            # likelier counts.
+            # The sampled token is listed in addition to the most likely ones. If two tokens have
+            # the same text, the more likely one is kept.
             top: dict[str, float] = {}
             for i, v in sorted(zip(p.token_ids, values, strict=True), key=lambda pair: -pair[1]):
                 top.setdefault(self._tokenizer.token_text(i), v)
@@ -220,12 +221,12 @@ class CompletionLogprobs:
 def prompt_logprobs(
     positions: list[TokenLogprobs], tokenizer: Tokenizer
 ) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token, then {token_id: {logprob, rank,
-    decoded_token}}."""
+    """Return `prompt_logprobs` in vLLM's format: null for the first token, then {token_id:
+    {logprob, rank, decoded_token}}."""
     out: list[dict[str, Any] | None] = [None]
     for p in positions:
-        # The first entry is the prompt's own token with its rank; the others are the best, in
-        # order.
+        # The first entry is the prompt token with its rank. The others are the most likely tokens,
+        # in order.
         entries = {
             str(i): {
                 "logprob": max(v, FLOOR),
