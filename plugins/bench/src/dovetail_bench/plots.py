@@ -1,4 +1,4 @@
-"""Plot a report. matplotlib is imported only if a plot is drawn."""
+"""Plot a report. matplotlib is imported only when plotting."""
 
 from __future__ import annotations
 

@@ -20,24 +20,24 @@ class Choice:
 
     index: int
     request: Request
-    held: Delta | None = None
+    pending: Delta | None = None
     """Output that no chunk has contained yet: half a character, the possible beginning of a stop
     string, a prompt's log-probabilities."""
-    opened: bool = False
+    started: bool = False
     """True once a chunk of this choice has been sent."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     """Number of prompt tokens that were found in the prefix cache."""
 
-    def take(self, delta: Delta) -> Delta:
+    def add(self, delta: Delta) -> Delta:
         """Add a delta and return all pending output, this delta included."""
         self.num_tokens += len(delta.token_ids)
         self.num_cached_tokens = delta.num_cached_tokens
-        if self.held is None:
-            self.held = delta
+        if self.pending is None:
+            self.pending = delta
         else:
-            self.held.extend(delta)
-        return self.held
+            self.pending.extend(delta)
+        return self.pending
 
 
 class Answer(Protocol):
@@ -47,14 +47,14 @@ class Answer(Protocol):
     prefix: str
     """Prefix of response ids."""
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
+    def first_chunk(self, choice: Choice) -> dict[str, Any] | None:
         """Return the element of `choices` for the extra first chunk of a choice, or None if the
         route has no such chunk."""
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         """Return the element of `choices` for a chunk of a stream."""
 
-    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def full(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         """Return the element of `choices` for a response that is not streamed."""
 
     def extra(self, choices: list[Choice]) -> dict[str, Any]:
@@ -75,11 +75,11 @@ class CompletionAnswer:
         self._n = n
         self._logprobs = [CompletionLogprobs(tokenizer) for _ in range(len(echoed) * n)]
 
-    def opening(self, choice: Choice) -> None:
+    def first_chunk(self, choice: Choice) -> None:
         return None
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        body, first = self._body, not choice.opened
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        body, first = self._body, not choice.started
         out: dict[str, Any] = {
             "index": choice.index,
             "text": self._echoed[choice.index // self._n] + delta.text if first else delta.text,
@@ -91,7 +91,7 @@ class CompletionAnswer:
             positions: list[TokenLogprobs | int] = list(delta.logprobs)
             if first and body.echo:
                 positions = [choice.request.prompt_token_ids[0], *delta.prompt_logprobs, *positions]
-            out["logprobs"] = self._logprobs[choice.index].take(positions)
+            out["logprobs"] = self._logprobs[choice.index].add(positions)
         if body.return_token_ids:
             out["token_ids"] = delta.token_ids
             if first:
@@ -100,7 +100,7 @@ class CompletionAnswer:
             out["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._tokenizer)
         return out
 
-    whole = part
+    full = chunk
 
     def extra(self, choices: list[Choice]) -> dict[str, Any]:
         return {}
@@ -116,14 +116,14 @@ class ChatAnswer:
         self._body = body
         self._tokenizer = tokenizer
 
-    def opening(self, choice: Choice) -> dict[str, Any]:
+    def first_chunk(self, choice: Choice) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         return {"index": choice.index, "delta": {"content": delta.text}, **self._common(delta)}
 
-    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def full(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {"index": choice.index, "message": message, **self._common(delta)}
 
@@ -131,9 +131,9 @@ class ChatAnswer:
         out: dict[str, Any] = {}
         if self._body.return_token_ids:
             out["prompt_token_ids"] = choices[0].request.prompt_token_ids
-        if self._body.prompt_logprobs is not None and choices[0].held is not None:
+        if self._body.prompt_logprobs is not None and choices[0].pending is not None:
             out["prompt_logprobs"] = prompt_logprobs(
-                choices[0].held.prompt_logprobs, self._tokenizer
+                choices[0].pending.prompt_logprobs, self._tokenizer
             )
         return out
 
@@ -188,7 +188,7 @@ class CompletionLogprobs:
         self._tokenizer = tokenizer
         self._offset = 0
 
-    def take(self, positions: list[TokenLogprobs | int]) -> dict[str, Any]:
+    def add(self, positions: list[TokenLogprobs | int]) -> dict[str, Any]:
         """Return the log-probabilities of `positions`. An int is a token id without
         log-probabilities (the first prompt token)."""
         out: dict[str, Any] = {

@@ -251,12 +251,12 @@ class Completions:
         async def collect() -> None:
             async with aclosing(merge_streams(requests, self._metrics.observe)) as deltas:
                 async for delta in deltas:
-                    choices[delta.index].take(delta)
+                    choices[delta.index].add(delta)
 
         await run_until_disconnect(http.receive, collect())
 
         def serialize() -> bytes:
-            whole = [answer.whole(c, c.held) for c in choices if c.held is not None]
+            whole = [answer.full(c, c.pending) for c in choices if c.pending is not None]
             return orjson.dumps(
                 {**head, "choices": whole, "usage": usage(choices), **answer.extra(choices)}
             )
@@ -294,13 +294,16 @@ class Completions:
             async with aclosing(merge_streams(requests, self._metrics.observe)) as deltas:
                 async for delta in deltas:
                     choice, events = choices[delta.index], b""
-                    new = choice.take(delta)
-                    if not choice.opened and (opening := answer.opening(choice)) is not None:
-                        events = event(opening)
-                        choice.opened = True
+                    new = choice.add(delta)
+                    if (
+                        not choice.started
+                        and (first_chunk := answer.first_chunk(choice)) is not None
+                    ):
+                        events = event(first_chunk)
+                        choice.started = True
                     if new.text or new.finish_reason:
-                        events += event(answer.part(choice, new))
-                        choice.opened, choice.held = True, None
+                        events += event(answer.chunk(choice, new))
+                        choice.started, choice.pending = True, None
                     if events:
                         started = True
                         yield events
