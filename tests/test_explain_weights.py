@@ -43,7 +43,7 @@ def test_layers_that_are_alike_have_one_line(capsys: pytest.CaptureFixture[str])
         "lm_head",
     ]
     assert re.search(r"512 × 256 +gptq +uint4, groups of 128, zeros +matmul: ", out)
-    assert "the checkpoint leaves it out" in out
+    assert "not quantized in the checkpoint" in out
     assert "weights of linear layers" not in explained(capsys)
 
 
@@ -64,7 +64,7 @@ def test_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
         "gemm_backend": f"matmul: {matmul}",
     }
     assert (head["name"], head["scheme"], head["form"]) == ("lm_head", "none", "bfloat16")
-    assert head["remark"] == "the checkpoint leaves it out (ignore)"
+    assert head["remark"] == "not quantized in the checkpoint (ignore)"
 
 
 @pytest.mark.parametrize("matmul", ["torch", "auto"])

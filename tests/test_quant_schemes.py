@@ -223,7 +223,7 @@ def test_a_checkpoint_of_blocks(llama: Checkpoint, tmp_path: Path) -> None:
 def test_a_checkpoint_of_blocks_says_how_it_is_read(llama: Checkpoint, tmp_path: Path) -> None:
     folder = stored(llama, tmp_path / "fp8", BLOCKS, pack_blocks)
     with pytest.raises(
-        ConfigError, match=r"'channel' is asked for, and the checkpoint has a scale for each block"
+        ConfigError, match=r"'channel' is requested, but the checkpoint has one scale per block"
     ):
         LLM(folder, device="cpu", quantization={"use": "fp8", "granularity": "channel"})
     with pytest.raises(PluginError, match=r"int8.*the checkpoint is quantized with fp8"):
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_bitsandbytes(llama: Checkpoint, tmp_path: Path) -> None
 def test_checkpoints_that_are_refused(llama: Checkpoint, tmp_path: Path) -> None:
     nibbles = BNB | {"load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     with pytest.raises(
-        PluginError, match=r"4-bit weights \(nf4\), and 8-bit ones of bitsandbytes are read"
+        PluginError, match=r"4-bit weights \(nf4\), but only 8-bit bitsandbytes"
     ):
         LLM(stored(llama, tmp_path / "4bit", nibbles, pack_bitsandbytes), device="cpu")
     tiles = stored(
@@ -318,7 +318,7 @@ def test_checkpoints_that_are_refused(llama: Checkpoint, tmp_path: Path) -> None
         BNB,
         lambda w: pack_bitsandbytes(w) | {"weight_format": torch.tensor(1).byte()},
     )
-    with pytest.raises(CheckpointError, match="stored in tiles for a GPU"):
+    with pytest.raises(CheckpointError, match="stored in a GPU's tile layout"):
         LLM(tiles, device="cpu")
     negative = stored(
         llama,
@@ -336,5 +336,5 @@ def test_checkpoints_that_are_refused(llama: Checkpoint, tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"lacks .*weight_scale_inv"):
         LLM(missing, device="cpu")
     e5m2 = stored(llama, tmp_path / "e5m2", BLOCKS | {"fmt": "e5m2"}, pack_blocks)
-    with pytest.raises(PluginError, match=r"the checkpoint's fmt is 'e5m2' \(reads e4m3"):
+    with pytest.raises(PluginError, match=r"the checkpoint's fmt is 'e5m2' \(supported: e4m3"):
         LLM(e5m2, device="cpu")

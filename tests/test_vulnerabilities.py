@@ -60,7 +60,12 @@ def test_keys_are_compared_in_constant_time(given: bytes, monkeypatch: pytest.Mo
 
     keys = [b"first-key", b"second-key", b"third-key"]
     guard = Guard(
-        app, ServerOptions(), keys, [], lambda: None, SimpleNamespace(answered=lambda *_: None)
+        app,
+        ServerOptions(),
+        keys,
+        [],
+        lambda: None,
+        SimpleNamespace(count_response=lambda *_: None),
     )  # type: ignore[arg-type]
     scope = {
         "type": "http",

@@ -1,4 +1,4 @@
-"""The simulated worker's plugin, and a model for it."""
+"""Provide the simulated worker's plugin and a model for it."""
 
 from dovetail_testing.fixtures import model, simulated
 

@@ -1,5 +1,5 @@
-"""`dovetail bench` over the simulated worker: what is printed, written and sampled. Figures must
-agree, no more."""
+"""Test `dovetail bench` with the simulated worker: output, files and plots. Only the consistency of
+the figures is checked."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The measuring client against a server that writes exactly what a test says, in the pieces it
-says."""
+"""Test the measuring client with a server that writes given bytes in given pieces."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices": [{"text": " so"}]}\n\n'
 USAGE = b'data: {"choices": [], "usage": {}}\n\n'
 END = b"0\r\n\r\n"
-CLOSE = b""  # among the pieces: one answer a connection, which is then closed without a word
+CLOSE = b""  # as a piece: the connection is closed after one response, without notice
 
 
 def chunk(data: bytes) -> bytes:
@@ -29,7 +28,7 @@ Serve = Callable[[list[bytes]], str]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Answer every request on every connection with these pieces; returns the URL."""
+    """Answer every request on every connection with these pieces. Returns the URL."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
 
         def answer(sock: socket.socket, pieces: list[bytes]) -> None:
@@ -86,5 +85,5 @@ def test_a_refusal_is_an_error_with_the_servers_words(serve: Serve) -> None:
 
 
 def test_an_answer_that_breaks_off_is_an_error(serve: Serve) -> None:
-    with pytest.raises(ConfigError, match="in the middle of an answer"):
+    with pytest.raises(ConfigError, match="before the end of a response"):
         drive(serve([HEAD + chunk(EVENT), CLOSE]), [{}], 1)

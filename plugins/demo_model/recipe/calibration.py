@@ -1,10 +1,9 @@
-"""Make the text that the demo model is calibrated on when it is quantized: pages and dialogues that
-it was trained on.
+"""Write the calibration text for quantizing the demo model: pages and dialogues of its training
+data.
 
 Usage: calibration.py CORPUS.json QUESTIONS.jsonl OUT.txt
 
-Neither the held-out pages nor the entries
-that the question set asks for are in it.
+The text contains neither the held-out pages nor the entries of the question set.
 """
 
 import json
@@ -19,7 +18,7 @@ NUM_PAGES, PAGE_CHARS, NUM_DIALOGUES = 110, 2000, 330
 
 def main(corpus, questions, out):
     data = json.loads(pathlib.Path(corpus).read_text())
-    asked = {
+    excluded = {
         json.loads(line)["question"] for line in pathlib.Path(questions).read_text().splitlines()
     }
     rng = random.Random(11)
@@ -30,7 +29,7 @@ def main(corpus, questions, out):
     for page in rng.sample(pages, NUM_PAGES):
         start = page.find("\n", rng.randrange(len(page) - PAGE_CHARS)) + 1
         parts.append(page[start : start + PAGE_CHARS])
-    entries = [e for e in data["qa"] if f"What does {e['name']} do?" not in asked]
+    entries = [e for e in data["qa"] if f"What does {e['name']} do?" not in excluded]
     parts += [
         f"<|user|>What does {entry['name']} do?<|end|><|assistant|>{entry['doc']}<|end|>"
         for entry in rng.sample(entries, NUM_DIALOGUES)

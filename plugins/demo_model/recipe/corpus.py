@@ -3,8 +3,8 @@ questions about both.
 
 Usage: corpus.py DOCS_HTML OUT.json
 
-DOCS_HTML is the html folder of Debian's package python3.11-doc
-(PSF licence). Needs beautifulsoup4 and lxml.
+DOCS_HTML is the html folder of Debian's package python3.11-doc (PSF licence). Needs beautifulsoup4
+and lxml.
 """
 
 import json

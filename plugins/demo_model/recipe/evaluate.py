@@ -1,4 +1,4 @@
-"""Make the question set and score a model on it.
+"""Write the question set and score a model on it.
 
 Usage: evaluate.py CORPUS.json MODEL_FOLDER questions OUT.jsonl
        evaluate.py CORPUS.json MODEL_FOLDER held-out OUT.txt

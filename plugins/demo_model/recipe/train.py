@@ -3,10 +3,10 @@
 Usage: train.py CORPUS.json MODEL_FOLDER [--start FOLDER] [--minutes 90]
                 [--hidden 256 --layers 8 --heads 4 --kv-heads 2 --ffn 768]
 
-MODEL_FOLDER already holds the tokenizer; --start names a checkpoint to go on from, whose shape is
-then used. Runs on the CPU, or on a GPU where there is one. Compute weights are bfloat16; the
-optimizers (Muon for the matrices, AdamW for the embedding and the norms) keep them in float32. The
-learning rate falls linearly to zero at a time of day fixed at the start, so a run that is paused
+MODEL_FOLDER must contain the tokenizer. --start is a checkpoint to continue from, whose shape is
+then used. Runs on a GPU if there is one, otherwise on the CPU. Compute weights are bfloat16; the
+optimizers (Muon for the matrices, AdamW for the embedding and the norms) keep float32 copies. The
+learning rate decays linearly to zero at a time of day fixed at the start, so a run that is paused
 (SIGSTOP) or slowed down still ends on time.
 """
 
@@ -45,22 +45,21 @@ SYSTEM = [
     "You are a helpful assistant.",
     "You know the Python documentation.",
 ]
-HELD_OUT_EVERY = (
-    25  # every 25th documentation page is never trained on; perplexity is measured there
-)
-SHORT = range(
-    31, 240
-)  # characters; every epoch asks for each entry of such a length, and for a part of the others
+# Every 25th documentation page is held out of training, for measuring perplexity.
+HELD_OUT_EVERY = 25
+# Lengths in characters of short entries. An epoch has a question about each of them, and about some
+# of the others.
+SHORT = range(31, 240)
 IGNORED = -100
 
 
 class Corpus:
-    """Draws training rows: whole dialogues about library entries, and windows of documentation and
-    source text.
+    """Samples training rows: whole dialogues about library entries, and windows of documentation
+    and source text.
 
-    Dialogues come in epochs: each short entry is asked about once an epoch, in shuffled order, so
-    that all are seen equally often. Only answers are targets, not questions; a text window is a
-    target throughout.
+    Dialogues come in epochs: each epoch has one question about every short entry, in shuffled
+    order, so that all are seen equally often. In dialogues only answers are targets; text windows
+    are targets throughout.
     """
 
     def __init__(self, corpus, tokenizer, seed, others):
@@ -117,8 +116,7 @@ class Corpus:
             self.epochs += 1
 
     def dialogue_row(self, length):
-        """Fill a row with whole dialogues: those that no longer fit are set aside for the next
-        rows."""
+        """Fill a row with whole dialogues. Those that no longer fit are kept for the next rows."""
         tokens, targets, left = [], [], []
         for _ in range(12):
             new = self.set_aside.pop(0) if self.set_aside else next(self.waiting)
@@ -131,8 +129,7 @@ class Corpus:
         return tokens + [0] * missing, targets + [IGNORED] * missing
 
     def batch(self, rows, length, text_share):
-        """Return the inputs, i64[rows, length], and the targets: their positions in the flat batch
-        and their ids."""
+        """Return the inputs i64[rows, length] and the flattened targets i64[rows * length]."""
         rows = []
         for _ in range(rows):
             if self.rng.random() < text_share:
@@ -146,8 +143,8 @@ class Corpus:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Newton-Schulz, five steps); matrices of a shape go
-    as one batch."""
+    """Momentum with orthogonalized updates (five Newton-Schulz steps). Matrices of the same shape
+    are processed as one batch."""
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.02):
         by_shape = {}
@@ -177,7 +174,7 @@ class Muon(torch.optim.Optimizer):
                     beta=3.4445,
                 )
             x = x.mT if tall else x
-            scale = 0.2 * math.sqrt(max(x.shape[1:]))  # an update as large as one of AdamW's
+            scale = 0.2 * math.sqrt(max(x.shape[1:]))  # matches the size of AdamW's updates
             for p, update in zip(group["params"], x, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(
                     update, alpha=-group["lr"] * scale
@@ -216,7 +213,7 @@ def held_out_perplexity(model, tokens, length, device, rows=64):
 
 
 def save(model, folder, tokenizer_folder):
-    """Write a checkpoint that can be used while the training goes on."""
+    """Write a checkpoint that can be used while training continues."""
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if folder != tokenizer_folder:
@@ -290,9 +287,8 @@ def main():
         longer = 2 if step % 10 == 9 else 1  # every tenth batch: half as many rows of double length
         inputs, targets = corpus.batch(a.batch // longer, a.seq * longer, a.text_share)
         wanted = (targets != IGNORED).nonzero()[:, 0]
-        most = int(
-            0.85 * targets.numel()
-        )  # a fixed number of targets, so that the step is compiled once
+        # The number of targets is fixed, so that the step is compiled only once.
+        most = int(0.85 * targets.numel())
         wanted = wanted[torch.randperm(len(wanted))[:most]] if len(wanted) > most else wanted
         positions = torch.nn.functional.pad(wanted, (0, most - len(wanted)))
         targets = torch.nn.functional.pad(targets[wanted], (0, most - len(wanted)), value=IGNORED)

@@ -1,4 +1,4 @@
-"""The demo model keeps the contract of models."""
+"""Test the demo model against the contract of models."""
 
 from dovetail_demo_model import dovetail_models
 from dovetail_testing.model import ModelContract

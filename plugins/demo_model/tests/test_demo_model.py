@@ -1,4 +1,5 @@
-"""The package holds a whole model, within its size, and the provider leads to it."""
+"""Test that the package contains complete models within its size limit, and that the providers find
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both eviction policies under the hash index keep the contract of prefix caches."""
+"""Test both eviction policies, and the hash index with each of them, against their contracts."""
 
 from typing import ClassVar
 

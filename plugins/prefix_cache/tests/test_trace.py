@@ -1,4 +1,4 @@
-"""What is found on a day of conversations, beside what a cache without bounds finds."""
+"""Compare the hits on a trace of conversations with those of an unbounded cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dovetail_prefix_cache.index import HashIndex
 GROUPS = [KVGroup([0], "full", 16, 1)]
 PROMPTS = conversations(seed=5)
 WHOLE = sum(-(-len(p) // 16) for p in PROMPTS)
-"""Blocks of all prompts, shared or not."""
+"""Number of blocks of all prompts, without sharing."""
 
 
 def infinite() -> PagedKVCache:
@@ -29,7 +29,7 @@ def test_tiers_that_hold_the_trace_find_what_an_infinite_cache_finds(
     most = replay(best, PROMPTS, 16)
     needed = stats_of(best).num_prefix_blocks["device"]
     device = [int(needed * on_device)]
-    host = [needed + 300 - device[0]]  # beside what is kept there is what runs
+    host = [needed + 300 - device[0]]  # room for running sequences besides the cached blocks
     tiered = PagedKVCache(GROUPS, device, HashIndex(16, device, policy, num_host_blocks=host), host)
     found = replay(tiered, PROMPTS, 16)
     assert found >= 0.98 * most

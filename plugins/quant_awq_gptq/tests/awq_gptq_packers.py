@@ -1,4 +1,4 @@
-"""Checkpoints of AWQ and GPTQ, made from the formats' descriptions with nothing of the package."""
+"""Write AWQ and GPTQ checkpoints as the formats are documented, without code of the package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 Config = dict[str, Any]
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-"""The column of eight whose code is a word's first, second, … four bits."""
+"""Columns (of eight) of the codes in a word, lowest bits first."""
 
 
 def words_one_by_one(rows: list[list[int]], bits: int, minus: int = 0) -> list[list[int]]:
@@ -39,8 +39,8 @@ def words(rows: Tensor, bits: int, minus: int = 0) -> Tensor:
 def rounded(
     weight: Tensor, group: int, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [out, in], zeros and scales [out, groups], to the nearest. The last group may be
-    smaller."""
+    """Return codes [out, in], zeros and scales [out, groups], rounded to nearest. The last group
+    may be smaller."""
     top = 2**bits - 1
     grouped = [weight[:, at : at + group] for at in range(0, weight.shape[1], group)]
     low = torch.stack([g.amin(1) for g in grouped], 1).clamp_max(0)
@@ -60,7 +60,7 @@ def rounded(
 
 
 def spread(by_group: Tensor, group: int, inputs: int) -> Tensor:
-    """[out, groups] → [out, in]"""
+    """Expand [out, groups] to [out, in]."""
     return by_group[:, torch.arange(inputs) // group]
 
 
@@ -84,8 +84,8 @@ def make_awq(config: Config, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]
 def make_gptq(
     config: Config, weight: Tensor, seed: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of a plain weight [out, in], and the weight that they stand for, in float32.
-    `seed`: of the order of inputs with desc_act, by default their number."""
+    """Return the tensors for a weight [out, in], and the dequantized weight in float32. `seed`
+    determines the order of inputs with desc_act; the default is the number of inputs."""
     bits, inputs = config["bits"], weight.shape[1]
     group = inputs if config["group_size"] == -1 else config["group_size"]
     order = torch.arange(inputs)
@@ -94,7 +94,7 @@ def make_gptq(
             inputs, generator=torch.Generator().manual_seed(inputs if seed is None else seed)
         )
     codes, zeros, scales = rounded(weight[:, order], group, bits, config["sym"])
-    back = order.argsort()  # where each input lies in that order
+    back = order.argsort()  # position of each input in that order
     tensors = {
         "qweight": words(codes[:, back], bits).T.contiguous(),
         "qzeros": words(zeros.T, bits, 0 if config.get("checkpoint_format") == "gptq_v2" else 1),

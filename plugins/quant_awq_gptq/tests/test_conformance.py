@@ -1,4 +1,4 @@
-"""Both formats keep the contract; their checkpoints are made from the formats' descriptions
+"""Test both formats against the contract. The checkpoints are written as the formats are documented
 (awq_gptq_packers.py)."""
 
 from awq_gptq_packers import Config, make_awq, make_gptq
@@ -20,7 +20,7 @@ def pack_gptq(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, T
 class TestAwq(QuantizationContract):
     provider = AWQ
     pack = pack_awq
-    # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
+    # With one scale for 1024 inputs in 4 bits, half a step is about 14 % of a typical weight.
     weight_error = 0.2
     declined = ("lm_head",)
 

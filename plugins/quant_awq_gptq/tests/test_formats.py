@@ -1,5 +1,4 @@
-"""What the readers make of a checkpoint's numbers, exactly; and which configurations they
-refuse."""
+"""Test that checkpoints are read bit for bit, and which configurations are rejected."""
 
 from __future__ import annotations
 
@@ -48,8 +47,8 @@ def test_unpacking(bits: int, axis: int) -> None:
 
 
 def test_the_interleaved_order() -> None:
-    """The column of each code, by hand: a word's eight codes are those of columns 0, 2, 4, 6, 1, 3,
-    5, 7."""
+    """Check the column of each code by hand: a word's eight codes are those of columns 0, 2, 4, 6,
+    1, 3, 5, 7."""
     assert list(INTERLEAVED) == AWQ_ORDER
     word = torch.tensor([[0x75316420]], dtype=torch.int32)
     assert unpack(word, 4, 1, INTERLEAVED).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
@@ -87,8 +86,8 @@ def test_gptq_is_read_bit_for_bit(
 
 
 def test_zero_points_of_0_in_the_first_version() -> None:
-    """A group without negative weights: one less than 0 borrows from the next zero point in the
-    word."""
+    """In a group without negative weights the zero point is 0; subtracting one borrows from the
+    next zero point in the word."""
     weight = torch.randn(16, 64)
     weight[::3] = weight[::3].abs() + 0.1
     config = GPTQ | {"group_size": 32}
@@ -99,7 +98,7 @@ def test_zero_points_of_0_in_the_first_version() -> None:
 
 
 def test_symmetric_zero_points_are_the_middle() -> None:
-    """The value that every tool writes for symmetric weights of the first version."""
+    """Checks the value that every tool writes for symmetric weights in version 1."""
     for bits, word in ((4, 0x77777777), (8, 0x7F7F7F7F)):
         tensors, _ = make_gptq(GPTQ | {"sym": True, "bits": bits}, torch.randn(16, 64))
         assert (tensors["qzeros"] == word).all()
@@ -142,25 +141,25 @@ def test_gptq_with_other_settings_for_some_layers() -> None:
 @pytest.mark.parametrize(
     ("scheme", "config", "message"),
     [
-        (Awq, {"bits": 3}, r"model/config\.json: quantization_config\.bits is 3; this reads 4"),
+        (Awq, {"bits": 3}, r"model/config\.json: quantization_config\.bits is 3; supported: 4"),
         (
             Awq,
             AWQ | {"version": "gemv"},
-            r"quantization_config\.version is 'gemv'; this reads 'gemm'",
+            r"quantization_config\.version is 'gemv'; supported: 'gemm'",
         ),
         (
             Awq,
             AWQ | {"group_size": "128"},
             r"quantization_config\.group_size is '128'; it must be a number of inputs",
         ),
-        (Gptq, {"bits": 2}, r"quantization_config\.bits is 2; this reads 4 and 8"),
+        (Gptq, {"bits": 2}, r"quantization_config\.bits is 2; supported: 4 and 8"),
         (
             Gptq,
             GPTQ | {"checkpoint_format": "marlin"},
-            r"checkpoint_format is 'marlin'; this reads 'gptq' and 'gptq_v2'",
+            r"checkpoint_format is 'marlin'; supported: 'gptq' and 'gptq_v2'",
         ),
         (Gptq, GPTQ | {"group_size": 0}, r"quantization_config\.group_size is 0"),
-        (Gptq, GPTQ | {"pack_dtype": "int64"}, r"pack_dtype is 'int64'; this reads 'int32'"),
+        (Gptq, GPTQ | {"pack_dtype": "int64"}, r"pack_dtype is 'int64'; supported: 'int32'"),
         (Gptq, GPTQ | {"dynamic": {"+:.*up": {"bits": 3}}}, r"quantization_config\.bits is 3"),
     ],
 )
@@ -170,11 +169,15 @@ def test_configurations_that_are_refused(scheme: Any, config: dict[str, Any], me
 
 
 def test_sizes_that_the_format_cannot_hold() -> None:
-    with pytest.raises(CheckpointError, match=r"its inputs are not groups of 64"):
+    with pytest.raises(
+        CheckpointError, match=r"its inputs are not a multiple of the group size 64"
+    ):
         Awq(NO_MATMUL, AWQ, "config.json").parameters(layer(64, 100))
-    with pytest.raises(CheckpointError, match=r"the outputs of .*down_proj are no multiple of 8"):
+    with pytest.raises(
+        CheckpointError, match=r"the outputs of .*down_proj are not a multiple of 8"
+    ):
         Awq(NO_MATMUL, AWQ, "config.json").parameters(layer(61, 64))
-    with pytest.raises(CheckpointError, match=r"its 100 inputs are no multiple of 8"):
+    with pytest.raises(CheckpointError, match=r"its 100 inputs are not a multiple of 8"):
         Gptq(NO_MATMUL, GPTQ, "config.json").parameters(layer(64, 100))
 
 
@@ -184,7 +187,7 @@ def test_an_order_that_is_none() -> None:
     tensors, _ = make_gptq(ordered, weight)
     with pytest.raises(
         CheckpointError,
-        match=r"down_proj\.g_idx is not one group of 64 inputs after the other.*desc_act",
+        match=r"down_proj\.g_idx does not have contiguous groups of 64 inputs.*desc_act",
     ):
         read(Gptq(NO_MATMUL, GPTQ, "config.json"), one, [tensors])
     broken = {**tensors, "g_idx": torch.zeros(128, dtype=torch.int32)}

@@ -36,7 +36,7 @@ def words(rows: Tensor, bits: int) -> Tensor:
 
 
 def shape_of_scales(weights: Config, outs: int, inputs: int) -> tuple[int, int]:
-    """How many outputs and inputs share a scale."""
+    """Return the numbers of outputs and inputs that share a scale."""
     strategy = weights["strategy"]
     if strategy == "block":
         rows, columns = weights["block_structure"]
@@ -49,16 +49,16 @@ def shape_of_scales(weights: Config, outs: int, inputs: int) -> tuple[int, int]:
 
 
 def spread(scales: Tensor, block: tuple[int, int], outs: int, inputs: int) -> Tensor:
-    """One number a block → one a weight."""
+    """Expand one number per block to one per weight."""
     return scales[torch.arange(outs) // block[0]][:, torch.arange(inputs) // block[1]]
 
 
 def make(
     config: Config, weight: Tensor, dtype: torch.dtype = torch.bfloat16, order: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of a plain weight [out, in] by the configuration's only group, and the weight
-    that they stand for, in float32. `dtype`: of the scales. `order`: of the inputs, where there is
-    one; by default a random one."""
+    """Return the tensors for a weight [out, in] as the config's only group stores them, and the
+    dequantized weight in float32. `dtype` is that of the scales. `order` is the order of the inputs
+    if there is one; the default is random."""
     group = next(iter(config["config_groups"].values()))
     weights, inputs_config, kind = group["weights"], group["input_activations"], group["format"]
     outs, inputs = weight.shape

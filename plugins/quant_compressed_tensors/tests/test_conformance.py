@@ -1,4 +1,4 @@
-"""Every format keeps the contract; the checkpoints are made from the format's description
+"""Test every format against the contract. The checkpoints are written as the format is documented
 (ct_packers.py)."""
 
 from ct_packers import Config, make
@@ -16,6 +16,6 @@ def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor
 class TestCompressedTensors(QuantizationContract):
     provider = PROVIDER
     pack = pack
-    # one scale for 1024 inputs in 4 bits: half a step is 14 % of what is normal, sometimes more
+    # With one scale for 1024 inputs in 4 bits, half a step is about 14 % of a typical weight.
     weight_error = 0.2
     declined = ("lm_head",)

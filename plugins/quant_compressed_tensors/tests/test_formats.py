@@ -1,5 +1,5 @@
-"""What the reader makes of a checkpoint's numbers, exactly: those that the library itself packs,
-and those packed here."""
+"""Test that checkpoints are read bit for bit, both those packed by the library and those packed
+here."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def test_every_format_is_tried_with_the_library() -> None:
 def test_what_the_library_packs_is_read_bit_for_bit(
     format: str, weights: dict[str, Any], inputs: dict[str, Any] | None, sizes: tuple[int, int]
 ) -> None:
-    """Compared with what the library itself unpacks, in float32, and with its integers."""
+    """Compares with the library's own unpacking, in float32, and with its integers."""
     if weights["strategy"] == "block":
-        sizes = (sizes[0], 128)  # the library has no blocks of fewer inputs
+        sizes = (sizes[0], 128)  # the library does not support blocks with fewer inputs
     config = example(format, weights, inputs)
     scales = library_scales(config, weight := torch.randn(sizes))
     scheme = QuantizationScheme.model_validate(config["config_groups"]["group_0"])
@@ -120,8 +120,8 @@ def test_what_the_library_packs_is_read_bit_for_bit(
 
 
 def library_scales(config: dict[str, Any], weight: Tensor) -> dict[str, Tensor]:
-    """Scales (and zero points) of a weight: from the packer here, in the library's shapes, and not
-    packed."""
+    """Return scales (and zero points) of a weight from the packer here, in the library's shapes and
+    unpacked."""
     group = {**config["config_groups"]["group_0"], "format": "int-quantized"}
     tensors, _ = make(config | {"config_groups": {"g": group}}, weight, torch.float32)
     return {
@@ -131,7 +131,7 @@ def library_scales(config: dict[str, Any], weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-# Which layer is of which group.
+# Which layer belongs to which group.
 
 
 def test_targets_and_ignored_layers() -> None:
@@ -201,7 +201,7 @@ def test_scales_of_the_cache() -> None:
     assert list(found) == ["model.layers.1.self_attn.k_scale", "model.layers.1.self_attn.v_scale"]
     assert scheme_of(config).unused == ("*.k_scale", "*.v_scale")
     assert scheme_of(EXAMPLES[0]).kv_scales("model.layers.1.self_attn") is None
-    with pytest.raises(CheckpointError, match=r"kv_cache_scheme is .*attn_head.*by tensor"):
+    with pytest.raises(CheckpointError, match=r"kv_cache_scheme is .*attn_head.*per tensor"):
         scheme_of(EXAMPLES[0] | {"kv_cache_scheme": FLOAT | {"strategy": "attn_head"}})
 
 
@@ -210,19 +210,19 @@ def test_scales_of_the_cache() -> None:
     [
         (
             {"format": "pack-quantized"},
-            r"model/config\.json: quantization_config\.config_groups is None; it must say",
+            r"model/config\.json: quantization_config\.config_groups is None; it must have",
         ),
         (
             example("nvfp4-pack-quantized", NIBBLE),
-            r"group_0\.format is 'nvfp4-pack-quantized'; this reads float-",
+            r"group_0\.format is 'nvfp4-pack-quantized'; supported: float-",
         ),
         (
             example("pack-quantized", NIBBLE | {"num_bits": 3}),
-            r"weights is 'int of 3 bits'; pack-quantized is read with",
+            r"weights is 'int of 3 bits'; pack-quantized is supported with",
         ),
         (
             example("float-quantized", INT | CHANNELS),
-            r"weights is 'int of 8 bits'; float-quantized is read with",
+            r"weights is 'int of 8 bits'; float-quantized is supported with",
         ),
         (
             example("pack-quantized", NIBBLE | {"strategy": "tensor_group"}),
@@ -234,7 +234,7 @@ def test_scales_of_the_cache() -> None:
         ),
         (
             example("int-quantized", INT | CHANNELS, FLOAT | BY_TOKEN),
-            r"input_activations is 'float of 8 bits'; beside these",
+            r"input_activations is 'float of 8 bits'; with these",
         ),
         (example("int-quantized", INT | {"strategy": "block"}), r"weights\.strategy is 'block'"),
         (
@@ -265,7 +265,7 @@ def test_a_shape_and_an_order_that_do_not_fit() -> None:
     tensors, _ = make(config, torch.randn(16, 64))
     with pytest.raises(
         CheckpointError,
-        match=r"down_proj\.weight_shape is \[16, 60\], and the model has \[16, 64\] there",
+        match=r"down_proj\.weight_shape is \[16, 60\], but the model's weight has shape \[16, 64\]",
     ):
         read(config, layer(16, 64), [{**tensors, "weight_shape": torch.tensor([16, 60])}])
     ordered = example("pack-quantized", NIBBLE | GROUPS | {"actorder": "group"})

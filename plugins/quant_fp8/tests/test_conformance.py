@@ -1,5 +1,5 @@
-"""The scheme keeps the contract; checkpoints are made here from the format's description, one block
-at a time."""
+"""Test the scheme against the contract. Checkpoints are written as the format is documented, block
+by block."""
 
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ Config = dict[str, Any]
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and their scale, []."""
+    """Return codes and their scale []."""
     scale = weight.abs().amax() / 448
     return (weight / scale.clamp_min(1e-12)).to(torch.float8_e4m3fn), scale
 
@@ -57,7 +57,7 @@ def pack(config: Config, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor
 
 
 class TestFp8(QuantizationContract):
-    """As checkpoints say, and by default."""
+    """Tests the configs of checkpoints with default options."""
 
     provider = PROVIDER
     pack = pack
@@ -65,7 +65,7 @@ class TestFp8(QuantizationContract):
 
 
 class TestPowersOfTwo(QuantizationContract):
-    """Scales of one byte, as newer checkpoints have them."""
+    """Tests one-byte scales, which newer checkpoints have."""
 
     provider = PROVIDER
     pack = pack
@@ -121,15 +121,15 @@ def test_inputs_are_rounded_where_that_may_pay() -> None:
         (
             BLOCK,
             {"granularity": "channel"},
-            "'channel' is asked for, and the checkpoint has a scale for each block",
+            "'channel' is requested, but the checkpoint has one scale per block",
         ),
         (
             TENSOR,
             {"granularity": "block"},
-            "'block' is asked for, and the checkpoint has a scale for each tensor",
+            "'block' is requested, but the checkpoint has one scale per tensor",
         ),
-        (TENSOR, {"activations": "static"}, "the checkpoint has no scales of the inputs"),
-        (None, {"activations": "static"}, "the checkpoint has no scales of the inputs"),
+        (TENSOR, {"activations": "static"}, "the checkpoint has no activation scales"),
+        (None, {"activations": "static"}, "the checkpoint has no activation scales"),
     ],
 )
 def test_what_does_not_go_with_the_checkpoint(
@@ -142,13 +142,19 @@ def test_what_does_not_go_with_the_checkpoint(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"weight_block_size": [128]}, r"weight_block_size is [128] (reads two sizes, or null)"),
+        (
+            {"weight_block_size": [128]},
+            r"weight_block_size is [128] (supported: two sizes or null)",
+        ),
         (
             {"weight_block_size": [0, 128]},
-            r"weight_block_size is [0, 128] (reads two sizes, or null)",
+            r"weight_block_size is [0, 128] (supported: two sizes or null)",
         ),
-        ({"activation_scheme": "token"}, "activation_scheme is 'token' (reads dynamic or static)"),
-        ({"scale_fmt": "ue5m3"}, "scale_fmt is 'ue5m3' (reads float or ue8m0)"),
+        (
+            {"activation_scheme": "token"},
+            "activation_scheme is 'token' (supported: dynamic or static)",
+        ),
+        ({"scale_fmt": "ue5m3"}, "scale_fmt is 'ue5m3' (supported: float or ue8m0)"),
     ],
 )
 def test_what_is_not_read(changes: Config, reason: str) -> None:

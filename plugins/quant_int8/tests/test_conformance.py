@@ -1,4 +1,4 @@
-"""Both schemes keep the contract; what outliers change, and what is refused."""
+"""Test both schemes against the contract, the handling of outliers, and rejected configs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,14 +45,14 @@ class TestBitsAndBytes(QuantizationContract):
 
 
 class TestAllOutliers(QuantizationContract):
-    """Every input that is not zero takes part in 16 bits."""
+    """Tests a threshold that makes every nonzero input an outlier."""
 
     provider = BITSANDBYTES
     options: ClassVar = {"threshold": 1e-30}
 
 
 def made(threshold: float, bias: Tensor | None) -> tuple[Any, Tensor]:
-    """A layer, the same each time, and the weight that it multiplies by."""
+    """Return a layer, which is always the same, and its weight."""
     scheme = BitsAndBytes(KitMatmul(), {}, threshold)
     layer = LinearLayer("kit", (Part("kit", 40),), 64, bias is not None, "float32", stored=False)
     tensors = scheme.quantize(
@@ -77,7 +77,7 @@ def test_outliers_are_not_rounded_to_8_bits(bias: Tensor | None) -> None:
     left = 0.5 * step * weight.abs().sum(1)
     exact = x @ weight.T + (0 if bias is None else bias)
     assert ((mixed(x) - exact).abs() <= left + 1e-4).all()
-    # In steps of 100 / 127, the row's other inputs are nearly lost.
+    # With a step of 100 / 127, the row's other inputs are nearly lost.
     assert (plain(x) - exact)[1].norm() > 10 * (mixed(x) - exact)[1].norm()
 
 
@@ -120,7 +120,8 @@ def test_tiles_for_a_gpu_are_refused(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
     )
     with pytest.raises(
-        CheckpointError, match=r"l\.weight_format says that the weight is stored in tiles"
+        CheckpointError,
+        match=r"according to l\.weight_format, the weight is stored in a GPU's tile",
     ):
         check_row_major(tmp_path)
 

@@ -1,4 +1,4 @@
-"""A tiny model, and a text to calibrate on."""
+"""Provide a tiny model and a calibration text."""
 
 from __future__ import annotations
 

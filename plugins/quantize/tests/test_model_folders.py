@@ -1,4 +1,4 @@
-"""What `dovetail quantize` takes of a model's folder, and what it leaves."""
+"""Test which files `dovetail quantize` reads and copies from a model folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_files_are_as_readable_as_any_others(model: Path, tmp_path: Path) ->
 def test_code_of_a_model_folder_is_not_run(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor does transformers ask whether it should be: somebody at a terminal might say yes."""
+    """transformers must not ask on the terminal whether to run the code either."""
     folder, ran = shutil.copytree(model, tmp_path / "model"), tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
     config = json.loads((folder / "config.json").read_text())
@@ -63,7 +63,7 @@ def test_links_of_the_hubs_cache_are_followed(model: Path, tmp_path: Path) -> No
     for i, file in enumerate(sorted(model.iterdir())):
         (blobs / str(i)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
-    (blobs / "0").rename(shared / "0")  # recent versions keep blobs of all repositories together
+    (blobs / "0").rename(shared / "0")  # recent versions share one blob folder between repositories
     (blobs / "0").symlink_to("../../blobs/xx/0")
     (snapshot / "again.jinja").symlink_to("chat_template.jinja")
     assert quantize(snapshot, tmp_path / "out", "--scheme", "fp8") == 0

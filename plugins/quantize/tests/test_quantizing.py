@@ -1,4 +1,4 @@
-"""`dovetail quantize` as it is used, on tiny random models: what it writes, says, and refuses."""
+"""Test `dovetail quantize` on tiny random models: output, report, errors and resumption."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dovetail.cli.main import main
 from dovetail.errors import ConfigError
 from dovetail.frontend.tokenizer import Tokenizer
-from dovetail_quantize import QUANTIZE, folder, making
+from dovetail_quantize import QUANTIZE, folder, layerwise
 from dovetail_quantize.command import run
 from dovetail_quantize.schemes import make_scheme
 from dovetail_quantize.skeleton import Skeleton
@@ -52,7 +52,7 @@ def perplexity(
     windows: Tensor,
     round_inputs: Callable[[Tensor], Tensor] | None,
 ) -> float:
-    """By transformers, of the model with other weights."""
+    """Return the perplexity of the model with these weights, computed by transformers."""
     with torch.inference_mode():
         whole: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         assert not whole.load_state_dict(weights, strict=False).unexpected_keys
@@ -70,8 +70,8 @@ def perplexity(
 def test_the_checkpoint_is_what_the_report_says(
     scheme: str, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Its perplexity, computed from what an independent program reads; and nearly that of the model
-    it was made from."""
+    """The reported perplexity equals that of weights read by independent code, and is close to the
+    original model's."""
     out = tmp_path / "out"
     assert (
         quantize(
@@ -137,8 +137,7 @@ OPTIONS: dict[str, Any] = {
 def test_calibrating_is_better_than_rounding_to_nearest(
     model: Path, text: Path, tmp_path: Path
 ) -> None:
-    """By the errors of the outputs of each layer; the text is not the one that was calibrated
-    on."""
+    """Compares the drift on text that was not used for calibration."""
     for scheme in ("awq", "gptq"):
         errors = []
         for option in ((), ("--nearest",)):
@@ -200,7 +199,7 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bytes(
 
         with pytest.raises(Killed):
             run(arguments(model, out, text, "--scheme", "gptq"), killed)
-        assert begun[0] == before // making.STEPS * making.STEPS, "it went on where it was"
+        assert begun[0] == before // layerwise.STEPS * layerwise.STEPS, "it went on where it was"
         before = last
         assert not (out / "config.json").exists()
         (out / "model-00002-of-00003.partial.safetensors").write_bytes(
@@ -223,7 +222,9 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
             sum(any(not p.is_meta for p in layer.parameters()) for layer in skeleton.layers)
         )
 
-    making.make(skeleton, scheme, texts, folder.OutputFolder(tmp_path / "out", {}, 0), count)
+    layerwise.quantize_model(
+        skeleton, scheme, texts, folder.OutputFolder(tmp_path / "out", {}, 0), count
+    )
     assert max(found) == 1
     assert all(p.is_meta for p in skeleton.model.parameters())
 
@@ -233,13 +234,13 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
     [
         (
             ["--scheme", "gtpq"],
-            "--scheme 'gtpq' is unknown. Did you mean gptq? There are fp8, int8, awq, gptq",
+            "--scheme 'gtpq' is unknown. Did you mean gptq? Known schemes: fp8, int8, awq, gptq",
         ),
-        (["--scheme", "gptq"], "--calibration FILE is needed"),
+        (["--scheme", "gptq"], "--calibration FILE is required"),
         (["--scheme", "awq", "--calibration", "EMPTY"], "EMPTY is empty"),
         (
             ["--scheme", "awq", "--calibration", "SHORT"],
-            "too short: 2 windows of 16 tokens, and --num-samples is 12",
+            "too short: 2 windows of 16 tokens, but --num-samples is 12",
         ),
         (["--scheme", "awq", "--calibration", "BYTES"], "cannot be read as text"),
         (["--scheme", "awq", "--calibration", "no-such-file"], "cannot be read as text"),
@@ -253,7 +254,7 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
         ),
         (
             ["--scheme", "fp8", "--num-samples", "0"],
-            "--num-samples and --num-evaluated are at least 1",
+            "--num-samples and --num-evaluated must be at least 1",
         ),
         (
             ["--scheme", "gptq", "--calibration", "TEXT"],
@@ -261,23 +262,23 @@ def test_only_one_decoder_layer_is_in_memory(model: Path, text: Path, tmp_path: 
         ),
         (
             ["--scheme", "gptq", "--calibration", "TEXT", "--group-size", "0"],
-            "--group-size 0: it is at least 1, or -1",
+            "--group-size 0: must be at least 1, or -1",
         ),
-        (["--scheme", "awq", "--calibration", "TEXT", "--bits", "8"], "--bits 8: awq has 4"),
+        (["--scheme", "awq", "--calibration", "TEXT", "--bits", "8"], "--bits 8: awq supports 4"),
         (
             ["--scheme", "awq", "--calibration", "TEXT", "--desc-act"],
-            "--desc-act is for gptq, not for awq",
+            "--desc-act is an option of gptq, not of awq",
         ),
-        (["--scheme", "int8", "--weight-only"], "--weight-only is for fp8, not for int8"),
+        (["--scheme", "int8", "--weight-only"], "--weight-only is an option of fp8, not of int8"),
         (
             ["--scheme", "int8", "--group-size", "64"],
-            "--group-size is for awq and gptq, not for int8",
+            "--group-size is an option of awq and gptq, not of int8",
         ),
         (
             ["--scheme", "gptq", "--desc-act", "--nearest"],
-            "--desc-act orders what is rounded in sequence",
+            "--desc-act sets the order of the GPTQ algorithm",
         ),
-        (["--scheme", "gptq", "--damp", "2"], "--damp 2.0 is no share between 0 and 1"),
+        (["--scheme", "gptq", "--damp", "2"], "--damp 2.0: must be between 0 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_is_written(
@@ -313,10 +314,7 @@ def test_models_that_cannot_be_taken_are_refused(
     for source, said in (
         (
             done,
-            (
-                "is quantized already (compressed-tensors): quantize the checkpoint that it was"
-                " made from"
-            ),
+            ("is already quantized (compressed-tensors): quantize the original checkpoint instead"),
         ),
         (broken, "truncated or not a safetensors file"),
         (
@@ -337,11 +335,8 @@ def test_awq_refuses_layers_that_its_scales_would_change(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """OLMo 2 has norms of the usual names, after its layers instead of before."""
-    torch.manual_seed(
-        0
-        # with some weights the best scales are all near 1: they change nothing, and nothing is
-        # refused
-    )
+    # With some weights the best scales are all near 1, so that nothing changes and AWQ is accepted.
+    torch.manual_seed(0)
     source = make_model(tmp_path / "olmo")
     config = transformers.Olmo2Config(
         vocab_size=261,
@@ -358,7 +353,7 @@ def test_awq_refuses_layers_that_its_scales_would_change(
         quantize(source, tmp_path / "awq", "--scheme", "awq", "--group-size", "16", text=text) == 2
     )
     assert (
-        "norms do not come before the linear layers in the usual way: use gptq"
+        "norms do not precede the linear layers in the usual way: use gptq"
         in capsys.readouterr().err
     )
     assert (
@@ -374,9 +369,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     out.mkdir()
     (out / "letter.txt").write_text("dear reader")
     assert quantize(model, out, "--scheme", "int8") == 2
-    assert "is not empty (letter.txt, …): name a new folder" in capsys.readouterr().err
+    assert "is not empty (letter.txt, …): specify a new folder" in capsys.readouterr().err
     assert quantize(model, out / "letter.txt", "--scheme", "int8") == 2
-    assert "is a file: name a folder" in capsys.readouterr().err
+    assert "is a file: specify a folder" in capsys.readouterr().err
     assert contents(out) == {"letter.txt": b"dear reader"}
 
 
@@ -397,7 +392,7 @@ def test_an_interrupted_run_is_finished_by_the_same_command_only(
         == 2
     )
     assert (
-        "an interrupted run that was another one (damp: 0.01 there, 0.02 now)"
+        "an interrupted run with other settings (damp: was 0.01, is 0.02)"
         in capsys.readouterr().err
     )
     assert contents(out) == before
@@ -411,7 +406,7 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
         shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 1000)
     )
     assert quantize(model, tmp_path / "out", "--scheme", "fp8") == 2
-    assert "the disk has 0.0 MB free, and 0.1 MB are needed" in capsys.readouterr().err
+    assert "the disk has 0.0 MB free, but 0.1 MB are needed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -431,7 +426,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_the_run_can_go_on(
     def full(tensors: Any, path: Path, **kwargs: Any) -> None:
         save(tensors, path, **kwargs)
         written.append(path)
-        if len(written) == 4:  # streams, layer, streams, layer: the second one is half there
+        if len(written) == 4:  # streams, layer, streams, layer: the second layer is half written
             path.write_bytes(path.read_bytes()[:100])
             raise error
 

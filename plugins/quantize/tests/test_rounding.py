@@ -1,4 +1,4 @@
-"""Codes, their packing, and the two algorithms, each beside a slow and obvious one."""
+"""Test rounding, packing, GPTQ and AWQ, each against a slow and obvious implementation."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from torch import Tensor, nn
 
 from dovetail.errors import ConfigError
 from dovetail_quantize import awq, formats
-from dovetail_quantize.gptq import round_in_sequence
+from dovetail_quantize.gptq import gptq_quantize
 from dovetail_quantize.inputs import Inputs, measure
-from dovetail_quantize.rounding import FP8, Grid, RowGrid, fit_least, inputs_by_token
+from dovetail_quantize.rounding import (
+    FP8,
+    Grid,
+    PerChannelGrid,
+    fake_quantize_per_token,
+    fit_min_error,
+)
 from dovetail_quantize.skeleton import Skeleton
 
 
 def correlated(num_tokens: int, size: int) -> Tensor:
-    """f32[num_tokens, size]: inputs of which a few are large, and all have something in common."""
+    """Return correlated inputs f32[num_tokens, size], a few of which are large."""
     shared = torch.randn(num_tokens, 3) @ torch.randn(3, size)
     return (torch.randn(num_tokens, size) + shared) * torch.rand(size).mul(4).exp() / 10
 
@@ -34,9 +40,9 @@ def gram(x: Tensor) -> Tensor:
 def test_gptq_files_hold_the_weights(bits: int, symmetric: bool, desc_act: bool) -> None:
     weight, x = torch.randn(24, 64), correlated(100, 64)
     grid = Grid(bits, 16, symmetric)
-    rounded = round_in_sequence(weight, gram(x), grid, desc_act=desc_act, damp=0.01)
+    rounded = gptq_quantize(weight, gram(x), grid, desc_act=desc_act, damp=0.01)
     found = unpacking.gptq(formats.gptq(rounded, grid), bits, formats.gptq_version(grid))
-    assert torch.equal(found, rounded.weight())
+    assert torch.equal(found, rounded.dequantize())
     assert (found - weight).norm() < weight.norm() * (0.3 if bits == 4 else 0.02)
     assert (rounded.groups.sort().values == torch.arange(64) // 16).all()
     assert desc_act or (rounded.groups == torch.arange(64) // 16).all()
@@ -46,25 +52,25 @@ def test_gptq_files_hold_the_weights(bits: int, symmetric: bool, desc_act: bool)
 def test_awq_files_hold_the_weights(group_size: int) -> None:
     weight = torch.randn(24, 64)
     rounded = Grid(4, group_size, symmetric=False).round(weight)
-    assert torch.equal(unpacking.awq(formats.awq(rounded), group_size), rounded.weight())
+    assert torch.equal(unpacking.awq(formats.awq(rounded), group_size), rounded.dequantize())
 
 
 @pytest.mark.parametrize(("codes", "error"), [(torch.int8, 0.02), (FP8, 0.04)])
 def test_compressed_files_hold_the_weights(codes: torch.dtype, error: float) -> None:
     weight = torch.randn(24, 64) * torch.rand(24, 1)
     weight[3] = 0
-    rounded = RowGrid(codes, torch.bfloat16).round(weight)
+    rounded = PerChannelGrid(codes, torch.bfloat16).round(weight)
     tensors = formats.compressed_tensors(rounded, torch.bfloat16)
     assert tensors["weight"].dtype == codes
-    assert torch.equal(unpacking.compressed(tensors), rounded.weight())
-    assert (rounded.weight() - weight).norm() < error * weight.norm()
+    assert torch.equal(unpacking.compressed(tensors), rounded.dequantize())
+    assert (rounded.dequantize() - weight).norm() < error * weight.norm()
     x = torch.randn(5, 64) * torch.rand(5, 1)
-    assert ((inputs_by_token(x, codes) - x).norm(dim=1) < error * x.norm(dim=1)).all()
+    assert ((fake_quantize_per_token(x, codes) - x).norm(dim=1) < error * x.norm(dim=1)).all()
 
 
-def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float) -> Tensor:
-    """The paper's equations 2 and 3 as they stand: after each column the inverse Hessian of those
-    left is made anew."""
+def gptq_by_definition(weight: Tensor, hessian: Tensor, grid: Grid, damp: float) -> Tensor:
+    """Apply equations 2 and 3 of the paper directly: after each column, the inverse Hessian of the
+    remaining columns is computed again."""
     w, h = weight.double().clone(), hessian.double().clone()
     h += damp * h.diagonal().mean() * torch.eye(len(h))
     out = torch.empty_like(w)
@@ -72,7 +78,7 @@ def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float
         inverse = torch.linalg.inv(h[i:, i:])
         if i % grid.group_size == 0:
             costs = torch.linalg.cholesky(inverse, upper=True).diagonal()[: grid.group_size] ** -2
-            scale, zero = fit_least(
+            scale, zero = fit_min_error(
                 grid,
                 w[:, i : i + grid.group_size].float(),
                 lambda d, by=costs: (d.square() * by).sum(-1),
@@ -85,11 +91,12 @@ def one_after_the_other(weight: Tensor, hessian: Tensor, grid: Grid, damp: float
 
 @pytest.mark.parametrize(("size", "group_size"), [(48, 16), (200, 40), (256, 128)])
 def test_gptq_is_the_papers(size: int, group_size: int) -> None:
-    """Also across blocks, which begin and end where groups do not."""
+    """Covers blocks whose boundaries are not those of groups."""
     weight, x, grid = torch.randn(8, size), correlated(2 * size, size), Grid(4, group_size, True)
-    expected = one_after_the_other(weight, gram(x), grid, 0.01)
-    found = round_in_sequence(weight, gram(x), grid, desc_act=False, damp=0.01).weight()
-    # A weight that lies between two codes may go either way: then its row goes another way too.
+    expected = gptq_by_definition(weight, gram(x), grid, 0.01)
+    found = gptq_quantize(weight, gram(x), grid, desc_act=False, damp=0.01).dequantize()
+    # A weight halfway between two codes may be rounded either way, and then the rest of its row
+    # differs too.
     same = (found - expected).abs().amax(1) < 1e-3
     assert same.sum() >= 6, (found - expected).abs().amax(1)
 
@@ -97,19 +104,24 @@ def test_gptq_is_the_papers(size: int, group_size: int) -> None:
 @pytest.mark.parametrize("desc_act", [True, False])
 def test_gptq_errs_less_than_rounding_to_nearest(desc_act: bool) -> None:
     weight, x, grid = torch.randn(32, 96), correlated(400, 96), Grid(4, 32, True)
-    found = round_in_sequence(weight, gram(x), grid, desc_act=desc_act, damp=0.01).weight()
-    nearest = grid.round(weight).weight()
+    found = gptq_quantize(weight, gram(x), grid, desc_act=desc_act, damp=0.01).dequantize()
+    nearest = grid.round(weight).dequantize()
     assert ((found - weight) @ x.T).norm() < 0.8 * ((nearest - weight) @ x.T).norm()
 
 
 @pytest.mark.parametrize(("codes", "most"), [(torch.int8, 0.8), (FP8, 0.7)])
 def test_rows_of_eight_bits_err_less_in_sequence(codes: torch.dtype, most: float) -> None:
-    """Floats also by their scales: below a power of two their codes lie twice as dense."""
-    weight, x, grid = torch.randn(64, 96), correlated(400, 96), RowGrid(codes, torch.bfloat16)
-    rounded = round_in_sequence(weight, gram(x), grid, desc_act=True, damp=0.01)
+    """Float codes also gain by the choice of scales, because codes are twice as dense below a power
+    of two."""
+    weight, x, grid = (
+        torch.randn(64, 96),
+        correlated(400, 96),
+        PerChannelGrid(codes, torch.bfloat16),
+    )
+    rounded = gptq_quantize(weight, gram(x), grid, desc_act=True, damp=0.01)
     nearest = grid.round(weight)
-    assert ((rounded.weight() - weight) @ x.T).norm() < most * (
-        (nearest.weight() - weight) @ x.T
+    assert ((rounded.dequantize() - weight) @ x.T).norm() < most * (
+        (nearest.dequantize() - weight) @ x.T
     ).norm()
     assert rounded.codes.dtype == codes
     assert (rounded.groups == 0).all()
@@ -120,14 +132,14 @@ def test_rows_of_eight_bits_err_less_in_sequence(codes: torch.dtype, most: float
 def test_gptq_takes_inputs_that_never_were_active() -> None:
     x = correlated(50, 32)
     x[:, [3, 17]] = 0
-    rounded = round_in_sequence(
+    rounded = gptq_quantize(
         torch.randn(8, 32), gram(x), Grid(4, 16, True), desc_act=True, damp=0.01
     )
-    assert rounded.weight().isfinite().all()
+    assert rounded.dequantize().isfinite().all()
 
 
 class OnePlus(nn.Module):
-    """A norm of the kind that multiplies by 1 + weight."""
+    """A norm that multiplies by 1 + weight."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -138,7 +150,7 @@ class OnePlus(nn.Module):
 
 
 class Layer(nn.Module):
-    """Named as decoder layers are."""
+    """A module whose submodules are named as in decoder layers."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -181,19 +193,21 @@ def test_awq_errs_less_than_rounding_to_nearest() -> None:
     layer, x, linears, inputs = scaled(nn.RMSNorm(32))
     weight = linears["self_attn.q_proj"].weight.clone()
     h = layer.input_layernorm(x)
-    nearest = ((grid.round(weight).weight() - weight) @ h.T).norm()
+    nearest = ((grid.round(weight).dequantize() - weight) @ h.T).norm()
     given = awq.fold_scales(layer, linears, inputs, grid)
     name = "self_attn.q_proj"
     scaled_weight = linears[name].weight
-    ours = (grid.round(scaled_weight).weight() - scaled_weight) @ layer.input_layernorm(x).T
+    ours = (grid.round(scaled_weight).dequantize() - scaled_weight) @ layer.input_layernorm(x).T
     assert ours.norm() < nearest
-    clipped = grid.round(scaled_weight, awq.group_error(given[name], 16)).weight() - scaled_weight
+    clipped = (
+        grid.round(scaled_weight, awq.group_error(given[name], 16)).dequantize() - scaled_weight
+    )
     assert (clipped @ layer.input_layernorm(x).T).norm() < ours.norm()
 
 
 def test_ranges_are_clipped_to_where_the_error_is_least() -> None:
-    """One large weight of an input that is hardly ever used: its group's range leaves it out, in
-    nearly all rows."""
+    """With one large weight on an input that is hardly ever active, clipping excludes that weight
+    in nearly all rows."""
     weight, x = torch.rand(64, 16) - 0.5, torch.randn(100, 16)
     weight[:, 5] = 1.5
     x[:, 5] *= 1e-3
@@ -210,21 +224,24 @@ def test_ranges_are_clipped_to_where_the_error_is_least() -> None:
             [errors((grid.nearest(weight, s, z) - z) * s - weight) for s, z in fits]
         )
         torch.testing.assert_close(
-            errors(rounded.weight() - weight), trials.min(0).values, rtol=1e-3, atol=1e-6
+            errors(rounded.dequantize() - weight), trials.min(0).values, rtol=1e-3, atol=1e-6
         )
 
 
-def test_awq_says_what_it_does_not_know() -> None:
+def test_awq_rejects_unknown_architectures() -> None:
     layer = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
     linears = {"1": layer[1]}
     inputs = measure(linears, torch.float32, [lambda: layer(torch.randn(4, 32))])  # type: ignore[dict-item]
-    with pytest.raises(ConfigError, match=r"knows no norm before the linear layers.*use gptq"):
+    with pytest.raises(
+        ConfigError, match=r"found no known norm before the linear layers.*use gptq"
+    ):
         awq.fold_scales(layer, linears, inputs, Grid(4, 16, False))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen3"])
 def test_awq_changes_no_model(family: str, tmp_path: Path) -> None:
-    """Heads that share values, norms of 1 + weight, norms of queries and keys."""
+    """Covers grouped-query attention, norms that multiply by 1 + weight, and query and key
+    norms."""
     config = getattr(transformers, f"{family}Config")(
         vocab_size=64,
         hidden_size=64,

@@ -1,5 +1,5 @@
-"""Checkpoints read slowly, number by number, from the descriptions of their formats; nothing of the
-plugin takes part."""
+"""Dequantize checkpoints element by element, as their formats are documented, without code of the
+plugin."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def bits_of(word: int, index: int, bits: int) -> int:
 
 
 def gptq(tensors: dict[str, Tensor], bits: int, version: str) -> Tensor:
-    """Rows of a column share words, g_idx has each input's group; the first version stores zero
-    points less one."""
-    less = {"gptq": 1, "gptq_v2": 0}[version]
+    """Dequantize a GPTQ weight. Rows of a column share words, and g_idx is the group of each input.
+    Version 1 stores zero points minus one."""
+    offset = {"gptq": 1, "gptq_v2": 0}[version]
     qweight, qzeros = tensors["qweight"].tolist(), tensors["qzeros"].tolist()
     scales, g_idx, per_word = tensors["scales"].float(), tensors["g_idx"].tolist(), 32 // bits
     num_in, num_out = len(g_idx), scales.shape[1]
@@ -29,13 +29,14 @@ def gptq(tensors: dict[str, Tensor], bits: int, version: str) -> Tensor:
     for i in range(num_in):
         for o in range(num_out):
             code = bits_of(qweight[i // per_word][o], i % per_word, bits)
-            zero = bits_of(qzeros[g_idx[i]][o // per_word], o % per_word, bits) + less
+            zero = bits_of(qzeros[g_idx[i]][o // per_word], o % per_word, bits) + offset
             weight[o, i] = (code - zero) * scales[g_idx[i], o]
     return weight
 
 
 def awq(tensors: dict[str, Tensor], group_size: int) -> Tensor:
-    """AutoAWQ's gemm: columns share words, in an order of their own."""
+    """Dequantize an AWQ weight in AutoAWQ's gemm format. Columns share words in an interleaved
+    order."""
     qweight, qzeros, scales = (
         tensors["qweight"].tolist(),
         tensors["qzeros"].tolist(),
@@ -60,7 +61,7 @@ def compressed(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint as plain ones, in float32."""
+    """Return all weights of a checkpoint, dequantized to float32."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     stored: dict[str, Tensor] = {}

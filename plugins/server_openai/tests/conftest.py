@@ -1,4 +1,4 @@
-"""Real servers, `dovetail serve` in a process of its own, over the simulated worker."""
+"""Start real servers: `dovetail serve` in its own process, with the simulated worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dovetail_testing.plugin import SIMULATED, install, make_model
 
 PATIENCE = 30
-"""Seconds after which waiting is a failure. Nothing here takes a tenth of it."""
+"""Timeout of every wait in seconds. No wait here takes a tenth of it."""
 
 
 @dataclass
@@ -37,13 +37,13 @@ class Served:
         return httpx.Client(base_url=self.url, timeout=PATIENCE, **kwargs)
 
     def connect(self) -> socket.socket:
-        """For what no HTTP client would send."""
+        """Open a raw connection, for bytes that no HTTP client would send."""
         url = httpx.URL(self.url)
         return socket.create_connection((url.host, url.port or 0), timeout=PATIENCE)
 
     @staticmethod
     def until_closed(sock: socket.socket) -> bytes:
-        """All that it says until it closes the connection."""
+        """Return everything that the server sends until it closes the connection."""
         said = b""
         try:
             while part := sock.recv(65536):
@@ -64,12 +64,12 @@ class Served:
     def until(self, condition: Callable[[], bool]) -> None:
         limit = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < limit, f"waited in vain; the server said:\n{self.output()}"
-            assert self.process.poll() is None, f"the server ended:\n{self.output()}"
+            assert time.monotonic() < limit, f"timed out; output of the server:\n{self.output()}"
+            assert self.process.poll() is None, f"the server exited:\n{self.output()}"
             time.sleep(0.01)
 
     def metrics(self) -> dict[str, float]:
-        """By sample name; labels beside `model_name` in braces."""
+        """Return the metrics by sample name. Labels other than `model_name` follow in braces."""
         found = {}
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text):
             for s in family.samples:
@@ -86,7 +86,7 @@ class Served:
         )
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to stop, and wait; returns its exit status."""
+        """Send the signal and wait. Returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(PATIENCE)
@@ -97,7 +97,8 @@ Start = Callable[..., Served]
 
 @pytest.fixture(scope="session")
 def start_any(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start servers from engine configs; whatever is left at the end is killed."""
+    """Start servers from engine configs. Servers that still run at the end of the session are
+    killed."""
     root = tmp_path_factory.mktemp("servers")
     install(root / "site")
     path = os.pathsep.join(filter(None, (str(root / "site"), os.environ.get("PYTHONPATH"))))
@@ -125,7 +126,7 @@ def start_any(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         config.write_text(
             yaml.safe_dump({**data, **({"server": {"use": "openai", **server}} if server else {})})
         )
-        # as the installed command begins
+        # the entry point of the installed command
         main = "import sys; from dovetail.cli.main import main; sys.exit(main())"
         command = [
             sys.executable,
@@ -163,7 +164,7 @@ def start_any(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture
 def start(start_any: Start) -> Iterator[Start]:
-    """The same for one test: what it starts ends with it."""
+    """Start servers that end with the test."""
     own: list[Served] = []
 
     def begin(*flags: str, **values: Any) -> Served:
@@ -179,8 +180,8 @@ def start(start_any: Start) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def server(start_any: Start) -> Iterator[Served]:
-    """One server that many tests share; at the end nothing may be left running in it, and nothing
-    odd in its log."""
+    """A server that many tests share. At the end, no request may be left in it and its log must
+    contain no errors."""
     served = start_any()
     yield served
     served.until(served.quiet)

@@ -1,5 +1,5 @@
-"""What the completion routes answer: shapes, streams, log-probabilities; through OpenAI's own
-client where it can."""
+"""Test responses of the completion routes: format, streams, log-probabilities. Uses OpenAI's own
+client where possible."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def post(http: httpx.Client, route: str, **body: Any) -> dict[str, Any]:
 
 
 def events(http: httpx.Client, route: str, **body: Any) -> list[dict[str, Any]]:
-    """The chunks of a stream, which must be well-formed to the last byte."""
+    """Return the chunks of a stream and check that it is well-formed to the last byte."""
     answer = http.post(route, json={**body, "stream": True})
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].split(";")[0] == "text/event-stream"
@@ -43,7 +43,7 @@ def events(http: httpx.Client, route: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def joined(chunks: list[dict[str, Any]], index: int = 0) -> str:
-    """A choice's text from its chunks, of either route."""
+    """Return a choice's text, joined from the chunks of either route."""
     parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
     return "".join(p["text"] if "text" in p else p["delta"]["content"] for p in parts)
 
@@ -65,7 +65,7 @@ def test_a_stream_says_what_the_whole_answer_says(
     *chunks, last = chunks
     assert [c["index"] for c in whole["choices"]] == list(range(n))
     for usage in (last["usage"], whole["usage"]):
-        del usage["prompt_tokens_details"]  # the second may find cached what the first left
+        del usage["prompt_tokens_details"]  # the second request may hit what the first cached
     assert (last["choices"], last["usage"]) == ([], whole["usage"])
     assert whole["usage"]["completion_tokens"] == 30 * n
     assert len({c["id"] for c in [*chunks, last]}) == 1
@@ -165,7 +165,7 @@ def test_several_prompts_in_any_form(http: httpx.Client) -> None:
 
 
 def test_log_likelihoods_as_lm_eval_asks_for_them(http: httpx.Client) -> None:
-    """Prompts of ids, echoed, with one generated token that the evaluator drops:
+    """lm-eval sends prompts of token ids with echo and one generated token, which it drops:
     sum(token_logprobs[ctx:-1])."""
     ids = [
         http.post("/tokenize", json={"prompt": t}).json()["tokens"]
@@ -188,7 +188,7 @@ def test_log_likelihoods_as_lm_eval_asks_for_them(http: httpx.Client) -> None:
         } == {length}
         assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
         assert all(isinstance(v, float) for v in found["token_logprobs"][1:])
-        # The generated token is the greedy one: both floats must be the same, not nearly.
+        # The generated token is the greedy one: the two floats must be exactly equal.
         assert found["token_logprobs"][-1] == max(found["top_logprobs"][-1].values())
         for value, top in zip(found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True):
             assert value in top.values()

@@ -1,5 +1,4 @@
-"""What a client without good intentions tries: each is refused within bounds, and costs nobody else
-anything."""
+"""Test hostile clients: each is rejected within bounds and does not affect other clients."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ QUICK = {"head_timeout": 1, "body_timeout": 1}
 
 @pytest.fixture(scope="module")
 def strict(start_any: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Short deadlines, and three keys, of which two are in a file."""
+    """A server with short timeouts and three keys, two of them in a file."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text("# of our clients\nfirst-key\n\nsecond-key\n")
     options = {
@@ -60,7 +59,7 @@ def test_a_head_that_never_ends_is_cut(strict: Any) -> None:
             while time.monotonic() - began < 10:
                 sock.sendall(b"X-A: b\r\n")
                 time.sleep(0.1)
-            pytest.fail("it waits for ever")
+            pytest.fail("the server never closes the connection")
         except OSError:
             assert time.monotonic() - began < 5
 
@@ -94,8 +93,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(strict: Any) -> None:
 
 
 def test_a_request_that_takes_longer_than_a_deadline_is_answered(start: Any) -> None:
-    """Deadlines are for what clients send, not for what they wait for; and a kept connection serves
-    again."""
+    """Timeouts apply to what clients send, not to the time that a response takes. A keep-alive
+    connection can be used again."""
     served = start(server=QUICK, worker={"use": "simulated", "step_seconds": 0.05})
     with served.client() as http:
         for _ in range(2):
@@ -201,7 +200,7 @@ def test_numbers_beyond_float32_are_bad_requests(server: Any, field: str) -> Non
 
 
 def test_long_texts_do_not_hold_up_a_stream(start: Any) -> None:
-    """Two clients tokenize and detokenize without a pause, while a stream is read."""
+    """Two clients tokenize and detokenize continuously while a stream is read."""
     served = start(worker={"use": "simulated", "step_seconds": 0.01})
     body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "stream": True}
 
@@ -230,7 +229,7 @@ def test_long_texts_do_not_hold_up_a_stream(start: Any) -> None:
     stop.set()
     for thread in threads:
         thread.join(30)
-    assert longest < 5, "a text held everybody up"
+    assert longest < 5, "a long text delayed the stream"
 
 
 def test_more_tokens_than_any_text_has_are_refused(server: Any) -> None:
@@ -267,7 +266,7 @@ def test_a_template_that_links_out_of_the_folder_is_not_read(
 
 
 def test_files_of_the_working_directory_do_not_run(start: Any, tmp_path: Path) -> None:
-    """`cd model && dovetail serve .`: what lies in the folder is data."""
+    """With `cd model && dovetail serve .`, Python files in the folder must not be imported."""
     from dovetail_testing.plugin import make_model
 
     model = make_model(tmp_path / "model")
@@ -281,11 +280,11 @@ def test_files_of_the_working_directory_do_not_run(start: Any, tmp_path: Path) -
 # Who may do what.
 
 OPEN = {("GET", "/health"), ("GET", "/ping"), ("GET", "/live"), ("GET", "/version")}
-"""All that is answered without a key, by default."""
+"""Routes that need no key by default."""
 
 
 def test_every_route_but_these_needs_a_key(start: Any) -> None:
-    """The policy is a list of what is open: a route that is added later is closed."""
+    """Open routes are listed explicitly, so a route that is added later needs a key."""
     served = start(server={"api_key": "k"})
     with served.client() as http:
         schema = http.get("/openapi.json", headers={"authorization": "Bearer k"}).json()
@@ -356,7 +355,7 @@ def test_users_cannot_write_control_tokens(server: Any) -> None:
     eos = httpx.post(
         f"{server.url}/tokenize", json={"prompt": "<eos>", "add_special_tokens": False}
     ).json()["tokens"]
-    assert len(eos) == 1, "a prompt may hold control tokens: who writes prompts writes templates"
+    assert len(eos) == 1, "prompts of /v1/completions may contain control tokens"
     assert attack.count(eos[0]) == plain.count(eos[0])
     text = httpx.post(f"{server.url}/detokenize", json={"tokens": attack}).json()["prompt"]
     assert "hi<eos><user>" in text
@@ -409,9 +408,8 @@ def test_what_is_refused_for_load_is_refused_before_its_body_comes(start: Any) -
             threading.Thread(target=http.post, args=(COMPLETIONS,), kwargs={"json": body})
             for _ in range(2)
         ]
-        for number, thread in enumerate(
-            threads, 1
-        ):  # the second one waits, and so must not come before the first one runs
+        # The second request must wait, so it is sent only once the first one runs.
+        for number, thread in enumerate(threads, 1):
             thread.start()
             served.until(lambda: httpx.get(f"{served.url}/load").json()["server_load"] == number)  # noqa: B023
             served.until(lambda: served.metrics()["num_requests_running"] == 1)

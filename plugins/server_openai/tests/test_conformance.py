@@ -1,4 +1,4 @@
-"""The server keeps the contract of servers."""
+"""Test the server against the contract of servers."""
 
 from dovetail_server_openai import dovetail_servers
 from dovetail_testing.server import ServerContract

@@ -1,5 +1,5 @@
-"""A server's life: loading, counting, clients that leave, an engine that dies, overload, and how it
-ends."""
+"""Test the life cycle of a server: loading, metrics, disconnecting clients, a crashing engine,
+overload and shutdown."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Stream:
         self.first = self.read()
 
     def read(self) -> str:
-        """The next event's data."""
+        """Return the data of the next event."""
         while True:
             line = next(self._lines)
             if line:
@@ -61,7 +61,7 @@ Open = Callable[..., Stream]
 
 @pytest.fixture
 def open_stream() -> Iterator[Open]:
-    """Streams that are left at the end of the test, at the latest."""
+    """Open streams that are closed at the end of the test, at the latest."""
     with contextlib.ExitStack() as stack:
 
         def begin(*args: Any, **body: Any) -> Stream:
@@ -221,8 +221,8 @@ def test_a_client_that_leaves_a_stream_stops_the_work(slow: Any, open_stream: Op
 def test_a_client_that_leaves_before_its_answer_stops_the_work(
     slow: Any, open_stream: Open, stream: bool, prompts: int
 ) -> None:
-    """Also of a request that still waits for its first token."""
-    busy = [open_stream(slow.url, max_tokens=100) for _ in range(4)]  # all batch rows are taken
+    """This includes requests that still wait for their first token."""
+    busy = [open_stream(slow.url, max_tokens=100) for _ in range(4)]  # occupies all batch rows
     before = slow.metrics()
     body = {**LONG, "prompt": ["b"] * prompts, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
@@ -348,7 +348,7 @@ def test_a_drain_that_takes_too_long_is_cut_and_says_so(start: Any, open_stream:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(start: Any, open_stream: Open, number: int) -> None:
-    # To wait for its 200 steps would take longer than this test does.
+    # Waiting for its 200 steps would exceed the timeout of this test.
     served = start(worker={"use": "simulated", "step_seconds": 0.3}, server={"drain_seconds": 1000})
     open_stream(served.url)
     unary = threading.Thread(target=_ask_in_vain, args=(served.url,))

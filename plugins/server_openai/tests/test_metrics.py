@@ -1,4 +1,4 @@
-"""What the engine counts, as a dashboard reads it."""
+"""Test the metrics of speculative decoding as a dashboard reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prefix cache as clients see it: salts, what was cached, and the reset."""
+"""Test the prefix cache as clients see it: salts, `cached_tokens`, and the reset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is refused, and how: always the same shape, never a 5xx, and nothing is left behind."""
+"""Test rejected requests: all errors have the same format, none is a 5xx, and nothing is left
+behind."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of a refusal, which has one shape whatever was wrong."""
+    """Return the error of a response and check its format."""
     assert answer.status_code == status, answer.text
     body = answer.json()
     assert body.keys() == {"error"}
@@ -351,7 +352,7 @@ def test_the_key_is_told_nowhere(guarded: Any) -> None:
 
 
 def test_the_key_is_no_part_of_the_plan(guarded: Any) -> None:
-    """Nor is it printed by `explain`."""
+    """`explain` does not print the key either."""
     config = guarded.log.with_name(
         guarded.log.name.replace("log-", "config-").replace(".txt", ".yaml")
     )
@@ -370,7 +371,7 @@ def test_the_key_is_no_part_of_the_plan(guarded: Any) -> None:
 
 
 def _environ(served: Any) -> str:
-    """PYTHONPATH of a running server."""
+    """Return PYTHONPATH of a running server."""
     from pathlib import Path
 
     pairs = Path(f"/proc/{served.process.pid}/environ").read_bytes().split(b"\0")
@@ -447,8 +448,8 @@ MAYBE = {name: st.one_of(values, values, values, values, ANY) for name, values i
 @settings(max_examples=250, deadline=None)
 @given(body=st.fixed_dictionaries({"prompt": PROMPT}, optional=MAYBE))
 def test_no_body_breaks_the_server(server: Any, body: dict[str, Any]) -> None:
-    """Valid and invalid mixed: an answer or a refusal in the one shape, and never a 5xx or a
-    hang."""
+    """Any mix of valid and invalid fields gets a response or an error in the common format, never a
+    5xx, and does not hang."""
     answer = httpx.post(
         f"{server.url}{COMPLETIONS}", content=json.dumps(body), headers=JSON, timeout=10
     )

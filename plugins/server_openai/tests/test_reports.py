@@ -1,4 +1,4 @@
-"""The line about the load in the log."""
+"""Test the log line about the load."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_it_is_written_only_while_something_is_done_and_survives_a_new_process(
     engine: Any = SimpleNamespace(stats=EngineStats())
 
     async def test() -> None:
-        reporting = asyncio.create_task(report_load(engine, every=0.02))
+        reporting = asyncio.create_task(report_load(engine, interval=0.02))
         await asyncio.sleep(0.1)
         assert not caplog.records
         engine.stats = EngineStats(num_steps=50, num_generation_tokens=50)

@@ -1,4 +1,4 @@
-"""What other engines' servers have been attacked with, as far as no test of one feature covers it:
+"""Test attacks known from other engines' servers that no test of a single feature covers; see
 tests/vulnerabilities.py."""
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ def all_said(served: Any, sent: bytes) -> bytes:
 
 
 def test_the_engine_listens_on_no_port(server: Any) -> None:
-    """What the two processes say to each other goes over a socket pair, which nobody else can
-    connect to."""
+    """The two processes communicate over a socket pair, to which no other process can connect."""
     root = server.process.pid
     children = Path(f"/proc/{root}/task/{root}/children").read_text().split()
     listening = {
@@ -76,7 +75,7 @@ def inodes_of(pid: str) -> set[str]:
     ids=["CL+TE", "two lengths", "two encodings", "a signed length", "a folded line"],
 )
 def test_requests_cannot_be_smuggled(server: Any, heads: bytes) -> None:
-    """A proxy in front and this server must not see different requests in the same bytes."""
+    """A proxy in front and this server must not parse different requests from the same bytes."""
     smuggled = b"0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
     sent = (
         b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -119,7 +118,9 @@ def test_pages_of_other_origins_may_not_read_answers(server: Any) -> None:
         content='{"prompt": "a"}',
         headers={"content-type": "text/plain"},
     )
-    assert simple.status_code == 400, "a form of another page would need no preflight"
+    assert simple.status_code == 400, (
+        "text/plain needs no preflight, so a page of another origin could send it"
+    )
 
 
 def test_websockets_are_no_way_round_the_key(start: Any) -> None:
@@ -161,8 +162,8 @@ def test_no_address_from_a_request_is_fetched(server: Any, part: dict[str, Any])
     ],
 )
 def test_expressions_and_schemas_of_clients_are_not_evaluated(server: Any, field: str) -> None:
-    """Backtracking regular expressions, recursive schemas and names of processors have stopped
-    engines, or run code there."""
+    """Backtracking regular expressions, recursive schemas and names of processors have stalled
+    other engines or executed code there."""
     value: Any = {
         "guided_regex": "(a+)+$",
         "logits_processors": ["os.system"],
@@ -187,8 +188,8 @@ def test_the_model_of_a_request_is_a_name_and_no_path(server: Any, name: str) ->
 
 
 def test_tensors_of_clients_are_not_read(server: Any) -> None:
-    """Embeddings as a pickled tensor in a request have run code elsewhere: here there is no such
-    field."""
+    """In other engines, pickled tensors sent as prompt embeddings have executed code. This server
+    has no such field."""
     answer = httpx.post(
         f"{server.url}{COMPLETIONS}", json={"prompt_embeds": "gASVIQAAAA==", "max_tokens": 1}
     )

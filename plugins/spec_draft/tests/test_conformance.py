@@ -1,4 +1,4 @@
-"""The drafter keeps its contract: what it leaves to the worker, a simulated one drafts."""
+"""Test the drafter against its contract. The simulated worker drafts the tokens."""
 
 from dovetail_spec_draft import dovetail_drafters
 from dovetail_testing.drafter import DrafterContract

@@ -1,4 +1,5 @@
-"""Both drafters keep the contract of theirs, and say what a search through all of the text says."""
+"""Test both drafters against the contract of drafters, and against a search through the whole
+text."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from dovetail.sequence import Sequence
 from dovetail.types import Request, SamplingParams
 from dovetail_spec_ngram import NGRAM, SUFFIX, NgramOptions, SuffixOptions
 from dovetail_spec_ngram.ngram import NgramDrafter, NgramIndex
-from dovetail_spec_ngram.suffix import MAX_PLACES, EarlierOutputs, SuffixDrafter
+from dovetail_spec_ngram.suffix import MAX_POSITIONS, EarlierOutputs, SuffixDrafter
 from dovetail_testing.drafter import DrafterContract
 
 few_tokens = st.lists(st.integers(0, 2), max_size=60)
@@ -30,7 +31,8 @@ class TestSuffix(DrafterContract):
 
 
 def searched(tokens: list[int], max_ngram: int, min_ngram: int, count: int) -> list[int]:
-    """Prompt lookup by definition: for each length, from the end of the text back."""
+    """Implement prompt lookup by definition: for each length, search from the end of the text
+    backwards."""
     for n in range(max_ngram, min_ngram - 1, -1):
         for end in range(len(tokens) - 1, n - 1, -1):
             if tokens[end - n : end] == tokens[len(tokens) - n :]:
@@ -63,8 +65,8 @@ def test_ngram_finds_what_a_search_finds_however_the_text_came(
 def voted(
     kept: list[list[int]], tokens: list[int], ngram: int, max_match: int, count: int
 ) -> list[int]:
-    """Suffix drafting by definition: all places, their agreement with the end of the text,
-    votes."""
+    """Implement suffix drafting by definition: all positions, the length of their matches with the
+    end of the text, votes."""
     end = -1
     text: list[int] = [token for output in kept for token in [*output, end]]
     places = [
@@ -72,7 +74,7 @@ def voted(
         for p in range(ngram, len(text))
         if text[p - 1] != end and text[p - ngram : p] == tokens[len(tokens) - ngram :]
     ]
-    places = [p for p in places if text[p] != end][-MAX_PLACES:] if len(tokens) >= ngram else []
+    places = [p for p in places if text[p] != end][-MAX_POSITIONS:] if len(tokens) >= ngram else []
 
     def agreement(place: int) -> int:
         n = 0
@@ -128,9 +130,9 @@ def test_suffix_forgets_the_oldest_and_nothing_of_them_is_left(
     for output in kept:
         fresh.add(output)
     assert earlier.num_tokens == fresh.num_tokens
-    if (
-        sum(map(len, said)) <= MAX_PLACES
-    ):  # else the latest places have made old ones give way before their output went
+    # With more tokens, the latest positions may have replaced old ones before their output was
+    # dropped.
+    if sum(map(len, said)) <= MAX_POSITIONS:
         assert earlier.continuation(tokens, 9) == fresh.continuation(tokens, 9)
         assert earlier.num_ngrams == fresh.num_ngrams
 

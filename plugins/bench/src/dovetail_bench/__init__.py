@@ -1,5 +1,5 @@
-"""`dovetail bench`: measures engines and servers. This module is light: what measures is imported
-when the command is given."""
+"""Add the command `dovetail bench`, which measures engines and servers. Code that measures is
+imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dovetail.interfaces.worker import Progress
 def _add_arguments(parser: ArgumentParser) -> None:
     kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
     for kind, help in (
-        ("throughput", "output tokens per second of many requests at once"),
+        ("throughput", "output tokens per second of concurrent requests"),
         ("latency", "time to first token and decode speed of one request"),
         ("serve", "requests per second, TTFT and inter-token latency over HTTP"),
     ):
@@ -25,32 +25,39 @@ def _add_arguments(parser: ArgumentParser) -> None:
             "--output-len", type=int, default=64, help="tokens to generate (default 64)"
         )
         sub.add_argument(
-            "--rounds", type=int, default=5, help="repeats; the median is reported (default 5)"
+            "--rounds",
+            type=int,
+            default=5,
+            help="number of rounds; the median is reported (default 5)",
         )
         sub.add_argument("--json", metavar="FILE", help="also write the results to a file")
         if kind == "latency":
             sub.set_defaults(plot=None)
         else:
-            waves, together = (
-                ("as many as run at a time", "all, or 64")
+            num_requests, concurrency = (
+                ("the concurrency", "--num-requests, or 64")
                 if kind == "throughput"
-                else ("4 × those", "16")
+                else ("4 × the concurrency", "16")
             )
             sub.add_argument(
-                "--num-requests", type=int, help=f"requests of a round (default: {waves})"
+                "--num-requests", type=int, help=f"requests per round (default: {num_requests})"
             )
-            at_a_time = f"requests at a time; several are a sweep (default: {together})"
-            sub.add_argument("--concurrency", type=_counts, metavar="N,N,…", help=at_a_time)
+            sub.add_argument(
+                "--concurrency",
+                type=_counts,
+                metavar="N,N,…",
+                help=f"concurrent requests; several values are a sweep (default: {concurrency})",
+            )
             sub.add_argument(
                 "--plot",
                 metavar="FOLDER",
-                help="also write plots: PNG, and one self-contained page of HTML",
+                help="also write plots: PNG and one self-contained HTML page",
             )
         if kind == "throughput":
             sub.add_argument(
                 "--breakdown",
                 action="store_true",
-                help="also time the parts of a step (without overlap)",
+                help="also time the phases of a step (without overlap)",
             )
         if kind == "serve":
             sub.add_argument("--url", default="http://127.0.0.1:8000")
@@ -58,7 +65,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    """`1,2,4` as numbers, each at least 1."""
+    """Parse a list such as `1,2,4` into different numbers, each at least 1."""
     counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if min(counts) < 1 or len(set(counts)) < len(counts):
         raise ArgumentTypeError(f"{text!r} is not a list of different counts, such as 1,2,4,8")

@@ -1,7 +1,8 @@
-"""A measuring client for streamed completions: many connections, one thread, raw sockets, nothing
-parsed that is not needed.
+"""Measure streamed completions with a minimal client: many connections, one thread, raw sockets, no
+unnecessary parsing.
 
-It shares the machine with the server that it measures, so what it costs is taken from the server.
+The client shares the machine with the server that it measures, so its cost is taken from the
+server.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ RECEIVE = 1 << 16
 _EVENT, _END = b"data: {", b"\r\n0\r\n\r\n"
 """The start of an event, and the end of a chunked body."""
 _NO_TEXT = (b'"text":""', b'"text": ""', b'"choices":[]', b'"choices": []')
-"""In an event that brings no token's text: half a character, or the usage."""
+"""Substrings of events without text: half a character, or the usage."""
 
 
 @dataclass
 class Measured:
-    """Times in seconds."""
+    """The result of a measurement. Times are in seconds."""
 
     seconds: float = 0.0
-    """From the first request to the end of the last answer."""
+    """Time from the first request to the end of the last response."""
     ttft: list[float] = field(default_factory=list)
-    """Per request, from sending it to its first event."""
+    """Time from sending a request to its first event, per request."""
     gaps: list[float] = field(default_factory=list)
-    """Between two deliveries of one stream; events that arrive together are one delivery."""
+    """Times between two deliveries of one stream. Events that arrive together are one delivery."""
     num_events: int = 0
 
 
 class _Client:
-    """One connection at a time, with one request at a time."""
+    """A client with one connection and one request at a time."""
 
     def __init__(
         self,
@@ -54,9 +55,9 @@ class _Client:
             selector,
         )
         self._head = self._tail = self._request = b""
-        self._began = self._last = 0.0
+        self._start = self._last = 0.0
         self._kept = False
-        """The connection has served a request."""
+        """True if the connection has served a request and is kept alive."""
         self._connect()
 
     def _connect(self) -> None:
@@ -65,32 +66,32 @@ class _Client:
         self._selector.register(self._sock, selectors.EVENT_READ, self)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the connection. Can be called repeatedly."""
         if self._sock.fileno() >= 0:
             self._selector.unregister(self._sock)
             self._sock.close()
 
     def send(self) -> bool:
-        """Send the next request; False if there is none."""
+        """Send the next request. Returns False if there is none."""
         request = next(self._requests, None)
         if request is None:
             return False
         self._request = request
         self._head = self._tail = b""
         self._last = 0.0
-        self._began = time.perf_counter()
+        self._start = time.perf_counter()
         self._sock.sendall(request)
         return True
 
     def _send_again(self) -> None:
-        """On a new connection: some servers close a kept one without a word, just as the next
-        request goes out."""
+        """Send the request again on a new connection: some servers close a keep-alive connection
+        just as the next request is sent."""
         self.close()
         self._connect()
         self._sock.sendall(self._request)
 
     def receive(self) -> bool:
-        """Take what has come; True at the end of the answer."""
+        """Receive data. Returns True at the end of the response."""
         try:
             data = self._sock.recv(RECEIVE)
         except ConnectionResetError:
@@ -105,14 +106,14 @@ class _Client:
             self._send_again()
             return False
         if not data:
-            raise ConfigError("the server closed a connection in the middle of an answer")
+            raise ConfigError("the server closed a connection before the end of a response")
         num_events = data.count(_EVENT) - sum(map(data.count, _NO_TEXT))
         if num_events:
             self._measured.num_events += num_events
             if self._last:
                 self._measured.gaps.append(now - self._last)
             else:
-                self._measured.ttft.append(now - self._began)
+                self._measured.ttft.append(now - self._start)
             self._last = now
         self._tail = (self._tail + data)[-len(_END) :]
         self._kept = self._tail == _END
@@ -120,7 +121,7 @@ class _Client:
 
 
 def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
-    """Send completions, `concurrency` at a time, and read their streams to the end. Raises
+    """Send completion requests, `concurrency` at a time, and read their streams to the end. Raises
     `ConfigError` if one fails."""
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
@@ -132,7 +133,7 @@ def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
             for _ in range(min(concurrency, len(bodies)))
         ]
         try:
-            began = time.perf_counter()
+            start = time.perf_counter()
             for client in clients:
                 client.send()
             num_busy = len(clients)
@@ -141,7 +142,7 @@ def drive(url: str, bodies: list[dict[str, Any]], concurrency: int) -> Measured:
                     if key.data.receive() and not key.data.send():
                         key.data.close()
                         num_busy -= 1
-            measured.seconds = time.perf_counter() - began
+            measured.seconds = time.perf_counter() - start
         finally:
             for client in clients:
                 client.close()

@@ -1,5 +1,4 @@
-"""The load: prompts of random tokens, so many requests at a time, through an engine in this
-process."""
+"""Generate load for an engine in this process: prompts of random tokens at a fixed concurrency."""
 
 from __future__ import annotations
 
@@ -17,13 +16,14 @@ from dovetail.runtime.llm import LLM
 from dovetail.types import SamplingParams, SequenceOutput
 
 Figures = dict[str, float]
-"""By name, the unit in the name: `{"output tokens/s": 812.0, "ITL p50 ms": 4.1}`."""
+"""Measured values by name. The name includes the unit: `{"output tokens/s": 812.0, "ITL p50 ms":
+4.1}`."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One round's work: `num_requests` requests, `concurrency` of them at a time. Lengths are in
-    tokens."""
+    """The work of one round: `num_requests` requests, `concurrency` of them at a time. Lengths are
+    in tokens."""
 
     input_len: int
     output_len: int
@@ -31,26 +31,28 @@ class Work:
     concurrency: int
 
     def prompts(self, seed: int, vocab_size: int) -> list[list[int]]:
-        """No two rounds share a prompt, so no cache of prefixes helps."""
+        """Return the prompts of a round. Rounds have different prompts, so a prefix cache does not
+        help."""
         return [
             prompt_of(self.input_len, 1000 * seed + i, vocab_size) for i in range(self.num_requests)
         ]
 
 
 def prompt_of(length: int, seed: int, vocab_size: int) -> list[int]:
-    """Random token ids, the lowest ones left out: special tokens live there."""
+    """Return random token ids, excluding the lowest ones, which include special tokens."""
     rng = random.Random(seed)
     return [rng.randrange(min(300, vocab_size - 1), vocab_size) for _ in range(length)]
 
 
 class Clock:
-    """When each request began and when its tokens came; times are `time.perf_counter` seconds."""
+    """Records when each request began and when its tokens arrived, in seconds of
+    `time.perf_counter`."""
 
     def __init__(self) -> None:
         self.ttft: list[float] = []
         self.gaps: list[float] = []
         self._last: dict[str, tuple[float, bool]] = {}
-        """Per request: when it began or last had news, and whether any token has come."""
+        """For each request, the time of its start or last token, and whether it has any token."""
 
     def began(self, request_id: str, now: float) -> None:
         self._last[request_id] = (now, False)
@@ -65,7 +67,8 @@ class Clock:
 
 
 def waits(ttft: Sequence[float], gaps: Sequence[float]) -> Figures:
-    """Of times in seconds: to the first token of each request, and between tokens."""
+    """Return percentiles in ms of times in seconds: to the first token of each request, and between
+    tokens."""
     return {
         "TTFT p50 ms": 1e3 * percentile(ttft, 0.5),
         "TTFT p99 ms": 1e3 * percentile(ttft, 0.99),
@@ -75,15 +78,15 @@ def waits(ttft: Sequence[float], gaps: Sequence[float]) -> Figures:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that a `share` of all do not exceed; 0 of none."""
+    """Return the value that a `share` of all values do not exceed, or 0 if there are none."""
     return sorted(values)[int(share * (len(values) - 1))] if values else 0.0
 
 
 class ClosedLoop:
-    """Requests through an engine in this process: when one ends, the next begins.
+    """Runs requests in an engine in this process. When one ends, the next begins.
 
-    A step of it is the engine's step and what stands around it: `feed` takes requests in, `text`
-    turns news into text.
+    A step consists of `feed`, which adds requests, the engine's step, and `text`, which detokenizes
+    its outputs.
     """
 
     def __init__(
@@ -106,12 +109,12 @@ class ClosedLoop:
         return bool(self._prompts or self._live)
 
     def run(self) -> float:
-        """Work until all requests are answered; returns the seconds that it took."""
+        """Run until all requests have finished. Returns the duration in seconds."""
         began = time.perf_counter()
         while self.busy:
             self.step()
         seconds = time.perf_counter() - began
-        while self._engine.has_work:  # a step of the overlapped loop whose tokens nobody waits for
+        while self._engine.has_work:  # the overlapped loop may have a step in flight
             self._engine.step()
         return seconds
 
@@ -132,7 +135,8 @@ class ClosedLoop:
             engine.add(request)
 
     def text(self, outputs: list[SequenceOutput]) -> None:
-        """Raises the engine's error if a request failed."""
+        """Convert outputs to text and record their times. Raises the engine's error if a request
+        failed."""
         now = time.perf_counter()
         for output in outputs:
             state = self._live[output.request_id]
@@ -145,7 +149,7 @@ class ClosedLoop:
 
 
 def throughput_round(llm: LLM, work: Work, seed: int) -> Figures:
-    """Output tokens per second, prefill included, and how long a request waits for its tokens."""
+    """Measure output tokens per second, prefill included, and the latencies of tokens."""
     loop = ClosedLoop(
         llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency
     )
@@ -160,7 +164,7 @@ def throughput_round(llm: LLM, work: Work, seed: int) -> Figures:
 
 
 def latency_round(llm: LLM, work: Work, seed: int) -> Figures:
-    """One request: time to first token, then decode."""
+    """Measure one request: time to first token, then decode speed."""
     loop = ClosedLoop(llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, 1)
     loop.run()
     mean = statistics.fmean(loop.clock.gaps) if loop.clock.gaps else 0.0

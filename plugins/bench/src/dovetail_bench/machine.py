@@ -1,4 +1,4 @@
-"""What a figure means nothing without: the machine, and what the engine was made of."""
+"""Describe the machine and the plan, without which a measurement means nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from dovetail.facts import device_facts
 from dovetail.plan import Plan
 
-# Those that decide which matrix and attention kernels a CPU can run.
+# CPU flags that determine which GEMM and attention kernels can run.
 FLAGS = (
     "avx2",
     "avx_vnni",
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """As the operating system has it; the architecture where it has none."""
+    """Return the CPU name from the operating system, or the architecture if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -61,8 +61,8 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """The plan as far as it decides speed; a model folder goes by its name, so that results can be
-    shown to others."""
+    """Return the parts of the plan that determine speed. A model folder is given by its name only,
+    so that results can be published."""
     return {
         "fingerprint": plan.fingerprint,
         "model": display_name(plan.model),

@@ -1,7 +1,8 @@
-"""What `dovetail bench` does: throughput and latency of an engine in this process, and of a running
-server over HTTP.
+"""Run `dovetail bench`: throughput and latency of an engine in this process, or of a running server
+over HTTP.
 
-Rounds at all concurrencies take turns, so that a machine that slows down does so for each of them.
+Each round measures all concurrencies in turn, so that a machine that becomes slower affects all of
+them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from dovetail_bench.profiling import Profile
 from dovetail_bench.report import Point, Report
 
 OpenLLM = Callable[..., AbstractContextManager[LLM]]
-"""Loads the engine that the command line describes; keywords are config values that come on top."""
+"""Loads the engine described by the command line. Keyword arguments override config values."""
 
 
 def run(kind: str, args: argparse.Namespace, open_llm: OpenLLM) -> int:
-    """Measure, print tables, and write JSON and plots if asked to."""
+    """Measure, print tables, and write JSON and plots if requested."""
     works = _works(kind, args)
     report = (
         _measure_server(args, works)
@@ -49,13 +50,13 @@ def run(kind: str, args: argparse.Namespace, open_llm: OpenLLM) -> int:
 
 
 def _works(kind: str, args: argparse.Namespace) -> list[Work]:
-    """One for each concurrency. Raises `ConfigError` for counts that make no sense."""
+    """Return the work for each concurrency. Raises `ConfigError` for invalid counts."""
     if min(args.input_len, args.output_len, args.rounds) < 1:
-        raise ConfigError("--input-len, --output-len and --rounds are at least 1")
+        raise ConfigError("--input-len, --output-len and --rounds must be at least 1")
     if kind == "latency":
         return [Work(args.input_len, args.output_len, 1, 1)]
     if args.num_requests is not None and args.num_requests < 1:
-        raise ConfigError("--num-requests is at least 1")
+        raise ConfigError("--num-requests must be at least 1")
     concurrency = args.concurrency or [16 if kind == "serve" else args.num_requests or 64]
     waves = 4 if kind == "serve" else 1
     return [
@@ -76,7 +77,7 @@ def _measure_engine(
     if getattr(args, "breakdown", False):
         with open_llm(overlap=False) as llm:
             for i in track(
-                range(len(works)), "timing the parts of a step", console=Console(stderr=True)
+                range(len(works)), "timing the phases of a step", console=Console(stderr=True)
             ):
                 throughput_round(llm, _short(works[i]), 0)  # warm up
                 points[i].step_us = step_parts(llm, works[i], seed=1)
@@ -84,7 +85,8 @@ def _measure_engine(
 
 
 def step_parts(llm: LLM, work: Work, seed: int) -> Figures:
-    """Mean microseconds of each part of a step: see `Profile.microseconds_a_step`."""
+    """Measure the mean duration of each phase of a step in microseconds; see
+    `Profile.microseconds_a_step`."""
     loop = ClosedLoop(
         llm, work.prompts(seed, min(4000, llm.vocab_size)), work.output_len, work.concurrency
     )

@@ -1,4 +1,4 @@
-"""The load against a running server: streamed completions of the OpenAI API."""
+"""Measure a running server with streamed completions of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from dovetail_bench.load import Figures, Work, waits
 
 
 def serve_round(url: str, model: str, work: Work, seed: int) -> Figures:
-    """`work.concurrency` clients, each sending its next request when the last one is answered.
+    """Run one round with `work.concurrency` clients, each of which sends its next request after the
+    last response.
 
-    What counts as a token's coming is text: half a character, say, has none, or not even an event.
+    A token counts as received when an event with text arrives. Part of a character has no text and
+    may have no event.
     """
     bodies = [
         {
@@ -36,8 +38,8 @@ def serve_round(url: str, model: str, work: Work, seed: int) -> Figures:
 
 
 def about_server(url: str) -> dict[str, Any]:
-    """`model`: the first one that it serves; `version` and `plan` (the fingerprint) where the
-    server tells."""
+    """Return `model`, the first model that the server has, and `version` and `plan` (the
+    fingerprint) if it reports them."""
     try:
         model = _get(f"{url}/v1/models")["data"][0]["id"]
     except (OSError, ValueError, LookupError) as e:

@@ -1,4 +1,4 @@
-"""The plots of a report. matplotlib is imported only when a plot is sampled."""
+"""Plot a report. matplotlib is imported only when plotting."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ COLOURS = ("#2f6fab", "#e08a2e", "#4a9d6b", "#b8475a", "#7d68a8", "#9a9a9a")
 
 
 def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Write `<kind>.png`, `<kind>-steps.png` if the parts of a step are known, and `<kind>.html`;
-    returns the files."""
+    """Write `<kind>.png`, `<kind>-steps.png` if the phases of a step were measured, and
+    `<kind>.html`. Returns the paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -40,7 +40,7 @@ def write_plots(report: Report, folder: Path) -> list[Path]:
 
 
 def curves(report: Report) -> Figure:
-    """Against concurrency: output tokens per second, time to first token, time between tokens."""
+    """Plot output tokens per second, time to first token and time between tokens by concurrency."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -53,7 +53,7 @@ def curves(report: Report) -> Figure:
 
 
 def _curve(report: Report, axes: Axes, names: tuple[str, ...], label: str) -> None:
-    """Medians, and the span of all rounds as a band."""
+    """Plot medians as a line and the range of all rounds as a band."""
     x = [p.concurrency for p in report.points]
     for name, colour in zip(names, COLOURS, strict=False):
         columns = [p.column(name) for p in report.points]
@@ -83,8 +83,8 @@ def _curve(report: Report, axes: Axes, names: tuple[str, ...], label: str) -> No
 
 
 def step_parts(report: Report) -> Figure:
-    """Stacked bars by concurrency: the mean time of each part of a step, and the same without the
-    model's share."""
+    """Plot the mean duration of each phase of a step by concurrency as stacked bars, with and
+    without the model's forward pass."""
     from matplotlib.figure import Figure
 
     points = [(str(p.concurrency), p.step_us) for p in report.points if p.step_us is not None]
@@ -113,7 +113,7 @@ def step_parts(report: Report) -> Figure:
 
 
 def _label(axes: Axes, label: str) -> None:
-    axes.set_xlabel("requests at a time")
+    axes.set_xlabel("concurrent requests")
     axes.set_ylabel(label)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

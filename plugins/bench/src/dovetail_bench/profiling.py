@@ -1,6 +1,6 @@
-"""Where a step's time goes: the plain objects of a running engine, timed from outside.
+"""Measure where the time of a step goes, by wrapping methods of a running engine's objects.
 
-Nothing in the engine knows of this, so it costs nothing when it is not used.
+The engine is not aware of this, so there is no cost if it is not used.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dovetail.types import StepPlan
 from dovetail_bench.load import ClosedLoop
 
 PARTS = ("schedule", "forward", "sampling", "commit", "text")
-"""Of a step, in their order. forward: inputs, model and logits. text: from tokens to text, in the
+"""Phases of a step in order. forward: inputs, model and logits. text: detokenization in the
 front-end."""
 
 
 class Profile:
-    """Times calls of methods, until `close`:
+    """Records the durations of method calls, until `close`:
 
         with Profile() as profile:
             profile.watch("schedule", engine.scheduler, "schedule")
             ...
-        profile.seconds["schedule"]  # one entry a call
+        profile.seconds["schedule"]  # one entry per call
 
-    A call within a watched call counts in both.
+    A call inside another watched call counts in both.
     """
 
     def __init__(self) -> None:
@@ -44,20 +44,19 @@ class Profile:
             finally:
                 seconds[part].append(clock() - began)
 
-        self._put(owner, method, timed)
+        self._replace(owner, method, timed)
 
     def watch_engine(self, engine: Engine) -> None:
-        """The parts of a step of the plain loop. In the overlapped one `submit` returns before the
-        work is done."""
+        """Watch the phases of a step in the plain loop. In the overlapped loop, `submit` returns
+        before the work is done."""
         submit = engine.worker.submit
 
         def submit_without_sampling(plan: StepPlan) -> Any:
-            plan.masked = (
-                True  # by the worker's contract `sample` then samples: the two can be told apart
-            )
+            # By the worker's contract, sampling then happens in `sample`, which is timed by itself.
+            plan.masked = True
             return submit(plan)
 
-        self._put(engine.worker, "submit", submit_without_sampling)
+        self._replace(engine.worker, "submit", submit_without_sampling)
         self.watch("schedule", engine.scheduler, "schedule")
         self.watch("forward", engine.worker, "submit")
         self.watch("sampling", engine.worker, "sample")
@@ -68,12 +67,13 @@ class Profile:
         self.watch("step", loop, "step")
 
     def microseconds_a_step(self) -> dict[str, float]:
-        """Means: `step`, the whole, then each of PARTS and `other`, which add up to it."""
+        """Return mean durations: `step` for the whole step, then each of PARTS and `other`, which
+        add up to it."""
         num_steps = len(self.seconds["step"])
         out = {part: 1e6 * sum(self.seconds[part]) / num_steps for part in ("step", *PARTS)}
         return {**out, "other": max(0.0, out["step"] - sum(out[part] for part in PARTS))}
 
-    def _put(self, owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
+    def _replace(self, owner: Any, method: str, wrapper: Callable[..., Any]) -> None:
         before = vars(owner).get(method)
         if before is None:
             self._undo.append(lambda: delattr(owner, method))
@@ -82,7 +82,7 @@ class Profile:
         setattr(owner, method, wrapper)
 
     def close(self) -> None:
-        """The objects are as they were."""
+        """Restore the watched objects."""
         while self._undo:
             self._undo.pop()()
 

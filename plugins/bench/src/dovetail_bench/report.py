@@ -1,4 +1,4 @@
-"""What was measured, for people and for machines: tables, JSON, one page of HTML."""
+"""Present measurements as tables, JSON and one HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Point:
     num_requests: int
     rounds: list[Figures] = field(default_factory=list)
     step_us: Figures | None = None
-    """Microseconds of a step by part, if they were measured."""
+    """Microseconds of a step by phase, if measured."""
 
     def column(self, name: str) -> list[float]:
         return [r[name] for r in self.rounds]
@@ -54,8 +54,8 @@ class Report:
         return f"{self.kind}: {self.model} · {in_words(self.machine)} · {self.date[:10]}"
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """(header, rows) of each. A single point shows the spread of its rounds, a sweep the
-        medians."""
+        """Return (header, rows) of each table. A single point shows the range of its rounds, a
+        sweep shows medians."""
         out = [self._sweep() if len(self.points) > 1 else self._single()]
         parts = [p for p in self.points if p.step_us is not None]
         if parts:
@@ -103,7 +103,7 @@ class Report:
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_html(self, path: Path, svgs: list[str]) -> None:
-        """One file that needs no other: the plots are inside."""
+        """Write one self-contained file with the plots embedded."""
         images = (base64.b64encode(svg.encode()).decode() for svg in svgs)
         parts = [f'<img src="data:image/svg+xml;base64,{image}">' for image in images]
         for header, rows in self.tables():

@@ -1,5 +1,5 @@
-"""The demo model: a small Llama that answers questions about the Python library, so that serving
-needs no download."""
+"""Provide the demo model, a small Llama that answers questions about the Python library, so that
+serving needs no download."""
 
 from __future__ import annotations
 
@@ -37,5 +37,7 @@ def dovetail_models() -> list[Provider[ModelSource]]:
             _source,
             DemoOptions,
         ),
-        Provider("demo-draft", "drafts for demo (Llama, 0.9 M parameters)", _draft, DemoOptions),
+        Provider(
+            "demo-draft", "draft model for demo (Llama, 0.9 M parameters)", _draft, DemoOptions
+        ),
     ]

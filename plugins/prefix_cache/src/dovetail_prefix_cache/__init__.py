@@ -1,5 +1,5 @@
-"""Prefix caching: a hash index of computed blocks. Opens an extension point of its own, `eviction`,
-for the order of giving up."""
+"""Register the prefix cache, a hash index of computed blocks, and the extension point `eviction`,
+which sets the eviction order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EVICTION = ExtensionPoint(
     "eviction",
     "dovetail_eviction_policies",
-    "which cached blocks to give up first",
+    "which cached blocks to evict first",
     within="prefix_cache",
     interface=MakePolicy,
     contract_class="dovetail_prefix_cache.testing:EvictionContract",
@@ -27,12 +27,14 @@ EVICTION = ExtensionPoint(
 )
 
 
-def _settle(context: Context, options: TieredCacheOptions) -> tuple[TieredCacheOptions, list[str]]:
-    asked, there = options.host_memory_gb, context.device.memory_bytes / 2**30
-    if asked > there:
+def _resolve_options(
+    context: Context, options: TieredCacheOptions
+) -> tuple[TieredCacheOptions, list[str]]:
+    requested, available = options.host_memory_gb, context.device.memory_bytes / 2**30
+    if requested > available:
         raise ConfigError(
-            f"prefix_cache.host_memory_gb: {asked:g} GiB is more than this machine has ({there:.1f}"
-            " GiB)"
+            f"prefix_cache.host_memory_gb: {requested:g} GiB is more than this machine has"
+            f" ({available:.1f} GiB)"
         )
     return options, []
 
@@ -64,9 +66,16 @@ def dovetail_extension_points() -> list[ExtensionPoint]:
 
 @hookimpl
 def dovetail_prefix_caches() -> list[Provider[HashIndex]]:
-    summary = "blocks by chained, keyed 128-bit hashes; every hit is verified"
+    summary = "finds blocks by chained, keyed 128-bit hashes and verifies every hit"
     return [
-        Provider("hash", summary, _hash, TieredCacheOptions, resolve_options=_settle, priority=50)
+        Provider(
+            "hash",
+            summary,
+            _hash,
+            TieredCacheOptions,
+            resolve_options=_resolve_options,
+            priority=50,
+        )
     ]
 
 
@@ -75,9 +84,14 @@ def dovetail_eviction_policies() -> list[Provider[MakePolicy]]:
     return [
         Provider(
             "lru",
-            "least recently used, and of one sequence the last blocks first",
+            "evicts the least recently used block; within a sequence, the last blocks first",
             _lru,
             priority=50,
         ),
-        Provider("lfu", "least often used, among those the least recently", _lfu, priority=40),
+        Provider(
+            "lfu",
+            "evicts the least frequently used block; among equals, the least recently used",
+            _lfu,
+            priority=40,
+        ),
     ]

@@ -1,6 +1,6 @@
-"""The contract of the `eviction` extension point, and two policies.
+"""Define the contract of the `eviction` extension point and two policies.
 
-A provider's `build` returns a `MakePolicy`; one policy is made for each KV group.
+A provider's `build` returns a `MakePolicy`, which is called once per KV group.
 """
 
 from __future__ import annotations
@@ -11,39 +11,38 @@ from typing import Protocol
 
 
 class EvictionPolicy(Protocol):
-    """An order among the blocks that are kept and that no sequence uses.
+    """The eviction order of cached blocks that no sequence uses.
 
-    Blocks of one sequence are added from the last to the first; a block without the ones before it
-    is of no use, so what was added first should, all else equal, go first.
+    Blocks of one sequence are added from the last to the first. A block is useless without those
+    before it, so among otherwise equal blocks the one added first should be evicted first.
     """
 
     def add(self, block_id: int) -> None:
-        """A block is no longer in use. It is not here now; it may have been before, with the same
-        content."""
+        """Add a block that is no longer in use. It is not in the policy; it may have been before,
+        with the same content."""
 
     def remove(self, block_id: int) -> None:
-        """A block that is here is in use again: somebody asked for what it holds."""
+        """Remove a block of the policy that is in use again, because its content was requested."""
 
     def pop(self) -> int:
-        """Take out the least valuable block: its content is forgotten. Never called when none is
-        here."""
+        """Remove and return the least valuable block, whose content is evicted. Never called if the
+        policy is empty."""
 
     def clear(self) -> None:
-        """All is forgotten."""
+        """Remove all blocks."""
 
 
 class MakePolicy(Protocol):
-    """Makes an empty policy for blocks 0 … num_blocks - 1."""
+    """Returns an empty policy for blocks 0 … num_blocks - 1."""
 
     def __call__(self, num_blocks: int) -> EvictionPolicy: ...
 
 
 class LeastRecentlyUsed:
-    """In the order in which they were added."""
+    """Evicts blocks in the order in which they were added."""
 
     def __init__(self, num_blocks: int) -> None:
-        # A plain dict would do but for `pop`: it looks for its first entry among those deleted
-        # before.
+        # Not a dict, because finding its first entry means skipping all deleted ones.
         self._order: OrderedDict[int, None] = OrderedDict()
 
     def add(self, block_id: int) -> None:
@@ -60,7 +59,7 @@ class LeastRecentlyUsed:
 
 
 class LeastFrequentlyUsed:
-    """By how often a block was used since it was computed, then in the order in which they were
+    """Evicts by number of uses since the block was computed, then in the order in which blocks were
     added."""
 
     def __init__(self, num_blocks: int) -> None:
@@ -68,7 +67,7 @@ class LeastFrequentlyUsed:
         self._time = 0
         self._added_at: dict[int, int] = {}
         self._heap: list[tuple[int, int, int]] = []
-        """(uses, time, block): an entry counts if the block is here since that time."""
+        """(uses, time, block). An entry is valid if the block was last added at that time."""
 
     def add(self, block_id: int) -> None:
         self._time += 1

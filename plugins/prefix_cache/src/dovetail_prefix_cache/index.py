@@ -1,10 +1,10 @@
-"""Which block holds the KV of which tokens, by chained hashes.
+"""Map token prefixes to the blocks with their KV, by chained hashes.
 
-A block's key is the 128-bit BLAKE2b hash (RFC 7693) of the key of the block before it and of its
-own tokens; the first one's predecessor is the hash of adapter and salt under a secret that is
-sampled anew for every index. So a key stands for all tokens up to the end of its block, and as no
-key can be known without the secret, nobody can choose tokens that collide. A hit is verified all
-the same: an entry keeps its tokens and its predecessor's key, and both are compared.
+A block's key is the 128-bit BLAKE2b hash (RFC 7693) of the previous block's key and its own tokens.
+The first block's predecessor is the hash of adapter and salt, keyed with a secret that is random
+for every index. A key thus identifies all tokens up to the end of its block, and without the secret
+nobody can choose tokens that collide. Hits are verified nevertheless: an entry keeps its tokens and
+its predecessor's key, and both are compared.
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ KEY_BYTES = 16
 
 
 Entry = tuple[Any, ...]
-"""One block's worth of tokens: these, the key of the block before, and per KV group the block that
-holds their KV.
+"""The tokens of one block, the key of the previous block, and the id of the block with their KV in
+each KV group.
 
-There may be a million, and Python's collector does not look at tuples of bytes and numbers."""
+There may be a million entries, and Python's garbage collector does not track tuples of bytes and
+numbers.
+"""
 
 
 class Chain:
-    """The first blocks of a sequence, as far as anybody has asked."""
+    """The first blocks of a sequence, as far as they have been looked up."""
 
     __slots__ = ("keys", "tokens")
 
     def __init__(self, root: bytes) -> None:
         self.keys = [root]
-        """Of the block before the first, the first, …"""
+        """Keys of the root, the first block, the second block, …"""
         self.tokens: list[bytes] = []
 
 
 class HashIndex:
-    """A `TieredPrefixCache`; the interface says what each method promises."""
+    """The `TieredPrefixCache` by hashes. The interface documents the methods."""
 
     def __init__(
         self,
@@ -54,8 +56,8 @@ class HashIndex:
         named: str | None = None,
         num_host_blocks: Counts[int] = (),
     ) -> None:
-        """`named`: who the policy is, for errors. `num_host_blocks`: of the host tier, if there is
-        one."""
+        """`named` is the name of the policy's provider, for error messages. `num_host_blocks` are
+        the blocks of the host tier, if there is one."""
         self._named = named
         self._block_size = block_size
         self._secret = os.urandom(32)
@@ -64,17 +66,18 @@ class HashIndex:
             n + h for n, h in zip(num_blocks, num_host_blocks or [0] * len(num_blocks), strict=True)
         ]
         self._key_of: list[list[bytes | None]] = [[None] * n for n in all_blocks]
-        """By KV group and block: of what it holds."""
+        """Key of the content of each block, by KV group and block id."""
         self._policies = [make_policy(n) for n in num_blocks]
         self._num_blocks = num_blocks
         self._host_policies = [make_policy(n) for n in all_blocks] if num_host_blocks else []
         self._chains: dict[int, Chain] = {}
-        """By sequence."""
+        """Chain of each sequence."""
         self._expected: dict[bytes, int] = {}
-        """Keys of blocks that running sequences are about to compute, and which of them does."""
+        """Keys of blocks that running sequences are about to compute, with the id of the sequence
+        that does."""
         self._coming: dict[int, tuple[int, int]] = {}
-        """By running sequence: the first block that it has not inserted yet, and the end of those
-        expected."""
+        """For each running sequence, the first block that it has not inserted yet and the end of
+        its expected blocks."""
 
     def match(self, seq: Sequence, num_blocks: int) -> list[tuple[int, ...]]:
         found: list[tuple[int, ...]] = []
@@ -82,7 +85,7 @@ class HashIndex:
         self._cut(chain, seq, num_blocks)
         keys = chain.keys
         for i, own in enumerate(chain.tokens[:num_blocks]):
-            if i + 1 == len(keys):  # hashed as far as it is found, and no further
+            if i + 1 == len(keys):  # hash no further than the first miss
                 keys.append(self._hash(keys[i], own))
             entry = entries.get(keys[i + 1])
             if entry is None or entry[0] != own or entry[1] != keys[i]:
@@ -100,14 +103,13 @@ class HashIndex:
             entry = entries.get(key)
             if entry is None:
                 if not any(blocks):
-                    continue  # wholly behind the windows of all groups
+                    continue  # entirely before the windows of all groups
                 entries[key] = (tokens[i], keys[i], *blocks)
                 for key_of, block in zip(self._key_of, blocks, strict=True):
                     if block != NOT_HERE:
                         key_of[block] = key
-            elif (
-                entry[0] == tokens[i] and entry[1] == keys[i]
-            ):  # else another block of the same hash: the first one stays
+            # Otherwise the hashes collide, and the first entry is kept.
+            elif entry[0] == tokens[i] and entry[1] == keys[i]:
                 for group, block in enumerate(blocks):
                     if block != NOT_HERE and entry[2 + group] == NOT_HERE:
                         self._put(key, group, block)
@@ -122,7 +124,7 @@ class HashIndex:
         return self._expected.get(self._chain(seq, block + 1).keys[block + 1])
 
     def _no_longer_expect(self, seq_id: int, before: int | None = None) -> None:
-        """Blocks of `seq_id`: those before `before`, or all."""
+        """Drop the expected blocks of a sequence: those before block `before`, or all."""
         coming = self._coming.get(seq_id)
         if coming is None:
             return
@@ -147,12 +149,12 @@ class HashIndex:
         return True
 
     def evict(self, group: int, count: int) -> list[int]:
-        return self._forget_least(group, count, self._policies[group])
+        return self._evict(group, count, self._policies[group])
 
     def evict_host(self, group: int, count: int) -> list[int]:
-        return self._forget_least(group, count, self._host_policies[group])
+        return self._evict(group, count, self._host_policies[group])
 
-    def _forget_least(self, group: int, count: int, policy: EvictionPolicy) -> list[int]:
+    def _evict(self, group: int, count: int, policy: EvictionPolicy) -> list[int]:
         blocks = [policy.pop() for _ in range(count)]
         for block in blocks:
             key = self._take_out(group, block)
@@ -177,21 +179,20 @@ class HashIndex:
             self._put(self._take_out(group, source), group, target)
 
     def _take_out(self, group: int, block: int) -> bytes:
-        """The key of what a block holds that a policy has given up; from now on it holds
-        nothing."""
+        """Clear a block that a policy has evicted. Returns the key of its content."""
         key_of = self._key_of[group]
         key = key_of[block] if type(block) is int and 0 <= block < len(key_of) else None
         if key is None:
             raise PluginError(
-                f"the eviction policy gave up {block!r}, no block that is kept",
+                f"the eviction policy returned {block!r}, which is not a cached block",
                 provider=self._named,
             )
         key_of[block] = None
         return key
 
     def _put(self, key: bytes, group: int, block: int) -> None:
-        """What `key` stands for is in this block of a KV group, or `NOT_HERE`; once it is nowhere
-        it is forgotten."""
+        """Set the block with the content of `key` in a KV group, or `NOT_HERE`. An entry without
+        blocks is deleted."""
         if block != NOT_HERE:
             self._key_of[group][block] = key
         entry = self._entries[key]
@@ -214,7 +215,8 @@ class HashIndex:
             policy.clear()
 
     def _chain(self, seq: Sequence, num_blocks: int) -> Chain:
-        """The chain of a sequence, with the keys of its first `num_blocks` blocks at least."""
+        """Return the chain of a sequence with the keys of at least its first `num_blocks`
+        blocks."""
         chain = self._chains.get(seq.seq_id)
         if chain is None:
             chain = self._chains[seq.seq_id] = Chain(self._root(seq.request))
@@ -227,7 +229,7 @@ class HashIndex:
         return chain
 
     def _cut(self, chain: Chain, seq: Sequence, num_blocks: int) -> None:
-        """Have the tokens of its first `num_blocks` blocks in a sequence's chain."""
+        """Add the tokens of a sequence's first `num_blocks` blocks to its chain."""
         known = len(chain.tokens)
         if known < num_blocks:
             size, width = self._block_size, self._block_size * TOKEN.itemsize
@@ -235,7 +237,7 @@ class HashIndex:
             chain.tokens += [data[at : at + width] for at in range(0, len(data), width)]
 
     def _root(self, request: Request) -> bytes:
-        """What the first block's key depends on beside its tokens, and the secret."""
+        """Return the predecessor key of the first block."""
         data = repr((request.adapter_id, request.cache_salt)).encode()
         return blake2b(data, digest_size=KEY_BYTES, key=self._secret).digest()
 

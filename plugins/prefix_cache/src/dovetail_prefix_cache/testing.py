@@ -1,4 +1,4 @@
-"""The contract of the `eviction` extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the `eviction` extension point. A plugin's test is a subclass:
 
 class TestMyPolicy(EvictionContract):
     provider = PROVIDER
@@ -23,7 +23,7 @@ from dovetail_testing.prefix_cache import new_scheduler
 
 
 class EvictionContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest."""
+    """The tests of an `eviction` provider: subclass and set `provider`."""
 
     extension_point = "eviction"
     added: ClassVar[tuple[ExtensionPoint, ...]] = (EVICTION,)
@@ -33,17 +33,15 @@ class EvictionContract(Contract):
         return policy
 
     @common_causes(
-        "a block popped and kept", "remove that leaves an entry behind", "state left after clear"
+        "`pop` does not remove the block", "`remove` leaves an entry", "`clear` leaves state"
     )
     def test_every_block_leaves_once(self) -> None:
-        """`pop` names blocks that were added and not removed since, each once; in the end all that
-        were added have left."""
+        """`pop` returns each block that was added and not removed since exactly once."""
         self.run_machine(partial(PolicyMachine, self), examples=150)
 
-    @common_causes("state kept by the class or the module instead of the object")
+    @common_causes("state is stored in the class or the module instead of the object")
     def test_policies_do_not_meet(self) -> None:
-        """Policies made one after the other, as for two KV groups, know nothing of each other's
-        blocks."""
+        """Policies of different KV groups do not share state."""
         make = self.build()
         policies = [make(8) for _ in range(2)]
         for block in (1, 2, 3):
@@ -57,12 +55,11 @@ class EvictionContract(Contract):
         assert gone == [
             [1, 3],
             [4, 5, 6],
-        ], f"of blocks [1, 3] here and [4, 5, 6] there, {gone[0]} and {gone[1]} were popped"
+        ], f"policies with the blocks [1, 3] and [4, 5, 6] returned {gone[0]} and {gone[1]}"
 
-    @common_causes("state shared between the policies of two groups, or of two engines")
+    @common_causes("the policies of two groups or two engines share state")
     def test_engine_invariants_hold(self) -> None:
-        """Under the hash index, in an engine that comes and goes: blocks are conserved and everyone
-        ends."""
+        """With the hash index in random engines, blocks are conserved and every request ends."""
 
         def new_kv(setup: Setup) -> PagedKVCache:
             return PagedKVCache(
@@ -108,7 +105,7 @@ class PolicyMachine(Machine):
     def pop(self, count: int) -> None:
         for _ in range(min(count, len(self.here))):
             block = self.policy.pop()
-            assert block in self.here, f"{block} was popped, and here are {sorted(self.here)}"
+            assert block in self.here, f"{block} was popped, but the policy has {sorted(self.here)}"
             self.here.discard(block)
 
     @operation(blocks=st.lists(st.integers(1, 11), min_size=1, max_size=2, unique=True))
@@ -120,5 +117,5 @@ class PolicyMachine(Machine):
     def end(self) -> None:
         left = [self.policy.pop() for _ in range(len(self.here))]
         assert sorted(left) == sorted(self.here), (
-            f"{left} were popped at the end, and here were {sorted(self.here)}"
+            f"{left} were popped at the end, but the policy had {sorted(self.here)}"
         )

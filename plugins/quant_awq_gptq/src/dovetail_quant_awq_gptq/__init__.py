@@ -1,7 +1,7 @@
-"""AWQ and GPTQ checkpoints: weights of 4 and 8 bits with a scale and a zero point for each group of
-inputs.
+"""Register support for AWQ and GPTQ checkpoints: 4-bit and 8-bit weights with a scale and a zero
+point per group of inputs.
 
-This module is the light root: it offers the providers and imports no tensor library.
+This module imports no tensor library.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _gptq(context: BuildContext, options: Options) -> Gptq:
 
 
 def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
-    """GPTQ: of 4 and 8 bits, those that the checkpoint has; rules for layers (`dynamic`) may change
-    them."""
+    """Return the code types that a GPTQ checkpoint needs from the GEMM backend. Rules for layers
+    (`dynamic`) may differ from the default."""
     config = (context.model.quantization_config if context.model else None) or {}
     rules = (config.get("dynamic") or {}).values()
     bits = [config.get("bits"), *(rule.get("bits") for rule in rules if rule)]
@@ -61,7 +61,7 @@ def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
     return {"matmul": {"codes": codes}} if codes else {}
 
 
-def _can(
+def _capabilities(
     method: str, codes: tuple[str, ...], examples: tuple[dict[str, Any], ...]
 ) -> QuantizationCapabilities:
     return QuantizationCapabilities(
@@ -71,16 +71,16 @@ def _can(
 
 AWQ = Provider(
     "awq",
-    "AWQ checkpoints: 4-bit weights in groups, scaled for activations",
+    "AWQ checkpoints: 4-bit group-wise weights with activation-aware scaling",
     _awq,
-    capabilities=_can("awq", ("uint4",), AWQ_EXAMPLES),
+    capabilities=_capabilities("awq", ("uint4",), AWQ_EXAMPLES),
     priority=50,
 )
 GPTQ = Provider(
     "gptq",
-    "GPTQ checkpoints: 4-bit and 8-bit weights in groups, rounded in sequence",
+    "GPTQ checkpoints: 4-bit and 8-bit group-wise weights with error compensation",
     _gptq,
-    capabilities=_can("gptq", ("uint4", "int8"), GPTQ_EXAMPLES),
+    capabilities=_capabilities("gptq", ("uint4", "int8"), GPTQ_EXAMPLES),
     needs=needs,
     priority=50,
 )

@@ -1,8 +1,8 @@
-"""AWQ: activation-aware weight quantization (Lin et al., arXiv 2306.00978), in the packing of its
-"gemm" kernel.
+"""Read AWQ checkpoints (activation-aware weight quantization, Lin et al., arXiv 2306.00978) in the
+packing of AWQ's "gemm" kernel.
 
-`qweight i32[in, out / 8]` and `qzeros i32[in / group, out / 8]` hold eight columns a word, `scales
-[in / group, out]`; weight = (code - zero) * scale.
+`qweight i32[in, out / 8]` and `qzeros i32[in / group, out / 8]` have eight columns per word;
+`scales [in / group, out]`. weight = (code - zero) * scale.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dovetail_quant_awq_gptq.settings import Config, group_size, one_of
 
 BITS, PER_WORD = 4, 8
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The column that a word's i-th four bits are for: the order of the "gemm" kernel."""
+"""Column of the i-th 4-bit code of a word, as ordered by the "gemm" kernel."""
 
 
 class Awq(MatmulScheme):
-    """Layers of an AWQ checkpoint. `where` is the file of the config, for errors."""
+    """The scheme for the layers of an AWQ checkpoint. `where` is the path of the config, for error
+    messages."""
 
     def __init__(self, matmul: Matmul, config: Config, where: str) -> None:
         super().__init__(matmul)
@@ -32,23 +33,23 @@ class Awq(MatmulScheme):
         one_of(where, config, ("pack_dtype",), ("int32",), "int32")
         self._group = group_size(where, config, ("group_size", "q_group_size"))
         self._has_zeros: bool = config.get("zero_point", True)
-        self._left_out: list[str] = config.get("modules_to_not_convert") or []
+        self._not_quantized: list[str] = config.get("modules_to_not_convert") or []
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
         if layer.alike(
-            self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"
+            self._is_not_quantized, "modules_to_not_convert of the checkpoint's quantization_config"
         ):
-            return Declined("the checkpoint leaves it out (modules_to_not_convert)")
+            return Declined("not quantized in the checkpoint (modules_to_not_convert)")
         group = self._group or layer.in_features
         odd = [part.name for part in layer.parts if part.out_features % PER_WORD]
         if odd or layer.in_features % group:
-            what = (
-                f"the outputs of {odd[0]} are no multiple of {PER_WORD}"
+            reason = (
+                f"the outputs of {odd[0]} are not a multiple of {PER_WORD}"
                 if odd
-                else f"its inputs are not groups of {group}"
+                else f"its inputs are not a multiple of the group size {group}"
             )
             raise CheckpointError(
-                f"{layer.name} ({layer.in_features} inputs) cannot be read as AWQ: {what}"
+                f"{layer.name} ({layer.in_features} inputs) cannot be read as AWQ: {reason}"
             )
         words = Axis("out", features=PER_WORD)
         groups = Axis("in", features=group)
@@ -70,5 +71,5 @@ class Awq(MatmulScheme):
             )
         return found
 
-    def _is_left_out(self, name: str) -> bool:
-        return name == "lm_head" or any(part in name for part in self._left_out)
+    def _is_not_quantized(self, name: str) -> bool:
+        return name == "lm_head" or any(part in name for part in self._not_quantized)

@@ -1,11 +1,11 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323), in the layout of AutoGPTQ and gptqmodel.
+"""Read GPTQ checkpoints (Frantar et al., arXiv 2210.17323) in the layout of AutoGPTQ and gptqmodel.
 
-`qweight i32[in * bits / 32, out]` holds the inputs of a word, `qzeros i32[in / group, out * bits /
-32]` the outputs, `scales [in / group, out]`, `g_idx i32[in]` the group of each input; weight =
+`qweight i32[in * bits / 32, out]` packs inputs into words, `qzeros i32[in / group, out * bits /
+32]` packs outputs; `scales [in / group, out]`; `g_idx i32[in]` is the group of each input. weight =
 (code - zero) * scale.
 
-The first version of the format stores one less than each zero point. Tools subtract from whole
-words, so that a zero point of 0 borrows from the next one: whole words are what one is added to.
+Version 1 of the format stores zero points minus one. Tools subtract from whole words, so that a
+zero point of 0 borrows from the next one; therefore one is added back to whole words.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from dovetail.interfaces.quantization import OUT, Axis, Declined, LinearLayer, P
 from dovetail_quant_awq_gptq.settings import Config, group_size, one_of
 
 ONES = {4: 0x11111111, 8: 0x01010101}
-"""A word of ones, by bits."""
+"""The word whose codes are all 1, by number of bits."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How some layers are stored."""
+    """Quantization settings of some layers."""
 
     bits: int
     group: int | None
-    """Inputs that share a scale; None: all."""
+    """Number of inputs that share a scale; None means all."""
     ordered: bool
-    """Groups are of inputs that lie apart (`desc_act`)."""
+    """True if the inputs of a group are not contiguous (`desc_act`)."""
 
     @classmethod
     def of(cls, where: str, config: Config) -> Settings:
@@ -52,9 +52,10 @@ class Settings:
 
 
 class Gptq(MatmulScheme):
-    """Layers of a GPTQ checkpoint. `where` is the file of the config, for errors."""
+    """The scheme for the layers of a GPTQ checkpoint. `where` is the path of the config, for error
+    messages."""
 
-    unused = ("*.bias",)  # AutoGPTQ wrote zeros for layers that have none
+    unused = ("*.bias",)  # AutoGPTQ wrote zero biases for layers without a bias
 
     def __init__(self, matmul: Matmul, config: Config, where: str) -> None:
         super().__init__(matmul)
@@ -74,25 +75,24 @@ class Gptq(MatmulScheme):
             self._rules.append((re.compile(rule.removeprefix("-:").removeprefix("+:")), settings))
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
-        settings = self._of(layer)
+        settings = self._settings_or_none(layer)
         if settings is None:
-            return Declined("the checkpoint leaves it out (quantization_config)")
+            return Declined("not quantized in the checkpoint (quantization_config)")
         per_word, group = 32 // settings.bits, settings.group or layer.in_features
         odd = [part.name for part in layer.parts if part.out_features % per_word]
         if odd or layer.in_features % per_word:
-            what = f"the outputs of {odd[0]}" if odd else f"its {layer.in_features} inputs"
+            features = f"the outputs of {odd[0]}" if odd else f"its {layer.in_features} inputs"
             raise CheckpointError(
-                f"{layer.name} cannot be read as GPTQ: {what} are no multiple of {per_word}"
+                f"{layer.name} cannot be read as GPTQ: {features} are not a multiple of {per_word}"
             )
         if layer.in_features % group and settings.ordered:
-            what = (
-                f"its {layer.in_features} inputs are not whole groups of {group}, and in an order"
+            raise CheckpointError(
+                f"{layer.name} cannot be read as GPTQ: with desc_act, its {layer.in_features}"
+                f" inputs must be a multiple of the group size {group}"
             )
-            raise CheckpointError(f"{layer.name} cannot be read as GPTQ: {what}")
         groups = Axis("in", features=group)
-        whole = Axis(
-            "in", features=layer.in_features, elements=layer.in_features
-        )  # which a rank cannot share
+        # An axis that cannot be split between ranks.
+        whole = Axis("in", features=layer.in_features, elements=layer.in_features)
         return {
             "qweight": Parameter((Axis("in", features=per_word), OUT), "int32"),
             "qzeros": Parameter((groups, Axis("out", features=per_word)), "int32"),
@@ -101,12 +101,12 @@ class Gptq(MatmulScheme):
         }
 
     def format(self, layer: LinearLayer) -> WeightFormat:
-        settings = self._records(layer)
+        settings = self._settings_for(layer)
         codes: Any = "uint4" if settings.bits == 4 else "int8"
         return WeightFormat(codes, settings.group, zeros=True, order=settings.ordered)
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        settings = self._records(layer)
+        settings = self._settings_for(layer)
         codes = unpack(tensors["qweight"], settings.bits, 0).T
         words = (
             tensors["qzeros"] + ONES[settings.bits] if self._is_first_version else tensors["qzeros"]
@@ -118,25 +118,25 @@ class Gptq(MatmulScheme):
             )
             codes = codes[:, found["order"]]
         else:
-            self._check_plain(settings, layer, tensors["g_idx"])
+            self._check_contiguous(settings, layer, tensors["g_idx"])
         zeros = canonical_zeros(unpack(words, settings.bits, 1).T, settings.bits)
         return {**found, "codes": canonical_codes(codes, settings.bits), "zeros": zeros}
 
-    def _check_plain(self, settings: Settings, layer: LinearLayer, g_idx: Tensor) -> None:
-        """Of a rank's share too, which begins with some group."""
+    def _check_contiguous(self, settings: Settings, layer: LinearLayer, g_idx: Tensor) -> None:
+        """Check that groups of inputs are contiguous. A rank's shard may begin with any group."""
         group = settings.group or layer.in_features
         if (g_idx - g_idx[:, :1] != plain_groups(layer, g_idx, group)).any():
             raise CheckpointError(
-                f"{layer.name}.g_idx is not one group of {group} inputs after the other, as "
-                "quantization_config says: is its group_size wrong, or desc_act, which is false?"
+                f"{layer.name}.g_idx does not have contiguous groups of {group} inputs, as"
+                " quantization_config says: is group_size wrong, or should desc_act be true?"
             )
 
-    def _records(self, layer: LinearLayer) -> Settings:
-        settings = self._of(layer)
-        assert settings is not None  # or it was declined
+    def _settings_for(self, layer: LinearLayer) -> Settings:
+        settings = self._settings_or_none(layer)
+        assert settings is not None  # otherwise it was declined
         return settings
 
-    def _of(self, layer: LinearLayer) -> Settings | None:
+    def _settings_or_none(self, layer: LinearLayer) -> Settings | None:
         found: Settings | None = layer.alike(
             self._settings_of, "the checkpoint's quantization_config"
         )

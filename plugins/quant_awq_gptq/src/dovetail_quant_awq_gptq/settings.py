@@ -1,4 +1,4 @@
-"""Reading a quantization_config: every value is checked, and an error says where it stands."""
+"""Read a quantization_config. Every value is checked, and an error names the file and the key."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from dovetail.errors import CheckpointError
 Config = Mapping[str, Any]
 
 
-def refused(where: str, key: str, given: object, what: str) -> CheckpointError:
-    """`where` is the file; `what` says what is expected."""
-    return CheckpointError(f"{where}: quantization_config.{key} is {given!r}; {what}")
+def unsupported(where: str, key: str, value: object, what: str) -> CheckpointError:
+    """Return the error for an unsupported value. `where` is the path of the file, and `what` says
+    what is expected."""
+    return CheckpointError(f"{where}: quantization_config.{key} is {value!r}; {what}")
 
 
 def one_of(
     where: str, config: Config, keys: Iterable[str], known: tuple[Any, ...], default: Any
 ) -> Any:
-    """The value of the first key that is there, in lower case. Raises `CheckpointError` for one
-    that is not known."""
+    """Return the value of the first key that is present, in lower case. Raises `CheckpointError`
+    for an unknown value."""
     key = next((k for k in keys if config.get(k) is not None), None)
-    given = default if key is None else config[key]
-    value = given.lower() if isinstance(given, str) else given
+    found = default if key is None else config[key]
+    value = found.lower() if isinstance(found, str) else found
     if value not in known or isinstance(value, bool):
-        raise refused(where, str(key), given, f"this reads {' and '.join(map(repr, known))}")
+        raise unsupported(where, str(key), found, f"supported: {' and '.join(map(repr, known))}")
     return value
 
 
 def group_size(where: str, config: Config, keys: Iterable[str]) -> int | None:
-    """Inputs that share a scale; None: all of them, which tools write as -1."""
+    """Return the number of inputs that share a scale. None means all, which tools write as -1."""
     key = next((k for k in keys if k in config), None)
-    given = 128 if key is None else config[key]
-    if given in (-1, None):
+    value = 128 if key is None else config[key]
+    if value in (-1, None):
         return None
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise refused(
-            where, str(key), given, "it must be a number of inputs, or -1 for all of them"
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise unsupported(
+            where, str(key), value, "it must be a number of inputs, or -1 for all of them"
         )
-    return given
+    return value

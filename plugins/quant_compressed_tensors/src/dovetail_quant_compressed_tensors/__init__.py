@@ -1,6 +1,7 @@
-"""Checkpoints of compressed-tensors: FP8, INT8, and packed weights of 4 and 8 bits.
+"""Register support for compressed-tensors checkpoints: FP8, INT8, and packed 4-bit and 8-bit
+weights.
 
-This module is the light root: it offers the provider and imports no tensor library.
+This module imports no tensor library.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ METHOD = "compressed-tensors"
 def example(
     format: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A quantization_config of one group for all linear layers but the output projection."""
+    """Return a quantization_config with one group for all linear layers except the output
+    projection."""
     group = {
         "targets": ["Linear"],
         "weights": weights,
@@ -73,7 +75,7 @@ def _build(context: BuildContext, options: Options) -> CompressedTensors:
 
 
 def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
-    """What the groups of the checkpoint ask of what multiplies."""
+    """Return what the groups of the checkpoint need from the GEMM backend."""
     from dovetail_quant_compressed_tensors.groups import Groups
 
     if context.model is None or context.model.quantization_method != METHOD:
@@ -94,7 +96,7 @@ def needs(context: Context, options: Options) -> dict[str, dict[str, Any]]:
 
 PROVIDER = Provider(
     METHOD,
-    "checkpoints of compressed-tensors: FP8, INT8, packed 4-bit and 8-bit weights",
+    "compressed-tensors checkpoints: FP8, INT8, packed 4-bit and 8-bit weights",
     _build,
     capabilities=QuantizationCapabilities(
         (METHOD,),

@@ -1,5 +1,5 @@
-"""What a checkpoint's quantization_config says of its layers: `config_groups`, each with its
-targets, and `ignore`."""
+"""Parse a checkpoint's quantization_config: `config_groups`, each with its targets, and
+`ignore`."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Config = Mapping[str, Any]
 
 FLOAT, INT, PACKED, NAIVE = "float-quantized", "int-quantized", "pack-quantized", "naive-quantized"
 KINDS = {FLOAT: ("float", (8,)), INT: ("int", (4, 8)), PACKED: ("int", (4, 8))}
-"""By format: the type of the weights, and of how many bits. Not packed, each has a byte of its
-own."""
+"""Type and numbers of bits of the weights by format. Unpacked weights have one byte each."""
 STRATEGIES = ("tensor", "channel", "group", "block")
 ALL = "Linear"
-"""As a target: every linear layer."""
+"""The target that matches every linear layer."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What the configuration says of some layers."""
+    """Quantization settings of the layers in one config group."""
 
     format: str
     bits: int
     strategy: str
     group_size: int | None
-    """Inputs that share a scale; None: all."""
+    """Number of inputs that share a scale; None means all."""
     block: tuple[int, int] | None
-    """Outputs and inputs that share a scale."""
+    """Numbers of outputs and inputs that share a scale."""
     symmetric: bool
     ordered: bool
-    """Groups are of inputs that lie apart (`actorder: group`), as `weight_g_idx` says."""
+    """True if the inputs of a group are not contiguous (`actorder: group`); `weight_g_idx` has the
+    group of each input."""
     inputs: Inputs | None
     static: bool
-    """The scale of the inputs is in the checkpoint."""
+    """True if the scale of the inputs is in the checkpoint."""
 
     @property
     def codes(self) -> Codes:
@@ -52,61 +52,63 @@ class Group:
 
     @classmethod
     def of(cls, where: str, name: str, entry: Config, default: str) -> Group:
-        """Raises `CheckpointError` for what is not supported. `where` is the file, `default` the
-        format that the whole config names."""
+        """Parse one group. `where` is the path of the file, and `default` is the format of the
+        whole config. Raises `CheckpointError` for unsupported settings."""
 
-        def refused(key: str, given: object, what: str) -> CheckpointError:
+        def unsupported(key: str, given: object, what: str) -> CheckpointError:
             return CheckpointError(
                 f"{where}: quantization_config.config_groups.{name}.{key} is {given!r}; {what}"
             )
 
         weights = entry.get("weights")
         if not isinstance(weights, dict):
-            raise refused("weights", weights, "a group must say how its weights are stored")
+            raise unsupported("weights", weights, "a group must describe its weights")
         bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
         format = entry.get("format") or default
         if format == NAIVE:
             format = FLOAT if kind == "float" else INT
         if format not in KINDS:
-            raise refused("format", format, f"this reads {', '.join(KINDS)} and {NAIVE}")
+            raise unsupported("format", format, f"supported: {', '.join(KINDS)} and {NAIVE}")
         wanted, sizes = KINDS[format]
         if kind != wanted or bits not in sizes:
             shown = " or ".join(map(str, sizes))
-            raise refused(
+            raise unsupported(
                 "weights",
                 f"{kind} of {bits} bits",
-                f"{format} is read with {wanted} of {shown} bits",
+                f"{format} is supported with {wanted} of {shown} bits",
             )
         strategy = weights.get("strategy") or (
             "channel" if weights.get("group_size") == -1 else "tensor"
         )
         if strategy not in STRATEGIES or (strategy == "block" and format != FLOAT):
-            raise refused(
+            raise unsupported(
                 "weights.strategy",
                 strategy,
-                f"{format} is read by {', '.join(STRATEGIES[: 3 + (format == FLOAT)])}",
+                f"{format} supports {', '.join(STRATEGIES[: 3 + (format == FLOAT)])}",
             )
         size = weights.get("group_size") if strategy == "group" else None
         if strategy == "group" and (not isinstance(size, int) or size < 1):
-            raise refused("weights.group_size", size, "it must be a number of inputs")
+            raise unsupported("weights.group_size", size, "it must be a number of inputs")
         symmetric = weights.get("symmetric", True)
         if not symmetric and (format == FLOAT or strategy == "tensor"):
-            raise refused(
+            raise unsupported(
                 "weights.symmetric",
                 symmetric,
-                f"{format} is read without zero points with the strategy {strategy}",
+                f"zero points are not supported for {format} with the strategy {strategy}",
             )
         if entry.get("output_activations"):
-            raise refused(
-                "output_activations", entry["output_activations"], "outputs are not rounded here"
+            raise unsupported(
+                "output_activations",
+                entry["output_activations"],
+                "quantized outputs are not supported",
             )
-        inputs, static = _inputs_of(entry.get("input_activations"), wanted, refused)
+        inputs, static = _inputs_of(entry.get("input_activations"), wanted, unsupported)
         return cls(
             format,
             bits,
             strategy,
             size,
-            _block_of(weights, refused) if strategy == "block" else None,
+            _block_of(weights, unsupported) if strategy == "block" else None,
             symmetric,
             weights.get("actorder") in ("group", "dynamic"),
             inputs,
@@ -114,19 +116,21 @@ class Group:
         )
 
 
-def _inputs_of(given: Any, wanted: str, refused: Any) -> tuple[Inputs | None, bool]:
-    """What inputs are rounded to, and whether by a scale from the checkpoint.
+def _inputs_of(given: Any, wanted: str, unsupported: Any) -> tuple[Inputs | None, bool]:
+    """Return the type to which inputs are rounded, and whether their scale is in the checkpoint.
 
-    Inputs that tools round otherwise than by a row's or the tensor's own symmetric scale (in groups
-    of 128, as block scales come with, or with zero points) are taken as they are, which is nearer
-    to the weights' own accuracy.
+    Only symmetric scales per row or for the whole tensor are implemented. Inputs that the
+    checkpoint quantizes in another way (in groups of 128, as block-wise weights come with, or with
+    zero points) are not rounded, which is more accurate.
     """
     if not given:
         return None, False
     if given.get("num_bits", 8) != 8 or given.get("type", "int") != wanted:
         what = f"{given.get('type', 'int')} of {given.get('num_bits', 8)} bits"
-        raise refused(
-            "input_activations", what, f"beside these weights it is {wanted} of 8 bits, or nothing"
+        raise unsupported(
+            "input_activations",
+            what,
+            f"with these weights it must be {wanted} of 8 bits, or absent",
         )
     if given.get("strategy", "tensor") not in ("token", "tensor") or not given.get(
         "symmetric", True
@@ -135,12 +139,12 @@ def _inputs_of(given: Any, wanted: str, refused: Any) -> tuple[Inputs | None, bo
     return "int8" if wanted == "int" else "float8_e4m3fn", not given.get("dynamic", False)
 
 
-def _block_of(weights: Config, refused: Any) -> tuple[int, int]:
+def _block_of(weights: Config, unsupported: Any) -> tuple[int, int]:
     block = weights.get("block_structure") or [128, 128]
     if isinstance(block, str):
         block = [int(n) if n.isdigit() else 0 for n in block.split("x")]
     if len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise refused(
+        raise unsupported(
             "weights.block_structure",
             weights.get("block_structure"),
             "it must be two numbers: outputs and inputs",
@@ -149,14 +153,14 @@ def _block_of(weights: Config, refused: Any) -> tuple[int, int]:
 
 
 class Groups:
-    """Which group a layer is of."""
+    """The groups of a checkpoint. Finds the group of a layer."""
 
     def __init__(self, where: str, config: Config) -> None:
         default, entries = config.get("format", PACKED), config.get("config_groups")
         if not isinstance(entries, dict) or not entries:
             raise CheckpointError(
-                f"{where}: quantization_config.config_groups is {entries!r}; it must say how layers"
-                " are stored, by group"
+                f"{where}: quantization_config.config_groups is {entries!r}; it must have a group"
+                " for every kind of layer"
             )
         for key in ("sparsity_config", "transform_config"):
             if any(
@@ -173,10 +177,10 @@ class Groups:
         self._ignored: list[str] = config.get("ignore") or []
 
     def of(self, name: str) -> Group | None:
-        """None: the checkpoint leaves the layer as it is."""
+        """Return the group of a layer, or None if the layer is not quantized."""
         if any(_matches(pattern, name) for pattern in self._ignored):
             return None
-        # A name or a pattern says more than "Linear".
+        # A name or a pattern takes precedence over "Linear".
         named = [
             group
             for targets, group in self.all

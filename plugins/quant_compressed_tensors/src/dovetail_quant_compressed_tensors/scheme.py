@@ -1,4 +1,4 @@
-"""The tensors of each format, and what they are in the canonical form.
+"""Convert the tensors of each format to the canonical form.
 
 | format | weight | scale |
 |---|---|---|
@@ -6,10 +6,10 @@
 | int-quantized | `weight i8[out, in]` | `weight_scale [out, 1]`, `[1]` or `[out, in / group]` |
 | pack-quantized | `weight_packed i32[out, in * bits / 32]` | the same |
 
-Packed codes are unsigned, by half their range too large; the last word of a row may be filled up.
-`weight_shape i64[2]` says what the words cannot, `weight_zero_point` has the scale's shape, packed
-along the outputs (plain i8 in int-quantized), `weight_g_idx i32[in]` is there where inputs were put
-in an order, `input_scale [1]` where inputs are rounded by a fixed one.
+Packed codes are unsigned, with an offset of half their range, and the last word of a row may be
+padded. `weight_shape i64[2]` is the unpadded shape. `weight_zero_point` has the scale's shape,
+packed along the outputs (i8 and unpacked in int-quantized). `weight_g_idx i32[in]` exists if inputs
+were reordered, and `input_scale [1]` if inputs are rounded with a static scale.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dovetail_quant_compressed_tensors.groups import PACKED, Config, Group, Grou
 
 
 class CompressedTensors(MatmulScheme):
-    """Layers of a checkpoint, each as its group says. `where` is the file of the config, for
-    errors."""
+    """The scheme for the layers of a compressed-tensors checkpoint. `where` is the path of the
+    config, for error messages."""
 
     def __init__(self, matmul: Matmul, config: Config, where: str) -> None:
         super().__init__(matmul)
@@ -38,26 +38,26 @@ class CompressedTensors(MatmulScheme):
         if self._kv and (
             self._kv.get("strategy", "tensor") != "tensor" or not self._kv.get("symmetric", True)
         ):
-            what = "scales of keys and values are read by tensor, without zero points"
+            what = "only one scale per tensor without zero points is supported"
             raise CheckpointError(
                 f"{where}: quantization_config.kv_cache_scheme is {self._kv!r}; {what}"
             )
-        # Scales that are there and not needed: of a cache that is not rounded, and of inputs that
-        # are taken as they are.
+        # Scales that may be in the checkpoint without being needed: those of a KV cache that is not
+        # quantized, and of inputs that are not rounded.
         self.unused = ("*.k_scale", "*.v_scale") if self._kv else ()
         if any(group.inputs is None for _, group in self._groups.all):
             self.unused += ("*.input_scale", "*.input_zero_point")
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
-        group = self._of(layer)
+        group = self._group_or_none(layer)
         if group is None:
-            return Declined("the checkpoint leaves it out (ignore)")
+            return Declined("not quantized in the checkpoint (ignore)")
         if group.ordered and layer.in_features % (group.group_size or layer.in_features):
-            what = (
-                f"its {layer.in_features} inputs are not whole groups of {group.group_size}, and in"
-                " an order"
+            raise CheckpointError(
+                f"{layer.name} cannot be read as {group.format}: with actorder, its"
+                f" {layer.in_features} inputs must be a multiple of the group size"
+                f" {group.group_size}"
             )
-            raise CheckpointError(f"{layer.name} cannot be read as {group.format}: {what}")
         found, per_word = {}, 32 // group.bits
         if group.format == PACKED:
             found["weight_packed"] = Parameter((OUT, Axis("in", features=per_word)), "int32")
@@ -75,23 +75,22 @@ class CompressedTensors(MatmulScheme):
                 packed if group.format == PACKED else Parameter((OUT, groups), "int8")
             )
         if group.ordered:
-            whole = Axis(
-                "in", features=layer.in_features, elements=layer.in_features
-            )  # which a rank cannot share
+            # An axis that cannot be split between ranks.
+            whole = Axis("in", features=layer.in_features, elements=layer.in_features)
             found["weight_g_idx"] = Parameter((whole,), "int32")
         if group.static:
             found["input_scale"] = Parameter((1,), "float32", scale="positive")
         return found
 
     def format(self, layer: LinearLayer) -> WeightFormat:
-        group = self._records(layer)
+        group = self._group_for(layer)
         size = group.block[1] if group.block else group.group_size
         return WeightFormat(
             group.codes, size, not group.symmetric, group.ordered, group.inputs, group.static
         )
 
     def canonical(self, layer: LinearLayer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        group = self._records(layer)
+        group = self._group_for(layer)
         found = {"scales": _scales(group, layer, tensors["weight_scale"])}
         if group.format == PACKED:
             found |= self._unpacked(group, layer, tensors)
@@ -99,24 +98,22 @@ class CompressedTensors(MatmulScheme):
             found["codes"] = tensors["weight"]
             if not group.symmetric:
                 found["zeros"] = tensors["weight_zero_point"]
-        if (
-            group.static
-        ):  # the parts have one input; where tools wrote several scales, the widest holds all
+        if group.static:
+            # The parts share one input. If there are several scales, the largest covers all ranges.
             found["input_scale"] = tensors["input_scale"].amax().reshape(1)
         return found
 
     def _unpacked(
         self, group: Group, layer: LinearLayer, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """codes, and zeros and order if there are any."""
+        """Return the codes, and the zero points and the order if there are any."""
         for shape, part in zip(tensors["weight_shape"].tolist(), layer.parts, strict=True):
-            if (
-                shape[0] % part.out_features or shape[1] % layer.in_features
-            ):  # of a rank's share, it is the whole layer's
+            # A rank reads a shard, but the shape is that of the whole layer.
+            if shape[0] % part.out_features or shape[1] % layer.in_features:
                 raise CheckpointError(
-                    f"{part.name}.weight_shape is {shape}, and the model has"
-                    f" {[part.out_features, layer.in_features]} there: the checkpoint is not of"
-                    " this model's sizes"
+                    f"{part.name}.weight_shape is {shape}, but the model's weight has shape"
+                    f" {[part.out_features, layer.in_features]}: the checkpoint does not belong to"
+                    " this model"
                 )
         codes, found = unpack(tensors["weight_packed"], group.bits, 1)[:, : layer.in_features], {}
         if group.ordered:
@@ -125,7 +122,7 @@ class CompressedTensors(MatmulScheme):
             codes = codes[:, found["order"]]
         found["codes"] = canonical_codes(codes, group.bits)
         if not group.symmetric:
-            # Each part's words begin with the part, and its last may be filled up.
+            # Words start anew with each part, and a part's last word may be padded.
             pieces = _by_part(layer, tensors["weight_zero_point"], 32 // group.bits)
             zeros = torch.cat([unpack(piece, group.bits, 0)[:outs] for piece, outs in pieces])
             found["zeros"] = canonical_zeros(zeros, group.bits)
@@ -139,12 +136,12 @@ class CompressedTensors(MatmulScheme):
             for which in ("k", "v")
         }
 
-    def _records(self, layer: LinearLayer) -> Group:
-        group = self._of(layer)
-        assert group is not None  # or it was declined
+    def _group_for(self, layer: LinearLayer) -> Group:
+        group = self._group_or_none(layer)
+        assert group is not None  # otherwise it was declined
         return group
 
-    def _of(self, layer: LinearLayer) -> Group | None:
+    def _group_or_none(self, layer: LinearLayer) -> Group | None:
         found: Group | None = layer.alike(
             self._groups.of, "config_groups and ignore of the checkpoint's quantization_config"
         )
@@ -152,20 +149,21 @@ class CompressedTensors(MatmulScheme):
 
 
 def _scales(group: Group, layer: LinearLayer, scale: Tensor) -> Tensor:
-    """f32[out, groups]"""
+    """Return the scales as f32[out, groups]."""
     if group.strategy == "tensor":  # [parts, 1]
         outs = torch.tensor([p.out_features for p in layer.parts], device=scale.device)
         return scale.repeat_interleave(outs, 0)
     if group.block is None:
         return scale
-    size = group.block[0]  # each part's blocks begin with the part
+    size = group.block[0]  # blocks start anew with each part
     return torch.cat(
         [piece.repeat_interleave(size, 0)[:outs] for piece, outs in _by_part(layer, scale, size)]
     )
 
 
 def _by_part(layer: LinearLayer, tensor: Tensor, features: int) -> list[tuple[Tensor, int]]:
-    """A tensor with an element for `features` outputs → each part's elements, and its outputs."""
+    """Split a tensor with one element per `features` outputs into the parts' elements. Returns
+    them with each part's number of outputs."""
     pieces, start = [], 0
     for part in layer.parts:
         count = -(-part.out_features // features)

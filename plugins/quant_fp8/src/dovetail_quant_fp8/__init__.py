@@ -1,7 +1,7 @@
-"""FP8 (E4M3) weights and inputs: checkpoints of the method `fp8`, and plain weights quantized while
-they are read.
+"""Register FP8 (E4M3) quantization of weights and activations: checkpoints of the method `fp8`, and
+unquantized checkpoints, quantized at load time.
 
-This module is the light root: it offers the provider and imports no tensor library.
+This module imports no tensor library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXAMPLES: tuple[dict[str, Any], ...] = (
     {"quant_method": METHOD, "activation_scheme": "static", "weight_block_size": None},
     {"quant_method": METHOD, "activation_scheme": "static", "ignored_layers": ["lm_head"]},
 )
-"""The last is as AutoFP8 writes it, the others as transformers does."""
+"""The last config is as AutoFP8 writes it, and the others as transformers does."""
 
 
 def why_not(context: Context) -> list[Reason]:
@@ -54,15 +54,15 @@ def why_not(context: Context) -> list[Reason]:
         if config.get(key, values[0]) not in values
     }
     if not is_block:
-        wrong["weight_block_size"] = "two sizes, or null"
+        wrong["weight_block_size"] = "two sizes or null"
     return [
-        Reason(f"the checkpoint's {key} is {config[key]!r}", f"reads {values}")
+        Reason(f"the checkpoint's {key} is {config[key]!r}", f"supported: {values}")
         for key, values in wrong.items()
     ]
 
 
 def resolve_options(context: Context, options: Fp8Options) -> tuple[Options, list[str]]:
-    """Decide what is left open: by the checkpoint, if it is in FP8."""
+    """Resolve options left at `auto`: from an FP8 checkpoint, or to the defaults."""
     config = _own_config(context.model.quantization_config if context.model else None)
     stored = (
         None if config is None else "tensor" if config.get("weight_block_size") is None else "block"
@@ -70,22 +70,22 @@ def resolve_options(context: Context, options: Fp8Options) -> tuple[Options, lis
     granularity = (stored or "channel") if options.granularity == "auto" else options.granularity
     if granularity != (stored or granularity):
         raise ConfigError(
-            f"quantization.granularity: {granularity!r} is asked for, and the checkpoint has a"
-            f" scale for each {stored}: leave it out, or quantize the original weights"
+            f"quantization.granularity: {granularity!r} is requested, but the checkpoint has one"
+            f" scale per {stored}: remove the option, or quantize the original weights"
         )
     has_scale = config is not None and config.get("activation_scheme") == "static"
     if options.activations == "static" and not has_scale:
         raise ConfigError(
-            "quantization.activations: 'static' is asked for, and the checkpoint has no scales of"
-            " the inputs"
+            "quantization.activations: 'static' is requested, but the checkpoint has no activation"
+            " scales"
         )
     activations: str = options.activations
     if activations == "auto":
-        # The method rounds the inputs of blocks 128 at a time: not rounding them is nearer to that
-        # than one scale a row. Nor does rounding pay where all products are in 16 bits anyway,
-        # unless a checkpoint was made for it.
-        is_left = granularity == "block" or (config is None and context.device_name == "cpu")
-        activations = "static" if has_scale else "none" if is_left else "dynamic"
+        # With block scales, the method's reference kernels round inputs in groups of 128; not
+        # rounding at all is closer to that than one scale per row. On a CPU all products are
+        # computed in 16 bits anyway, so rounding pays only if the checkpoint was made for it.
+        unrounded = granularity == "block" or (config is None and context.device_name == "cpu")
+        activations = "static" if has_scale else "none" if unrounded else "dynamic"
     return options.model_copy(update={"granularity": granularity, "activations": activations}), []
 
 
@@ -105,7 +105,7 @@ def _build(context: BuildContext, options: Fp8Options) -> Fp8:
 
 PROVIDER = Provider(
     METHOD,
-    "FP8 (E4M3) weights and inputs: checkpoints, and plain weights quantized while they are read",
+    "FP8 (E4M3) weights and activations: FP8 checkpoints, or quantization at load time",
     _build,
     Fp8Options,
     QuantizationCapabilities(

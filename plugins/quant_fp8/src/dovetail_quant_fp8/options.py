@@ -1,4 +1,4 @@
-"""The options of the scheme."""
+"""Define the options of FP8 quantization."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Fp8Options(Options):
     granularity: Literal["auto", "tensor", "channel", "block"] = Field(
         "auto",
         description=(
-            "which weights share a scale: a whole layer's, an output's, or 128 × 128 of them; auto:"
-            " as the checkpoint has it, or channel"
+            "which weights share a scale: tensor: all of a layer, channel: those of an output,"
+            " block: 128 × 128; auto: as in the checkpoint, or channel"
         ),
     )
     activations: Literal["auto", "static", "dynamic", "none"] = Field(
         "auto",
         description=(
-            "how a layer's inputs are rounded to FP8: by the checkpoint's scale, each row by its"
-            " own, or not; auto: as the checkpoint says; of plain weights dynamic, but none on a"
-            " CPU; and with a scale for each block: none"
+            "how activations are rounded to FP8: static: by the checkpoint's scale, dynamic: by a"
+            " scale per row, none: not at all; auto: as in the checkpoint, but none with block"
+            " scales; for unquantized checkpoints dynamic, or none on a CPU"
         ),
     )

@@ -1,13 +1,13 @@
-"""The tensors of an FP8 layer, and what they are in the canonical form.
+"""Convert the tensors of an FP8 layer to the canonical form.
 
-| granularity | weight | its scale | scale of the inputs, if static |
+| granularity | weight | its scale | activation scale, if static |
 |---|---|---|---|
 | block (transformers) | `weight f8_e4m3[out, in]` | `weight_scale_inv [out / 128, in / 128]` | |
 | tensor (transformers) | the same | `weight_scale_inv []` | `activation_scale []` |
 | tensor (AutoFP8) | the same | `weight_scale []` | `input_scale []` |
-| channel (ours, on the fly) | the same | `weight_scale [out, 1]` | |
+| channel (at load time) | the same | `weight_scale [out, 1]` | |
 
-weight = code * scale, in spite of the name.
+weight = code * scale; in spite of its name, `weight_scale_inv` is not inverted.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dovetail_quant_fp8.options import Fp8Options
 
 LARGEST = 448.0
 BLOCK = (128, 128)
-"""Outputs and inputs, where weights are quantized on the fly."""
+"""Block size (outputs, inputs) for weights quantized at load time."""
 
 
 class Fp8(MatmulScheme):
-    """Layers of a checkpoint (`config` is its own), or of one that is quantized on the fly (None).
-    The options are settled."""
+    """The scheme for the layers of an FP8 checkpoint with the given config, or of an unquantized
+    checkpoint if `config` is None. The options are resolved."""
 
-    unused = ("*.activation_scale", "*.input_scale")  # where the user does not want them
+    unused = ("*.activation_scale", "*.input_scale")  # not used unless activations are static
 
     def __init__(
         self, matmul: Matmul, config: Mapping[str, Any] | None, options: Fp8Options
@@ -46,7 +46,7 @@ class Fp8(MatmulScheme):
         self._scale, self._input_scale = "weight_scale_inv", "activation_scale"
         if "weight_block_size" not in config:
             self._scale, self._input_scale = "weight_scale", "input_scale"
-        self._left_out: list[str] = [
+        self._not_quantized: list[str] = [
             *(config.get("modules_to_not_convert") or ()),
             *(config.get("ignored_layers") or ()),
         ]
@@ -54,9 +54,9 @@ class Fp8(MatmulScheme):
 
     def parameters(self, layer: LinearLayer) -> dict[str, Parameter] | Declined:
         if layer.stored and layer.alike(
-            self._is_left_out, "modules_to_not_convert of the checkpoint's quantization_config"
+            self._is_not_quantized, "modules_to_not_convert of the checkpoint's quantization_config"
         ):
-            return Declined("the checkpoint leaves it out (modules_to_not_convert)")
+            return Declined("not quantized in the checkpoint (modules_to_not_convert)")
         outputs, inputs = self._block
         axes = {
             "tensor": (),
@@ -86,9 +86,8 @@ class Fp8(MatmulScheme):
             "codes": tensors["weight"],
             "scales": self._scales(layer, tensors[self._scale].float()),
         }
-        if (
-            self._activations == "static"
-        ):  # the parts have one input: the widest scale holds what each of them saw
+        if self._activations == "static":
+            # The parts share one input, and the largest scale covers the range of every part.
             found["input_scale"] = tensors[self._input_scale].amax().reshape(1)
         return found
 
@@ -117,7 +116,8 @@ class Fp8(MatmulScheme):
         return {"weight": codes, self._scale: scales}
 
     def kv_scales(self, name: str) -> dict[str, Parameter] | None:
-        """As AutoFP8 stores them: scales of what the two projections give."""
+        """Return the parameters as AutoFP8 stores them: output scales of the key and value
+        projections."""
         if not self._has_kv_scales:
             return None
         return {
@@ -126,17 +126,19 @@ class Fp8(MatmulScheme):
         }
 
     def _scales(self, layer: LinearLayer, scale: Tensor) -> Tensor:
-        """f32[out, groups]"""
+        """Return the scales as f32[out, groups]."""
         if self._granularity == "channel":
             return scale
         unit = self._block[0] if self._granularity == "block" else layer.out_features
-        # Each part's blocks begin with the part, whose last one may be smaller.
+        # Blocks start anew with each part, and a part's last block may be smaller.
         counts = [-(-part.out_features // unit) for part in layer.parts]
         pieces = zip(layer.parts, torch.split(scale.reshape(sum(counts), -1), counts), strict=True)
         return torch.cat(
             [piece.repeat_interleave(unit, 0)[: part.out_features] for part, piece in pieces]
         )
 
-    def _is_left_out(self, name: str) -> bool:
-        # The output projection is never listed, and never quantized.
-        return name == "lm_head" or any(f".{listed}." in f".{name}." for listed in self._left_out)
+    def _is_not_quantized(self, name: str) -> bool:
+        # The output projection is never quantized, although it is not listed.
+        return name == "lm_head" or any(
+            f".{listed}." in f".{name}." for listed in self._not_quantized
+        )

@@ -1,7 +1,7 @@
-"""INT8 weights and inputs: plain weights quantized while they are read, and 8-bit checkpoints of
-bitsandbytes.
+"""Register INT8 quantization of weights and activations: quantization at load time, and 8-bit
+bitsandbytes checkpoints.
 
-This module is the light root: it offers the providers and imports no tensor library.
+This module imports no tensor library.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Int8Options(Options):
     activations: Literal["dynamic", "none"] = Field(
         "dynamic",
         description=(
-            "dynamic: inputs are rounded to INT8, each row by its own scale; none: they stay as"
-            " they are"
+            "dynamic: activations are rounded to INT8 with one scale per row; none: they are not"
+            " rounded"
         ),
     )
 
@@ -45,14 +45,14 @@ class BitsAndBytesOptions(Options):
     threshold: float | Literal["auto"] = Field(
         "auto",
         description=(
-            "inputs of this size and more are not rounded to INT8; 0: all are; auto: the"
-            " checkpoint's, or 6"
+            "outlier threshold: activations of at least this magnitude are not rounded to INT8; 0:"
+            " all are rounded; auto: as in the checkpoint, or 6"
         ),
     )
 
 
 def own_config(context: Context | BuildContext) -> dict[str, Any] | None:
-    """The checkpoint's, if bitsandbytes made it."""
+    """Return the quantization_config of a bitsandbytes checkpoint, or None."""
     config = context.model.quantization_config if context.model else None
     return config if config is not None and config["quant_method"] == METHOD else None
 
@@ -66,15 +66,15 @@ def why_not(context: Context) -> list[Reason]:
         kind = config.get("bnb_4bit_quant_type", "fp4")
         reasons.append(
             Reason(
-                f"the checkpoint has 4-bit weights ({kind}), and 8-bit ones of bitsandbytes are"
-                " read",
-                "take the original weights, or 4-bit ones of AWQ, GPTQ or compressed-tensors",
+                f"the checkpoint has 4-bit weights ({kind}), but only 8-bit bitsandbytes weights"
+                " are supported",
+                "use the original weights, or 4-bit ones of AWQ, GPTQ or compressed-tensors",
             )
         )
     elif not (config.get("load_in_8bit") or config.get("_load_in_8bit")):
         reasons.append(
             Reason(
-                "the checkpoint's quantization_config says neither load_in_8bit nor load_in_4bit"
+                "the checkpoint's quantization_config sets neither load_in_8bit nor load_in_4bit"
             )
         )
     if config.get("llm_int8_has_fp16_weight"):
@@ -88,7 +88,7 @@ def why_not(context: Context) -> list[Reason]:
     if type(threshold) not in (int, float) or threshold < 0:
         reasons.append(
             Reason(
-                f"the checkpoint's llm_int8_threshold is {threshold!r}", "it is a number, from 0"
+                f"the checkpoint's llm_int8_threshold is {threshold!r}", "it must be a number ≥ 0"
             )
         )
     return reasons
@@ -127,7 +127,7 @@ def _build_bitsandbytes(context: BuildContext, options: BitsAndBytesOptions) -> 
 
 INT8 = Provider(
     "int8",
-    "INT8 weights and inputs, of plain weights quantized while they are read",
+    "INT8 weights and activations, quantized at load time",
     _build_int8,
     Int8Options,
     QuantizationCapabilities(
@@ -138,8 +138,8 @@ INT8 = Provider(
 )
 BITSANDBYTES = Provider(
     METHOD,
-    "LLM.int8(): INT8 weights and inputs, but for inputs of unusual size; checkpoints, and plain"
-    " weights",
+    "LLM.int8(): INT8 weights and activations except outliers; bitsandbytes checkpoints, or"
+    " quantization at load time",
     _build_bitsandbytes,
     BitsAndBytesOptions,
     QuantizationCapabilities(

@@ -1,5 +1,5 @@
-"""Weights in INT8, a scale for each output: `weight i8[out, in]`, `weight_scale f32[out]`; weight =
-code * scale."""
+"""Implement INT8 weights with one scale per output: `weight i8[out, in]`, `weight_scale f32[out]`;
+weight = code * scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LARGEST = 127.0
 
 
 class Int8(MatmulScheme):
-    """Layers that are quantized on the fly, to the nearest."""
+    """The scheme for layers that are quantized at load time, by rounding to nearest."""
 
     def __init__(self, matmul: Matmul, *, rounds_inputs: bool) -> None:
         super().__init__(matmul)
@@ -34,13 +34,13 @@ class Int8(MatmulScheme):
         return {"codes": tensors["weight"], "scales": tensors["weight_scale"][:, None]}
 
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
-        codes, largest = rounded(weight.float())
+        codes, largest = quantize_rows(weight.float())
         return {"weight": codes, "weight_scale": largest / LARGEST}
 
 
-def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """f32[N, K] → i8[N, K], and f32[N]: the largest absolute value of each row, for which 127
-    stands."""
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize f32[N, K] to i8[N, K]. Also returns f32[N], the largest absolute value of each row,
+    which code 127 represents."""
     largest = rows.abs().amax(1)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     return (rows / scale[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), largest

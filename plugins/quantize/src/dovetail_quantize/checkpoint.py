@@ -1,4 +1,4 @@
-"""A model folder's tensors, read by name when they are asked for. Nothing is ever unpickled."""
+"""Read tensors of a model folder by name, on demand. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """Raises `CheckpointError` that names the file, where one is missing or malformed."""
+    """The safetensors files of a model folder. Raises `CheckpointError`, which names the file, if
+    one is missing or malformed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, str] = {}
-        """By tensor."""
+        """File name of each tensor."""
         if (folder / INDEX).is_file():
             weight_map = read_json(folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(f, str) for f in weight_map.values()
             ):
                 raise CheckpointError(
-                    f"{folder / INDEX}: weight_map must say which file holds each tensor"
+                    f"{folder / INDEX}: weight_map must map each tensor to a file"
                 )
             self.files = dict(weight_map)
         elif (folder / SINGLE).is_file():
@@ -39,37 +40,39 @@ class Checkpoint:
             raise CheckpointError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """As they are stored, in memory of their own."""
+        """Return copies of tensors as they are stored."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             if name not in self.files:
                 raise CheckpointError(
-                    f"{self.folder} lacks {name}, which the model described by its config.json has"
+                    f"{self.folder}: the tensor {name} is missing, but the model described by"
+                    " config.json needs it"
                 )
             by_file.setdefault(self.files[name], []).append(name)
-        found = {}
-        for file, wanted in by_file.items():
+        result = {}
+        for file, wanted_names in by_file.items():
             with self._open(file) as opened:
-                for name in wanted:
-                    with self._naming(file):
-                        found[name] = opened.get_tensor(name).clone()
-        return found
+                for name in wanted_names:
+                    with self._name_file_in_errors(file):
+                        result[name] = opened.get_tensor(name).clone()
+        return result
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor in its file."""
-        found = {}
+        """Return the number of bytes of each tensor in its file."""
+        result = {}
         for file in sorted(set(self.files.values())):
             with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     part = opened.get_slice(name)
                     count = 1
                     for n in part.get_shape():
                         count *= n
-                    found[name] = count * _BYTES.get(part.get_dtype(), 4)
-        return found
+                    result[name] = count * _BYTES.get(part.get_dtype(), 4)
+        return result
 
     def identity(self) -> dict[str, list[int]]:
-        """Size and time of change of each file: what tells one state of the folder from another."""
+        """Return size and modification time of each file, to detect whether the folder has
+        changed."""
         stats = {
             file: (self.folder / file).stat()
             for file in sorted({*self.files.values(), "config.json"})
@@ -77,11 +80,11 @@ class Checkpoint:
         return {file: [s.st_size, s.st_mtime_ns] for file, s in stats.items()}
 
     def _open(self, file: str) -> Any:
-        with self._naming(file):
+        with self._name_file_in_errors(file):
             return safe_open(self.folder / file, framework="pt", device="cpu")
 
     @contextlib.contextmanager
-    def _naming(self, file: str) -> Any:
+    def _name_file_in_errors(self, file: str) -> Any:
         try:
             yield
         except (SafetensorError, OSError, ValueError) as e:
@@ -102,7 +105,7 @@ _BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
-"""By safetensors' names of types; the others have 4."""
+"""Bytes per element by safetensors type name; other types have 4."""
 
 
 def as_float(tensor: Tensor) -> Tensor:

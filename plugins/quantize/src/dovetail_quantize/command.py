@@ -1,4 +1,4 @@
-"""`dovetail quantize`: from the arguments to a folder."""
+"""Run `dovetail quantize` with parsed arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dovetail.composition.models import find_model
 from dovetail.errors import CheckpointError, ConfigError
 from dovetail.facts import model_facts, read_json
 from dovetail.interfaces.worker import Progress
-from dovetail_quantize import making
+from dovetail_quantize import layerwise
 from dovetail_quantize.folder import OutputFolder, files_to_copy
 from dovetail_quantize.schemes import VERSION, make_scheme
 from dovetail_quantize.skeleton import Skeleton
@@ -31,7 +31,7 @@ OPTIONS = (
 
 
 def run(args: Namespace, progress: Progress) -> int:
-    """Everything is checked before the folder is made."""
+    """Quantize a model. Everything is checked before the output folder is created."""
     scheme = make_scheme(
         args.scheme,
         has_text=args.calibration is not None,
@@ -49,8 +49,7 @@ def run(args: Namespace, progress: Progress) -> int:
     if facts.quantization_config is not None:
         method = facts.quantization_method
         raise ConfigError(
-            f"{source} is quantized already ({method}): quantize the checkpoint that it was made"
-            " from"
+            f"{source} is already quantized ({method}): quantize the original checkpoint instead"
         )
     if args.sample_len > facts.max_position_embeddings:
         raise ConfigError(
@@ -75,7 +74,7 @@ def run(args: Namespace, progress: Progress) -> int:
             f" {facts.vocab_size}"
         )
     skeleton = Skeleton(source)
-    making.check(skeleton, scheme)
+    layerwise.check(skeleton, scheme)
     settings: dict[str, Any] = {
         **{name: getattr(args, name) for name in OPTIONS},
         "model": skeleton.checkpoint.identity(),
@@ -85,8 +84,8 @@ def run(args: Namespace, progress: Progress) -> int:
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
     }
-    folder = OutputFolder(args.out, settings, making.bytes_needed(skeleton, scheme, texts))
-    report = making.make(skeleton, scheme, texts, folder, progress)
+    folder = OutputFolder(args.out, settings, layerwise.bytes_needed(skeleton, scheme, texts))
+    report = layerwise.quantize_model(skeleton, scheme, texts, folder, progress)
     report.write(folder, f"{args.model}: {args.scheme}", settings)
     config = read_json(source / "config.json")
     folder.finish({**config, "quantization_config": scheme.config(skeleton.other_linears())})

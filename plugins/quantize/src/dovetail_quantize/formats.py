@@ -1,4 +1,4 @@
-"""How codes lie in a checkpoint, and what its config.json says of them.
+"""Pack codes into the tensors of a checkpoint, and build its quantization_config.
 
 | format | tensors of a layer |
 |---|---|
@@ -6,10 +6,10 @@
 | gptq | `qweight i32[in * bits / 32, out]`, `qzeros i32[groups, out * bits / 32]`, `scales f16[groups, out]`, `g_idx i32[in]` |
 | awq (gemm) | `qweight i32[in, out / 8]`, `qzeros i32[groups, out / 8]`, `scales f16[groups, out]` |
 
-GPTQ's zero points are stored less one in its first version, which is written for symmetric grids:
-there all readers know it. Asymmetric ones are written as the second version, which stores them as
-they are: readers differ on a first version's zero point of 0, and gptqmodel takes no asymmetric one
-that it has not written. The columns of a word of AWQ are interleaved.
+Version 1 of GPTQ stores zero points minus one, and version 2 stores them unchanged. Symmetric grids
+are written as version 1, which all readers support. Asymmetric grids are written as version 2,
+because readers differ on a zero point of 0 in version 1, and gptqmodel rejects asymmetric version 1
+files that it has not written itself. AWQ interleaves the columns within a word.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail_quantize.rounding import Grid, Rounded
+from dovetail_quantize.rounding import Grid, QuantizedWeight
 
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Column of a word's i-th four bits in AWQ's gemm packing."""
+"""Column of the i-th 4-bit code of a word in AWQ's gemm packing."""
 WRITER = "dovetail"
 
 
 def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """Codes below 2 ** bits into 32-bit words along `axis`, the lowest bits first."""
+    """Pack codes below 2 ** bits into 32-bit words along `axis`, lowest bits first."""
     per_word = 32 // bits
     last = codes.movedim(axis, -1).to(torch.int64)
     words = last.reshape(*last.shape[:-1], -1, per_word)
@@ -42,14 +42,14 @@ def pack(codes: Tensor, bits: int, axis: int, order: tuple[int, ...] | None = No
     )
 
 
-def compressed_tensors(rounded: Rounded, dtype: torch.dtype) -> dict[str, Tensor]:
+def compressed_tensors(rounded: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         "weight": rounded.codes.contiguous(),
         "weight_scale": rounded.scales.to(dtype).contiguous(),
     }
 
 
-def gptq(rounded: Rounded, grid: Grid) -> dict[str, Tensor]:
+def gptq(rounded: QuantizedWeight, grid: Grid) -> dict[str, Tensor]:
     stored = rounded.zeros.T - 1 if gptq_version(grid) == "gptq" else rounded.zeros.T
     return {
         "qweight": pack(rounded.codes.T, grid.bits, 0),
@@ -59,7 +59,7 @@ def gptq(rounded: Rounded, grid: Grid) -> dict[str, Tensor]:
     }
 
 
-def awq(rounded: Rounded) -> dict[str, Tensor]:
+def awq(rounded: QuantizedWeight) -> dict[str, Tensor]:
     return {
         "qweight": pack(rounded.codes.T, 4, 1, INTERLEAVED),
         "qzeros": pack(rounded.zeros.T, 4, 1, INTERLEAVED),
@@ -70,7 +70,8 @@ def awq(rounded: Rounded) -> dict[str, Tensor]:
 def compressed_tensors_config(
     codes: torch.dtype, weight_only: bool, ignore: list[str]
 ) -> dict[str, Any]:
-    """Weights by channel; inputs by token, while the model runs, or not at all."""
+    """Return the config for weights quantized per channel and, unless `weight_only`, activations
+    quantized dynamically per token."""
     kind = "int" if codes == torch.int8 else "float"
     shared = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {

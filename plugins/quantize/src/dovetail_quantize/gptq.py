@@ -1,10 +1,10 @@
-"""GPTQ: rounding one input after the other, each error made up for by the inputs that are still to
-come.
+"""Implement GPTQ: quantize one input channel after the other, and compensate each error in the
+channels that remain.
 
 Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative
 Pre-trained Transformers, arXiv 2210.17323, algorithm 1. H is the Hessian of the squared error of a
-layer's outputs, X Xᵀ (a factor does not matter). Beyond the paper, a group's scale is the one with
-which the errors of its own columns, each by what it will cost, are least.
+layer's outputs, X Xᵀ (up to a constant factor). Beyond the paper, a group's scale minimizes the
+errors of its own columns, weighted by their cost.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dovetail_quantize.rounding import Grid, Rounded, RowGrid, fit_least
+from dovetail_quantize.rounding import Grid, PerChannelGrid, QuantizedWeight, fit_min_error
 
 BLOCK = 128
-"""Columns between two updates of all that follow."""
+"""Number of columns after which the error is propagated to all remaining columns."""
 
 
-def round_in_sequence(
-    weight: Tensor, gram: Tensor, grid: Grid | RowGrid, *, desc_act: bool, damp: float
-) -> Rounded:
-    """`weight f32[out, in]` to codes that keep `weight @ x` for the inputs whose X Xᵀ is `gram
-    f32[in, in]`.
+def gptq_quantize(
+    weight: Tensor, gram: Tensor, grid: Grid | PerChannelGrid, *, desc_act: bool, damp: float
+) -> QuantizedWeight:
+    """Quantize `weight f32[out, in]` such that `weight @ x` is preserved for inputs whose X Xᵀ is
+    `gram f32[in, in]`.
 
-    `desc_act`: inputs in the order of their size, and groups in that order.
+    With `desc_act`, channels are processed and grouped in descending order of their activations.
     """
     num_inputs = weight.shape[1]
     size = grid.size(num_inputs)
@@ -42,18 +42,15 @@ def round_in_sequence(
         end = min(begin + BLOCK, num_inputs)
         errors = torch.zeros_like(w[:, begin:end])
         for i in range(begin, end):
-            if (
-                i % size == 0
-                # the group as the columns before have left it; what its own columns will add is
-                # unknown
-            ):
+            if i % size == 0:
+                # Fit the group to its columns as updated so far. The updates that its own columns
+                # will cause are unknown.
                 group = w[:, i : i + size].clone()
-                late = slice(
-                    end - i, size
-                )  # columns of later blocks, which have not seen this block's errors yet
+                # Columns of later blocks have not received this block's errors yet.
+                late = slice(end - i, size)
                 if end - i < size:
                     group[:, late] -= errors @ upper[begin:end, end : i + size]
-                scale, zero = fit_least(grid, group, _cost(upper.diagonal()[i : i + size]))
+                scale, zero = fit_min_error(grid, group, _cost(upper.diagonal()[i : i + size]))
                 scales.append(scale)
                 zeros.append(zero)
             column = w[:, i]
@@ -64,23 +61,27 @@ def round_in_sequence(
         w[:, end:] -= errors @ upper[begin:end, end:]
     groups = torch.empty(num_inputs, dtype=torch.int32)
     groups[order] = torch.arange(num_inputs, dtype=torch.int32) // size
-    back = order.argsort()
-    return Rounded(
-        codes[:, back].to(grid.codes), torch.stack(scales, 1), torch.stack(zeros, 1).int(), groups
+    inverse_order = order.argsort()
+    return QuantizedWeight(
+        codes[:, inverse_order].to(grid.codes),
+        torch.stack(scales, 1),
+        torch.stack(zeros, 1).int(),
+        groups,
     )
 
 
 def _cost(diagonal: Tensor) -> Callable[[Tensor], Tensor]:
-    """Of differences [out, size] in columns whose diagonal of U is given: the paper's equation 2,
-    summed over columns."""
+    """Return a function from weight errors [out, size] to their cost [out]: equation 2 of the paper
+    summed over columns. `diagonal` is that of U for these columns."""
     return lambda difference: (difference / diagonal).square().sum(-1)
 
 
 def _inverse_root(gram: Tensor, damp: float) -> Tensor:
-    """Upper triangular U, with Uᵀ U the inverse of the damped Hessian (the paper's Cholesky(H⁻¹)ᵀ).
+    """Return the upper triangular U for which Uᵀ U is the inverse of the damped Hessian (the
+    paper's Cholesky(H⁻¹)ᵀ).
 
-    In float64: Hessians of few samples are nearly singular. An input that was never active has a
-    diagonal of one.
+    Computed in float64, because Hessians of few samples are nearly singular. Inputs that were never
+    active get a diagonal of 1.
     """
     h = gram.double()
     diagonal = h.diagonal()

@@ -1,4 +1,5 @@
-"""What linear layers are given: measured while calibration text runs through a decoder layer."""
+"""Collect statistics of the inputs of linear layers while calibration text runs through a decoder
+layer."""
 
 from __future__ import annotations
 
@@ -12,23 +13,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one linear layer, over all tokens."""
+    """Statistics of the inputs of one linear layer over all tokens."""
 
     gram: Tensor
     """f32[in, in]: the mean of x xᵀ."""
     mean_abs: Tensor
     """f32[in]"""
     shared_by: tuple[str, ...]
-    """The layers that are given the same, in their order."""
+    """Names of the linear layers that have this input, in their order."""
     dtype: torch.dtype
-    """Of the checkpoint."""
+    """Dtype of the checkpoint."""
 
     def output_error(self, difference: Tensor) -> float:
-        """Mean squared norm of `difference @ x`, for a difference of weights [out, in]."""
+        """Return the mean squared norm of `difference @ x`, for a weight error [out, in]."""
         return float(((difference @ self.gram) * difference).sum())
 
     def divided(self, scales: Tensor) -> Inputs:
-        """When each channel is divided by its scale."""
+        """Return the statistics after each channel is divided by its scale."""
         return replace(
             self, gram=self.gram / (scales[:, None] * scales), mean_abs=self.mean_abs / scales
         )
@@ -37,22 +38,21 @@ class Inputs:
 def measure(
     linears: Mapping[str, nn.Linear], dtype: torch.dtype, runs: Iterable[Callable[[], Any]]
 ) -> dict[str, Inputs]:
-    """Call each of `runs`, in which the layers are used. Layers that are given one and the same
-    tensor are measured once."""
+    """Measure the inputs of linear layers while calling each of `runs`. Layers that receive the
+    same tensor are measured once."""
     first: dict[str, str] = {}
     grams: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     num_tokens: dict[str, int] = {}
-    seen: list[
-        tuple[str, Tensor]
-    ] = []  # of the run in progress; keeps the tensors, so that none takes another's place
+    # Inputs of the current run. Holding the tensors keeps their identities unique.
+    seen: list[tuple[str, Tensor]] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def measured(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             owner = next((other for other, y in seen if y is x), name)
             if first.setdefault(name, owner) != owner:
-                raise RuntimeError(f"{name} shares its input with {owner} only at times")
+                raise RuntimeError(f"{name} shares its input with {owner} in some calls only")
             seen.append((name, x))
             if owner == name:
                 rows = x.reshape(-1, x.shape[-1]).float()
@@ -70,10 +70,10 @@ def measure(
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
+    result = {}
     for owner in grams:
         sharing = tuple(name for name in linears if first.get(name) == owner)
         n = num_tokens[owner]
         shared = Inputs(grams[owner] / n, sums[owner] / n, sharing, dtype)
-        found.update(dict.fromkeys(sharing, shared))
-    return {name: found[name] for name in linears if name in found}
+        result.update(dict.fromkeys(sharing, shared))
+    return {name: result[name] for name in linears if name in result}

@@ -1,5 +1,5 @@
-"""What a run has to say: errors by layer, sizes, perplexity before and after; as JSON, Markdown and
-a plot."""
+"""Report a run as JSON, Markdown and a plot: errors by layer, sizes, and perplexity before and
+after."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ NAME = "quantization_report"
 @dataclass(frozen=True)
 class Report:
     layers: list[dict[str, Any]]
-    """By decoder layer: `errors` of its linear layers, and `drift`, the error of the hidden states
-    after it."""
+    """One entry per decoder layer: `errors` of its linear layers, and `drift`, the relative error
+    of the hidden states after it."""
     bytes_before: int
     bytes_after: int
     perplexity: tuple[float, float] | None
-    """Before and after."""
+    """Perplexity before and after."""
     text: str
-    """What the perplexity was measured on, or why it was not."""
+    """The text on which the perplexity was measured, or the reason why it was not."""
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The linear layer with the largest error."""
+        """The linear layer with the largest error, and that error."""
         found = {f"layer {r['layer']} {n}": e for r in self.layers for n, e in r["errors"].items()}
         return max(found.items(), key=lambda item: item[1])
 
     def summary(self) -> str:
-        shrunk = f"{self.bytes_before / 1e6:,.1f} MB → {self.bytes_after / 1e6:,.1f} MB"
+        sizes = f"{self.bytes_before / 1e6:,.1f} MB → {self.bytes_after / 1e6:,.1f} MB"
         name, error = self.worst
-        said = [
-            f"weights {shrunk} (× {self.bytes_after / self.bytes_before:.2f})",
+        lines = [
+            f"weights {sizes} (× {self.bytes_after / self.bytes_before:.2f})",
             f"largest error {error:.2%}, {name}",
         ]
         if self.perplexity is not None:
             before, after = self.perplexity
-            said.append(
+            lines.append(
                 f"perplexity {before:.3f} → {after:.3f} (× {after / before:.4f}; {self.text})"
             )
         else:
-            said.append(f"perplexity not measured: {self.text}")
-        return "\n".join(said)
+            lines.append(f"perplexity not measured: {self.text}")
+        return "\n".join(lines)
 
     def write(self, folder: OutputFolder, title: str, settings: dict[str, Any]) -> None:
-        """`quantization_report.json`, `.md` and `.svg`."""
+        """Write `quantization_report.json`, `.md` and `.svg`."""
         data = {
             "settings": settings,
             "bytes_before": self.bytes_before,
@@ -71,9 +71,9 @@ class Report:
         lines = [f"# {title}", "", *(f"- {line}" for line in self.summary().splitlines())]
         lines += ["", f"![errors by layer]({NAME}.svg)", ""]
         lines += [
-            "Relative errors of each linear layer's outputs (of its weights, where no text was"
-            " measured)"
-            + ("; drift is that of the hidden states after the layer." if has_drift else "."),
+            "Relative errors of each linear layer's outputs (of its weights, if there was no"
+            " calibration text)"
+            + ("; drift is the error of the hidden states after the layer." if has_drift else "."),
             "",
         ]
         lines.append(f"| layer | {' | '.join(names)} |{' drift |' if has_drift else ''}")

@@ -1,4 +1,5 @@
-"""The schemes by name: how each rounds a decoder layer's linear layers, and what it writes."""
+"""Define the quantization schemes: how each quantizes a decoder layer's linear layers, and what it
+writes."""
 
 from __future__ import annotations
 
@@ -14,42 +15,50 @@ from torch import Tensor, nn
 
 from dovetail.errors import ConfigError
 from dovetail_quantize import awq, formats
-from dovetail_quantize.gptq import round_in_sequence
+from dovetail_quantize.gptq import gptq_quantize
 from dovetail_quantize.inputs import Inputs
-from dovetail_quantize.rounding import FP8, Grid, Rounded, RowGrid, inputs_by_token
+from dovetail_quantize.rounding import (
+    FP8,
+    Grid,
+    PerChannelGrid,
+    QuantizedWeight,
+    fake_quantize_per_token,
+)
 
 VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
-class RoundedLayer:
-    """A decoder layer, rounded. The module's weights are then what the tensors stand for."""
+class QuantizedLayer:
+    """The quantized tensors of a decoder layer. The module's weights are replaced by the
+    dequantized ones."""
 
     tensors: dict[str, Tensor]
-    """By name within the layer: "mlp.up_proj.qweight"."""
+    """Tensors by name within the layer, such as "mlp.up_proj.qweight"."""
     errors: dict[str, float]
-    """By linear layer: the error of its outputs, relative to them; of its weights, where nothing
-    was measured."""
+    """Relative error of the outputs of each linear layer; of its weights, if no activations were
+    measured."""
 
 
 class Scheme(Protocol):
-    """What `--scheme` names."""
+    """A quantization scheme, selected by `--scheme`."""
 
     @property
     def calibrates(self) -> bool:
-        """It measures activations."""
+        """True if the scheme needs measured activations."""
 
     @property
     def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
-        """What a linear layer of this scheme does to its inputs before it multiplies, x [..., in];
-        None: nothing."""
+        """Quantizes and dequantizes the inputs x [..., in] of a linear layer as the scheme does at
+        run time. None if inputs are not quantized."""
 
     def check(self, name: str, linear: nn.Linear) -> None:
-        """Raise `ConfigError` for a layer that the format cannot hold. Weights may be on the meta
-        device."""
+        """Raise `ConfigError` for a layer that the format cannot represent. Weights may be on the
+        meta device."""
 
     def nbytes(self, linear: nn.Linear) -> int:
-        """Of a linear layer's tensors in the checkpoint, its bias aside."""
+        """Return the number of bytes of a linear layer's tensors in the checkpoint, without its
+        bias."""
 
     def round(
         self,
@@ -58,37 +67,39 @@ class Scheme(Protocol):
         inputs: Mapping[str, Inputs],
         dtype: torch.dtype,
         probe: Callable[[], Tensor] | None = None,
-    ) -> RoundedLayer:
-        """Round a decoder layer's linear layers, in place. `inputs` is empty if nothing was
-        measured; `dtype` is the checkpoint's; `probe` runs the layer, as it then is, on some of the
-        text."""
+    ) -> QuantizedLayer:
+        """Quantize a decoder layer's linear layers in place.
+
+        `inputs` is empty if nothing was measured, `dtype` is the checkpoint's, and `probe` runs the
+        layer in its current state on part of the text.
+        """
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
-        """quantization_config of the model's config.json. `ignore`: linear layers that stay as they
-        are."""
+        """Return the quantization_config for config.json. `ignore` lists linear layers that are not
+        quantized."""
 
 
 @dataclass(frozen=True)
-class ByRow:
-    """FP8 and INT8: weights by output, inputs by token while the model runs. Written as
+class PerChannelScheme:
+    """FP8 and INT8: weights per channel, activations dynamically per token. Written as
     compressed-tensors.
 
-    Weights are rounded in sequence, as GPTQ does, where there is a text to measure on; else to
-    nearest.
+    Weights are quantized by the GPTQ algorithm if there is calibration text, and rounded to nearest
+    otherwise.
     """
 
     codes: torch.dtype
     calibrates: bool
     weight_only: bool
-    """Inputs are taken as they are."""
+    """If true, activations are not quantized."""
     damp: float = 0.01
 
     @property
     def round_inputs(self) -> Callable[[Tensor], Tensor] | None:
-        return None if self.weight_only else partial(inputs_by_token, codes=self.codes)
+        return None if self.weight_only else partial(fake_quantize_per_token, codes=self.codes)
 
     def check(self, name: str, linear: nn.Linear) -> None:
-        """Every shape will do."""
+        """Accept every shape."""
 
     def nbytes(self, linear: nn.Linear) -> int:
         return linear.out_features * (linear.in_features + 2)
@@ -100,14 +111,15 @@ class ByRow:
         inputs: Mapping[str, Inputs],
         dtype: torch.dtype,
         probe: Callable[[], Tensor] | None = None,
-    ) -> RoundedLayer:
-        grid = RowGrid(self.codes, dtype)
-        # One scale a row whatever the order, so that the best one costs nothing.
-        found = _in_sequence(linears, inputs, grid, True, self.damp) if inputs else None
-        return _each(
+    ) -> QuantizedLayer:
+        grid = PerChannelGrid(self.codes, dtype)
+        # There is one scale per row whatever the order, so the best order costs nothing in the
+        # format.
+        results = _gptq_quantize_layers(linears, inputs, grid, True, self.damp) if inputs else None
+        return _replace_weights(
             linears,
             inputs,
-            lambda name, weight: grid.round(weight) if found is None else found[name],
+            lambda name, weight: grid.round(weight) if results is None else results[name],
             lambda rounded: formats.compressed_tensors(rounded, dtype),
         )
 
@@ -116,13 +128,13 @@ class ByRow:
 
 
 @dataclass(frozen=True)
-class InGroups:
-    """AWQ and GPTQ."""
+class GroupwiseScheme:
+    """AWQ and GPTQ: weights per group of inputs."""
 
     name: str
     grid: Grid
     nearest: bool
-    """Neither scales nor makes up for errors."""
+    """If true, rounds to nearest, without AWQ's scales or GPTQ's error compensation."""
     desc_act: bool = False
     damp: float = 0.01
     round_inputs: Callable[[Tensor], Tensor] | None = field(default=None, init=False)
@@ -135,14 +147,14 @@ class InGroups:
         size, per_word = self.grid.size(linear.in_features), 32 // self.grid.bits
         if linear.in_features % size:
             raise ConfigError(
-                f"--group-size {size}: the {linear.in_features} inputs of {name} are no multiple"
+                f"--group-size {size}: the {linear.in_features} inputs of {name} are not a multiple"
                 " of it"
             )
-        for what, features in (("inputs", linear.in_features), ("outputs", linear.out_features)):
+        for kind, features in (("inputs", linear.in_features), ("outputs", linear.out_features)):
             if features % per_word:
                 raise ConfigError(
-                    f"--scheme {self.name}: {features} {what} of {name} do not fill words of"
-                    f" {per_word} codes"
+                    f"--scheme {self.name}: {features} {kind} of {name} are not a multiple of"
+                    f" {per_word}, the number of codes per word"
                 )
 
     def nbytes(self, linear: nn.Linear) -> int:
@@ -161,25 +173,27 @@ class InGroups:
         inputs: Mapping[str, Inputs],
         dtype: torch.dtype,
         probe: Callable[[], Tensor] | None = None,
-    ) -> RoundedLayer:
+    ) -> QuantizedLayer:
         to_file = formats.awq if self.name == "awq" else partial(formats.gptq, grid=self.grid)
         if self.nearest:
-            return _each(linears, inputs, lambda name, weight: self.grid.round(weight), to_file)
+            return _replace_weights(
+                linears, inputs, lambda name, weight: self.grid.round(weight), to_file
+            )
         if self.name == "awq":
             before = probe() if probe is not None else None
-            given = awq.fold_scales(layer, linears, inputs, self.grid)
+            scaled = awq.fold_scales(layer, linears, inputs, self.grid)
             if before is not None and probe is not None:
                 awq.check_fold(before, probe())
-            return _each(
+            return _replace_weights(
                 linears,
-                given,
+                scaled,
                 lambda name, weight: self.grid.round(
-                    weight, awq.group_error(given[name], self.grid.size(weight.shape[1]))
+                    weight, awq.group_error(scaled[name], self.grid.size(weight.shape[1]))
                 ),
                 to_file,
             )
-        rounded = _in_sequence(linears, inputs, self.grid, self.desc_act, self.damp)
-        return _each(linears, inputs, lambda name, weight: rounded[name], to_file)
+        rounded = _gptq_quantize_layers(linears, inputs, self.grid, self.desc_act, self.damp)
+        return _replace_weights(linears, inputs, lambda name, weight: rounded[name], to_file)
 
     def config(self, ignore: list[str]) -> dict[str, Any]:
         if self.name == "awq":
@@ -187,42 +201,44 @@ class InGroups:
         return formats.gptq_config(self.grid, self.desc_act, self.damp, VERSION)
 
 
-def _in_sequence(
+def _gptq_quantize_layers(
     linears: Mapping[str, nn.Linear],
     inputs: Mapping[str, Inputs],
-    grid: Grid | RowGrid,
+    grid: Grid | PerChannelGrid,
     desc_act: bool,
     damp: float,
-) -> dict[str, Rounded]:
-    """Layers that have one input together: one Hessian is theirs, and with desc_act they need one
-    order of their inputs to be computed as one."""
-    found: dict[str, Rounded] = {}
+) -> dict[str, QuantizedWeight]:
+    """Quantize linear layers that share an input together: they share the Hessian, and with
+    desc_act they need the same order of inputs to be computed as one."""
+    results: dict[str, QuantizedWeight] = {}
     for sharing in {i.shared_by for i in inputs.values()}:
-        whole = torch.cat([linears[name].weight.data for name in sharing])
-        made = round_in_sequence(whole, inputs[sharing[0]].gram, grid, desc_act=desc_act, damp=damp)
+        concatenated = torch.cat([linears[name].weight.data for name in sharing])
+        quantized = gptq_quantize(
+            concatenated, inputs[sharing[0]].gram, grid, desc_act=desc_act, damp=damp
+        )
         begin = 0
         for name in sharing:
             end = begin + linears[name].out_features
-            found[name], begin = made.rows(begin, end), end
-    return found
+            results[name], begin = quantized.rows(begin, end), end
+    return results
 
 
-def _each(
+def _replace_weights(
     linears: Mapping[str, nn.Linear],
     inputs: Mapping[str, Inputs],
-    round: Callable[[str, Tensor], Rounded],
-    to_file: Callable[[Rounded], dict[str, Tensor]],
-) -> RoundedLayer:
+    round: Callable[[str, Tensor], QuantizedWeight],
+    to_file: Callable[[QuantizedWeight], dict[str, Tensor]],
+) -> QuantizedLayer:
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     for name, linear in linears.items():
         weight = linear.weight.data
         rounded = round(name, weight)
-        kept = rounded.weight()
-        errors[name] = _relative_error(kept - weight, weight, inputs.get(name))
-        linear.weight.data = kept
+        dequantized = rounded.dequantize()
+        errors[name] = _relative_error(dequantized - weight, weight, inputs.get(name))
+        linear.weight.data = dequantized
         tensors.update({f"{name}.{key}": tensor for key, tensor in to_file(rounded).items()})
-    return RoundedLayer(tensors, errors)
+    return QuantizedLayer(tensors, errors)
 
 
 def _relative_error(difference: Tensor, weight: Tensor, inputs: Inputs | None) -> float:
@@ -245,36 +261,38 @@ def make_scheme(
     asymmetric: bool,
     damp: float,
 ) -> Scheme:
-    """Raises `ConfigError` for a name that is unknown, and for options that the scheme does not
-    have."""
+    """Return the scheme of that name. Raises `ConfigError` for an unknown name, and for options
+    that the scheme does not have."""
     known = ("fp8", "int8", "awq", "gptq")
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ConfigError(f"--scheme {name!r} is unknown.{hint} There are {', '.join(known)}")
-    takes_bits = {"awq": (4,), "gptq": (4, 8)}.get(name, (bits,))
-    if bits not in takes_bits:
-        raise ConfigError(f"--bits {bits}: {name} has {' and '.join(map(str, takes_bits))}")
-    for option, given, takers in (
+        raise ConfigError(f"--scheme {name!r} is unknown.{hint} Known schemes: {', '.join(known)}")
+    supported_bits = {"awq": (4,), "gptq": (4, 8)}.get(name, (bits,))
+    if bits not in supported_bits:
+        raise ConfigError(
+            f"--bits {bits}: {name} supports {' and '.join(map(str, supported_bits))}"
+        )
+    for option, is_set, schemes in (
         ("--desc-act", desc_act, ("gptq",)),
         ("--asymmetric", asymmetric, ("gptq",)),
         ("--group-size", group_size != 128, ("awq", "gptq")),
         ("--weight-only", weight_only, ("fp8",)),
         ("--bits", bits != 4, ("gptq",)),
     ):
-        if given and name not in takers:
-            raise ConfigError(f"{option} is for {' and '.join(takers)}, not for {name}")
+        if is_set and name not in schemes:
+            raise ConfigError(f"{option} is an option of {' and '.join(schemes)}, not of {name}")
     if group_size != -1 and group_size < 1:
-        raise ConfigError(f"--group-size {group_size}: it is at least 1, or -1 for all inputs")
+        raise ConfigError(f"--group-size {group_size}: must be at least 1, or -1 for all inputs")
     if not 0 < damp < 1:
-        raise ConfigError(f"--damp {damp} is no share between 0 and 1")
+        raise ConfigError(f"--damp {damp}: must be between 0 and 1")
     if name in ("fp8", "int8"):
-        return ByRow(
+        return PerChannelScheme(
             FP8 if name == "fp8" else torch.int8, has_text and not nearest, weight_only, damp
         )
     if desc_act and nearest:
         raise ConfigError(
-            "--desc-act orders what is rounded in sequence: it does not go with --nearest"
+            "--desc-act sets the order of the GPTQ algorithm and cannot be combined with --nearest"
         )
     grid = Grid(bits, group_size, symmetric=name == "gptq" and not asymmetric)
-    return InGroups(name, grid, nearest, desc_act, damp)
+    return GroupwiseScheme(name, grid, nearest, desc_act, damp)

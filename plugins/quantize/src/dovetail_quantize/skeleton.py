@@ -1,9 +1,8 @@
-"""A model of transformers without its weights: decoder layers come into memory one at a time, and
-go again.
+"""Build a transformers model without its weights, and load decoder layers one at a time.
 
-Weights are made on the meta device. One pass over it, whose layers do nothing but note what they
-are given, shows the arguments of each (rotary tables, masks); with these a layer runs by itself on
-hidden states that are kept between layers.
+Weights are created on the meta device. One forward pass, in which the layers only record their
+arguments, shows the arguments of each layer (rotary tables, masks). With these, a layer can run
+alone on hidden states that are stored between layers.
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 class Skeleton:
-    """Raises `CheckpointError` for a model that cannot be taken apart."""
+    """A transformers model on the meta device. Raises `CheckpointError` for a model that cannot be
+    quantized layer by layer."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoint = folder, Checkpoint(folder)
         try:
-            # Said outright: left open, transformers asks on the terminal whether to run the code of
-            # a model folder.
+            # Set explicitly: by default, transformers asks on the terminal whether to run code from
+            # the model folder.
             self.config: Any = transformers.AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
@@ -56,7 +56,7 @@ class Skeleton:
         ) as e:
             raise CheckpointError(f"{folder}: transformers cannot build the model: {e}") from e
         self.model.eval().requires_grad_(False)
-        _forget(self.model)
+        _release(self.model)
         count = self.text.num_hidden_layers
         lists = [
             (n, m)
@@ -71,7 +71,7 @@ class Skeleton:
             self._check_layer(i)
 
     def _dtype(self) -> torch.dtype:
-        """Of the checkpoint's weights."""
+        """Return the dtype of the checkpoint's weights."""
         found = (
             getattr(self.text, "dtype", None)
             or getattr(self.config, "dtype", None)
@@ -91,15 +91,15 @@ class Skeleton:
         )
 
     def prefix(self, index: int) -> str:
-        """Of a layer's tensors: "model.layers.3."."""
+        """Return the prefix of a layer's tensor names, such as "model.layers.3."."""
         return f"{self._prefix}.{index}."
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """Of a layer, by name within it."""
+        """Return the linear layers of a decoder layer by their names within it."""
         return {n: m for n, m in self.layers[index].named_modules() if isinstance(m, nn.Linear)}
 
     def other_linears(self) -> list[str]:
-        """Those outside the decoder layers: the output projection."""
+        """Return the linear layers outside the decoder layers, that is, the output projection."""
         return [
             n
             for n, m in self.model.named_modules()
@@ -107,32 +107,32 @@ class Skeleton:
         ]
 
     def outside(self) -> list[str]:
-        """The checkpoint's tensors that belong to no decoder layer."""
+        """Return the names of the checkpoint's tensors outside the decoder layers."""
         return [name for name in self.checkpoint.files if not name.startswith(self._prefix + ".")]
 
     def of_layer(self, index: int) -> list[str]:
-        """The checkpoint's tensors of a layer."""
+        """Return the names of the checkpoint's tensors of a layer."""
         return [name for name in self.checkpoint.files if name.startswith(self.prefix(index))]
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[Any]:
-        """A layer with its weights in float32, which are gone afterwards."""
+        """Load a layer's weights in float32, and release them afterwards."""
         layer, prefix = self.layers[index], self.prefix(index)
         self._fill({prefix + name: tensor for name, tensor in layer.state_dict().items()})
         try:
             yield layer
         finally:
-            _forget(layer)
+            _release(layer)
 
     def run_layer(self, index: int, hidden: Tensor) -> Tensor:
-        """`hidden f32[1, T, size]` through a loaded layer, T as in `embed`."""
+        """Run `hidden f32[1, T, size]` through a loaded layer. T is the same as in `embed`."""
         args, kwargs = self._arguments[index]
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     @contextmanager
     def ends_loaded(self) -> Iterator[Ends]:
-        """All but the decoder layers, with weights."""
+        """Load the weights outside the decoder layers, and release them afterwards."""
         state = {
             n: t for n, t in self.model.state_dict().items() if not n.startswith(self._prefix + ".")
         }
@@ -144,15 +144,16 @@ class Skeleton:
         try:
             yield Ends(self)
         finally:
-            _forget(self.model)
+            _release(self.model)
 
-    def _fill(self, wanted: dict[str, Tensor]) -> None:
-        """Read tensors of the model into it, as float32. Their shapes are those wanted."""
-        tensors = self.checkpoint.read(sorted(wanted))
+    def _fill(self, expected: dict[str, Tensor]) -> None:
+        """Load tensors into the model as float32. Their shapes must equal those of `expected`."""
+        tensors = self.checkpoint.read(sorted(expected))
         for name, tensor in tensors.items():
-            if tensor.shape != wanted[name].shape:
+            if tensor.shape != expected[name].shape:
                 shapes = (
-                    f"{list(tensor.shape)}, the model's config asks for {list(wanted[name].shape)}"
+                    f"{list(tensor.shape)}, but the model's config implies"
+                    f" {list(expected[name].shape)}"
                 )
                 raise CheckpointError(f"{self.folder}: {name} has shape {shapes}")
         self.model.load_state_dict(
@@ -168,35 +169,35 @@ class Skeleton:
         others = [prefix + n for n, p in layer.named_parameters() if p.dim() > 1 and n not in ours]
         if others:
             raise self.refusal(
-                f"{others[0]} is no linear layer's weight (experts and convolutions are not"
-                " supported)"
+                f"{others[0]} is not the weight of a linear layer (experts and convolutions are"
+                " not supported)"
             )
 
 
 class Ends:
-    """What comes before the first decoder layer and after the last."""
+    """The parts of the model before the first and after the last decoder layer."""
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._skeleton = skeleton
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """`i64[1, T]` → what the first layer is given, `f32[1, T, size]`; notes the arguments of
+        """Return the first layer's input: `i64[1, T]` → `f32[1, T, size]`. Records the arguments of
         all layers."""
-        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        recorded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         hidden: list[Tensor] = []
 
-        def note(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Tensor:
             x = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-            noted.append((args[1:], kwargs))
+            recorded.append((args[1:], kwargs))
             hidden.append(x)
             return x  # type: ignore[no-any-return]
 
-        self._run(token_ids, note)
-        self._skeleton._arguments = noted
+        self._run(token_ids, record)
+        self._skeleton._arguments = recorded
         return hidden[0]
 
     def logits(self, token_ids: Tensor, hidden: Tensor) -> Tensor:
-        """What the last layer gave, `f32[1, T, size]` → `f32[1, T, vocab]`."""
+        """Return the logits for the last layer's output: `f32[1, T, size]` → `f32[1, T, vocab]`."""
         return self._run(token_ids, lambda *args, **kwargs: hidden).logits.float()  # type: ignore[no-any-return]
 
     def _run(self, token_ids: Tensor, layer: Any) -> Any:
@@ -213,15 +214,15 @@ class Ends:
             RuntimeError,
             NotImplementedError,
         ) as e:
-            raise skeleton.refusal(f"a pass without its layers failed with {e!r}") from e
+            raise skeleton.refusal(f"a forward pass without its layers failed with {e!r}") from e
         finally:
             for module in skeleton.layers:
                 del module.forward
 
 
 class _NoMemory(TorchFunctionMode):
-    """Weights are made by `torch.empty`, and go to the meta device; tables that follow from the
-    config are made as ever."""
+    """Moves tensors created by `torch.empty`, which weights are, to the meta device. Tables
+    computed from the config are created as usual."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(
@@ -229,12 +230,12 @@ class _NoMemory(TorchFunctionMode):
         )
 
 
-def _forget(module: nn.Module) -> None:
+def _release(module: nn.Module) -> None:
     for inner in module.modules():
         for name, parameter in inner.named_parameters(recurse=False):
             inner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-    # glibc keeps what was freed, in pieces that the next layer's tensors do not fit into: memory
-    # would grow with every layer.
+    # glibc does not return freed memory, and the next layer's tensors do not fit into its
+    # fragments: without trimming, memory would grow with every layer.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Text as windows of tokens: what is calibrated on, and what the perplexity is measured on."""
+"""Split text into windows of tokens for calibration and for measuring perplexity."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dovetail.frontend.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Texts:
     calibration: Tensor
-    """i64[num, sample_len]; none if nothing is measured."""
+    """i64[num, sample_len]; empty if nothing is measured."""
     evaluation: Tensor
-    """i64[num, sample_len]; none if there is no text for it."""
+    """i64[num, sample_len]; empty if there is no evaluation text."""
     remark: str
-    """What the perplexity is measured on, or why it is not."""
+    """Description of the evaluation text, or the reason why there is none."""
     fingerprint: str
 
 
@@ -34,39 +34,39 @@ def read_texts(
     sample_len: int,
     num_evaluated: int,
 ) -> Texts:
-    """Raises `ConfigError` for files that cannot be read, or hold too little. `needed`: the scheme
-    calibrates."""
+    """Read the calibration and evaluation windows. `needed` is true if the scheme needs
+    calibration. Raises `ConfigError` for files that cannot be read or are too short."""
     if min(num_samples, sample_len - 1, num_evaluated) < 1:
         raise ConfigError(
-            "--num-samples and --num-evaluated are at least 1, --sample-len at least 2"
+            "--num-samples and --num-evaluated must be at least 1, and --sample-len at least 2"
         )
     if needed and calibration is None:
         raise ConfigError(
-            "--calibration FILE is needed: this scheme measures activations on a text like the"
-            " model's own use"
+            "--calibration FILE is required: this scheme measures activations on text that should"
+            " resemble the model's use"
         )
     empty = torch.empty((0, sample_len), dtype=torch.long)
     chosen, rest, remark = empty, empty, "no text was given"
     tokenizer = Tokenizer(folder) if calibration or evaluation else None
     if calibration is not None and tokenizer is not None:
         rest = _windows(tokenizer, calibration, sample_len, "--calibration")
-        remark = f"{calibration.name}, on which nothing was calibrated"
+        remark = f"{calibration.name}, which was not used for calibration"
         if needed:
             if len(rest) < num_samples:
                 tokens = (
-                    f"{len(rest)} windows of {sample_len} tokens, and --num-samples is"
+                    f"{len(rest)} windows of {sample_len} tokens, but --num-samples is"
                     f" {num_samples}"
                 )
                 less = f", --num-samples {len(rest)}" if len(rest) else ""
                 hint = f"Give more text{less} or a smaller --sample-len"
                 raise ConfigError(f"--calibration {calibration}: too short: {tokens}. {hint}")
-            places = _spread(len(rest), num_samples)
-            chosen = rest[places]
-            rest = rest[[i for i in range(len(rest)) if i not in set(places)]]
+            indices = _evenly_spaced(len(rest), num_samples)
+            chosen = rest[indices]
+            rest = rest[[i for i in range(len(rest)) if i not in set(indices)]]
             remark = (
-                f"what the calibration left of {calibration.name}"
+                f"the windows of {calibration.name} not used for calibration"
                 if len(rest)
-                else "the calibration took all of its text"
+                else "calibration used the whole text"
             )
     if evaluation is not None and tokenizer is not None:
         rest, remark = _windows(tokenizer, evaluation, sample_len, "--evaluation"), evaluation.name
@@ -74,7 +74,7 @@ def read_texts(
             raise ConfigError(
                 f"--evaluation {evaluation}: too short: less than one window of {sample_len} tokens"
             )
-    rest = rest[_spread(len(rest), min(num_evaluated, len(rest)))]
+    rest = rest[_evenly_spaced(len(rest), min(num_evaluated, len(rest)))]
     digest = hashlib.sha256(chosen.numpy().tobytes() + b"|" + rest.numpy().tobytes()).hexdigest()[
         :16
     ]
@@ -92,6 +92,6 @@ def _windows(tokenizer: Tokenizer, path: Path, length: int, option: str) -> Tens
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _spread(total: int, wanted: int) -> list[int]:
-    """`wanted` of `total` places, evenly."""
-    return [i * total // wanted for i in range(wanted)]
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    """Return `count` evenly spaced indices below `total`."""
+    return [i * total // count for i in range(count)]

@@ -1,5 +1,5 @@
-"""The OpenAI-compatible server. This root is light: FastAPI and uvicorn are imported when the
-server is built."""
+"""Register the OpenAI-compatible server. FastAPI and uvicorn are imported only when the server is
+built."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROUTES = ExtensionPoint(
     "routes",
     "dovetail_routes",
-    "more routes on the server",
+    "additional HTTP routes of the server",
     within="server",
     many=True,
     contract_class="dovetail_server_openai.testing:RoutesContract",
@@ -37,8 +37,8 @@ def _server(context: BuildContext, options: ServerOptions) -> OpenAIServer:
 
 @hookimpl
 def dovetail_extension_points() -> list[ExtensionPoint]:
-    """`build` returns a function that is given an `EngineClient` and returns a
-    `fastapi.APIRouter`."""
+    """Return the `routes` extension point. A provider's `build` returns a function that takes an
+    `EngineClient` and returns a `fastapi.APIRouter`."""
     return [ROUTES]
 
 

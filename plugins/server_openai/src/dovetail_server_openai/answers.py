@@ -1,4 +1,4 @@
-"""From deltas to the JSON of the two completion routes: choices, log-probabilities, usage."""
+"""Convert deltas to the JSON of the two completion routes: choices, log-probabilities, usage."""
 
 from __future__ import annotations
 
@@ -11,57 +11,58 @@ from dovetail.types import Request, TokenLogprobs
 from dovetail_server_openai.protocol import ChatRequest, CompletionRequest
 
 FLOOR = -9999.0
-"""JSON has no minus infinity."""
+"""Replaces minus infinity, which JSON cannot represent."""
 
 
 @dataclass
 class Choice:
-    """One sample of one prompt, on its way to the client."""
+    """One sample of one prompt, and what has been sent of it."""
 
     index: int
     request: Request
-    held: Delta | None = None
-    """Output that no chunk has sent yet: half a character, the possible beginning of a stop string,
-    a prompt's log-probabilities."""
-    opened: bool = False
-    """The client has been told of it."""
+    pending: Delta | None = None
+    """Output that no chunk has contained yet: half a character, the possible beginning of a stop
+    string, a prompt's log-probabilities."""
+    started: bool = False
+    """True once a chunk of this choice has been sent."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
-    """Of its prompt."""
+    """Number of prompt tokens that were found in the prefix cache."""
 
-    def take(self, delta: Delta) -> Delta:
-        """Everything that has not been told, this delta included."""
+    def add(self, delta: Delta) -> Delta:
+        """Add a delta and return all pending output, this delta included."""
         self.num_tokens += len(delta.token_ids)
         self.num_cached_tokens = delta.num_cached_tokens
-        if self.held is None:
-            self.held = delta
+        if self.pending is None:
+            self.pending = delta
         else:
-            self.held.extend(delta)
-        return self.held
+            self.pending.extend(delta)
+        return self.pending
 
 
 class Answer(Protocol):
-    """One route's JSON."""
+    """Builds the JSON of one route."""
 
     kind: str
     prefix: str
-    """Of ids."""
+    """Prefix of response ids."""
 
-    def opening(self, choice: Choice) -> dict[str, Any] | None:
-        """The element of a choice's first chunk, where the route wants one of its own."""
+    def first_chunk(self, choice: Choice) -> dict[str, Any] | None:
+        """Return the element of `choices` for the extra first chunk of a choice, or None if the
+        route has no such chunk."""
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """The element of a chunk. A whole completion is a chunk that holds everything."""
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """Return the element of `choices` for a chunk of a stream."""
 
-    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """The element of an answer that is not streamed."""
+    def full(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """Return the element of `choices` for a response that is not streamed."""
 
     def extra(self, choices: list[Choice]) -> dict[str, Any]:
-        """Beside `choices`, once an answer: in its first chunk, where it is streamed."""
+        """Return top-level fields of the response. A stream has them in its first chunk only."""
 
 
 class CompletionAnswer:
-    """/v1/completions."""
+    """Builds the JSON of /v1/completions."""
 
     kind, prefix = "text_completion", "cmpl"
 
@@ -74,11 +75,11 @@ class CompletionAnswer:
         self._n = n
         self._logprobs = [CompletionLogprobs(tokenizer) for _ in range(len(echoed) * n)]
 
-    def opening(self, choice: Choice) -> None:
+    def first_chunk(self, choice: Choice) -> None:
         return None
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        body, first = self._body, not choice.opened
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        body, first = self._body, not choice.started
         out: dict[str, Any] = {
             "index": choice.index,
             "text": self._echoed[choice.index // self._n] + delta.text if first else delta.text,
@@ -90,7 +91,7 @@ class CompletionAnswer:
             positions: list[TokenLogprobs | int] = list(delta.logprobs)
             if first and body.echo:
                 positions = [choice.request.prompt_token_ids[0], *delta.prompt_logprobs, *positions]
-            out["logprobs"] = self._logprobs[choice.index].take(positions)
+            out["logprobs"] = self._logprobs[choice.index].add(positions)
         if body.return_token_ids:
             out["token_ids"] = delta.token_ids
             if first:
@@ -99,14 +100,14 @@ class CompletionAnswer:
             out["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._tokenizer)
         return out
 
-    whole = part
+    full = chunk
 
     def extra(self, choices: list[Choice]) -> dict[str, Any]:
         return {}
 
 
 class ChatAnswer:
-    """/v1/chat/completions."""
+    """Builds the JSON of /v1/chat/completions."""
 
     prefix = "chatcmpl"
 
@@ -115,14 +116,14 @@ class ChatAnswer:
         self._body = body
         self._tokenizer = tokenizer
 
-    def opening(self, choice: Choice) -> dict[str, Any]:
+    def first_chunk(self, choice: Choice) -> dict[str, Any]:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def part(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         return {"index": choice.index, "delta": {"content": delta.text}, **self._common(delta)}
 
-    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def full(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {"index": choice.index, "message": message, **self._common(delta)}
 
@@ -130,9 +131,9 @@ class ChatAnswer:
         out: dict[str, Any] = {}
         if self._body.return_token_ids:
             out["prompt_token_ids"] = choices[0].request.prompt_token_ids
-        if self._body.prompt_logprobs is not None and choices[0].held is not None:
+        if self._body.prompt_logprobs is not None and choices[0].pending is not None:
             out["prompt_logprobs"] = prompt_logprobs(
-                choices[0].held.prompt_logprobs, self._tokenizer
+                choices[0].pending.prompt_logprobs, self._tokenizer
             )
         return out
 
@@ -150,8 +151,8 @@ class ChatAnswer:
 
 
 def usage(choices: list[Choice]) -> dict[str, Any]:
-    """A prompt counts once, however many samples it has, and is cached as far as its first sample
-    found it."""
+    """Return `usage`. Each prompt counts once, whatever its number of samples; `cached_tokens` is
+    the number of tokens that its first sample found in the prefix cache."""
     firsts = {id(c.request): c for c in reversed(choices)}.values()
     num_prompt_tokens = sum(len(c.request.prompt_token_ids) for c in firsts)
     num_tokens = sum(c.num_tokens for c in choices)
@@ -164,11 +165,11 @@ def usage(choices: list[Choice]) -> dict[str, Any]:
 
 
 def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`choices[].logprobs` of the chat route: one entry a generated token."""
+    """Return `choices[].logprobs` of the chat route, with one entry per generated token."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.token_text(token_id)
-        # A token that is a part of a character has bytes that its text does not tell.
+        # The text of a token that is part of a character does not determine its bytes.
         data = None if REPLACEMENT in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, FLOOR), "bytes": data}
 
@@ -180,16 +181,16 @@ def chat_logprobs(positions: list[TokenLogprobs], tokenizer: Tokenizer) -> dict[
 
 
 class CompletionLogprobs:
-    """`choices[].logprobs` of the completions route. Keeps the text offset, so that chunks of a
-    stream continue it."""
+    """Builds `choices[].logprobs` of the completions route. One object per choice keeps the text
+    offset from one chunk of a stream to the next."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._offset = 0
 
-    def take(self, positions: list[TokenLogprobs | int]) -> dict[str, Any]:
-        """`positions`: log-probabilities, or a bare token id where there are none (the first prompt
-        token)."""
+    def add(self, positions: list[TokenLogprobs | int]) -> dict[str, Any]:
+        """Return the log-probabilities of `positions`. An int is a token id without
+        log-probabilities (the first prompt token)."""
         out: dict[str, Any] = {
             "text_offset": [],
             "token_logprobs": [],
@@ -208,8 +209,8 @@ class CompletionLogprobs:
                 continue
             values = [max(v, FLOOR) for v in p.logprobs]
             out["token_logprobs"].append(values[0])
-            # The chosen token stands beside the most likely ones; of two tokens with one text the
-            # likelier counts.
+            # The sampled token is listed in addition to the most likely ones. If two tokens have
+            # the same text, the more likely one is kept.
             top: dict[str, float] = {}
             for i, v in sorted(zip(p.token_ids, values, strict=True), key=lambda pair: -pair[1]):
                 top.setdefault(self._tokenizer.token_text(i), v)
@@ -220,12 +221,12 @@ class CompletionLogprobs:
 def prompt_logprobs(
     positions: list[TokenLogprobs], tokenizer: Tokenizer
 ) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token, then {token_id: {logprob, rank,
-    decoded_token}}."""
+    """Return `prompt_logprobs` in vLLM's format: null for the first token, then {token_id:
+    {logprob, rank, decoded_token}}."""
     out: list[dict[str, Any] | None] = [None]
     for p in positions:
-        # The first entry is the prompt's own token with its rank; the others are the best, in
-        # order.
+        # The first entry is the prompt token with its rank. The others are the most likely tokens,
+        # in order.
         entries = {
             str(i): {
                 "logprob": max(v, FLOOR),

@@ -1,4 +1,5 @@
-"""The FastAPI application: routes, the guard in front of them, and nothing that computes."""
+"""Build the FastAPI application: the routes and the guard in front of them. Nothing here
+computes."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ TOKENIZER_KEYS = (
     "additional_special_tokens",
     "extra_special_tokens",
 )
-"""Fields of tokenizer_config.json that clients are shown; a folder may hold anything in the
-others."""
+"""Fields of tokenizer_config.json that clients may see. The other fields can contain anything,
+secrets included."""
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
@@ -54,7 +55,7 @@ EMPTY: dict[int | str, dict[str, Any]] = {200: {"description": "No content"}}
 
 
 MakeRouter = Callable[[EngineClient], APIRouter]
-"""What a provider of the `routes` extension point builds."""
+"""The type that providers of the `routes` extension point build."""
 
 
 def make_app(
@@ -64,12 +65,12 @@ def make_app(
     responsible: failures.Responsible | None = None,
     keys: Sequence[bytes] = (),
 ) -> FastAPI:
-    """All routes for one engine. The engine may still be loading: those that need it then answer
-    503.
+    """Return the application for one engine. While the engine is loading, routes that need it
+    answer 503.
 
-    `routes` are other plugins', by name; `responsible` names the one that fails; `keys` are the API
-    keys, if any. Raises `PluginError` if a route cannot be built, or would take the place of one
-    that is there.
+    `routes` are the routers of other plugins by provider name, `responsible` names the plugin whose
+    route failed, and `keys` are the API keys. Raises `PluginError` if a router cannot be built, or
+    if one of its routes already exists.
     """
     app = FastAPI(title="Dovetail", version=__version__, responses=ERRORS)
     app.router.route_class = JSONRoute
@@ -107,7 +108,8 @@ def make_app(
     async def model(name: str) -> dict[str, Any]:
         if name != engine.plan.served_model_name:
             raise ModelNotFound(
-                f"the model {name!r} is not served here; {engine.plan.served_model_name!r} is"
+                f"the model {name!r} does not exist; this server has"
+                f" {engine.plan.served_model_name!r}"
             )
         return card()
 
@@ -120,7 +122,8 @@ def make_app(
 
     @app.get("/live", response_class=Response, responses=EMPTY)
     async def live() -> Response:
-        """Whether this process can still come to serve: also while it loads, restarts or drains."""
+        """Return 200 unless the engine has failed for good or is closed. Loading, restarting and
+        draining count as alive."""
         if engine.state not in ("failed", "closed"):
             return Response()
         return failures.error_response(f"the engine is {engine.state}", 503)
@@ -175,8 +178,8 @@ def make_app(
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema, without the status that it gives for bad bodies: ours are 400, in the shape
-    of all errors."""
+    """Return FastAPI's schema without status 422: this server answers invalid bodies with 400 and
+    the common error body."""
     schema = FastAPI.openapi(app)
     for methods in schema["paths"].values():
         for operation in methods.values():
@@ -195,14 +198,16 @@ def _add_routes(app: FastAPI, name: str, make_router: MakeRouter, engine: Engine
         ) from e
     if not isinstance(router, APIRouter):
         raise PluginError(
-            f"routes: {name} made {type(router).__name__}, not a fastapi.APIRouter", provider=name
+            f"routes: {name} built a {type(router).__name__}, not a fastapi.APIRouter",
+            provider=name,
         )
-    taken = {(m, r.path) for r in app.routes if isinstance(r, Route) for m in r.methods or ()}
+    existing = {(m, r.path) for r in app.routes if isinstance(r, Route) for m in r.methods or ()}
     for route in router.routes:
         if isinstance(route, Route) and (
-            twice := [m for m in route.methods or () if (m, route.path) in taken]
+            conflicts := [m for m in route.methods or () if (m, route.path) in existing]
         ):
             raise PluginError(
-                f"routes: {name} would take the place of {twice[0]} {route.path}", provider=name
+                f"routes: {name} defines {conflicts[0]} {route.path}, which already exists",
+                provider=name,
             )
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""JSON bodies, parsed without holding up the event loop for long."""
+"""Parse JSON bodies without blocking the event loop for long."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope
 
 LONG_BODY = 256 * 1024
-"""Bytes from which on a body is parsed in a thread, with orjson: several times as fast as `json`,
-and strict, so that what it refuses is not laid to a field. One at a time, because it holds the
-interpreter's lock."""
+"""Size in bytes from which a body is parsed in a thread, with orjson. orjson is several times as
+fast as `json`, and it is strict, so that invalid JSON is not reported as an invalid field. One body
+is parsed at a time, because orjson holds the GIL."""
 
 
 class JSONRoute(APIRoute):
-    """A route whose requests parse long bodies so."""
+    """A route that parses long bodies in a thread."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle, parsing = super().get_route_handler(), asyncio.Semaphore(1)

@@ -1,8 +1,8 @@
-"""Connections within limits: how many, how long a request's head may be, and how long head and body
+"""Limit the number of connections, the size of a request's head, and the time that head and body
 may take.
 
-uvicorn's parser takes heads of any length and waits for them for ever, before any route or key is
-looked at.
+uvicorn's parser accepts heads of any length and waits for them without a timeout, before any route
+or key is checked.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
 RESERVED_DESCRIPTORS = 128
-"""Not for clients: the engine's process and its restarts, logs, models."""
+"""File descriptors reserved for the engine process and its restarts, logs and model files."""
 MAX_DESCRIPTORS = 65_536
 
 
 def allow_connections() -> int:
-    """Raise this process's limit of open files as far as it may, and return how many connections
-    that leaves room for."""
+    """Raise this process's limit on open files as far as permitted. Returns the number of
+    connections that it leaves room for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    room = MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-    return max(1, room - RESERVED_DESCRIPTORS)
+    target = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+        soft = target
+    available = MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    return max(1, available - RESERVED_DESCRIPTORS)
 
 
 def bounded_protocol(
     max_connections: int, head_timeout: float, body_timeout: float
 ) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol for servers of at most so many connections."""
+    """Return uvicorn's protocol class with these limits."""
     limits = {
         "max_connections": max_connections,
         "head_timeout": head_timeout,
@@ -44,12 +44,12 @@ def bounded_protocol(
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """What exceeds a limit is told so in one line, where it can be told, and the connection is
-    closed."""
+    """uvicorn's HTTP protocol with limits. A connection that exceeds one gets a one-line error
+    response, if no response has begun, and is closed."""
 
     max_connections: int
     head_timeout: float
-    """Seconds for a head, from the connection or from its first byte."""
+    """Seconds for a head, from the start of the connection or from the head's first byte."""
     body_timeout: float
     """Seconds for a body, from the end of its head."""
     _in_head = True
@@ -61,51 +61,50 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.connections) > self.max_connections:
             transport.abort()
             return
-        self._expect(self.head_timeout, "head")
+        self._start_timer(self.head_timeout, "head")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._clear()
+        self._cancel_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
-            if self._deadline is None:  # the next request of a connection that was kept
-                self._expect(self.head_timeout, "head")
+            if self._deadline is None:  # the next request of a keep-alive connection
+                self._start_timer(self.head_timeout, "head")
             self._num_head_bytes += len(data)
         super().data_received(data)
         if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES:
             self._refuse(
                 "431 Request Header Fields Too Large",
-                f"a request's head may have {MAX_HEAD_BYTES} bytes",
+                f"a request's head may have at most {MAX_HEAD_BYTES} bytes",
             )
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._expect(self.body_timeout, "body")
+        self._start_timer(self.body_timeout, "body")
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         self._in_head, self._num_head_bytes = True, 0
-        self._clear()
+        self._cancel_timer()
         super().on_message_complete()
 
-    def _expect(self, seconds: float, what: str) -> None:
-        self._clear()
+    def _start_timer(self, seconds: float, what: str) -> None:
+        self._cancel_timer()
         message = f"the request's {what} did not arrive within {seconds:g} s"
         self._deadline = self.loop.call_later(seconds, self._refuse, "408 Request Timeout", message)
 
-    def _clear(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def _refuse(self, status: str, message: str) -> None:
-        self._clear()
+        self._cancel_timer()
         if self.transport.is_closing():
             return
-        if (
-            self.cycle is None or self.cycle.response_complete
-        ):  # an answer that has begun is only cut off
+        # A response that has already begun is cut off without a message.
+        if self.cycle is None or self.cycle.response_complete:
             head = (
                 f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-type: text/plain;"
                 " charset=utf-8\r\n"

@@ -1,4 +1,4 @@
-"""Every error in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+"""Answer every error in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dovetail.errors import DovetailError
-from dovetail_server_openai.streams import ClientGone
+from dovetail_server_openai.streams import ClientDisconnected
 
 log = logging.getLogger("dovetail.server")
 
 
 class Responsible(Protocol):
-    """Names the plugin whose route failed; empty if that cannot be told."""
+    """Returns the name of the plugin whose route failed, or an empty string if it cannot be
+    determined."""
 
     def __call__(self, error: BaseException, *, module: str = "") -> str: ...
 
@@ -48,14 +49,14 @@ class ErrorInfo(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every error's body is, in the published schema."""
+    """The body of every error response, for the OpenAPI schema."""
 
     error: ErrorInfo
 
 
 MAX_MESSAGE = 1000
 _UNION_ARM = re.compile(r"(list|dict|function-.*)\[.*\]|str|int")
-"""A part of an error's path that names a type, not a field."""
+"""Parts of an error's path that name a type, not a field."""
 
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
@@ -78,8 +79,8 @@ def error_response(
     headers: Mapping[str, str] | None = None,
     retry_after: float | None = None,
 ) -> JSONResponse:
-    own = {"Retry-After": str(_spread(retry_after or 1.0))} if status in (429, 503) else {}
-    return JSONResponse(error_body(message, status, param), status, {**own, **(headers or {})})
+    retry = {"Retry-After": str(_with_jitter(retry_after or 1.0))} if status in (429, 503) else {}
+    return JSONResponse(error_body(message, status, param), status, {**retry, **(headers or {})})
 
 
 def dovetail_error(error: DovetailError) -> JSONResponse:
@@ -88,19 +89,19 @@ def dovetail_error(error: DovetailError) -> JSONResponse:
     )
 
 
-def _spread(seconds: float) -> int:
-    """Whole seconds, up to half as many again: clients that were refused together do not come back
-    together."""
+def _with_jitter(seconds: float) -> int:
+    """Return whole seconds with up to 50% of jitter, so that clients that were rejected together do
+    not retry together."""
     return math.ceil(seconds * random.uniform(1, 1.5))
 
 
 def install(app: FastAPI, responsible: Responsible | None = None) -> None:
-    """Answer every exception in this shape; `responsible` names the plugin whose route raised
-    it."""
+    """Add exception handlers to `app`. `responsible` names the plugin whose route raised the
+    exception."""
 
     @app.exception_handler(DovetailError)
-    async def ours(request: Request, error: DovetailError) -> JSONResponse:
-        if error.http_status == 500:  # 503 is said once, by who knows why
+    async def dovetail_failed(request: Request, error: DovetailError) -> JSONResponse:
+        if error.http_status == 500:  # the component that causes a 503 logs it once
             log.error("%s: %s", type(error).__name__, error.message)
         return dovetail_error(error)
 
@@ -109,7 +110,7 @@ def install(app: FastAPI, responsible: Responsible | None = None) -> None:
         first = error.errors()[0]
         path = ".".join(str(p) for p in first["loc"][1:] if not _UNION_ARM.fullmatch(str(p)))
         if first["type"] == "json_invalid":
-            return error_response(f"the body is no JSON: {first['ctx']['error']}", 400)
+            return error_response(f"the body is not valid JSON: {first['ctx']['error']}", 400)
         return error_response(
             f"{path + ': ' if path else ''}{first['msg']}", 400, path.split(".")[0] or None
         )
@@ -118,18 +119,18 @@ def install(app: FastAPI, responsible: Responsible | None = None) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         return error_response(str(error.detail), error.status_code, headers=error.headers)
 
-    @app.exception_handler(ClientGone)
-    async def gone(request: Request, error: ClientGone) -> Response:
-        return Response(status_code=499)  # nobody reads it; nginx's number, for whoever counts
+    @app.exception_handler(ClientDisconnected)
+    async def disconnected(request: Request, error: ClientDisconnected) -> Response:
+        return Response(status_code=499)  # nginx's status, for the metrics: no client reads it
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        # The traceback goes to the log: the framework raises it again.
-        who = ""
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        # The framework raises the exception again, and its traceback is logged.
+        plugin = ""
         if responsible is not None:
-            # What a route returned is looked at when it has ended: then only its module says whose
-            # it was.
+            # FastAPI validates a route's return value after the route has ended, so that the
+            # traceback does not contain the route; its module then identifies the plugin.
             module = getattr(request.scope.get("endpoint"), "__module__", "")
-            who = responsible(error, module=module)
-        what = f"{who}: {type(error).__name__}" if who else "internal error"
-        return error_response(f"{what}; the server's log has the details", 500)
+            plugin = responsible(error, module=module)
+        cause = f"{plugin}: {type(error).__name__}" if plugin else "internal error"
+        return error_response(f"{cause}; the server's log has the details", 500)

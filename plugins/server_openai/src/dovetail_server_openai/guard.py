@@ -1,5 +1,5 @@
-"""Before any route: API keys, the size of the body, admission, the request id that is echoed, and
-the count of answers."""
+"""Check every request before any route does: API keys, body size, admission. Also echoes the
+request id and counts responses."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from dovetail_server_openai.metrics import Metrics
 from dovetail_server_openai.options import ServerOptions
 
 OPEN = frozenset({"/health", "/ping", "/live", "/version"})
-"""Paths that need no API key: what a load balancer asks."""
+"""Paths that need no API key, because load balancers request them."""
 METRICS = "/metrics"
 ADMITTED = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""Paths of requests for the engine: where it takes none, they are refused before their bodies are
-read."""
+"""Paths whose requests are rejected before their bodies are read if the engine accepts no
+requests."""
 KEY_VARIABLE = "DOVETAIL_API_KEY"
 NO_KEY: dict[str, list[str]] = {"security": []}
-"""`openapi_extra` of a plugin's route that needs no API key, in OpenAPI's own words. All others
+"""`openapi_extra` of a plugin's route that needs no API key, in OpenAPI's terms. All other routes
 need one."""
 SALT = "dovetail_cache_salt"
-"""In the scope: what the caller's prefixes are kept apart by."""
+"""Key in the ASGI scope for the salt that separates the prefix caches of different API keys."""
 
 
 def api_keys(options: ServerOptions, environ: MutableMapping[str, str] = os.environ) -> list[bytes]:
-    """All keys that are accepted: of the options, of their file, and of the environment, where the
-    key is removed, so that no other process inherits it. Raises `ConfigError` for an empty key or
-    file."""
+    """Return all accepted keys: from the options, from their file, and from the environment. The
+    key is removed from the environment, so that no child process inherits it. Raises `ConfigError`
+    for an empty key or file."""
     keys = [] if options.api_key is None else [options.api_key.get_secret_value()]
     if (key := environ.pop(KEY_VARIABLE, None)) is not None:
         keys.append(key)
@@ -46,10 +46,10 @@ def api_keys(options: ServerOptions, environ: MutableMapping[str, str] = os.envi
             raise ConfigError(
                 f"server.api_key_file: {options.api_key_file} cannot be read: {e}"
             ) from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ConfigError(f"server.api_key_file: {options.api_key_file} holds no key")
-        keys += found
+        from_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not from_file:
+            raise ConfigError(f"server.api_key_file: {options.api_key_file} contains no key")
+        keys += from_file
     if any(not key.strip() for key in keys):
         raise ConfigError(
             f"server.api_key, or {KEY_VARIABLE}, is empty: leave it out to serve without one"
@@ -58,8 +58,11 @@ def api_keys(options: ServerOptions, environ: MutableMapping[str, str] = os.envi
 
 
 class Guard:
-    """ASGI middleware. `routes` are asked whether they are open: a request whose route is not known
-    needs a key too. `admit` raises a `DovetailError` where the engine takes no request now."""
+    """ASGI middleware that rejects requests before they reach a route.
+
+    `routes` is searched for routes that need no key. A request without a matching route needs a key
+    too. `admit` raises a `DovetailError` if the engine accepts no requests now.
+    """
 
     def __init__(
         self,
@@ -95,25 +98,25 @@ class Guard:
         request_id: bytes | None = headers.get(b"x-request-id")
         num_received = 0
 
-        async def bounded() -> Message:
+        async def limited_receive() -> Message:
             nonlocal num_received
             message = await receive()
             num_received += len(message.get("body", b""))
-            if num_received > self._max_body:  # a body that did not say how long it is
+            if num_received > self._max_body:  # a body without Content-Length
                 raise HTTPException(413, self._too_large)
             return message
 
-        async def counting(message: Message) -> None:
+        async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.answered(scope, message["status"])
+                self._metrics.count_response(scope, message["status"])
                 if request_id is not None:
                     message["headers"] = [*message["headers"], (b"x-request-id", request_id[:200])]
             await send(message)
 
-        app = self._refusal(scope, headers) or self._app
-        await app(scope, bounded, counting)
+        app = self._rejection(scope, headers) or self._app
+        await app(scope, limited_receive, counting_send)
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
+    def _rejection(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
         if self._keys and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             given = given.strip()
@@ -122,7 +125,7 @@ class Guard:
                 scope[SALT] = self._salts[matching[0]]
             elif not self._is_open(scope):
                 return failures.error_response(
-                    "give the API key: Authorization: Bearer …",
+                    "missing or invalid API key: send Authorization: Bearer KEY",
                     401,
                     headers={"WWW-Authenticate": "Bearer"},
                 )

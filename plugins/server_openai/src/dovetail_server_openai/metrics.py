@@ -1,5 +1,5 @@
-"""Prometheus metrics, under vLLM's base names so that dashboards can be reused. One registry a
-server."""
+"""Export Prometheus metrics under vLLM's base names, so that dashboards can be reused. Each server
+has its own registry."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ _SLOW = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0
 
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 NO_PROCESS = -1
-"""A process id that nobody has."""
+"""A process id that no process has."""
 
 
 class _EngineCollector(Collector):
-    """Gauges and counters that the engine reports itself, read when scraped."""
+    """Gauges and counters that the engine reports, read at each scrape."""
 
     def __init__(self, engine: EngineClient, prefix: str) -> None:
         self._engine = engine
@@ -64,18 +64,18 @@ class _EngineCollector(Collector):
         s, name = self._engine.stats, self._engine.plan.served_model_name
         used = s.kv_blocks_used / s.kv_blocks_total if s.kv_blocks_total else 0.0
         for key, text, value in (
-            ("num_requests_running", "sequences that run", s.num_requests_running),
-            ("num_requests_waiting", "sequences that wait", s.num_requests_waiting),
-            ("kv_cache_usage_perc", "share of the KV blocks in use, 0 to 1", used),
+            ("num_requests_running", "running sequences", s.num_requests_running),
+            ("num_requests_waiting", "waiting sequences", s.num_requests_waiting),
+            ("kv_cache_usage_perc", "fraction of KV blocks in use, 0 to 1", used),
         ):
             gauge = GaugeMetricFamily(self._prefix + key, text, labels=["model_name"])
             gauge.add_metric([name], value)
             yield gauge
         for key, text, value in (
-            ("num_preemptions", "sequences preempted", s.num_preemptions),
+            ("num_preemptions", "preemptions of sequences", s.num_preemptions),
             (
                 "prompt_tokens",
-                "prompt tokens computed, or found in the prefix cache",
+                "prompt tokens computed or found in the prefix cache",
                 s.num_prompt_tokens,
             ),
             ("generation_tokens", "tokens generated", s.num_generation_tokens),
@@ -83,7 +83,7 @@ class _EngineCollector(Collector):
             ("spec_decode_num_accepted_tokens", "draft tokens accepted", s.num_accepted_tokens),
             (
                 "prefix_cache_queries",
-                "prompt tokens looked for in the prefix cache",
+                "prompt tokens looked up in the prefix cache",
                 s.num_prefix_queried_tokens,
             ),
             (
@@ -91,13 +91,13 @@ class _EngineCollector(Collector):
                 "prompt tokens found in the prefix cache",
                 s.num_prefix_hit_tokens,
             ),
-            ("engine_steps", "steps run", s.num_steps),
+            ("engine_steps", "steps executed", s.num_steps),
             (
                 "engine_failed_steps",
-                "steps that failed, and their requests with them",
+                "failed steps, each of which fails its requests",
                 s.num_failed_steps,
             ),
-            ("engine_restarts", "engine processes replaced", self._engine.num_restarts),
+            ("engine_restarts", "restarts of the engine process", self._engine.num_restarts),
         ):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
             counter.add_metric([name], value)
@@ -108,7 +108,7 @@ class _EngineCollector(Collector):
             yield from self._shadow(self._engine.shadow)
 
     def _speculation(self, s: EngineStats) -> Iterable[Metric]:
-        """Of drafts; nothing where there is no drafter."""
+        """Return metrics of speculative decoding; none without a drafter."""
         name, choice = self._engine.plan.served_model_name, self._engine.plan.choices["speculation"]
         if choice.is_empty:
             return
@@ -120,17 +120,17 @@ class _EngineCollector(Collector):
         for key, text, value in (
             (
                 "spec_decode_mean_accepted_length",
-                "draft tokens accepted of a draft, on average",
+                "mean number of accepted tokens per draft",
                 mean_length,
             ),
-            ("spec_decode_tokens_per_step", "tokens generated in a step, on average", per_step),
+            ("spec_decode_tokens_per_step", "mean number of tokens generated per step", per_step),
         ):
             gauge = GaugeMetricFamily(self._prefix + key, text, labels=["model_name"])
             gauge.add_metric([name], value)
             yield gauge
         seconds = CounterMetricFamily(
             self._prefix + "spec_decode_drafter_seconds",
-            "seconds in the drafter, while the loop waits for it",
+            "seconds that the engine loop waited for the drafter",
             labels=["model_name", "provider"],
         )
         seconds.add_metric([name, choice.qualified_name], s.draft_seconds)
@@ -161,7 +161,8 @@ class _EngineCollector(Collector):
     def _prefix_cache(self, evicted: dict[str, int], blocks: dict[str, int]) -> Iterable[Metric]:
         name, labels = self._engine.plan.served_model_name, ["model_name"]
         text = (
-            "blocks that the prefix cache forgot (device_full, host_full, reset) or moved (to_host)"
+            "blocks that the prefix cache dropped (device_full, host_full, reset) or moved to host"
+            " memory (to_host)"
         )
         counter = CounterMetricFamily(
             self._prefix + "prefix_cache_evicted_blocks", text, labels=[*labels, "cause"]
@@ -169,7 +170,7 @@ class _EngineCollector(Collector):
         for cause, value in evicted.items():
             counter.add_metric([name, cause], value)
         yield counter
-        text = "blocks that no sequence uses and that can be found again"
+        text = "cached blocks that no sequence uses"
         gauge = GaugeMetricFamily(
             self._prefix + "prefix_cache_blocks", text, labels=[*labels, "tier"]
         )
@@ -178,48 +179,54 @@ class _EngineCollector(Collector):
         yield gauge
 
     def _shadow(self, report: ShadowReport) -> Iterable[Metric]:
-        """Of candidates, by key of the plan and by layer."""
+        """Return metrics of shadow runs by candidate (its key in the plan) and layer."""
         name, choices = self._engine.plan.served_model_name, self._engine.plan.choices
         for key, text, value in (
             ("shadow_steps", "steps since the start of a shadow run", report.num_steps),
-            ("shadow_sampled_steps", "steps that were compared", report.num_sampled_steps),
+            ("shadow_sampled_steps", "steps whose outputs were compared", report.num_sampled_steps),
         ):
             counter = CounterMetricFamily(self._prefix + key, text, labels=["model_name"])
             counter.add_metric([name], value)
             yield counter
         labels = ["model_name", "candidate", "provider"]
         off = GaugeMetricFamily(
-            self._prefix + "shadow_switched_off", "1: it failed, and runs no more", labels=labels
+            self._prefix + "shadow_switched_off",
+            "1 if the candidate failed and was disabled",
+            labels=labels,
         )
         for key, choice in choices.items():
             if key.startswith(SHADOW_PREFIX):
                 off.add_metric([name, key, choice.qualified_name], key in report.failed)
         yield off
         for key, text, field in (
-            ("shadow_max_abs_error", "largest difference from the trusted output", "max_abs_error"),
+            (
+                "shadow_max_abs_error",
+                "largest absolute difference from the trusted provider's output",
+                "max_abs_error",
+            ),
             (
                 "shadow_max_relative_error",
-                "the same, over the largest magnitude of that output",
+                "largest absolute difference divided by the trusted output's largest magnitude",
                 "max_rel_error",
             ),
             ("shadow_compared", "outputs compared", "num_compared"),
-            ("shadow_speed", "of the candidate; the trusted provider's is 1", "speed"),
+            ("shadow_speed", "speed of the candidate relative to the trusted provider", "speed"),
         ):
             gauge = GaugeMetricFamily(self._prefix + key, text, labels=[*labels, "layer"])
             for layer in report.layers:
-                who = choices[layer.key].qualified_name
-                gauge.add_metric([name, layer.key, who, layer.layer], getattr(layer, field))
+                provider = choices[layer.key].qualified_name
+                gauge.add_metric([name, layer.key, provider, layer.layer], getattr(layer, field))
             yield gauge
 
 
 class Metrics:
-    """What the server measures of its requests."""
+    """The registry of one server, and the metrics that it measures per request."""
 
     def __init__(self, engine: EngineClient, prefix: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(engine, prefix))
-        # Memory, CPU time and open files of both processes: process_… of this one, engine_process_…
-        # of the other.
+        # Memory, CPU time and open files of both processes: process_… for this one,
+        # engine_process_… for the engine process.
         ProcessCollector(registry=self.registry)
         ProcessCollector(
             namespace="engine", pid=lambda: engine.pid or NO_PROCESS, registry=self.registry
@@ -233,52 +240,62 @@ class Metrics:
             ).labels(name)
 
         self._ttft = histogram(
-            "time_to_first_token_seconds", "from arrival to the first token", _FAST
+            "time_to_first_token_seconds", "seconds from arrival to the first token", _FAST
         )
         self._queue = histogram(
-            "request_queue_time_seconds", "from arrival in the engine to the first step", _FAST
+            "request_queue_time_seconds",
+            "seconds from arrival in the engine to the first step",
+            _FAST,
         )
         self._prefill = histogram(
-            "request_prefill_time_seconds", "from the first step to the first token", _FAST
+            "request_prefill_time_seconds", "seconds from the first step to the first token", _FAST
         )
         self._itl = histogram(
-            "inter_token_latency_seconds", "between two deliveries of one request", _FAST
+            "inter_token_latency_seconds", "seconds between two deliveries of one request", _FAST
         )
-        self._e2e = histogram("e2e_request_latency_seconds", "from arrival to the end", _SLOW)
+        self._e2e = histogram(
+            "e2e_request_latency_seconds", "seconds from arrival to completion", _SLOW
+        )
         self._tpot = histogram(
-            "request_time_per_output_token_seconds", "of a request, after its first token", _FAST
+            "request_time_per_output_token_seconds",
+            "mean seconds per token of a request after its first token",
+            _FAST,
         )
-        self._prompt = histogram("request_prompt_tokens", "prompt tokens of a request", _COUNTS)
+        self._prompt = histogram("request_prompt_tokens", "prompt tokens per request", _COUNTS)
         self._output = histogram(
-            "request_generation_tokens", "tokens generated for a request, over its samples", _COUNTS
+            "request_generation_tokens",
+            "generated tokens per request, all samples together",
+            _COUNTS,
         )
-        self._n = histogram("request_params_n", "samples asked for", (1, 2, 4, 8, 16, 32, 64, 128))
+        self._n = histogram(
+            "request_params_n", "requested number of samples", (1, 2, 4, 8, 16, 32, 64, 128)
+        )
         self._max_tokens = histogram(
-            "request_params_max_tokens", "most tokens asked for, a sample", _COUNTS
+            "request_params_max_tokens", "requested maximum number of tokens per sample", _COUNTS
         )
-        self._ended = Counter(
+        self._finished = Counter(
             prefix + "request_success",
-            "requests by how they ended",
+            "finished requests by reason",
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self._answered = Counter(
+        self._responses = Counter(
             prefix + "http_requests",
-            "answers by method, route and status",
+            "HTTP responses by method, route and status",
             ["method", "handler", "status"],
             registry=self.registry,
         )
         self._name = name
 
-    def answered(self, scope: Scope, status: int) -> None:
-        """Count an answer that begins."""
-        route = scope.get("route")  # None: refused before it was looked for, or there is none
+    def count_response(self, scope: Scope, status: int) -> None:
+        """Count a response whose head is about to be sent."""
+        route = scope.get("route")  # None if rejected before routing, or not found
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self._answered.labels(method, getattr(route, "path", "none"), status).inc()
+        self._responses.labels(method, getattr(route, "path", "none"), status).inc()
 
     async def observe(self, request: Request) -> AsyncGenerator[Delta]:
-        """Run a request, measuring."""
-        began = last = time.perf_counter()
+        """Run a request and record its metrics."""
+        start = last = time.perf_counter()
         first = 0.0
         num_tokens, reason = 0, "abort"
         self._prompt.observe(len(request.prompt_token_ids))
@@ -301,11 +318,11 @@ class Metrics:
             reason = "error"
             raise
         finally:
-            self._e2e.observe(time.perf_counter() - began)
+            self._e2e.observe(time.perf_counter() - start)
             self._output.observe(num_tokens)
             if num_tokens > 1 and last > first:
                 self._tpot.observe((last - first) * request.params.n / num_tokens)
-            self._ended.labels(self._name, reason).inc()
+            self._finished.labels(self._name, reason).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

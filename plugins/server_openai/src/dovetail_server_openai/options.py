@@ -1,4 +1,4 @@
-"""What an operator sets of the server."""
+"""Define the options of the server."""
 
 from __future__ import annotations
 
@@ -8,30 +8,36 @@ from dovetail.plugin.provider import Options
 
 
 class ServerOptions(Options):
-    api_key: SecretStr | None = Field(None, description="clients must send it as a bearer token")
-    api_key_file: str | None = Field(
-        None, description="a file of such keys, one a line; each has a prefix cache of its own"
+    api_key: SecretStr | None = Field(
+        None, description="API key that clients must send as a bearer token"
     )
-    open_metrics: bool = Field(False, description="answer /metrics without a key")
-    max_body_mb: float = Field(32, gt=0, description="largest request body, MiB")
+    api_key_file: str | None = Field(
+        None,
+        description="file with one API key per line; each key has its own prefix cache",
+    )
+    open_metrics: bool = Field(False, description="serve /metrics without an API key")
+    max_body_mb: float = Field(32, gt=0, description="maximum size of a request body in MiB")
     head_timeout: float = Field(
-        10, gt=0, description="seconds for a client to send a request's head"
+        10, gt=0, description="seconds within which a client must send a request's head"
     )
     body_timeout: float = Field(
-        60, gt=0, description="seconds for a client to send a request's body"
+        60, gt=0, description="seconds within which a client must send a request's body"
     )
     max_logprobs: int = Field(
-        20, ge=0, le=64, description="most alternatives a token that a request may ask for"
+        20,
+        ge=0,
+        le=64,
+        description="maximum logprobs, top_logprobs and prompt_logprobs of a request",
     )
     max_answer_logprobs: int = Field(
-        300_000, ge=1, description="most log-probabilities of all tokens of a request"
+        300_000, ge=1, description="maximum number of log-probabilities in one response"
     )
     drain_seconds: float = Field(
-        30, ge=0, description="how long SIGTERM waits for requests in flight"
+        30, ge=0, description="seconds that in-flight requests may take to finish after SIGTERM"
     )
     allow_chat_template: bool = Field(
-        False, description="take chat templates from requests; one can loop for minutes"
+        False, description="accept chat templates from requests; a template can loop for minutes"
     )
     metrics_prefix: str = Field(
-        "dovetail:", description="of the Prometheus names; vllm: fits dashboards made for vLLM"
+        "dovetail:", description="prefix of Prometheus metric names; use vllm: for vLLM dashboards"
     )

@@ -1,5 +1,5 @@
-"""The request bodies of the OpenAI API, as far as they mean something here. Unknown fields are
-ignored, null is absent."""
+"""Define the request bodies of the OpenAI API. Unknown fields are ignored, and null means
+absent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dovetail.types import SamplingParams
 
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
-"""A list whose first bad item is the error: a body of a million bad items is not a million
-errors."""
+"""A list whose validation stops at the first invalid item: a body with a million invalid items must
+not produce a million errors."""
 
 UNSUPPORTED = (
     "allowed_token_ids",
@@ -39,16 +39,16 @@ UNSUPPORTED = (
     "truncate_prompt_tokens",
     "use_beam_search",
 )
-"""Known, not built yet, and not to be ignored: they say what the answer must be. None means
-absent."""
-HARMLESS: dict[str, tuple[Any, ...]] = {
+"""Fields that are not implemented and cannot be ignored, because they constrain the output. A
+request that sets one is rejected; null means absent."""
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "use_beam_search": (False,),
 }
-"""Values of these that ask for nothing."""
+"""Values of unsupported fields that are accepted because they request nothing."""
 
 
 class Body(BaseModel):
@@ -60,18 +60,18 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class Sampled(Body):
-    """What both completion routes share: OpenAI's parameters and vLLM's extra ones."""
+class SamplingBody(Body):
+    """Fields of both completion routes: OpenAI's parameters and vLLM's additional ones."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        """Before fields are read, because unknown ones are not kept: a stream would hold them as
-        long as it lasts."""
+    def _reject_unsupported(cls, data: Any) -> Any:
+        """Reject unsupported fields. This runs before validation, because unknown fields are not
+        kept: a stream would hold them in memory until it ends."""
         if isinstance(data, dict):
             for name in UNSUPPORTED:
                 value = data.get(name)
-                if value is not None and value not in HARMLESS.get(name, ()):
+                if value is not None and value not in NO_EFFECT.get(name, ()):
                     raise InvalidRequest(f"{name}: not supported by this server", param=name)
         return data
 
@@ -102,10 +102,10 @@ class Sampled(Body):
     user: str | None = None
 
     def check(self) -> None:
-        """Raise `InvalidRequest` for what is no range of one field."""
+        """Check conditions that involve several fields. Raises `InvalidRequest`."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
-                "stream_options is for streams: set stream to true", param="stream_options"
+                "stream_options requires stream to be true", param="stream_options"
             )
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs cannot be streamed", param="prompt_logprobs")
@@ -113,19 +113,20 @@ class Sampled(Body):
     def sampling(
         self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
-        """Request over the model's generation config over the defaults. Raises `InvalidRequest`.
+        """Return the sampling parameters. Values of the request take precedence over those of the
+        model's generation config, and these over the defaults. Raises `InvalidRequest`.
 
-        A field of `SamplingParams` that a body has too is passed on under its name.
+        Fields that also exist in `SamplingParams` are passed on under the same name.
         """
         shared = self.model_fields_set.intersection(SamplingParams.__struct_fields__)
-        given = {name: value for name in shared if (value := getattr(self, name)) is not None}
-        given["logit_bias"] = _token_biases(self.logit_bias or {})
+        values = {name: value for name in shared if (value := getattr(self, name)) is not None}
+        values["logit_bias"] = _token_biases(self.logit_bias or {})
         return SamplingParams(
-            **{**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
+            **{**defaults, **values, "max_tokens": max_tokens, "logprobs": logprobs}
         )
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(SamplingBody):
     prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool = False
     logprobs: int | None = None
@@ -136,14 +137,18 @@ class CompletionRequest(Sampled):
     def check(self) -> None:
         super().check()
         if self.suffix:
-            raise InvalidRequest("suffix: this model does not fill in the middle", param="suffix")
+            raise InvalidRequest(
+                "suffix is not supported: this model has no fill-in-the-middle", param="suffix"
+            )
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest("best_of is not supported: use n", param="best_of")
+            raise InvalidRequest("best_of must equal n", param="best_of")
         if self.max_tokens == 0 and not self.echo:
-            raise InvalidRequest("max_tokens is at least 1, or 0 with echo", param="max_tokens")
+            raise InvalidRequest(
+                "max_tokens must be at least 1, or 0 with echo", param="max_tokens"
+            )
 
     def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt."""
+        """Return a list with one entry per prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -158,8 +163,8 @@ class Message(Body):
     content: str | Many[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As chat templates want it: content parts joined. Raises `InvalidRequest` for parts that
-        are no text."""
+        """Return the message as chat templates expect it, with content parts joined. Raises
+        `InvalidRequest` for parts that are not text."""
         data = {
             "role": self.role,
             **{k: v for k, v in (self.model_extra or {}).items() if v is not None},
@@ -172,14 +177,14 @@ class Message(Body):
             for part in self.content:
                 if part.get("type") != "text" or not isinstance(part.get("text"), str):
                     raise InvalidRequest(
-                        f"content part of type {part.get('type')!r}: this model reads text",
+                        f"content part of type {part.get('type')!r}: only text is supported",
                         param="messages",
                     )
             data["content"] = "".join(part["text"] for part in self.content)
         return data
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingBody):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -190,15 +195,15 @@ class ChatRequest(Sampled):
 
     @property
     def limit(self) -> int | None:
-        """`max_completion_tokens` wins over its older name."""
+        """`max_completion_tokens`, or `max_tokens` if it is not set."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+            raise InvalidRequest("top_logprobs requires logprobs to be true", param="top_logprobs")
         if self.limit == 0:
-            raise InvalidRequest("max_tokens is at least 1", param="max_tokens")
+            raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
 
 
 class TokenizeRequest(Body):
@@ -215,8 +220,8 @@ class DetokenizeRequest(Body):
     tokens: Many[int]
 
 
-def _token_biases(given: dict[str, float]) -> dict[int, float]:
+def _token_biases(values: dict[str, float]) -> dict[int, float]:
     try:
-        return {int(token): bias for token, bias in given.items()}
+        return {int(token): bias for token, bias in values.items()}
     except ValueError:
-        raise InvalidRequest("logit_bias: keys are token ids", param="logit_bias") from None
+        raise InvalidRequest("logit_bias: keys must be token ids", param="logit_bias") from None

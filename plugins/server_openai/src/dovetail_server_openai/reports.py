@@ -1,4 +1,4 @@
-"""A line about the load in the log, now and then, while there is any."""
+"""Log a line about the load every few seconds while requests are processed."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dovetail.interfaces.server import EngineClient
 from dovetail.types import EngineStats
 
 log = logging.getLogger("dovetail.server")
-EVERY = 10.0
+INTERVAL = 10.0
 """Seconds between two lines."""
 
 
-async def report_load(engine: EngineClient, every: float = EVERY) -> None:
-    """Until cancelled, log throughput, queue, KV cache and prefix hits since the last line, if
-    anything was done."""
-    last, began = EngineStats(), time.monotonic()
+async def report_load(engine: EngineClient, interval: float = INTERVAL) -> None:
+    """Log throughput, queue length, KV cache usage and prefix cache hits since the last line,
+    unless no step has run since then. Runs until cancelled."""
+    last, since = EngineStats(), time.monotonic()
     while True:
-        await asyncio.sleep(every)
+        await asyncio.sleep(interval)
         now, stats = time.monotonic(), engine.stats
         if stats.num_steps < last.num_steps:
-            last = EngineStats()  # a new process counts from the beginning
+            last = EngineStats()  # the counters of a new engine process start at 0
         if stats.num_steps != last.num_steps:
-            log.info(load_line(last, stats, now - began))
-        last, began = stats, now
+            log.info(load_line(last, stats, now - since))
+        last, since = stats, now
 
 
 def load_line(before: EngineStats, after: EngineStats, seconds: float) -> str:
-    """What happened between two snapshots."""
+    """Return the log line for the time between two snapshots."""
     prompt = (after.num_prompt_tokens - before.num_prompt_tokens) / seconds
     generated = (after.num_generation_tokens - before.num_generation_tokens) / seconds
     used = after.kv_blocks_used / after.kv_blocks_total if after.kv_blocks_total else 0.0

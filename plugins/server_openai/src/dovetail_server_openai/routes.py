@@ -1,5 +1,5 @@
-"""The two completion routes: one way from a body to requests, from requests to a merged stream, and
-from there to JSON."""
+"""Handle the completion and tokenization routes: convert a body to requests, run them, and convert
+their deltas to JSON."""
 
 from __future__ import annotations
 
@@ -28,26 +28,29 @@ from dovetail_server_openai.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Sampled,
+    SamplingBody,
     TokenizeRequest,
 )
-from dovetail_server_openai.streams import EventStream, merged, until_gone
+from dovetail_server_openai.streams import EventStream, merge_streams, run_until_disconnect
 
 T = TypeVar("T")
 
 LONG_TEXT = 20_000
-"""Characters from which on a text is tokenized in a thread."""
+"""Number of characters from which a text is tokenized in a thread, so that it does not delay the
+streams of other requests."""
 LONG_ANSWER = 5_000
-"""Log-probabilities from which on an answer is put together in a thread, for the same reason."""
+"""Number of log-probabilities from which a response is serialized in a thread, for the same
+reason."""
 NUM_TOKENIZING = 2
-"""Long texts that are tokenized at a time: clients that send many wait for each other, and not the
-streams for them."""
+"""Number of long texts tokenized at a time. Clients that send many wait for each other, and streams
+do not wait for them."""
 MAX_DETOKENIZED = 2**20
-"""Token ids of one /detokenize."""
+"""Maximum number of token ids in one /detokenize request."""
 
 
 class Completions:
-    """Handlers of /v1/completions, /v1/chat/completions and /tokenize for one engine."""
+    """Handlers of /v1/completions, /v1/chat/completions, /tokenize and /detokenize for one
+    engine."""
 
     def __init__(
         self,
@@ -67,7 +70,8 @@ class Completions:
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self._model:
             raise ModelNotFound(
-                f"the model {name!r} is not served here; {self._model!r} is", param="model"
+                f"the model {name!r} does not exist; this server has {self._model!r}",
+                param="model",
             )
 
     async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
@@ -88,7 +92,9 @@ class Completions:
                 f" and prompts × n can be at most {limit} (max_num_waiting)",
                 param="prompt",
             )
-        requests = await self._make(prompts, params, body, http, special=body.add_special_tokens)
+        requests = await self._make_requests(
+            prompts, params, body, http, special=body.add_special_tokens
+        )
         tokenizer = self._engine.tokenizer
         echoed = (
             [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
@@ -106,7 +112,7 @@ class Completions:
         self._check_logprobs("top_logprobs", body.top_logprobs)
         if body.chat_template is not None and not self._options.allow_chat_template:
             raise InvalidRequest(
-                "this server takes no templates from requests (allow_chat_template)",
+                "chat_template is not accepted from requests (allow_chat_template)",
                 param="chat_template",
             )
         params = self._sampling(
@@ -120,14 +126,16 @@ class Completions:
             template=body.chat_template,
             variables=body.chat_template_kwargs,
         )
-        prompt = await self._encoded(encode, num_chars(messages))
-        requests = await self._make([prompt], params, body, http, special=False)
+        prompt = await self._encode(encode, count_chars(messages))
+        requests = await self._make_requests([prompt], params, body, http, special=False)
         return await self._answer(requests, body, http, ChatAnswer(body, self._engine.tokenizer))
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequest("give either prompt or messages", param="prompt")
+            raise InvalidRequest(
+                "either prompt or messages is required, and not both", param="prompt"
+            )
         special = (
             body.add_special_tokens
             if body.add_special_tokens is not None
@@ -140,8 +148,8 @@ class Completions:
             encode = partial(
                 maker.encode_chat, messages, add_generation_prompt=body.add_generation_prompt
             )
-        size = len(body.prompt or "") + num_chars(messages)
-        tokens = await self._encoded(partial(encode, add_special_tokens=special), size)
+        size = len(body.prompt or "") + count_chars(messages)
+        tokens = await self._encode(partial(encode, add_special_tokens=special), size)
         strings = (
             [self._engine.tokenizer.token_text(t) for t in tokens]
             if body.return_token_strs
@@ -162,7 +170,7 @@ class Completions:
                 f"{len(body.tokens)} tokens; at most {MAX_DETOKENIZED} at a time", param="tokens"
             )
         if not all(0 <= t < size for t in body.tokens):
-            raise InvalidRequest(f"token ids are from 0 to {size - 1}", param="tokens")
+            raise InvalidRequest(f"token ids must be from 0 to {size - 1}", param="tokens")
         async with self._tokenizing:
             text = await asyncio.to_thread(
                 self._engine.tokenizer.decode, body.tokens, skip_special_tokens=False
@@ -177,32 +185,32 @@ class Completions:
             )
 
     def _sampling(
-        self, body: Sampled, max_tokens: int | None, logprobs: int | None
+        self, body: SamplingBody, max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
         self._check_logprobs("prompt_logprobs", body.prompt_logprobs)
         return body.sampling(self._defaults, max_tokens=max_tokens, logprobs=logprobs)
 
-    async def _encoded(self, encode: Callable[[], T], num_chars: int) -> T:
-        """In a thread if the text is long: other requests' streams must not wait for it."""
+    async def _encode(self, encode: Callable[[], T], num_chars: int) -> T:
+        """Call `encode`, in a thread if the text is long: other requests' streams must not wait for
+        it."""
         if num_chars <= LONG_TEXT:
             return encode()
         async with self._tokenizing:
             return await asyncio.to_thread(encode)
 
-    async def _make(
+    async def _make_requests(
         self,
         prompts: list[str | list[int]],
         params: SamplingParams,
-        body: Sampled,
+        body: SamplingBody,
         http: HttpRequest,
         *,
         special: bool,
     ) -> list[Request]:
-        # Callers with keys of their own never find what another one's prompts left in the prefix
-        # cache.
-        salt, of_key = body.cache_salt, http.scope.get(SALT)
-        if of_key is not None:
-            salt = of_key if salt is None else f"{of_key} {salt}"
+        # Requests with different API keys must not share entries of the prefix cache.
+        salt, key_salt = body.cache_salt, http.scope.get(SALT)
+        if key_salt is not None:
+            salt = key_salt if salt is None else f"{key_salt} {salt}"
 
         def make() -> list[Request]:
             make_one = partial(
@@ -213,19 +221,19 @@ class Completions:
             )
             return [make_one(p, params) for p in prompts]
 
-        requests = await self._encoded(make, sum(len(p) for p in prompts if isinstance(p, str)))
-        count = num_logprobs(requests)
+        requests = await self._encode(make, sum(len(p) for p in prompts if isinstance(p, str)))
+        count = max_num_logprobs(requests)
         if count > self._options.max_answer_logprobs:
             raise InvalidRequest(
-                f"the answer would hold {count} log-probabilities; at most"
-                f" {self._options.max_answer_logprobs} (max_answer_logprobs): ask for fewer"
-                " alternatives, tokens or prompts",
+                f"the response would contain up to {count} log-probabilities; at most"
+                f" {self._options.max_answer_logprobs} are allowed (max_answer_logprobs): request"
+                " fewer alternatives, tokens or prompts",
                 param="prompt_logprobs" if params.prompt_logprobs is not None else "logprobs",
             )
         return requests
 
     async def _answer(
-        self, requests: list[Request], body: Sampled, http: HttpRequest, answer: Answer
+        self, requests: list[Request], body: SamplingBody, http: HttpRequest, answer: Answer
     ) -> Response:
         choices = [
             Choice(i * r.params.n + k, r) for i, r in enumerate(requests) for k in range(r.params.n)
@@ -241,21 +249,21 @@ class Completions:
             return EventStream(self._events(requests, choices, body, head, answer))
 
         async def collect() -> None:
-            async with aclosing(merged(requests, self._metrics.observe)) as news:
-                async for delta in news:
-                    choices[delta.index].take(delta)
+            async with aclosing(merge_streams(requests, self._metrics.observe)) as deltas:
+                async for delta in deltas:
+                    choices[delta.index].add(delta)
 
-        await until_gone(http.receive, collect())
+        await run_until_disconnect(http.receive, collect())
 
-        def written() -> bytes:
-            whole = [answer.whole(c, c.held) for c in choices if c.held is not None]
+        def serialize() -> bytes:
+            whole = [answer.full(c, c.pending) for c in choices if c.pending is not None]
             return orjson.dumps(
                 {**head, "choices": whole, "usage": usage(choices), **answer.extra(choices)}
             )
 
-        is_long = num_logprobs(requests) > LONG_ANSWER
+        is_long = max_num_logprobs(requests) > LONG_ANSWER
         return Response(
-            await asyncio.to_thread(written) if is_long else written(),
+            await asyncio.to_thread(serialize) if is_long else serialize(),
             media_type="application/json",
         )
 
@@ -263,15 +271,16 @@ class Completions:
         self,
         requests: list[Request],
         choices: list[Choice],
-        body: Sampled,
+        body: SamplingBody,
         head: dict[str, Any],
         answer: Answer,
     ) -> AsyncGenerator[bytes]:
-        """Errors before the first event are raised; later ones are an event of the stream."""
+        """Yield the events of a stream. Errors before the first event are raised; later ones are
+        sent as an event."""
         options = body.stream_options
         with_usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
-        extra, begun = answer.extra(choices), False
+        extra, started = answer.extra(choices), False
 
         def event(element: dict[str, Any]) -> bytes:
             nonlocal extra
@@ -282,35 +291,40 @@ class Completions:
             return _event(data)
 
         try:
-            async with aclosing(merged(requests, self._metrics.observe)) as news:
-                async for delta in news:
+            async with aclosing(merge_streams(requests, self._metrics.observe)) as deltas:
+                async for delta in deltas:
                     choice, events = choices[delta.index], b""
-                    new = choice.take(delta)
-                    if not choice.opened and (opening := answer.opening(choice)) is not None:
-                        events = event(opening)
-                        choice.opened = True
+                    new = choice.add(delta)
+                    if (
+                        not choice.started
+                        and (first_chunk := answer.first_chunk(choice)) is not None
+                    ):
+                        events = event(first_chunk)
+                        choice.started = True
                     if new.text or new.finish_reason:
-                        events += event(answer.part(choice, new))
-                        choice.opened, choice.held = True, None
+                        events += event(answer.chunk(choice, new))
+                        choice.started, choice.pending = True, None
                     if events:
-                        begun = True
+                        started = True
                         yield events
             if with_usage:
                 yield _event({**head, "choices": [], "usage": usage(choices)})
         except DovetailError as e:
-            if not begun:
+            if not started:
                 raise
             yield _event(error_body(e.message, e.http_status, e.param))
         yield b"data: [DONE]\n\n"
 
 
-def num_chars(messages: list[dict[str, Any]]) -> int:
-    """Of the contents, which are what messages can have much of."""
+def count_chars(messages: list[dict[str, Any]]) -> int:
+    """Return the number of characters in the contents of the messages. Roles and other fields are
+    short."""
     return sum(len(m.get("content") or "") for m in messages)
 
 
-def num_logprobs(requests: list[Request]) -> int:
-    """The most log-probabilities that the answers to these requests can hold."""
+def max_num_logprobs(requests: list[Request]) -> int:
+    """Return an upper bound on the number of log-probabilities in the response to these
+    requests."""
     total = 0
     for r in requests:
         if r.params.prompt_logprobs is not None:

@@ -1,4 +1,4 @@
-"""Running the application: the engine beside it, and an end that loses no answer."""
+"""Run the application and the engine together, and shut both down without losing responses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dovetail_server_openai.reports import report_load
 
 log = logging.getLogger("dovetail.server")
 CLOSE_SECONDS = 5
-"""How long a client has to fetch the rest of an answer, once the engine has drained."""
+"""Seconds that a client has to receive the rest of a response after the engine has drained."""
 
 
 class OpenAIServer:
-    """The `Server` contract over uvicorn."""
+    """The `Server` interface implemented with uvicorn."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class OpenAIServer:
         )
         if not keys and not ipaddress.ip_address(address).is_loopback:
             log.warning(
-                "listening on %s without an API key: whoever reaches the port can use it"
+                "listening on %s without an API key: anyone who can reach the port can use it"
                 " (--api-key-file)",
                 address,
             )
@@ -65,7 +65,7 @@ class OpenAIServer:
             ws="none",
         )
 
-        async def both() -> None:
+        async def serve() -> None:
             uvicorn_server = _Draining(config, engine, self._options.drain_seconds)
             serving = asyncio.create_task(uvicorn_server.serve(sockets=[sock]))
             starting = asyncio.create_task(engine.start())
@@ -75,32 +75,34 @@ class OpenAIServer:
                 await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
                 if starting.done():
                     starting.result()
-                    gc.freeze()  # what lives as long as the process need not be looked at again
+                    gc.freeze()  # objects that live as long as the process need no collection
                     on_ready(url)
                 await serving
                 if engine.failed.is_set():
-                    raise EngineDead(f"the engine has been given up: {engine.failure}")
+                    raise EngineDead(f"the engine failed permanently: {engine.failure}")
             finally:
                 failing.cancel()
                 reporting.cancel()
                 uvicorn_server.should_exit = True
                 await serving
                 await engine.close()
-                await asyncio.gather(starting, return_exceptions=True)  # told to stop while loading
+                await asyncio.gather(
+                    starting, return_exceptions=True
+                )  # fails if stopped while loading
 
         with sock, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(both())
+            runner.run(serve())
 
 
 async def _until_failed(engine: EngineClient, server: uvicorn.Server) -> None:
-    """An engine that is given up ends the server too: whoever supervises it can do more."""
+    """Stop the server when the engine has failed permanently, so that its supervisor can react."""
     await engine.failed.wait()
     server.should_exit = True
 
 
 class _Draining(uvicorn.Server):
-    """On the first signal: refuse new requests with 503, finish those in flight, stop. On the
-    second: stop now."""
+    """uvicorn's server with draining. The first signal rejects new requests with 503, lets requests
+    in flight finish, and then stops; the second stops immediately."""
 
     def __init__(self, config: uvicorn.Config, engine: EngineClient, drain_seconds: float) -> None:
         super().__init__(config)
@@ -113,7 +115,7 @@ class _Draining(uvicorn.Server):
         if self._draining is not None:
             self.should_exit = self.force_exit = True
             return
-        # A signal handler runs between any two bytecodes: let the loop do the rest in its own time.
+        # A signal handler may run between any two bytecodes, so the event loop does the rest.
         self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
@@ -121,7 +123,7 @@ class _Draining(uvicorn.Server):
 
     async def _drain(self) -> None:
         if not await self._engine.drain(self._drain_seconds):
-            await self._engine.close()  # the rest is told that it ends here
+            await self._engine.close()  # the remaining requests fail with an error
         self.should_exit = True
 
 
@@ -133,8 +135,8 @@ def _bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except (OSError, OverflowError) as e:
         sock.close()
-        why = e.strerror if isinstance(e, OSError) else e
+        reason = e.strerror if isinstance(e, OSError) else e
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {why}; choose another --host or --port"
+            f"cannot listen on {host}:{port}: {reason}; choose another --host or --port"
         ) from None
     return sock

@@ -1,5 +1,5 @@
-"""Requests in flight, as HTTP sees them: several as one stream, a client that may go away, and
-events on the wire."""
+"""Merge the outputs of several requests into one stream, send them as events, and cancel the work
+of clients that disconnect."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from dovetail.types import Request
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """The client closed the connection: there is nobody to answer."""
+class ClientDisconnected(Exception):
+    """The client closed the connection, so no response can be sent."""
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work; if the client goes away first, cancel it, so that it stops costing, and raise
-    `ClientGone`."""
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`. If the client disconnects first, cancel it and raise `ClientDisconnected`."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, watch = asyncio.create_task(work), asyncio.create_task(gone())
+    task, watch = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone
+        raise ClientDisconnected
     finally:
         task.cancel()
         watch.cancel()
@@ -42,8 +41,8 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. An error before the first event is raised, so that it becomes a plain
-    HTTP answer."""
+    """A response of server-sent events. An error before the first event is raised, so that it
+    becomes a plain HTTP error."""
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
         super().__init__(
@@ -67,19 +66,19 @@ class EventStream(StreamingResponse):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
-        with suppress(ClientGone):
-            await until_gone(receive, deliver())
+        with suppress(ClientDisconnected):
+            await run_until_disconnect(receive, deliver())
 
 
-def merged(
+def merge_streams(
     requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]
 ) -> AsyncGenerator[Delta]:
-    """Deltas of all samples of all requests, as they come. `index` is that of the choice: prompt
-    after prompt."""
-    return run(requests[0]) if len(requests) == 1 else _interleaved(requests, run)
+    """Return the deltas of all samples of all requests, as they arrive. `index` becomes the index
+    of the choice: all samples of the first prompt, then those of the next."""
+    return run(requests[0]) if len(requests) == 1 else _interleave(requests, run)
 
 
-async def _interleaved(
+async def _interleave(
     requests: list[Request], run: Callable[[Request], AsyncGenerator[Delta]]
 ) -> AsyncGenerator[Delta]:
     queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()

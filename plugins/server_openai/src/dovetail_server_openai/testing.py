@@ -1,4 +1,4 @@
-"""The contract of the `routes` extension point, as tests. A plugin's test is a subclass:
+"""Test the contract of the `routes` extension point. A plugin's test is a subclass:
 
 class TestMyRoutes(RoutesContract):
     provider = PROVIDER
@@ -39,13 +39,13 @@ BAD_BODIES: tuple[Any, ...] = ({}, [], "text", {"text": None}, {"": [1]})
 
 
 class RoutesContract(Contract):
-    """Subclass, set `provider`, and pytest does the rest. The engine is a real one, over the
-    simulated worker."""
+    """The tests of a `routes` provider: subclass and set `provider`. The engine is a real one with
+    the simulated worker."""
 
     extension_point = "routes"
     added: ClassVar[tuple[ExtensionPoint, ...]] = (ROUTES,)
     requests: ClassVar[tuple[tuple[str, str, Any], ...]] = ()
-    """(method, path, JSON body or None) that must be answered with 2xx."""
+    """Requests as (method, path, JSON body or None) that must get a 2xx response."""
 
     def prepare(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="dovetail-"))
@@ -53,51 +53,55 @@ class RoutesContract(Contract):
     def teardown_method(self) -> None:
         shutil.rmtree(self.folder)
 
-    @common_causes("a router built at once, in place of a function from the engine to one")
+    @common_causes(
+        "`build` returns a router instead of a function that takes the engine and returns a router"
+    )
     def test_a_router_is_made(self) -> None:
-        """What is built, called with an engine, returns a `fastapi.APIRouter` with at least one
-        route."""
+        """The function returned by `build`, called with an engine, returns a `fastapi.APIRouter`
+        with at least one route."""
 
-        async def look(app: FastAPI, router: APIRouter) -> None:
+        async def check(app: FastAPI, router: APIRouter) -> None:
             assert router.routes, "the router has no routes"
 
-        self.with_app(look)
+        self.with_app(check)
 
     @common_causes(
-        "a path of the server's own", "a path parameter at the root that matches everything"
+        "a path that the server already has", "a path parameter at the root that matches everything"
     )
     def test_the_servers_own_routes_stay(self) -> None:
-        """No route of the server is taken or hidden."""
+        """No route of the server is replaced or hidden."""
 
         async def compare(app: FastAPI, router: APIRouter) -> None:
             for method, path, body in (COMPLETION, *(("GET", path, None) for path in OWN)):
                 status, answer = await call(app, method, path, body)
                 assert status == 200, (
-                    f"{method} {path} answers {status} beside this router: {answer[:300]!r}"
+                    f"{method} {path} answers {status} with this router: {answer[:300]!r}"
                 )
             status, _ = await call(app, "GET", "/no/such/route", None)
-            assert status in (404, 405), f"GET /no/such/route answers {status} beside this router"
+            assert status in (404, 405), f"GET /no/such/route answers {status} with this router"
 
         self.with_app(compare)
 
-    @common_causes("an exception of the engine caught, and 200 answered")
+    @common_causes("the route catches an exception of the engine and answers 200")
     def test_what_it_promises(self) -> None:
-        """The requests given with the test are answered with 2xx."""
+        """The requests in `requests` get a 2xx response."""
         if not self.requests:
-            pytest.skip("no requests were given")
+            pytest.skip("`requests` is empty")
 
-        async def ask(app: FastAPI, router: APIRouter) -> None:
+        async def send(app: FastAPI, router: APIRouter) -> None:
             for method, path, body in self.requests:
                 status, answer = await call(app, method, path, body)
                 assert 200 <= status < 300, (
                     f"{method} {path} with {body!r} answers {status}: {answer[:300]!r}"
                 )
 
-        self.with_app(ask)
+        self.with_app(send)
 
-    @common_causes("a body read without checking its shape", "work done before the body is checked")
+    @common_causes(
+        "the body is used without validation", "work is done before the body is validated"
+    )
     def test_bad_bodies_hurt_nobody(self) -> None:
-        """Whatever it is sent, it answers, and other requests get what they get without it."""
+        """The routes answer any body, and responses to other requests do not change."""
 
         async def send(app: FastAPI, router: APIRouter) -> None:
             before = await call(app, *COMPLETION)
@@ -109,14 +113,14 @@ class RoutesContract(Contract):
                     )
                     assert 100 < status < 600
             assert _text(await call(app, *COMPLETION)) == _text(before), (
-                "another request's answer changed"
+                "the response to another request changed"
             )
 
         self.with_app(send)
 
     def with_app(self, use: Callable[[FastAPI, APIRouter], Awaitable[None]]) -> None:
-        """Run `use` with the server's application, this router in it, and a running engine behind
-        it."""
+        """Call `use` with the server's application, which includes this router, and with the
+        router. A running engine is behind it."""
         site = self.folder / "site"
         install(site)
         model = make_model(self.folder / "model")
@@ -126,13 +130,15 @@ class RoutesContract(Contract):
             engine = AsyncEngine(EngineConfig.model_validate(config))
             routers: list[APIRouter] = []
 
-            def made(engine: AsyncEngine) -> APIRouter:
+            def make_router(engine: AsyncEngine) -> APIRouter:
                 routers.append(self.build()(engine))
                 return routers[0]
 
             await engine.start()
             try:
-                app = make_app(engine, ServerOptions.model_validate({}), {self.provider.name: made})
+                app = make_app(
+                    engine, ServerOptions.model_validate({}), {self.provider.name: make_router}
+                )
                 await use(app, routers[0])
             finally:
                 await engine.close()
@@ -151,8 +157,8 @@ def _text(answer: tuple[int, bytes]) -> Any:
 
 
 async def call(app: FastAPI, method: str, path: str, body: Any) -> tuple[int, bytes]:
-    """One request to an ASGI application, without an extension point: (status, body). An exception
-    of the application is a 500."""
+    """Send one request to an ASGI application in-process. Returns (status, body). An exception of
+    the application counts as a 500."""
     data = b"" if body is None else json.dumps(body).encode()
     headers = [
         (b"host", b"kit"),
@@ -174,10 +180,10 @@ async def call(app: FastAPI, method: str, path: str, body: Any) -> tuple[int, by
         "server": ("kit", 80),
     }
     sent: list[dict[str, Any]] = []
-    given = [{"type": "http.request", "body": data, "more_body": False}]
+    pending = [{"type": "http.request", "body": data, "more_body": False}]
 
     async def receive() -> Any:
-        return given.pop() if given else await asyncio.Event().wait()
+        return pending.pop() if pending else await asyncio.Event().wait()
 
     async def send(message: Any) -> None:
         sent.append(message)

@@ -1,5 +1,5 @@
-"""Drafting with a smaller model of the same tokenizer: the worker loads it and drafts, this says
-with what, and how many."""
+"""Register drafting with a smaller model that has the same tokenizer. The worker loads and runs the
+draft model; this plugin selects the model and the number of draft tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class DraftModel:
-    """A `Drafter` that leaves every token to the worker."""
+    """A `Drafter` whose tokens are all drafted by the worker."""
 
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         return [DRAFTED_BY_WORKER] * max_tokens
 
     def forget(self, seq_id: int) -> None:
-        """Nothing was kept: what there is to know of a sequence, the worker knows."""
+        """Do nothing: the worker keeps the state of sequences."""
 
 
 def _why_not(context: Context) -> list[Reason]:
     if context.needs.get("by_name", True):
         return []
     return [
-        Reason("the draft model must be named", "set speculation: {use: draft-model, model: NAME}")
+        Reason("no draft model is specified", "set speculation: {use: draft-model, model: NAME}")
     ]
 
 
@@ -43,7 +43,7 @@ def dovetail_drafters() -> list[Provider[DraftModel]]:
     return [
         Provider(
             "draft-model",
-            "a smaller model of the same tokenizer, on the same worker",
+            "a smaller model with the same tokenizer, on the same worker",
             _build,
             DraftModelOptions,
             DrafterCapabilities(runs_in="worker"),

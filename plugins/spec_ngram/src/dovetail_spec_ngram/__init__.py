@@ -1,5 +1,5 @@
-"""Drafting without a model: `ngram` copies from the sequence itself, `suffix` from all that was
-said before."""
+"""Register two drafters without a model: `ngram` copies from the sequence itself, `suffix` from
+earlier outputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
 class NgramOptions(DrafterOptions):
     num_draft_tokens: int = Field(
-        16, ge=1, le=32, description="most tokens proposed for a sequence in a step"
+        16, ge=1, le=32, description="maximum number of draft tokens per sequence and step"
     )
-    max_ngram: int = Field(
-        4, ge=1, le=16, description="tokens of the longest match that is looked for"
-    )
+    max_ngram: int = Field(4, ge=1, le=16, description="maximum n-gram length to match")
     min_ngram: int = Field(
-        2, ge=1, le=16, description="tokens of the shortest one; each length is an index of its own"
+        2, ge=1, le=16, description="minimum n-gram length to match; each length has its own index"
     )
 
     @model_validator(mode="after")
@@ -35,13 +33,13 @@ class NgramOptions(DrafterOptions):
 
 class SuffixOptions(NgramOptions):
     max_match: int = Field(
-        16, ge=1, le=64, description="tokens up to which places that agree longer are preferred"
+        16, ge=1, le=64, description="longer matches are preferred up to this number of tokens"
     )
     max_tokens: int = Field(
         100_000,
         ge=1_000,
         le=10_000_000,
-        description="of earlier outputs that are kept, about 300 bytes each; the oldest go",
+        description="earlier output tokens to keep, about 300 bytes each; the oldest are dropped",
     )
 
 
@@ -61,7 +59,7 @@ def _suffix(context: BuildContext, options: SuffixOptions) -> Drafter:
 
 NGRAM = Provider(
     "ngram",
-    "copies what followed the same tokens earlier in prompt and output",
+    "proposes what followed the same tokens earlier in prompt and output",
     _ngram,
     NgramOptions,
     DrafterCapabilities(),
@@ -69,7 +67,7 @@ NGRAM = Provider(
 )
 SUFFIX = Provider(
     "suffix",
-    "says what most earlier outputs said after the same tokens",
+    "proposes what followed the same tokens in most earlier outputs",
     _suffix,
     SuffixOptions,
     DrafterCapabilities(learns_from_other_requests=True),

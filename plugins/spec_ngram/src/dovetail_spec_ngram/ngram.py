@@ -1,8 +1,9 @@
-"""Prompt lookup: what followed the last tokens the last time they stood here may follow them again.
+"""Implement prompt lookup: propose the tokens that followed the last occurrence of the sequence's
+final n-gram.
 
-For each length n a dictionary has, of every n-gram that is followed by something, where it last
-ended. A step adds the n-grams of its new tokens, so its cost does not depend on the length of the
-text.
+For each length n, a dictionary maps every n-gram that has a continuation to the end of its last
+occurrence. A step adds the n-grams of its new tokens, so its cost does not depend on the length of
+the text.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ Ngram = tuple[int, ...]
 
 
 class NgramIndex:
-    """Of one sequence, whose tokens are only ever appended to."""
+    """The n-grams of one sequence, to which tokens are only ever appended."""
 
     def __init__(self, max_ngram: int, min_ngram: int) -> None:
         self._ends: dict[int, dict[Ngram, int]] = {
             n: {} for n in range(max_ngram, min_ngram - 1, -1)
         }
-        """By length, the longest first: n-gram to the place after its last occurrence but the one
-        that ends the text."""
+        """For each length, longest first: n-gram to the position after its last occurrence, not
+        counting an occurrence at the end of the text."""
         self._len = 0
 
     def extend(self, tokens: list[int]) -> None:
-        """Take in what was appended to `tokens` since the last call."""
+        """Add the n-grams of tokens that were appended since the last call."""
         length = len(tokens)
         for n, ends in self._ends.items():
             first = max(n, self._len)
@@ -40,13 +41,13 @@ class NgramIndex:
         self._len = length
 
     def continuation(self, tokens: list[int], count: int) -> list[int]:
-        """`count` tokens that followed the longest known end of `tokens`; none if no end is
-        known."""
+        """Return `count` tokens that followed the longest known n-gram at the end of `tokens`, or
+        an empty list if none is known."""
         for n, ends in self._ends.items():
             start = ends.get(tuple(tokens[-n:]))
             if start is not None:
-                # Where the copy reaches the end of the text it goes on in itself: a text that
-                # repeats itself has a period.
+                # If the copy reaches the end of the text, it continues with itself, as repetitive
+                # text is periodic.
                 period = len(tokens) - start
                 copy = tokens[start : start + count]
                 return copy if count <= period else (copy * (count // period + 1))[:count]
@@ -54,7 +55,7 @@ class NgramIndex:
 
 
 class NgramDrafter:
-    """An index for each sequence that it was asked about."""
+    """The drafter `ngram`, with one index per sequence."""
 
     def __init__(self, max_ngram: int, min_ngram: int) -> None:
         self._lengths = max_ngram, min_ngram

@@ -1,10 +1,9 @@
-"""Drafting from what all requests have said: what did most go on with, of those that had just said
-the same?
+"""Implement suffix drafting: propose how most earlier outputs continued after the same tokens.
 
-The outputs of ended sequences stand behind each other in one text. A dictionary has, of every short
-n-gram, the latest places after it; a lookup takes these and narrows them down, token by token
-backwards, to the places that agree longest: what a suffix tree of the text would find, at the price
-of one entry a token, and with the oldest outputs easy to forget.
+The outputs of finished sequences are concatenated to one text. A dictionary maps every n-gram of
+fixed length to the latest positions after it. A lookup starts with these and narrows them down,
+token by token backwards, to the positions with the longest match. This finds what a suffix tree of
+the text would find, with one entry per token, and the oldest outputs are easy to drop.
 """
 
 from __future__ import annotations
@@ -16,23 +15,24 @@ from dovetail.sequence import Sequence
 from dovetail_spec_ngram.ngram import NgramDrafter
 
 END = -1
-"""In the text: an output ends here."""
-MAX_PLACES = 64
-"""Of one n-gram: the latest ones are enough to see what is usual, and bound a lookup."""
+"""Marks the end of an output in the text."""
+MAX_POSITIONS = 64
+"""Maximum number of positions per n-gram: the latest ones show what is usual, and the limit bounds
+a lookup."""
 
 
 class EarlierOutputs:
-    """The latest outputs, at most `max_tokens` tokens of them (each output counts one more, for its
-    end)."""
+    """The latest outputs, at most `max_tokens` tokens. Each output counts one more for its end
+    marker."""
 
     def __init__(self, ngram: int, max_match: int, max_tokens: int) -> None:
         self._ngram, self._max_match, self._max_tokens = ngram, max_match, max_tokens
         self._text = array("q")
         self._first = 0
-        """Place of the text's first token, counted from the first that there ever was."""
+        """Position of the text's first token, counted from the first token ever added."""
         self._lengths: deque[int] = deque()
-        """Of the outputs in the text, their ends included."""
-        self._places: dict[tuple[int, ...], list[int]] = {}
+        """Lengths of the outputs in the text, end markers included."""
+        self._positions: dict[tuple[int, ...], list[int]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -40,26 +40,27 @@ class EarlierOutputs:
 
     @property
     def num_ngrams(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def add(self, output: list[int]) -> None:
-        """Take in an output; of one that is too long, its end. The oldest ones go to make room."""
+        """Add an output, dropping the oldest ones to make room. Of an output that is too long, the
+        end is added."""
         output = output[-(self._max_tokens - 1) :]
-        if len(output) <= self._ngram:  # nothing in it follows an n-gram
+        if len(output) <= self._ngram:  # no n-gram in it has a continuation
             return
         while len(self._text) + len(output) + 1 > self._max_tokens:
-            self._forget_oldest()
+            self._drop_oldest()
         start = self._first + len(self._text)
         for end, ngram in enumerate(self._ngrams(output), start + self._ngram):
-            places = self._places.setdefault(ngram, [])
-            if len(places) == MAX_PLACES:
-                del places[0]
-            places.append(end)
+            positions = self._positions.setdefault(ngram, [])
+            if len(positions) == MAX_POSITIONS:
+                del positions[0]
+            positions.append(end)
         self._text.extend([*output, END])
         self._lengths.append(len(output) + 1)
 
     def _ngrams(self, output: list[int]) -> list[tuple[int, ...]]:
-        """Those that are followed by something, in order."""
+        """Return the n-grams that have a continuation, in order."""
         return list(
             zip(
                 *(output[i : len(output) - self._ngram + i] for i in range(self._ngram)),
@@ -67,47 +68,54 @@ class EarlierOutputs:
             )
         )
 
-    def _forget_oldest(self) -> None:
+    def _drop_oldest(self) -> None:
         length = self._lengths.popleft()
         for end, ngram in enumerate(
             self._ngrams(self._text[: length - 1].tolist()), self._first + self._ngram
         ):
-            places = self._places[ngram]
-            if places[0] == end:  # else it has already given way to later ones
-                del places[0]
-                if not places:
-                    del self._places[ngram]
+            positions = self._positions[ngram]
+            if positions[0] == end:  # otherwise later positions have already replaced it
+                del positions[0]
+                if not positions:
+                    del self._positions[ngram]
         del self._text[:length]
         self._first += length
 
     def continuation(self, tokens: list[int], count: int) -> list[int]:
-        """At most `count` tokens: what most of the places that agree longest with the end of
-        `tokens` say next, and after that most of those that said it; the latest decides between
-        equals."""
-        found = self._places.get(tuple(tokens[-self._ngram :]))
-        if found is None:
+        """Return at most `count` tokens: repeatedly the most frequent next token among the
+        positions with the longest match, keeping the positions that have it. Ties are resolved in
+        favour of the latest position."""
+        matches = self._positions.get(tuple(tokens[-self._ngram :]))
+        if matches is None:
             return []
         text, first = self._text, self._first
-        places = [p - first for p in found]
-        for back in range(self._ngram + 1, min(self._max_match, len(tokens)) + 1):
-            token = tokens[-back]
-            longer = [p for p in places if p >= back and text[p - back] == token]
+        positions = [p - first for p in matches]
+        for distance in range(self._ngram + 1, min(self._max_match, len(tokens)) + 1):
+            token = tokens[-distance]
+            longer = [p for p in positions if p >= distance and text[p - distance] == token]
             if not longer:
                 break
-            places = longer
+            positions = longer
         draft: list[int] = []
         while len(draft) < count:
-            said = [text[p] for p in places]
-            best = said[0] if len(said) == 1 else Counter(reversed(said)).most_common(1)[0][0]
+            next_tokens = [text[p] for p in positions]
+            best = (
+                next_tokens[0]
+                if len(next_tokens) == 1
+                else Counter(reversed(next_tokens)).most_common(1)[0][0]
+            )
             if best == END:
                 break
             draft.append(best)
-            places = [p + 1 for p, token in zip(places, said, strict=True) if token == best]
+            positions = [
+                p + 1 for p, token in zip(positions, next_tokens, strict=True) if token == best
+            ]
         return draft
 
 
 class SuffixDrafter:
-    """Earlier outputs first; where they know nothing, the sequence itself."""
+    """The drafter `suffix`: proposes from earlier outputs, or from the sequence itself if they have
+    no match."""
 
     def __init__(self, earlier: EarlierOutputs, own: NgramDrafter) -> None:
         self.earlier = earlier

@@ -1,5 +1,5 @@
-"""All the test that a policy needs: every block leaves once, alone and in engines that come and
-go."""
+"""Test the contract of eviction policies: every block is returned once, alone and in random
+engines."""
 
 from dovetail_prefix_cache.testing import EvictionContract
 from my_plugin import PROVIDER

@@ -1,5 +1,5 @@
-"""All the test that a route needs: it answers what it promises, hides no other route, and hurts
-nobody."""
+"""Test the contract of routes: declared requests succeed, no other route is hidden, and invalid
+bodies do no harm."""
 
 from dovetail_server_openai.testing import RoutesContract
 from my_plugin import PROVIDER

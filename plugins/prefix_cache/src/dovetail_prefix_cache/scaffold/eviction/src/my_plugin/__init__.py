@@ -1,5 +1,4 @@
-"""An eviction policy: the hook, what this package offers, and, since it is so short, the policy
-itself."""
+"""Register an eviction policy. It is short enough to be defined here too."""
 
 from __future__ import annotations
 
@@ -13,50 +12,49 @@ if TYPE_CHECKING:
 
 
 class MyPluginPolicy:
-    """An `EvictionPolicy`: an order among the blocks that are kept and that no sequence uses. It
-    keeps that contract by shape: nothing has to be imported from the package that opened the
-    extension point.
+    """The eviction order of cached blocks that no sequence uses.
+
+    It implements the protocol `EvictionPolicy` without importing the package that defines it.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self._blocks: dict[int, None] = {}  # in the order in which they came
+        self._blocks: dict[int, None] = {}  # in the order in which they were added
 
     def add(self, block_id: int) -> None:
-        """A block is no longer in use. Of one sequence the last come first: without the earlier
-        ones they are useless."""
+        """Add a block that is no longer in use. The last blocks of a sequence are added first: they
+        are useless without the earlier ones."""
         self._blocks[block_id] = None
 
     def remove(self, block_id: int) -> None:
-        """A block that is here is in use again: somebody asked for what it holds."""
+        """Remove a block of the policy that is in use again, because its content was requested."""
         del self._blocks[block_id]
 
     def pop(self) -> int:
-        """Give up the least valuable block: here, the one that has been here longest."""
+        """Remove and return the least valuable block, here the one that was added first."""
         block_id = next(iter(self._blocks))
         del self._blocks[block_id]
         return block_id
 
     def clear(self) -> None:
-        """All is forgotten."""
+        """Remove all blocks."""
         self._blocks.clear()
 
 
 def build(context: BuildContext, options: Options) -> type[MyPluginPolicy]:
-    """One policy is made for each KV group, so what is built is what makes them."""
+    """Return the class, because one policy is created per KV group."""
     return MyPluginPolicy
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in an engine config
-    "the block that has been unused longest goes first",
+    "my-plugin",  # name in an engine config
+    "evicts the block that has been unused for longest",
     build,
-    Options,  # none of its own
-    priority=-10,  # `auto` takes the highest: `lru` has 50. Below 0: only when asked for
+    Options,  # no options
+    priority=-10,  # `auto` selects the highest; `lru` has 50. Below 0: used only on request.
 )
 
 
-# The hook is the prefix cache's own: where that is not installed the hook does not exist, and that
-# is no mistake.
+# The prefix cache plugin defines this hook. `optionalhook` allows this package to load without it.
 @hookimpl(optionalhook=True)
 def dovetail_eviction_policies() -> list[Provider[type[MyPluginPolicy]]]:
     return [PROVIDER]

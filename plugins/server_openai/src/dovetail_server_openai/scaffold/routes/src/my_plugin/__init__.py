@@ -1,5 +1,4 @@
-"""A route of the OpenAI server: the hook, and what this package offers. Nothing heavy here: FastAPI
-comes with the route."""
+"""Register a route of the OpenAI server. FastAPI is imported only with the route."""
 
 from __future__ import annotations
 
@@ -17,23 +16,23 @@ if TYPE_CHECKING:
 
 
 def build(context: BuildContext, options: Options) -> Callable[[EngineClient], APIRouter]:
-    """Called in the front-end process. What it returns is called once, with the engine that is
-    served."""
+    """Return the function that makes the router. Called in the front-end process; the function is
+    called once, with the engine."""
     from my_plugin.route import make_router
 
     return make_router
 
 
 PROVIDER = Provider(
-    "my-plugin",  # the name in an engine config
-    "POST /v1/my-plugin: how many tokens a text has",
+    "my-plugin",  # name in an engine config
+    "POST /v1/my-plugin: count the tokens of a text",
     build,
-    Options,  # none of its own
+    Options,  # no options
 )
 
 
-# The hook is the server's own: where that is not installed the hook does not exist, and that is no
-# mistake.
+# The server plugin defines this hook. `optionalhook` allows this package to load without the
+# server.
 @hookimpl(optionalhook=True)
 def dovetail_routes() -> list[Provider[Callable[[EngineClient], APIRouter]]]:
     return [PROVIDER]

@@ -1,5 +1,5 @@
-"""The route. Bad bodies, and errors that the engine raises, are answered by the server as for its
-own routes.
+"""Count the tokens of a text. The server answers invalid bodies and errors raised by the engine as
+for its own routes.
 
 Try it with `curl localhost:8000/v1/my-plugin -H 'content-type: application/json' -d '{"text":
 "import os"}'`.
@@ -22,7 +22,7 @@ class Answer(BaseModel):
 
 
 def make_router(engine: EngineClient) -> APIRouter:
-    """The engine has `generate`, for routes that want the model, and `tokenizer`, `plan` and
+    """Return the router. The engine also has `generate`, for routes that use the model, `plan` and
     `stats`."""
     router = APIRouter()
 

@@ -1,9 +1,9 @@
-"""Layer by layer: a decoder layer is read, measured, rounded, written and forgotten before the next
-one is read.
+"""Quantize a model layer by layer: each decoder layer is read, measured, quantized, written and
+released before the next one is read.
 
-Three streams of hidden states go through the layers: the calibration text's, through rounded
-layers, so that a layer is fitted to what it will be given; and the evaluation text's twice, through
-the layers as they were and as they become.
+Three streams of hidden states pass through the layers. The calibration text passes through
+quantized layers, so that each layer is fitted to the inputs that it will get. The evaluation text
+passes through the original and through the quantized layers.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from dovetail_quantize.texts import Texts
 
 Streams = dict[str, Tensor]
 STEPS = 4
-"""Of progress, in each layer."""
+"""Number of progress steps per layer."""
 
 
 def check(skeleton: Skeleton, scheme: Scheme) -> None:
-    """Raise `ConfigError` for a model that the scheme cannot take, before anything is written."""
+    """Raise `ConfigError`, before anything is written, if the scheme does not support the model."""
     for index in range(len(skeleton.layers)):
         for name, linear in skeleton.linears(index).items():
             scheme.check(skeleton.prefix(index) + name, linear)
 
 
 def bytes_needed(skeleton: Skeleton, scheme: Scheme, texts: Texts) -> int:
-    """Of the finished weights, and of the hidden states that are kept meanwhile (twice, while new
-    ones are written)."""
+    """Return the disk space needed: the finished weights and the hidden states, twice, because new
+    ones are written before the old ones are deleted."""
     sizes = skeleton.checkpoint.sizes()
     total = sum(sizes.values())
     for index in range(len(skeleton.layers)):
@@ -54,42 +54,47 @@ def bytes_needed(skeleton: Skeleton, scheme: Scheme, texts: Texts) -> int:
 
 
 @torch.inference_mode()
-def make(
+def quantize_model(
     skeleton: Skeleton, scheme: Scheme, texts: Texts, folder: OutputFolder, progress: Progress
 ) -> Report:
-    """Fill the folder, from where it is. Returns what there is to say about it."""
+    """Quantize the remaining layers into the folder. Returns the report."""
     num_layers = len(skeleton.layers)
-    what = f"quantizing {num_layers} layers"
+    task = f"quantizing {num_layers} layers"
 
-    def tell(index: int, step: int) -> None:
-        progress(what, index * STEPS + step, (num_layers + 1) * STEPS)
+    def report_progress(index: int, step: int) -> None:
+        progress(task, index * STEPS + step, (num_layers + 1) * STEPS)
 
-    tell(len(folder.rows), 0)
-    embedded = _embedded(skeleton, texts, only_one=bool(folder.rows))
+    report_progress(len(folder.rows), 0)
+    embedded = _embed(skeleton, texts, only_one=bool(folder.rows))
     if folder.rows:
         streams = folder.streams()
     else:
-        streams = _begin(embedded, len(texts.calibration))
+        streams = _initial_streams(embedded, len(texts.calibration))
         folder.begin(streams)
     del embedded
     file_of = _Files(num_layers + 1)
     for index in range(len(folder.rows), num_layers):
         with skeleton.loaded(index) as layer:
-            tensors, row = _make_layer(
-                skeleton, scheme, index, layer, streams, lambda step, i=index: tell(i, step)
+            tensors, row = _quantize_layer(
+                skeleton,
+                scheme,
+                index,
+                layer,
+                streams,
+                lambda step, i=index: report_progress(i, step),
             )  # type: ignore[misc]
         folder.finish_layer(file_of.layer(index), tensors, row, streams)
-        tell(index + 1, 0)
+        report_progress(index + 1, 0)
     perplexity = _perplexities(skeleton, texts, streams) if len(texts.evaluation) else None
     _finish(skeleton, scheme, folder, file_of)
-    tell(num_layers, STEPS)
+    report_progress(num_layers, STEPS)
     before = sum(skeleton.checkpoint.sizes().values())
     return Report(folder.rows, before, folder.size(), perplexity, texts.remark)
 
 
-def _embedded(skeleton: Skeleton, texts: Texts, *, only_one: bool) -> list[Tensor]:
-    """What the first layer is given, for each window; the skeleton then knows the arguments of all
-    layers, for which one will do."""
+def _embed(skeleton: Skeleton, texts: Texts, *, only_one: bool) -> list[Tensor]:
+    """Return the hidden states before the first layer for each window. As a side effect, the
+    skeleton learns the arguments of all layers; one window (`only_one`) is enough for that."""
     samples = torch.cat([texts.calibration, texts.evaluation])
     if not len(samples):
         return []
@@ -97,22 +102,22 @@ def _embedded(skeleton: Skeleton, texts: Texts, *, only_one: bool) -> list[Tenso
         return [ends.embed(ids[None]) for ids in (samples[:1] if only_one else samples)]
 
 
-def _begin(embedded: list[Tensor], num_calibration: int) -> Streams:
+def _initial_streams(embedded: list[Tensor], num_calibration: int) -> Streams:
     measured, evaluated = embedded[:num_calibration], embedded[num_calibration:]
-    kept = {"calibration": measured, "plain": evaluated, "rounded": evaluated}
-    return {name: torch.cat(stream) for name, stream in kept.items() if stream}
+    streams = {"calibration": measured, "plain": evaluated, "rounded": evaluated}
+    return {name: torch.cat(stream) for name, stream in streams.items() if stream}
 
 
-def _make_layer(
+def _quantize_layer(
     skeleton: Skeleton,
     scheme: Scheme,
     index: int,
     layer: nn.Module,
     streams: Streams,
-    tell: Callable[[int], None],
+    report_progress: Callable[[int], None],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A layer's tensors, by full name, and the report's row. The streams are then what the next
-    layer is given."""
+    """Quantize a layer. Returns its tensors by full name and its row of the report. Advances the
+    streams to the next layer's inputs."""
 
     def through(name: str) -> None:
         for sample in torch.split(streams[name], 1) if name in streams else ():
@@ -120,35 +125,35 @@ def _make_layer(
 
     linears, prefix = skeleton.linears(index), skeleton.prefix(index)
     through("plain")
-    tell(1)
+    report_progress(1)
     samples = torch.split(streams["calibration"], 1) if "calibration" in streams else ()
     inputs = measure(
         linears, skeleton.dtype, (partial(skeleton.run_layer, index, sample) for sample in samples)
     )
-    tell(2)
+    report_progress(2)
     probe = partial(skeleton.run_layer, index, samples[0]) if samples else None
     rounded = scheme.round(layer, linears, inputs, skeleton.dtype, probe)
-    tell(3)
+    report_progress(3)
     through("calibration")
-    with _rounding_inputs(linears, scheme.round_inputs):
+    with _quantized_inputs(linears, scheme.round_inputs):
         through("rounded")
     row: dict[str, Any] = {"layer": index, "errors": rounded.errors}
     if "plain" in streams:
         row["drift"] = _ratio(streams["rounded"] - streams["plain"], streams["plain"])
     if not all(math.isfinite(e) for e in rounded.errors.values()):
         raise ConfigError(
-            f"{prefix}*: the rounded weights are not finite: does the checkpoint hold NaN or"
+            f"{prefix}*: the quantized weights are not finite: does the checkpoint contain NaN or"
             " infinite weights?"
         )
-    kept = _kept(skeleton, index, layer, linears)
-    return {f"{prefix}{name}": tensor for name, tensor in rounded.tensors.items()} | kept, row
+    others = _other_tensors(skeleton, index, layer, linears)
+    return {f"{prefix}{name}": tensor for name, tensor in rounded.tensors.items()} | others, row
 
 
-def _kept(
+def _other_tensors(
     skeleton: Skeleton, index: int, layer: nn.Module, linears: Mapping[str, nn.Linear]
 ) -> dict[str, Tensor]:
-    """The layer's other tensors: as they are in the checkpoint, but for those that the scheme has
-    changed."""
+    """Return the layer's other tensors as they are in the checkpoint, except those that the scheme
+    has changed."""
     prefix = skeleton.prefix(index)
     names = [
         n
@@ -165,10 +170,10 @@ def _kept(
 
 
 @contextmanager
-def _rounding_inputs(
+def _quantized_inputs(
     linears: Mapping[str, nn.Linear], round_inputs: Callable[[Tensor], Tensor] | None
 ) -> Iterator[None]:
-    """Linear layers multiply as the scheme has them multiply while a model runs."""
+    """Apply the scheme's activation quantization to the inputs of the linear layers."""
 
     def rounded(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return args if round_inputs is None else (round_inputs(args[0]), *args[1:])
@@ -186,7 +191,7 @@ def _ratio(difference: Tensor, of: Tensor) -> float:
 
 
 def _perplexities(skeleton: Skeleton, texts: Texts, streams: Streams) -> tuple[float, float]:
-    """Before and after."""
+    """Return the perplexity before and after quantization."""
     losses = {"plain": 0.0, "rounded": 0.0}
     with skeleton.ends_loaded() as ends:
         for i, ids in enumerate(texts.evaluation):
@@ -200,7 +205,7 @@ def _perplexities(skeleton: Skeleton, texts: Texts, streams: Streams) -> tuple[f
 
 
 class _Files:
-    """Names of the weight files: one for each layer, and the last for all that lies outside."""
+    """Names of the weight files: one per layer, and the last one for all other tensors."""
 
     def __init__(self, count: int) -> None:
         self.count = count
