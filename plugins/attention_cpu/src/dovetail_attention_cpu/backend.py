@@ -93,8 +93,8 @@ class Step:
         ):
             raise PluginError(
                 f"attention: block_table {tuple(table.shape)} and slot_mapping"
-                f" {tuple(slots.shape)} are too small for {batch.num_seqs} sequences of up to {longest} tokens in blocks of"
-                f" {block_size}, with {self.num_tokens} new tokens"
+                f" {tuple(slots.shape)} are too small for {batch.num_seqs} sequences of up to"
+                f" {longest} tokens in blocks of {block_size}, with {self.num_tokens} new tokens"
             )
         lengths = ctypes.c_int32 * batch.num_seqs
         starts = ctypes.c_int32 * (batch.num_seqs + 1)
