@@ -1,5 +1,5 @@
-"""All that this plugin needs to test: it keeps the contract it declares, and computes what
-transformers' GPT-2 computes."""
+"""The plugin's only test: it fulfils the contract, and its logits equal those of GPT-2 in
+transformers."""
 
 import torch
 import transformers

@@ -1,4 +1,4 @@
-"""All that this plugin needs to test: it keeps the contract it declares."""
+"""The plugin's only test: it fulfils the contract, with the capabilities that it declares."""
 
 from dovetail_eviction_clock import PROVIDER
 from dovetail_prefix_cache.testing import EvictionContract

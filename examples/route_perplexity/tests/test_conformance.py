@@ -1,4 +1,4 @@
-"""All that this plugin needs to test: it keeps the contract it declares."""
+"""The plugin's only test: it fulfils the contract, with the capabilities that it declares."""
 
 from dovetail_route_perplexity import PROVIDER
 from dovetail_server_openai.testing import RoutesContract

@@ -1,5 +1,4 @@
-"""All that this plugin needs to test: it keeps the contract of schedulers, with little ageing and
-with much."""
+"""The plugin's only test: it fulfils the scheduler contract, with little and with much ageing."""
 
 from dovetail_scheduler_srf import PROVIDER
 from dovetail_testing.scheduler import SchedulerContract

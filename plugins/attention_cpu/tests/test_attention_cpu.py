@@ -1,5 +1,5 @@
-"""The compiled kernel keeps the contract, for the CPU's own instructions and for AVX2 alone; and
-what else it promises."""
+"""The compiled kernel fulfils the contract, compiled for the host CPU and for AVX2 only, and keeps
+its other guarantees."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ def test_the_number_of_threads_changes_no_bit(backend, threads, rows, kv_dtype):
 
 @pytest.mark.parametrize("num_heads", [1, 16])
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
-def test_one_byte_in_batches_of_any_size(backend, kv_dtype, num_heads):
-    """Many rows have it widened once, few as they go: the bits are the same."""
+def test_one_byte_kv_in_batches_of_any_size(backend, kv_dtype, num_heads):
+    """One-byte KV is converted once per tile for many rows and in registers for few rows. The
+    results are bitwise identical."""
     spec = plain(
         CAPABILITIES,
         Row(0, 300),
@@ -112,7 +113,7 @@ def test_nan_goes_through_a_cache_of_float8(backend, which):
 @pytest.mark.parametrize("scale", [1.0, 0.01, 3.0])
 @pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
 def test_every_number_is_stored_as_the_reference_stores_it(backend, kv_dtype, scale):
-    """All bfloat16 numbers: subnormal ones, ties, those in the middle of two, those too large."""
+    """All finite bfloat16 numbers, including subnormal numbers, ties and numbers out of range."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()].float()
     rows = torch.nn.functional.pad(every, (0, -len(every) % 256)).view(-1, 1, 256)
@@ -139,7 +140,7 @@ def test_every_number_is_stored_as_the_reference_stores_it(backend, kv_dtype, sc
 
 
 def test_large_group_of_heads(backend):
-    """More query heads to a KV head than a tile has rows."""
+    """There are more query heads per KV head than a tile has rows."""
     contract = TestAttentionCpu()
     contract.backend = backend
     contract.check(
@@ -174,7 +175,7 @@ def test_the_workspace_only_grows(backend):
         ),
         (
             lambda s: setattr(s, "layer", replace(s.layer, kv_scales=torch.ones(2).double())),
-            r"kv_scales are f32\[2\]",
+            r"kv_scales must be f32\[2\]",
         ),
     ],
 )
@@ -193,14 +194,14 @@ def test_tensors_that_do_not_fit_are_refused(backend, change, message):
     ],
 )
 def test_a_batch_that_is_too_short_is_refused(backend, change):
-    """The kernel would read past the end of it."""
+    """The kernel would read past the end of the tensor."""
     step = Step(plain(CAPABILITIES, Row(0, 20), seed=6), "cpu")
-    with pytest.raises(PluginError, match="do not hold"):
+    with pytest.raises(PluginError, match="too small for"):
         backend.plan(replace(step.batch(), **change), [step.layer], 16)
 
 
 def test_one_pool_of_threads(backend):
-    """Two OpenMP libraries would keep two pools, whose threads get in each other's way."""
+    """Two OpenMP libraries would keep two thread pools that compete for the CPU."""
     if openmp_of("torch") is None:
         pytest.skip("this PyTorch uses the system's OpenMP library, as the compiler does")
     with open("/proc/self/maps", encoding="utf-8") as maps:

@@ -1,4 +1,4 @@
-"""Where the kernel cannot be had, and why."""
+"""`why_not` states why the kernel is not usable."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Kernels run in Triton's interpreter here, which has to be said before they are imported; long
-checks are for the soak."""
+"""Select Triton's interpreter, before any kernel is imported, and mark long checks as `soak`."""
 
 import os
 
@@ -7,7 +6,7 @@ import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
 FEW = 10
-"""Of random steps."""
+"""Number of random steps that are not marked as `soak`."""
 LONG = {
     "TestCuda": {"test_every_declared_size_and_type", "test_deterministic"},
     "TestTriton": {"test_deterministic"},

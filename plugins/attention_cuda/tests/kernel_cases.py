@@ -1,5 +1,4 @@
-"""What the Triton kernels are compiled for in tests: tests/test_triton_kernels.py of the repository
-compiles these cases.
+"""The cases for which tests/test_triton_kernels.py of the repository compiles the Triton kernels.
 
 The first case of each kernel is the one that `make test` compiles.
 """
@@ -17,12 +16,12 @@ I32 = ("table", "query_start", "seq_lens", "work", "num_work")
 F32 = ("partial_sum", "partial_top", "partial_weight")
 STRIDES = ("q_token", "q_head", "out_token", "out_head", "cache_block", "cache_head")
 SPILLED = {
-    # on sm_100 by Triton 3.6.0, to stay at 128 registers
+    # Triton 3.6.0 spills on sm_100 to stay within 128 registers.
     "decode 4:1 × 128 fp8e4nv blocks of 16": 4,
     "prefill 2:1 × 256 bf16 blocks of 16 cap window": 172,
     "prefill 7:1 × 96 bf16 blocks of 16": 76,
 }
-"""Most bytes a thread spills, by case; no other case spills any."""
+"""Maximum number of bytes that a thread spills, by case. Other cases must not spill."""
 BYTES = {"bf16": 2, "fp16": 2, "fp8e4nv": 1, "i8": 1}
 
 
@@ -80,7 +79,7 @@ def attend(
 
 
 def write_kv(kv: str) -> KernelCase:
-    """Keys and values of 8 heads of 128, to a cache of a type."""
+    """Return the case of writing 8 heads of size 128 to a cache of type `kv`."""
     kind = {"i8": "int8", "fp8e4nv": "float8"}.get(kv, "float")
     signature = {
         "k": "*bf16",
@@ -149,7 +148,7 @@ def merge(group: int, head_size: int, **has: bool) -> KernelCase:
 
 
 CASES = [
-    # What models of today have.
+    # Geometries of common models.
     *(
         attend(what, group, head_size, kv)
         for what in ("decode", "prefill")
@@ -161,7 +160,7 @@ CASES = [
             (8, 128, "bf16"),
         )
     ),
-    # Others.
+    # Other geometries and features.
     attend("decode", 1, 256, HAS_CAP=True, HAS_WINDOW=True),
     attend("prefill", 2, 256, HAS_CAP=True, HAS_WINDOW=True),
     attend("decode", 8, 64, "bf16", 128, HAS_SINKS=True, HAS_WINDOW=True),
@@ -177,7 +176,7 @@ CASES = [
 
 
 def check(rows: Sequence[Compiled]) -> None:
-    """On Hopper, prefill multiplies with `wgmma`."""
+    """Check that prefill uses `wgmma` on Hopper."""
     prefill = [row for row in rows if row.architecture == 90 and row.name.startswith("prefill")]
     assert prefill
     assert [row.name for row in prefill if row.products != "wgmma"] == []

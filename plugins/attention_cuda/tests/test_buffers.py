@@ -1,4 +1,5 @@
-"""Device memory that the Triton backend keeps between steps: bounded, at addresses that stay."""
+"""The device memory that the Triton backend keeps between steps is bounded and has stable
+addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ ORDERS = {"largest first": range(64, 0, -1), "smallest first": range(1, 65)}
 
 
 def bytes_held() -> int:
-    """Of all tensors that are alive, each piece of memory once."""
+    """Return the total size of the storages of all live tensors."""
     gc.collect()
     storages = {}
     for found in gc.get_objects():
@@ -34,7 +35,8 @@ def step_of(num_rows: int) -> Step:
 
 
 def held_after(sizes) -> int:
-    """Bytes that a backend holds after it has planned decode steps of so many rows each."""
+    """Return the bytes that a backend holds after it has planned decode steps of the given
+    sizes."""
     backend, before = TritonAttention("cpu"), bytes_held()
     for num_rows in sizes:
         step = step_of(num_rows)
@@ -51,7 +53,7 @@ def test_all_numbers_of_rows_share_what_the_largest_needs(order):
 
 
 def test_what_was_planned_once_stays_where_it_is():
-    """A captured graph reads there; whatever sizes come later, and in whatever order."""
+    """A captured graph reads the buffers, whatever sizes are planned later, in any order."""
     backend, places = TritonAttention("cpu"), {}
     for num_rows in (4, 64, 1, 4, 300, 64, 4, 1, 300):
         step = step_of(num_rows)

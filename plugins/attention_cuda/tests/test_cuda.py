@@ -1,5 +1,5 @@
-"""The kernels in CUDA C++ keep the contract, their threads played by fibers on the CPU; and nvcc
-compiles them, where it is."""
+"""The CUDA C++ kernels fulfil the contract, with CUDA threads emulated by fibers on the CPU, and
+nvcc compiles them if it is installed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dovetail_testing.attention import AttentionContract
 
 EMULATION = Path(__file__).parent / "emulated/cuda_on_cpu.h"
 HEADERS = Path(triton.__file__).parent / "backends/nvidia/include"
-"""CUDA's own, which Triton brings along."""
+"""The CUDA headers that Triton ships."""
 NUM_SMS = 4
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """The kernels for this CPU."""
+    """Return the kernels, compiled for the CPU with the emulation."""
     path = tmp_path_factory.mktemp("emulated") / "paged_attention.so"
     command = [
         device_facts().compiler,
@@ -47,12 +47,12 @@ def library(tmp_path_factory):
     return path
 
 
-@pytest.mark.skipif(device_facts().nvcc is None, reason="there is no nvcc here")
+@pytest.mark.skipif(device_facts().nvcc is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(
     "architectures", [["sm_90"], pytest.param(["sm_80", "sm_90", "sm_100"], marks=pytest.mark.soak)]
 )
 def test_nvcc_compiles_them(tmp_path, architectures):
-    """Into a library that loads, and has what is called, without a GPU."""
+    """The library loads without a GPU and has the functions that are called."""
     path = build_cuda_library(
         "attention-cuda", SOURCES, device_facts(), architectures, folder=tmp_path
     )
@@ -87,7 +87,8 @@ def test_why_not():
     [(1, 32, 32), (4, 32, 8), (33, 32, 1), (1000, 32, 1), (1, 2, 32)],
 )
 def test_contexts_are_split_where_rows_are_few(library, num_rows, num_heads, splits):
-    """By the number of rows alone: two blocks of threads for each of 132 multiprocessors."""
+    """The number of parts depends on the numbers of rows and heads: two thread blocks for each of
+    132 multiprocessors."""
     assert CudaAttention(library, "cpu", 132)._splits(num_rows, num_heads) == splits
 
 

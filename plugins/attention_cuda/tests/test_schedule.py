@@ -1,5 +1,4 @@
-"""A step's work list covers every visible key of every query once, within the room that was made
-for it."""
+"""The work list of a step covers every visible key of every query once and fits its buffer."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from dovetail_attention_cuda.schedule import cut_queries, most_pieces, split, whole
 
 ROWS = st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 300)), min_size=1, max_size=40)
-"""(computed, new)"""
+"""(number of computed tokens, number of new tokens) of each row."""
 
 
 def tiles_of(rows, tokens, window):
@@ -70,8 +69,8 @@ def test_whole_tiles_come_longest_first(rows, tokens):
 
 
 def test_one_long_row_is_split_over_the_device():
-    """132 multiprocessors with 2 programs each, 8 KV heads: 33 pieces keep all of them busy
-    once."""
+    """With 132 multiprocessors, 2 programs each and 8 KV heads, 33 pieces give every program one
+    item."""
     work, _, _ = split(tiles_of([(32_767, 1)], 4, None), 264, 8, 64)
     assert len(work) * 8 / 264 / -(-len(work) * 8 // 264) >= 0.8
     assert len(work) >= 28

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted, keep the contract."""
+"""The Triton kernels fulfil the contract in Triton's interpreter."""
 
 from __future__ import annotations
 

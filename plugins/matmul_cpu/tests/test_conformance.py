@@ -1,4 +1,4 @@
-"""All that this plugin needs to test: it keeps the contract it declares."""
+"""The kernels fulfil the matmul contract and keep their other guarantees."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from dovetail_testing.matmul import MatmulContract, Product
 NO_KERNELS = why_not_built(device_facts(), NEEDED_FLAGS)
 
 
-@pytest.mark.skipif(bool(NO_KERNELS), reason=f"no kernels here: {NO_KERNELS}")
+@pytest.mark.skipif(bool(NO_KERNELS), reason=f"the kernels are not usable: {NO_KERNELS}")
 class TestCpuMatmul(MatmulContract):
     provider = PROVIDER
 
     def test_an_output_does_not_depend_on_the_number_of_rows(self) -> None:
-        """Batch invariance, to the last bit."""
+        """Outputs are bitwise batch invariant."""
         for inputs in (None, *self.can.inputs):
             for f in self.formats(inputs):
                 for dtype in self.dtypes:
@@ -31,8 +31,8 @@ class TestCpuMatmul(MatmulContract):
                         )
 
     def test_a_large_input_leaves_room_for_the_small_ones(self) -> None:
-        """Inputs that no format rounds, one of them a thousand times the others: what the others
-        add comes through."""
+        """For unquantized inputs of which one is a thousand times the others, the contribution of
+        the others is preserved."""
         for f in self.formats(None):
             one = Product(f, 128, 512, 4, bias=False, dtype="bfloat16")
             multiply, _, tensors = self.made(one)
@@ -46,10 +46,10 @@ class TestCpuMatmul(MatmulContract):
             off = (multiply(x).double() - multiply(alone).double() - rest).norm() / multiply(
                 alone
             ).double().norm()
-            assert off < 0.01, f"{one}: off by {off:.2%} of what the large one gives"
+            assert off < 0.01, f"{one}: off by {off:.2%} of the large input's product"
 
     def test_eight_times_the_inputs_give_eight_times_the_product(self) -> None:
-        """To the last bit: what a row is scaled by is its own, not what an earlier one left."""
+        """The outputs are bitwise equal, so the scale of a row does not depend on earlier rows."""
         for inputs in (None, *self.can.inputs):
             for f in self.formats(inputs):
                 one = Product(f, 128, 512, 9, bias=False, dtype="bfloat16")

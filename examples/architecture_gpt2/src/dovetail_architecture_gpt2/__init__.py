@@ -1,4 +1,4 @@
-"""An example plugin: the model code of GPT-2. This root imports nothing heavy."""
+"""An example plugin: the model code of GPT-2. This module imports no tensor library."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""GPT-2: learned positions, layers of attention and MLP behind a norm, and an output projection
-that is the embedding."""
+"""Implement GPT-2: learned position embeddings, pre-norm layers of attention and MLP, and an output
+projection that is tied to the embedding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dovetail.interfaces.quantization import Part
 
 
 class GPT2Architecture:
-    """What the worker asks for a model."""
+    """The provider's object, which builds the model for the worker."""
 
     def model(self, build: ModelBuild) -> GPT2:
         return GPT2(build)
 
 
 class Norm:
-    """Mean and variance of a row become 0 and 1, then weight and bias."""
+    """LayerNorm with weight and bias."""
 
     def __init__(self, build: ModelBuild, name: str, size: int) -> None:
         self.name, self.eps = name, float(build.config.get("layer_norm_epsilon", 1e-5))
@@ -40,7 +40,7 @@ class Norm:
 
 
 class Layer:
-    """Attention and MLP, each added to what it was given."""
+    """One decoder layer: attention and MLP, each with a residual connection."""
 
     def __init__(
         self, build: ModelBuild, name: str, index: int, size: int, inner: int, num_heads: int
@@ -61,7 +61,7 @@ class Layer:
         self.up, self.down = linear("mlp.c_fc", size, inner), linear("mlp.c_proj", inner, size)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """`x [T, n_embd]` → the same shape."""
+        """Map `x [T, n_embd]` to the same shape."""
         q, k, v = (
             part.unflatten(1, self.shape).contiguous()
             for part in self.qkv(self.norm_1(x)).chunk(3, dim=1)
@@ -82,7 +82,7 @@ class Layer:
 
 
 class GPT2:
-    """The model. Tensors are named "transformer.…", in the oldest checkpoints without that."""
+    """The model. Tensor names begin with "transformer.", except in the oldest checkpoints."""
 
     def __init__(self, build: ModelBuild) -> None:
         config, path = build.config, build.folder / "config.json"
@@ -147,7 +147,7 @@ class GPT2:
             "lm_head.weight",
             "*.attn.bias",
             "*.attn.masked_bias",
-        ]  # the tied head, and masks that old files hold
+        ]  # the tied output projection, and causal masks in old checkpoints
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embedding.rows(token_ids) + self.positions[positions]

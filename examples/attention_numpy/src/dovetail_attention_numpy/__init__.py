@@ -1,4 +1,4 @@
-"""An example plugin: paged attention in NumPy. This root imports nothing heavy."""
+"""An example plugin: paged attention in NumPy. This module imports no array library."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build(context: Any, options: NumpyOptions) -> NumpyAttention:
 
 PROVIDER = Provider(
     "numpy",
-    "paged attention in NumPy, a sequence at a time",
+    "paged attention in NumPy, one sequence at a time",
     build,
     NumpyOptions,
     CAPABILITIES,

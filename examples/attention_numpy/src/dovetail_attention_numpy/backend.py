@@ -1,4 +1,5 @@
-"""The whole backend. The worker's tensors are torch's, on the CPU; NumPy sees the same memory."""
+"""Implement paged attention in NumPy. The worker's tensors are torch tensors on the CPU; NumPy
+arrays share their memory."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Cache:
-    """One layer's."""
+    """The cache of one layer."""
 
     keys: Array
     """[blocks, Hkv, D, block_size]"""
@@ -29,11 +30,11 @@ class Row:
     """One sequence of the step."""
 
     tokens: slice
-    """Of the step."""
+    """The sequence's tokens in the step."""
     first_query: int
-    """Position of its first token in the sequence."""
+    """Position in the sequence of the first of these tokens."""
     first_seen: int
-    """The first position that any of its tokens sees."""
+    """First position that any of these tokens attends to."""
     length: int
     blocks: Array
     """The blocks that hold positions `first_seen … length - 1`."""
@@ -43,7 +44,7 @@ class Row:
 class Plan:
     rows: list[Row]
     slots: Array
-    """i64[T]: where each token's key and value go."""
+    """i64[T]: the slot to which the key and value of each token are written."""
 
 
 class NumpyAttention:
@@ -70,7 +71,7 @@ class NumpyAttention:
     ) -> None:
         block_size = cache.values.shape[2]
         blocks, offsets = plan.slots // block_size, plan.slots % block_size
-        # All of the step is written before any is read: rows may share blocks.
+        # All keys and values are written before any is read, because rows may share blocks.
         cache.keys[blocks, :, :, offsets] = k.numpy()
         cache.values[blocks, :, offsets] = v.numpy()
         queries, result = q.numpy(), out.numpy()
@@ -90,12 +91,11 @@ class NumpyAttention:
 
 
 def _attend(layer: AttentionLayer, q: Array, cache: Cache, row: Row, block_size: int) -> Array:
-    """Softmax(scale · q·k) v in float32: q `[n, Hq, D]` → `[n, Hq, D]`."""
+    """Compute softmax(scale · q·k) v in float32: q `[n, Hq, D]` → `[n, Hq, D]`."""
     group = layer.num_heads // layer.num_kv_heads
     skip = row.first_seen % block_size
-    seen = slice(
-        skip, skip + row.length - row.first_seen
-    )  # of the slots of its blocks: the others may hold anything
+    # Slots outside this range are undefined.
+    seen = slice(skip, skip + row.length - row.first_seen)
     keys = (
         cache.keys[row.blocks]
         .transpose(1, 2, 0, 3)
@@ -122,7 +122,7 @@ def _attend(layer: AttentionLayer, q: Array, cache: Cache, row: Row, block_size:
     if layer.window is not None:
         hidden |= key_at <= query_at - layer.window
     logits = np.where(hidden, -np.inf, logits)
-    top = logits.max(-1, keepdims=True)  # finite: a token sees at least itself
+    top = logits.max(-1, keepdims=True)  # finite: a token attends at least to itself
     if layer.sinks is not None:
         sinks = layer.sinks.numpy().reshape(layer.num_kv_heads, group, 1, 1)
         top = np.maximum(top, sinks)

@@ -1,5 +1,5 @@
-"""An example plugin: attention by torch's scaled_dot_product_attention. This root imports nothing
-heavy."""
+"""An example plugin: attention with torch's scaled_dot_product_attention. This module imports no
+tensor library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dovetail.plugin.provider import Options, Provider
 if TYPE_CHECKING:
     from dovetail_attention_sdpa.backend import SdpaAttention
 
-# What is not declared here is refused by the core, with the reason, before anything is built.
+# The core rejects what is not declared here, with the reason, before anything is built.
 CAPABILITIES = AttentionCapabilities(devices=("cpu", "cuda"), sliding_window=True)
 
 
@@ -26,7 +26,7 @@ def build(context: Any, options: SdpaOptions) -> SdpaAttention:
     return SdpaAttention(context.plan.device)
 
 
-SUMMARY = "torch's scaled_dot_product_attention, a sequence at a time"
+SUMMARY = "torch's scaled_dot_product_attention, one sequence at a time"
 PROVIDER = Provider("sdpa", SUMMARY, build, SdpaOptions, CAPABILITIES, priority=10)
 
 

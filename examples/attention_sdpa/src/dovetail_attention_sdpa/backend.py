@@ -1,5 +1,4 @@
-"""The whole backend: gather each sequence's keys and values from its blocks, and let torch
-attend."""
+"""Gather the keys and values of each sequence from its blocks, and compute attention with torch."""
 
 from __future__ import annotations
 
@@ -17,15 +16,15 @@ Cache = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """Per row: its tokens in the step, the slots it can see, and a mask `bool[queries, slots]`
-    (None: all)."""
+    """Each row has its tokens in the step, the slots that it may attend to, and a mask
+    `bool[queries, slots]` (None: all slots)."""
 
     slot_mapping: Tensor
     rows: list[tuple[slice, Tensor, Tensor | None]]
 
 
 class SdpaAttention:
-    """Keeps the canonical cache layout."""
+    """An `AttentionBackend` with the canonical cache layout."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -45,7 +44,7 @@ class SdpaAttention:
         for b, length in enumerate(batch.host_seq_lens):
             start, end = batch.host_query_start[b : b + 2]
             first_query = length - (end - start)
-            # Blocks wholly before the window may be someone else's: never touch them.
+            # Blocks entirely before the window may belong to another sequence and must not be read.
             first = 0 if window is None else max(0, first_query - window + 1)
             positions = torch.arange(first, length, device=self._device)
             slots = (

@@ -1,5 +1,5 @@
-"""An example plugin: a drafter that looks for the last two tokens earlier in the text, and copies
-what followed them."""
+"""An example plugin: a drafter that searches for an earlier occurrence of the last `match_len`
+tokens and proposes the tokens that followed them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from dovetail.sequence import Sequence
 
 class CopycatOptions(DrafterOptions):
     match_len: int = Field(
-        2, ge=1, le=8, description="tokens that must be the same before something is copied"
+        2, ge=1, le=8, description="number of last tokens that must match an earlier occurrence"
     )
 
 
 class Copycat:
-    """Keeps, by sequence, where each run of `match_len` tokens was last followed by something."""
+    """A `Drafter` with an index per sequence: the position after the last occurrence of each run of
+    `match_len` tokens."""
 
     def __init__(self, options: CopycatOptions) -> None:
         self._match_len = options.match_len
@@ -30,7 +31,7 @@ class Copycat:
     def propose(self, seq: Sequence, max_tokens: int) -> list[int]:
         tokens, n = seq.tokens, self._match_len
         seen = self._seen.setdefault(seq.seq_id, {})
-        # Only what is new: runs that end before the last token, because something follows them.
+        # Only new tokens are indexed. A run that includes the last token has no continuation yet.
         for end in range(max(n, self._num_indexed.get(seq.seq_id, 0)), len(tokens)):
             seen[tuple(tokens[end - n : end])] = end
         self._num_indexed[seq.seq_id] = max(n, len(tokens))
@@ -48,7 +49,7 @@ def build(context: Any, options: CopycatOptions) -> Copycat:
 
 PROVIDER = Provider(
     "copycat",
-    "copies what followed the same tokens before",
+    "copies the tokens that followed the same tokens earlier",
     build,
     CopycatOptions,
     DrafterCapabilities(),

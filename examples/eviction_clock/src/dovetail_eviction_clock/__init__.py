@@ -1,5 +1,5 @@
-"""An example plugin: the clock, or second chance, as an eviction policy for cached prefix blocks
-(Corbató, 1968)."""
+"""An example plugin: the clock (second chance) algorithm as an eviction policy for cached prefix
+blocks (Corbató, 1968)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dovetail.plugin.provider import Options, Provider
 
 
 class Clock:
-    """Blocks in a ring. The hand passes over a block once more if it was asked for since the last
-    time."""
+    """An eviction policy that keeps blocks in a ring. A block that was used since the hand last
+    passed it is skipped once."""
 
     def __init__(self, num_blocks: int) -> None:
         self._ring: dict[int, None] = {}
@@ -39,15 +39,15 @@ class Clock:
 
 
 def build(context: Any, options: Options) -> type[Clock]:
-    """One policy is made for each KV group, so what is built is what makes them."""
+    """Return the class, because the prefix cache creates one policy per KV group."""
     return Clock
 
 
 PROVIDER = Provider("clock", "a block that was used gets a second chance", build, priority=10)
 
 
-# The hook is the prefix cache's own: where that is not installed it does not exist, and that is no
-# mistake.
+# The prefix cache plugin defines this hook. Without that plugin the hook does not exist, which is
+# not an error.
 @hookimpl(optionalhook=True)
 def dovetail_eviction_policies() -> list[Provider[type[Clock]]]:
     return [PROVIDER]

@@ -1,5 +1,5 @@
-"""An example plugin: 4-bit weights on the quantiles of a normal distribution. This root imports
-nothing heavy."""
+"""An example plugin: 4-bit weights on the quantiles of a normal distribution. This module imports
+no tensor library."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dovetail.plugin.provider import Options, Provider
 if TYPE_CHECKING:
     from dovetail_quant_nf4.scheme import NF4
 
-# It reads checkpoints of its own method, and quantizes plain ones while they are read. Anything
-# else the core refuses.
+# The scheme reads checkpoints of its own method and quantizes unquantized ones at load time. The
+# core rejects all others.
 METHOD = "nf4-blocks"
 EXAMPLE = {"quant_method": METHOD, "block_size": 32, "modules_to_not_convert": ["*.layers.3.*"]}
 CAPABILITIES = QuantizationCapabilities(
@@ -27,7 +27,7 @@ class NF4Options(Options):
     block_size: int = Field(
         64,
         ge=2,
-        description="inputs that share a scale; a checkpoint of its own layout brings its own",
+        description="number of inputs that share a scale; a quantized checkpoint overrides it",
     )
 
 
@@ -37,9 +37,7 @@ def build(context: Any, options: NF4Options) -> NF4:
     return NF4(context.model.quantization_config or {}, options.block_size)
 
 
-SUMMARY = (
-    "4-bit weights on the quantiles of a normal distribution, a scale for each block of inputs"
-)
+SUMMARY = "4-bit weights on the quantiles of a normal distribution, one scale per block of inputs"
 PROVIDER = Provider("nf4", SUMMARY, build, NF4Options, CAPABILITIES)
 
 

@@ -23,8 +23,8 @@ INDEX = "model.safetensors.index.json"
 
 
 def convert(source: Path, out: Path, block_size: int = 64) -> None:
-    """Every matrix of whole blocks but the embeddings and the output projection. Raises
-    `FileExistsError` if `out` exists."""
+    """Quantize every matrix whose rows are whole blocks, except the embeddings and the output
+    projection. Raises `FileExistsError` if `out` exists."""
     settings = {
         "quant_method": METHOD,
         "block_size": block_size,

@@ -1,4 +1,4 @@
-"""The whole scheme: two tensors a layer, and how they become a weight."""
+"""Implement the NF4 scheme: two tensors per layer, from which the weight is dequantized."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Tensors = Mapping[str, Tensor]
 
 
 def levels() -> Tensor:
-    """f32[16], ascending: eight levels above zero, zero, seven below, at evenly spaced quantiles,
-    scaled to ±1."""
+    """Return f32[16], ascending: eight levels above zero, zero and seven below, at evenly spaced
+    quantiles, scaled to ±1."""
     tail, quantile = 0.9677083, NormalDist().inv_cdf
     above = [quantile(tail + (0.5 - tail) * i / 8) for i in range(8)]
     below = [-quantile(tail + (0.5 - tail) * i / 7) for i in range(7)]
@@ -30,11 +30,12 @@ def levels() -> Tensor:
 LEVELS = levels()
 BOUNDS = (LEVELS[1:] + LEVELS[:-1]) / 2
 PAIRS = torch.stack((LEVELS.repeat_interleave(16), LEVELS.repeat(16)), 1)
-"""f32[256, 2]: the two weights of a byte, the first in its high half."""
+"""f32[256, 2]: the two weights of each byte. The first weight is in the high half."""
 
 
 class NF4:
-    """Tensors of a layer: `codes u8[out, in / 2]` and `scales f16[out, in / block]`."""
+    """A `Scheme`. A layer has the tensors `codes u8[out, in / 2]` and `scales f16[out, in /
+    block]`."""
 
     unused: tuple[str, ...] = ()
 
@@ -77,7 +78,7 @@ class NF4:
     def quantize(self, layer: LinearLayer, weight: Tensor) -> dict[str, Tensor]:
         blocks = weight.float().reshape(len(weight), -1, self._block_size)
         scales = blocks.abs().amax(-1).to(torch.float16)
-        # A block of zeros has the scale 0, and any code will do.
+        # A block of zeros has the scale 0, so its codes do not matter.
         nearest = torch.bucketize(
             blocks / scales.float().clamp_min(1e-12)[..., None], BOUNDS.to(weight.device)
         )
@@ -89,6 +90,6 @@ class NF4:
 
 
 def expand(codes: Tensor, scales: Tensor, pairs: Tensor) -> Tensor:
-    """The weight `[out, in]`, in the dtype of `pairs`."""
+    """Return the weight `[out, in]` in the dtype of `pairs`."""
     values = pairs[codes.int()]  # [out, in / 2, 2]
     return (values.view(*scales.shape, -1) * scales.to(pairs.dtype)[..., None]).flatten(1)

@@ -1,5 +1,5 @@
-"""An example plugin: `POST /v1/perplexity` says how surprising a text is to the model that is
-served."""
+"""An example plugin: `POST /v1/perplexity` returns the perplexity of a text under the served
+model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def build(context: Any, options: Options) -> Callable[[EngineClient], APIRouter]
 
 
 PROVIDER = Provider(
-    "perplexity", "POST /v1/perplexity: how surprising a text is to the model", build
+    "perplexity", "POST /v1/perplexity: the perplexity of a text under the model", build
 )
 
 
-# The hook is the server's own: where that is not installed it does not exist, and that is no
-# mistake.
+# The server plugin defines this hook. Without that plugin the hook does not exist, which is not an
+# error.
 @hookimpl(optionalhook=True)
 def dovetail_routes() -> list[Provider[Callable[[EngineClient], APIRouter]]]:
     return [PROVIDER]

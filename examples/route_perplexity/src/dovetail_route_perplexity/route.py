@@ -1,5 +1,5 @@
-"""The route. Errors of the engine and bad bodies are answered by the server, as for its own
-routes."""
+"""Define the route. The server handles engine errors and invalid request bodies, as it does for its
+own routes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_router(engine: EngineClient) -> APIRouter:
 
     @router.post("/v1/perplexity")
     async def perplexity(body: Body) -> Perplexity:
-        """exp of the mean negative log-probability of every token but the first."""
+        """Return exp of the mean negative log-probability of all tokens except the first."""
         logprobs: list[float] = []
         async for delta in engine.generate(
             body.text, SamplingParams(max_tokens=0, prompt_logprobs=0)

@@ -1,4 +1,4 @@
-"""An example plugin: the shortest remaining sequence first, without starving the long ones."""
+"""An example plugin: shortest remaining sequence first, without starving long sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SrfOptions(SchedulerOptions):
     ageing: float = Field(
         1.0,
         gt=0,
-        description="tokens by which a sequence counts as shorter for each step since it came",
+        description="tokens deducted from a sequence's length for each step since its arrival",
     )
 
 
@@ -27,9 +27,9 @@ def build(context: Any, options: SrfOptions) -> ShortestRemainingFirst:
     return ShortestRemainingFirst(context.kv, options)
 
 
-# No capabilities: this scheduler promises no order, only what every scheduler does.
+# No capabilities: this scheduler guarantees no order beyond the contract of every scheduler.
 PROVIDER = Provider(
-    "srf", "the shortest remaining sequence first, with ageing", build, SrfOptions, priority=10
+    "srf", "shortest remaining sequence first, with ageing", build, SrfOptions, priority=10
 )
 
 

@@ -1,8 +1,8 @@
-"""One idea: everyone is sorted by the tokens still to be computed, less an allowance for each step
-since arrival.
+"""Schedule sequences by the number of tokens still to be computed, minus an allowance for each step
+since their arrival.
 
-The allowance grows without bound and the tokens do not, so in the end the oldest sequence is always
-the most urgent: it is admitted first and preempted last, and nobody starves.
+The allowance grows without bound and the number of tokens does not. The oldest sequence therefore
+eventually becomes the most urgent, is admitted first and preempted last, so no sequence starves.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class ShortestRemainingFirst:
-    """A `Scheduler`. Sequences that run go on running; a shorter newcomer takes the next free batch
-    row, not theirs."""
+    """A `Scheduler`. A shorter new sequence waits for a free batch row and does not preempt running
+    sequences."""
 
     def __init__(self, kv: KVCacheManager, options: SrfOptions) -> None:
         self.kv = kv
@@ -29,7 +29,7 @@ class ShortestRemainingFirst:
         self.num_preemptions = 0
         self._step_id = 0
         self._arrived: dict[int, int] = {}
-        """By seq_id: the step before which it came."""
+        """Step id at arrival, by seq_id."""
         self._released: list[int] = []
         self._preemption_due = False
 
@@ -40,18 +40,18 @@ class ShortestRemainingFirst:
     def remove(self, seq: Sequence) -> None:
         (self.running if seq in self.running else self.waiting).remove(seq)
         del self._arrived[seq.seq_id]
-        self._give_up_blocks(seq)
+        self._free_blocks(seq)
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         if in_flight and self._preemption_due:
-            return None  # asked again when the pipeline is empty
+            return None  # called again when no step is in flight
         self._preemption_due = False
         self.waiting.sort(key=self._urgency)
         self.running.sort(key=self._urgency)
         plan = StepPlan(self._step_id, [], [], [], [], [])
         budget = self.options.max_num_batched_tokens
         is_short_of_blocks = False
-        for seq in self.running:  # preemption takes from the end of this list
+        for seq in self.running:  # preemption removes sequences from the end of this list
             if budget == 0 or is_short_of_blocks:
                 break
             count = min(seq.num_to_compute, budget)
@@ -68,8 +68,8 @@ class ShortestRemainingFirst:
                     break
             else:
                 budget -= count
-        # Whoever was preempted must not come back in the step that took its blocks, unless nobody
-        # else can run.
+        # A sequence must not be admitted in the step that preempted it, unless no other sequence
+        # can run.
         if not is_short_of_blocks or not (plan.seq_ids or in_flight):
             self._admit(plan, budget)
         if not plan.seq_ids:
@@ -79,7 +79,7 @@ class ShortestRemainingFirst:
         return plan
 
     def _urgency(self, seq: Sequence) -> float:
-        """The lower, the more urgent."""
+        """Return the sort key: lower values are more urgent."""
         return (
             seq.max_len
             - seq.num_computed_tokens
@@ -90,10 +90,10 @@ class ShortestRemainingFirst:
         for seq in list(self.waiting):
             if budget == 0 or len(self.running) == self.options.max_num_seqs:
                 return
-            if seq.request.params.prompt_logprobs is None:  # those need the whole prompt computed
+            if seq.request.params.prompt_logprobs is None:  # these need the whole prompt
                 found = self.kv.reuse(seq, len(seq.tokens) - 1, may_wait=True)
                 if found is None:
-                    continue  # one that runs is computing what this one needs next
+                    continue  # a running sequence is computing the blocks that this one needs next
                 seq.num_computed_tokens = found
             count = min(seq.num_to_compute, budget)
             if not self._add_row(plan, seq, count):
@@ -105,8 +105,8 @@ class ShortestRemainingFirst:
             budget -= count
 
     def _add_row(self, plan: StepPlan, seq: Sequence, count: int) -> bool:
-        """Give the sequence blocks for its next `count` tokens, and a row. False, and nothing
-        changed, if there are none."""
+        """Allocate blocks for the sequence's next `count` tokens and add its row to the plan.
+        Returns False, and changes nothing, if there are not enough blocks."""
         end = seq.num_computed_tokens + count
         added = self.kv.grow(seq.seq_id, end)
         if added is None:
@@ -115,15 +115,15 @@ class ShortestRemainingFirst:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take its blocks. It is computed again later, with what it has said so far: its output
-        does not change."""
+        """Free the sequence's blocks. It is computed again later, including the tokens generated so
+        far, so its output does not change."""
         self.running.remove(seq)
-        self._give_up_blocks(seq)
+        self._free_blocks(seq)
         seq.restart()
         self.waiting.append(seq)
         self.num_preemptions += 1
 
-    def _give_up_blocks(self, seq: Sequence) -> None:
+    def _free_blocks(self, seq: Sequence) -> None:
         self.kv.free(seq.seq_id)
         if seq.on_worker:
             self._released.append(seq.seq_id)

@@ -1,6 +1,6 @@
-"""Paged attention for x86-64 CPUs: C++ that is compiled for the CPU it runs on, at first use.
+"""Paged attention for x86-64 CPUs in C++, compiled for the host CPU on first use.
 
-This module is the light root: it offers the provider and imports no tensor library.
+This module registers the provider and imports no tensor library.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def why_not(context: Context) -> list[Reason]:
 
 
 def load_kernel(facts: DeviceFacts, target: Target = "native") -> Path:
-    """The compiled library. It shares PyTorch's threads."""
+    """Return the path of the compiled library. It uses PyTorch's OpenMP threads."""
     return build_library("attention-cpu", SOURCES, facts, target=target, openmp=openmp_of("torch"))
 
 

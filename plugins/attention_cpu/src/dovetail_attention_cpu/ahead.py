@@ -1,9 +1,9 @@
-"""Memory of the KV cache that is present before a step writes to it.
+"""Prefault the memory of the KV cache before a step writes to it.
 
-The system hands memory out when it is first touched, and clears it then: some 0.1 ms for a large
-page, and 5 ms in a virtual machine whose host does the same with its own. As all layers come to the
-end of a page together, one step would pay for as many pages as there are layers, and every stream
-would wait for it. See benchmarks/first_touch.py.
+The operating system allocates and clears a page when it is first touched. This takes about 0.1 ms
+for a huge page, and 5 ms in a virtual machine whose host also allocates on first touch. All layers
+reach the end of a page in the same step, so this step would wait for one page per layer, and all
+streams would stall. See benchmarks/first_touch.py.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ import weakref
 log = logging.getLogger("dovetail.attention_cpu")
 
 AHEAD = 64 * 2**20
-"""Bytes, over all layers, that are made present before they are used: an engine that does little
-takes little memory."""
+"""Bytes, over all layers, that are prefaulted ahead of their use. The limit keeps the memory of a
+lightly loaded engine small."""
 PIECE = 2 * 2**20
-"""A large page."""
+"""Bytes that are prefaulted at a time: a huge page."""
 PAUSE = 0.005
-"""Seconds between two pieces: the step that runs meanwhile keeps most of its cores."""
+"""Seconds between two pieces, so that a concurrent step keeps most of the CPU."""
 MADV_POPULATE_WRITE = 23
-"""Linux 5.14; touches pages as a write would, and leaves what is in them."""
-_madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap.madvise keeps Python's lock
+"""Faults pages in as a write would, without changing their content. Since Linux 5.14."""
+_madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap.madvise holds the GIL
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Ahead:
-    """For caches that fill up from their beginning, as they do with the built-in block managers.
-    Not thread-safe."""
+    """Prefaults the caches of all layers ahead of the highest slot in use. It suits block managers
+    that allocate low block ids first, as the built-in ones do. Not thread-safe."""
 
     def __init__(self, num_bytes: int = AHEAD) -> None:
         self._num_bytes = num_bytes
         self._memories: list[tuple[weakref.ref[mmap.mmap], int]] = []
         self._present = self._due = 0
-        """Slots that are present, or will be when the last thread has ended; and the one at which
-        to get more."""
+        """Number of slots that are prefaulted, or will be when the last thread ends; and the slot
+        that triggers the next prefault."""
 
     def add(self, memory: mmap.mmap, num_slots: int) -> None:
-        """A layer's cache. It lives as long as whoever uses it wants."""
+        """Register the cache of a layer. Only a weak reference is kept."""
         self._memories.append((weakref.ref(memory), num_slots))
         self._present = self._due = 0
 
     def reach(self, slot: int) -> None:
-        """A step uses this slot, and none after it: if it is near the end of what is present, let a
-        thread get more."""
+        """Note that `slot` is the highest slot of a step. If it is near the end of the prefaulted
+        slots, prefault more in a new thread."""
         if slot < self._due:
             return
         self._memories = [
@@ -73,7 +73,7 @@ class Ahead:
         ).start()
 
     def _populate(self, memories: list[tuple[mmap.mmap, int]], first: int, last: int) -> None:
-        """From a slot to another, in all layers at one pace."""
+        """Prefault the slots [first, last) of all layers, advancing all layers at the same rate."""
         parts = []
         for memory, num_slots in memories:
             begin, end = (len(memory) * min(slot, num_slots) // num_slots for slot in (first, last))
@@ -87,8 +87,8 @@ class Ahead:
             ):
                 why = os.strerror(ctypes.get_errno())
                 log.info(
-                    "steps wait for memory of the KV cache when they first use it: it cannot be had"
-                    " ahead (%s)",
+                    "cannot prefault the memory of the KV cache (%s): steps wait when they first"
+                    " use it",
                     why,
                 )
                 self._due = sys.maxsize

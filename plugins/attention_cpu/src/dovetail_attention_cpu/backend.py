@@ -1,5 +1,5 @@
-"""The compiled kernel behind the attention contract: tensors to pointers, and a workspace that
-`plan` grows."""
+"""Implement the attention contract with the compiled kernel: pass tensors as pointers, and manage a
+workspace that `plan` grows."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TYPES = {
     torch.float8_e4m3fn: 4,
 }
 LONG_COST = 5e6
-"""Multiply-adds (about 100 µs) above which Python's lock is let go of. Getting it back may take
-milliseconds when other threads are busy, which short calls must not pay once a layer."""
+"""Number of multiply-adds (about 100 µs) above which a call releases the GIL. Reacquiring it can
+take milliseconds if other threads are busy, which is too long for short calls once per layer."""
 
 _i, _n, _f, _p = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -45,7 +45,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class Functions:
-    """The library's functions, typed. `holding` ones keep Python's lock."""
+    """The functions of the library, with types. Those of `holding` keep the GIL."""
 
     def __init__(self, path: Path) -> None:
         free, holding = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
@@ -67,8 +67,8 @@ class Functions:
 
 
 class Step:
-    """A step's work for the layers of one geometry. Owns the kernel's work list, and keeps alive
-    what that points to."""
+    """The work of a step for the layers of one geometry. It owns the kernel's work list and keeps
+    the tensors that the list points to alive."""
 
     def __init__(
         self, functions: Functions, batch: AttentionBatch, layer: AttentionLayer, block_size: int
@@ -81,8 +81,8 @@ class Step:
             or slots.stride(0) != 1
         ):
             raise PluginError(
-                "attention: block_table is i32[B, max_blocks] and slot_mapping i64[T], rows"
-                " contiguous"
+                "attention: block_table must be i32[B, max_blocks] and slot_mapping i64[T], with"
+                " contiguous rows"
             )
         self.num_tokens = batch.host_query_start[batch.num_seqs]
         longest = max(batch.host_seq_lens[: batch.num_seqs], default=0)
@@ -92,9 +92,9 @@ class Step:
             or slots.shape[0] < self.num_tokens
         ):
             raise PluginError(
-                f"attention: a block_table {tuple(table.shape)} and a slot_mapping"
-                f" {tuple(slots.shape)} do not hold {batch.num_seqs} sequences of up to {longest}"
-                f" tokens in blocks of {block_size}, {self.num_tokens} of them new"
+                f"attention: block_table {tuple(table.shape)} and slot_mapping"
+                f" {tuple(slots.shape)} are too small for {batch.num_seqs} sequences of up to"
+                f" {longest} tokens in blocks of {block_size}, with {self.num_tokens} new tokens"
             )
         lengths = ctypes.c_int32 * batch.num_seqs
         starts = ctypes.c_int32 * (batch.num_seqs + 1)
@@ -130,7 +130,8 @@ class Step:
 
 
 class CompiledLayer:
-    """Owns a layer's operations for compiled steps, and keeps alive what they point to."""
+    """The operations of a layer for compiled steps. It owns them and keeps the tensors that they
+    point to alive."""
 
     def __init__(self, functions: Functions, pointer: int, kept: object) -> None:
         self._free: Callable[[int], None] = functions.free_layer
@@ -141,7 +142,7 @@ class CompiledLayer:
 
 
 Plan = dict[int, Step]
-"""By layer index; layers of one geometry share a step."""
+"""Steps by layer index. Layers of the same geometry share a step."""
 
 
 class CpuAttention:
@@ -206,7 +207,7 @@ class CpuAttention:
         )
         dtype, n, kv_shape = q.dtype, step.num_tokens, step.kv_shape
         if not (q1 == k1 == v1 == o1 == 1 and k.dtype == v.dtype == out.dtype == dtype):
-            raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
+            raise PluginError("attention: q, k, v and out must have one dtype and contiguous heads")
         if not (
             q.shape[0] >= n <= k.shape[0]
             and v.shape[0] >= n <= out.shape[0]
@@ -215,8 +216,8 @@ class CpuAttention:
             and cache.shape[1:] == step.cache_shape
         ):
             raise PluginError(
-                "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this"
-                " layer's, as planned"
+                "attention: q and out must be [T, Hq, D], k and v [T, Hkv, D], and the cache must"
+                " be that of the planned layer"
             )
         step.run(
             step.pointer,
@@ -299,13 +300,13 @@ class CpuAttention:
 
 
 def _pointers(layer: AttentionLayer) -> tuple[int | None, int | None]:
-    """Of the sinks and of the scales of keys and values."""
+    """Return the addresses of the sinks and of the KV scales, or None for those not given."""
     for tensor, what in (
-        (layer.sinks, "sinks are f32[Hq]"),
-        (layer.kv_scales, "kv_scales are f32[2]"),
+        (layer.sinks, "sinks must be f32[Hq]"),
+        (layer.kv_scales, "kv_scales must be f32[2]"),
     ):
         if tensor is not None and (tensor.dtype is not torch.float32 or not tensor.is_contiguous()):
-            raise PluginError(f"attention: {what}, contiguous")
+            raise PluginError(f"attention: {what} and contiguous")
     sinks, scales = layer.sinks, layer.kv_scales
     return (
         None if sinks is None else sinks.data_ptr(),

@@ -1,6 +1,6 @@
 """PagedAttention for NVIDIA GPUs, in Triton and in CUDA C++.
 
-This module is the light root: it offers the providers and imports neither Triton nor torch.
+This module registers the providers and imports neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TritonOptions(Options):
 
 
 def why_no_triton(context: Context) -> list[Reason]:
-    # FP8 arithmetic came with Ada: before it Triton has no E4M3.
+    # Triton supports E4M3 only on GPUs with FP8 arithmetic, which is sm_89 (Ada) and newer.
     is_fp8 = context.needs.get("kv_dtype") == "float8_e4m3fn"
     reasons = why_not_gpu(context, (8, 9) if is_fp8 else (8, 0))
     if importlib.util.find_spec("triton") is None:

@@ -1,5 +1,5 @@
-"""The Triton kernels behind the attention contract: work lists go to the device once a step,
-launches happen once a layer."""
+"""Implement the attention contract with the Triton kernels: work lists are copied to the device
+once per step, kernels are launched once per layer."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ from dovetail_attention_cuda.shapes import (
 )
 
 INTERPRETED_PROGRAMS = 3
-"""Of a grid in Triton's interpreter: few, so that each takes several pieces."""
+"""Number of programs of a grid in Triton's interpreter. It is small, so that each program processes
+several pieces."""
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "float8"}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What layers of one plan may differ in, and the work with them."""
+    """The properties in which layers of one plan may differ and on which the work list depends."""
 
     num_heads: int
     num_kv_heads: int
@@ -59,14 +60,14 @@ class Geometry:
 
 @dataclass
 class Partials:
-    """What the pieces of rows that were split leave for `merge`; written and read within one `run`.
+    """Partial results of split rows, from `attend` to `merge`, written and read within one `run`.
 
     `count` pieces of `Hkv` heads and `block_m` rows each take `R = count * Hkv * block_m` rows of
     one float32 buffer.
     """
 
     sums: Tensor
-    """f32[R, D], D being the head size, to a power of two."""
+    """f32[R, D], where D is the head size rounded up to a power of two."""
     tops: Tensor
     """f32[R]"""
     weights: Tensor
@@ -74,26 +75,27 @@ class Partials:
 
     @staticmethod
     def numbers(count: int, geometry: Geometry, block_m: int) -> int:
-        """Elements of the buffer that `count` pieces need."""
+        """Return the number of elements that `count` pieces need."""
         return count * geometry.num_kv_heads * block_m * (power_of_two(geometry.head_size) + 2)
 
     @staticmethod
     def within(buffer: Tensor, count: int, geometry: Geometry, block_m: int) -> Partials:
-        """Views of `buffer` f32[at least `numbers(…)`]."""
+        """Return views of `buffer`, f32 with at least `numbers(…)` elements."""
         rows, size = count * geometry.num_kv_heads * block_m, power_of_two(geometry.head_size)
         sums, tops, weights = buffer[: rows * (size + 2)].split([rows * size, rows, rows])
         return Partials(sums.view(rows, size), tops, weights)
 
 
 class GrowingBuffer:
-    """Device memory that steps of all sizes share, where each use ends before the next begins on
-    the stream.
+    """Device memory that steps of all sizes share. Each use ends on the stream before the next one
+    begins.
 
-    What a captured graph uses may neither move nor be freed, and a backend is not told what is
-    captured. So a buffer that was handed out is kept for the life of this object: a larger request
-    allocates another buffer, which serves all later requests. Each is at least twice as large as
-    the one before, so that all of them together are less than twice the last. The worker captures
-    its largest batch first, and then there is one; nothing here depends on that order.
+    Memory that a captured graph uses must neither move nor be freed, and a backend does not know
+    what is captured. A buffer that was returned is therefore kept for the lifetime of this object.
+    A larger request allocates another buffer, which serves all later requests. Each buffer is at
+    least twice as large as the one before, so all of them together are less than twice the last
+    one. The worker captures its largest batch first, so usually there is one buffer, but
+    correctness does not depend on this order.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -102,11 +104,11 @@ class GrowingBuffer:
 
     @property
     def capacity(self) -> int:
-        """Elements that can be had without allocating."""
+        """Number of elements that are available without allocating."""
         return len(self._buffers[-1]) if self._buffers else 0
 
     def of(self, count: int) -> Tensor:
-        """At least `count` elements, whose address stays."""
+        """Return at least `count` elements at a stable address."""
         if count > self.capacity:
             size = max(count, 2 * self.capacity)
             self._buffers.append(torch.zeros(size, dtype=self._dtype, device=self._device))
@@ -115,7 +117,7 @@ class GrowingBuffer:
 
 @dataclass
 class Work:
-    """A launch of `attend`, and of `merge` if anything may be split."""
+    """A launch of `attend`, and of `merge` if rows may be split."""
 
     block_m: int
     num_programs: int
@@ -130,7 +132,7 @@ class Work:
 
 @dataclass
 class Step:
-    """A step's work for the layers of one geometry."""
+    """The work of a step for the layers of one geometry."""
 
     batch: AttentionBatch
     works: list[Work]
@@ -140,12 +142,12 @@ Plan = dict[Geometry, Step]
 
 
 class DecodeSteps:
-    """For steps of one token a row, of one geometry and KV group: their work, for each number of
-    rows at addresses that stay.
+    """Work of steps with one token per row, for one geometry and KV group, at stable addresses per
+    number of rows.
 
-    Steps of all sizes share one buffer of numbers, because a step's work is written by its `plan`
-    and read before the next `plan` of its group; and all geometries share one buffer of partials,
-    because a `run` writes them before it reads them.
+    Steps of all sizes share one buffer of work lists, because `plan` writes the list of a step and
+    it is read before the next `plan` of its group. All geometries share one buffer of partial
+    results, because each `run` writes them before it reads them.
     """
 
     def __init__(
@@ -154,8 +156,8 @@ class DecodeSteps:
         self._geometry, self._num_programs, self._partials = geometry, num_programs, partials
         self._numbers = GrowingBuffer(torch.int32, device)
         self._works: dict[int, tuple[Tensor, Work]] = {}
-        """By number of rows: the numbers of its work, and views of them. A captured graph reads
-        there, so entries stay."""
+        """By number of rows: the buffer of the work list, and the work with views of it. A captured
+        graph reads the buffer, so entries are never removed."""
 
     def write(self, num_rows: int, pieces: I32, tiles: I32) -> Work:
         if num_rows not in self._works:
@@ -170,7 +172,7 @@ class DecodeSteps:
     def _work(self, num_rows: int) -> tuple[Tensor, Work]:
         of, block_m = self._geometry, short_rows(self._geometry.group)
         capacity = most_pieces(num_rows, self._num_programs, of.num_kv_heads)
-        # One copy to the device: the number of pieces, the tiles, the pieces.
+        # The number of pieces, the tiles and the pieces are contiguous, for one copy to the device.
         tiles, end = 4 + num_rows * 4, 4 + num_rows * 4 + capacity * 5
         there = self._numbers.of(end)[:end]
         partials = Partials.within(
@@ -193,7 +195,7 @@ class TritonAttention:
             self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._partials = GrowingBuffer(torch.float32, self.device)
         self._decode_steps: dict[tuple[Geometry, int], DecodeSteps] = {}
-        """By geometry and a layer's index, which tells KV groups apart."""
+        """By geometry and index of the first layer, which identifies the KV group."""
 
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         return allocate(spec, self.device)
@@ -248,8 +250,8 @@ class TritonAttention:
         )
 
     def _once_partials(self, count: int, of: Geometry, block_m: int) -> Partials:
-        """For a step that is not captured: in the shared buffer if it is large enough, or else for
-        this step alone."""
+        """Return partial results for a step that is not captured: in the shared buffer if it is
+        large enough, and in a temporary buffer otherwise."""
         needed = Partials.numbers(count, of, block_m)
         is_shared = needed <= self._partials.capacity
         buffer = self._partials.of(needed) if is_shared else torch.empty(needed, device=self.device)
@@ -314,9 +316,10 @@ class TritonAttention:
     ) -> None:
         keys, values = cache
         table, partials = batch.block_table, work.partials
+        # Without partial results, the kernel does not write to the placeholders.
         sums, tops, weights = (
             (partials.sums, partials.tops, partials.weights) if partials else (out, out, out)
-        )  # not written
+        )
         compute = q.dtype if keys.dtype == q.dtype or keys.dtype in KINDS else torch.float32
         how = launch(work.block_m, layer.head_size, compute.itemsize, keys.element_size())
         group, block_d = layer.num_heads // layer.num_kv_heads, power_of_two(layer.head_size)
@@ -390,7 +393,7 @@ class TritonAttention:
 
 
 def _staged(numbers: I32, device: torch.device) -> Tensor:
-    """Where a copy to the device does not wait for it. PyTorch keeps pinned memory that a copy
-    still reads from being given away."""
+    """Return the numbers as a tensor from which a copy to the device is asynchronous. PyTorch does
+    not reuse pinned memory while a copy reads it."""
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory() if device.type == "cuda" else tensor

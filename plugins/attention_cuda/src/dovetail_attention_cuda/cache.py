@@ -1,7 +1,7 @@
-"""The KV cache of both providers: keys and values of a layer, each `[num_blocks, Hkv, block_size,
-D]`.
+"""The KV cache of both providers.
 
-So a head's part of a block is one stretch of memory.
+The keys and the values of a layer are `[num_blocks, Hkv, block_size, D]` each, so that the part of
+a block that belongs to one head is contiguous.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def allocate(spec: KVCacheSpec, device: torch.device) -> Cache:
 def export_kv(
     cache: Cache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`AttentionBackend.export_kv`."""
+    """Implement `AttentionBackend.export_kv`."""
     index = torch.tensor(block_ids, dtype=torch.int64, device=cache[0].device)
     keys, values = (x[index].transpose(1, 2).contiguous() for x in cache)
     return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
 
 
 def import_kv(cache: Cache, block_ids: list[int], keys: Tensor, values: Tensor) -> None:
-    """`AttentionBackend.import_kv`."""
+    """Implement `AttentionBackend.import_kv`."""
     index = torch.tensor(block_ids, dtype=torch.int64, device=cache[0].device)
     for own, given in zip(cache, (keys, values), strict=True):
         own[index] = given.to(device=own.device, dtype=own.dtype).transpose(1, 2)
@@ -48,7 +48,8 @@ def check(
     cache: Cache,
     out: Tensor,
 ) -> None:
-    """What a kernel would read past the end of."""
+    """Raise `PluginError` if a tensor has a shape, dtype or stride that the kernels do not
+    support."""
     n, heads, kv = (
         batch.num_tokens,
         (layer.num_heads, layer.head_size),
@@ -58,7 +59,7 @@ def check(
         q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == 1
         and k.dtype == v.dtype == out.dtype == q.dtype
     ):
-        raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
+        raise PluginError("attention: q, k, v and out must have one dtype and contiguous heads")
     if not (
         q.shape[0] >= n <= k.shape[0]
         and v.shape[0] >= n <= out.shape[0]
@@ -68,6 +69,6 @@ def check(
         and all((x.shape[1], x.shape[3]) == kv for x in cache)
     ):
         raise PluginError(
-            "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's,"
-            " as planned"
+            "attention: q and out must be [T, Hq, D], k and v [T, Hkv, D], and the cache must be"
+            " that of the planned layer"
         )

@@ -1,18 +1,18 @@
-"""PagedAttention in Triton: write a step's keys and values, attend, and merge what was split.
+"""PagedAttention in Triton: write the keys and values of a step, attend, and merge split contexts.
 
-One kernel attends for prefill, chunks of it and decode. A tile is `TOKENS` query tokens of one row
+One kernel computes prefill, chunked prefill and decode. A tile is `TOKENS` query tokens of one row
 times the `GROUP` query heads that share a key/value head, so that keys and values are read once for
-all of them; it goes over its keys in blocks of `BLOCK_N` with the running maximum and sum of
-FlashAttention-2 (arXiv:2307.08691). Where a row's context is split over several programs (as in
-Flash-Decoding), each leaves an unnormalized sum, its maximum and its weight, and `merge` puts them
-together.
+all of them. It iterates over its keys in blocks of `BLOCK_N` with the running maximum and sum of
+FlashAttention-2 (arXiv:2307.08691). If the context of a row is split over several programs (as in
+Flash-Decoding), each program stores an unnormalized sum, its maximum and its weight, and `merge`
+combines them.
 
-The grid is fixed: programs take pieces of work from a list (schedule.py) in turn until it ends, so
-that one captured launch does whatever step the list describes.
+The grid is fixed: programs process the pieces of a work list (schedule.py) with a stride of the
+grid size, so that one captured launch computes any step that the list describes.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# Triton's language has no types that mypy knows.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator" mypy does not know the types of
+# Triton's language.
 from __future__ import annotations
 
 import triton
@@ -20,13 +20,14 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUND = tl.constexpr(12582912.0)
-"""1.5 · 2^23: adding it to a small float32 and taking it away rounds to the nearest integer, even
-if two are."""
+"""1.5 · 2^23: adding it to a small float32 and subtracting it rounds to the nearest integer, ties
+to even."""
 
 
 @triton.jit
 def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """float32 `x` in TYPE, to the nearest; Triton's interpreter would cut bfloat16 off."""
+    """Convert float32 `x` to TYPE, rounding to nearest. Triton's interpreter would truncate to
+    bfloat16."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
         x = tl.where(
@@ -39,11 +40,12 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def stored(x, scale, KIND: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Float32 `x` as a cache of KIND and TYPE holds it (`AttentionLayer.kv_scales`).
+    """Convert float32 `x` to the value stored in a cache of KIND and TYPE
+    (`AttentionLayer.kv_scales`).
 
-    The division rounds to the nearest (`div.rn`): the contract compares caches bit by bit, and `/`
-    is within 2 ulp only. There is one return, because Triton requires all of a function's returns
-    to have one type.
+    The division rounds to nearest (`div.rn`), because the contract compares caches bit by bit and
+    `/` is only accurate to 2 ulp. There is one return statement, because Triton requires all
+    returns of a function to have one type.
     """
     if KIND == "int8":
         x = tl.div_rn(x, scale)
@@ -58,8 +60,9 @@ def stored(x, scale, KIND: tl.constexpr, TYPE: tl.constexpr, INTERPRETED: tl.con
 
 @triton.jit
 def float8(x):
-    """The code (u8) of the E4M3 number nearest to float32 `x`, even if two are, from -448 to 448.
-    In integers, because Triton's own conversion differs between its interpreter and its targets."""
+    """Return the code (u8) of the E4M3 number nearest to float32 `x`, ties to even, clamped to
+    ±448. It uses integer arithmetic, because Triton's own conversion differs between its
+    interpreter and its targets."""
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.uint32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
@@ -91,8 +94,8 @@ def write_kv(
     HAS_SCALES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One program a token: its keys and values of all heads go to its slot. `WIDTH` is HEADS · D,
-    to a power of two."""
+    """Write the keys and values of all heads of one token per program to its slot. `WIDTH` is HEADS
+    · D rounded up to a power of two."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     at = tl.arange(0, WIDTH)
@@ -149,10 +152,12 @@ def attend(
     COMPUTE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`work` i32[num_work, 5]: (row, first token of the tile within the row, first key, end of
-    keys, index of the partial result or minus one), each for all KV heads. COMPUTE is the type of
-    the products' inputs, which INTERPRETED widens: Triton's interpreter multiplies bfloat16 wrongly.
-    """  # noqa: E501
+    """Compute the pieces of `work` i32[num_work, 5], each for all KV heads: (row, first token of
+    the tile within the row, first key, end of keys, index of the partial result or -1).
+
+    COMPUTE is the dtype of the products' inputs. INTERPRETED widens them to float32, because
+    Triton's interpreter multiplies bfloat16 incorrectly.
+    """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     INPUT: tl.constexpr = tl.float32 if INTERPRETED else COMPUTE
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -196,7 +201,7 @@ def attend(
             ).to(INPUT)
             logits = tl.dot(queries, keys, input_precision="ieee") * logit_scale
             if HAS_CAP:
-                # tanh by exp, which Triton has on every target
+                # tanh is computed with exp2, which Triton supports on every target.
                 turned = tl.exp2(logits * (2.0 * LOG2E / soft_cap))
                 logits = soft_cap * LOG2E * (1.0 - 2.0 / (turned + 1.0))
             seen = is_key[None, :] & (key_at[None, :] <= position[:, None])
@@ -204,7 +209,7 @@ def attend(
                 seen = seen & (key_at[None, :] > position[:, None] - window)
             logits = tl.where(seen, logits, float("-inf"))
             new_top = tl.maximum(top, tl.max(logits, 1))
-            base_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet
+            base_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet
             weights = tl.exp2(logits - base_top[:, None])
             shrink = tl.exp2(top - base_top)
             weight = weight * shrink + tl.sum(weights, 1)
@@ -259,8 +264,9 @@ def merge(
     HAS_SCALES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`tiles` i32[grid, 4]: (row, first token of the tile within the row, first partial, number of
-    them); 0 of them: the tile was not split, and its output is there."""
+    """Merge the partial results of `tiles` i32[grid, 4]: (row, first token of the tile within the
+    row, first partial result, number of partial results). If the number is 0, the tile was not
+    split and `attend` has stored its output."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     entry, head = tiles + tl.program_id(0) * 4, tl.program_id(1)
     place, count = tl.load(entry + 2), tl.load(entry + 3)

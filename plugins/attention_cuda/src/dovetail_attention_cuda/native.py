@@ -1,5 +1,4 @@
-"""The kernels in CUDA C++ behind the attention contract (csrc/paged_attention.cu): tensors to
-pointers."""
+"""Implement the attention contract with the CUDA C++ kernels (csrc/paged_attention.cu)."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ TYPES = {
     torch.float8_e4m3fn: 4,
 }
 HEADS_AT_A_TIME = 4
-"""Query heads of a block of threads, mostly."""
+"""Number of query heads that a thread block computes in most cases."""
 MOST_SPLITS = 32
 
 _p, _n, _f, _i = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
@@ -70,7 +69,7 @@ SIZES = (
 
 
 class Call(ctypes.Structure):
-    """As in csrc/paged_attention.cu."""
+    """`Call` in csrc/paged_attention.cu."""
 
     _fields_ = [
         *((name, _p) for name in POINTERS),
@@ -83,12 +82,13 @@ class Call(ctypes.Structure):
 
 @dataclass
 class CudaPlan:
-    """A step, and how many parts each token's context is cut into: by the numbers of rows and heads
-    alone, so that captured launches are good for every step of as many rows."""
+    """A step, and the number of parts into which the context of each token is split. It depends
+    only on the numbers of rows and heads, so captured launches are valid for every step with as
+    many rows."""
 
     batch: AttentionBatch
     splits: dict[int, int]
-    """By number of query heads."""
+    """Number of parts by number of query heads."""
 
 
 class CudaAttention:
@@ -101,8 +101,8 @@ class CudaAttention:
         functions = ctypes.CDLL(str(library))
         self._launch: Any = functions.dovetail_paged_attention
         self._launch.argtypes = [_p, _p]
-        self._words: Any = functions.dovetail_cuda_error
-        self._words.restype = ctypes.c_char_p
+        self._error_string: Any = functions.dovetail_cuda_error
+        self._error_string.restype = ctypes.c_char_p
         self.device, self._num_sms = torch.device(device), num_sms
 
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
@@ -121,7 +121,7 @@ class CudaAttention:
         )
 
     def _splits(self, num_rows: int, num_heads: int) -> int:
-        """As many as give each multiprocessor two blocks of threads."""
+        """Return the number of parts that gives each multiprocessor two thread blocks."""
         blocks = max(1, num_rows * num_heads // HEADS_AT_A_TIME)
         return max(1, min(MOST_SPLITS, 2 * self._num_sms // blocks))
 
@@ -185,7 +185,7 @@ class CudaAttention:
         )
         if error := self._launch(ctypes.addressof(call), stream):
             raise PluginError(
-                f"attention: the kernels could not be launched: {self._words(error).decode()}",
+                f"attention: kernel launch failed: {self._error_string(error).decode()}",
                 provider="cuda",
             )
 

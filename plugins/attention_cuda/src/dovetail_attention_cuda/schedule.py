@@ -1,9 +1,9 @@
-"""Which pieces of work a step's attention is cut into, from the host's lengths alone: what the
-programs of kernels.py take in turn.
+"""Partition the attention of a step into pieces of work for the programs of kernels.py, using only
+the lengths on the host.
 
-Rows of few new tokens (decode, drafts to verify) are short of parallel work when they are few, so
-their context is split over programs; the others are cut into tiles of queries, the ones with most
-keys first.
+Rows with few new tokens (decode, verification of drafts) have little parallel work if there are few
+of them, so their context is split over programs. Other rows are divided into tiles of queries,
+sorted by decreasing number of keys.
 """
 
 from __future__ import annotations
@@ -17,41 +17,42 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 SHORT_TILES = 4
-"""A row that fills no more tiles of the short shape than this is a short row."""
+"""Maximum number of tiles of the short shape in a short row."""
 WAVES = (1, 2, 3, 4, 6, 8)
-"""How many pieces a program may get, on average, where contexts are split."""
+"""Candidates for the average number of pieces per program if contexts are split."""
 PIECE_COST = 96
-"""What a piece costs beside its keys, in keys: loading queries, filling the pipeline, leaving a
-partial sum."""
+"""Fixed cost of a piece, in keys: it loads queries, fills the pipeline and stores a partial
+result."""
 MERGE_COST = 128
-"""What the merge costs a step, in keys of a program."""
+"""Cost of the merge per step, in keys of a program."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles of queries, each with the keys that it sees."""
+    """Tiles of queries, each with the range of keys that it attends to."""
 
     row: I64
     first: I64
     """First token of the tile within its row."""
     begin: I64
     end: I64
-    """Keys from `begin` to `end - 1`."""
+    """The keys are `begin … end - 1`."""
 
     def __len__(self) -> int:
         return len(self.row)
 
 
 def is_short(query_lens: I64, tokens: int) -> npt.NDArray[np.bool_]:
-    """Per row, where a tile of the short shape has `tokens` query tokens."""
+    """Return for each row whether it is short, given `tokens` query tokens per tile of the short
+    shape."""
     return query_lens <= SHORT_TILES * tokens
 
 
 def cut_queries(
     rows: I64, query_lens: I64, seq_lens: I64, tokens: int, window: int | None
 ) -> Tiles:
-    """Tiles of `tokens` query tokens of these rows; `query_lens` and `seq_lens` are those of all
-    rows."""
+    """Return tiles of `tokens` query tokens of the given rows. `query_lens` and `seq_lens` are
+    those of all rows."""
     counts = -(-query_lens[rows] // tokens)
     row = np.repeat(rows, counts)
     starts = np.cumsum(counts) - counts
@@ -62,12 +63,13 @@ def cut_queries(
 
 
 def most_pieces(num_tiles: int, num_programs: int, num_kv_heads: int) -> int:
-    """A bound on the pieces of `split`."""
+    """Return an upper bound on the number of pieces that `split` returns."""
     return num_tiles + -(-num_programs * WAVES[-1] // num_kv_heads)
 
 
 def choose_split(num_keys: I64, num_programs: int, num_kv_heads: int, unit: int) -> int:
-    """How many keys a piece has, a multiple of `unit`: what lets the busiest program end first."""
+    """Return the number of keys per piece, a multiple of `unit`, that minimizes the time of the
+    busiest program."""
     total, longest = int(num_keys.sum()), int(num_keys.max())
     whole = -(-longest // unit) * unit
     best, least = whole, _rounds(len(num_keys), num_kv_heads, num_programs) * (longest + PIECE_COST)
@@ -87,8 +89,8 @@ def _rounds(pieces: int, num_kv_heads: int, num_programs: int) -> int:
 
 
 def split(tiles: Tiles, num_programs: int, num_kv_heads: int, unit: int) -> tuple[I32, I32, int]:
-    """The pieces of these tiles, `work` i32[num_work, 5] and `tiles` i32[num_tiles, 4] of
-    kernels.py, and the number of partials."""
+    """Return the pieces of the tiles, as `work` i32[num_work, 5] and `tiles` i32[num_tiles, 4] of
+    kernels.py, and the number of partial results."""
     num_keys = tiles.end - tiles.begin
     size = choose_split(num_keys, num_programs, num_kv_heads, unit)
     counts = -(-num_keys // size)
@@ -114,7 +116,7 @@ def split(tiles: Tiles, num_programs: int, num_kv_heads: int, unit: int) -> tupl
 
 
 def whole(tiles: Tiles) -> I32:
-    """`work` of tiles that are not split, the longest first."""
+    """Return `work` for tiles that are not split, sorted by decreasing number of keys."""
     work = np.stack(
         [tiles.row, tiles.first, tiles.begin, tiles.end, np.full(len(tiles), -1)], axis=1
     )

@@ -1,46 +1,47 @@
-"""Shapes of tiles and launches, by what is asked of them."""
+"""Choose the shapes of tiles and launches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 UNIT = 64
-"""Pieces of a context are multiples of so many keys, and so of every launch's `block_n`."""
+"""The number of keys of a piece is a multiple of this, and therefore of every launch's
+`block_n`."""
 SHORT_PROGRAMS, LONG_PROGRAMS = 2, 1
-"""Of the fixed grid, for each multiprocessor."""
+"""Number of programs of the fixed grid per multiprocessor."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is compiled."""
+    """Compile-time parameters of a kernel."""
 
     block_n: int
-    """Keys at a time."""
+    """Number of keys per iteration."""
     num_warps: int
     num_stages: int
 
 
 def power_of_two(n: int) -> int:
-    """The smallest that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def short_rows(group: int) -> int:
-    """Query tokens × heads of a group in a tile of rows of few queries: what takes time is to read
-    keys and values."""
+    """Return the number of query tokens × heads of a group in a tile of short rows, which are bound
+    by reading keys and values."""
     return max(16, power_of_two(group))
 
 
 def long_rows(group: int, head_size: int) -> int:
-    """The same for rows of many queries: what takes time is to multiply."""
+    """Return the same for rows of many queries, which are bound by arithmetic."""
     return max(128 if head_size <= 128 else 64, power_of_two(group))
 
 
 def launch(block_m: int, head_size: int, query_bytes: int, key_bytes: int) -> Launch:
-    """For tiles of `block_m` rows, in products of inputs of `query_bytes`, over a cache of
-    `key_bytes` an element."""
+    """Return the launch for tiles of `block_m` rows, with products of `query_bytes`-byte inputs and
+    a cache with `key_bytes` bytes per element."""
     size = power_of_two(head_size)
-    if query_bytes == 4:  # products without tensor cores, whose operands lie in registers
+    if query_bytes == 4:  # products without tensor cores have their operands in registers
         return Launch(16 if size > 64 else 32, 8 if block_m * size > 4096 else 4, 1)
     if block_m <= 32:
         return Launch(64 if size <= 128 else 32, 4, 3 if size <= 128 and key_bytes > 1 else 2)

@@ -1,4 +1,5 @@
-// Just enough of CUDA to run kernels on a CPU: the threads of a block are fibers that take turns, and blocks run one by one.
+// The subset of CUDA that is needed to run the kernels on a CPU. The threads of a block are fibers that run in turn, and blocks run
+// one by one.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -15,7 +16,7 @@
 
 namespace emulated {
 
-// A fiber is entered once by its context; after that, turns are jumps, which need no system call.
+// A fiber is entered once by its context. Later switches are jumps, which need no system call.
 struct Fiber {
   ucontext_t context;
   jmp_buf place;
@@ -32,7 +33,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Barrier> warps;
   Barrier all;
-  std::vector<float> passed;  // between the lanes of a warp
+  std::vector<float> passed;  // values exchanged between the lanes of a warp
   std::function<void()> body;
   jmp_buf scheduler;
   int current = 0;
@@ -79,7 +80,7 @@ inline void run_block(int threads, std::function<void()> body) {
     for (own.current = 0; own.current < threads; ++own.current) {
       if (own.fibers[own.current].is_done) continue;
       is_running = true;
-      if (_setjmp(own.scheduler)) continue;  // its turn is over
+      if (_setjmp(own.scheduler)) continue;  // it has yielded
       Fiber &fiber = own.fibers[own.current];
       if (fiber.has_begun) _longjmp(fiber.place, 1);
       fiber.has_begun = true;

@@ -1,7 +1,6 @@
-"""Products by quantized weights for x86-64 CPUs: C++ that is compiled for the CPU it runs on, at
-first use.
+"""GEMM with quantized weights for x86-64 CPUs in C++, compiled for the host CPU on first use.
 
-This module is the light root: it offers the provider and imports no tensor library.
+This module registers the provider and imports no tensor library.
 """
 
 from __future__ import annotations

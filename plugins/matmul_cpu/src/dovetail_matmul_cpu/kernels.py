@@ -1,5 +1,5 @@
-"""The kernels behind the matmul contract: tensors to pointers, and the memory that prepared rows
-take."""
+"""Implement the matmul contract with the compiled kernels: pass tensors as pointers, and manage the
+memory of prepared rows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ TYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 CODES = {"int8": 0, "uint4": 1, "float8_e4m3fn": 2}
 INPUTS = {None: 0, "int8": 1, "float8_e4m3fn": 2}
 ZERO = {"int8": 128, "uint4": 8, "float8_e4m3fn": 0}
-"""What stands for 0. Bytes are kept unsigned, as the product wants them."""
+"""The code of the value 0. int8 codes are stored unsigned, with an offset of 128, because the
+product takes unsigned weights."""
 PANEL, UNIT = 64, 8
-"""As in matmul.h."""
+"""kPanel of dovetail/panels.h and kUnit of matmul.h."""
 
 _p, _i, _n, _f = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -66,8 +67,8 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class CpuMatmul:
-    """A `Matmul`. Prepared rows of all its layers share memory: layers are multiplied one after the
-    other."""
+    """A `Matmul`. The prepared rows of all its layers share memory, because layers are computed one
+    after the other."""
 
     def __init__(self, facts: DeviceFacts) -> None:
         path = build_library("matmul-cpu", SOURCES, facts, openmp=openmp_of("torch"))
@@ -76,7 +77,8 @@ class CpuMatmul:
             function = getattr(self.functions, name)
             function.restype, function.argtypes = result, arguments
         self._rows: dict[int, Any] = {}
-        """Of compiled steps, by size: their addresses stay."""
+        """Buffers for the prepared rows of compiled steps, by size. Their addresses do not
+        change."""
 
     def linear(
         self, format: WeightFormat, layer: LinearLayer, tensors: Mapping[str, Tensor]
@@ -98,8 +100,8 @@ class CpuMatmul:
         )
 
     def rows(self, num_bytes: int) -> int:
-        """The address of memory for prepared rows, touched only as it is used. What is in it does
-        not outlive a product."""
+        """Return the address of memory for prepared rows. Its content is valid during one product
+        only. The memory is not touched before it is used."""
         have = next((size for size in self._rows if size >= num_bytes), None)
         if have is None:
             tensor = torch.frombuffer(zeros(num_bytes + 64), dtype=torch.uint8)
@@ -109,7 +111,8 @@ class CpuMatmul:
 
 
 class CpuLinear:
-    """A `CompiledLinear`. An output does not depend on how many rows there are: batch invariant."""
+    """A `CompiledLinear`. It is batch invariant: an output does not depend on the number of
+    rows."""
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class CpuLinear:
             "scales": self._wide(tensors["scales"].float().T),
         }
         if format.zeros:
-            shift = 128 if format.codes == "int8" else 0  # as the codes are
+            shift = 128 if format.codes == "int8" else 0  # the same offset as the codes
             self._kept["zeros"] = self._wide(
                 (tensors["zeros"].T.to(torch.int16) + shift).to(torch.uint8)
             )
@@ -157,8 +160,8 @@ class CpuLinear:
         self._row_bytes: int = self._functions.dovetail_row_bytes(self._address)
 
     def _wide(self, rows: Tensor) -> Tensor:
-        """`[n, out]` → `[panels, n, PANEL]`, filled up with zeros: what a panel needs lies
-        together."""
+        """Convert `[n, out]` to `[panels, n, PANEL]`, padded with zeros, so that the data of a
+        panel is contiguous."""
         wide = torch.zeros(len(rows), -(-self.out_features // PANEL) * PANEL, dtype=rows.dtype)
         wide[:, : self.out_features] = rows
         return wide.view(len(rows), -1, PANEL).transpose(0, 1).contiguous()
@@ -185,14 +188,14 @@ class CpuLinear:
 
 
 def _chunk(format: WeightFormat, layer: LinearLayer) -> int:
-    """Inputs that are added up before their sum is scaled. A long chunk costs less; what is
-    expanded stays in the first cache, and integers do not overflow."""
+    """Return the number of inputs that are accumulated before their sum is scaled. Longer chunks
+    are faster. The limits keep a dequantized chunk in the L1 cache and integer sums within 32
+    bits."""
     if format.group_size is not None:
         return min(format.group_size, layer.in_features)
     count = -(-layer.in_features // (2048 if format.inputs == "int8" else 256))
-    return min(
-        -(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features
-    )  # all of about one size
+    # All chunks have about the same size.
+    return min(-(-layer.in_features // (count * UNIT)) * UNIT, layer.in_features)
 
 
 def _aligned(address: int) -> int:

@@ -1,4 +1,4 @@
-// The C functions that backend.py calls. Neither Python's nor a tensor library's headers are needed to build them.
+// C functions that backend.py calls. They are built without headers of Python or a tensor library.
 #include "kernel.h"
 
 using namespace dovetail;
@@ -25,7 +25,7 @@ dovetail_op operation(const Layer* layer) {
 
 extern "C" {
 
-// Types travel as 0: float32, 1: bfloat16, 2: float16, 3: int8, 4: float8_e4m3fn.
+// Types are passed as 0: float32, 1: bfloat16, 2: float16, 3: int8, 4: float8_e4m3fn.
 
 Step* dovetail_plan(const int32_t* query_start, const int32_t* seq_lens, int num_seqs, int num_heads, int num_kv_heads,
                     int head_size, int block_size, int window, const int32_t* block_table, int64_t block_table_stride,
@@ -57,7 +57,7 @@ void dovetail_run(const Step* step, float scale, float soft_cap, const float* si
               {out, out_token, out_head, t}, {cache, static_cast<Type>(cache_type)}});
 }
 
-// One layer's three operations, for compiled steps; freed by dovetail_free_layer.
+// Returns one layer's three operations for compiled steps. The caller frees them with dovetail_free_layer.
 Layer* dovetail_compile(int index, int head_size, float scale, float soft_cap, const float* sinks, const float* kv_scales,
                         const dovetail_attention_call* call, int cache_type, void* cache, dovetail_op* ops) {
   const auto t = static_cast<Type>(call->type);
@@ -73,7 +73,7 @@ Layer* dovetail_compile(int index, int head_size, float scale, float soft_cap, c
 
 void dovetail_free_layer(Layer* layer) { delete layer; }
 
-// Keys and values, contiguous [num_tokens, Hkv, D] of the cache's own type, to or from these slots.
+// Copies keys and values, contiguous [num_tokens, Hkv, D] in the cache's type, to or from the given slots.
 void dovetail_copy_tokens(int to_cache, int cache_type, void* cache, int num_kv_heads, int head_size, int block_size,
                           const int64_t* slots, int64_t num_tokens, void* keys, void* values) {
   const Geometry g{num_kv_heads, num_kv_heads, head_size, block_size, 0};

@@ -1,4 +1,4 @@
-// Tokens into and out of the packed cache (element.h tells its layout).
+// Write tokens to the packed cache and read them from it. kernel.h documents the layout.
 #include <algorithm>
 #include <cstring>
 
@@ -10,7 +10,7 @@ namespace dovetail {
 namespace {
 
 template <class E>
-struct Place {  // of one token's key and value of one head
+struct Place {  // addresses of the key and value of one token and head
   typename E::store_t *key, *value;
   int lane;  // token within its group
 
@@ -27,7 +27,7 @@ struct Place {  // of one token's key and value of one head
   typename E::store_t& value_at(int d, int head_size) const {
     return value[(lane / E::pair * head_size + d) * E::pair + lane % E::pair];
   }
-  // A whole pair, or a vector of pairs of which one half is written, in one store.
+  // Each store writes a whole pair, or one half of every pair of a vector.
   void put_key(const typename E::store_t* row, int head_size) const {
     if constexpr (E::pair == 2)
       for (int d = 0; d < head_size; d += 2) std::memcpy(&key_at(d), row + d, 2 * sizeof *row);
@@ -50,7 +50,7 @@ struct Place {  // of one token's key and value of one head
   }
 };
 
-// `prepare(x, which)`: keys (0) or values (1) as they are to be narrowed.
+// `prepare(x, which)` transforms keys (0) or values (1) before they are narrowed to the cache's type.
 template <class E, class F>
 void write(const Geometry& g, const Cache& cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end, F&& prepare) {
   typename E::store_t row[256];
@@ -95,7 +95,7 @@ void quantize_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows 
     if constexpr (is_byte<E>) {
       const Vec scales[2] = {splat(kv_scales ? kv_scales[0] : 1.f), splat(kv_scales ? kv_scales[1] : 1.f)};
       const Vec low = splat(-E::largest), high = splat(E::largest);
-      // NaN is the second operand, so it comes through.
+      // NaN is the second operand of min and max, so it is propagated.
       auto limited = [&](Vec x, int which) { return max(low, min(high, div(x, scales[which]))); };
       write<E>(g, cache, slots, k, v, begin, end, limited);
     } else {

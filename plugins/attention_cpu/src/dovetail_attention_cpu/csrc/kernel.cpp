@@ -1,7 +1,7 @@
-// One layer of a step: write the keys and values, then attend with an online softmax.
+// Compute one layer of a step: write the keys and values, then attend with an online softmax.
 //
-// After FlashAttention-2 (Dao, 2023) for the tiling and flash-decoding (Dao et al., 2023) for keys split over threads. A
-// query tile's rows are (query, head) pairs of one KV head, so a key is loaded once for all the heads that share it.
+// The tiling follows FlashAttention-2 (Dao, 2023), and the splitting of keys over threads follows flash-decoding (Dao et al.,
+// 2023). The rows of a query tile are (query, head) pairs of one KV head, so a key is loaded once for all heads that share it.
 #include "kernel.h"
 
 #include <omp.h>
@@ -17,7 +17,7 @@
 namespace dovetail {
 namespace {
 
-// Where a worker's thread keeps what it computes with, for `rows` rows.
+// The buffers of one thread, for tiles of up to `rows` rows.
 template <class E>
 struct Scratch {
   typename E::operand_t *q, *p;  // [rows, D / pair], [rows, kLogitStride / pair]
@@ -31,7 +31,7 @@ struct Scratch {
     auto take = [&](int64_t bytes) { return std::exchange(memory, memory + (bytes + 63) / 64 * 64); };
     q = reinterpret_cast<typename E::operand_t*>(take(4LL * rows * head_size));
     logits = reinterpret_cast<float*>(take(4LL * rows * kLogitStride));
-    // Weights take the logits' place where they have the same type.
+    // The softmax weights overwrite the logits if both have the same type.
     p = reinterpret_cast<typename E::operand_t*>(E::pair == 1 ? reinterpret_cast<char*>(logits) : take(2LL * rows * kLogitStride));
     sums = reinterpret_cast<float*>(take(4LL * rows * head_size));
     state = reinterpret_cast<Softmax*>(take(sizeof(Softmax) * rows));
@@ -74,7 +74,7 @@ class Worker {
       attend_tile(item, rows, tile, partial(job, tile));
   }
 
-  // Merge the partial results of a query tile, in the order in which a single item would have.
+  // Merges the partial results of a query tile in the order in which a single item computes them.
   void merge_parts(const Job& job) {
     const int rows = job.all.num_queries * g_.group(), head_size = g_.head_size;
     std::fill_n(s_.sums, static_cast<int64_t>(rows) * head_size, 0.f);
@@ -92,7 +92,7 @@ class Worker {
   }
 
  private:
-  // [rows, D] sums, then [rows] softmax states.
+  // Returns the partial result of a key tile: [rows, D] sums, then [rows] softmax states.
   float* partial(const Job& job, int tile) const {
     const int64_t rows = static_cast<int64_t>(job.all.num_queries) * g_.group();
     return partials_ + job.partials + (tile - job.all.tile_begin) * rows * (g_.head_size + 2);
@@ -122,14 +122,14 @@ class Worker {
       }
   }
 
-  // The keys [lo, hi) of a tile (counted from its start) that the query at `position` sees; empty where hi <= lo.
+  // Returns the keys [lo, hi) of a tile, counted from its start, that the query at `position` attends to. Empty if hi <= lo.
   std::pair<int, int> visible(int position, int tile) const {
     const int from = g_.window ? std::max(0, position - g_.window + 1) : 0;
     return {std::max(0, from - tile * kTile), std::min(kTile, position + 1 - tile * kTile)};
   }
 
-  // A group's values of which only the tokens [lo, hi) may be read: a copy with zeros in place of the others, whose
-  // slots belong to nobody and may hold NaN, which a weight of zero would not hide.
+  // Returns a copy of a group's values with zeros outside the tokens [lo, hi). The other slots are undefined and may hold NaN,
+  // which a weight of zero would not remove.
   const store_t* clean(const store_t* values, int lo, int hi, store_t* copy) const {
     for (int t = 0; t < kGroup; t += E::pair)
       for (int d = 0; d < g_.head_size; ++d)
@@ -140,7 +140,7 @@ class Worker {
     return copy;
   }
 
-  // Groups of one byte a number, for many rows: widened once, to what BF16 loads, and no longer for each block of rows.
+  // Converts groups of a one-byte type to the layout that BF16 loads, once for all blocks of rows instead of once per block.
   void widen(const store_t* const* groups, int begin, int end, const wide_t** wide) const {
     if constexpr (is_byte<E>) {
       const int count = kGroup * g_.head_size;
@@ -173,15 +173,15 @@ class Worker {
       keys[j] = cache_ + (block * g_.num_kv_heads + item.head) * 2 * half + position % g_.block_size * head_size;
       values[j] = keys[j] + half;
     }
-    for (int j = end; j < end + 8; ++j) keys[j] = keys[end - 1];  // the last call's surplus groups: computed, not used
+    for (int j = end; j < end + 8; ++j) keys[j] = keys[end - 1];  // padding of the last call: computed, not used
     if (lo % kGroup) values[begin] = clean(values[begin], lo % kGroup, hi - begin * kGroup, s_.edges);
     if (hi % kGroup && !(lo % kGroup && end - 1 == begin))
       values[end - 1] = clean(values[end - 1], 0, hi % kGroup, s_.edges + kGroup * head_size);
 
-    // Registers take up to kMaxRows rows at a time: blocks of equal height, give or take one.
+    // Registers hold up to kMaxRows rows. The numbers of rows of any two blocks differ by at most one.
     const int num_blocks = (rows + kMaxRows - 1) / kMaxRows;
     auto first_row = [&](int b) { return rows * b / num_blocks; };
-    auto groups_of = [&](int b) {  // that a block of rows sees
+    auto groups_of = [&](int b) {  // key groups that a block of rows attends to
       const int from = visible(item.position + first_row(b) / group, tile).first;
       const int to = visible(item.position + (first_row(b + 1) - 1) / group, tile).second;
       return std::pair{from / kGroup, (to + kGroup - 1) / kGroup};
@@ -194,7 +194,7 @@ class Worker {
 
     const bool widens = is_byte<E> && num_blocks > 1;
     const wide_t *wide_keys[kGroupsPerTile + 8], *wide_values[kGroupsPerTile];
-    constexpr int kChunk = 8;  // key groups that stay in L1 while all rows pass over them
+    constexpr int kChunk = 8;  // key groups that stay in L1 while all rows are computed
     for (int c = begin; c < end; c += kChunk) {
       const int chunk_end = std::min(c + kChunk, end);
       if (widens) {

@@ -1,8 +1,8 @@
-// Paged attention on a CPU: what plan.cpp, cache.cpp and kernel.cpp share. No tensor library takes part.
+// Paged attention on a CPU: declarations that plan.cpp, cache.cpp and kernel.cpp share. No tensor library is used.
 //
 // A block of one KV head holds its keys, then its values, in groups of 16 tokens (`kGroup`), 16 * D elements each:
-//   keys    [D / pair][16 tokens][pair]    one vector load gives one dimension (or a pair) of 16 keys: no sum across lanes
-//   values  [16 / pair][D][pair]           one vector load gives 16 dimensions of one token (or of a pair of them)
+//   keys    [D / pair][16 tokens][pair]    one vector load reads one dimension (or a pair) of 16 keys: no sum across lanes
+//   values  [16 / pair][D][pair]           one vector load reads 16 dimensions of one token (or of a pair of tokens)
 #pragma once
 
 #include <dovetail/element.h>
@@ -13,11 +13,11 @@
 
 namespace dovetail {
 
-constexpr int kGroup = 16;  // keys that the cache stores side by side, one a vector lane
-constexpr double kWorthThreads = 400e3;  // multiply-adds; below, waking or feeding threads costs more than it saves
+constexpr int kGroup = 16;  // keys that the cache interleaves, one per vector lane
+constexpr double kWorthThreads = 400e3;  // multiply-adds; below, waking and feeding threads costs more than it saves
 constexpr int kTile = 256;  // keys between two updates of the running maximum; tiles start at multiples of it
 
-// [T, heads, D], the last dimension contiguous; strides in elements.
+// A tensor [T, heads, D] whose last dimension is contiguous. Strides are in elements.
 struct Rows {
   void* data;
   int64_t token_stride, head_stride;
@@ -31,16 +31,16 @@ struct Geometry {
   int group() const { return num_heads / num_kv_heads; }
 };
 
-// A tile of one row's queries against the key tiles [tile_begin, tile_end), for one KV head.
+// A work item: a tile of one row's queries and the key tiles [tile_begin, tile_end), for one KV head.
 struct Item {
   int32_t row, head;
-  int32_t token, num_queries;  // of the step
+  int32_t token, num_queries;  // first token in the step, and the number of tokens
   int32_t position;            // of the first query in its sequence
   int32_t tile_begin, tile_end;
-  int32_t job;  // index into Step::jobs where the keys are split over items, else -1
+  int32_t job;  // index into Step::jobs if the keys are split over items, else -1
 };
 
-// A query tile whose keys are split: every key tile leaves a partial result, and they are merged in order.
+// A query tile whose keys are split. Every key tile writes a partial result, and these are merged in order.
 struct Job {
   Item all;
   int64_t partials;  // offset in floats
@@ -67,33 +67,33 @@ struct Cache {
 struct LayerArgs {
   float scale, soft_cap;  // soft_cap 0: none
   const float* sinks;     // [Hq] or null
-  const float* kv_scales;  // of keys and of values, in a cache of one byte; null: 1
+  const float* kv_scales;  // of keys and of values, for a one-byte cache; null: 1
 };
 
-// Divide a step's work. `query_start` has num_seqs + 1 entries.
+// Partitions the work of a step. `query_start` has num_seqs + 1 entries.
 void make_step(Step& step, const std::vector<int32_t>& query_start, const std::vector<int32_t>& seq_lens, int num_threads);
 
 int64_t scratch_bytes(const Step& step);  // for one thread
 
-// One layer, fixed for many steps or for one: what its three phases compute from and into.
+// The operands of one layer's three phases, fixed for one step or for many.
 struct Layer {
   LayerArgs args;
   Rows q, k, v, out;
   Cache cache;
-  int index = 0;  // where a compiled step finds this layer's Step
+  int index = 0;  // index of this layer's Step in dovetail_step::attention
 };
 
-// The phases of a layer, in order, as pieces (dovetail/step.h): rows of one step may share blocks, so all is written before
-// any is read; merging is for query tiles whose keys were split.
+// The phases of a layer, in order, each divided into pieces (dovetail/step.h). All keys and values are written before any is
+// read, because rows of one step may share blocks. `merge` combines query tiles whose keys were split.
 enum class Phase { write, attend, merge };
 int num_pieces(const Step& step, Phase phase);
 void do_piece(const Step& step, const Layer& layer, Phase phase, int piece, int thread);
 
-// All three, on step.num_threads threads.
+// Runs all three phases, on step.num_threads threads.
 void run(const Step& step, const Layer& layer);
 
-// Tokens to and from the cache: what `run` does first, and import and export of blocks.
-// Keys and values that `run` writes to a cache of one byte are divided by their scales, and held within what it can hold.
+// Copy tokens to and from the cache. `run` uses quantize_tokens, which divides keys and values by their scales and clamps them to
+// the range of the type if the cache has a one-byte type. Import and export of blocks use the other two.
 void write_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, int64_t begin, int64_t end);
 void quantize_tokens(const Geometry& g, Cache cache, const int64_t* slots, Rows k, Rows v, const float* kv_scales, int64_t begin,
                      int64_t end);

@@ -1,7 +1,7 @@
-// Dividing a step's work: query tiles, and keys split over items where there are too few tiles for the threads.
+// Partition the work of a step into query tiles, and split keys over work items if there are too few tiles for the threads.
 //
-// Splitting never changes a result: each key tile (256 positions, at multiples of 256) is computed from nothing and merged
-// in order, whether by one item or by several. That fixed-size split is what makes the kernel batch invariant.
+// Splitting never changes a result: each key tile (256 positions, at multiples of 256) is computed independently and merged in
+// order, whether by one item or by several. This fixed-size split makes the kernel batch invariant.
 #include <algorithm>
 #include <numeric>
 
@@ -10,10 +10,10 @@
 namespace dovetail {
 namespace {
 
-constexpr int kRows = 96;                 // query rows of a tile (queries × heads of a group): their logits stay in L2
-constexpr double kImbalance = 1.15;       // of the busiest thread over the mean, before keys are split
+constexpr int kRows = 96;                 // rows of a query tile (queries × heads of a group): their logits stay in L2
+constexpr double kImbalance = 1.15;       // ratio of the busiest thread's load to the mean above which keys are split
 
-// The busiest thread's share if items go, largest first, to whoever is free.
+// Returns the load of the busiest thread if items are assigned in order, each to the least loaded thread.
 double makespan(const std::vector<double>& costs, int num_threads) {
   std::vector<double> busy(num_threads, 0.0);
   for (double c : costs) *std::min_element(busy.begin(), busy.end()) += c;

@@ -1,4 +1,4 @@
-// The arithmetic of one key tile: logits, their softmax, the weighted values, and how a tile joins those before it.
+// The arithmetic of one key tile: logits, softmax, weighted values, and the merge with the tiles before it.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace dovetail {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kLogitStride = kTile + kLanes;  // not a power of two: rows of a tile fall into different cache sets
+constexpr int kLogitStride = kTile + kLanes;  // not a power of two, so rows of a tile map to different cache sets
 constexpr int kGroupsPerTile = kTile / kGroup;
 #ifdef DOVETAIL_AVX512
 constexpr int kMaxRows = 6;  // 6 rows × 4 vectors of sums, 4 operands and a broadcast fill the 32 registers
@@ -20,7 +20,7 @@ constexpr int kMaxRows = 6;  // 6 rows × 4 vectors of sums, 4 operands and a br
 constexpr int kMaxRows = 2;
 #endif
 
-// The registers' shape for a number of rows: fewer rows take more vectors at a time, to keep enough sums in flight.
+// Returns the number of vectors per row that are computed at a time. Fewer rows use more vectors, for enough independent sums.
 constexpr int wide(int rows) {
 #ifdef DOVETAIL_AVX512
   return rows <= 3 ? 8 : 4;
@@ -34,7 +34,7 @@ struct Softmax {
   float max = -kInf, sum = 0.f;
 };
 
-// What the old and the new sums are multiplied by when a key tile joins.
+// The factors of the previous sums and of the tile's sums when a key tile is merged.
 struct Factors {
   float before, tile;
 };
@@ -49,7 +49,7 @@ inline Factors merge(Softmax& s, Softmax tile) {
 
 inline Vec merge(Vec before, Vec tile, Factors f) { return fma(before, splat(f.before), mul(tile, splat(f.tile))); }
 
-// logits[i][16 * j …] = q[i] · keys of group j, for M rows and N groups, of which the first `num_groups` are kept.
+// logits[i][16 * j …] = q[i] · keys of group j, for M rows and N groups, of which the first `num_groups` are stored.
 template <class E, int M, int N>
 void dot_keys(const typename E::operand_t* q, int q_stride, const typename E::store_t* const* keys, int steps, int num_groups,
               float* logits) {
@@ -107,7 +107,8 @@ void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
   (void)((rows == I + 1 && (f(std::integral_constant<int, I + 1>{}), true)) || ...);
 }
 
-// One row of logits in place to weights `p` for the keys [lo, hi) of the tile, zero in the rest of the groups [begin, end).
+// Computes the softmax weights `p` of one row of logits for the keys [lo, hi) of the tile, and zeros for the other keys of the
+// groups [begin, end). Overwrites the logits.
 template <class E>
 Softmax exponentials(float* logits, typename E::operand_t* p, int lo, int hi, int begin, int end, const LayerArgs& layer) {
   auto* weights = reinterpret_cast<std::conditional_t<E::pair == 1, float, uint16_t>*>(p);
@@ -146,7 +147,7 @@ Softmax exponentials(float* logits, typename E::operand_t* p, int lo, int hi, in
   return s;
 }
 
-// `unit`: what sums of values are multiplied by.
+// Normalizes sums of values, multiplies them by `unit` and stores them.
 inline void write_out(const float* sums, Softmax s, const float* sink, float unit, int head_size, const Rows& out,
                       int64_t offset) {
   float factor;

@@ -1,9 +1,9 @@
-// PagedAttention in CUDA C++, for where Triton is absent: one pass over a token's context, or its context split over blocks of
-// threads and merged (versions 1 and 2 of arXiv:2309.06180). Every query token is a row of its own, so prefill is right, and slow.
+// PagedAttention in CUDA C++, for systems without Triton: one pass over the context of a token, or the context split over thread
+// blocks and merged (versions 1 and 2 of arXiv:2309.06180). Every query token is a separate row, so prefill is correct but slow.
 //
-// A block of four warps serves one token and up to four query heads of one key/value head. Eight lanes share a key: each holds
-// vectors of eight elements, 64 apart, of the key, the value, the queries and the sums. So a warp reads four keys at a time, and
-// each eighth of it keeps a softmax of its own, merged at the end.
+// A block of four warps computes one token and up to four query heads of one key/value head. Eight lanes share a key: each has
+// vectors of eight elements, 64 apart, of the key, the value, the queries and the sums. A warp therefore reads four keys at a time,
+// and each group of eight lanes has its own softmax state, merged at the end.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -25,7 +25,7 @@ enum Type : int32_t { kFloat = 0, kBfloat16 = 1, kHalf = 2, kInt8 = 3, kFloat8 =
 
 }  // namespace
 
-// As dovetail_attention_cuda/native.py has it. Strides are in elements.
+// The same layout as `Call` in dovetail_attention_cuda/native.py. Strides are in elements.
 struct Call {
   const void *q, *k, *v;
   void *out, *keys, *values;
@@ -52,7 +52,7 @@ __device__ void store(void *to, int64_t at, int type, float x) {
   else static_cast<__half *>(to)[at] = __float2half_rn(x);
 }
 
-// Eight neighbouring elements of a cache.
+// Load eight consecutive elements of a cache as float32.
 __device__ void load8(const float *from, float (&x)[kVector]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -98,7 +98,7 @@ __device__ void load8(const __nv_fp8_storage_t *from, float (&x)[kVector]) {
   }
 }
 
-// The row whose token this is: the last one that begins at it or before.
+// Returns the row of a token: the last one whose query start is not after the token.
 __device__ int row_of(const Call &c, int token) {
   if (c.num_tokens == c.num_rows) return token;
   int low = 0, high = c.num_rows - 1;
@@ -110,7 +110,7 @@ __device__ int row_of(const Call &c, int token) {
   return low;
 }
 
-// One block of threads a token: its keys and values of all heads go to its slot.
+// Writes keys and values to the cache. One thread block writes all heads of one token.
 __global__ void write_kv(Call c) {
   const int token = blockIdx.x, size = c.num_kv_heads * c.head_size;
   const int64_t slot = c.slots[token], block = slot / c.block_size, offset = slot % c.block_size;
@@ -135,7 +135,7 @@ __global__ void write_kv(Call c) {
   }
 }
 
-// A softmax in progress: sums are relative to 2^top.
+// The running state of an online softmax. Sums are relative to 2^top.
 template <int kHeads, int kChunks>
 struct Softmax {
   float sum[kHeads][kChunks][kVector], top[kHeads], weight[kHeads];
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) attend(Call c) {
     }
   }
 
-  // The four eighths of a warp, then the warps.
+  // Merge the four lane groups of a warp, then the warps.
   __shared__ float sums[kWarps][kHeads][kChunks * kChunk], tops[kWarps][kHeads], weights[kWarps][kHeads];
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) attend(Call c) {
   }
 }
 
-// One block of threads a token and query head.
+// Merges the partial results of one token and query head per thread block.
 __global__ void merge(Call c) {
   const int token = blockIdx.x, head = blockIdx.y;
   const int64_t place = (static_cast<int64_t>(token) * c.num_heads + head) * c.splits;
@@ -285,7 +285,7 @@ __global__ void merge(Call c) {
 
 template <class KV, int kChunks>
 void launch(const Call &c, cudaStream_t stream) {
-  constexpr int kSome = kChunks > 2 ? 2 : 4;  // what registers hold
+  constexpr int kSome = kChunks > 2 ? 2 : 4;  // limited by registers
   const int group = c.num_heads / c.num_kv_heads, heads = group == 1 ? 1 : kSome;
   const auto kernel = group == 1 ? attend<KV, kChunks, 1> : attend<KV, kChunks, kSome>;
   const dim3 grid(c.num_tokens, c.num_kv_heads * ((group + heads - 1) / heads), c.splits);
@@ -304,7 +304,7 @@ void launch(const Call &c, cudaStream_t stream) {
 
 }  // namespace
 
-// Returns cudaGetLastError(): 0 if everything was launched.
+// Returns cudaGetLastError(): 0 if all launches succeeded.
 extern "C" int dovetail_paged_attention(const Call *call, void *stream_pointer) {
   const Call &c = *call;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);

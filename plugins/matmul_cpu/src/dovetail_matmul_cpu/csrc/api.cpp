@@ -1,4 +1,4 @@
-// The library's functions, and the two operations of a compiled step: rows prepared, then multiplied.
+// The C functions of the library, and the two operations of a compiled step: prepare the rows of x, then multiply.
 #include <dovetail/pieces.h>
 #include <dovetail/step.h>
 #include <omp.h>
@@ -16,7 +16,7 @@ struct Operation {
   Call call;
 };
 
-constexpr int64_t kGrain = 4096;  // elements of x that are worth a piece
+constexpr int64_t kGrain = 4096;  // number of elements of x per piece, at least
 
 int prepare_pieces(const Weight& w, int num_rows, int num_threads) {
   return static_cast<int>(std::clamp<int64_t>(num_rows * w.depth / kGrain, 1, std::min<int64_t>(num_rows, 4 * num_threads)));

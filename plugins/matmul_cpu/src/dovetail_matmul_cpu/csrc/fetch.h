@@ -1,4 +1,4 @@
-// What is fetched from memory while a chunk of codes is multiplied by some rows.
+// Prefetching of weights while a chunk of codes is multiplied by some rows.
 #pragma once
 
 #include <dovetail/panels.h>
@@ -9,21 +9,22 @@
 
 namespace dovetail {
 
-// While a block of rows is computed, its share of what comes next is fetched, so that memory and arithmetic work at a time.
+// Prefetches a block of rows' share of the next chunks while the block is computed, so that memory accesses and arithmetic
+// overlap.
 struct Fetch {
   const uint8_t* next;
-  int64_t rate, due = 0;  // lines a step, 16 bits after the point
+  int64_t rate, due = 0;  // cache lines per step, as fixed point with 16 fraction bits
   int64_t most = (rate + 0xFFFF) >> 16;
 
-  // As many each time, some of them twice: a branch that is not foreseen costs more.
+  // Every step prefetches the same number of lines, some of them twice, because a mispredicted branch costs more.
   void step(const uint8_t*, int64_t) {
     for (int64_t i = 0; i < most; ++i) _mm_prefetch(reinterpret_cast<const char*>(next + ((due >> 16) + i) * 64), _MM_HINT_T0);
     due += rate;
   }
 };
 
-// With few rows what counts is memory alone: of each of S chunks that are read side by side, what comes kAhead / S bytes later,
-// and towards their ends what the S chunks after them begin with.
+// With few rows, memory bandwidth is the bottleneck. Each of S chunks that are read in parallel is prefetched kAhead / S bytes
+// ahead, and near their ends the beginnings of the next S chunks.
 constexpr int64_t kAhead = 4096;
 template <int S, int kBytes>
 struct Ahead {
@@ -40,8 +41,8 @@ struct Ahead {
   }
 };
 
-// Rows in blocks of at most B, and each one's share of the `bytes` to be fetched in `steps`. The same for all chunks: divisions
-// take as long as many products.
+// Rows in blocks of at most B, with each block's share of the `bytes` to prefetch in `steps`. It is computed once for all chunks,
+// because a division takes as long as many products.
 template <int B>
 struct Blocks {
   struct Block {

@@ -1,4 +1,4 @@
-#pragma GCC optimize("no-tree-pre")  // which g++ 12 spends the registers of the sums on
+#pragma GCC optimize("no-tree-pre")  // with tree-pre, g++ 12 uses up the registers of the sums
 
 #include "matmul.h"
 
@@ -10,11 +10,11 @@
 namespace dovetail {
 namespace {
 
-constexpr int kBlock = 6;                 // rows, times 4 vectors of sums: 24 of the 32 registers
-constexpr int64_t kTogether = 32 << 10;  // bytes of chunks that many rows visit together: they stay in L1
-constexpr int kMaxUnits = 256 / kUnit;   // of a chunk that is expanded: 32 KiB, which stay in L1
+constexpr int kBlock = 6;                 // rows, with 4 vectors of sums each: 24 of the 32 registers
+constexpr int64_t kTogether = 32 << 10;  // bytes of chunks that all rows use before the next ones: they stay in L1
+constexpr int kMaxUnits = 256 / kUnit;   // maximum for a chunk that is dequantized to memory: 32 KiB, which stay in L1
 
-constexpr uint16_t bf16_of(int whole) {  // from 0 to 255
+constexpr uint16_t bf16_of(int whole) {  // `whole` is from 0 to 255
   if (whole == 0) return 0;
   int exponent = 0;
   while (whole >> (exponent + 1)) ++exponent;
@@ -28,7 +28,7 @@ constexpr uint16_t bf16_of_e4m3(int code) {  // without its sign
   return mantissa ? static_cast<uint16_t>(bf16_of(mantissa) - (9 << 7)) : 0;  // mantissa * 2^-9
 }
 
-// High and low bytes of the bfloat16 that a code stands for.
+// High and low bytes of the bfloat16 value of each code.
 struct Table {
   alignas(64) uint8_t high[256], low[256];
   template <class F>
@@ -47,7 +47,7 @@ constexpr Table kWhole{bf16_of}, kE4M3{[](int code) { return bf16_of_e4m3(code &
 
 __m512i table(const uint8_t* from) { return _mm512_load_si512(from); }
 
-// What is the same for a chunk of a panel.
+// One chunk of a panel.
 struct Chunk {
   const uint8_t* codes;
   const float* scales;   // [64]
@@ -60,7 +60,7 @@ Vec zero_of(const Weight& w, const Chunk& chunk, int64_t at) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk.zeros + at))))};
 }
 
-// Integers.
+// Integer products.
 
 int32_t four(const char* p) {
   int32_t bits;
@@ -68,7 +68,8 @@ int32_t four(const char* p) {
   return bits;
 }
 
-// The codes of four inputs as 4 vectors. Those of uint4 lie in one half of the bytes, the next four inputs' in the other.
+// Loads the codes of four inputs as 4 vectors. uint4 codes are in one half of each byte, and those of the next four inputs in the
+// other half.
 template <Codes C>
 void load_codes(const uint8_t* codes, int half, __m512i* to) {
 #pragma GCC unroll 4
@@ -82,11 +83,11 @@ void load_codes(const uint8_t* codes, int half, __m512i* to) {
   }
 }
 
-// sums[M][64] += the chunk's product, by inputs of D digits.
+// sums[M][64] += the product of the chunk and inputs of D digits.
 template <Codes C, int D, int M, class F>
 [[gnu::noinline]] void multiply_integers(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, float* sums,
                                          F fetch) {
-  __m512i acc[D * M][kVectors];  // of all rows' first digits, then of their second ones
+  __m512i acc[D * M][kVectors];  // of the first digits of all rows, then of their second digits
 #pragma GCC unroll 8
   for (int i = 0; i < D * M; ++i)
 #pragma GCC unroll 4
@@ -127,7 +128,7 @@ template <Codes C, int D, int M, class F>
   }
 }
 
-// bfloat16. A decoder gives the weights of a pair of inputs, as 4 vectors of pairs.
+// bfloat16 products. A decoder returns the weights of a pair of inputs as 4 vectors of pairs.
 
 template <Codes C>
 struct Decoder;
@@ -140,7 +141,7 @@ inline void interleave(__m512i low, __m512i high, __m512i* to) {
 template <>
 struct Decoder<Codes::uint4> {
   static constexpr int kBytes = 64;
-  // Of the five bits that choose an entry the fifth is a neighbour's: the table is there twice.
+  // Five bits select an entry, and the fifth belongs to the next code, so the table is stored twice.
   const __m512i values = _mm512_load_si512(kNibbles.value);
   void operator()(const uint8_t* codes, __m512i* to) const {
     const __m512i four = _mm512_loadu_si512(codes);
@@ -160,7 +161,7 @@ struct Decoder<Codes::float8> {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m512i code = _mm512_loadu_si512(codes + h * 64);
-      // 0xF8 is a | (b & c): what the table says, with the sign of the code.
+      // 0xF8 is a | (b & c): the entry of the table with the sign of the code.
       const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high0, code, high1), code, sign, 0xF8);
       interleave(_mm512_permutex2var_epi8(low0, code, low1), high, to + 2 * h);
     }
@@ -168,7 +169,7 @@ struct Decoder<Codes::float8> {
 };
 
 template <>
-struct Decoder<Codes::int8> {  // unsigned here: 128 stands for 0
+struct Decoder<Codes::int8> {  // unsigned, with an offset of 128
   static constexpr int kBytes = 128;
   const __m512i high0 = table(kWhole.high), high1 = table(kWhole.high + 64), low0 = table(kWhole.low), low1 = table(kWhole.low + 64);
   const __m512i large = _mm512_set1_epi8(0x43), top = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -176,7 +177,7 @@ struct Decoder<Codes::int8> {  // unsigned here: 128 stands for 0
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m512i code = _mm512_loadu_si512(codes + h * 64);
-      const __mmask64 is_large = _mm512_movepi8_mask(code);  // from 128 on a code is its own mantissa, of one exponent
+      const __mmask64 is_large = _mm512_movepi8_mask(code);  // codes from 128 on share an exponent and are their own mantissa
       const __m512i high = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(high0, code, high1), is_large, large);
       const __m512i low = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(low0, code, low1), is_large, _mm512_andnot_si512(top, code));
       interleave(low, high, to + 2 * h);
@@ -184,7 +185,7 @@ struct Decoder<Codes::int8> {  // unsigned here: 128 stands for 0
   }
 };
 
-// What a chunk was expanded to.
+// Reads a dequantized chunk from memory.
 struct Expanded {
   static constexpr int kBytes = kVectors * 64;
   void operator()(const uint8_t* from, __m512i* to) const {
@@ -193,7 +194,7 @@ struct Expanded {
   }
 };
 
-// The first rows of many decode a chunk for all: arithmetic hides most of what that costs.
+// Decodes a chunk for the first block of rows and stores it for the others. Arithmetic hides most of the cost.
 template <Codes C>
 struct Expanding {
   static constexpr int kBytes = Decoder<C>::kBytes;
@@ -207,8 +208,8 @@ struct Expanding {
   }
 };
 
-// sums[M][64] += the products of S chunks, which lie one after the other. One chunk's sums are a chain in which each waits for
-// the one before: with few rows several chunks go side by side, and are added in their order all the same.
+// sums[M][64] += the products of S consecutive chunks. The sums of one chunk are a dependency chain, so with few rows several
+// chunks are computed in parallel. They are still added in order.
 template <class D, int P, int M, int S, class F>
 void multiply_floats(const Weight& w, const Rows& layout, const char* rows, const Chunk& chunk, const uint8_t* codes, D decode,
                      float* sums, F fetch) {
@@ -255,7 +256,7 @@ void multiply_floats(const Weight& w, const Rows& layout, const char* rows, cons
       }
 }
 
-// Calls f(first row, number of rows, fetch) for each block, with the number as a constant. `next` is what is to be fetched.
+// Calls f(first row, number of rows, fetch) for each block. The number is a compile-time constant. `next` is to be prefetched.
 template <int B, class F>
 void for_blocks(const Blocks<B>& blocks, const uint8_t* next, F&& f) {
   for (int b = 0; b < blocks.count; ++b) {
@@ -271,7 +272,7 @@ void add_floats(const Weight& w, const Rows& layout, const char* rows, int num_r
     chunk.index += done, chunk.codes += done * bytes, chunk.scales += done * group;
     if (chunk.zeros) chunk.zeros += done * group;
   };
-  // S chunks at a time, as long as there are so many, decoded on the way.
+  // Computes S chunks at a time while at least S remain, and decodes them in registers.
   const auto direct = [&]<int B, int S>() {
     const Ahead<S, Decoder<C>::kBytes> ahead(bytes);
     for (; chunk.index + S <= end; go_on(S))
@@ -303,7 +304,7 @@ template <Codes C, int D>
 void add_integers(const Weight& w, const Rows& layout, const char* rows, int num_rows, Chunk chunk, int64_t end, float* sums) {
   constexpr int kRows = kBlock / D;
   const int64_t bytes = w.panel_bytes() / w.num_chunks(), group = w.has_groups ? kPanel : 0;
-  // `count` chunks, one after the other, with what is fetched meanwhile.
+  // Computes `count` chunks in order, and prefetches meanwhile.
   const auto multiply = [&](int row, auto m, int64_t count, auto fetch_of) {
     Chunk one = chunk;
     for (int64_t i = 0; i < count; ++i, ++one.index, one.codes += bytes, one.scales += group, one.zeros += one.zeros ? group : 0)
@@ -326,7 +327,7 @@ void add_integers(const Weight& w, const Rows& layout, const char* rows, int num
   }
 }
 
-// The sums [rows, 64] of one panel.
+// Computes the sums [rows, 64] of one panel.
 template <Codes C>
 void panel_sums(const Weight& w, const char* rows, int num_rows, int64_t panel, float* sums) {
   const Rows layout(w);

@@ -1,4 +1,4 @@
-// Weights into panels, and rows of x into what the product takes.
+// Pack weights into panels, and prepare rows of x for the product.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -20,7 +20,7 @@ float element(Type type, const void* x, int64_t i) {
   return f;
 }
 
-// Chunk c of a row as float32, with zeros behind it up to whole vectors.
+// Loads chunk c of a row as float32, padded with zeros to whole vectors.
 void gather(const Weight& w, const void* x, int64_t c, float* to) {
   const int64_t first = c * w.chunk, count = std::min(w.chunk, w.depth - first);
   int64_t k = 0;
@@ -33,7 +33,7 @@ void gather(const Weight& w, const void* x, int64_t c, float* to) {
   std::fill(to + count, to + (w.chunk_width() + kLanes - 1) / kLanes * kLanes, 0.f);
 }
 
-// NaN if there is one: without their signs floats are in the order of their bits, and NaN is last.
+// Returns the largest magnitude, or NaN if there is one: without their signs, floats compare as integers, and NaN is the largest.
 float largest(const float* values, int64_t count) {
   __m512i most = _mm512_setzero_si512();
   for (int64_t k = 0; k < count; k += kLanes)
@@ -44,27 +44,28 @@ float largest(const float* values, int64_t count) {
   return f;
 }
 
-// The nearest values of E4M3 (OCP 8-bit floating point: bias 7, no infinity), of magnitude at most 448; ties to even.
+// Rounds to the nearest E4M3 values (OCP 8-bit floating point: bias 7, no infinity) of magnitude at most 448; ties to even.
 Vec round_e4m3(Vec a) {
   const Vec limited = max(splat(-448.f), min(splat(448.f), a));
-  // Three bits behind the first; below 2^-6 they do not get finer.
+  // The mantissa has three fraction bits. Below 2^-6, numbers are subnormal and the step is constant.
   const Vec exponent = max(splat(-6.f), Vec{_mm512_getexp_ps(limited.x)});
   const Vec step = power_of_two(sub(exponent, splat(3.f)));
   return mul(round_even(div(limited, step)), step);
 }
 
-// What a step is worth if `most` takes `steps`. Zeros stay zeros; what is not all numbers has no product that is.
+// Returns the step size with which `most` is `steps` steps. It is 0 if all values are 0, and NaN if any value is not finite, so
+// that the product is NaN too.
 float step_of(float most, float steps) {
   if (most - most != 0) return NAN;
   return most / steps;
 }
 Vec divisor(float step) { return splat(step > 0 ? step : 1.f); }
 
-// Chunk c as digits, from its values.
+// Writes chunk c as digits.
 void write_digits(const Weight& w, const Rows& layout, const float* values, float step, int64_t c, char* row) {
   const int64_t wide = w.chunk_width();
   const bool two = w.num_parts() == 2;
-  const float usable = step >= FLT_MIN ? step : 1;  // below, digits are zeros
+  const float usable = step >= FLT_MIN ? step : 1;  // with smaller steps, all digits are zero
   const Vec by = splat(usable), times = splat(1 / usable), none = splat(0.f);
   const __m512i half = _mm512_set1_epi32(128), limit = _mm512_set1_epi32(127), lowest = _mm512_set1_epi32(-127);
   char* to = row + c * wide;
@@ -72,7 +73,7 @@ void write_digits(const Weight& w, const Rows& layout, const float* values, floa
   for (int64_t k = 0; k < wide; k += kLanes) {
     const Vec v = load(values + k);
     Vec q = mul(v, times);
-    if (!two) q = fma(sub(none, fma(q, by, sub(none, v))), times, q);  // what a division gives, in less time
+    if (!two) q = fma(sub(none, fma(q, by, sub(none, v))), times, q);  // equals a division, and is faster
     __m512i n = _mm512_cvtps_epi32(q.x);
     if (!two) n = _mm512_max_epi32(lowest, _mm512_min_epi32(limit, n));
     sum = _mm512_add_epi32(sum, n);
@@ -85,7 +86,7 @@ void write_digits(const Weight& w, const Rows& layout, const float* values, floa
   reinterpret_cast<float*>(row + layout.sums)[c] = -zero * static_cast<float>(_mm512_reduce_add_epi32(sum)) * step;
 }
 
-// Chunk c as bfloat16.
+// Writes chunk c as bfloat16.
 void write_floats(const Weight& w, const Rows& layout, const float* values, float step, int64_t c, char* row) {
   const int64_t wide = w.chunk_width();
   const Vec by = divisor(step);
@@ -118,7 +119,7 @@ void pack(const Weight& w, const uint8_t* codes) {
     for (int64_t n = 0; n < std::min<int64_t>(kPanel, w.num_outputs - panel * kPanel); ++n) {
       const uint8_t* from = codes + (panel * kPanel + n) * row_bytes;
       for (int64_t k = 0; k < depth; ++k) {
-        const int64_t at = k / w.chunk * wide + k % w.chunk;  // with every chunk filled up
+        const int64_t at = k / w.chunk * wide + k % w.chunk;  // with every chunk padded
         const uint8_t code = w.codes != Codes::uint4 ? from[k] : k % 2 ? from[k / 2] >> 4 : from[k / 2] & 15;
         if (w.is_integer()) {
           if (w.codes == Codes::int8)  // [k / 4][64][4], unsigned
@@ -129,11 +130,11 @@ void pack(const Weight& w, const uint8_t* codes) {
         }
         const int64_t vector = n / kLanes, pair = at / 2;
         if (w.codes == Codes::uint4) {
-          // [k / 2][16 outputs][2 inputs] of 16 bits: four bits for each of the four vectors of outputs.
+          // [k / 2][16 outputs][2 inputs] of 16 bits, with four bits for each of the four vectors of outputs.
           to[pair * 64 + (n % kLanes * 2 + at % 2) * 2 + vector / 2] |= code << vector % 2 * 4;
         } else {
-          // [k / 2][2][64 bytes for two vectors of outputs], so that interleaving by 128-bit lanes gives pairs in order: lane L
-          // holds 8 bytes of the first vector's outputs 4 L … 4 L + 3, then 8 of the second's.
+          // [k / 2][2][64 bytes for two vectors of outputs]. Interleaving by 128-bit lanes returns the pairs in order: lane L
+          // has 8 bytes of the first vector's outputs 4 L … 4 L + 3, then 8 of the second's.
           const int64_t place = vector / 2 * 64 + n % kLanes / 4 * 16 + vector % 2 * 8 + n % 4 * 2 + at % 2;
           to[pair * 128 + place] = w.codes == Codes::int8 ? code ^ 0x80 : code;
         }
