@@ -308,9 +308,7 @@ def test_a_checkpoint_of_bitsandbytes(llama: Checkpoint, tmp_path: Path) -> None
 
 def test_checkpoints_that_are_refused(llama: Checkpoint, tmp_path: Path) -> None:
     nibbles = BNB | {"load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    with pytest.raises(
-        PluginError, match=r"4-bit weights \(nf4\), but only 8-bit bitsandbytes"
-    ):
+    with pytest.raises(PluginError, match=r"4-bit weights \(nf4\), but only 8-bit bitsandbytes"):
         LLM(stored(llama, tmp_path / "4bit", nibbles, pack_bitsandbytes), device="cpu")
     tiles = stored(
         llama,
