@@ -104,7 +104,8 @@ def code_lines(path: Path) -> int:
 def test_the_loop_stays_small() -> None:
     """DESIGN, rule 10: `engine/` holds everything the core runs in a step."""
     sizes = {p.name: code_lines(p) for p in (CORE / "engine").glob("*.py")}
-    plain_path = sum(sizes[f"{n}.py"] for n in ("engine", "scheduler", "kv_cache"))
+    plain = ("engine", "decode", "scheduler", "kv_cache", "block_pool")
+    plain_path = sum(sizes[f"{n}.py"] for n in plain)
     assert sum(sizes.values()) <= 1_700, sizes
     assert max(sizes.values()) <= 350, sizes
     assert plain_path + code_lines(CORE / "sequence.py") <= 750, sizes
