@@ -102,8 +102,8 @@ def build_cuda(context: BuildContext, options: CudaOptions) -> CudaAttention:
 
 CUDA = Provider(
     "cuda",
-    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for where Triton is absent;"
-    " prompts are slow",
+    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for systems without"
+    " Triton; prefill is slow",
     build_cuda,
     CudaOptions,
     CUDA_CAPABILITIES,
