@@ -47,13 +47,13 @@ class FakeGpu:
     """Returns times by a rule, and may be interrupted after `most` products."""
 
     def __init__(self, most=None):
-        self.asked, self.most = [], most
+        self.measured, self.most = [], most
 
     def __call__(self, cases, dtype):
         for case in cases:
-            if self.most is not None and len(self.asked) == self.most:
+            if self.most is not None and len(self.measured) == self.most:
                 raise KeyboardInterrupt
-            self.asked.append(case)
+            self.measured.append(case)
             tried = candidates(case, ("words", "dequantize"), 132)
             yield (
                 case,
@@ -68,7 +68,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     assert len(Table.read(path).choices) == 2
     gpu = FakeGpu()
     tune(CASES, "bfloat16", path, {"gpu": "G"}, gpu, lambda *told_now: told.append(told_now))
-    assert gpu.asked == CASES[2:]
+    assert gpu.measured == CASES[2:]
     assert told == [("products", 2, 3), ("products", 3, 3)]
     found = Table.read(path)
     assert [found.find(case).block_n for case in CASES] == [64, 64, 64]

@@ -52,7 +52,7 @@ def why_no_triton(context: Context) -> list[Reason]:
         reasons.append(
             Reason(
                 "Triton is not installed",
-                "pip install triton; PyTorch's CUDA builds bring it along",
+                "pip install triton; PyTorch's CUDA builds include it",
             )
         )
     return reasons

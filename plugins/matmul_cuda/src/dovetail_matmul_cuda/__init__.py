@@ -43,7 +43,7 @@ def why_not(context: Context) -> list[Reason]:
         reasons.append(
             Reason(
                 "Triton is not installed",
-                "pip install triton; PyTorch's CUDA builds bring it along",
+                "pip install triton; PyTorch's CUDA builds include it",
             )
         )
     return reasons
