@@ -6,5 +6,6 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tiny steps on a busy machine: two threads would mostly wait for each other."""
+    """Use one thread, because with tiny steps on a busy machine two threads mostly wait for each
+    other."""
     torch.set_num_threads(1)

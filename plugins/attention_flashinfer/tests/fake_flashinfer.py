@@ -1,9 +1,9 @@
-"""FlashInfer 0.6.13, as far as this plugin uses it, played in PyTorch: its signatures, what it
-refuses, what it reads when.
+"""A fake FlashInfer 0.6.13 in PyTorch, with the functions that this plugin uses: it has the same
+signatures, rejects the same arguments, and reads buffers at the same times.
 
-As on a GPU, `plan` decides by the numbers on the host, and `run` reads page tables and lengths from
-the buffers; whatever lies in a row's pages up to its length is read, and multiplied even where its
-weight is 0. `test_fake.py` holds the signatures to the real ones.
+As on a GPU, `plan` uses the numbers on the host, and `run` reads page tables and lengths from the
+buffers. All slots of a row's pages up to its length are read, and multiplied even if the weight
+is 0. `test_fake.py` compares the signatures with the real ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 VERSION = "0.6.13"
 CORES_GROUPS = (1, 2, 3, 4, 8)
-"""What the kernels that decode without tensor cores are compiled for."""
+"""Group sizes of the decode kernels without tensor cores."""
 
 
 def append_paged_kv_cache(
@@ -40,7 +40,7 @@ def append_paged_kv_cache(
 
 
 class Wrapper:
-    """What both wrappers have in common. `plan` leaves its arguments in `_of`."""
+    """The common base class of both wrappers. `plan` stores its arguments in `_of`."""
 
     def __init__(self, float_workspace_buffer, kv_layout):
         assert float_workspace_buffer.dtype == torch.uint8
@@ -57,8 +57,8 @@ class Wrapper:
         )
 
     def _reserve(self, num_heads, num_rows, head_size):
-        """What the planners reserve for `num_rows` partial results of each head: a vector and a
-        logarithm, in float32."""
+        """Reserve `num_rows` partial results of each head, a vector and a logarithm in float32, as
+        the planners do."""
         if num_heads * num_rows * (head_size + 1) * 4 > self._float_workspace_buffer.nbytes:
             raise RuntimeError(
                 "Buffer overflow when allocating memory for tmp_v. Increase the workspace buffer"
@@ -79,21 +79,21 @@ class Wrapper:
         assert given["kv_data_type"] in (
             given["q_data_type"],
             torch.float8_e4m3fn,
-        ), "two types of 16 bits are mixed"
+        ), "q and KV have different 16-bit dtypes"
         self._of = given
 
     def _run(self, q, paged_kv_cache, starts, is_causal, head_size, k_scale, v_scale, out):
-        """starts: [B + 1], of each row's queries."""
+        """Attend. `starts` is [B + 1], the query starts of the rows."""
         of, (keys, values) = self._of, paged_kv_cache
         assert head_size in (64, 128, 256)
         assert q.dtype == out.dtype == of["q_data_type"]
         assert q.shape == out.shape == (starts[-1], of["num_qo_heads"], head_size)
-        assert out.is_contiguous(), "its strides are not asked"
+        assert out.is_contiguous(), "its strides are not read"
         assert keys.dtype == values.dtype == of["kv_data_type"]
         assert keys.stride() == values.stride()
         assert tuple(keys.shape[2:]) == (of["num_kv_heads"], head_size)
         assert all(isinstance(x, float | None) for x in (k_scale, v_scale)), (
-            "a number goes to the kernel, not a tensor"
+            "the kernel takes a number, not a tensor"
         )
         if keys.shape[1] != of["page_size"]:  # the kernel takes the size from the cache
             raise ValueError(f"pages of {keys.shape[1]}, planned for {of['page_size']}")
@@ -139,7 +139,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         jit_args=None,
     ):
         super().__init__(float_workspace_buffer, kv_layout)
-        assert use_cuda_graph, "this plugin's are all made for graphs"
+        assert use_cuda_graph, "this plugin creates decode wrappers in graph mode only"
         assert backend in ("auto", "fa2")
         assert len(paged_kv_indptr_buffer) == len(paged_kv_last_page_len_buffer) + 1
         self._use_tensor_cores = use_tensor_cores
@@ -177,9 +177,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     ):
         self._plan(dict(locals()), indptr, indices, last_page_len)
         group, num_rows = num_qo_heads // num_kv_heads, len(last_page_len)
-        if (
-            self._use_tensor_cores
-        ):  # in graph mode contexts are always split, here for a GPU with few multiprocessors
+        if self._use_tensor_cores:
+            # Graph mode always splits contexts, here for a GPU with few multiprocessors.
             tile = 16 if group <= 16 else 64 if group <= 64 or head_dim >= 256 else 128
             self._reserve(
                 num_qo_heads, (-(-num_rows * group // tile) + num_rows - 1) * tile, head_dim
@@ -237,7 +236,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
         jit_kwargs=None,
     ):
         super().__init__(float_workspace_buffer, kv_layout)
-        assert not use_cuda_graph, "this plugin's are all for steps that are not captured"
+        assert not use_cuda_graph, "this plugin does not capture prefill"
         self.backend = backend
 
     def plan(

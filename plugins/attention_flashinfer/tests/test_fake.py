@@ -1,5 +1,4 @@
-"""The stand-in has FlashInfer's signatures: with FlashInfer's Python part, which `make test-real`
-installs."""
+"""The fake has the signatures of FlashInfer, whose Python part `make test-real` installs."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def parameters(function):
 
 
 @pytest.mark.real
-def test_it_stands_for_the_version_that_is_installed():
+def test_the_fake_is_of_the_installed_version():
     assert installed("flashinfer-python") == fake_flashinfer.VERSION
 
 
@@ -31,7 +30,7 @@ def test_it_stands_for_the_version_that_is_installed():
 @pytest.mark.parametrize("name", USED)
 def test_signatures(name):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own, where there is no GPU
+        warnings.simplefilter("ignore")  # FlashInfer warns if there is no GPU
         import flashinfer
     real, fake = getattr(flashinfer, name), getattr(fake_flashinfer, name)
     pairs = [(getattr(real, method), getattr(fake, method)) for method in USED[name]] or [

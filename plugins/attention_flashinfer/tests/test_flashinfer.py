@@ -1,5 +1,5 @@
-"""Over a stand-in for FlashInfer, the provider keeps the contract: what FlashInfer is told and
-given is right."""
+"""The provider fulfils the contract on a fake FlashInfer, so FlashInfer receives the right
+arguments."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def is_close(step, out):
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 @pytest.mark.parametrize("window", [None, 50])
 def test_the_batch_is_written_after_the_plan(rows, window):
-    """What is captured writes block tables and slots itself, when the plan has long been made from
-    the host's numbers."""
+    """Captured operations write block tables and slots after the plan has been made from the
+    numbers on the host."""
     step = Step(StepSpec(rows, "bfloat16", "bfloat16", window=window, seed=1), "cpu")
     batch, ours = step.batch(), backend()
     written = {
@@ -87,7 +87,7 @@ def test_the_batch_is_written_after_the_plan(rows, window):
 
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_layers_of_one_geometry_are_planned_once(rows, monkeypatch):
-    """And each has its own cache, and its own scales."""
+    """Each of the layers has its own cache and scales."""
     specs = [
         StepSpec(rows, "bfloat16", "float8_e4m3fn", kv_range=largest)
         for largest in ((2.0, 4.0), (4.0, 1.0))
@@ -100,7 +100,7 @@ def test_layers_of_one_geometry_are_planned_once(rows, monkeypatch):
     monkeypatch.setattr(
         wrapper, "_plan", lambda self, *given: (plans.append(self), counted(self, *given))
     )
-    for _ in range(2):  # types are known from the second step on
+    for _ in range(2):  # dtypes are known from the second step on
         plan, before = ours.plan(steps[0].batch(), layers, 16), len(plans)
         for step, layer in zip(steps, layers, strict=True):
             out, cache = torch.empty_like(step.q), filled(ours, step)
@@ -111,7 +111,7 @@ def test_layers_of_one_geometry_are_planned_once(rows, monkeypatch):
 
 
 def test_a_layer_that_runs_alone():
-    """As in a shadow run, which tries some layers of a plan."""
+    """A shadow run runs some layers of a plan only."""
     step = Step(StepSpec(MIXED, "bfloat16", "bfloat16"), "cpu")
     ours, second = backend(), replace(step.layer, index=1)
     plan, cache, out = (
@@ -123,9 +123,9 @@ def test_a_layer_that_runs_alone():
     assert is_close(step, out)
 
 
-def test_decode_steps_write_where_the_step_before_did():
-    """The buffers of a batch size are those that its graph was captured with, whatever other sizes
-    come in between."""
+def test_decode_steps_of_one_size_use_the_same_buffers():
+    """The buffers of a batch size are those of its captured graph, whatever other sizes run in
+    between."""
     ours, places = backend(), []
     for rows in (DECODE, DECODE[:2], DECODE, MIXED, DECODE):
         step = Step(StepSpec(rows, "bfloat16", "bfloat16"), "cpu")
@@ -151,7 +151,8 @@ def test_decode_steps_write_where_the_step_before_did():
 
 
 def test_block_tables_of_other_shapes():
-    """As of another engine's configuration: places in one are none in the other."""
+    """Positions in one block table may be beyond another one, as with tables of different
+    engines."""
     ours = backend()
     for rows, width in (
         ((Row(9, 1), Row(20, 1)), 3),
@@ -169,7 +170,7 @@ def test_block_tables_of_other_shapes():
 
 
 def run(ours, step, width=None):
-    """The work that one step was planned into, after it has run right."""
+    """Run a step, check its output, and return its work."""
     plan, cache, out = (
         ours.plan(step.batch(width), [step.layer], 16),
         filled(ours, step),
@@ -183,14 +184,14 @@ def run(ours, step, width=None):
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_eager_steps_share_wrappers_as_their_tables_grow(window, monkeypatch):
-    """A table grows by a column every 16 tokens, and shrinks when a long row ends; both are the
-    same work, as long as the rounded width is."""
-    made, wrapper = [], fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    """A table grows by a column every 16 tokens and shrinks when a long row ends. Tables of the
+    same rounded width share a wrapper."""
+    built, wrapper = [], fake_flashinfer.BatchDecodeWithPagedKVCacheWrapper
     init = wrapper.__init__
     monkeypatch.setattr(
         wrapper,
         "__init__",
-        lambda self, *given, **named: (made.append(self), init(self, *given, **named))[0],
+        lambda self, *given, **named: (built.append(self), init(self, *given, **named))[0],
     )
     ours = backend()
     for width in (*range(58, 65), *range(64, 56, -1)):
@@ -204,11 +205,11 @@ def test_eager_steps_share_wrappers_as_their_tables_grow(window, monkeypatch):
             ),
             width,
         )
-    assert len(made) == 1
+    assert len(built) == 1
 
 
 def test_eager_steps_keep_few_wrappers(monkeypatch):
-    """Of numbers of rows; what a graph has captured stays, however long ago that was."""
+    """Wrappers of few batch sizes are kept, and all that a graph has captured."""
     ours, steps = (
         backend(),
         [Step(StepSpec((Row(20, 1),) * n, "bfloat16", "bfloat16"), "cpu") for n in range(1, 40)],
@@ -228,8 +229,8 @@ LARGE = StepSpec(
 
 
 def test_the_workspace_is_sized_for_the_largest_step():
-    """64 heads of 128, 8 KV heads, 256 rows: 383 tiles of 16 rows, each a vector and a logarithm in
-    float32."""
+    """64 heads of size 128, 8 KV heads and 256 rows need 383 tiles of 16 rows, each with a vector
+    and a logarithm in float32."""
     small = Step(replace(LARGE, rows=LARGE.rows[:3]), "cpu")
     ours = backend(workspace_mb=None)
     first = run(ours, small)._workspace
@@ -302,15 +303,20 @@ H200 = GpuFacts("NVIDIA H200", (9, 0), 150_000_000_000, (13, 0))
             H200,
             "0.6.12",
             "2.11.0",
-            ["FlashInfer 0.6.12 is installed, and this was not tested with it"],
+            ["FlashInfer 0.6.12 is installed, but this plugin has not been tested with it"],
         ),
         (
             H200,
             "0.7.0",
             "2.11.0",
-            ["FlashInfer 0.7.0 is installed, and this was not tested with it"],
+            ["FlashInfer 0.7.0 is installed, but this plugin has not been tested with it"],
         ),
-        (H200, "0.6.13", "2.5.1", ["needs PyTorch 2.6 or newer, and here is 2.5.1"]),
+        (
+            H200,
+            "0.6.13",
+            "2.5.1",
+            ["requires PyTorch 2.6 or newer, but the installed version is 2.5.1"],
+        ),
         (replace(H200, capability=(7, 5)), "0.6.13", "2.11.0", ["requires sm_80 or newer"]),
     ],
 )

@@ -1,5 +1,5 @@
-"""A captured decode step does the steps that are planned after it, where what is captured writes
-the block tables itself."""
+"""A captured decode step computes the steps that are planned later, if captured operations write
+the block tables."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WIDTH, DEVICE_FIELDS = 20, ("query_start", "seq_lens", "block_table", "slot_mapp
 
 
 class Kernels(Recorded):
-    """A launch is recorded with the plan and the tensors that it had; what lies in those is read
-    when it is done again."""
+    """Records launches with their plan and tensors. A replay reads the current content of the
+    tensors."""
 
     def launch(self, wrapper, *given):
         frozen = copy.copy(wrapper)
@@ -38,7 +38,7 @@ fake_run = fake_flashinfer.Wrapper._run
 
 
 def steps(rows, group, window, kv_dtype):
-    """Of two layers, each with its cache and scales, in the same blocks."""
+    """Return a step for each of two layers, with separate caches and scales and the same blocks."""
     spec = StepSpec(rows, "bfloat16", kv_dtype, num_heads=2 * group, window=window)
     found = [Step(replace(spec, seed=seed), "cpu") for seed in (3, 4)]
     found[1].blocks = found[0].blocks

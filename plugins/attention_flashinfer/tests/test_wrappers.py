@@ -1,5 +1,5 @@
-"""FlashInfer's own Python, which `make test-real` installs, over kernels emulated in PyTorch: it
-takes what it is given."""
+"""FlashInfer's own Python code, which `make test-real` installs, accepts the plugin's arguments.
+Its kernels are emulated in PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NON_CAUSAL, CAUSAL, NHD = 0, 1, 0
 
 
 class Unpinned:
-    """torch, whose memory cannot be pinned without a GPU."""
+    """torch without pinned memory, which needs a GPU."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -32,7 +32,7 @@ class Unpinned:
 def attend(
     planned, q, keys, values, starts, buffers, out, is_causal, window_left, soft_cap, sm_scale
 ):
-    """What the kernels do with what they are given, by the stand-in's arithmetic."""
+    """Compute what the kernels compute, with the arithmetic of the fake."""
     indptr, indices, last = buffers
     player = fake_flashinfer.Wrapper(torch.empty(0, dtype=torch.uint8), "NHD")
     (
@@ -57,7 +57,7 @@ def attend(
 
 
 class Decode:
-    """The module of kernels without tensor cores."""
+    """A fake of the module of kernels without tensor cores."""
 
     def plan(
         self,
@@ -124,7 +124,7 @@ class Decode:
 
 
 class Prefill:
-    """The module of kernels on tensor cores."""
+    """A fake of the module of kernels on tensor cores."""
 
     def plan(
         self,
@@ -209,7 +209,7 @@ def append(key, value, rows, positions, keys, values, indices, indptr, last, lay
 
 def played(context, options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own, where there is no GPU
+        warnings.simplefilter("ignore")  # FlashInfer warns if there is no GPU
         import flashinfer
         from flashinfer import decode, page, prefill
     decode.torch = prefill.torch = Unpinned()

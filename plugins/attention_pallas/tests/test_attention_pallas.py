@@ -1,5 +1,5 @@
-"""The kernel, interpreted, keeps the contract; lowered for TPU it is one custom call; and what else
-the package promises."""
+"""The kernel fulfils the contract in interpreter mode, lowers to one custom call for TPU, and keeps
+the package's other guarantees."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DECODE = ((700, 1), (5, 1))
 def schedule_of(
     rows: tuple[tuple[int, int], ...], block_size: int, window: int | None = None
 ) -> Schedule:
-    """Rows are (computed, new)."""
+    """Return the schedule of a step. Rows are (number of computed tokens, number of new tokens)."""
     starts = np.cumsum([0, *(new for _, new in rows)]).tolist()
     lens = [computed + new for computed, new in rows]
     width = -(-max(lens) // block_size)
@@ -55,8 +55,8 @@ def schedule_of(
     ],
 )
 def test_it_lowers_for_tpu(head_size, group, block_size, dtype, kv_dtype, rows, extras):
-    """To the kernel, not to a loop of ordinary operations. Whether it fits a TPU's memories is not
-    seen here."""
+    """The kernel lowers to a custom call, not to a loop of ordinary operations. Lowering does not
+    check whether it fits in the memory of a TPU."""
     schedule = schedule_of(rows, block_size)
     num_tokens, num_kv_heads = len(schedule.slot_mapping), 2
     shape = jax.ShapeDtypeStruct
@@ -76,8 +76,8 @@ def test_it_lowers_for_tpu(head_size, group, block_size, dtype, kv_dtype, rows, 
 
 
 def test_the_functional_form_is_pure():
-    """JAX's arrays in and out, no torch; the old cache is as it was, and the new one has the step's
-    keys and values."""
+    """Arguments and results are JAX arrays. The old cache is unchanged, and the new one has the
+    keys and values of the step."""
     rng = np.random.default_rng()
     table = jnp.array([[2, 0, 1]])
     slots = [table[0, p // 16] * 16 + p % 16 for p in range(40)]
@@ -98,7 +98,8 @@ def test_the_functional_form_is_pure():
 
 
 def test_the_cache_is_updated_in_place():
-    """Its memory is donated to each step: a copy of the cache for each layer would not do."""
+    """The memory of the cache is donated to each step, so the cache is not copied for each
+    layer."""
     step, backend = Step(plain(CAPABILITIES, Row(20, 3), seed=1), "cpu"), PallasAttention()
     cache = backend.allocate_cache(step.cache_spec)
     before = [x.unsafe_buffer_pointer() for x in cache.arrays]
@@ -109,7 +110,8 @@ def test_the_cache_is_updated_in_place():
 
 
 def test_what_is_exported_is_a_copy():
-    """JAX's memory is lent to nobody who may write it, or read it after it was donated."""
+    """Exported blocks must not share JAX's memory, which must not be written to, or read after it
+    was donated."""
     step, backend = (
         Step(plain(CAPABILITIES, Row(20, 3), num_kv_heads=1, num_heads=1, seed=2), "cpu"),
         PallasAttention(),
@@ -121,7 +123,7 @@ def test_what_is_exported_is_a_copy():
 
 
 def test_decode_steps_share_one_shape():
-    """Or every token would be compiled for."""
+    """Otherwise every step would be compiled."""
     shapes = {
         tuple(np.shape(x) for x in schedule_of(tuple((length + i, 1) for i in range(9)), 16))
         for length in range(120, 200, 7)
@@ -129,8 +131,8 @@ def test_decode_steps_share_one_shape():
     assert len(shapes) == 1
 
 
-def test_work_is_what_the_window_shows():
-    """A query at position 100 with a window of 20 sees positions 81 to 100: two blocks of 16,
+def test_work_is_limited_to_the_window():
+    """A query at position 100 with a window of 20 attends to positions 81 to 100: two blocks of 16,
     whatever came before."""
     schedule = schedule_of(((100, 1),), 16, window=20)
     assert schedule.tile_work[1] == 2

@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter here, which has to be said before they are imported."""
+"""Select Triton's interpreter, before any kernel is imported."""
 
 import os
 

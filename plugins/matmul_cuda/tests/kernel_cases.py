@@ -1,5 +1,4 @@
-"""What the Triton kernels are compiled for in tests: tests/test_triton_kernels.py of the repository
-compiles these cases.
+"""The cases for which tests/test_triton_kernels.py of the repository compiles the Triton kernels.
 
 The first case of each kernel is the one that `make test` compiles.
 """
@@ -36,7 +35,7 @@ def case(
     *how: int,
     **expected: Any,
 ) -> KernelCase:
-    if " 1 rows" in name:  # which Triton makes a constant of
+    if " 1 rows" in name:  # Triton specializes the value 1
         given.pop("num_rows")
         constants["num_rows"] = 1
     left = {k: v for k, v in constants.items() if k not in given}
@@ -196,7 +195,7 @@ def fp8(group: int | None) -> WeightFormat:
 GPTQ, AWQ = WeightFormat("uint4", 128), WeightFormat("uint4", 128, zeros=True)
 ONE_ROW = words(GPTQ, 1)
 CASES = [
-    # What models of today have.
+    # Formats of common models.
     ONE_ROW,
     words(GPTQ, 32),
     words(GPTQ, 128),
@@ -212,7 +211,7 @@ CASES = [
     rounding("float8", False),
     rounding("float8", True),
     *others(),
-    # Others.
+    # Other formats.
     words(GPTQ, 5, "float32"),
     words(WeightFormat("int8", 100, zeros=True), 5, "float16"),
     words(WeightFormat("uint4", 48), 40, max_spilled_bytes=24),
@@ -221,9 +220,9 @@ CASES = [
 
 
 def check(rows: Sequence[Compiled]) -> None:
-    """Products of one row, on Hopper: words and inputs are fetched ahead to shared memory, and
-    words go from there to the registers of the product as they are. What they are expanded to is
-    never in shared memory."""
+    """Check that, for products of one row on Hopper, words and inputs are prefetched to shared
+    memory, and that words are loaded from there to registers. Dequantized weights are never in
+    shared memory."""
     found = [row for row in rows if row.architecture == 90 and row.name == ONE_ROW.name]
     assert found
     words_and_inputs = 64 * 16 * 4 + 8 * 16 * 16 * 2

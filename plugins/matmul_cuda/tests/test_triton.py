@@ -1,5 +1,4 @@
-"""The Triton kernels, interpreted, keep the contract, and compute the same however they are
-launched."""
+"""The Triton kernels fulfil the contract in Triton's interpreter, with any launch parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ ON_CPU = replace(PROVIDER, capabilities=replace(CAPABILITIES, devices=("cpu",)))
 
 
 class TestTriton(MatmulContract):
-    """In the dtype of most models."""
+    """The contract in the dtype of most models."""
 
     provider = replace(PROVIDER, capabilities=replace(ON_CPU.capabilities, dtypes=("bfloat16",)))
 
@@ -31,13 +30,13 @@ class TestTritonInEveryDtype(MatmulContract):
 
 
 def kit_of(matmul):
-    """The kit, with this object as what is under test."""
+    """Return the contract with this object under test."""
     built = replace(ON_CPU, build=lambda context, options: matmul)
     return type("Kit", (MatmulContract,), {"provider": built})()
 
 
 def check(format, choice, *, outs=72, ins=320, rows=20, dtype="bfloat16"):
-    """The kit's product, launched so; its error against the definition is the kit's to judge."""
+    """Check a product of the kit with the given choice."""
     matmul = TritonMatmul("cpu", 1, Table({Case.of(format, outs, ins, rows): choice}))
     kit_of(matmul).check(Product(format, outs, ins, rows, dtype=dtype))
 
@@ -60,7 +59,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("format", "choice"), WORDS, ids=str)
-def test_expanded_weights(format, choice):
+def test_dequantized_weights(format, choice):
     check(format, choice, dtype="float16" if format.group_size == 20 else "bfloat16")
 
 
@@ -84,7 +83,7 @@ def test_codes_by_codes(format, choice):
 
 @pytest.mark.parametrize("inputs", [None, "int8", F8])
 def test_rows_do_not_depend_on_each_other(inputs):
-    """In one launch, to the last bit."""
+    """Rows of one launch are bitwise independent."""
     format = WeightFormat("int8" if inputs != F8 else F8, 128, inputs=inputs)
     kernel = Choice("words" if inputs is None else "codes", 16, 128, split_k=2)
     matmul = TritonMatmul("cpu", 1, Table({Case.of(format, 64, 256, 8): kernel}))
@@ -112,9 +111,9 @@ def test_inputs_that_do_not_fit_are_refused():
         multiply(torch.empty(3, 255))
 
 
-def test_how_integers_are_raised():
-    """The bits that the compiled kernels add codes of 4 bits to, which the interpreter does not
-    take part in."""
+def test_how_integers_are_converted():
+    """The compiled kernels place 4-bit codes in the mantissa of these numbers. The interpreter does
+    not use this path."""
     codes = torch.arange(16, dtype=torch.int16)
     assert torch.equal((codes | 0x4300).view(torch.bfloat16).float(), 128.0 + codes)
     assert torch.equal((codes | 0x6400).view(torch.float16).float(), 1024.0 + codes)
@@ -123,8 +122,8 @@ def test_how_integers_are_raised():
 
 
 class ScaledMM:
-    """In the place of `torch._scaled_mm`: what it asks of its arguments, and the product by its
-    definition."""
+    """A fake `torch._scaled_mm` that checks the requirements on its arguments and computes the
+    product by its definition."""
 
     def __init__(self):
         self.scaled_by = []
@@ -153,7 +152,7 @@ class ScaledMM:
 
 @pytest.mark.parametrize("input_scale", [False, True])
 @pytest.mark.parametrize("rows", [1, 33])
-def test_fp8_by_rows(rows, input_scale):
+def test_fp8_with_scales_per_row(rows, input_scale):
     scaled_mm = ScaledMM()
     format = WeightFormat(F8, inputs=F8, input_scale=input_scale)
     kit_of(TritonMatmul("cpu", 1, None, scaled_mm)).check(
@@ -162,7 +161,7 @@ def test_fp8_by_rows(rows, input_scale):
     assert scaled_mm.scaled_by == ["rows", "rows"]
 
 
-def test_fp8_by_one_scale_of_each():
+def test_fp8_with_one_scale_per_operand():
     scaled_mm, kit = ScaledMM(), kit_of(None)
     format = WeightFormat(F8, inputs=F8, input_scale=True)
     one = Product(format, 48, 256, 5, dtype="bfloat16")
@@ -187,7 +186,7 @@ def test_fp8_by_one_scale_of_each():
     ],
     ids=["groups", "outputs", "inputs", "float32"],
 )
-def test_what_scaled_mm_does_not_take_goes_elsewhere(one):
+def test_products_without_scaled_mm_support_use_codes(one):
     scaled_mm = ScaledMM()
     kit_of(TritonMatmul("cpu", 1, None, scaled_mm)).check(one)
     assert scaled_mm.scaled_by == []

@@ -1,5 +1,5 @@
-"""`dovetail tune kernels` measures what it is asked for, goes on where it was, and leaves a table
-that the provider reads."""
+"""`dovetail tune kernels` measures the requested products, resumes an interrupted run, and writes a
+table that the provider reads."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def silent(what, done, total):
 
 
 class FakeGpu:
-    """Measures by a rule, and may be switched off."""
+    """Returns times by a rule, and may be interrupted after `most` products."""
 
     def __init__(self, most=None):
-        self.asked, self.most = [], most
+        self.measured, self.most = [], most
 
     def __call__(self, cases, dtype):
         for case in cases:
-            if self.most is not None and len(self.asked) == self.most:
+            if self.most is not None and len(self.measured) == self.most:
                 raise KeyboardInterrupt
-            self.asked.append(case)
+            self.measured.append(case)
             tried = candidates(case, ("words", "dequantize"), 132)
             yield (
                 case,
@@ -61,21 +61,21 @@ class FakeGpu:
             )
 
 
-def test_what_was_stopped_goes_on(tmp_path):
+def test_an_interrupted_run_is_resumed(tmp_path):
     path, told = tmp_path / "deep/t.json", []
     with pytest.raises(KeyboardInterrupt):
         tune(CASES, "bfloat16", path, {"gpu": "G"}, FakeGpu(2), silent)
     assert len(Table.read(path).choices) == 2
     gpu = FakeGpu()
     tune(CASES, "bfloat16", path, {"gpu": "G"}, gpu, lambda *told_now: told.append(told_now))
-    assert gpu.asked == CASES[2:]
+    assert gpu.measured == CASES[2:]
     assert told == [("products", 2, 3), ("products", 3, 3)]
     found = Table.read(path)
     assert [found.find(case).block_n for case in CASES] == [64, 64, 64]
     assert json.loads(path.read_text())["about"] == {"gpu": "G", "dtype": "bfloat16"}
 
 
-def test_the_fastest_is_taken_and_what_does_not_fit_passed_over():
+def test_the_fastest_is_chosen_and_candidates_without_resources_are_skipped():
     few = [Choice("words", block_n=n) for n in (32, 64, 128)]
 
     def seconds(choice):
@@ -91,7 +91,7 @@ def test_the_fastest_is_taken_and_what_does_not_fit_passed_over():
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 @pytest.mark.parametrize("kernels", [("words", "dequantize"), ("codes",), ("scaled_mm", "codes")])
 def test_candidates_can_be_launched(rows, kernels):
-    """And are few enough to compile."""
+    """Candidates have valid parameters, and there are few enough of them to compile."""
     case = Case.of(W4, 4096, 4096, rows)
     found = candidates(case, kernels, 132)
     assert 4 <= len(found) <= 64
@@ -115,7 +115,7 @@ def test_a_table_is_found_by_the_name_of_the_gpu(tmp_path):
     assert table_for("NVIDIA L4", str(path), {}).choices == table.choices
 
 
-def test_rows_between_take_the_next_larger():
+def test_the_next_larger_number_of_rows_is_used():
     table = Table({CASES[0]: Choice("words", split_k=2), CASES[2]: Choice("words", split_k=4)})
     assert [
         table.find(replace(CASES[0], rows=bucket(n))).split_k for n in (1, 2, 33, 64, 4000)
@@ -127,7 +127,7 @@ MAGIC = json.dumps({"entries": [vars(CASES[0]) | vars(Choice("magic"))]})
 
 
 @pytest.mark.parametrize("text", ["{", '{"entries": [{"codes": "uint4"}]}', MAGIC])
-def test_what_is_no_table_is_refused(tmp_path, text):
+def test_invalid_tables_are_rejected(tmp_path, text):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(ConfigError, match=r"t\.json"):
         TritonMatmul.on("cpu", str(tmp_path / "t.json"))
@@ -136,7 +136,7 @@ def test_what_is_no_table_is_refused(tmp_path, text):
 @pytest.mark.parametrize("rows", [1, 3, 16, 64, 500, 4096])
 @pytest.mark.parametrize(("outs", "ins"), [(6144, 4096), (28672, 4096), (4096, 14336), (8, 8)])
 def test_the_rule_keeps_a_gpu_busy(rows, outs, ins):
-    """Without a table: few rows fill it with programs, as far as each has 512 inputs at least."""
+    """Without a table, few rows are split over enough programs, each with at least 512 inputs."""
     choice = by_rule(Case.of(W4, outs, ins, rows), ("words", "dequantize"), 132, 2)
     assert choice.kernel in KERNELS
     if rows <= 128:
@@ -172,8 +172,8 @@ def given(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shapes", "4096"], "--shapes: '4096' is no OUTPUTSxINPUTS"),
-        (["--model", "nowhere"], "--model: nowhere"),
+        (["--shapes", "4096"], "--shapes: '4096' is not OUTPUTSxINPUTS"),
+        (["--model", "nowhere"], "--model: cannot read .* from nowhere"),
         (["--shapes", "8x8", "--formats", "uint5"], "--formats: 'uint5'"),
         (["--shapes", "8x8", "--rows", "0"], "--rows: '0'"),
     ],
@@ -184,13 +184,13 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 @pytest.mark.skipif(bool(device_facts().gpus), reason="there is a GPU")
-def test_where_there_is_no_gpu_it_says_so():
+def test_without_a_gpu_it_is_an_error():
     with pytest.raises(ConfigError, match="no GPU"):
         TUNE.run(given("--shapes", "8x8"), silent)
 
 
 def test_fp8_products_need_newer_gpus():
-    """Weights in FP8 alone do not."""
+    """FP8 weights with unquantized inputs do not need newer GPUs."""
     gpu = GpuFacts("NVIDIA A100", (8, 0), 2**36, (13, 0))
     facts = replace(device_facts(), gpus=(gpu,))
 

@@ -40,7 +40,7 @@ class CpuOptions(Options):
     target: Literal["native", "avx2"] = Field(
         "native",
         description=(
-            "instructions to compile for: all that this CPU has, or AVX2 alone (slower; for"
+            "instruction set to compile for: that of this CPU, or AVX2 only (slower; for"
             " comparison)"
         ),
     )
@@ -63,7 +63,7 @@ def build(context: BuildContext, options: CpuOptions) -> CpuAttention:
 
 PROVIDER = Provider(
     "attention-cpu",
-    "paged attention in C++ for x86-64 CPUs (AVX-512 with BF16 where there is any)",
+    "paged attention in C++ for x86-64 CPUs (AVX-512 with BF16 if available)",
     build,
     CpuOptions,
     CAPABILITIES,

@@ -52,7 +52,7 @@ def why_no_triton(context: Context) -> list[Reason]:
         reasons.append(
             Reason(
                 "Triton is not installed",
-                "pip install triton; PyTorch's CUDA builds bring it along",
+                "pip install triton; PyTorch's CUDA builds include it",
             )
         )
     return reasons
@@ -102,8 +102,8 @@ def build_cuda(context: BuildContext, options: CudaOptions) -> CudaAttention:
 
 CUDA = Provider(
     "cuda",
-    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for where Triton is absent;"
-    " prompts are slow",
+    "PagedAttention in CUDA C++ for NVIDIA GPUs (sm_80 and newer), for systems without"
+    " Triton; prefill is slow",
     build_cuda,
     CudaOptions,
     CUDA_CAPABILITIES,

@@ -1,6 +1,6 @@
-"""Paged attention for NVIDIA GPUs by FlashInfer.
+"""Paged attention for NVIDIA GPUs with FlashInfer.
 
-This module is the light root: it offers the provider and imports neither FlashInfer nor torch.
+This module registers the provider and imports neither FlashInfer nor torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLASHINFER_CAPABILITIES = AttentionCapabilities(
     graph_capture=True,
 )
 TESTED = ((0, 6, 13), (0, 7))
-"""FlashInfer from the first version to before the second."""
+"""Supported FlashInfer versions: from the first to before the second."""
 OLDEST_TORCH = (2, 6)
 
 
@@ -44,7 +44,7 @@ def why_no_flashinfer(context: Context) -> list[Reason]:
     elif not least <= numbers(found) < before:
         reasons.append(
             Reason(
-                f"FlashInfer {found} is installed, and this was not tested with it",
+                f"FlashInfer {found} is installed, but this plugin has not been tested with it",
                 f"pip install '{wanted}'",
             )
         )
@@ -52,8 +52,8 @@ def why_no_flashinfer(context: Context) -> list[Reason]:
     if torch is None or numbers(torch) < OLDEST_TORCH:
         reasons.append(
             Reason(
-                f"needs PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, and here is"
-                f" {torch or 'none'}"
+                f"requires PyTorch {'.'.join(map(str, OLDEST_TORCH))} or newer, but the installed"
+                f" version is {torch or 'none'}"
             )
         )
     return reasons
@@ -67,7 +67,7 @@ def installed(distribution: str) -> str | None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Those of the release: (0, 6, 13) of 0.6.13.post1+cu130."""
+    """Return the numbers of the release, such as (0, 6, 13) for 0.6.13.post1+cu130."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(n) for n in found[0].split(".")) if found else ()
 
@@ -85,7 +85,7 @@ def build_flashinfer(context: BuildContext, options: FlashInferOptions) -> Flash
 
 FLASHINFER = Provider(
     "flashinfer",
-    "paged attention by FlashInfer, for NVIDIA GPUs (sm_80 and newer)",
+    "paged attention with FlashInfer for NVIDIA GPUs (sm_80 and newer)",
     build_flashinfer,
     FlashInferOptions,
     FLASHINFER_CAPABILITIES,

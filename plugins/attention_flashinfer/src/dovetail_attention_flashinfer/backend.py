@@ -1,5 +1,5 @@
-"""FlashInfer's wrappers behind the attention contract: plans are made once a step and geometry,
-runs happen once a layer."""
+"""Implement the attention contract with FlashInfer's wrappers, which plan once per step and
+geometry and run once per layer."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from dovetail_attention_flashinfer.workspace import workspace_bytes
 
 LARGEST_FP8 = 448.0
 MOST_EAGER = 16
-"""Decode works kept for steps that are not captured: a work has 1 MiB of its own and its page
-numbers."""
+"""Maximum number of cached `DecodeWork`s that no graph has captured. Each has a buffer of 1 MiB and
+its page numbers."""
 Cache = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Step:
-    """A step's work for the layers of one geometry."""
+    """The work of a step for the layers of one geometry."""
 
     batch: AttentionBatch
     work: Work
     first: int
-    """Index of the layer whose run gathers what the others read, each time, since it may be
-    captured; where it is left out, the first that runs does."""
+    """Index of the layer whose `run` gathers the page numbers for the others. It does so in each
+    run, because the run may be captured. If this layer is not run, the first layer that runs
+    gathers them."""
 
 
 Plan = dict[Geometry, Step]
@@ -46,8 +47,8 @@ Plan = dict[Geometry, Step]
 
 @dataclass(frozen=True)
 class WholeCache:
-    """A cache as one sequence of all its blocks, so that a slot is a position: what FlashInfer's
-    append takes."""
+    """A cache described as one sequence of all its blocks, so that slots are positions, as
+    FlashInfer's append expects them."""
 
     indices: Tensor
     indptr: Tensor
@@ -61,35 +62,35 @@ class WholeCache:
 
 
 class FlashInferAttention:
-    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream; of
-    a plan's layers with one geometry, the first runs first.
+    """An `AttentionBackend`. One object is used by one thread at a time, on the current stream. The
+    first of a plan's layers with one geometry runs first.
 
-    A layer's cache is two tensors, keys and values, each `[num_blocks, block_size, Hkv, D]`: the
-    canonical layout.
+    The cache of a layer is two tensors, keys and values, each `[num_blocks, block_size, Hkv, D]`,
+    the canonical layout.
     """
 
     def __init__(
         self, device: str, options: FlashInferOptions, flashinfer: Any, max_num_seqs: int
     ) -> None:
-        """`flashinfer` is the module; `max_num_seqs` the most rows of a decode step, captured or
-        not."""
+        """Create the backend. `flashinfer` is the module, and `max_num_seqs` is the maximum number
+        of rows of a decode step, captured or not."""
         self.device, self._options, self._flashinfer = torch.device(device), options, flashinfer
         self._max_num_seqs, self._num_sms = max_num_seqs, 1
         if self.device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._workspace: Tensor | None = None
-        """Of partial results within one run; all wrappers share it, since runs follow each other on
-        a stream."""
+        """Partial results within one run. All wrappers share it, because runs are in order on a
+        stream."""
         self._ragged: dict[tuple[Geometry, int, int], Work] = {}
-        """By geometry, block size, and a layer's index, which tells KV groups apart."""
+        """By geometry, block size and index of the first layer, which identifies the KV group."""
         self._decodes: dict[tuple[Geometry, int, int, int, int], DecodeWork] = {}
-        """The same, by number of rows and `rounded_width` of the block table as well; the most
-        recently used last."""
+        """By the same keys, number of rows and `rounded_width` of the block table. The most
+        recently used entry is last."""
         self._types: Types | None = None
-        """Of the run before."""
+        """Dtypes of the previous run."""
         self._caches: dict[tuple[int, int], WholeCache] = {}
         self._scales: dict[int, tuple[Tensor, float, float]] = {}
-        """By a layer's index, on the host."""
+        """By layer index: the scales on the device and their values on the host."""
 
     def allocate_cache(self, spec: KVCacheSpec) -> Cache:
         shape = (spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_size)
@@ -103,7 +104,7 @@ class FlashInferAttention:
     def plan(self, batch: AttentionBatch, layers: list[AttentionLayer], block_size: int) -> Plan:
         found: Plan = {}
         if batch.num_seqs:
-            self._make_workspace({Geometry.of(layer) for layer in layers}, batch.num_seqs)
+            self._allocate_workspace({Geometry.of(layer) for layer in layers}, batch.num_seqs)
         for layer in layers if batch.num_seqs else ():
             self._host_scales(layer)
             geometry = Geometry.of(layer)
@@ -113,13 +114,14 @@ class FlashInferAttention:
                 found[geometry] = Step(batch, work, layer.index)
         return found
 
-    def _make_workspace(self, geometries: set[Geometry], num_rows: int) -> None:
-        """Allocate what the largest step of these layers needs (workspace.py), at their first plan.
+    def _allocate_workspace(self, geometries: set[Geometry], num_rows: int) -> None:
+        """Allocate the workspace for the largest step of these layers (workspace.py), at their
+        first plan.
 
-        That is the first moment at which the layers are known, and before any capture: the worker
-        plans outside of it. If layers that come later need more, they get a larger workspace. Works
-        keep the one that they began with, which has room for all of their steps, so that no
-        captured address is freed.
+        The layers are known at the first plan at the earliest, which precedes any capture, because
+        the worker plans outside of captures. If later layers need more, they get a larger
+        workspace. Existing works keep theirs, which is large enough for all of their steps, so that
+        no captured address is freed.
         """
         if self._options.workspace_mb is not None:
             needed = self._options.workspace_mb << 20
@@ -148,7 +150,7 @@ class FlashInferAttention:
         return work
 
     def _evict(self) -> None:
-        """Drop the decode works that were used longest ago, of those that no graph has captured."""
+        """Remove the least recently used decode works that no graph has captured."""
         eager = [key for key, work in self._decodes.items() if not work.is_captured]
         for key in eager[: max(0, len(eager) - MOST_EAGER)]:
             self._decodes.pop(key).close()
@@ -201,7 +203,7 @@ class FlashInferAttention:
         self._flashinfer.append_paged_kv_cache(
             keys,
             values,
-            work.nobody,
+            work.zero_rows,
             work.slots,
             cache,
             whole.indices,
@@ -211,7 +213,8 @@ class FlashInferAttention:
         )
 
     def _host_scales(self, layer: AttentionLayer) -> tuple[float, float] | None:
-        """Read once: FlashInfer takes numbers, not tensors."""
+        """Return the KV scales as numbers, which FlashInfer requires. They are read from the device
+        once."""
         if layer.kv_scales is None:
             return None
         known = self._scales.get(layer.index)
@@ -236,7 +239,7 @@ class FlashInferAttention:
 def _stored(
     k: Tensor, v: Tensor, dtype: torch.dtype, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values as the cache holds them."""
+    """Convert keys and values to the dtype of the cache."""
     if dtype.itemsize > 1:
         return k.to(dtype), v.to(dtype)
     both = torch.stack([k, v]).float()
@@ -249,13 +252,14 @@ def _stored(
 def _check(
     layer: AttentionLayer, n: int, q: Tensor, k: Tensor, v: Tensor, cache: Cache, out: Tensor
 ) -> None:
-    """What FlashInfer would read past the end of."""
+    """Raise `PluginError` if a tensor has a shape, dtype or stride that FlashInfer does not
+    support."""
     heads, kv = (layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size)
     if not (
         q.stride(2) == k.stride(2) == v.stride(2) == 1
         and k.dtype == v.dtype == out.dtype == q.dtype
     ):
-        raise PluginError("attention: q, k, v and out have one dtype and contiguous heads")
+        raise PluginError("attention: q, k, v and out must have one dtype and contiguous heads")
     if not (
         q.shape[0] >= n <= k.shape[0]
         and v.shape[0] >= n <= out.shape[0]
@@ -264,6 +268,6 @@ def _check(
         and all(tuple(x.shape[2:]) == kv for x in cache)
     ):
         raise PluginError(
-            "attention: q and out are [T, Hq, D], k and v [T, Hkv, D], and the cache this layer's,"
-            " as planned"
+            "attention: q and out must be [T, Hq, D], k and v [T, Hkv, D], and the cache must be"
+            " that of the planned layer"
         )

@@ -14,15 +14,15 @@ class FlashInferOptions(Options):
         None,
         ge=16,
         description=(
-            "MiB of device memory for partial results; default: what steps of max_num_seqs rows"
-            " need"
+            "MiB of device memory for partial results; default: enough for steps of max_num_seqs"
+            " rows"
         ),
     )
     backend: Literal["auto", "fa2", "fa3"] = Field(
         "fa2",
         description=(
-            "kernels for steps with prefill: fa3 is for Hopper alone; auto takes it there where it"
-            " can. FlashInfer compiles what it has no binary of when it is first needed: fa2 for"
-            " minutes, fa3 for up to an hour"
+            "kernels for steps with prefill: fa3 requires Hopper; auto uses it there if possible."
+            " FlashInfer compiles kernels without a binary on first use: minutes for fa2, up to an"
+            " hour for fa3"
         ),
     )

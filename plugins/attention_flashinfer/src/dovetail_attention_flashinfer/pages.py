@@ -1,8 +1,8 @@
-"""Which pages of the cache a step's rows see: what FlashInfer is told on the host, and where it is
-found on the device.
+"""Compute the pages of the cache that the rows of a step attend to: the numbers for FlashInfer's
+plan on the host, and the page table on the device.
 
-A page is a block; for layers with a window it is a single token, so that a row begins where its
-window does, and nothing before it is read.
+A page is a block. For layers with a window, a page is a single token, so that a row begins at its
+window and no slot before the window is read.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Pages:
-    """Of a step's rows, on the host. A row's pages are consecutive: those that hold what any of its
-    queries sees."""
+    """The pages of a step's rows, on the host. The pages of a row are consecutive and contain all
+    tokens that any of its queries attends to."""
 
     query_start: I64
     """[B + 1]"""
     first: I64
-    """[B]: the first page that is seen, counted from the sequence's begin."""
+    """[B]: the first of these pages, counted from the beginning of the sequence."""
     indptr: I64
     """[B + 1]: row b has the pages `indptr[b] … indptr[b + 1] - 1` of the step."""
     last_len: I64
-    """[B]: tokens in the last page."""
+    """[B]: number of tokens in the last page."""
 
     @property
     def count(self) -> int:
@@ -52,18 +52,17 @@ def find_pages(batch: AttentionBatch, page_size: int, window: int | None) -> Pag
 
 
 class PageTable:
-    """The step's page numbers in one row, as FlashInfer reads them: i32 `indices`, gathered from
-    the block table.
+    """The page numbers of a step as one array, i32 `indices`, which FlashInfer reads.
 
-    `prepare` needs the host's numbers alone, and says where in the table each page stands; `gather`
-    reads the table, which may be written by what is captured with it.
+    `prepare` uses the numbers on the host only, and computes the position of each page in the block
+    table. `gather` reads the table, which operations captured with it may have written.
     """
 
     def __init__(self, capacity: int, pages_per_block: int, device: torch.device) -> None:
         self.indices = torch.zeros(capacity, dtype=torch.int32, device=device)
         self._per_block = pages_per_block
         self._places = torch.zeros(capacity, dtype=torch.int32, device=device)
-        """In the table, seen as one row."""
+        """Positions in the flattened block table."""
         self._within = torch.zeros(
             capacity if pages_per_block > 1 else 0, dtype=torch.int32, device=device
         )
@@ -80,13 +79,13 @@ class PageTable:
         self._places[:count] = rows * table.stride(0) + torch.div(
             page, self._per_block, rounding_mode="floor"
         )
-        self._places[count:] = 0  # those of a step before may lie beyond this table
+        self._places[count:] = 0  # positions of an earlier step may be beyond this table
         if self._per_block > 1:
             self._within[:count] = page % self._per_block
 
     def gather(self, table: Tensor) -> None:
-        """All places, so that it does the same work each time; those behind the step's own are 0,
-        and nobody reads what they give."""
+        """Gather the page numbers at all positions, so that a captured gather fits every step. The
+        positions after those of the step are 0, and their page numbers are not used."""
         flat = table.as_strided(((len(table) - 1) * table.stride(0) + table.shape[1],), (1,))
         torch.index_select(flat, 0, self._places, out=self.indices)
         if self._per_block > 1:
@@ -94,8 +93,8 @@ class PageTable:
 
 
 def to_host(numbers: I64, device: torch.device) -> Tensor:
-    """An i32 tensor that FlashInfer reads here and copies to the device: PyTorch keeps pinned
-    memory until that is done."""
+    """Return an i32 tensor on the host, which FlashInfer reads and copies to the device. PyTorch
+    does not reuse pinned memory during a copy."""
     tensor = torch.from_numpy(numbers.astype(np.int32))
     return tensor.pin_memory() if device.type == "cuda" else tensor
 

@@ -1,5 +1,5 @@
-"""A step's work for layers of one geometry: FlashInfer's wrappers, and what they plan with and
-read."""
+"""Manage the work of a step for layers of one geometry: FlashInfer's wrappers, the numbers with
+which they plan, and the buffers that they read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dovetail_attention_flashinfer.pages import Pages, PageTable, find_pages, to
 
 LAYOUT = "NHD"
 WORKSPACE_IS_FULL = "Increase the workspace buffer size"
-"""FlashInfer's words."""
+"""Part of FlashInfer's error message."""
 DECODE_INTEGERS = 1 << 20
-"""Bytes of a decode wrapper's plan: FlashInfer takes 8 MiB for each, and a thousand rows fill 50
-KiB."""
+"""Bytes for the plan of a decode wrapper. FlashInfer's default is 8 MiB each, and a thousand rows
+use 50 KiB."""
 
 
 TENSOR_CORE_GROUP = 4
-"""Query heads that share a KV head, from which decode runs on tensor cores, by the prefill's
-kernels. The other kernels have groups of 1, 2, 3, 4 and 8 only."""
+"""Minimum number of query heads per KV head for decode on tensor cores, which uses the prefill
+kernels. The other kernels support groups of 1, 2, 3, 4 and 8 only."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What is fixed when FlashInfer plans."""
+    """The properties of layers that are fixed by a FlashInfer plan."""
 
     num_heads: int
     num_kv_heads: int
@@ -54,7 +54,7 @@ class Geometry:
 
     @property
     def uses_tensor_cores(self) -> bool:
-        """In decode."""
+        """Whether decode uses tensor cores."""
         return self.group >= TENSOR_CORE_GROUP
 
     def page_size(self, block_size: int) -> int:
@@ -63,23 +63,24 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Types:
-    """Of a run."""
+    """The dtypes of a run."""
 
     q: torch.dtype
     kv: torch.dtype
 
     @staticmethod
     def of(q: Tensor, keys: Tensor) -> Types:
-        """FlashInfer multiplies types of 16 bits with themselves, and FP8 with either."""
+        """Return the dtypes for FlashInfer, which supports 16-bit KV with q of the same dtype, and
+        FP8 KV with either 16-bit dtype."""
         return Types(q.dtype if keys.dtype.itemsize == 1 else keys.dtype, keys.dtype)
 
 
 class Work:
-    """Prepared once a step, from the host's numbers; gathered by the first layer, from the batch's
-    buffers; run by each layer.
+    """The work of a step: prepared once from the numbers on the host, gathered by the first layer
+    from the buffers of the batch, and run by each layer.
 
-    FlashInfer's plan needs types, which come with a run: a step is planned with those of the run
-    before, if there was one, and once more if they were others.
+    FlashInfer needs dtypes to plan, but they are known in a run only. A step is planned with those
+    of the previous run, if any, and planned again if the dtypes differ.
     """
 
     def __init__(
@@ -94,23 +95,23 @@ class Work:
         self.device, self.page_size = workspace.device, geometry.page_size(block_size)
         self._wrappers: dict[Types, Any] = {}
         self._types: Types | None = None
-        """Of the run before."""
+        """Dtypes of the previous run."""
         self._is_planned = self.is_gathered = False
         self.is_captured = False
-        """A graph reads this work's buffers, which then have to stay."""
+        """Whether a graph reads the buffers of this work, so that they must not be freed."""
         is_cuda = self.device.type == "cuda"
         self._copied = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         self._pages: Pages
         self._table: PageTable
         self.slots: Tensor
-        """i32[T]: where new keys and values go."""
-        self.nobody: Tensor
-        """i32[T] of zeros."""
+        """i32[T]: slots to which new keys and values are written."""
+        self.zero_rows: Tensor
+        """i32[T] of zeros: the row of each token when the whole cache is one sequence."""
 
     def prepare(self, batch: AttentionBatch, types: Types | None) -> None:
-        """`types`: what to take for those of the run before, if there was none."""
+        """Prepare a step. `types` are the assumed dtypes if this work has not run before."""
         self._pages = find_pages(batch, self.page_size, self._geometry.window)
-        self._room(batch)
+        self._ensure_buffers(batch)
         self._table.prepare(self._pages, batch.block_table)
         self._types, self._is_planned, self.is_gathered = self._types or types, False, False
         if self._types is not None:
@@ -122,13 +123,12 @@ class Work:
         self.is_gathered = True
 
     def close(self) -> None:
-        """Wait until nothing is copied from the wrappers' pinned memory, which PyTorch does not
-        know of."""
+        """Wait for copies from the wrappers' pinned memory, which PyTorch does not track."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def wrapper(self, types: Types) -> Any:
-        """The one to run, planned."""
+        """Return the wrapper for these dtypes, planned for the step."""
         if not self._is_planned or self._types != types:
             self._plan(types)
         return self._wrappers[types]
@@ -137,7 +137,8 @@ class Work:
         if types not in self._wrappers:
             self._wrappers[types] = self._new_wrapper()
         if self._copied is not None:
-            # of the step before: FlashInfer writes pinned memory that it is copied from
+            # Wait for the copies of the previous step, because FlashInfer overwrites the pinned
+            # memory.
             self._copied.synchronize()
         indptr, last_len = (
             to_host(x, self.device) for x in (self._pages.indptr, self._pages.last_len)
@@ -164,33 +165,33 @@ class Work:
                 f" {of.head_size}"
             )
             raise PluginError(
-                f"FlashInfer has not enough workspace ({size}) for {step}: raise attention's"
+                f"FlashInfer: not enough workspace ({size}) for {step}: raise attention's"
                 " workspace_mb"
             ) from e
         if self._copied is not None:
             self._copied.record()
         self._types, self._is_planned = types, True
 
-    def _room(self, batch: AttentionBatch) -> None:
-        """Make what the step's numbers are written to."""
+    def _ensure_buffers(self, batch: AttentionBatch) -> None:
+        """Ensure that the buffers for the numbers of the step exist."""
         raise NotImplementedError
 
     def _new_wrapper(self) -> Any:
         raise NotImplementedError
 
     def _sequences(self, indptr: Tensor, indices: Tensor, last_len: Tensor) -> dict[str, Any]:
-        """Arguments of `plan` that its wrapper has under names of its own."""
+        """Return the arguments of `plan` whose names differ between the wrappers."""
         raise NotImplementedError
 
-    def _make_room(self, num_pages: int, num_tokens: int) -> None:
+    def _allocate_buffers(self, num_pages: int, num_tokens: int) -> None:
         self._table = PageTable(num_pages, self._block_size // self.page_size, self.device)
-        self.slots, self.nobody = (
+        self.slots, self.zero_rows = (
             torch.zeros(num_tokens, dtype=torch.int32, device=self.device) for _ in range(2)
         )
 
 
 class RaggedWork(Work):
-    """For steps with prefill, whose decode rows are rows of one query."""
+    """The work of steps with prefill. Their decode rows have one query."""
 
     def __init__(
         self, flashinfer: Any, workspace: Tensor, geometry: Geometry, block_size: int, backend: str
@@ -198,8 +199,8 @@ class RaggedWork(Work):
         super().__init__(flashinfer, workspace, geometry, block_size)
         self._backend = backend
 
-    def _room(self, batch: AttentionBatch) -> None:
-        self._make_room(self._pages.count, batch.num_tokens)
+    def _ensure_buffers(self, batch: AttentionBatch) -> None:
+        self._allocate_buffers(self._pages.count, batch.num_tokens)
 
     def _new_wrapper(self) -> Any:
         return self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(
@@ -218,15 +219,15 @@ class RaggedWork(Work):
 
 
 def rounded_width(num_blocks: int) -> int:
-    """Columns of a block table, rounded up by at most an eighth: the tables of eager steps grow
-    with every block, and all those of one rounded width share a work."""
+    """Return the number of columns of a block table, rounded up by at most an eighth. The tables of
+    eager steps grow with every block, and tables of the same rounded width share a `DecodeWork`."""
     step = max(1, 1 << (num_blocks - 1).bit_length() >> 3)
     return -(-num_blocks // step) * step
 
 
 class DecodeWork(Work):
-    """For steps of so many rows of one token each: everything lies in buffers that stay where they
-    are."""
+    """The work of steps with a fixed number of rows of one token each, in buffers with stable
+    addresses."""
 
     def __init__(
         self,
@@ -237,17 +238,17 @@ class DecodeWork(Work):
         num_rows: int,
         num_blocks: int,
     ) -> None:
-        """For rows of so many blocks at most."""
+        """Create the buffers for rows of at most `num_blocks` blocks."""
         super().__init__(flashinfer, workspace, geometry, block_size)
         most = num_blocks * block_size // self.page_size
-        self._make_room(
+        self._allocate_buffers(
             num_rows * (most if geometry.window is None else min(most, geometry.window)), num_rows
         )
         self._indptr = torch.zeros(num_rows + 1, dtype=torch.int32, device=self.device)
         self._last_len = torch.ones(num_rows, dtype=torch.int32, device=self.device)
 
-    def _room(self, batch: AttentionBatch) -> None:
-        """It is there."""
+    def _ensure_buffers(self, batch: AttentionBatch) -> None:
+        """The buffers were allocated by the constructor."""
 
     def _new_wrapper(self) -> Any:
         wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(

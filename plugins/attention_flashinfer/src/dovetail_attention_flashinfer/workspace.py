@@ -1,21 +1,21 @@
-"""How much device memory FlashInfer needs for partial results: the formulas of its planners, for
-the largest step."""
+"""Compute the device memory that FlashInfer needs for partial results of the largest step, with the
+formulas of its planners."""
 
 from __future__ import annotations
 
 from dovetail_attention_flashinfer.work import Geometry
 
 FLOAT = 4
-"""Bytes: partial results are float32."""
+"""Bytes per number: partial results are float32."""
 ALIGNMENT = 16
-"""Bytes, of each of the two arrays."""
+"""Alignment in bytes of each of the two arrays."""
 PROGRAMS_PER_SM, THREADS_PER_SM, DECODE_THREADS = 2, 2048, 128
-"""Thread blocks that the prefill's planner counts on; and a bound on those of the decode
-kernels."""
+"""Thread blocks per multiprocessor that the prefill planner assumes; threads per multiprocessor and
+per block, which bound the thread blocks of the decode kernels."""
 
 
 def workspace_bytes(geometry: Geometry, num_rows: int, num_sms: int) -> int:
-    """Bytes for any step of at most `num_rows` rows.
+    """Return the bytes for any step of at most `num_rows` rows.
 
     From `PrefillPlan`, `PrefillSplitQOKVIndptr` and `DecodePlan` of FlashInfer 0.6.13
     (flashinfer/attention/scheduler.cuh). A planner reserves, for each query head and each of
@@ -23,8 +23,8 @@ def workspace_bytes(geometry: Geometry, num_rows: int, num_sms: int) -> int:
     (head_size + 1) * 4` bytes. With `programs = 2 * num_sms // kv_heads`:
 
     - decode on tensor cores in graph mode: `padded = max(programs, ceil(num_rows * group / tile) +
-      num_rows - 1)`, because it always splits contexts there, and `tile` is the smallest of 16, 64
-      and 128 that holds a group;
+      num_rows - 1)`, because graph mode always splits contexts, and `tile` is the smallest of 16,
+      64 and 128 that is at least a group;
     - decode without tensor cores: `padded` is the number of thread blocks the GPU can hold, over
       `kv_heads`, and `tile` is 1;
     - prefill, which splits contexts only if its tiles are fewer than `programs`: `padded =
@@ -43,8 +43,8 @@ def workspace_bytes(geometry: Geometry, num_rows: int, num_sms: int) -> int:
 
 
 def query_tile(geometry: Geometry, num_queries: int) -> int:
-    """Query tokens * heads of a group in a tile, where a row has `num_queries` of them
-    (`FA2DetermineCtaTileQ`)."""
+    """Return the number of query tokens * heads of a group in a tile, if a row has `num_queries` of
+    them (`FA2DetermineCtaTileQ`)."""
     if num_queries > 64 and geometry.head_size < 256:
         return 128
     return 64 if num_queries > 16 else 16

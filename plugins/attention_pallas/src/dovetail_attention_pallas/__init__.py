@@ -1,6 +1,6 @@
 """Paged attention in JAX Pallas, written for TPU and interpreted on a CPU.
 
-This module is the light root: it offers the provider and imports neither JAX nor torch.
+This module registers the provider and imports neither JAX nor torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ CAPABILITIES = AttentionCapabilities(
     dtypes=("float32", "bfloat16"),
     kv_dtypes=("float32", "bfloat16"),
     block_sizes=(16, 32, 64, 128, 256),
-    # a block is one copy to the core's memory: few and large ones keep it busy
+    # Each block is one copy to the memory of a TPU core, and few large copies are the most
+    # efficient.
     blocks_per_sequence=16,
     sliding_window=True,
     logit_soft_cap=True,
@@ -58,7 +59,7 @@ def build(context: BuildContext, options: PallasOptions) -> PallasAttention:
 
 PROVIDER = Provider(
     "pallas",
-    "paged attention in JAX Pallas for TPU; interpreted on CPUs, which is slow: for tests",
+    "paged attention in JAX Pallas for TPU; on CPUs it is interpreted, which is slow and for tests",
     build,
     PallasOptions,
     CAPABILITIES,

@@ -1,5 +1,5 @@
-"""The kernel behind the attention contract: torch's tensors come and go by DLPack, the cache stays
-JAX's."""
+"""Implement the attention contract with the Pallas kernel. torch tensors are converted by DLPack;
+the cache consists of JAX arrays."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dovetail_attention_pallas.schedule import Schedule, make_schedule, padded
 
 @dataclass
 class OwnedCache:
-    """A layer's cache. JAX's arrays never change: each step gives new ones, in the memory that the
-    old ones donated.
+    """The cache of a layer. JAX arrays are immutable: each step returns new ones, in the memory
+    that the old ones donated.
 
-    That is why JAX owns it: memory that came from torch can be read, and not donated.
+    JAX owns the cache, because memory that was imported from torch cannot be donated.
     """
 
     arrays: Cache
@@ -30,15 +30,14 @@ class OwnedCache:
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's work, by window; nothing where the step has no token."""
+    """The work of a step by window. It is empty if the step has no tokens."""
 
     num_tokens: int
     by_window: dict[int | None, Schedule]
 
 
 class PallasAttention:
-    """An `AttentionBackend`. Its arrays are torch's, on the CPU, where the kernel is
-    interpreted."""
+    """An `AttentionBackend` for torch tensors on the CPU, where the kernel is interpreted."""
 
     def __init__(self) -> None:
         self._device = jax.devices("cpu")[0]
@@ -81,7 +80,7 @@ class PallasAttention:
                 f"{len(q)}, {len(k)}, {len(v)} and {len(out)}"
             )
         attended, cache.arrays = _step(
-            *(_lent(x, n) for x in (q, k, v)),
+            *(_to_jax(x, n) for x in (q, k, v)),
             cache.arrays,
             plan.by_window[layer.window],
             scale=layer.scale,
@@ -92,12 +91,12 @@ class PallasAttention:
                 else jax.dlpack.from_dlpack(layer.sinks.float().contiguous())
             ),
         )
-        out[:n] = _borrowed(attended)[:n]
+        out[:n] = _to_torch(attended)[:n]
 
     def export_kv(
         self, cache: OwnedCache, block_ids: list[int], out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        keys, values = (_borrowed(x)[block_ids].transpose(1, 2).contiguous() for x in cache.arrays)
+        keys, values = (_to_torch(x)[block_ids].transpose(1, 2).contiguous() for x in cache.arrays)
         return (keys, values) if out is None else (out[0].copy_(keys), out[1].copy_(values))
 
     def import_kv(
@@ -119,9 +118,9 @@ def _step(
     soft_cap: float | None,
     sinks: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
-    """`paged_attention`, interpreted. The interpreter copies what it is given, so it gets the
-    blocks that the step reads, not the cache; in reverse, so that the kernel still has to look each
-    of them up."""
+    """Compute `paged_attention` in interpreter mode. The interpreter copies its inputs, so it
+    receives the blocks that the step reads instead of the cache. They are in reverse order, so that
+    the kernel still looks up each block."""
     cache = write(k, v, cache, schedule)
     read = Cache(*(x[schedule.work_block[::-1]] for x in cache))
     there = schedule._replace(
@@ -135,7 +134,7 @@ def _step(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _replace(cache: Cache, given: Cache, block_ids: jax.Array) -> Cache:
-    """Blocks in the canonical layout `[n, block_size, Hkv, D]` into the cache's own."""
+    """Write blocks in the canonical layout `[n, block_size, Hkv, D]` to the cache."""
     return Cache(
         *(
             x.at[block_ids].set(new.swapaxes(1, 2).astype(x.dtype))
@@ -144,17 +143,17 @@ def _replace(cache: Cache, given: Cache, block_ids: jax.Array) -> Cache:
     )
 
 
-def _lent(x: Tensor, num_tokens: int) -> jax.Array:
-    """The step's tokens as JAX's, padded. A copy: torch's views may have strides, and JAX's shapes
-    are few."""
+def _to_jax(x: Tensor, num_tokens: int) -> jax.Array:
+    """Return the tokens of the step as a padded JAX array. This is a copy, because torch views may
+    have strides, and padding limits the number of compiled shapes."""
     whole = x.new_zeros((padded(num_tokens), *x.shape[1:]))
     whole[:num_tokens] = x[:num_tokens]
-    lent: jax.Array = jax.dlpack.from_dlpack(whole)
-    return lent
+    array: jax.Array = jax.dlpack.from_dlpack(whole)
+    return array
 
 
-def _borrowed(x: jax.Array) -> Tensor:
-    """torch's view of JAX's memory, once it is computed. Good until the array is donated; never
-    written."""
+def _to_torch(x: jax.Array) -> Tensor:
+    """Wait for a JAX array and return a torch view of its memory. The view is valid until the array
+    is donated, and must not be written to."""
     tensor: Tensor = torch.utils.dlpack.from_dlpack(x.block_until_ready())
     return tensor

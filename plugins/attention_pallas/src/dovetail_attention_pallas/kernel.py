@@ -1,9 +1,11 @@
-"""Ragged paged attention in JAX: a pure function of the cache, around one Pallas kernel for TPU.
+"""Implement ragged paged attention in JAX: a pure function of the cache with one Pallas kernel for
+TPU.
 
-The kernel walks a list of (query tile, cache block) pairs for each KV head. The list is prefetched
-as scalars, so that while one block is computed the next one's address is known and it is on its
-way. Softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867): a running maximum, sum and
-weighted value for each query, in float32, until the tile's last block.
+The kernel iterates over a list of (query tile, cache block) pairs for each KV head. The list is
+prefetched as scalars, so that the address of the next block is known and the block is loaded while
+the current one is computed. The softmax is online (Milakov and Gimelshein, 2018, arXiv:1805.02867):
+each query has a running maximum, sum and weighted value in float32 until the last block of its
+tile.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from jax.experimental.pallas import tpu as pltpu
 from dovetail_attention_pallas.schedule import Schedule
 
 LANES = 128
-"""Of the vector unit: running maximum and sum are kept once a lane, which needs no relayout."""
+"""Lanes of the vector unit. The running maximum and sum are stored in every lane, which avoids a
+relayout."""
 HIDDEN = -2.0e38
-"""The logit of what is not seen: finite, so that a difference of two is a number."""
+"""The logit of masked keys. It is finite, so that the difference of two is not NaN."""
 
 
 class Cache(NamedTuple):
-    """One layer's, each `[num_blocks, Hkv, block_size, D]`: a head's part of a block lies
-    together."""
+    """The cache of one layer: keys and values, each `[num_blocks, Hkv, block_size, D]`, so that the
+    part of a block that belongs to one head is contiguous."""
 
     keys: jax.Array
     values: jax.Array
@@ -46,13 +49,13 @@ def paged_attention(
     sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """Write a step's keys and values, then attend. Returns `[T, Hq, D]` in q's dtype, and the cache
-    with what was written.
+    """Write the keys and values of a step, then attend. Returns the output `[T, Hq, D]` in q's
+    dtype and the updated cache.
 
-    q `[T, Hq, D]`; k, v `[T, Hkv, D]`; T is the step's number of tokens as `schedule.padded` has
-    it, and what is computed for the padding means nothing. sinks: f32[Hq]. Everything is written
-    before anything is read. `interpret` runs the kernel where there is no TPU, slowly. Pure: jit it
-    with the cache donated, and the cache is updated in place.
+    q is `[T, Hq, D]`; k and v are `[T, Hkv, D]`; sinks is f32[Hq]. T is the number of tokens of the
+    step, padded by `schedule.padded`. The results of the padding are undefined. All keys and values
+    are written before any is read. `interpret` runs the kernel without a TPU, slowly. The function
+    is pure: jit it with the cache donated to update the cache in place.
     """
     cache = write(k, v, cache, schedule)
     return (
@@ -64,8 +67,8 @@ def paged_attention(
 
 
 def write(k: jax.Array, v: jax.Array, cache: Cache, schedule: Schedule) -> Cache:
-    """The first half of `paged_attention`: the cache with the step's keys and values at their
-    slots."""
+    """Return the cache with the keys and values of the step at their slots: the first half of
+    `paged_attention`."""
     block_size = cache.keys.shape[2]
     block, offset = schedule.slot_mapping // block_size, schedule.slot_mapping % block_size
     new = (x.astype(cache.keys.dtype) for x in (k, v))
@@ -84,14 +87,12 @@ def attend(
     sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The second half of `paged_attention`: q `[T, Hq, D]` → `[T, Hq, D]`, over what is in the
-    cache."""
+    """Attend to the cache, q `[T, Hq, D]` → `[T, Hq, D]`: the second half of `paged_attention`."""
     _, num_heads, head_size = q.shape
     num_tiles, tile = schedule.tile_tokens.shape
     num_kv_heads = cache.keys.shape[1]
-    rows = (
-        num_heads // num_kv_heads * tile
-    )  # of a tile: for each query head of the KV head, its tokens
+    # A tile has a row for each query head of the KV head and each token.
+    rows = num_heads // num_kv_heads * tile
 
     tiles = q[schedule.tile_tokens].reshape(num_tiles, tile, num_kv_heads, -1, head_size)
     tiles = tiles.transpose(0, 2, 3, 1, 4).reshape(num_tiles, num_kv_heads, rows, head_size)
@@ -111,8 +112,8 @@ def _attend(
     soft_cap: float | None,
     interpret: bool,
 ) -> jax.Array:
-    """tiles `[N, Hkv, rows, D]`, first f32`[Hkv, rows, 1]` (the maximum to begin with) → `[N, Hkv,
-    rows, D]`."""
+    """Map `tiles` `[N, Hkv, rows, D]` to `[N, Hkv, rows, D]`. `first` is f32`[Hkv, rows, 1]`, the
+    initial maximum."""
     _, num_kv_heads, rows, head_size = tiles.shape
     block_size = cache.keys.shape[2]
     tile = schedule.tile_tokens.shape[1]
@@ -157,21 +158,21 @@ def _kernel(
     scale: float,
     soft_cap: float | None,
 ) -> None:
-    """One tile and one block, of one KV head. `top`, `total` f32`[rows, LANES]` and `acc`
-    f32`[rows, D]` last over the tile."""
+    """Process one tile and one block of one KV head. `top` and `total`, f32`[rows, LANES]`, and
+    `acc`, f32`[rows, D]`, persist over the blocks of the tile."""
     w = pl.program_id(1)
     n = work_tile[w]
 
     @pl.when(w == work[n])
     def _begin() -> None:
-        # A sink is a key of that logit and no value. Without one `first` is HIDDEN, and the first
-        # key seen makes it weigh 0.
+        # A sink is a key with this logit and no value. Without sinks, `first` is HIDDEN, and the
+        # first visible key reduces its weight to 0.
         top[...] = jnp.broadcast_to(first[0], top.shape)
         total[...] = jnp.ones_like(total)
         acc[...] = jnp.zeros_like(acc)
 
     @pl.when(w < work[n + 1])
-    def _meet() -> None:
+    def _accumulate() -> None:
         rows, block_size = q.shape[2], k.shape[2]
         begin = (page[n] + w - work[n]) * block_size
         key_at = begin + lax.broadcasted_iota(jnp.int32, (rows, block_size), 1)
@@ -187,10 +188,10 @@ def _kernel(
         logits = jnp.where(seen, logits, HIDDEN)
         before = top[:, :1]
         highest = jnp.maximum(before, logits.max(axis=1, keepdims=True))
-        # Of a block in which a query sees nothing yet, it weighs all keys alike; the first that it
-        # sees fades them to 0.
+        # While a query has no visible key, all keys have equal weight. Its first visible key
+        # reduces their weights to 0.
         weights, fade = jnp.exp(logits - highest), jnp.exp(before - highest)
-        # Slots that no query of the tile sees may hold anything: 0 · NaN would be NaN.
+        # Slots that no query of the tile attends to are undefined, and 0 · NaN would be NaN.
         value_at = begin + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0)
         values = jnp.where((value_at < end[n]) & (value_at > position[n] - window[0]), v[0, 0], 0)
         top[...] = jnp.broadcast_to(highest, top.shape)
@@ -203,7 +204,8 @@ def _kernel(
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """`[rows, x] · b` over `axis` of b, summed in float32. Unequal types meet in float32."""
+    """Multiply `[rows, x]` by b over `axis` of b, accumulating in float32. Operands of different
+    dtypes are converted to float32."""
     if a.dtype != b.dtype:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None

@@ -1,9 +1,10 @@
-"""A step's work for the kernel, from the lengths that the host knows: which query tile meets which
-cache block.
+"""Compute the work of a step for the kernel from the lengths on the host: the pairs of query tiles
+and cache blocks.
 
-Each row's new tokens are cut into tiles of one size; each tile meets its sequence's blocks from the
-first that its first query sees to the last that its last query sees. Padded to powers of two, so
-that a server's steps share a few compiled shapes.
+The new tokens of each row are divided into tiles of one size. Each tile is paired with the blocks
+of its sequence from the first that its first query attends to, up to the last that its last query
+attends to. Lists are padded to powers of two, so that the steps of a server share a few compiled
+shapes.
 """
 
 from __future__ import annotations
@@ -15,36 +16,38 @@ import numpy as np
 
 Array = Any
 TILE = 32
-"""Tokens in a query tile, at most. A tile's matrix has a row for each of them and each query head
-that shares the KV head."""
+"""Maximum number of tokens in a query tile. The matrix of a tile has a row for each of them and
+each query head that shares the KV head."""
 NO_WINDOW = 2**30
 
 
 class Schedule(NamedTuple):
-    """T tokens, N tiles of `tile` tokens, W pieces of work (a tile and one block), each padded. All
-    i32."""
+    """The work of a step with T tokens, N tiles of `tile` tokens and W pieces of work (a tile and
+    one block), each padded. All arrays are i32."""
 
     slot_mapping: Array
-    """[T]: where each token's key and value go. Padding lies past any cache, and is dropped."""
+    """[T]: slot to which the key and value of each token are written. Padding is beyond any cache
+    and is dropped."""
     tile_tokens: Array
-    """[N, tile]: the tokens of a tile. Places past its last token hold some token, whose result
-    nobody reads."""
+    """[N, tile]: tokens of each tile. Places after its last token have an arbitrary token, whose
+    result is not used."""
     token_place: Array
     """[T]: the place `n * tile + i` of each token."""
     tile_position: Array
-    """[N]: of a tile's first query in its sequence."""
+    """[N]: position in its sequence of the first query of each tile."""
     tile_end: Array
-    """[N]: one past the position of its last query."""
+    """[N]: position of the last query of each tile, plus 1."""
     tile_page: Array
-    """[N]: the first block that it meets, counted in its sequence."""
+    """[N]: index in its sequence of the first block of each tile."""
     tile_work: Array
-    """[N + 1]: tile n's work is `tile_work[n] … tile_work[n + 1] - 1`."""
+    """[N + 1]: the work of tile n is `tile_work[n] … tile_work[n + 1] - 1`."""
     work_tile: Array
-    """[W]; padding repeats the last, so that nothing is fetched or written for it."""
+    """[W]: tile of each piece of work. Padding repeats the last tile, so that nothing is loaded or
+    stored for it."""
     work_block: Array
-    """[W]: block ids; the block table, as far as it is read."""
+    """[W]: block id of each piece of work."""
     window: Array
-    """[1]: a token sees itself and the `window - 1` tokens before it."""
+    """[1]: a token attends to itself and the `window - 1` tokens before it."""
 
 
 def make_schedule(
@@ -55,9 +58,11 @@ def make_schedule(
     block_size: int,
     window: int | None = None,
 ) -> Schedule:
-    """Lengths `[B + 1]` and `[B]` are the host's; `block_table` `[B, max_blocks]` and
-    `slot_mapping` `[T]` are any arrays that NumPy can read and index. At least one token. The
-    answer shares no memory with them.
+    """Return the schedule of a step with at least one token.
+
+    `query_start` `[B + 1]` and `seq_lens` `[B]` are on the host. `block_table` `[B, max_blocks]`
+    and `slot_mapping` `[T]` are any arrays that NumPy can read and index. The result does not share
+    memory with them.
     """
     reach = NO_WINDOW if window is None else window
     starts, lens = np.asarray(query_start, np.int64), np.asarray(seq_lens, np.int64)
@@ -95,7 +100,7 @@ def make_schedule(
 
 
 def padded(count: int) -> int:
-    """The power of two that stands for `count` in a compiled shape."""
+    """Return `count` padded to the size in compiled shapes: a power of two, at least 16."""
     return max(16, _power_of_two(count))
 
 
@@ -104,13 +109,14 @@ def _power_of_two(n: int) -> int:
 
 
 def _ragged(counts: Any) -> tuple[Any, Any]:
-    """For groups of so many members: the group of each member, and its place in the group."""
+    """Return the group of each member and its index in the group, for groups with the given numbers
+    of members."""
     group = np.repeat(np.arange(len(counts)), counts)
     return group, np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _pad(values: Any, count: int, fill: int) -> Any:
-    """i32, with as many more of `fill` as pad `count` members."""
+    """Return the values as i32, followed by as many `fill` values as pad `count` members."""
     out = np.full((len(values) + padded(count) - count, *values.shape[1:]), fill, np.int32)
     out[: len(values)] = values
     return out

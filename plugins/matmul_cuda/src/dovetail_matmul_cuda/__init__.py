@@ -1,7 +1,7 @@
-"""Products by quantized weights for NVIDIA GPUs, in Triton, and `dovetail tune`, which measures how
-its kernels run best.
+"""GEMM with quantized weights for NVIDIA GPUs in Triton, and `dovetail tune`, which measures the
+fastest kernels.
 
-This module is the light root: it offers provider and command, and imports neither Triton nor torch.
+This module registers the provider and the command, and imports neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class TritonOptions(Options):
 
 
 def why_not(context: Context) -> list[Reason]:
-    # FP8 arithmetic came with Ada. FP8 weights alone are expanded without it.
+    # FP8 products require sm_89 (Ada). FP8 weights with unquantized inputs are dequantized on any
+    # GPU.
     is_fp8 = "float8_e4m3fn" in context.needs.get("inputs", ())
     reasons = why_not_gpu(context, (8, 9) if is_fp8 else (8, 0))
     if importlib.util.find_spec("triton") is None:
         reasons.append(
             Reason(
                 "Triton is not installed",
-                "pip install triton; PyTorch's CUDA builds bring it along",
+                "pip install triton; PyTorch's CUDA builds include it",
             )
         )
     return reasons
@@ -74,21 +75,23 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=("kernels",),
-        help="products by quantized weights, on the GPUs of this machine",
+        help="GEMM with quantized weights, on the GPUs of this machine",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--model",
         metavar="FOLDER",
-        help="a checkpoint, or its config.json alone: the shapes of its layers",
+        help="a checkpoint or its config.json, for the shapes of its layers",
     )
-    which.add_argument("--shapes", metavar="LIST", help="outputs x inputs: 4096x14336,6144x4096")
+    which.add_argument(
+        "--shapes", metavar="LIST", help="outputs x inputs, such as 4096x14336,6144x4096"
+    )
     parser.add_argument(
         "--formats",
         default="uint4-128",
         metavar="LIST",
         help=(
-            "codes, group size, what inputs are rounded to: uint4-128,int8,int8:int8,float8:float8"
+            "codes, group size and quantized inputs, such as uint4-128,int8,int8:int8,float8:float8"
             " (default uint4-128)"
         ),
     )
@@ -102,10 +105,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float16"),
-        help="of inputs (default bfloat16)",
+        help="dtype of the inputs (default bfloat16)",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="the table to write or to complete (default: this GPU's)"
+        "--out",
+        metavar="FILE",
+        help="table to write or complete (default: the user's table for this GPU)",
     )
 
 
@@ -116,5 +121,5 @@ def _run(args: Namespace, progress: Progress) -> int:
 
 
 TUNE = Command(
-    "measure kernels on this machine's GPUs, so that the fastest are taken", _add_arguments, _run
+    "measure kernels on this machine's GPUs, so that the fastest are selected", _add_arguments, _run
 )

@@ -1,5 +1,5 @@
-"""Which kernel multiplies, and how it is launched: from a table of what was measured, or by rule
-where nothing was."""
+"""Choose the kernel of a product and its launch parameters from a table of measurements or, if
+there is no measurement, by rule."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from dovetail.interfaces.matmul import WeightFormat
 KERNELS = ("words", "dequantize", "codes", "scaled_mm")
 LARGEST_ROWS = 8192
 SLICE_BYTES = 16 * 2**20
-"""Of weights that are expanded at a time: they are to be read from the GPU's second cache."""
+"""Bytes of weights that are dequantized at a time, so that cuBLAS reads them from the L2 cache."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel and how it is launched. "words" and "codes" are kernels of kernels.py; "dequantize"
-    expands weights in slices of `block_n` outputs for cuBLAS; "scaled_mm" is PyTorch's, and takes
-    nothing else from here."""
+    """A kernel and its launch parameters. "words" and "codes" are kernels of kernels.py;
+    "dequantize" dequantizes weights in slices of `block_n` outputs for cuBLAS; "scaled_mm" is
+    PyTorch's and uses no other field."""
 
     kernel: str
     block_m: int = 16
     block_n: int = 64
     block_k: int = 128
-    """For "codes" alone, and at most a group's places; "words" takes a chunk at a time."""
+    """Used by "codes" only, where it is limited to the places of a group. "words" processes a chunk
+    per iteration."""
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 3
@@ -38,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Case:
-    """A product: what a choice depends on."""
+    """The properties of a product on which a choice depends."""
 
     codes: str
     inputs: str | None
@@ -46,7 +47,7 @@ class Case:
     outs: int
     in_features: int
     rows: int
-    """A bucket: see `bucket`."""
+    """Rounded up by `bucket`."""
 
     @staticmethod
     def of(format: WeightFormat, outs: int, in_features: int, rows: int) -> Case:
@@ -59,19 +60,19 @@ class Case:
 
 
 def bucket(rows: int) -> int:
-    """The power of two that so many rows count as."""
+    """Return the number of rows rounded up to a power of two, at most `LARGEST_ROWS`."""
     return min(LARGEST_ROWS, 1 << (max(1, rows) - 1).bit_length())
 
 
 class Table:
-    """Choices by case. A number of rows that was not measured takes the next larger one, or else
-    the largest."""
+    """Choices by case. For a number of rows without a measurement, the choice for the next larger
+    number is used, or that for the largest."""
 
     def __init__(self, choices: Mapping[Case, Choice] | None = None) -> None:
         self.choices = dict(choices or {})
 
     def find(self, case: Case) -> Choice | None:
-        rows = sorted(c.rows for c in self.choices if _but_rows(c) == _but_rows(case))
+        rows = sorted(c.rows for c in self.choices if _without_rows(c) == _without_rows(case))
         if not rows:
             return None
         near = next((r for r in rows if r >= case.rows), rows[-1])
@@ -80,7 +81,7 @@ class Table:
         ]
 
     def write(self, path: Path, about: Mapping[str, Any]) -> None:
-        """At once, so that one who stops loses nothing."""
+        """Write the file atomically, so that an interruption does not lose measurements."""
         entries = [asdict(case) | asdict(choice) for case, choice in self.choices.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
@@ -92,22 +93,22 @@ class Table:
     def read(path: Path) -> Table:
         try:
             entries = json.loads(path.read_text())["entries"]
-            found = {_made(Case, entry): _made(Choice, entry) for entry in entries}
+            found = {_from_entry(Case, entry): _from_entry(Choice, entry) for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ConfigError(
-                f"the table of kernels {path} cannot be read: {type(e).__name__}: {e}"
+                f"cannot read the kernel table {path}: {type(e).__name__}: {e}"
             ) from e
         if unknown := {choice.kernel for choice in found.values()} - set(KERNELS):
             raise ConfigError(
-                f"the table of kernels {path} names {', '.join(sorted(unknown))}; there are"
+                f"the kernel table {path} has unknown kernels: {', '.join(sorted(unknown))}. Known:"
                 f" {', '.join(KERNELS)}"
             )
         return Table(found)
 
 
 def table_for(gpu: str, path: str | None, environ: Mapping[str, str] = os.environ) -> Table:
-    """That of a file; or the user's for this GPU; or the one that comes with this package; or an
-    empty one."""
+    """Return the table at `path`, else the user's table for this GPU, else that of this package,
+    else an empty one."""
     if path is not None:
         return Table.read(Path(path).expanduser())
     for candidate in (user_table(gpu, environ), Path(__file__).parent / "tables" / file_name(gpu)):
@@ -122,13 +123,13 @@ def user_table(gpu: str, environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def file_name(gpu: str) -> str:
-    """NVIDIA_H200.json"""
+    """Return the file name for a GPU, such as NVIDIA_H200.json."""
     return re.sub(r"\W+", "_", gpu).strip("_") + ".json"
 
 
 def by_rule(case: Case, kinds: tuple[str, ...], num_sms: int, itemsize: int) -> Choice:
-    """For inputs of `itemsize` bytes. `kinds`: kernels that this product can have, best first for
-    many rows."""
+    """Return the choice for inputs of `itemsize` bytes. `kinds` are the kernels that support this
+    product, the best one for many rows first."""
     rows = case.rows
     if "scaled_mm" in kinds:
         return Choice("scaled_mm")
@@ -143,7 +144,7 @@ def by_rule(case: Case, kinds: tuple[str, ...], num_sms: int, itemsize: int) -> 
     if "dequantize" in kinds and rows > 128:
         outs = max(256, SLICE_BYTES // (case.in_features * itemsize) // 256 * 256)
         return Choice("dequantize", block_n=outs)
-    if itemsize == 4:  # products without tensor cores, whose operands lie in registers
+    if itemsize == 4:  # products without tensor cores have their operands in registers
         return _split(case, Choice("words", 16, 32, num_stages=1), num_sms)
     if rows <= 32:
         return _split(case, Choice("words", 16 if rows <= 16 else 32, 64, num_stages=4), num_sms)
@@ -155,8 +156,8 @@ def by_rule(case: Case, kinds: tuple[str, ...], num_sms: int, itemsize: int) -> 
 
 
 def _split(case: Case, choice: Choice, num_sms: int) -> Choice:
-    """Over as many programs as keep all multiprocessors busy twice, with 512 inputs each at
-    least."""
+    """Split the inputs over programs, up to two programs per multiprocessor, with at least 512
+    inputs each."""
     programs = -(-case.outs // choice.block_n) * -(-case.rows // choice.block_m)
     split = 1
     while (
@@ -166,9 +167,9 @@ def _split(case: Case, choice: Choice, num_sms: int) -> Choice:
     return Choice(**{**asdict(choice), "split_k": split})
 
 
-def _but_rows(case: Case) -> tuple[object, ...]:
+def _without_rows(case: Case) -> tuple[object, ...]:
     return case.codes, case.inputs, case.group_size, case.outs, case.in_features
 
 
-def _made(kind: type[Any], entry: Mapping[str, Any]) -> Any:
+def _from_entry(kind: type[Any], entry: Mapping[str, Any]) -> Any:
     return kind(**{field.name: entry[field.name] for field in fields(kind)})

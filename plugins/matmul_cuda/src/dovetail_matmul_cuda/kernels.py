@@ -1,30 +1,32 @@
-"""Products by quantized weights in Triton: weights expanded in registers, and 8-bit weights by
+"""GEMM with quantized weights in Triton: weights dequantized in registers, and 8-bit weights by
 8-bit inputs.
 
-`multiply_words` serves every format whose weights are expanded to the type of the inputs. Its
-weights are 32-bit words `[chunks, 16, out]` (layout.py): a word holds codes of inputs that lie 16
-apart, so that the codes at one place of 16 words are 16 inputs in a row. Such a plane, `[16,
-BLOCK_N]`, is an operand of `tl.dot` as it is.
+`multiply_words` supports every format whose weights are dequantized to the dtype of the inputs. Its
+weights are 32-bit words `[chunks, 16, out]` (layout.py). A word has the codes of inputs that are 16
+apart, so that the codes at one bit position of 16 words belong to 16 consecutive inputs. Such a
+plane, `[16, BLOCK_N]`, is directly an operand of `tl.dot`.
 
-`multiply_codes` multiplies codes by codes. Both leave float32 partial sums where the inputs are
-split over programs, which `add_up` adds in their order: the same input gives the same bits.
+`multiply_codes` multiplies codes by codes. If the inputs are split over programs, both kernels
+store float32 partial sums, which `add_up` adds in a fixed order, so the same input produces the
+same bits.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# Triton's language has no types that mypy knows.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator" mypy does not know the types of
+# Triton's language.
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 ROUND = tl.constexpr(12582912.0)
-"""1.5 · 2^23: adding it to a small float32 and taking it away rounds to the nearest integer, even
-if two are."""
+"""1.5 · 2^23: adding it to a small float32 and subtracting it rounds to the nearest integer, ties
+to even."""
 
 
 @triton.jit
 def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """float32 `x` in TYPE, to the nearest; Triton's interpreter would cut bfloat16 off."""
+    """Convert float32 `x` to TYPE, rounding to nearest. Triton's interpreter would truncate to
+    bfloat16."""
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True)
         x = tl.where(
@@ -37,9 +39,9 @@ def narrowed(x, TYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def float8(x):
-    """The code (u8) of the E4M3 number nearest to float32 `x`, even if two are, from -448 to 448.
-    In integers, because Triton's own conversion differs between its interpreter and its targets,
-    and before sm_89 there is none."""
+    """Return the code (u8) of the E4M3 number nearest to float32 `x`, ties to even, clamped to
+    ±448. It uses integer arithmetic, because Triton's own conversion differs between its
+    interpreter and its targets and does not exist before sm_89."""
     size = tl.minimum(tl.abs(x), 448.0)
     bits = size.to(tl.uint32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
@@ -49,16 +51,16 @@ def float8(x):
 
 @triton.jit
 def from_float8(codes, TYPE: tl.constexpr):
-    """E4M3 numbers of codes (integers), exactly. As float16 their exponent is 8 too small; its
-    subnormals are theirs."""
+    """Convert integer E4M3 codes to TYPE, exactly. With its bits placed in a float16, the exponent
+    of an E4M3 number is too small by 8; subnormal numbers remain subnormal."""
     half = ((codes & 0x7F) << 7 | (codes & 0x80) << 8).to(tl.uint16).to(tl.float16, bitcast=True)
     return (half * 256.0).to(TYPE)
 
 
 @triton.jit
 def offset(zeros, KIND: tl.constexpr, COMPUTE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What `plane` takes away, as it wants it: zero points `[BLOCK_N]` (u8, float32 numbers) and
-    what codes are raised by."""
+    """Return the numbers that `plane` subtracts: the zero points `[BLOCK_N]` (u8 or float32) plus
+    the offset of the codes."""
     if KIND != "uint4":
         less = zeros.to(tl.float32) + 8388608.0
     elif INTERPRETED or tl.float32 == COMPUTE:
@@ -79,12 +81,12 @@ def plane(
     COMPUTE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The weights at place P of words (i32[16, BLOCK_N]), less their zero points and not yet
-    scaled: small integers or E4M3 numbers, which COMPUTE holds exactly.
+    """Return the weights of plane P of words (i32[16, BLOCK_N]), minus their zero points and not
+    yet scaled: small integers or E4M3 numbers, which COMPUTE represents exactly.
 
-    An integer is put into the fraction of a number whose last place counts 1, which is then taken
-    away: conversions from integers run at a fraction of the rate of arithmetic. Two nibbles, 16
-    bits apart, are made so at once.
+    An integer is converted by placing it in the mantissa of a number whose last place has the value
+    1, and subtracting that number, because integer conversion instructions run at a fraction of the
+    rate of arithmetic. Two nibbles, 16 bits apart, are converted at once.
     """
     TYPE: tl.constexpr = tl.float32 if INTERPRETED else COMPUTE
     if KIND == "float8":
@@ -95,8 +97,8 @@ def plane(
     elif tl.float32 == TYPE:
         weights = ((words >> (4 * (P // 2) + 16 * (P % 2))) & 15).to(tl.float32) - less[None, :]
     else:
-        # (words & 0x000F000F) | two numbers whose last place counts 1. As one instruction, which
-        # the compiler does not find.
+        # (words & 0x000F000F) | two numbers whose last place has the value 1. The compiler does not
+        # generate this single instruction by itself.
         RAISE: tl.constexpr = "0x43004300" if tl.bfloat16 == COMPUTE else "0x64006400"
         shifted = words >> (4 * (P // 2))
         pair = tl.inline_asm_elementwise(
@@ -139,12 +141,12 @@ def multiply_words(
     COMPUTE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`out[m, n] = sum over k of x[m, k] · weight[n, k]`, programs (tile of n, tile of m, share of
-    k).
+    """Compute `out[m, n] = sum over k of x[m, k] · weight[n, k]` with programs (tile of n, tile of
+    m, share of k).
 
-    A group of GROUP inputs takes PADDED places, a multiple of 16; what is beyond it or beyond IN
-    counts as zero in x. With SPLIT_K > 1, `out` is f32[SPLIT_K, rows, outs] and gets sums alone,
-    without bias and scales of rows.
+    A group of GROUP inputs takes PADDED places, a multiple of 16. x is zero at places beyond the
+    group or beyond IN. With SPLIT_K > 1, `out` is f32[SPLIT_K, rows, outs], and the kernel stores
+    sums without the bias and the scales of rows.
     """
     ROWS: tl.constexpr = 16  # of a plane, as in layout.py
     PLANES: tl.constexpr = 8 if KIND == "uint4" else 4
@@ -169,15 +171,15 @@ def multiply_words(
         at = words + (chunk * ROWS + j).to(tl.int64)[:, None] * num_outs + n[None, :]
         word = tl.load(at, mask=is_n[None, :], other=0)
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        # Of place 0 of the chunk: its group, how far into that, and its input. The rest is known
-        # when this is compiled.
+        # The group of place 0 of the chunk, its offset in the group, and its input. Everything else
+        # is known at compile time.
         group, into = chunk * CHUNK // PADDED, chunk * CHUNK % PADDED
         k = (
             chunk * CHUNK + j if IS_FULL else group * GROUP + into + j
-        )  # the compiler sees that the former is aligned
+        )  # the compiler can prove the alignment of the first form only
         inputs_at, group_at = x_at + k[None, :], group * num_outs + n
         for p in tl.static_range(PLANES):
-            groups_on = p * ROWS // PADDED  # none if a chunk lies in a group
+            groups_on = p * ROWS // PADDED  # 0 if a chunk is within one group
             further = p * ROWS // PADDED * GROUP + p * ROWS % PADDED
             if IN_GROUPS and p * ROWS % PADDED == 0:
                 scale = tl.load(scales + group_at + groups_on * num_outs, mask=is_n, other=0.0)
@@ -242,8 +244,8 @@ def multiply_codes(
     SPLIT_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The same of codes `x [rows, IN]` and `codes [outs, NUM_PLACES]`, both int8 or both float8.
-    BLOCK_K divides PADDED."""
+    """Compute the same product of codes `x [rows, IN]` and `codes [outs, NUM_PLACES]`, both int8 or
+    both float8. BLOCK_K divides PADDED."""
     IS_FULL: tl.constexpr = GROUP == PADDED and NUM_PLACES == IN
     IS_INT: tl.constexpr = codes.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if IS_INT else tl.float32
@@ -314,7 +316,7 @@ def store(
     SPLIT_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A tile, finished or as a partial sum."""
+    """Store a tile, as final outputs or as partial sums."""
     is_n, is_m = n < num_outs, m < num_rows
     inside = is_m[:, None] & is_n[None, :]
     if SPLIT_K > 1:
@@ -343,7 +345,7 @@ def add_up(
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Partial sums f32[SPLIT_K, rows, outs] in their order; programs (stretch of outputs, row)."""
+    """Add partial sums f32[SPLIT_K, rows, outs] in order, with programs (range of outputs, row)."""
     m = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_n = n < num_outs
@@ -365,9 +367,9 @@ def add_up(
 
 @triton.jit
 def rounded(x, scale, KIND: tl.constexpr):
-    """Codes of float32 `x`. NaN is one of float8; int8 has none, and leaves it to the row's scale.
-    Divisions round to the nearest (`div.rn`), as PyTorch's do: `/` is within 2 ulp only, and the
-    next code is one of them away."""
+    """Return the codes of float32 `x`. float8 has a code for NaN. int8 has none, so there the scale
+    of the row is NaN. Divisions round to nearest (`div.rn`), as in PyTorch, because `/` is only
+    accurate to 2 ulp, which may result in an adjacent code."""
     number = tl.where(x == x, tl.div_rn(x, scale), 0.0)
     if KIND == "int8":
         codes = ((tl.minimum(tl.maximum(number, -127.0), 127.0) + ROUND) - ROUND).to(tl.int8)
@@ -378,7 +380,8 @@ def rounded(x, scale, KIND: tl.constexpr):
 
 @triton.jit
 def size_of(x, HAS_FIXED: tl.constexpr):
-    """What makes a row's scale: sizes, and infinity for what no scale can be found for."""
+    """Return the magnitudes from which the scale of a row is computed. Infinity marks rows without
+    a valid scale."""
     return tl.where(x == x, tl.minimum(tl.abs(x), 3e38) if HAS_FIXED else tl.abs(x), float("inf"))
 
 
@@ -397,9 +400,9 @@ def round_rows(
     HAS_FIXED: tl.constexpr,
     AS_FLOAT: tl.constexpr,
 ):
-    """Programs of BLOCK_M rows: their codes (int8, or float8 as u8), contiguous, and their scales:
-    `fixed`, or by their largest values, or NaN. With AS_FLOAT, `codes` is of a floating type and
-    gets the numbers that codes stand for."""
+    """Quantize BLOCK_M rows per program: store their codes (int8, or float8 as u8), contiguous, and
+    their scales. A scale is `fixed`, or computed from the largest magnitude of the row, or NaN.
+    With AS_FLOAT, `codes` has a floating-point dtype, and the values of the codes are stored."""
     LARGEST: tl.constexpr = 127.0 if KIND == "int8" else 448.0
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     is_m = m < num_rows
@@ -453,8 +456,8 @@ def expand_words(
     COMPUTE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The weights of outputs `first` to `first + width`, `out [IN, width]`; programs (tile of
-    outputs, chunk)."""
+    """Dequantize the weights of outputs `first … first + width - 1` to `out [IN, width]`, with
+    programs (tile of outputs, chunk)."""
     ROWS: tl.constexpr = 16  # of a plane, as in layout.py
     PLANES: tl.constexpr = 8 if KIND == "uint4" else 4
     chunk = tl.program_id(1)

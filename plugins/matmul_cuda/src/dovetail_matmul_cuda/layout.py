@@ -1,10 +1,10 @@
-"""Weights as the kernels want them. A group of inputs takes `padded` places; what fills it up meets
-zeros of x.
+"""Convert weights to the layout of the kernels. A group of inputs takes `padded` places; the
+padding is multiplied by zeros of x.
 
-Words: i32[chunks, 16, out]. A chunk is 16 words of an output, each with `planes` codes: 8 of 4
-bits, or 4 of 8. Word j holds those of places j, j + 16, j + 32, … of the chunk. Codes of 4 bits are
-ordered so that the first two lie 16 bits apart, and so the next two: a 32-bit operation takes both.
-Codes int8 are raised by 128, and so are their zero points.
+Words are i32[chunks, 16, out]. A chunk is 16 words of an output, each with `planes` codes: 8 of 4
+bits, or 4 of 8 bits. Word j has the codes of places j, j + 16, j + 32, … of the chunk. 4-bit codes
+are ordered so that the two codes of each pair are 16 bits apart, and one 32-bit operation converts
+both. int8 codes and their zero points have an offset of 128.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from torch import Tensor
 from dovetail.interfaces.matmul import WeightFormat
 
 ROWS = 16
-"""Words of an output in a chunk: the least that `tl.dot` sums over."""
+"""Number of words per output in a chunk: the minimum inner dimension of `tl.dot`."""
 BLOCK_K = 128
-"""Most places that `multiply_codes` takes at a time."""
+"""Maximum number of places that `multiply_codes` processes per iteration."""
 OUTS_AT_A_TIME = 2048
-"""That are packed, so that little memory is needed for it."""
+"""Number of outputs that are packed at a time, to limit temporary memory."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where inputs lie."""
+    """The assignment of inputs to places."""
 
     in_features: int
     group: int
-    """Inputs in a group."""
+    """Number of inputs in a group."""
     padded: int
-    """Places for them."""
+    """Number of places for them."""
     num_places: int
 
     @property
     def num_groups(self) -> int:
-        """With those that are there to fill the last chunk."""
+        """Number of groups, including those that pad the last chunk."""
         return self.num_places // self.padded
 
 
 def multiplies_codes(format: WeightFormat) -> bool:
-    """Whether weights stay as they are, and meet rounded inputs of their own type."""
+    """Return whether weights stay quantized and are multiplied by inputs quantized to the same
+    type."""
     return format.inputs == format.codes and not format.zeros
 
 
@@ -68,7 +69,7 @@ def planes(format: WeightFormat) -> int:
 
 
 def bits_of(plane: int, format: WeightFormat) -> int:
-    """Where in a word a plane's codes begin."""
+    """Return the bit offset of a plane's codes in a word."""
     return 4 * (plane // 2) + 16 * (plane % 2) if format.bits == 4 else 8 * plane
 
 
@@ -81,18 +82,18 @@ def nbytes(format: WeightFormat, in_features: int, out_features: int) -> int:
 
 
 def packed(format: WeightFormat, in_features: int, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Canonical codes as words, or, where codes are multiplied, `[out, places]` in their own
-    type."""
+    """Convert canonical codes to words or, if codes are multiplied directly, to `[out, places]` in
+    their own type."""
     at, found = geometry(format, in_features), []
     for codes in torch.split(tensors["codes"], OUTS_AT_A_TIME):
         if format.bits == 4:
             codes = torch.stack([codes & 15, codes >> 4], 2).flatten(1)[:, :in_features]
         codes = codes.view(torch.uint8)
         if multiplies_codes(format):
-            found.append(_spread(codes, at))
+            found.append(_pad_groups(codes, at))
         else:
             found.append(
-                _words(_spread(codes ^ 128 if format.codes == "int8" else codes, at), format)
+                _words(_pad_groups(codes ^ 128 if format.codes == "int8" else codes, at), format)
             )
     if multiplies_codes(format):
         return torch.cat(found).view(tensors["codes"].dtype)
@@ -100,7 +101,7 @@ def packed(format: WeightFormat, in_features: int, tensors: Mapping[str, Tensor]
 
 
 def by_group(values: Tensor, at: Geometry) -> Tensor:
-    """`[out, groups]` → `[groups, out]`, as many as there are places for."""
+    """Transpose `[out, groups]` to `[groups, out]`, padded to `at.num_groups`."""
     return F.pad(values, (0, at.num_groups - values.shape[1])).T.contiguous()
 
 
@@ -113,7 +114,7 @@ def _words(codes: Tensor, format: WeightFormat) -> Tensor:
     return words.permute(1, 2, 0).contiguous()
 
 
-def _spread(codes: Tensor, at: Geometry) -> Tensor:
+def _pad_groups(codes: Tensor, at: Geometry) -> Tensor:
     groups = F.pad(codes, (0, -at.in_features % at.group)).view(len(codes), -1, at.group)
     places = F.pad(groups, (0, at.padded - at.group)).flatten(1)
     return F.pad(places, (0, at.num_places - places.shape[1]))

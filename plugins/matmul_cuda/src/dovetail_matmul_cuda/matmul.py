@@ -1,5 +1,5 @@
-"""The kernels behind the matmul contract: weights are brought into their layout once, launches
-happen once a call."""
+"""Implement the matmul contract with the Triton kernels. Weights are converted to the kernels'
+layout once, and kernels are launched in each call."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dovetail_matmul_cuda.choice import Case, Choice, Table, bucket, by_rule, ta
 KINDS = {"uint4": "uint4", "int8": "int8", "float8_e4m3fn": "float8"}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ROUND_BLOCK = 16384
-"""Most inputs that `round_rows` holds at once."""
+"""Maximum number of inputs that `round_rows` loads at once."""
 ScaledMM = Callable[..., Tensor]
 
 
 class TritonMatmul:
-    """A `Matmul`. `scaled_mm` is `torch._scaled_mm` where its FP8 products are to be had, or
+    """A `Matmul`. `scaled_mm` is `torch._scaled_mm` if its FP8 products are supported, else
     None."""
 
     def __init__(
@@ -45,7 +45,7 @@ class TritonMatmul:
         if isinstance(kernels.multiply_words, InterpretedFunction):
             return TritonMatmul(device, 1, table_for("none", table) if table else None)
         facts = torch.cuda.get_device_properties(torch.device(device))
-        has_fp8 = facts.major >= 9  # before, PyTorch's products are scaled by one number
+        has_fp8 = facts.major >= 9  # on older GPUs, PyTorch supports one scale per tensor only
         return TritonMatmul(
             device,
             facts.multi_processor_count,
@@ -60,10 +60,10 @@ class TritonMatmul:
         return kind(self, format, layer, tensors)
 
     def by_rule(self, case: Case, able: tuple[str, ...], dtype: torch.dtype) -> Choice:
-        """Where nothing was measured."""
-        if (
-            self.is_interpreted
-        ):  # few programs, for each operation takes as long as any other; small for NumPy's threads
+        """Return the choice for a product without a measurement."""
+        if self.is_interpreted:
+            # Few programs, because in the interpreter every operation takes about the same time,
+            # and small tiles, because of NumPy's threads.
             rows, outs = (triton.next_power_of_2(max(16, n)) for n in (case.rows, case.outs))
             return Choice(
                 able[0], min(64, rows), min(256, outs), split_k=2 if case.rows == 4 else 1
@@ -75,7 +75,7 @@ class TritonMatmul:
 
 
 class Linear:
-    """What both kinds of layers have in common."""
+    """The common base class of both kinds of layers."""
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.in_features or x.dtype not in TYPES:
             raise PluginError(
-                f"x is {list(x.shape)} {x.dtype}; this layer takes [T, {self.in_features}] of a"
-                " floating type"
+                f"x is {list(x.shape)} {x.dtype}, but must be [T, {self.in_features}] in float32,"
+                " bfloat16 or float16"
             )
         if not len(x):
             return x.new_empty(0, self.out_features)
@@ -109,7 +109,7 @@ class Linear:
         return self.multiply(x, self.choice(len(x), x.dtype))
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """That can multiply x of a type, best first where rows are many."""
+        """Return the kernels that support inputs of a dtype, the best one for many rows first."""
         raise NotImplementedError
 
     def choice(self, num_rows: int, dtype: torch.dtype) -> Choice:
@@ -126,11 +126,13 @@ class Linear:
         return self._choices[key]
 
     def multiply(self, x: Tensor, how: Choice) -> Tensor:
-        """`x [T, in]`, in the order of the codes, by a kernel of `kernels`."""
+        """Multiply `x [T, in]`, whose columns are in the order of the codes, with a kernel of
+        `kernels`."""
         raise NotImplementedError
 
     def _rounded(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Codes `[T, in]`, or their numbers if `dtype` is of 16 bits, and scales f32[T]."""
+        """Quantize x. Returns codes `[T, in]`, or their values if `dtype` is bfloat16, and scales
+        f32[T]."""
         codes = torch.empty(x.shape, dtype=dtype, device=x.device)
         scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
         block = min(ROUND_BLOCK, triton.next_power_of_2(self.in_features))
@@ -153,7 +155,7 @@ class Linear:
         return codes, scales
 
     def _target(self, x: Tensor, split_k: int) -> Tensor:
-        """Where a kernel leaves a product, or its partial sums."""
+        """Allocate the output of a kernel: the product or its partial sums."""
         if split_k == 1:
             return torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
         return torch.empty(split_k, len(x), self.out_features, dtype=torch.float32, device=x.device)
@@ -181,8 +183,8 @@ class Linear:
 
 
 class WordsLinear(Linear):
-    """Weights that are expanded to the type of the inputs: in registers, or for cuBLAS where rows
-    are many."""
+    """Weights that are dequantized to the dtype of the inputs: in registers, or in memory for
+    cuBLAS if there are many rows."""
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class WordsLinear(Linear):
     def multiply(self, x: Tensor, how: Choice) -> Tensor:
         if how.kernel == "dequantize":
             return self._multiply_expanded(x, how.block_n)
-        # Whatever codes inputs are rounded to, bfloat16 holds them exactly.
+        # bfloat16 represents the codes of quantized inputs exactly.
         inputs, x_scales = (
             (x, None) if self.format.inputs is None else self._rounded(x, torch.bfloat16)
         )
@@ -260,7 +262,7 @@ class WordsLinear(Linear):
         return out
 
     def _expanded(self, first: int, width: int, dtype: torch.dtype) -> Tensor:
-        """`[in, width]`"""
+        """Return dequantized weights `[in, width]`."""
         weights, block = (
             torch.empty(self.in_features, width, dtype=dtype, device=self._codes.device),
             128,
@@ -282,7 +284,7 @@ class WordsLinear(Linear):
 
 
 class CodesLinear(Linear):
-    """Weights of 8 bits by inputs that are rounded to the same type."""
+    """8-bit weights that are multiplied by inputs quantized to the same type."""
 
     def __init__(
         self,
@@ -292,7 +294,8 @@ class CodesLinear(Linear):
         tensors: Mapping[str, Tensor],
     ) -> None:
         super().__init__(matmul, format, layer, tensors)
-        # What cuBLAS asks of FP8: whole units of 16, and scales by rows of both, or one for each.
+        # cuBLAS requires FP8 sizes to be multiples of 16, and either scales per row of both
+        # operands or one scale each.
         is_whole = self._at.num_places == self.in_features and self.out_features % 16 == 0
         self._has_scaled_mm = (
             format.codes == "float8_e4m3fn"
@@ -305,7 +308,7 @@ class CodesLinear(Linear):
             self._one_scale = self._scales[0, :1]
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """FP8 products scaled by rows are to be had in bfloat16 alone."""
+        """Return the kernels. `scaled_mm` with scales per row supports bfloat16 outputs only."""
         return (
             ("scaled_mm", "codes")
             if self._has_scaled_mm and dtype == torch.bfloat16
@@ -352,8 +355,8 @@ class CodesLinear(Linear):
         return self._finished(x, target, x_scales, split)
 
     def _scaled_mm(self, codes: Tensor, x_scales: Tensor) -> Tensor:
-        """By one scale of all inputs and one of all weights where there are such: cuBLAS has its
-        best kernels for that."""
+        """Multiply with one scale for all inputs and one for all weights if possible, for which
+        cuBLAS has its fastest kernels."""
         scales = (
             (x_scales[:, None], self._scales)
             if self._one_scale is None

@@ -1,8 +1,8 @@
-"""`dovetail tune kernels`: candidates are measured for each product, and the fastest go into a
+"""Implement `dovetail tune kernels`: measure candidates for each product and write the fastest to a
 table (choice.py).
 
-A process for each GPU takes products in turn. The table is written after every one, so that a run
-which was stopped goes on where it was.
+One process per GPU measures products. The table is written after every product, so that an
+interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ CODES: dict[str, Codes] = {
     "fp8": "float8_e4m3fn",
 }
 Measured = Iterator[tuple[Case, Choice, float]]
-"""Products, the fastest choice for each and its seconds, in any order."""
+"""Products with the fastest choice and its time in seconds, in any order."""
 MeasureAll = Callable[[list[Case], str], Measured]
-"""Of products with inputs of a dtype."""
+"""Measures products with inputs of a dtype."""
 
 
 def run(args: Namespace, progress: Progress) -> int:
@@ -45,11 +45,11 @@ def run(args: Namespace, progress: Progress) -> int:
     facts = device_facts()
     if not facts.gpus:
         raise ConfigError(
-            f"there is no GPU here to measure on{': ' * bool(facts.gpu_trouble)}{facts.gpu_trouble}"
+            f"no GPU found to measure on{': ' * bool(facts.gpu_trouble)}{facts.gpu_trouble}"
         )
     if len(names := sorted({gpu.name for gpu in facts.gpus})) > 1:
         raise ConfigError(
-            f"the GPUs here differ ({', '.join(names)}): choose some of one kind by"
+            f"the GPUs of this machine differ ({', '.join(names)}): select GPUs of one kind with"
             " CUDA_VISIBLE_DEVICES"
         )
     path = Path(args.out) if args.out else user_table(names[0])
@@ -73,7 +73,8 @@ def tune(
     measure: MeasureAll,
     progress: Progress,
 ) -> Table:
-    """Complete the table at `path`, or begin it."""
+    """Measure the products that the table at `path` lacks, and add them. The file is created if it
+    does not exist."""
     table = Table.read(path) if path.exists() else Table()
     todo = [case for case in cases if case not in table.choices]
     done = len(cases) - len(todo)
@@ -89,24 +90,25 @@ def tune(
 def fastest(
     candidates: list[Choice],
     seconds: Callable[[Choice], float],
-    passed_over: tuple[type[Exception], ...] = (MemoryError,),
+    skipped: tuple[type[Exception], ...] = (MemoryError,),
 ) -> tuple[Choice, float]:
-    """The first of those that take least, without those whose errors are `passed_over`: what a GPU
-    has no room for. Raises `ConfigError` if that is all of them."""
+    """Return the fastest choice and its time, the first one if there are several. Candidates that
+    raise an exception of `skipped`, because they exceed the resources of the GPU, are left out.
+    Raises `ConfigError` if no candidate remains."""
     found, errors = [], []
     for choice in candidates:
         try:
             found.append((seconds(choice), choice))
-        except passed_over as e:
+        except skipped as e:
             errors.append(f"{choice}: {e}")
     if not found:
-        raise ConfigError(f"no kernel could be launched; the last said: {errors[-1]}")
+        raise ConfigError(f"no kernel could be launched; the last error is: {errors[-1]}")
     best = min(found, key=lambda pair: pair[0])
     return best[1], best[0]
 
 
 def candidates(case: Case, kernels: tuple[str, ...], num_sms: int) -> list[Choice]:
-    """Worth measuring for a product that `kernels` can compute."""
+    """Return the choices that are worth measuring for a product that `kernels` support."""
     found: list[Choice] = []
     if "scaled_mm" in kernels:
         found.append(Choice("scaled_mm"))
@@ -153,7 +155,7 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     for one in text.split(","):
         outs, _, ins = one.strip().partition("x")
         if not (outs.isdecimal() and ins.isdecimal() and int(outs) and int(ins)):
-            raise ConfigError(f"--shapes: {one!r} is no OUTPUTSxINPUTS, such as 4096x14336")
+            raise ConfigError(f"--shapes: {one!r} is not OUTPUTSxINPUTS, such as 4096x14336")
         found.append((int(outs), int(ins)))
     return found
 
@@ -162,7 +164,7 @@ def parse_rows(text: str) -> list[int]:
     found = []
     for one in text.split(","):
         if not one.strip().isdecimal() or not int(one):
-            raise ConfigError(f"--rows: {one!r} is no number of rows")
+            raise ConfigError(f"--rows: {one!r} is not a positive number of rows")
         found.append(bucket(int(one)))
     return found
 
@@ -178,7 +180,7 @@ def parse_formats(text: str) -> list[WeightFormat]:
             or inputs not in ("", "int8", "float8", "fp8")
         ):
             raise ConfigError(
-                f"--formats: {one!r} is no CODES-GROUP:INPUTS, such as uint4-128, int8 or"
+                f"--formats: {one!r} is not CODES-GROUP:INPUTS, such as uint4-128, int8 or"
                 " float8:float8"
             )
         rounded = cast(Inputs, CODES[inputs]) if inputs else None
@@ -187,8 +189,8 @@ def parse_formats(text: str) -> list[WeightFormat]:
 
 
 def shapes_of_model(folder: Path) -> list[tuple[int, int]]:
-    """Of a decoder's layers as they are fused: queries, keys and values; what attention gives; gate
-    and up; down."""
+    """Return the shapes of a decoder's fused layers: QKV projection, attention output projection,
+    gate and up projection, down projection."""
     path = folder if folder.is_file() else folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -197,7 +199,7 @@ def shapes_of_model(folder: Path) -> list[tuple[int, int]]:
         )
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(
-            f"--model: {path} gives no shapes of linear layers: {type(e).__name__}: {e}"
+            f"--model: cannot read the shapes of linear layers from {path}: {type(e).__name__}: {e}"
         ) from e
     size = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
@@ -210,11 +212,11 @@ def shapes_of_model(folder: Path) -> list[tuple[int, int]]:
     return list(dict.fromkeys(shapes))
 
 
-# On GPUs.
+# Measurement on GPUs.
 
 
 def on_gpus(cases: list[Case], dtype: str, count: int) -> Measured:
-    """A process for each of `count` GPUs; products of many rows first, which take longest."""
+    """Measure with one process per GPU. Products of many rows, which take longest, come first."""
     context = get_context("spawn")
     devices: SimpleQueue[int] = context.SimpleQueue()
     for index in range(count):
@@ -244,9 +246,9 @@ def _measure(case: Case, dtype: str) -> tuple[Case, Choice, float]:
     linear: Linear = random_linear(matmul, case, dtype, device)
     x = torch.randn(case.rows, case.in_features, device=device).to(getattr(torch, dtype))
     tried = candidates(case, linear.kernels(x.dtype), matmul.num_sms)
-    no_room = (OutOfResources, torch.OutOfMemoryError)
+    out_of_resources = (OutOfResources, torch.OutOfMemoryError)
     return case, *fastest(
-        tried, lambda choice: _seconds(lambda: linear.multiply(x, choice)), no_room
+        tried, lambda choice: _seconds(lambda: linear.multiply(x, choice)), out_of_resources
     )
 
 
@@ -272,8 +274,8 @@ def random_linear(matmul: Any, case: Case, dtype: str, device: str) -> Any:
 
 
 def _seconds(launch: Callable[[], object], rounds: int = 5, count: int = 20) -> float:
-    """Of one launch within a graph, as a decode step has it; the second cache holds nothing of
-    it."""
+    """Return the median time of one launch in a graph, as in a decode step, with a cold L2
+    cache."""
     import torch
 
     launch()
