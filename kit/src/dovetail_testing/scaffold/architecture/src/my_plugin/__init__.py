@@ -40,7 +40,8 @@ CAPABILITIES = ArchitectureCapabilities(architectures=(NAME,), examples=(TINY, U
 def build(context: BuildContext, options: Options) -> MyPluginArchitecture:
     """Build the architecture. Called once, in the engine process; the worker then uses it to build
     the model of the checkpoint."""
-    from my_plugin.model import MyPluginArchitecture  # heavy imports belong here
+    # Heavy imports belong here.
+    from my_plugin.model import MyPluginArchitecture
 
     return MyPluginArchitecture()
 

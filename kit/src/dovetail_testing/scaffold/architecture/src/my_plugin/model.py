@@ -117,9 +117,8 @@ class Llama:
             for key, value in settings.items()
             if value not in (None, False, "silu", "default")
         }:
-            raise CheckpointError(
-                f"{build.folder / 'config.json'}: {unknown} is not supported by my-plugin"
-            )
+            path = build.folder / "config.json"
+            raise CheckpointError(f"{path}: my-plugin does not support {unknown}")
         self.frequencies = theta ** -(
             torch.arange(0, head_size, 2, device=build.device) / head_size
         )

@@ -29,8 +29,8 @@ CAPABILITIES = AttentionCapabilities(
 
 
 class MyPluginOptions(Options):
-    """Options in an engine config beside `use: my-plugin`. Example of a field: `chunk: int =
-    Field(64, ge=1, description="tokens")`."""
+    """Options beside `use: my-plugin` in an engine config. Example of a field:
+    `chunk: int = Field(64, ge=1, description="tokens")`."""
 
 
 def why_not(context: Context) -> list[Reason]:
@@ -42,10 +42,14 @@ def why_not(context: Context) -> list[Reason]:
     return []
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginAttention:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginAttention:
     """Build the backend. Called once, in the worker's process, with the options of the engine
     config."""
-    from my_plugin.backend import MyPluginAttention  # heavy imports belong here
+    # Heavy imports belong here.
+    from my_plugin.backend import MyPluginAttention
 
     return MyPluginAttention()
 

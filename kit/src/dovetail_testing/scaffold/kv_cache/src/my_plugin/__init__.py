@@ -18,7 +18,10 @@ class MyPluginOptions(KVCacheOptions):
     them. Add your own fields."""
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginBlocks:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginBlocks:
     """Build the manager. Called when the worker has determined the number of blocks."""
     from my_plugin.manager import MyPluginBlocks
 

@@ -23,11 +23,14 @@ CAPABILITIES = MatmulCapabilities(
 
 
 class MyPluginOptions(Options):
-    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
-    description."""
+    """Options beside `use: my-plugin` in an engine config. Add fields, each with a
+    default and a description."""
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginMatmul:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginMatmul:
     """Build the provider's object. Called once per engine, if a selected scheme needs GEMM."""
     from my_plugin.products import MyPluginMatmul
 

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
-    description."""
+    """Options beside `use: my-plugin` in an engine config. Add fields, each with a
+    default and a description."""
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginIndex:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginIndex:
     """Build the index. Called before the KV-cache manager, which receives the result, is built."""
     from my_plugin.index import MyPluginIndex
 

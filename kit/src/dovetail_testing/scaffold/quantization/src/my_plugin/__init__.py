@@ -26,11 +26,14 @@ CAPABILITIES = QuantizationCapabilities(
 
 
 class MyPluginOptions(Options):
-    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
-    description."""
+    """Options beside `use: my-plugin` in an engine config. Add fields, each with a
+    default and a description."""
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheme:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginScheme:
     """Build the scheme. Called once per quantization rule of the engine config.
     `context.model.quantization_config` is that of the checkpoint."""
     from my_plugin.scheme import MyPluginScheme

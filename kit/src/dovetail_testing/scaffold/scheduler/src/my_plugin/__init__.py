@@ -24,7 +24,10 @@ class MyPluginOptions(SchedulerOptions):
 CAPABILITIES = SchedulerCapabilities(order="arrival")
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginScheduler:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginScheduler:
     """Build the scheduler. Called when the KV cache has been built."""
     from my_plugin.scheduler import MyPluginScheduler
 

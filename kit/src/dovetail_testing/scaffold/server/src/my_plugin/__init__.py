@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """Options in an engine config beside `use: my-plugin`. Use `SecretStr` for secrets: plans and
-    logs mask it."""
+    """Options beside `use: my-plugin` in an engine config. Use `SecretStr` for secrets:
+    plans and logs mask it."""
 
     max_tokens: int = Field(64, ge=1, description="maximum number of output tokens")
     drain_seconds: float = Field(
@@ -25,7 +25,10 @@ class MyPluginOptions(Options):
     )
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginServer:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginServer:
     """Build the server. Called once, in the front-end process, which has no tensor library."""
     from my_plugin.server import MyPluginServer
 

@@ -35,7 +35,10 @@ class MyPluginDrafter:
         """Do nothing: no data about the sequence was stored."""
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginDrafter:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginDrafter:
     """Build the drafter. Called once, in the engine process, with the options of the engine
     config."""
     return MyPluginDrafter()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 class MyPluginOptions(Options):
-    """Options in an engine config beside `use: my-plugin`. Add fields, each with a default and a
-    description."""
+    """Options beside `use: my-plugin` in an engine config. Add fields, each with a
+    default and a description."""
 
 
 def why_not(context: Context) -> list[Reason]:
@@ -39,9 +39,13 @@ def why_not(context: Context) -> list[Reason]:
     return reasons
 
 
-def build(context: BuildContext, options: MyPluginOptions) -> MyPluginWorker:
+def build(
+    context: BuildContext,
+    options: MyPluginOptions,
+) -> MyPluginWorker:
     """Build the worker. Called once, in the engine process. Nothing is loaded before `load`."""
-    from my_plugin.worker import MyPluginWorker  # heavy imports belong here
+    # Heavy imports belong here.
+    from my_plugin.worker import MyPluginWorker
 
     return MyPluginWorker(context)
 

@@ -1,8 +1,10 @@
 """Count the tokens of a text. The server answers invalid bodies and errors raised by the engine as
 for its own routes.
 
-Try it with `curl localhost:8000/v1/my-plugin -H 'content-type: application/json' -d '{"text":
-"import os"}'`.
+Try it:
+
+    curl localhost:8000/v1/my-plugin -H 'content-type: application/json' \\
+        -d '{"text": "import os"}'
 """
 
 from __future__ import annotations
