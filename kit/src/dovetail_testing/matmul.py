@@ -215,7 +215,7 @@ class MatmulContract(Contract):
 
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.randn(one.num_rows, one.in_features + 32, generator=generator)
-        # A fixed input scale suits rows of about its range: in a row of a few small codes, one value
+        # A fixed input scale suits rows of about its range: in a row of small codes, one value
         # rounded the other way at a tie would exceed the limit of `check`.
         least = 0 if one.format.input_scale else -3
         x *= 2.0 ** torch.randint(least, 4, (one.num_rows, 1), generator=generator)
